@@ -1,0 +1,27 @@
+# `make demo` and `make test` need Python 3.11 (or newer) and make; all else goes into .venv.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test slow lint clean
+demo: $(INSTALLED)
+	$(BIN)/asdm demo --out asdm-demo
+
+test: $(INSTALLED)
+	$(BIN)/pytest -q
+
+slow: $(INSTALLED)
+	$(BIN)/pytest -q -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests
+	$(BIN)/mypy
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[judge,tensorboard,test]"
+	touch $@
+
+clean:
+	rm -rf .venv asdm-demo

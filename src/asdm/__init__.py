@@ -1,0 +1,67 @@
+"""A-SDM: smaller and faster Stable Diffusion pipelines, with proof of what was gained and lost.
+
+pipeline = asdm.load_pipeline("demo")
+redundancy = asdm.analyze(pipeline)
+plan = asdm.make_plan(redundancy, speedup=1.5)
+student = asdm.build_student(pipeline.unet, plan)
+asdm.distill(pipeline, student, data="demo", folder="training", steps=500)
+asdm.save_pipeline(asdm.with_unet(pipeline, student), "faster")
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from asdm.compression import compress as compress
+    from asdm.errors import AsdmError as AsdmError
+    from asdm.evaluation.comparison import Evaluation as Evaluation
+    from asdm.evaluation.comparison import evaluate as evaluate
+    from asdm.generation import generate as generate
+    from asdm.incubation.distillation import distill as distill
+    from asdm.incubation.stages import Stage as Stage
+    from asdm.pipelines import load_pipeline as load_pipeline
+    from asdm.pipelines import save_pipeline as save_pipeline
+    from asdm.pipelines import with_unet as with_unet
+    from asdm.planning import make_plan as make_plan
+    from asdm.redundancy import RedundancyMap as RedundancyMap
+    from asdm.redundancy import analyze as analyze
+    from asdm.student.edits import Remove as Remove
+    from asdm.student.plan import PruningPlan as PruningPlan
+    from asdm.student.plan import build_student as build_student
+    from asdm.student.unet import AsdmUNet2DConditionModel as AsdmUNet2DConditionModel
+
+# Imported when first used: torch and diffusers take seconds, and `asdm --help` needs neither.
+_HOME = {
+    "AsdmError": "asdm.errors",
+    "AsdmUNet2DConditionModel": "asdm.student.unet",
+    "Evaluation": "asdm.evaluation.comparison",
+    "PruningPlan": "asdm.student.plan",
+    "RedundancyMap": "asdm.redundancy",
+    "Remove": "asdm.student.edits",
+    "Stage": "asdm.incubation.stages",
+    "analyze": "asdm.redundancy",
+    "build_student": "asdm.student.plan",
+    "compress": "asdm.compression",
+    "distill": "asdm.incubation.distillation",
+    "evaluate": "asdm.evaluation.comparison",
+    "generate": "asdm.generation",
+    "load_pipeline": "asdm.pipelines",
+    "make_plan": "asdm.planning",
+    "save_pipeline": "asdm.pipelines",
+    "with_unet": "asdm.pipelines",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'asdm' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

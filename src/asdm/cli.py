@@ -1,0 +1,520 @@
+"""The command line: parse, call the API, print. Nothing imports this."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from asdm.errors import AsdmError
+
+if TYPE_CHECKING:
+    from asdm.evaluation.comparison import Evaluation
+    from asdm.redundancy import RedundancyMap
+
+app = typer.Typer(
+    name="asdm",
+    help="Make a Stable Diffusion pipeline smaller and faster, and prove what it gained and what it lost.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+console = Console()
+errors = Console(stderr=True)
+
+MODEL = "demo, a Hub id, a folder, a .safetensors file, or random:sd15 | random:sd21 | random:sdxl"
+DATA = "A folder of images with captions (name.txt beside each, or metadata.jsonl), or demo."
+
+ModelArgument = Annotated[str, typer.Argument(help=f"The model: {MODEL}.", show_default=False)]
+DataOption = Annotated[str | None, typer.Option("--data", help=DATA, show_default=False)]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+SpeedupOption = Annotated[
+    float | None, typer.Option("--speedup", help="How many times faster the UNet must be, measured.")
+]
+ParamsOption = Annotated[
+    float | None, typer.Option("--params", help="Parameters that may remain: a part, or a number.")
+]
+MacsOption = Annotated[
+    float | None, typer.Option("--macs", help="MACs that may remain: a part, or a number.")
+]
+PresetOption = Annotated[
+    str | None, typer.Option("--preset", help="bk-base, bk-small or bk-tiny, instead of a budget.")
+]
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line and exit status 2."""
+    debug = "--debug" in sys.argv
+    _quiet_libraries()
+    try:
+        app()
+    except AsdmError as error:
+        if debug:
+            raise
+        _fail(str(error), 2)
+    except OSError as error:
+        if debug or error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+            raise
+        _fail(f"{error.filename or 'output'}: {error.strerror}; nothing that was there before is lost", 2)
+
+
+@app.callback()
+def options(
+    threads: Annotated[int | None, typer.Option(help="CPU threads to use; all by default.", min=1)] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")] = False,
+) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+@app.command()
+def analyze(
+    model: ModelArgument,
+    data: DataOption = None,
+    out: Annotated[Path, typer.Option(help="Where to write the map.")] = Path("redundancy.json"),
+    plot: Annotated[Path | None, typer.Option(help="Where to draw it (PNG).", show_default=False)] = None,
+    timesteps: Annotated[int, typer.Option(help="At how many time steps to remove each unit.", min=1)] = 4,
+    samples: Annotated[
+        int | None, typer.Option(help="Images or prompts to calibrate on.", show_default=False)
+    ] = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Find what each unit of the UNet costs, and how far the prediction moves without it."""
+    import asdm
+    from asdm.evaluation.plots import redundancy_plot
+    from asdm.evaluation.report import save_figure
+
+    pipeline = asdm.load_pipeline(model)
+    with _progress() as report:
+        redundancy = asdm.analyze(
+            pipeline,
+            data=data,
+            timesteps=timesteps,
+            samples=samples,
+            seed=seed,
+            progress=lambda done, total, name: report("analyse", done, total, name),
+        )
+    redundancy.save(out)
+    _print_map(redundancy)
+    console.print(f"written to {out}", highlight=False)
+    if plot is not None:
+        save_figure(redundancy_plot(redundancy), plot)
+        console.print(f"drawn in {plot}", highlight=False)
+
+
+@app.command()
+def plan(
+    source: Annotated[str, typer.Argument(help=f"A map that `asdm analyze` wrote, or a model: {MODEL}.")],
+    speedup: SpeedupOption = None,
+    params: ParamsOption = None,
+    macs: MacsOption = None,
+    preset: PresetOption = None,
+    data: DataOption = None,
+    out: Annotated[Path, typer.Option(help="Where to write the plan.")] = Path("plan.json"),
+    seed: SeedOption = 0,
+) -> None:
+    """Choose the removals of least total sensitivity inside a budget, and measure it."""
+    import asdm
+
+    unet = None
+    if source.endswith(".json"):
+        redundancy = asdm.RedundancyMap.load(source)
+    else:
+        pipeline = asdm.load_pipeline(source)
+        unet = pipeline.unet
+        with _progress() as report:
+            redundancy = asdm.analyze(
+                pipeline,
+                data=data,
+                seed=seed,
+                progress=lambda done, total, name: report("analyse", done, total, name),
+            )
+    made = asdm.make_plan(
+        redundancy,
+        speedup=speedup,
+        params=params,
+        macs=macs,
+        preset=preset,
+        unet=unet,
+        progress=lambda note: console.print(note, highlight=False),
+    )
+    made.save(out)
+    for edit in made.edits:
+        console.print(f"  {edit.edit} {edit.unit}", highlight=False)
+    if made.figures is not None:
+        measured = made.figures.measured_speedup
+        console.print(
+            f"{len(made.edits)} edits; UNet {made.figures.predicted_speedup:.2f}x faster as predicted"
+            + (f", {measured:.2f}x as measured" if measured else "")
+            + f"; total sensitivity {made.figures.predicted_sensitivity:.4f}; written to {out}",
+            highlight=False,
+        )
+
+
+@app.command()
+def prune(
+    model: ModelArgument,
+    plan: Annotated[Path, typer.Argument(help="A plan that `asdm plan` wrote, or one made by hand.")],
+    out: Annotated[Path, typer.Option(help="The folder to write the pipeline to.")],
+) -> None:
+    """Build the student that a plan describes, with inherited weights, and save its pipeline."""
+    import asdm
+    from asdm.pipelines import require_ours
+
+    require_ours(out)
+    made = asdm.PruningPlan.load(plan)
+    pipeline = asdm.load_pipeline(model)
+    student = asdm.build_student(pipeline.unet, made)
+    asdm.save_pipeline(asdm.with_unet(pipeline, student), out, {"teacher": model})
+    before, after = (sum(p.numel() for p in unet.parameters()) / 1e6 for unet in (pipeline.unet, student))
+    console.print(f"{out}: UNet of {after:.2f}M parameters, from {before:.2f}M", highlight=False)
+
+
+@app.command()
+def distill(
+    teacher: ModelArgument,
+    student: Annotated[Path, typer.Argument(help="A folder that `asdm prune` wrote.")],
+    data: Annotated[str, typer.Option("--data", help=DATA)],
+    out: Annotated[Path, typer.Option(help="The folder to write the distilled pipeline to.")],
+    steps: Annotated[int, typer.Option(help="Training steps.", min=1)] = 1000,
+    stages: Annotated[
+        Path | None, typer.Option(help="Stages as a JSON list, instead of --steps.", show_default=False)
+    ] = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Train a pruned student to do as its teacher does; run again to resume."""
+    import json
+
+    import asdm
+    from asdm.incubation.stages import parse_stages
+    from asdm.pipelines import require_ours
+
+    require_ours(out)
+    chosen = None
+    if stages is not None:
+        try:
+            chosen = parse_stages(json.loads(stages.read_text("utf-8")))
+        except (OSError, json.JSONDecodeError) as error:
+            raise AsdmError(f"{stages}: not a JSON list of stages: {error}") from None
+    teaching, learning = asdm.load_pipeline(teacher), asdm.load_pipeline(str(student))
+    total = sum(stage.steps for stage in chosen) if chosen else steps
+    training = out.with_name(f"{out.name}.training")
+    with _progress(resumable=True) as report:
+        examples = asdm.distill(
+            teaching,
+            learning.unet,
+            data,
+            training,
+            stages=chosen,
+            steps=steps,
+            seed=seed,
+            progress=lambda row: report("distil", int(row["step"]), total, f"loss {row['loss']:.3f}"),
+        )
+    asdm.save_pipeline(learning, out, {"teacher": teacher})
+    _print_skipped(examples.skipped)
+    console.print(f"written to {out}; log and checkpoints in {training}", highlight=False)
+
+
+@app.command()
+def evaluate(
+    models: Annotated[
+        list[str], typer.Argument(help=f"The teacher, then students: {MODEL}.", show_default=False)
+    ],
+    data: DataOption = None,
+    samples: Annotated[int, typer.Option(help="Images per split; 0 measures speed alone.", min=0)] = 128,
+    steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = 25,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default=False)] = None,
+    rounds: Annotated[int, typer.Option(help="Timed rounds of the UNet call.", min=1)] = 10,
+    out: Annotated[Path, typer.Option(help="Where to write the figures.")] = Path("evaluation.json"),
+    images: Annotated[Path | None, typer.Option(help="Where to keep the images.", show_default=False)] = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Measure speed and quality of a teacher and its students in one run."""
+    import asdm
+    from asdm.evaluation.comparison import load_clip
+
+    pipelines = {name: asdm.load_pipeline(name) for name in models}
+    with _progress() as report:
+        figures = asdm.evaluate(
+            pipelines,
+            data=data,
+            samples=samples,
+            steps=steps,
+            guidance_scale=guidance,
+            seed=seed,
+            rounds=rounds,
+            quality=samples > 0,
+            clip=load_clip(pipelines[models[0]]),
+            images_folder=images,
+            progress=lambda title, done, total: report(f"images: {title}", done, total, ""),
+        )
+    figures.save(out)
+    _print_evaluation(figures)
+    console.print(f"written to {out}", highlight=False)
+
+
+@app.command()
+def generate(
+    model: ModelArgument,
+    prompts: Annotated[list[str], typer.Argument(help="One or more prompts.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The folder to write images to.")] = Path("images"),
+    image: Annotated[
+        Path | None, typer.Option(help="Start from this image (image-to-image).", show_default=False)
+    ] = None,
+    strength: Annotated[float, typer.Option(help="How far from --image to go.", min=0.01, max=1.0)] = 0.6,
+    steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = 25,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default=False)] = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Draw images with a teacher or a student: text-to-image, or image-to-image with --image."""
+    import asdm
+    from asdm.conditioning import image_size
+    from asdm.images import open_image, to_images
+
+    start = open_image(image) if image is not None else None
+    pipeline = asdm.load_pipeline(model)
+    if start is not None:
+        start = start.resize((image_size(pipeline),) * 2)
+    with _progress() as report:
+        pixels = asdm.generate(
+            pipeline,
+            prompts,
+            steps=steps,
+            guidance_scale=guidance,
+            seed=seed,
+            image=start,
+            strength=strength,
+            progress=lambda done, total: report("images", done, total, ""),
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    for prompt, drawn in zip(prompts, to_images(pixels), strict=True):
+        path = _free_name(out, prompt)
+        drawn.save(path)
+        console.print(str(path), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def compress(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option(help="The folder to write everything to.")],
+    speedup: SpeedupOption = None,
+    params: ParamsOption = None,
+    macs: MacsOption = None,
+    preset: PresetOption = None,
+    data: DataOption = None,
+    steps: Annotated[int, typer.Option(help="Distillation steps; 0 prunes only.", min=0)] = 1000,
+    samples: Annotated[int, typer.Option(help="Images per split in the evaluation.", min=0)] = 128,
+    sampling_steps: Annotated[int, typer.Option(help="Sampling steps in the evaluation.", min=1)] = 25,
+    seed: SeedOption = 0,
+) -> None:
+    """Analyse, plan, prune, distil, evaluate and report, in a row; run again to go on."""
+    _compress(
+        model,
+        out,
+        speedup=speedup,
+        params=params,
+        macs=macs,
+        preset=preset,
+        data=data,
+        steps=steps,
+        samples=samples,
+        sampling_steps=sampling_steps,
+        seed=seed,
+    )
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="The folder to write everything to.")] = Path("asdm-demo"),
+    full: Annotated[
+        bool, typer.Option("--full", help="Evaluate on all prompts, with a longer distillation.")
+    ] = False,
+) -> None:
+    """Compress the embedded Stable Diffusion pipeline 1.5x and show what that gains and loses."""
+    _compress(
+        "demo", out, speedup=1.5, data="demo", steps=1500 if full else 500, samples=128 if full else 102
+    )
+
+
+@app.command("demo-build")
+def demo_build(
+    stage: Annotated[
+        str, typer.Argument(help="images, tokenizer, clip, vae, unet, assemble, check, or all of them.")
+    ] = "all",
+    folder: Annotated[Path, typer.Option(help="Where checkpoints and the result go.")] = Path(
+        "runs/demo-build"
+    ),
+    minutes: Annotated[
+        float | None, typer.Option(help="Save and stop after so long.", show_default=False)
+    ] = None,
+    noto_font: Annotated[
+        Path | None, typer.Option(help="NotoColorEmoji.ttf, for `images`.", show_default=False)
+    ] = None,
+    twemoji: Annotated[
+        Path | None, typer.Option(help="Twemoji's 64 px PNGs, for `images`.", show_default=False)
+    ] = None,
+) -> None:
+    """Build the embedded pipeline again by its recipe; each stage resumes where it was stopped."""
+    from asdm.demo.build import build
+
+    with _progress(resumable=True) as report:
+        build(
+            stage,
+            folder,
+            minutes=minutes,
+            noto_font=noto_font,
+            twemoji_folder=twemoji,
+            progress=report,
+            say=lambda text: console.print(text, highlight=False),
+        )
+
+
+def _compress(model: str, out: Path, **settings: Any) -> None:
+    import asdm
+
+    with _progress(resumable=True) as report:
+        made = asdm.compress(model, out, progress=report, **settings)
+    _print_evaluation(made.evaluation)
+    _print_skipped(made.skipped)
+    console.print(f"\n[bold]{made.headline}[/bold]", highlight=False)
+    console.print(f"pipeline: {made.folder}\nreport:   {made.report}", highlight=False)
+
+
+@contextmanager
+def _progress(resumable: bool = False) -> Iterator[Any]:
+    """A bar for each title, with time left; yields `report(title, done, total, note)`."""
+    bars: dict[str, Any] = {}
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[note]}"),
+    )
+    try:
+        with Progress(*columns, console=errors) as progress:
+
+            def report(title: str, done: int, total: int, note: str) -> None:
+                if title not in bars:
+                    bars[title] = progress.add_task(title, total=total, note=note)
+                progress.update(bars[title], completed=done, total=total, note=note)
+
+            yield report
+    except KeyboardInterrupt:
+        advice = "run the same command again to go on from here" if resumable else "nothing was written"
+        errors.print(f"interrupted; {advice}", highlight=False)
+        raise typer.Exit(130) from None
+
+
+def _print_map(redundancy: RedundancyMap) -> None:
+    table = Table(title=f"{redundancy.model}: {len(redundancy.units)} removable units")
+    for name in ("unit", "kind"):
+        table.add_column(name, no_wrap=True, overflow="fold")
+    for name in ("params M", "GMACs", "w/o attention", "latency", "sensitivity"):
+        table.add_column(name, justify="right")
+    for unit in redundancy.units:
+        table.add_row(
+            unit.name.replace("transformer_blocks", "tb"),
+            unit.kind.replace("_", " "),
+            f"{unit.parameters / 1e6:.2f}",
+            f"{unit.gmacs:.3f}",
+            f"{unit.gmacs_without_attention:.3f}",
+            f"{100 * unit.latency_share:.1f}%",
+            f"{unit.sensitivity:.5f}",
+        )
+    console.print(table)
+    console.print(
+        f"UNet: {redundancy.parameters / 1e6:.1f}M parameters, {redundancy.gmacs:.2f} GMACs with attention products "
+        f"({redundancy.gmacs_without_attention:.2f} without), {redundancy.latency_ms:.0f} ms at batch 2 "
+        f"({redundancy.dtype}, {redundancy.threads} threads). "
+        f"The ablation took {redundancy.unet_forwards:.0f} UNet calls' time ({redundancy.necessary_forwards:.0f} needed), "
+        f"{redundancy.seconds:.0f} s in all.",
+        highlight=False,
+    )
+
+
+def _print_evaluation(figures: Evaluation) -> None:
+    from asdm.evaluation.report import QUALITY_COLUMNS
+
+    speed = Table(title=f"Speed ({figures.dtype}, {figures.threads} threads; median of interleaved rounds)")
+    for name in ("model", "UNet ms", "speed-up", "pipeline ms", "speed-up", "params M", "GMACs"):
+        speed.add_column(name, justify="left" if name == "model" else "right")
+    for row in figures.speed:
+        speed.add_row(
+            row.name,
+            f"{row.unet.median_ms:.1f}",
+            f"{row.unet_speedup:.2f}x",
+            f"{row.pipeline.median_ms:.0f}",
+            f"{row.pipeline_speedup:.2f}x",
+            f"{row.unet_parameters / 1e6:.2f}",
+            f"{row.gmacs:.3f}",
+        )
+    console.print(speed)
+    if not figures.quality:
+        return
+    columns = [c for c in QUALITY_COLUMNS if any(getattr(q, c[0]) is not None for q in figures.quality)]
+    quality = Table(
+        title=f"Quality ({figures.steps} steps, guidance {figures.guidance_scale:g}, seed {figures.seed})"
+    )
+    for name in ("model", "prompts", "images", *(short for _, _, short, _ in columns)):
+        quality.add_column(name, justify="left" if name in ("model", "prompts") else "right")
+    for judged in figures.quality:
+        cells = []
+        for key, _, _, kind in columns:
+            value = getattr(judged, key)
+            cells.append(
+                "-" if value is None else f"{100 * value:.1f}%" if kind == "percent" else f"{value:.3f}"
+            )
+        quality.add_row(judged.name, judged.split.replace("_", "-"), str(judged.images), *cells)
+    console.print(quality)
+    console.print(
+        "Concept (top-1, top-5), style and KID by EfficientNet-Lite0 features; R@1 by the pipeline's own CLIP; "
+        "distance to the first model's images of the same seeds.",
+        style="dim",
+        highlight=False,
+    )
+
+
+def _print_skipped(skipped: dict[str, str]) -> None:
+    if not skipped:
+        return
+    errors.print(f"{len(skipped)} of the data's files were skipped:", highlight=False)
+    for name, reason in list(skipped.items())[:10]:
+        errors.print(f"  {name}: {reason}", highlight=False)
+    if len(skipped) > 10:
+        errors.print(f"  and {len(skipped) - 10} more", highlight=False)
+
+
+def _free_name(folder: Path, prompt: str) -> Path:
+    stem = "".join(c if c.isalnum() else "_" for c in prompt)[:60].strip("_") or "image"
+    path, number = folder / f"{stem}.png", 1
+    while path.exists():
+        path, number = folder / f"{stem}-{number}.png", number + 1
+    return path
+
+
+def _quiet_libraries() -> None:
+    """Keep advice that a user of this tool cannot act on off the terminal."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+def _fail(message: str, status: int) -> None:
+    errors.print(f"error: {message}", highlight=False, markup=False, soft_wrap=True)
+    raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    main()

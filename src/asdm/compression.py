@@ -1,0 +1,197 @@
+"""The main job, all of it in a row: analyse, plan, build, distil, evaluate, report, save; resumable."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from asdm.errors import AsdmError
+from asdm.evaluation.comparison import Evaluation, evaluate, evaluation_sets, load_clip
+from asdm.evaluation.plots import redundancy_plot
+from asdm.evaluation.report import save_figure, write_report
+from asdm.files import write_text
+from asdm.incubation.data import open_data
+from asdm.incubation.distillation import default_stages, distill
+from asdm.incubation.stages import Stage
+from asdm.incubation.trainer import read_log
+from asdm.pipelines import MARKER, load_pipeline, require_ours, save_pipeline_into, with_unet
+from asdm.planning import make_plan
+from asdm.redundancy import RedundancyMap, analyze
+from asdm.student.plan import PruningPlan, build_student
+
+Progress = Callable[[str, int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What `compress` made: a folder that loads as a pipeline, its figures, and one sentence about them."""
+
+    folder: Path
+    report: Path
+    headline: str
+    plan: PruningPlan
+    evaluation: Evaluation
+    skipped: dict[str, str]
+
+
+def compress(
+    model: str,
+    out: str | Path,
+    *,
+    speedup: float | None = None,
+    params: float | None = None,
+    macs: float | None = None,
+    preset: str | None = None,
+    data: str | Path | None = None,
+    steps: int = 1000,
+    stages: Sequence[Stage] | None = None,
+    samples: int = 128,
+    sampling_steps: int = 25,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Compression:
+    """Make a smaller and faster pipeline of `model` in the folder `out`; called again, go on where it was.
+
+    Args:
+        model: as for `load_pipeline`.
+        speedup, params, macs, preset: the budget, as for `make_plan`; exactly one.
+        data: images with captions to calibrate, train and evaluate on: a folder, or "demo".
+        steps: of distillation; 0 prunes only, and then needs no data.
+        stages: the distillation in detail, instead of `steps`.
+        samples: images per split in the evaluation; 0 measures speed alone.
+        progress: called with a title, the done and total of it, and a note.
+
+    Raises:
+        AsdmError: anything that the steps raise, `out` is not ours, or was made with other settings.
+    """
+    out = Path(out)
+    if steps > 0 and data is None and stages is None:
+        raise AsdmError(
+            f"steps={steps} of distillation need data: name a folder of captioned images, or give 0 steps"
+        )
+    settings: dict[str, Any] = {
+        "model": model,
+        "budget": {"speedup": speedup, "params": params, "macs": macs, "preset": preset},
+        "data": None if data is None else str(data),
+        "steps": steps if stages is None else None,
+        "samples": samples,
+        "sampling_steps": sampling_steps,
+        "stages": None if stages is None else [stage.model_dump() for stage in stages],
+        "seed": seed,
+    }
+    report = progress or (lambda *_: None)
+    require_ours(out)
+    pipeline = load_pipeline(model)
+    if data is not None:
+        open_data(data)
+    _claim(out, settings)
+    work = out / "work"
+
+    redundancy = _analyzed(pipeline, data, seed, work / "redundancy.json", report)
+    plan = _planned(redundancy, settings["budget"], pipeline, out / "plan.json", report)
+    save_figure(redundancy_plot(redundancy, plan), out / "redundancy.png")
+
+    models = {"teacher": pipeline, "pruned": with_unet(pipeline, build_student(pipeline.unet, plan))}
+    skipped: dict[str, str] = {}
+    logs: dict[str, list[dict[str, float]]] = {}
+    student = build_student(pipeline.unet, plan)
+    stages = default_stages(student, steps) if stages is None else list(stages)
+    if data is not None and any(stage.steps for stage in stages):
+        total = sum(stage.steps for stage in stages)
+        done_before = 0
+
+        def trained(row: dict[str, float]) -> None:
+            note = f"loss {row['loss']:.3f}, {row['seconds']:.2f} s a step"
+            report("distil", min(total, done_before + int(row["step"])), total, note)
+
+        examples = distill(
+            pipeline, student, data, work / "training", stages=stages, seed=seed, progress=trained
+        )
+        skipped = examples.skipped
+        logs = {
+            stage.name: read_log(work / "training" / f"{i:02d}-{stage.name}" / "log.jsonl")
+            for i, stage in enumerate(stages)
+        }
+        models["distilled"] = with_unet(pipeline, student)
+
+    save_pipeline_into(list(models.values())[-1], out)
+    is_random = model.startswith("random:")
+    evaluation = evaluate(
+        models,
+        data=data,
+        samples=samples,
+        steps=sampling_steps,
+        seed=seed,
+        quality=samples > 0 and not is_random,
+        clip=None if is_random else load_clip(pipeline),
+        images_folder=work / "images",
+        progress=lambda title, done, total: report(f"images: {title}", done, total, ""),
+    )
+    evaluation.save(out / "evaluation.json")
+    headline = write_report(
+        out / "report.html",
+        evaluation=evaluation,
+        redundancy=redundancy,
+        plan=plan,
+        logs=logs,
+        sets=evaluation_sets(data, None, samples, seed) if evaluation.quality else [],
+        images_folder=work / "images",
+        target_speedup=speedup,
+        skipped=skipped,
+    )
+    return Compression(out, out / "report.html", headline, plan, evaluation, skipped)
+
+
+def _claim(out: Path, settings: dict[str, Any]) -> None:
+    """Mark the folder as ours and this run's, or find that it is already."""
+    marker = out / MARKER
+    if marker.is_file():
+        found = json.loads(marker.read_text("utf-8")).get("settings")
+        if found != settings:
+            changed = [key for key in settings if (found or {}).get(key) != settings[key]]
+            raise AsdmError(
+                f"{out}: made with other settings ({', '.join(changed)}); repeat those, name another folder, or remove it"
+            )
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(marker, json.dumps({"kind": "compression", "settings": settings}, indent=1) + "\n")
+
+
+def _analyzed(
+    pipeline: DiffusionPipeline, data: str | Path | None, seed: int, path: Path, report: Progress
+) -> RedundancyMap:
+    if path.is_file():
+        return RedundancyMap.load(path)
+    redundancy = analyze(
+        pipeline,
+        data=data,
+        seed=seed,
+        progress=lambda done, total, name: report("analyse", done, total, name),
+    )
+    redundancy.save(path)
+    return redundancy
+
+
+def _planned(
+    redundancy: RedundancyMap,
+    budget: dict[str, Any],
+    pipeline: DiffusionPipeline,
+    path: Path,
+    report: Progress,
+) -> PruningPlan:
+    if path.is_file():
+        return PruningPlan.load(path)
+    attempts = []
+
+    def tried(note: str) -> None:
+        attempts.append(note)
+        report("plan", len(attempts), len(attempts), note)
+
+    plan = make_plan(redundancy, unet=pipeline.unet, progress=tried, **budget)
+    plan.save(path)
+    return plan

@@ -1,0 +1,132 @@
+"""What a UNet call needs beside the noisy latents, for any Stable Diffusion pipeline: prompts to tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline
+from torch import Tensor
+
+from asdm.pipelines import is_sdxl
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Prompts as a UNet reads them.
+
+    `encoder_hidden_states` (prompts, tokens, channels); for SDXL also `text_embeds` (prompts, channels)
+    and `time_ids` (prompts, 6).
+    """
+
+    encoder_hidden_states: Tensor
+    text_embeds: Tensor | None = None
+    time_ids: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.encoder_hidden_states)
+
+    def __getitem__(self, index: Any) -> Conditioning:
+        return self._map(lambda tensor: tensor[index])
+
+    def to(self, *args: Any, **kwargs: Any) -> Conditioning:
+        return self._map(lambda tensor: tensor.to(*args, **kwargs))
+
+    def unet_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `UNet2DConditionModel.forward`."""
+        arguments: dict[str, Any] = {"encoder_hidden_states": self.encoder_hidden_states}
+        if self.text_embeds is not None:
+            arguments["added_cond_kwargs"] = {"text_embeds": self.text_embeds, "time_ids": self.time_ids}
+        return arguments
+
+    def where(self, mask: Tensor, other: Conditioning) -> Conditioning:
+        """Rows of `self` where `mask` (prompts,) is set, else of `other` (one prompt)."""
+
+        def choose(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+            if mine is None or theirs is None:
+                return None
+            return torch.where(mask.view(-1, *[1] * (mine.ndim - 1)), mine, theirs)
+
+        return Conditioning(
+            torch.where(mask.view(-1, 1, 1), self.encoder_hidden_states, other.encoder_hidden_states),
+            choose(self.text_embeds, other.text_embeds),
+            choose(self.time_ids, other.time_ids),
+        )
+
+    def _map(self, function: Any) -> Conditioning:
+        return replace(
+            self, **{name: function(value) for name, value in vars(self).items() if value is not None}
+        )
+
+
+@torch.no_grad()
+def embed_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], batch_size: int = 64) -> Conditioning:
+    """Embed prompts with the pipeline's own text encoders, at the pipeline's native image size."""
+    parts = []
+    for start in range(0, len(prompts), batch_size):
+        batch = list(prompts[start : start + batch_size])
+        if is_sdxl(pipeline):
+            hidden, _, pooled, _ = pipeline.encode_prompt(
+                batch, device=pipeline.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            )
+            side = image_size(pipeline)
+            time_ids = torch.tensor(
+                [[side, side, 0, 0, side, side]], dtype=hidden.dtype, device=hidden.device
+            )
+            parts.append(Conditioning(hidden, pooled, time_ids.expand(len(batch), -1)))
+        else:
+            hidden, _ = pipeline.encode_prompt(batch, pipeline.device, 1, False)
+            parts.append(Conditioning(hidden))
+    if parts[0].text_embeds is None:
+        return Conditioning(torch.cat([part.encoder_hidden_states for part in parts]))
+    return Conditioning(
+        torch.cat([part.encoder_hidden_states for part in parts]),
+        torch.cat([part.text_embeds for part in parts if part.text_embeds is not None]),
+        torch.cat([part.time_ids for part in parts if part.time_ids is not None]),
+    )
+
+
+def latent_shape(pipeline: DiffusionPipeline) -> tuple[int, int, int]:
+    """(channels, height, width) of a latent at the pipeline's native image size."""
+    size = pipeline.unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return pipeline.unet.config.in_channels, height, width
+
+
+def image_size(pipeline: DiffusionPipeline) -> int:
+    """The side in pixels of the images that the pipeline was made for."""
+    return latent_shape(pipeline)[1] * pipeline.vae_scale_factor
+
+
+@torch.no_grad()
+def encode_images(pipeline: DiffusionPipeline, images: Tensor) -> Tensor:
+    """Latents (images, 4, h, w), the posterior's means scaled as the UNet expects them, of `images`
+    (images, 3, height, width) in [-1, 1]."""
+    vae = pipeline.vae
+    posterior = vae.encode(images.to(vae.device, vae.dtype))
+    latents = posterior.latents if hasattr(posterior, "latents") else posterior.latent_dist.mode()
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    return (latents - shift) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decode_latents(pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
+    """Images (batch, 3, height, width) in about [-1, 1] of `latents` (batch, 4, h, w)."""
+    vae = pipeline.vae
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor + shift).sample
+
+
+def noise_schedule(pipeline: DiffusionPipeline) -> DDPMScheduler:
+    """The forward process that the pipeline's scheduler assumes: adds noise, makes training targets."""
+    return DDPMScheduler.from_config(pipeline.scheduler.config)
+
+
+def prediction_target(schedule: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """What the UNet is trained to predict (batch, 4, h, w): the noise, the velocity or the sample."""
+    kind = schedule.config.prediction_type
+    if kind == "v_prediction":
+        return schedule.get_velocity(latents, noise, timesteps)
+    return noise if kind == "epsilon" else latents

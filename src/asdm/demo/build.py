@@ -1,0 +1,144 @@
+"""The command behind `asdm demo-build`: render the images, train the stages, check what came out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from asdm.conditioning import encode_images
+from asdm.demo import images_folder
+from asdm.demo.emoji import held_out_pairs, render_dataset
+from asdm.demo.recipe import LOOPS, Recipe
+from asdm.errors import AsdmError
+from asdm.evaluation.comparison import evaluate, evaluation_sets, image_embeds, load_clip, text_embeds
+from asdm.evaluation.metrics import Judge, psnr, recognition, retrieval_at_1
+from asdm.evaluation.plots import image_sheet
+from asdm.files import write_text
+from asdm.images import load_images
+from asdm.incubation.data import Example, load_pixels, open_data
+from asdm.pipelines import load_pipeline
+
+STAGES = ("images", "tokenizer", "clip", "vae", "unet", "assemble", "check")
+Report = Callable[[str, int, int, str], None]
+
+
+def build(
+    stage: str,
+    folder: Path,
+    *,
+    minutes: float | None,
+    noto_font: Path | None,
+    twemoji_folder: Path | None,
+    progress: Report,
+    say: Callable[[str], None],
+) -> None:
+    """Run one stage of the recipe, or all but `images`, in `folder`.
+
+    Raises:
+        AsdmError: no such stage, or `images` without its sources.
+    """
+    if stage not in (*STAGES, "all"):
+        raise AsdmError(f"{stage}: no such stage; allowed: {', '.join(STAGES)}, all")
+    if stage == "images":
+        if noto_font is None or twemoji_folder is None:
+            raise AsdmError("images: needs --noto-font and --twemoji; see docs/demo.md for where to get them")
+        say(f"{render_dataset(noto_font, twemoji_folder, images_folder())} images in {images_folder()}")
+        return
+    recipe = Recipe(images_folder(), folder, _reporting(progress))
+    for name in STAGES[1:] if stage == "all" else [stage]:
+        if name == "check":
+            check(folder, say, progress)
+        elif not recipe.build(name, None if minutes is None else 60 * minutes):
+            say(f"{name}: stopped after {minutes:g} minutes; run again to go on")
+            return
+
+
+def check(folder: Path, say: Callable[[str], None], progress: Report | None = None) -> dict[str, Any]:
+    """How good the built pipeline is, by a judge that nothing was trained on; writes `check.json` and
+    `samples.png` (48 samples, half of them held out, the real image under each)."""
+    pipeline = load_pipeline(folder / "pipeline")
+    evaluation = evaluate(
+        {"demo": pipeline},
+        data=images_folder(),
+        clip=load_clip(pipeline),
+        progress=None if progress is None else (lambda title, done, total: progress(title, done, total, "")),
+        images_folder=folder / "images",
+    )
+    figures: dict[str, Any] = {
+        row.split: row.model_dump(exclude={"name", "split"}) for row in evaluation.quality
+    }
+    figures["real_images"] = real_image_figures(pipeline)
+    figures["steps"], figures["guidance_scale"] = evaluation.steps, evaluation.guidance_scale
+    write_text(folder / "check.json", json.dumps(figures, indent=1) + "\n")
+    write_sheet(folder)
+    say(json.dumps(figures, indent=1))
+    return figures
+
+
+@torch.no_grad()
+def real_image_figures(pipeline: DiffusionPipeline) -> dict[str, float]:
+    """What the figures are for real images: the VAE's PSNR on held-out ones, how well the judge knows
+    them again after the VAE, and the CLIPModel's retrieval on seen and held-out ones."""
+    held_out = load_images([images_folder() / pair.file_name for pair in held_out_pairs()], 64)
+    latents = encode_images(pipeline, held_out)
+    rebuilt = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample.clamp(-1, 1)
+    examples, pixels = load_pixels(open_data(images_folder(), "all").examples, 64, {})
+    labels = [(str(example.concept), str(example.style)) for example in examples]
+    judge = Judge()
+    known = recognition(
+        judge.features(rebuilt),
+        [(pair.concept, pair.style) for pair in held_out_pairs()],
+        judge.features(torch.stack(pixels)),
+        labels,
+    )
+    clip = load_clip(pipeline)
+    assert clip is not None
+    captions = text_embeds(clip, pipeline, [example.caption for example in examples])
+    images = image_embeds(clip, torch.stack(pixels))
+    by_split = {
+        split: [i for i, e in enumerate(examples) if e.held_out == (split == "held_out")]
+        for split in ("seen", "held_out")
+    }
+    return {
+        "held_out_psnr_db": float(psnr(rebuilt, held_out).mean()),
+        "held_out_concept_top1_after_vae": known.concept_top1,
+        "held_out_style_after_vae": known.style,
+        **{
+            f"{split}_retrieval_at_1": retrieval_at_1(images[rows], captions, rows)
+            for split, rows in by_split.items()
+        },
+    }
+
+
+def write_sheet(folder: Path) -> None:
+    """Draw `samples.png` from the images that `check` made: 24 seen and 24 held-out pairs."""
+    from PIL import Image
+
+    captions, drawn, real = [], [], []
+    for evaluation_set in evaluation_sets(images_folder(), None, 128, 0):
+        examples: list[Example] = evaluation_set.examples
+        step = len(examples) // 24
+        for index in range(0, 24 * step, step):
+            path = folder / "images" / evaluation_set.split / "demo" / f"{index:04d}.png"
+            captions.append(examples[index].caption)
+            drawn.append(Image.open(path).convert("RGB"))
+            real.append(Image.open(examples[index].path).convert("RGB"))
+    image_sheet(captions, [drawn, real], side=96, across=12).save(folder / "samples.png")
+
+
+def _reporting(progress: Report) -> Callable[[dict[str, float]], None]:
+    def report(row: dict[str, float]) -> None:
+        title = next((name for name, loop in LOOPS.items() if loop.steps == row["steps"]), "train")
+        progress(
+            title,
+            int(row["step"]),
+            int(row["steps"]),
+            f"loss {row['loss']:.4f}, {row['seconds']:.2f} s a step",
+        )
+
+    return report

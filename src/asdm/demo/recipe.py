@@ -1,0 +1,317 @@
+"""The recipe of the embedded default: from rendered images to a trained Stable Diffusion pipeline.
+
+Stages, each resumable from its checkpoints in the working folder: `tokenizer`, `clip`, `vae`, `unet`,
+`assemble`. Only seen pairs are trained on. The result consists of stock diffusers and transformers
+classes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from asdm.demo.emoji import IMAGE_SIZE, Pair, all_pairs, seen_pairs
+from asdm.demo.tasks import AutoencoderTask, ContrastTask, NoisePredictionTask
+from asdm.files import replacing_folder
+from asdm.images import load_images
+from asdm.incubation.trainer import LoopSettings, Progress, load_ema_weights, train
+from asdm.inference.runtime import keep_freed_memory
+
+CAPTION_LENGTH = 16
+TEXT_WIDTH = 256
+
+LOOPS = {
+    "clip": LoopSettings(
+        steps=600, learning_rate=1e-3, warmup_steps=50, weight_decay=0.1, ema_decay=0.99, checkpoint_every=100
+    ),
+    "vae": LoopSettings(
+        steps=2000,
+        learning_rate=1.5e-3,
+        warmup_steps=100,
+        weight_decay=0.0,
+        ema_decay=0.998,
+        checkpoint_every=200,
+    ),
+    "unet": LoopSettings(
+        steps=6000,
+        learning_rate=1e-3,
+        warmup_steps=200,
+        weight_decay=0.01,
+        ema_decay=0.999,
+        checkpoint_every=250,
+    ),
+}
+BATCH_SIZES = {"clip": 128, "vae": 16, "unet": 32}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Where the recipe works and what it starts from."""
+
+    images: Path
+    folder: Path
+    progress: Progress | None = None
+
+    def build(self, stage: str = "all", stop_after_seconds: float | None = None) -> bool:
+        """Run one stage, or all in order; returns whether it is done (not stopped by the time given)."""
+        keep_freed_memory()
+        stages: dict[str, Callable[[float | None], bool]] = {
+            "tokenizer": self._tokenizer_stage,
+            "clip": self._clip_stage,
+            "vae": self._vae_stage,
+            "unet": self._unet_stage,
+            "assemble": self._assemble_stage,
+        }
+        chosen = list(stages) if stage == "all" else [stage]
+        return all(stages[name](stop_after_seconds) for name in chosen)
+
+    # -- stages --------------------------------------------------------------------------------
+
+    def _tokenizer_stage(self, _: float | None) -> bool:
+        with replacing_folder(self.folder / "tokenizer") as folder:
+            make_tokenizer([pair.caption for pair in all_pairs()]).save_pretrained(folder)
+        return True
+
+    def _clip_stage(self, stop_after_seconds: float | None) -> bool:
+        tokenizer = self._tokenizer()
+        pairs = seen_pairs()
+        images = self._images(pairs)
+        input_ids = tokenize(tokenizer, [pair.caption for pair in pairs])
+
+        def batch_at(step: int) -> dict[str, Tensor]:
+            chosen = epoch_batch(step, BATCH_SIZES["clip"], len(pairs))
+            return {"images": images[chosen], "input_ids": input_ids[chosen]}
+
+        return self._train("clip", ContrastTask(make_clip(tokenizer)), batch_at, stop_after_seconds)
+
+    def _vae_stage(self, stop_after_seconds: float | None) -> bool:
+        images = self._images(seen_pairs())
+
+        def batch_at(step: int) -> dict[str, Tensor]:
+            return {"images": images[epoch_batch(step, BATCH_SIZES["vae"], len(images))]}
+
+        task = AutoencoderTask(make_vae()).to(memory_format=torch.channels_last)
+        return self._train("vae", task, batch_at, stop_after_seconds)
+
+    def _unet_stage(self, stop_after_seconds: float | None) -> bool:
+        pairs = seen_pairs()
+        vae, text_encoder, tokenizer = self._normalised_vae(), self._clip().text_model, self._tokenizer()
+        with torch.no_grad():
+            latents = encode_images(vae, self._images(pairs))
+            captions = [pair.caption for pair in pairs]
+            embeddings = text_encoder(tokenize(tokenizer, [*captions, ""])).last_hidden_state
+
+        def batch_at(step: int) -> dict[str, Tensor]:
+            chosen = epoch_batch(step, BATCH_SIZES["unet"], len(pairs))
+            return {"latents": latents[chosen], "encoder_hidden_states": embeddings[chosen]}
+
+        task = NoisePredictionTask(make_unet(), make_noise_schedule(), embeddings[-1:])
+        task.to(memory_format=torch.channels_last)
+        return self._train("unet", task, batch_at, stop_after_seconds)
+
+    def _assemble_stage(self, _: float | None) -> bool:
+        unet = make_unet()
+        load_ema_weights(self.folder / "unet", {f"unet.{name}": p for name, p in unet.named_parameters()})
+        clip = self._clip()
+        text_encoder = CLIPTextModel(clip.config.text_config)
+        text_encoder.load_state_dict(
+            clip.text_model.state_dict()
+            if _flat(text_encoder)
+            else {f"text_model.{name}": value for name, value in clip.text_model.state_dict().items()}
+        )
+        pipeline = StableDiffusionPipeline(
+            vae=self._normalised_vae(),
+            text_encoder=text_encoder,
+            tokenizer=self._tokenizer(),
+            unet=unet,
+            scheduler=DPMSolverMultistepScheduler.from_config(
+                make_noise_schedule().config, timestep_spacing="trailing", algorithm_type="dpmsolver++"
+            ),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        with replacing_folder(self.folder / "pipeline") as folder:
+            pipeline.to(torch.float16).save_pretrained(folder)
+            clip.to(torch.float16).save_pretrained(folder / "clip")
+        return True
+
+    # -- what one stage needs of another ---------------------------------------------------------
+
+    def _train(
+        self, name: str, task, batch_at: Callable[[int], dict[str, Tensor]], stop_after_seconds: float | None
+    ) -> bool:
+        accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16")
+        return train(
+            task,
+            batch_at,
+            LOOPS[name],
+            self.folder / name,
+            accelerator=accelerator,
+            progress=self.progress,
+            stop_after_seconds=stop_after_seconds,
+        )
+
+    def _images(self, pairs: list[Pair]) -> Tensor:
+        return load_images([self.images / pair.file_name for pair in pairs], IMAGE_SIZE)
+
+    def _tokenizer(self) -> CLIPTokenizer:
+        return CLIPTokenizer.from_pretrained(self.folder / "tokenizer")
+
+    def _clip(self) -> CLIPModel:
+        clip = make_clip(self._tokenizer())
+        load_ema_weights(self.folder / "clip", {f"clip.{name}": p for name, p in clip.named_parameters()})
+        return clip.eval()
+
+    def _normalised_vae(self) -> AutoencoderKL:
+        vae = make_vae()
+        load_ema_weights(self.folder / "vae", {f"vae.{name}": p for name, p in vae.named_parameters()})
+        normalise_latents(vae.eval(), self._images(seen_pairs()))
+        return vae
+
+
+def epoch_batch(step: int, batch_size: int, count: int, seed: int = 0) -> Tensor:
+    """Indices of a step's batch: epochs of shuffled batches, a function of the step alone."""
+    batches = count // batch_size
+    epoch, position = divmod(step, batches)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 7919 + epoch))
+    return order[position * batch_size : (position + 1) * batch_size]
+
+
+def make_tokenizer(captions: list[str]) -> CLIPTokenizer:
+    """A CLIP tokenizer whose merges are learnt from `captions`: their words become single tokens, and
+    any other text still splits into smaller pieces."""
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = CLIPTokenizer().backend_tokenizer.pre_tokenizer
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096,
+        min_frequency=1,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    bpe.train_from_iterator([caption.lower() for caption in captions], trainer)
+    merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
+    pieces = alphabet + [f"{letter}</w>" for letter in alphabet] + ["".join(merge) for merge in merges]
+    pieces += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CAPTION_LENGTH)
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    """Token ids (captions, CAPTION_LENGTH), padded as the pipeline pads them."""
+    return tokenizer(
+        captions, padding="max_length", max_length=CAPTION_LENGTH, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+def make_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
+    torch.manual_seed(0)
+    shared = {"hidden_act": "quick_gelu", "attention_dropout": 0.0}
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 2 * TEXT_WIDTH,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": CAPTION_LENGTH,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {
+        "image_size": IMAGE_SIZE,
+        "patch_size": 8,
+        "hidden_size": 192,
+        "intermediate_size": 768,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    }
+    return CLIPModel(
+        CLIPConfig(text_config=text | shared, vision_config=vision | shared, projection_dim=TEXT_WIDTH)
+    )
+
+
+def make_vae() -> AutoencoderKL:
+    torch.manual_seed(1)
+    return AutoencoderKL(
+        block_out_channels=(32, 64, 128),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=16,
+        sample_size=IMAGE_SIZE,
+        scaling_factor=1.0,
+    )
+
+
+def make_unet() -> UNet2DConditionModel:
+    """SD 1.x's topology, narrow: four levels, two layers each, attention on the three outer levels."""
+    torch.manual_seed(2)
+    return UNet2DConditionModel(
+        sample_size=IMAGE_SIZE // 4,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(64, 128, 160, 160),
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        layers_per_block=2,
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=2,
+    )
+
+
+def make_noise_schedule() -> DDPMScheduler:
+    """SD 1.x's noise schedule, with v-prediction as in SD 2.x."""
+    return DDPMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        num_train_timesteps=1000,
+        prediction_type="v_prediction",
+        clip_sample=False,
+        steps_offset=1,
+    )
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, images: Tensor, batch_size: int = 64) -> Tensor:
+    """Posterior means (images, 4, h / 4, w / 4) of `images`, scaled as the pipeline scales them."""
+    means = [vae.encode(batch).latent_dist.mean for batch in images.split(batch_size)]
+    return torch.cat(means) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def normalise_latents(vae: AutoencoderKL, images: Tensor) -> None:
+    """Fold the per-channel mean and deviation of the latents of `images` into `quant_conv` and
+    `post_quant_conv`, so that the latents have mean 0 and deviation 1 and reconstructions stay the same."""
+    latents = encode_images(vae, images) / vae.config.scaling_factor
+    mean, deviation = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+    quant, post_quant = vae.quant_conv, vae.post_quant_conv
+    channels = len(mean)
+    quant.weight[:channels] /= deviation[:, None, None, None]
+    quant.bias[:channels] = (quant.bias[:channels] - mean) / deviation
+    quant.bias[channels:] -= 2 * deviation.log()  # the posterior's log variance
+    post_quant.bias += post_quant.weight[:, :, 0, 0] @ mean
+    post_quant.weight *= deviation[None, :, None, None]
+
+
+def _flat(text_encoder: CLIPTextModel) -> bool:
+    return not any(name.startswith("text_model.") for name in text_encoder.state_dict())

@@ -1,0 +1,345 @@
+"""Teacher and students side by side: speed in one run, quality on the same prompts and seeds."""
+
+from __future__ import annotations
+
+import json
+import platform
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+from transformers import CLIPModel
+
+from asdm.conditioning import image_size
+from asdm.evaluation.latency import Latency, measure_interleaved, unet_call
+from asdm.evaluation.macs import counting_macs
+from asdm.evaluation.metrics import Judge, feature_distance, kid, recognition, retrieval_at_1
+from asdm.files import write_text
+from asdm.generation import default_guidance, generate
+from asdm.images import to_images
+from asdm.incubation.data import Example, load_pixels, open_data
+from asdm.pipelines import quiet
+from asdm.redundancy import DEFAULT_PROMPTS
+
+Progress = Callable[[str, int, int], None]
+_LONGEST_TIMED_PIPELINE_MS = 10_000
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SpeedFigures(_Record):
+    """One pipeline's cost. UNet calls are at batch 2 (one image with guidance), GMACs per sample.
+
+    `pipeline_extrapolated`: from a call of few steps and the UNet's latency, as a full one takes too long.
+    """
+
+    name: str
+    unet_parameters: int
+    unet_megabytes: float
+    gmacs: float
+    gmacs_without_attention: float
+    unet: Latency
+    unet_speedup: float
+    pipeline: Latency
+    pipeline_speedup: float
+    pipeline_extrapolated: bool
+
+
+class QualityFigures(_Record):
+    """One pipeline's images on one split; a figure is None where the data cannot tell it.
+
+    `teacher_distance` is 1 - cosine of the judge's features to the first pipeline's image of the same seed.
+    """
+
+    name: str
+    split: str
+    images: int
+    teacher_distance: float
+    kid: float | None = None
+    kid_deviation: float | None = None
+    concept_top1: float | None = None
+    concept_top5: float | None = None
+    style: float | None = None
+    retrieval_at_1: float | None = None
+
+
+class Evaluation(_Record):
+    """What several pipelines cost and what their images are like, from one run."""
+
+    date: str
+    machine: str
+    threads: int
+    dtype: str
+    steps: int
+    guidance_scale: float
+    seed: int
+    speed: list[SpeedFigures]
+    quality: list[QualityFigures]
+
+    def speed_of(self, name: str) -> SpeedFigures:
+        return next(row for row in self.speed if row.name == name)
+
+    def quality_of(self, name: str, split: str) -> QualityFigures | None:
+        return next((row for row in self.quality if (row.name, row.split) == (name, split)), None)
+
+    def save(self, path: str | Path) -> None:
+        write_text(Path(path), json.dumps(self.model_dump(), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Evaluation:
+        return cls.model_validate_json(Path(path).read_text("utf-8"))
+
+
+class EvaluationSet(_Record):
+    """Prompts of one split, and the real images behind them where there are any."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    split: str
+    prompts: list[str]
+    examples: list[Example]
+
+
+def evaluate(
+    pipelines: dict[str, DiffusionPipeline],
+    *,
+    data: str | Path | None = None,
+    prompts: Sequence[str] | None = None,
+    samples: int = 128,
+    steps: int = 25,
+    guidance_scale: float | None = None,
+    seed: int = 0,
+    rounds: int = 10,
+    quality: bool = True,
+    clip: CLIPModel | None = None,
+    images_folder: Path | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure speed and quality of several pipelines in one run; the first is the teacher.
+
+    Args:
+        data: where prompts and real images come from: a folder, or "demo". Its held-out rows are a
+            split of their own.
+        prompts: used where there is no `data`; without real images only the distance to the teacher's
+            images is told.
+        samples: at most so many prompts of each split.
+        rounds: timed rounds of the UNet call; the pipeline is timed for half as many.
+        quality: False to measure speed alone.
+        clip: a CLIPModel for retrieval figures; its tokenizer is the first pipeline's.
+        images_folder: where to keep every image as `SPLIT/NAME/0000.png`.
+
+    Raises:
+        AsdmError: the data cannot be used, or the judge is not installed.
+    """
+    first = next(iter(pipelines.values()))
+    guidance = default_guidance(first) if guidance_scale is None else guidance_scale
+    sets = evaluation_sets(data, prompts, samples, seed) if quality else []
+    judged = (
+        _judge(pipelines, sets, data, steps, guidance, seed, clip, images_folder, progress) if sets else []
+    )
+    return Evaluation(
+        date=date.today().isoformat(),
+        machine=f"{platform.machine()}, {first.device}, torch {torch.__version__}",
+        threads=torch.get_num_threads(),
+        dtype=str(first.unet.dtype).removeprefix("torch."),
+        steps=steps,
+        guidance_scale=guidance,
+        seed=seed,
+        speed=measure_speed(pipelines, steps=steps, guidance_scale=guidance, rounds=rounds),
+        quality=judged,
+    )
+
+
+def measure_speed(
+    pipelines: dict[str, DiffusionPipeline], *, steps: int, guidance_scale: float, rounds: int
+) -> list[SpeedFigures]:
+    """Latency of the UNet call and of the whole pipeline, each in interleaved rounds; parameters; MACs."""
+    device = next(iter(pipelines.values())).device
+    unets = {name: pipeline.unet for name, pipeline in pipelines.items()}
+    unet_times = measure_interleaved(
+        {name: unet_call(unet) for name, unet in unets.items()}, rounds=rounds, device=device
+    )
+    slowest = max(time.median_ms for time in unet_times.values())
+    short = steps if slowest * steps <= _LONGEST_TIMED_PIPELINE_MS else min(steps, 2)
+    pipeline_times = measure_interleaved(
+        {
+            name: lambda pipeline=pipeline: generate(
+                pipeline, [DEFAULT_PROMPTS[0]], steps=short, guidance_scale=guidance_scale
+            )
+            for name, pipeline in pipelines.items()
+        },
+        rounds=max(1, rounds // 2) if short == steps else 1,
+        warmup=1,
+        device=device,
+    )
+    for name, time in pipeline_times.items():
+        pipeline_times[name] = _longer(time, (steps - short) * unet_times[name].median_ms)
+    base = next(iter(pipelines))
+    rows = []
+    for name, unet in unets.items():
+        with counting_macs(unet) as count:
+            unet_call(unet, batch_size=1)()
+        rows.append(
+            SpeedFigures(
+                name=name,
+                unet_parameters=sum(p.numel() for p in unet.parameters()),
+                unet_megabytes=sum(p.numel() * p.element_size() for p in unet.parameters()) / 1e6,
+                gmacs=count.below() / 1e9,
+                gmacs_without_attention=count.below(with_attention=False) / 1e9,
+                unet=unet_times[name],
+                unet_speedup=unet_times[base].median_ms / unet_times[name].median_ms,
+                pipeline=pipeline_times[name],
+                pipeline_speedup=pipeline_times[base].median_ms / pipeline_times[name].median_ms,
+                pipeline_extrapolated=short != steps,
+            )
+        )
+    return rows
+
+
+def evaluation_sets(
+    data: str | Path | None, prompts: Sequence[str] | None, samples: int, seed: int
+) -> list[EvaluationSet]:
+    """The fixed prompts of a run: seen and held-out ones of the data, or the prompts given."""
+    if data is None:
+        chosen = list(prompts or DEFAULT_PROMPTS)[:samples]
+        return [EvaluationSet(split="prompts", prompts=chosen, examples=[])]
+    sets = []
+    for split, name in (("train", "seen"), ("held_out", "held_out")):
+        examples = open_data(data, split).examples  # type: ignore[arg-type]
+        if len(examples) > samples:
+            examples = random.Random(seed).sample(examples, samples)
+        if examples:
+            captions = [example.caption for example in examples]
+            sets.append(EvaluationSet(split=name, prompts=captions, examples=examples))
+    return sets
+
+
+def _judge(
+    pipelines: dict[str, DiffusionPipeline],
+    sets: list[EvaluationSet],
+    data: str | Path | None,
+    steps: int,
+    guidance: float,
+    seed: int,
+    clip: CLIPModel | None,
+    images_folder: Path | None,
+    progress: Progress | None,
+) -> list[QualityFigures]:
+    judge = Judge()
+    first = next(iter(pipelines.values()))
+    pool = _Pool(judge, first, open_data(data, "all").examples, clip) if data is not None else None
+    rows = []
+    for evaluation_set in sets:
+        teacher_features: Tensor | None = None
+        for name, pipeline in pipelines.items():
+
+            def drawn(done: int, total: int, name: str = name, split: str = evaluation_set.split) -> None:
+                if progress is not None:
+                    progress(f"{name}, {split}", done, total)
+
+            images = generate(
+                pipeline,
+                evaluation_set.prompts,
+                steps=steps,
+                guidance_scale=guidance,
+                seed=seed,
+                progress=drawn,
+            )
+            if images_folder is not None:
+                save_images(images, images_folder / evaluation_set.split / name)
+            features = judge.features(images)
+            teacher_features = features if teacher_features is None else teacher_features
+            rows.append(
+                QualityFigures(
+                    name=name,
+                    split=evaluation_set.split,
+                    images=len(images),
+                    teacher_distance=feature_distance(features, teacher_features),
+                    **(pool.figures(images, features, evaluation_set.examples) if pool is not None else {}),
+                )
+            )
+    return rows
+
+
+class _Pool:
+    """All real images of the data, seen and held out: what generated ones are compared with."""
+
+    def __init__(
+        self, judge: Judge, pipeline: DiffusionPipeline, examples: list[Example], clip: CLIPModel | None
+    ):
+        self.examples, pixels = load_pixels(examples, image_size(pipeline), {})
+        self.features = judge.features(torch.stack(pixels))
+        self.clip = clip
+        if clip is not None:
+            self.text_embeds = text_embeds(clip, pipeline, [example.caption for example in self.examples])
+
+    def figures(self, images: Tensor, features: Tensor, examples: list[Example]) -> dict[str, Any]:
+        row_of = {example.path: row for row, example in enumerate(self.examples)}
+        rows = [row_of[example.path] for example in examples]
+        mean, deviation = kid(features, self.features[rows])
+        figures: dict[str, Any] = {"kid": mean, "kid_deviation": deviation}
+        if all(example.concept and example.style for example in self.examples):
+            labels = [(str(example.concept), str(example.style)) for example in self.examples]
+            found = recognition(features, [labels[row] for row in rows], self.features, labels)
+            figures |= asdict(found)
+        if self.clip is not None:
+            figures["retrieval_at_1"] = retrieval_at_1(
+                image_embeds(self.clip, images), self.text_embeds, rows
+            )
+        return figures
+
+
+@torch.no_grad()
+def image_embeds(clip: CLIPModel, images: Tensor) -> Tensor:
+    """Embeddings (images, channels) of `images` (images, 3, h, w) in [-1, 1] by the image tower."""
+    pooled = clip.vision_model(pixel_values=images.to(clip.dtype)).pooler_output
+    return clip.visual_projection(pooled)
+
+
+@torch.no_grad()
+def text_embeds(clip: CLIPModel, pipeline: DiffusionPipeline, captions: Sequence[str]) -> Tensor:
+    """Embeddings (captions, channels) by the text tower."""
+    tokens = pipeline.tokenizer(
+        list(captions),
+        padding="max_length",
+        max_length=pipeline.tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+    return clip.text_projection(clip.text_model(input_ids=tokens.input_ids).pooler_output)
+
+
+def load_clip(pipeline: DiffusionPipeline) -> CLIPModel | None:
+    """The CLIPModel saved beside a pipeline (folder `clip`), where there is one."""
+    from asdm.demo import pipeline_folder
+
+    name = str(pipeline.config.get("_name_or_path"))
+    folder = (pipeline_folder() if name == "demo" else Path(name)) / "clip"
+    if not folder.is_dir():
+        return None
+    with quiet():
+        return CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def save_images(images: Tensor, folder: Path) -> None:
+    """Write images (images, 3, h, w) in [-1, 1] as 0000.png and so on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, image in enumerate(to_images(images)):
+        image.save(folder / f"{index:04d}.png")
+
+
+def _longer(time: Latency, milliseconds: float) -> Latency:
+    return Latency(
+        time.median_ms + milliseconds,
+        time.lower_quartile_ms + milliseconds,
+        time.upper_quartile_ms + milliseconds,
+        time.rounds,
+    )

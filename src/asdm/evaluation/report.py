@@ -1,0 +1,150 @@
+"""The HTML report: one file, no network, with the headline, what was cut, speed, quality and images."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import jinja2
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from PIL import Image
+
+from asdm import __version__
+from asdm.evaluation.comparison import Evaluation, EvaluationSet
+from asdm.evaluation.metrics import JUDGE_NAME
+from asdm.evaluation.plots import loss_plot, redundancy_plot
+from asdm.files import replacing_file, write_text
+from asdm.redundancy import RedundancyMap
+from asdm.student.plan import PruningPlan
+
+# Field of QualityFigures, title in the report, title in a terminal, how it is written.
+QUALITY_COLUMNS = (
+    ("concept_top1", "concept, top-1", "top-1", "percent"),
+    ("concept_top5", "concept, top-5", "top-5", "percent"),
+    ("style", "style", "style", "percent"),
+    ("kid", f"KID ({JUDGE_NAME})", "KID", "number"),
+    ("retrieval_at_1", "R@1 (own CLIP)", "R@1", "percent"),
+    ("teacher_distance", "distance to teacher's images", "distance", "number"),
+)
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    """A prompt and its image by each model, as data URIs; the real image first where there is one."""
+
+    caption: str
+    images: list[str]
+
+
+def write_report(
+    path: Path,
+    *,
+    evaluation: Evaluation,
+    redundancy: RedundancyMap,
+    plan: PruningPlan,
+    logs: Mapping[str, Sequence[Mapping[str, float]]],
+    sets: Sequence[EvaluationSet],
+    images_folder: Path,
+    target_speedup: float | None = None,
+    rows_per_split: int = 10,
+    skipped: Mapping[str, str] | None = None,
+) -> str:
+    """Write the report; returns its headline."""
+    names = [row.name for row in evaluation.speed]
+    headline = headline_of(evaluation, target_speedup)
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_template), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    html = environment.get_template("report.html.j2").render(
+        headline=headline,
+        evaluation=evaluation,
+        redundancy=redundancy,
+        plan=plan,
+        names=names,
+        columns=[c for c in QUALITY_COLUMNS if any(getattr(q, c[0]) is not None for q in evaluation.quality)],
+        splits=[s.split for s in sets],
+        image_rows={s.split: _image_rows(s, names, images_folder, rows_per_split) for s in sets},
+        has_real={s.split: bool(s.examples) for s in sets},
+        u_plot=_figure_uri(redundancy_plot(redundancy, plan)),
+        loss_plot=_figure_uri(loss_plot(logs)) if logs else None,
+        skipped=skipped or {},
+        version=__version__,
+    )
+    write_text(path, html)
+    return headline
+
+
+def headline_of(evaluation: Evaluation, target_speedup: float | None = None) -> str:
+    """One sentence: how much faster and smaller the last model is than the first, and what it kept."""
+    teacher, student = evaluation.speed[0], evaluation.speed[-1]
+    size = 100 * student.unet_parameters / teacher.unet_parameters
+    sentence = (
+        f"The UNet is {student.unet_speedup:.2f}x faster and the pipeline {student.pipeline_speedup:.2f}x, "
+        f"with {size:.0f}% of the UNet's parameters"
+    )
+    if target_speedup is not None and student.unet_speedup < target_speedup:
+        sentence += f" (short of the {target_speedup:g}x asked for)"
+    for split, words in (
+        ("held_out", "held-out prompts"),
+        ("seen", "seen prompts"),
+        ("prompts", "the prompts"),
+    ):
+        before, after = evaluation.quality_of(teacher.name, split), evaluation.quality_of(student.name, split)
+        if before is None or after is None:
+            continue
+        if before.concept_top5 and after.concept_top5 is not None:
+            kept = 100 * after.concept_top5 / before.concept_top5
+            return (
+                f"{sentence}; on {words} it keeps {kept:.0f}% of the original's concept accuracy "
+                f"(top-5: {100 * after.concept_top5:.1f}% against {100 * before.concept_top5:.1f}%)."
+            )
+        return f"{sentence}; its images of {words} lie {after.teacher_distance:.3f} from the original's (1 - cosine)."
+    return f"{sentence}."
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG and close it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
+    plt.close(figure)
+
+
+def _template(name: str) -> str:
+    return resources.files("asdm.evaluation").joinpath(name).read_text("utf-8")
+
+
+def _image_rows(evaluation_set: EvaluationSet, names: list[str], folder: Path, count: int) -> list[ImageRow]:
+    rows = []
+    step = max(1, len(evaluation_set.prompts) // count)
+    for index in list(range(0, len(evaluation_set.prompts), step))[:count]:
+        paths = [folder / evaluation_set.split / name / f"{index:04d}.png" for name in names]
+        if evaluation_set.examples:
+            paths.insert(0, evaluation_set.examples[index].path)
+        rows.append(ImageRow(evaluation_set.prompts[index], [_image_uri(path) for path in paths]))
+    return rows
+
+
+def _image_uri(path: Path, longest: int = 192) -> str:
+    with Image.open(path) as image:
+        image = image.convert("RGB")
+        image.thumbnail((longest, longest))
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+    return _uri(buffer)
+
+
+def _figure_uri(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    plt.close(figure)
+    return _uri(buffer)
+
+
+def _uri(buffer: io.BytesIO) -> str:
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,0 +1,55 @@
+"""Images as tensors and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from asdm.errors import AsdmError
+
+
+def load_images(paths: Sequence[Path], size: int) -> Tensor:
+    """Images (count, 3, size, size) in [-1, 1], centre-cropped to a square and resized."""
+    return torch.stack([to_tensor(Image.open(path), size) for path in paths])
+
+
+def to_tensor(image: Image.Image, size: int) -> Tensor:
+    """One image as (3, size, size) in [-1, 1], transparent parts on white."""
+    if image.mode in ("RGBA", "LA", "P", "PA"):
+        rgba = image.convert("RGBA")
+        image = Image.new("RGBA", rgba.size, "white")
+        image.alpha_composite(rgba)
+    image = image.convert("RGB")
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    if side != size:
+        image = image.resize((size, size), Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return pixels.float() / 127.5 - 1
+
+
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """(count, 3, height, width) in [-1, 1] as PIL images."""
+    as_bytes = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(image) for image in as_bytes]
+
+
+def open_image(path: Path) -> Image.Image:
+    """A user's image file as RGB.
+
+    Raises:
+        AsdmError: no such file, or not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise AsdmError(f"{path}: no such image file") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise AsdmError(f"{path}: not an image that can be read ({error})") from None

@@ -1,0 +1,232 @@
+"""A student UNet learns from its teacher: the task that the loop trains, and `distill`, which runs the stages."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from asdm.conditioning import (
+    Conditioning,
+    embed_prompts,
+    encode_images,
+    image_size,
+    noise_schedule,
+    prediction_target,
+)
+from asdm.errors import AsdmError
+from asdm.files import replacing_file
+from asdm.incubation.data import Data, load_pixels, open_data
+from asdm.incubation.losses import feature_losses, output_loss, task_loss, weighted_sum
+from asdm.incubation.stages import Stage, joint_stages, small_model_stages
+from asdm.incubation.trainer import Progress, TrainingTask, train
+from asdm.inference.runtime import keep_freed_memory
+from asdm.units import stages as unet_blocks
+
+_SMALL_MODEL_PARAMETERS = 50_000_000
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Latents (images, 4, h, w) with their captions' embeddings, the empty caption's, and what was skipped."""
+
+    latents: Tensor
+    captions: Conditioning
+    empty_caption: Conditioning
+    skipped: dict[str, str]
+
+
+class DistillationTask(TrainingTask):
+    """Task, output and per-block feature losses of a student that sees what its teacher sees.
+
+    Batch: indices (batch,) into the training set. The teacher runs without gradient.
+    """
+
+    def __init__(
+        self,
+        teacher: UNet2DConditionModel,
+        student: UNet2DConditionModel,
+        schedule: DDPMScheduler,
+        examples: TrainingSet,
+        stage: Stage,
+    ):
+        super().__init__()
+        self.teacher, self.student = teacher.eval().requires_grad_(False), student.requires_grad_(True)
+        self.schedule, self.examples, self.stage = schedule, examples, stage
+        self.blocks = unet_blocks(student)
+
+    def train(self, mode: bool = True) -> DistillationTask:
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(self, batch: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        device = self.student.device
+        latents = self.examples.latents[batch].to(device)
+        captions = self._captions(batch, generator).to(device)
+        count = len(latents)
+        # Stratified over the batch: a lower variance of the loss than independent draws.
+        quantiles = (
+            torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
+        ) / count
+        timesteps = (quantiles * self.schedule.config.num_train_timesteps).long().to(device)
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        noisy = self.schedule.add_noise(latents, noise, timesteps)
+        target = prediction_target(self.schedule, latents, noise, timesteps)
+        with torch.no_grad(), capturing(self.teacher, self.blocks) as teacher_features:
+            teacher_pred = self.teacher(noisy, timesteps, **captions.unet_arguments(), return_dict=False)[0]
+        with capturing(self.student, self.blocks) as student_features:
+            noise_pred = self.student(noisy, timesteps, **captions.unet_arguments(), return_dict=False)[0]
+        by_block = feature_losses(student_features, teacher_features)
+        losses = {
+            "task": task_loss(noise_pred, target),
+            "output": output_loss(noise_pred, teacher_pred),
+            "feature": torch.stack(list(by_block.values())).mean(),
+        }
+        total = weighted_sum(losses, self.stage.losses.model_dump())
+        return {"loss": total, **losses, **{f"feature/{name}": value for name, value in by_block.items()}}
+
+    def _captions(self, batch: Tensor, generator: torch.Generator) -> Conditioning:
+        kept = torch.rand(len(batch), generator=generator) >= self.stage.caption_dropout
+        return self.examples.captions[batch].where(kept, self.examples.empty_caption)
+
+
+@contextmanager
+def capturing(unet: UNet2DConditionModel, blocks: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Collect the hidden states (batch, channels, h, w) that the named blocks put out in the block."""
+    features: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_module: Any, _args: Any, output: Any) -> None:
+            features[name] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    handles = [unet.get_submodule(name).register_forward_hook(keep(name)) for name in blocks]
+    try:
+        yield features
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def distill(
+    teacher: DiffusionPipeline,
+    student: UNet2DConditionModel,
+    data: str | Path,
+    folder: str | Path,
+    *,
+    stages: Sequence[Stage] | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> TrainingSet:
+    """Train `student` in place to do as the teacher's UNet does; resumes from what is in `folder`.
+
+    Args:
+        data: images with captions: a folder, or "demo".
+        folder: gets the prepared latents and, for each stage, `log.jsonl`, TensorBoard events and the
+            newest checkpoint; a run killed at any moment loses the steps since that checkpoint at most.
+        stages: what to train how long; by default one joint stage of `steps` steps (1000).
+        progress: called after each step with the step, the losses and the seconds it took.
+
+    Returns:
+        What was trained on.
+
+    Raises:
+        AsdmError: the data cannot be used, a loss is not finite, or `folder` is of another run.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    keep_freed_memory()
+    stages = list(stages) if stages is not None else default_stages(student, 1000 if steps is None else steps)
+    examples = prepare(teacher, data, folder / "prepared.safetensors")
+    schedule = noise_schedule(teacher)
+    for index, stage in enumerate(stages):
+        task = DistillationTask(teacher.unet, student, schedule, examples, stage)
+        order = _Shuffled(len(examples.latents), stage.batch_size, seed)
+        train(
+            task,
+            order,
+            stage.loop(seed),
+            folder / f"{index:02d}-{stage.name}",
+            accelerator=Accelerator(cpu=teacher.device.type == "cpu", mixed_precision=stage.mixed_precision),
+            progress=progress,
+        )
+    student.eval().requires_grad_(False)
+    return examples
+
+
+def default_stages(student: UNet2DConditionModel, steps: int) -> list[Stage]:
+    """One joint stage at a pace that suits the student's size."""
+    small = sum(p.numel() for p in student.parameters()) <= _SMALL_MODEL_PARAMETERS
+    return small_model_stages(steps) if small else joint_stages(steps)
+
+
+@torch.no_grad()
+def prepare(pipeline: DiffusionPipeline, data: str | Path, cache: Path, batch_size: int = 16) -> TrainingSet:
+    """Latents and caption embeddings of a data source, kept in `cache` for the next time.
+
+    Raises:
+        AsdmError: the source cannot be used, or `cache` holds another source's.
+    """
+    source = open_data(data)
+    digest = _digest(source, image_size(pipeline))
+    if not cache.is_file():
+        skipped, examples, latents = dict(source.skipped), [], []
+        for start in range(0, len(source), batch_size):
+            batch = source.examples[start : start + batch_size]
+            readable, pixels = load_pixels(batch, image_size(pipeline), skipped)
+            if pixels:
+                latents.append(encode_images(pipeline, torch.stack(pixels)).cpu())
+                examples += readable
+        if not examples:
+            raise AsdmError(f"{data}: none of its {len(source)} images can be decoded; mend the folder")
+        captions = embed_prompts(pipeline, [example.caption for example in examples])
+        tensors = {
+            name: value.cpu().contiguous() for name, value in vars(captions).items() if value is not None
+        }
+        about = {"source": digest, "skipped": json.dumps(skipped)}
+        with replacing_file(cache) as partial:
+            save_file({"latents": torch.cat(latents).contiguous(), **tensors}, partial, metadata=about)
+    with safe_open(cache, "pt") as stored:
+        about = stored.metadata()
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    if about["source"] != digest:
+        raise AsdmError(f"{cache}: prepared from other data than {data}; use another output folder")
+    latents = tensors.pop("latents")
+    empty_caption = embed_prompts(pipeline, [""]).to("cpu")
+    return TrainingSet(latents, Conditioning(**tensors), empty_caption, json.loads(about["skipped"]))
+
+
+def _digest(source: Data, size: int) -> str:
+    rows = [[example.path.name, example.caption] for example in source.examples]
+    return hashlib.sha256(json.dumps([size, rows]).encode()).hexdigest()[:16]
+
+
+class _Shuffled:
+    """Batches of indices: epochs of a shuffled set, a function of the step alone."""
+
+    def __init__(self, count: int, batch_size: int, seed: int):
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+
+    def __call__(self, step: int) -> Tensor:
+        positions = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs = positions // self.count
+        orders = {int(epoch): self._order(int(epoch)) for epoch in epochs.unique()}
+        return torch.stack([orders[int(e)][p % self.count] for e, p in zip(epochs, positions, strict=True)])
+
+    def _order(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 7919 + epoch)
+        return torch.randperm(self.count, generator=generator)

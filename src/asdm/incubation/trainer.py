@@ -1,0 +1,269 @@
+"""One training loop for every task: Accelerate, EMA, checkpoints that survive `kill -9`, exact resume.
+
+What is trained and how the loss is made is the task's business; which tasks run in which order is
+`stages.py`'s. The batch and the noise of a step depend on the seed and the step alone, so a resumed
+run sees exactly what the uninterrupted one would have seen.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from asdm.errors import AsdmError
+from asdm.files import replacing_folder
+
+Batch = Any
+Progress = Callable[[dict[str, float]], None]
+
+
+class TrainingTask(nn.Module):
+    """Something to train: owns what is trained and what is frozen, and makes the loss.
+
+    `forward(batch, generator)` returns a dict of scalars: "loss", which is minimised, and every
+    component of it for the log. Frozen parts have `requires_grad` off.
+    """
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def forward(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How long and how fast to train. `learning_rate` is the peak, reached after `warmup_steps`."""
+
+    steps: int
+    learning_rate: float = 1e-4
+    warmup_steps: int = 0
+    schedule: Literal["constant", "cosine"] = "cosine"
+    final_learning_rate: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.0
+    checkpoint_every: int = 200
+    seed: int = 0
+
+    def learning_rate_at(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return self.learning_rate
+        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * cosine
+
+
+def train(
+    task: TrainingTask,
+    batch_at: Callable[[int], Batch],
+    settings: LoopSettings,
+    folder: Path,
+    *,
+    accelerator: Accelerator | None = None,
+    progress: Progress | None = None,
+    stop_after_seconds: float | None = None,
+) -> bool:
+    """Train `task` for `settings.steps` steps, resuming from the newest checkpoint in `folder`.
+
+    Args:
+        batch_at: the batch of a step; must depend on the step alone.
+        folder: gets `log.jsonl` (one line a step) and `checkpoint-*`.
+        progress: called after each step with `step`, `steps`, `learning_rate`, `seconds`, every loss.
+        stop_after_seconds: save and return early after that long.
+
+    Returns:
+        Whether all steps are done. The task then holds the EMA weights, if `ema_decay` is set.
+
+    Raises:
+        AsdmError: a loss is not finite; the last checkpoint is kept.
+    """
+    accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = task.trained()
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in weights.values() if p.ndim > 1], "weight_decay": settings.weight_decay},
+            {"params": [p for p in weights.values() if p.ndim <= 1], "weight_decay": 0.0},
+        ],
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        fused=True,
+    )
+    model, optimizer = accelerator.prepare(task, optimizer)
+    ema = EMAModel(weights.values(), decay=settings.ema_decay, foreach=True) if settings.ema_decay else None
+    state = _TrainingState(weights, optimizer, ema)
+    step = state.load_newest(folder)
+    log = _Log(folder / "log.jsonl", from_step=step)
+    started = time.monotonic()
+
+    model.train()
+    try:
+        while step < settings.steps:
+            before = time.monotonic()
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate_at(step)
+            generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+            losses = model(batch_at(step), generator)
+            _require_finite(losses, step, folder)
+            accelerator.backward(losses["loss"])
+            accelerator.clip_grad_norm_(weights.values(), settings.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            if ema is not None:
+                ema.step(weights.values())
+            step += 1
+            row = {name: float(value.detach()) for name, value in losses.items()}
+            row |= {"step": step, "learning_rate": settings.learning_rate_at(step - 1)}
+            log.write(row)
+            out_of_time = stop_after_seconds is not None and time.monotonic() - started > stop_after_seconds
+            if step % settings.checkpoint_every == 0 or step == settings.steps or out_of_time:
+                state.save(folder, step)
+            if progress is not None:
+                progress(row | {"steps": settings.steps, "seconds": time.monotonic() - before})
+            if out_of_time:
+                break
+    except KeyboardInterrupt:
+        state.save(folder, step)
+        raise
+    finally:
+        log.close()
+    if step >= settings.steps and ema is not None:
+        ema.copy_to(weights.values())
+    task.eval()
+    return step >= settings.steps
+
+
+def checkpoint_step(folder: Path) -> int:
+    """The step of the newest checkpoint in `folder`, 0 where there is none."""
+    return max((int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*[0-9]")), default=0)
+
+
+def load_ema_weights(folder: Path, weights: dict[str, nn.Parameter]) -> int:
+    """Put the newest checkpoint's averaged weights into `weights`; returns its step."""
+    step = checkpoint_step(folder)
+    path = folder / f"checkpoint-{step:07d}"
+    averaged = load_file(
+        path / ("ema.safetensors" if (path / "ema.safetensors").is_file() else "weights.safetensors")
+    )
+    for name, parameter in weights.items():
+        parameter.data.copy_(averaged[name])
+    return step
+
+
+class _TrainingState:
+    """What a checkpoint holds: weights, their average, the optimiser's moments, the step."""
+
+    def __init__(self, weights: dict[str, nn.Parameter], optimizer: Any, ema: EMAModel | None):
+        self.weights, self.optimizer, self.ema = weights, optimizer, ema
+
+    def save(self, folder: Path, step: int) -> None:
+        target = folder / f"checkpoint-{step:07d}"
+        if target.exists():
+            return
+        optimizer = self.optimizer.state_dict()["state"]
+        moments = {f"{i}.{key}": value for i, s in optimizer.items() for key, value in s.items()}
+        with replacing_folder(target) as partial:
+            save_file(
+                {n: p.detach().contiguous() for n, p in self.weights.items()}, partial / "weights.safetensors"
+            )
+            save_file({n: t.contiguous() for n, t in moments.items()}, partial / "optimizer.safetensors")
+            if self.ema is not None:
+                averaged = dict(zip(self.weights, self.ema.shadow_params, strict=True))
+                save_file({n: t.contiguous() for n, t in averaged.items()}, partial / "ema.safetensors")
+        for older in folder.glob("checkpoint-*[0-9]"):
+            if older != target:
+                shutil.rmtree(older)
+
+    def load_newest(self, folder: Path) -> int:
+        step = checkpoint_step(folder)
+        if step == 0:
+            return 0
+        path = folder / f"checkpoint-{step:07d}"
+        weights = load_file(path / "weights.safetensors")
+        if weights.keys() != self.weights.keys():
+            raise AsdmError(f"{path}: a checkpoint of another model; use another output folder")
+        for name, parameter in self.weights.items():
+            parameter.data.copy_(weights[name])
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in load_file(path / "optimizer.safetensors").items():
+            index, key = name.split(".", 1)
+            state.setdefault(int(index), {})[key] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        if self.ema is not None:
+            averaged = load_file(path / "ema.safetensors")
+            self.ema.shadow_params = [averaged[name].clone() for name in self.weights]
+            self.ema.optimization_step = step
+        return step
+
+
+class _Log:
+    """`log.jsonl`, a line a step, and TensorBoard events where it is installed.
+
+    Lines after the step that is resumed from are dropped.
+    """
+
+    def __init__(self, path: Path, from_step: int):
+        kept = [row for row in read_log(path) if row["step"] <= from_step]
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
+        self.file = path.open("a", encoding="utf-8")
+        self.board = _tensorboard(path.parent / "tensorboard", from_step)
+
+    def write(self, row: dict[str, float]) -> None:
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for name, value in row.items():
+                if name != "step":
+                    self.board.add_scalar(name, value, int(row["step"]))
+
+    def close(self) -> None:
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def _tensorboard(folder: Path, from_step: int) -> Any:
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=from_step + 1 if from_step else None)
+
+
+def read_log(path: Path) -> list[dict[str, float]]:
+    """The rows of a `log.jsonl`; a last line that was cut short is passed over."""
+    rows = []
+    for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _require_finite(losses: dict[str, Tensor], step: int, folder: Path) -> None:
+    broken = [name for name, value in losses.items() if not torch.isfinite(value)]
+    if broken:
+        components = [name for name in broken if name != "loss"] or broken
+        raise AsdmError(
+            f"{', '.join(components)} is not finite at step {step + 1}; the last checkpoint in {folder} is kept: "
+            "lower the learning rate and run again"
+        )

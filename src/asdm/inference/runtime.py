@@ -1,0 +1,23 @@
+"""How the machine is used: memory allocation, threads, dtype."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep freed blocks for the next allocation instead of returning them to the system.
+
+    Activations of a UNet are allocated and freed in each step; page faults on fresh memory cost 10 to
+    20% of a training step on two cores. Returns whether the C library took the settings.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        return bool(libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30) and libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30))
+    except (OSError, AttributeError):
+        return False

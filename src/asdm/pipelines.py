@@ -1,0 +1,242 @@
+"""Load a teacher pipeline (embedded default, Hub id, folder, single file, random full-size); save a student."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from diffusers import logging as diffusers_logging
+from safetensors import SafetensorError, safe_open
+from transformers.utils import logging as transformers_logging
+
+from asdm.errors import AsdmError
+from asdm.files import replacing_folder
+
+PICKLE_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth")
+RANDOM_SHAPES = ("sd15", "sd21", "sdxl")
+MARKER = "asdm.json"  # in a folder that this tool wrote: what it is, and that it may be replaced
+MODEL_HELP = "demo, a Hub id, a folder, a .safetensors file, or random:sd15 | random:sd21 | random:sdxl"
+
+
+def load_pipeline(
+    model: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+) -> DiffusionPipeline:
+    """Load a text-to-image pipeline.
+
+    Args:
+        model: "demo" (the embedded default), a Hub id, a folder, a single `.safetensors` file, or
+            "random:sd15", "random:sd21", "random:sdxl" (randomly initialised, full size, for speed).
+        device: where to put it; CPU by default.
+
+    Raises:
+        AsdmError: there is no such model, or it is damaged, a pickle, or not a Stable Diffusion pipeline.
+    """
+    name = str(model)
+    if name == "demo":
+        from asdm.demo import pipeline_folder
+
+        pipeline = _load_folder(pipeline_folder(), dtype)
+    elif name.startswith("random:"):
+        pipeline = _random_pipeline(name.removeprefix("random:"), dtype)
+    elif Path(name).is_dir():
+        pipeline = _load_folder(Path(name), dtype)
+    elif Path(name).is_file():
+        pipeline = _load_single_file(Path(name), dtype)
+    elif _looks_like_path(name):
+        raise AsdmError(f"{name}: no such folder or file; MODEL is {MODEL_HELP}")
+    else:
+        pipeline = _load_from_hub(name, dtype)
+    if not isinstance(getattr(pipeline, "unet", None), UNet2DConditionModel):
+        raise AsdmError(
+            f"{name}: a {type(pipeline).__name__}, which has no UNet2DConditionModel; use SD 1.x, 2.x or SDXL"
+        )
+    pipeline.register_to_config(_name_or_path=name)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device) if device is not None else pipeline
+
+
+def save_pipeline(
+    pipeline: DiffusionPipeline, folder: str | Path, about: dict[str, Any] | None = None
+) -> Path:
+    """Save a pipeline, student or teacher, as a folder that `load_pipeline` and diffusers load.
+
+    Written beside its place and renamed, so that an interrupted save leaves nothing that loads. A student
+    folder needs `import asdm` before `DiffusionPipeline.from_pretrained`.
+
+    Raises:
+        AsdmError: `folder` exists and was not written by this tool.
+    """
+    folder = Path(folder)
+    require_ours(folder)
+    with replacing_folder(folder) as partial, quiet():
+        pipeline.save_pretrained(partial)
+        (partial / MARKER).write_text(
+            json.dumps({"kind": "pipeline", **(about or {})}, indent=1) + "\n", "utf-8"
+        )
+    return folder
+
+
+def save_pipeline_into(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """Put a pipeline's parts into a folder of ours that holds other things too; what makes it load comes last."""
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary, quiet():
+        pipeline.save_pretrained(temporary)
+        (folder / "model_index.json").unlink(missing_ok=True)
+        parts = sorted(Path(temporary).iterdir(), key=lambda path: path.name == "model_index.json")
+        for part in parts:
+            target = folder / part.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(part, target)
+
+
+def require_ours(folder: Path) -> None:
+    """Raise an AsdmError if `folder` exists, is not empty, and was not written by this tool."""
+    if folder.is_file():
+        raise AsdmError(f"{folder}: a file; name a folder that does not exist yet")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).is_file():
+        raise AsdmError(
+            f"{folder}: exists and was not written by asdm (it has no {MARKER}); name another folder or remove it"
+        )
+
+
+def image_to_image(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """The image-to-image pipeline that shares this pipeline's parts."""
+    kind = StableDiffusionXLImg2ImgPipeline if is_sdxl(pipeline) else StableDiffusionImg2ImgPipeline
+    other = kind.from_pipe(pipeline)
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def with_unet(pipeline: DiffusionPipeline, unet: UNet2DConditionModel) -> DiffusionPipeline:
+    """A second pipeline that shares everything with `pipeline` but the UNet."""
+    parts = {**pipeline.components, "unet": unet}
+    other = type(pipeline)(**parts, **_extra_arguments(pipeline))
+    other.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def is_sdxl(pipeline: DiffusionPipeline) -> bool:
+    return hasattr(pipeline, "text_encoder_2")
+
+
+def _extra_arguments(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    allowed = ("requires_safety_checker", "force_zeros_for_empty_prompt")
+    return {name: pipeline.config[name] for name in allowed if name in pipeline.config}
+
+
+def _load_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise AsdmError(f"{folder}: not a pipeline folder (no model_index.json); MODEL is {MODEL_HELP}")
+    if not (folder / "unet" / "config.json").is_file():
+        raise AsdmError(f"{folder}: a pipeline folder without a UNet (no unet/config.json)")
+    for path in sorted(folder.glob("*/*.safetensors")):
+        require_safetensors(path)
+    if not any((folder / "unet").glob("*.safetensors")):
+        raise AsdmError(
+            f"{folder / 'unet'}: no .safetensors weights; pickles are not loaded, convert them first"
+        )
+    return _from_pretrained(str(folder), dtype)
+
+
+def _load_from_hub(name: str, dtype: torch.dtype) -> DiffusionPipeline:
+    try:
+        return _from_pretrained(name, dtype)
+    except (OSError, ValueError) as error:
+        if isinstance(error, AsdmError):
+            raise
+        raise AsdmError(
+            f"{name}: not found, here or on the Hub ({_first_line(error)}); MODEL is {MODEL_HELP}"
+        ) from error
+
+
+def _from_pretrained(name: str, dtype: torch.dtype) -> DiffusionPipeline:
+    with quiet():
+        try:
+            return DiffusionPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True)
+        except (SafetensorError, RuntimeError, KeyError, json.JSONDecodeError) as error:
+            if isinstance(error, AsdmError):
+                raise
+            raise AsdmError(f"{name}: cannot be loaded: {_first_line(error)}") from error
+
+
+def _load_single_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
+    if path.suffix in PICKLE_SUFFIXES:
+        raise AsdmError(f"{path}: a pickle, which can run code when loaded; convert it to .safetensors first")
+    require_safetensors(path)
+    with safe_open(path, "pt") as tensors:
+        is_xl = any(name.startswith("conditioner.embedders.1.") for name in tensors.keys())  # noqa: SIM118
+    kind = StableDiffusionXLPipeline if is_xl else StableDiffusionPipeline
+    try:
+        with quiet():
+            return kind.from_single_file(str(path), dtype=dtype)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise AsdmError(
+            f"{path}: not a Stable Diffusion checkpoint that diffusers can read ({_first_line(error)})"
+        ) from error
+
+
+def require_safetensors(path: Path) -> None:
+    """Raise an AsdmError unless `path` is a whole safetensors file."""
+    try:
+        with safe_open(path, "pt") as tensors:
+            tensors.keys()
+    except (SafetensorError, OSError) as error:
+        start = path.read_bytes()[:4] if path.stat().st_size < 1 << 32 else b""
+        pickled = start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+        why = "a pickle named .safetensors" if pickled else f"truncated or damaged ({_first_line(error)})"
+        raise AsdmError(f"{path}: not a safetensors file: {why}; download or convert it again") from None
+
+
+def _looks_like_path(name: str) -> bool:
+    return (
+        name.startswith(("/", ".", "~"))
+        or name.count("/") != 1
+        or Path(name).suffix in (".safetensors", *PICKLE_SUFFIXES)
+    )
+
+
+def _random_pipeline(shape: str, dtype: torch.dtype) -> DiffusionPipeline:
+    from asdm.random_models import random_pipeline
+
+    if shape not in RANDOM_SHAPES:
+        raise AsdmError(
+            f"random:{shape}: no such shape; allowed: {', '.join(f'random:{s}' for s in RANDOM_SHAPES)}"
+        )
+    return random_pipeline(shape, dtype)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+class quiet:
+    """No progress bars and no advice from the libraries while a pipeline is loaded or saved."""
+
+    def __enter__(self) -> None:
+        self.level = diffusers_logging.get_verbosity()
+        diffusers_logging.set_verbosity_error()
+        diffusers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        diffusers_logging.set_verbosity(self.level)
+        diffusers_logging.enable_progress_bar()
+        transformers_logging.enable_progress_bar()

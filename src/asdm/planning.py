@@ -1,0 +1,234 @@
+"""From a redundancy map and a budget to a pruning plan; and the published presets by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from diffusers import UNet2DConditionModel
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from asdm.errors import AsdmError
+from asdm.evaluation.latency import measure_interleaved, speedup, unet_call
+from asdm.random_models import random_unet
+from asdm.redundancy import RedundancyMap, UnitRecord
+from asdm.student.plan import PlanBase, PlanFigures, PruningPlan, build_student
+
+MEASUREMENT_ATTEMPTS = 6
+CLOSE_ENOUGH = 1.04  # a plan this little faster than needed is not improved on
+MEASUREMENT_MARGIN = 1.02  # asked of the plan's own measurement, so that a later one holds the target too
+PRESETS = ("bk-base", "bk-small", "bk-tiny")
+
+
+def make_plan(
+    redundancy: RedundancyMap,
+    *,
+    speedup: float | None = None,
+    params: float | None = None,
+    macs: float | None = None,
+    preset: str | None = None,
+    unet: UNet2DConditionModel | None = None,
+    rounds: int = 10,
+    progress: Callable[[str], None] | None = None,
+) -> PruningPlan:
+    """The removals of least total sensitivity inside one budget; for `speedup`, the measured one.
+
+    Args:
+        speedup: how many times faster the UNet call must be, measured against the original in turns.
+        params, macs: what must remain, as a part of the original in (0, 1) or as a number of parameters
+            or of MACs (attention products counted).
+        preset: "bk-base", "bk-small" or "bk-tiny" instead of a budget.
+        unet: the UNet to measure; without it one of the same shape with random weights is made.
+        rounds: timed rounds per measurement.
+
+    Raises:
+        AsdmError: not exactly one of the four given, an unknown preset, or a budget that even removing
+            every unit does not reach; the message says what is reachable.
+    """
+    given = {"speedup": speedup, "params": params, "macs": macs, "preset": preset}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if len(chosen) != 1:
+        raise AsdmError(
+            f"give exactly one of speedup, params, macs, preset; got {', '.join(chosen) or 'none'}"
+        )
+    if preset is not None:
+        return _plan(redundancy, _preset_units(redundancy, preset), {})
+    if speedup is not None:
+        return _plan_for_speedup(redundancy, speedup, unet, rounds, progress)
+    if params is not None:
+        removable = _Budget("params", redundancy.parameters, [u.parameters for u in redundancy.units])
+        units = removable.solve(redundancy, params)
+        return _plan(redundancy, units, {"params": params})
+    assert macs is not None
+    removable = _Budget("macs", redundancy.gmacs * 1e9, [u.gmacs * 1e9 for u in redundancy.units])
+    return _plan(redundancy, removable.solve(redundancy, macs), {"macs": macs})
+
+
+@dataclass(frozen=True)
+class _Budget:
+    """One resource: the original's total, and what each unit's removal saves of it."""
+
+    name: str
+    total: float
+    savings: list[float]
+
+    def solve(self, redundancy: RedundancyMap, remaining: float) -> list[str]:
+        kept = remaining if remaining <= 1 else remaining / self.total
+        units = least_sensitive(redundancy.units, self.savings, self.total * (1 - kept))
+        if not 0 < kept <= 1 or units is None:
+            least = 1 - most_saved(redundancy.units, self.savings) / self.total
+            raise AsdmError(
+                f"{self.name}={remaining:g}: out of reach; between {least:.3f} and 1 of the original's "
+                f"{self.total:.4g} can remain; ask for more"
+            )
+        return units
+
+
+def least_sensitive(units: list[UnitRecord], savings: list[float], needed: float) -> list[str] | None:
+    """The units whose removal saves at least `needed` at the least total sensitivity; None if none does.
+
+    An integer programme: minimise s.x subject to savings.x >= needed and, as an attention's parts go
+    with it, x_part + x_attention <= 1.
+    """
+    if needed <= 0:
+        return []
+    row_of = {unit.name: index for index, unit in enumerate(units)}
+    exclusive = [(row_of[unit.parent], index) for index, unit in enumerate(units) if unit.parent in row_of]
+    rows = np.zeros((1 + len(exclusive), len(units)))
+    rows[0] = savings
+    for row, (parent, part) in enumerate(exclusive, start=1):
+        rows[row, [parent, part]] = 1
+    lower = np.array([needed] + [-np.inf] * len(exclusive))
+    upper = np.array([np.inf] + [1.0] * len(exclusive))
+    scale = max(savings) or 1.0
+    rows[0] /= scale
+    lower[0] /= scale
+    sensitivity = np.array([unit.sensitivity for unit in units])
+    solution = milp(
+        # a tiny price on each removal: of equally good plans, the one with fewer
+        sensitivity + 1e-9,
+        integrality=np.ones(len(units)),
+        bounds=Bounds(0, 1),
+        constraints=LinearConstraint(rows, lower, upper),
+        options={"time_limit": 60, "mip_rel_gap": 1e-4},
+    )
+    if solution.x is None:
+        return None
+    return [unit.name for unit, removed in zip(units, solution.x, strict=True) if removed > 0.5]
+
+
+def most_saved(units: list[UnitRecord], savings: list[float]) -> float:
+    """What removing every resnet and attention saves."""
+    return sum(saved for unit, saved in zip(units, savings, strict=True) if unit.parent is None)
+
+
+def _plan_for_speedup(
+    redundancy: RedundancyMap,
+    target: float,
+    unet: UNet2DConditionModel | None,
+    rounds: int,
+    progress: Callable[[str], None] | None,
+) -> PruningPlan:
+    """Plan by the map's latencies, measure the pruned UNet, and ask for more or less until it is just enough."""
+    savings = [unit.latency_ms for unit in redundancy.units]
+    total = redundancy.latency_ms
+    reachable = total / max(total - most_saved(redundancy.units, savings), 1e-9)
+    if target <= 1:
+        raise AsdmError(f"speedup={target:g}: must be above 1; up to about {reachable:.2f} can be reached")
+    original = unet if unet is not None else random_unet(redundancy.unet_config)
+    needed = target * MEASUREMENT_MARGIN
+    aim, too_little, enough = target, 1.0, np.inf
+    best: PruningPlan | None = None
+    most = 0.0
+    for attempt in range(1, MEASUREMENT_ATTEMPTS + 1):
+        units = least_sensitive(redundancy.units, savings, total * (1 - 1 / aim))
+        if units is None:
+            # More than everything: the aim lies beyond what the map can give.
+            enough, aim = aim, (too_little + min(aim, reachable)) / 2
+            continue
+        plan = _plan(redundancy, units, {"speedup": target})
+        measured = measured_speedup(original, plan, rounds)
+        most = max(most, measured)
+        if progress is not None:
+            progress(
+                f"attempt {attempt}: {len(units)} removals, {measured:.3f}x measured, {target:g}x asked for"
+            )
+        if measured >= needed:
+            best, enough = _with_measured(plan, measured), aim
+            if measured <= needed * CLOSE_ENOUGH:
+                break
+        else:
+            too_little = aim
+        guess = aim * needed * (1 + (CLOSE_ENOUGH - 1) / 2) / measured
+        aim = guess if too_little < guess < enough else (too_little + min(enough, 2 * too_little)) / 2
+    if best is None:
+        raise AsdmError(
+            f"speedup={target:g}: out of reach; measured {most:.2f}x at most, "
+            f"about {reachable:.2f}x if every unit went; ask for less"
+        )
+    return best
+
+
+def measured_speedup(unet: UNet2DConditionModel, plan: PruningPlan, rounds: int = 10) -> float:
+    """How many times faster a UNet call (batch 2) is with the plan's edits, timed in turns."""
+    was_training = unet.training
+    unet.eval()
+    student = build_student(unet, plan)
+    times = measure_interleaved(
+        {"original": unet_call(unet), "pruned": unet_call(student)}, rounds=rounds, device=unet.device
+    )
+    unet.train(was_training)
+    return speedup(times["original"], times["pruned"])
+
+
+def _plan(redundancy: RedundancyMap, units: Iterable[str], target: dict[str, float]) -> PruningPlan:
+    units = list(units)
+    by_name = {unit.name: unit for unit in redundancy.units}
+    removed = [
+        unit for name, unit in by_name.items() if any(name == u or _top_level_in(unit, u) for u in units)
+    ]
+    saved = sum(unit.latency_ms for unit in removed)
+    return PruningPlan(
+        base=PlanBase(**{"class": "UNet2DConditionModel"}, fingerprint=redundancy.fingerprint),
+        edits=[{"edit": "remove", "unit": name} for name in units],  # type: ignore[list-item]
+        figures=PlanFigures(
+            target=target,
+            predicted_sensitivity=sum(unit.sensitivity for unit in removed),
+            predicted_speedup=redundancy.latency_ms / (redundancy.latency_ms - saved),
+        ),
+    )
+
+
+def _top_level_in(unit: UnitRecord, stage: str) -> bool:
+    """Whether a stage-level removal takes this resnet or attention with it."""
+    return unit.parent is None and unit.name.startswith(f"{stage}.")
+
+
+def _with_measured(plan: PruningPlan, measured: float) -> PruningPlan:
+    assert plan.figures is not None
+    figures = plan.figures.model_copy(update={"measured_speedup": measured})
+    return plan.model_copy(update={"figures": figures})
+
+
+def _preset_units(redundancy: RedundancyMap, preset: str) -> list[str]:
+    """BK-SDM's removals (arXiv 2305.15798, Sec. 3.1), with the shortcuts kept.
+
+    Base: the second resnet and attention of each down stage, the middle ones of each up stage. Small:
+    the mid block too. Tiny: the innermost stage too.
+    """
+    if preset not in PRESETS:
+        raise AsdmError(f"{preset}: no such preset; allowed: {', '.join(PRESETS)}")
+    names = [unit.name for unit in redundancy.units if unit.parent is None]
+    innermost = max(int(name.split(".")[1]) for name in names if name.startswith("down_blocks."))
+    removed = [
+        name
+        for name in names
+        if name.startswith(("down_blocks.", "up_blocks.")) and name.endswith((".resnets.1", ".attentions.1"))
+    ]
+    if preset != "bk-base":
+        removed.append("mid_block")
+    if preset == "bk-tiny":
+        gone = (f"down_blocks.{innermost}.", "up_blocks.0.")
+        removed = [name for name in removed if not name.startswith(gone)] + [f"down_blocks.{innermost}"]
+    return removed

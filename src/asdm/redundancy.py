@@ -1,0 +1,411 @@
+"""Which units of a UNet are redundant: what each costs, and how far the prediction moves without it.
+
+Changes no model: units are removed for the length of one call and put back.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
+
+from asdm.conditioning import embed_prompts, encode_images, image_size, latent_shape, noise_schedule
+from asdm.errors import AsdmError
+from asdm.evaluation.latency import timing_modules, unet_call
+from asdm.evaluation.macs import counting_macs
+from asdm.files import write_text
+from asdm.incubation.data import load_pixels, open_data
+from asdm.student.edits import Remove
+from asdm.student.surgery import edited, set_module
+from asdm.units import (
+    TRANSFORMER_BRANCHES,
+    Unit,
+    UnitKind,
+    fingerprint,
+    layers,
+    removable_units,
+    stage_of,
+    stages,
+)
+
+# What a user's prompts are like, where no data says it.
+DEFAULT_PROMPTS = (
+    "a photograph of an astronaut riding a horse",
+    "a bowl of fruit on a wooden table, still life",
+    "a castle on a hill at sunset, oil painting",
+    "portrait of an old fisherman, studio light",
+    "a red bicycle leaning against a brick wall",
+    "a cat sleeping on a pile of books",
+    "a city street in the rain at night, neon signs",
+    "a mountain lake with pine trees, morning mist",
+)
+
+Progress = Callable[[int, int, str], None]
+
+
+class UnitRecord(BaseModel):
+    """One unit's cost and sensitivity.
+
+    `gmacs` counts attention products, `gmacs_without_attention` does not; both per sample. `latency_ms`
+    is what removal saves of one UNet call (its kept shortcut subtracted), `latency_share` its part of
+    that call. `sensitivity` is |prediction without it - prediction|^2 / |prediction|^2, averaged over
+    time steps and prompts (inferred).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    kind: UnitKind
+    parent: str | None
+    parameters: int
+    gmacs: float
+    gmacs_without_attention: float
+    latency_ms: float
+    latency_share: float
+    sensitivity: float
+    sensitivity_by_timestep: dict[int, float]
+
+    @property
+    def stage(self) -> str:
+        return stage_of(self.name)
+
+
+class RedundancyMap(BaseModel):
+    """Every removable unit of a UNet with what it costs and what it is worth, as a table.
+
+    `unet_forwards` is how many UNet calls' worth of time the ablation took, `necessary_forwards` the
+    least that an exact ablation needs when no prefix is computed twice.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    model: str
+    fingerprint: str
+    unet_config: dict[str, Any]
+    parameters: int
+    gmacs: float
+    gmacs_without_attention: float
+    latency_ms: float
+    latency_batch_size: int
+    dtype: str
+    threads: int
+    timesteps: list[int]
+    prompts: int
+    seed: int
+    unet_forwards: float
+    necessary_forwards: float
+    seconds: float
+    units: list[UnitRecord]
+
+    def unit(self, name: str) -> UnitRecord:
+        return next(unit for unit in self.units if unit.name == name)
+
+    def save(self, path: str | Path) -> None:
+        write_text(Path(path), json.dumps(self.model_dump(), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> RedundancyMap:
+        """Read a map.
+
+        Raises:
+            AsdmError: no such file, or not a map.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise AsdmError(f"{path}: no such redundancy map; make one with `asdm analyze`")
+        try:
+            return cls.model_validate_json(path.read_text("utf-8"))
+        except (ValidationError, UnicodeDecodeError) as error:
+            first = " ".join(str(error).split())[:160]
+            raise AsdmError(f"{path}: not a redundancy map: {first}; make one with `asdm analyze`") from None
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Arguments of one UNet call at one time step, and what the whole UNet answers."""
+
+    timestep: int
+    arguments: dict[str, Any]
+
+
+@torch.no_grad()
+def analyze(
+    pipeline: DiffusionPipeline,
+    *,
+    data: str | Path | None = None,
+    prompts: Sequence[str] | None = None,
+    timesteps: int = 4,
+    samples: int | None = None,
+    latency_rounds: int = 5,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> RedundancyMap:
+    """Cost and sensitivity (by ablation) of every removable unit of the pipeline's UNet.
+
+    Args:
+        data: images with captions to calibrate on (a folder, or "demo"); without it, latents that the
+            pipeline itself makes from `prompts` (pure noise where its weights are random).
+        prompts: captions; `DEFAULT_PROMPTS` where neither they nor `data` are given.
+        timesteps: at how many time steps, the middles of equal parts of the schedule.
+        samples: how many images or prompts; by default 16 at up to 32x32 latents, else 1.
+        latency_rounds: timed UNet calls at batch 2 (one image with guidance).
+        progress: called with units done, units in all, and the unit's name.
+
+    Returns:
+        The map, with `unet_forwards` and `necessary_forwards` to judge its own cost by.
+
+    Raises:
+        AsdmError: the data folder cannot be used.
+    """
+    started = time.perf_counter()
+    unet: UNet2DConditionModel = pipeline.unet
+    units = removable_units(unet)
+    was_training = unet.training
+    unet.eval()
+    try:
+        costs = _measure_costs(unet, units, latency_rounds)
+        calls = _calibration_calls(pipeline, data, prompts, timesteps, samples, seed)
+        errors, forwards = _ablate(unet, units, calls, progress)
+    finally:
+        unet.train(was_training)
+    total_ms = costs.latency_ms
+    records = [
+        UnitRecord(
+            name=unit.name,
+            kind=unit.kind,
+            parent=unit.parent,
+            parameters=costs.removed_parameters[unit.name],
+            gmacs=costs.removed_macs[unit.name] / 1e9,
+            gmacs_without_attention=costs.removed_plain_macs[unit.name] / 1e9,
+            latency_ms=costs.removed_ms[unit.name],
+            latency_share=costs.removed_ms[unit.name] / total_ms,
+            sensitivity=sum(errors[unit.name].values()) / len(calls),
+            sensitivity_by_timestep=errors[unit.name],
+        )
+        for unit in units
+    ]
+    return RedundancyMap(
+        model=str(pipeline.config.get("_name_or_path") or ""),
+        fingerprint=fingerprint(unet),
+        unet_config={key: value for key, value in unet.config.items() if not key.startswith("_")},
+        parameters=sum(p.numel() for p in unet.parameters()),
+        gmacs=costs.macs / 1e9,
+        gmacs_without_attention=costs.plain_macs / 1e9,
+        latency_ms=total_ms,
+        latency_batch_size=2,
+        dtype=str(unet.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        timesteps=[call.timestep for call in calls],
+        prompts=len(calls[0].arguments["sample"]),
+        seed=seed,
+        unet_forwards=forwards,
+        necessary_forwards=len(calls) * costs.necessary_forwards,
+        seconds=time.perf_counter() - started,
+        units=records,
+    )
+
+
+# -- costs ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Costs:
+    macs: int
+    plain_macs: int
+    latency_ms: float
+    necessary_forwards: float
+    removed_parameters: dict[str, int]
+    removed_macs: dict[str, int]
+    removed_plain_macs: dict[str, int]
+    removed_ms: dict[str, float]
+
+
+def _measure_costs(unet: UNet2DConditionModel, units: list[Unit], rounds: int) -> _Costs:
+    """What removal of each unit saves: its own cost and its norm's, less its shortcut's, which stays."""
+    with counting_macs(unet) as count:
+        unet_call(unet, batch_size=1)()
+    parts = {unit.name: _parts(unet, unit) for unit in units}
+    timed = sorted({path for gone, kept in parts.values() for path in [*gone, *kept]})
+    call = unet_call(unet, batch_size=2)
+    call()
+    totals = []
+    with timing_modules(unet, timed, unet.device) as seconds:
+        for _ in range(rounds):
+            start = time.perf_counter()
+            call()
+            totals.append(time.perf_counter() - start)
+    middle = {path: _median(values) * 1000 for path, values in seconds.items()}
+    total_ms = _median(totals) * 1000
+
+    def saved(measure: Callable[[str], float], unit: Unit) -> float:
+        gone, kept = parts[unit.name]
+        return sum(map(measure, gone)) - sum(map(measure, kept))
+
+    def parameters(path: str) -> int:
+        return sum(p.numel() for p in unet.get_submodule(path).parameters())
+
+    removed_ms = {unit.name: max(0.0, saved(middle.__getitem__, unit)) for unit in units}
+    # An exact ablation computes, for each unit, all that comes after the unit's layer.
+    elapsed, after = 0.0, {}
+    for layer in layers(unet):
+        elapsed += middle.get(layer, 0.0)
+        after[layer] = max(0.0, total_ms - elapsed)
+    return _Costs(
+        macs=count.below(),
+        plain_macs=count.below(with_attention=False),
+        latency_ms=total_ms,
+        necessary_forwards=1 + sum(after[unit.layer] for unit in units) / total_ms,
+        removed_parameters={unit.name: int(saved(parameters, unit)) for unit in units},
+        removed_macs={unit.name: int(saved(count.below, unit)) for unit in units},
+        removed_plain_macs={
+            unit.name: int(saved(lambda path: count.below(path, with_attention=False), unit))
+            for unit in units
+        },
+        removed_ms=removed_ms,
+    )
+
+
+def _parts(unet: UNet2DConditionModel, unit: Unit) -> tuple[list[str], list[str]]:
+    """Module paths that go with a unit, and those below them that stay."""
+    if unit.kind == "resnet":
+        shortcut = unet.get_submodule(unit.name).conv_shortcut
+        return [unit.name], [] if shortcut is None else [f"{unit.name}.conv_shortcut"]
+    if unit.kind == "attention":
+        return [unit.name], []
+    block, _, branch = unit.name.rpartition(".")
+    return [unit.name, f"{block}.{TRANSFORMER_BRANCHES[branch][1]}"], []
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+# -- sensitivity ---------------------------------------------------------------------------------------
+
+
+def _calibration_calls(
+    pipeline: DiffusionPipeline,
+    data: str | Path | None,
+    prompts: Sequence[str] | None,
+    timesteps: int,
+    samples: int | None,
+    seed: int,
+) -> list[_Call]:
+    """Noisy latents of real or generated images at stratified time steps, with their prompts."""
+    generator = torch.Generator().manual_seed(seed)
+    side = latent_shape(pipeline)[1]
+    samples = samples or (16 if side <= 32 else 1)
+    if data is not None:
+        examples, pixels = load_pixels(open_data(data).sample(samples, seed), image_size(pipeline), {})
+        if not pixels:
+            raise AsdmError(
+                f"{data}: none of the images drawn for calibration can be decoded; mend the folder"
+            )
+        conditioning = embed_prompts(pipeline, [example.caption for example in examples])
+        latents = encode_images(pipeline, torch.stack(pixels))
+    else:
+        chosen = list(prompts or DEFAULT_PROMPTS)
+        chosen = [chosen[i % len(chosen)] for i in range(samples)]
+        conditioning = embed_prompts(pipeline, chosen)
+        latents = _own_latents(pipeline, chosen, generator)
+    latents = latents.to(pipeline.unet.device, pipeline.unet.dtype)
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    schedule = noise_schedule(pipeline)
+    count = schedule.config.num_train_timesteps
+    calls = []
+    for index in range(timesteps):
+        timestep = int((index + 0.5) * count / timesteps)
+        steps = torch.full((len(latents),), timestep, device=latents.device)
+        noisy = schedule.add_noise(latents, noise, steps)
+        calls.append(_Call(timestep, {"sample": noisy, "timestep": steps, **conditioning.unet_arguments()}))
+    return calls
+
+
+def _own_latents(pipeline: DiffusionPipeline, prompts: list[str], generator: torch.Generator) -> Tensor:
+    """Latents that the pipeline makes of the prompts in ten steps; noise where its weights are random."""
+    if str(pipeline.config.get("_name_or_path")).startswith("random:"):
+        return torch.randn(len(prompts), *latent_shape(pipeline), generator=generator)
+    return pipeline(prompts, num_inference_steps=10, output_type="latent", generator=generator).images
+
+
+class _Replay(nn.Module):
+    """Answers with what a layer answered before, without computing it."""
+
+    def __init__(self, output: Any):
+        super().__init__()
+        self.output = output
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        return self.output
+
+
+def _ablate(
+    unet: UNet2DConditionModel, units: list[Unit], calls: list[_Call], progress: Progress | None
+) -> tuple[dict[str, dict[int, float]], float]:
+    """Relative squared error of the prediction without each unit, by time step; and the cost in forwards.
+
+    Layers before the unit's layer are replayed from the whole UNet's call, not computed again.
+    """
+    errors: dict[str, dict[int, float]] = {unit.name: {} for unit in units}
+    order = _replay_order(unet)
+    done, spent, whole = 0, 0.0, 0.0
+    for call in calls:
+        outputs, reference, seconds = _record(unet, order, call.arguments)
+        whole += seconds
+        originals: dict[str, nn.Module] = {}
+        power = reference.float().square().sum()
+        start = time.perf_counter()
+        try:
+            for name in order:
+                for unit in [unit for unit in units if unit.layer == name]:
+                    with edited(unet, Remove(unit=unit.name)):
+                        moved = unet(**call.arguments, return_dict=False)[0]
+                    error = (moved.float() - reference.float()).square().sum() / power
+                    errors[unit.name][call.timestep] = float(error)
+                    done += 1
+                    if progress is not None:
+                        progress(done, len(units) * len(calls), unit.name)
+                originals[name] = unet.get_submodule(name)
+                set_module(unet, name, _Replay(outputs.pop(name)))
+        finally:
+            for name, module in originals.items():
+                set_module(unet, name, module)
+        spent += time.perf_counter() - start
+    return errors, (spent + whole) / (whole / len(calls))
+
+
+def _replay_order(unet: UNet2DConditionModel) -> list[str]:
+    """Module paths that can be replayed, in order of execution: each stage's layers, then its resampler."""
+    order: list[str] = []
+    for stage in stages(unet):
+        order += [name for name in layers(unet) if stage_of(name) == stage]
+        for kind in ("downsamplers", "upsamplers"):
+            samplers = getattr(unet.get_submodule(stage), kind, None) or ()
+            order += [f"{stage}.{kind}.{index}" for index in range(len(samplers))]
+    return order
+
+
+def _record(
+    unet: UNet2DConditionModel, names: list[str], arguments: dict[str, Any]
+) -> tuple[dict[str, Any], Tensor, float]:
+    """Every named module's output in one call, the prediction, and the seconds that the call took."""
+    outputs: dict[str, Any] = {}
+    handles = [
+        unet.get_submodule(name).register_forward_hook(
+            lambda _module, _args, output, name=name: outputs.__setitem__(name, output)
+        )
+        for name in names
+    ]
+    try:
+        start = time.perf_counter()
+        prediction = unet(**arguments, return_dict=False)[0]
+        return outputs, prediction, time.perf_counter() - start
+    finally:
+        for handle in handles:
+            handle.remove()

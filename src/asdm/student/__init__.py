@@ -1,0 +1,1 @@
+"""How a student UNet is made from a teacher and a plan. Knows nothing of training."""

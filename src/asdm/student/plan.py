@@ -1,0 +1,123 @@
+"""A pruning plan: the list of edits that is the student's architecture, as a file people can read and edit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from accelerate import init_empty_weights
+from diffusers import UNet2DConditionModel
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from asdm.errors import AsdmError
+from asdm.files import write_text
+from asdm.student.edits import Edit, parse_edits
+from asdm.student.surgery import inherit_weights
+from asdm.student.unet import AsdmUNet2DConditionModel, edits_of
+from asdm.units import fingerprint
+
+
+class PlanBase(BaseModel):
+    """The UNet that a plan is for: its class and the digest of its architecture."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, frozen=True)
+    class_name: str = Field(alias="class")
+    fingerprint: str
+
+
+class PlanFigures(BaseModel):
+    """What the planner aimed at and measured: ratios teacher / student; `sensitivity` as in the map."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    target: dict[str, float]
+    predicted_sensitivity: float
+    predicted_speedup: float
+    measured_speedup: float | None = None
+
+
+class PruningPlan(BaseModel):
+    """A list of edits for one UNet architecture."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    base: PlanBase
+    edits: list[Edit]
+    figures: PlanFigures | None = None
+
+    @classmethod
+    def for_unet(cls, unet: UNet2DConditionModel, edits: Iterable[Any] = ()) -> PruningPlan:
+        """A plan made by hand; `edits` are records or dicts such as `{"edit": "remove", "unit": "mid_block"}`.
+
+        Raises:
+            AsdmError: an edit that is malformed, or names a unit that `unet` does not have.
+        """
+        plan = cls(
+            base=PlanBase(class_name="UNet2DConditionModel", fingerprint=fingerprint(unet)),
+            edits=parse_edits(edits),
+        )
+        empty_student(unet, plan)
+        return plan
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(exclude_none=True, by_alias=True), indent=1) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        write_text(Path(path), self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> PruningPlan:
+        """Read a plan.
+
+        Raises:
+            AsdmError: no such file, not JSON, or not a plan.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise AsdmError(f"{path}: no such plan file; make one with `asdm plan`")
+        try:
+            content = json.loads(path.read_text("utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise AsdmError(f"{path}: not a plan: {error}; make one with `asdm plan`") from None
+        try:
+            if isinstance(content, dict):
+                content = {**content, "edits": parse_edits(content.get("edits", []))}
+            return cls.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
+            raise AsdmError(
+                f"{path}: not a plan: {field}: {first['msg']}; make one with `asdm plan`"
+            ) from None
+
+    def require_for(self, unet: UNet2DConditionModel) -> None:
+        """Raise an AsdmError unless the plan was made for this architecture."""
+        found = fingerprint(unet)
+        if self.base.fingerprint != found:
+            raise AsdmError(
+                f"plan for another model: its fingerprint is {self.base.fingerprint}, this UNet's {found}; "
+                "make a plan for this one with `asdm plan`"
+            )
+
+
+def empty_student(unet: UNet2DConditionModel, plan: PruningPlan) -> AsdmUNet2DConditionModel:
+    """The student's modules without weights (on the meta device)."""
+    plan.require_for(unet)
+    config = {key: value for key, value in unet.config.items() if key != "edits"}
+    config["edits"] = [edit.model_dump() for edit in [*edits_of(unet), *plan.edits]]
+    with init_empty_weights():
+        return AsdmUNet2DConditionModel.from_config(config)
+
+
+def build_student(unet: UNet2DConditionModel, plan: PruningPlan) -> AsdmUNet2DConditionModel:
+    """A student UNet: the teacher's architecture with the plan's edits, its weights inherited (copied).
+
+    A plan without edits gives bit-identical outputs. The teacher is not changed; device, dtype and
+    mode are the teacher's.
+
+    Raises:
+        AsdmError: a plan for another architecture, or with an edit that this UNet does not allow.
+    """
+    student = empty_student(unet, plan)
+    inherit_weights(student, unet)
+    return student.train(unet.training)

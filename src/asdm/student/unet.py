@@ -1,0 +1,106 @@
+"""The UNet class whose config holds the edits: it is built stock, edited, then loaded strictly."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusers import UNet2DConditionModel
+
+from asdm.errors import AsdmError
+from asdm.student.edits import parse_edits
+from asdm.student.surgery import apply_edits
+
+# On disk the block types carry this prefix: the stock class would otherwise accept the folder, ignore the
+# edits and fill the missing weights at random; so it stops with "asdm.CrossAttnDownBlock2D does not exist".
+_BLOCK_PREFIX = "asdm."
+
+
+class AsdmUNet2DConditionModel(UNet2DConditionModel):
+    """A UNet2DConditionModel with a list of edits applied; `forward` and module names are the stock ones.
+
+    Args:
+        edits: records of `asdm.student.edits`, or the same as dicts. Without any, the stock UNet.
+        unet_config: the arguments of `UNet2DConditionModel`.
+
+    Raises:
+        AsdmError: an edit that this UNet does not allow.
+    """
+
+    def __init__(self, edits: Sequence[Any] = (), **unet_config: Any):
+        super().__init__(**unet_config)
+        records = parse_edits(edits)
+        apply_edits(self, records)
+        self.register_to_config(edits=[record.model_dump() for record in records])
+
+    __init__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            *inspect.signature(UNet2DConditionModel.__init__).parameters.values(),
+            inspect.Parameter("edits", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=()),
+        ]
+    )
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        if isinstance(config, dict):
+            config = {**config, **{key: _without_prefix(config[key]) for key in _block_keys(config)}}
+        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    def to_json_string(self) -> str:
+        config = json.loads(super().to_json_string())
+        for key in _block_keys(config):
+            config[key] = [f"{_BLOCK_PREFIX}{kind}" for kind in config[key]]
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As `ModelMixin.from_pretrained`, but strict.
+
+        Raises:
+            AsdmError: a tensor is missing, extra or misshapen; its name is in the message.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        try:
+            unet, info = super().from_pretrained(
+                pretrained_model_name_or_path, output_loading_info=True, **kwargs
+            )
+        except RuntimeError as error:
+            raise AsdmError(f"{pretrained_model_name_or_path}: {_one_line(error)}") from error
+        for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if info[fault]:
+                names = sorted(str(name) for name in info[fault])
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                raise AsdmError(
+                    f"{pretrained_model_name_or_path}: {fault.replace('_keys', '')} tensors for the edits in its "
+                    f"config: {', '.join(names[:3])}{more}; save the student again"
+                )
+        return (unet, info) if wants_info else unet
+
+
+def _block_keys(config: dict[str, Any]) -> list[str]:
+    return [key for key in ("down_block_types", "up_block_types") if key in config]
+
+
+def _without_prefix(kinds: Sequence[str]) -> list[str]:
+    return [kind.removeprefix(_BLOCK_PREFIX) for kind in kinds]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def edits_of(unet: UNet2DConditionModel) -> list[Any]:
+    """The edits already applied to a UNet; none for a stock one."""
+    return parse_edits(unet.config.get("edits") or [])
+
+
+def is_student_folder(folder: Path) -> bool:
+    """Whether a UNet folder was written by this class."""
+    config = folder / "config.json"
+    return (
+        config.is_file()
+        and json.loads(config.read_text("utf-8")).get("_class_name") == "AsdmUNet2DConditionModel"
+    )

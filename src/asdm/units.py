@@ -1,0 +1,106 @@
+"""What is specific to the UNet family: which removable units there are, how they are named and ordered.
+
+Every unit is a residual branch, so each can be removed alone: its shortcut stays, and no skip
+connection and no channel count changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import nn
+
+UnitKind = Literal["resnet", "attention", "self_attention", "cross_attention", "feed_forward"]
+
+# Branch of a BasicTransformerBlock -> (kind, the norm that feeds it alone)
+TRANSFORMER_BRANCHES: dict[str, tuple[UnitKind, str]] = {
+    "attn1": ("self_attention", "norm1"),
+    "attn2": ("cross_attention", "norm2"),
+    "ff": ("feed_forward", "norm3"),
+}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One removable residual branch.
+
+    `name` is its module path in the UNet, `parent` the attention unit that contains it (None at the top),
+    `layer` the resnet or whole attention it belongs to, `stage` the UNet block it is in.
+    """
+
+    name: str
+    kind: UnitKind
+    parent: str | None
+
+    @property
+    def layer(self) -> str:
+        return self.parent or self.name
+
+    @property
+    def stage(self) -> str:
+        return stage_of(self.name)
+
+
+def stage_of(name: str) -> str:
+    """The UNet block that a module path is in: "down_blocks.0", "mid_block", "up_blocks.3"."""
+    parts = name.split(".")
+    return parts[0] if parts[0] == "mid_block" else ".".join(parts[:2])
+
+
+def stages(unet: UNet2DConditionModel) -> list[str]:
+    """The UNet's blocks in order of execution."""
+    down = [f"down_blocks.{i}" for i in range(len(unet.down_blocks))]
+    up = [f"up_blocks.{i}" for i in range(len(unet.up_blocks))]
+    return [*down, *(["mid_block"] if unet.mid_block is not None else []), *up]
+
+
+def layers(unet: UNet2DConditionModel) -> list[str]:
+    """Every resnet and attention, in order of execution."""
+    names = []
+    for stage in stages(unet):
+        block = unet.get_submodule(stage)
+        positions = [(2 * i, f"{stage}.resnets.{i}") for i in range(len(getattr(block, "resnets", ())))]
+        positions += [
+            (2 * i + 1, f"{stage}.attentions.{i}") for i in range(len(getattr(block, "attentions", ())))
+        ]
+        names += [name for _, name in sorted(positions)]
+    return names
+
+
+def removable_units(unet: UNet2DConditionModel) -> list[Unit]:
+    """All removable units in order of execution, an attention before its parts."""
+    units = []
+    for name in layers(unet):
+        module = unet.get_submodule(name)
+        if isinstance(module, ResnetBlock2D):
+            units.append(Unit(name, "resnet", None))
+        elif isinstance(module, Transformer2DModel):
+            units.append(Unit(name, "attention", None))
+            for index, block in enumerate(module.transformer_blocks):
+                units += [
+                    Unit(f"{name}.transformer_blocks.{index}.{branch}", kind, name)
+                    for branch, (kind, _) in TRANSFORMER_BRANCHES.items()
+                    if is_branch(block, branch)
+                ]
+    return units
+
+
+def is_branch(block: nn.Module, branch: str) -> bool:
+    """Whether `branch` is there in a transformer block, and not removed already."""
+    module = getattr(block, branch, None)
+    return (
+        isinstance(block, BasicTransformerBlock) and isinstance(module, nn.Module) and any(module.children())
+    )
+
+
+def fingerprint(unet: UNet2DConditionModel) -> str:
+    """A digest of the architecture (tensor names and shapes): equal for fine-tunes of one model."""
+    shapes = {name: list(tensor.shape) for name, tensor in unet.state_dict().items()}
+    return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:16]
