@@ -43,9 +43,7 @@ SpeedupOption = Annotated[
 ParamsOption = Annotated[
     float | None, typer.Option("--params", help="Parameters that may remain: a part, or a number.")
 ]
-MacsOption = Annotated[
-    float | None, typer.Option("--macs", help="MACs that may remain: a part, or a number.")
-]
+MacsOption = Annotated[float | None, typer.Option("--macs", help="MACs that may remain: a part, or a number.")]
 PresetOption = Annotated[
     str | None, typer.Option("--preset", help="bk-base, bk-small or bk-tiny, instead of a budget.")
 ]
@@ -85,9 +83,7 @@ def analyze(
     out: Annotated[Path, typer.Option(help="Where to write the map.")] = Path("redundancy.json"),
     plot: Annotated[Path | None, typer.Option(help="Where to draw it (PNG).", show_default=False)] = None,
     timesteps: Annotated[int, typer.Option(help="At how many time steps to remove each unit.", min=1)] = 4,
-    samples: Annotated[
-        int | None, typer.Option(help="Images or prompts to calibrate on.", show_default=False)
-    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Images or prompts to calibrate on.", show_default=False)] = None,
     seed: SeedOption = 0,
 ) -> None:
     """Find what each unit of the UNet costs, and how far the prediction moves without it."""
@@ -228,9 +224,7 @@ def distill(
 
 @app.command()
 def evaluate(
-    models: Annotated[
-        list[str], typer.Argument(help=f"The teacher, then students: {MODEL}.", show_default=False)
-    ],
+    models: Annotated[list[str], typer.Argument(help=f"The teacher, then students: {MODEL}.", show_default=False)],
     data: DataOption = None,
     samples: Annotated[int, typer.Option(help="Images per split; 0 measures speed alone.", min=0)] = 128,
     steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = 25,
@@ -337,14 +331,10 @@ def compress(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="The folder to write everything to.")] = Path("asdm-demo"),
-    full: Annotated[
-        bool, typer.Option("--full", help="Evaluate on all prompts, with a longer distillation.")
-    ] = False,
+    full: Annotated[bool, typer.Option("--full", help="Evaluate on all prompts, with a longer distillation.")] = False,
 ) -> None:
     """Compress the embedded Stable Diffusion pipeline 1.5x and show what that gains and loses."""
-    _compress(
-        "demo", out, speedup=1.5, data="demo", steps=1500 if full else 500, samples=128 if full else 102
-    )
+    _compress("demo", out, speedup=1.5, data="demo", steps=1500 if full else 500, samples=128 if full else 102)
 
 
 @app.command("demo-build")
@@ -352,12 +342,8 @@ def demo_build(
     stage: Annotated[
         str, typer.Argument(help="images, tokenizer, clip, vae, unet, assemble, check, or all of them.")
     ] = "all",
-    folder: Annotated[Path, typer.Option(help="Where checkpoints and the result go.")] = Path(
-        "runs/demo-build"
-    ),
-    minutes: Annotated[
-        float | None, typer.Option(help="Save and stop after so long.", show_default=False)
-    ] = None,
+    folder: Annotated[Path, typer.Option(help="Where checkpoints and the result go.")] = Path("runs/demo-build"),
+    minutes: Annotated[float | None, typer.Option(help="Save and stop after so long.", show_default=False)] = None,
     noto_font: Annotated[
         Path | None, typer.Option(help="NotoColorEmoji.ttf, for `images`.", show_default=False)
     ] = None,
@@ -438,7 +424,8 @@ def _print_map(redundancy: RedundancyMap) -> None:
         f"UNet: {redundancy.parameters / 1e6:.1f}M parameters, {redundancy.gmacs:.2f} GMACs with attention products "
         f"({redundancy.gmacs_without_attention:.2f} without), {redundancy.latency_ms:.0f} ms at batch 2 "
         f"({redundancy.dtype}, {redundancy.threads} threads). "
-        f"The ablation took {redundancy.unet_forwards:.0f} UNet calls' time ({redundancy.necessary_forwards:.0f} needed), "
+        f"The ablation took {redundancy.unet_forwards:.0f} UNet calls' time "
+        f"({redundancy.necessary_forwards:.0f} needed), "
         f"{redundancy.seconds:.0f} s in all.",
         highlight=False,
     )
@@ -464,18 +451,14 @@ def _print_evaluation(figures: Evaluation) -> None:
     if not figures.quality:
         return
     columns = [c for c in QUALITY_COLUMNS if any(getattr(q, c[0]) is not None for q in figures.quality)]
-    quality = Table(
-        title=f"Quality ({figures.steps} steps, guidance {figures.guidance_scale:g}, seed {figures.seed})"
-    )
+    quality = Table(title=f"Quality ({figures.steps} steps, guidance {figures.guidance_scale:g}, seed {figures.seed})")
     for name in ("model", "prompts", "images", *(short for _, _, short, _ in columns)):
         quality.add_column(name, justify="left" if name in ("model", "prompts") else "right")
     for judged in figures.quality:
         cells = []
         for key, _, _, kind in columns:
             value = getattr(judged, key)
-            cells.append(
-                "-" if value is None else f"{100 * value:.1f}%" if kind == "percent" else f"{value:.3f}"
-            )
+            cells.append("-" if value is None else f"{100 * value:.1f}%" if kind == "percent" else f"{value:.3f}")
         quality.add_row(judged.name, judged.split.replace("_", "-"), str(judged.images), *cells)
     console.print(quality)
     console.print(

@@ -71,9 +71,7 @@ def compress(
     """
     out = Path(out)
     if steps > 0 and data is None and stages is None:
-        raise AsdmError(
-            f"steps={steps} of distillation need data: name a folder of captioned images, or give 0 steps"
-        )
+        raise AsdmError(f"steps={steps} of distillation need data: name a folder of captioned images, or give 0 steps")
     settings: dict[str, Any] = {
         "model": model,
         "budget": {"speedup": speedup, "params": params, "macs": macs, "preset": preset},
@@ -109,9 +107,7 @@ def compress(
             note = f"loss {row['loss']:.3f}, {row['seconds']:.2f} s a step"
             report("distil", min(total, done_before + int(row["step"])), total, note)
 
-        examples = distill(
-            pipeline, student, data, work / "training", stages=stages, seed=seed, progress=trained
-        )
+        examples = distill(pipeline, student, data, work / "training", stages=stages, seed=seed, progress=trained)
         skipped = examples.skipped
         logs = {
             stage.name: read_log(work / "training" / f"{i:02d}-{stage.name}" / "log.jsonl")
@@ -155,7 +151,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
         if found != settings:
             changed = [key for key in settings if (found or {}).get(key) != settings[key]]
             raise AsdmError(
-                f"{out}: made with other settings ({', '.join(changed)}); repeat those, name another folder, or remove it"
+                f"{out}: made with other settings ({', '.join(changed)}); repeat those, or name another folder"
             )
         return
     out.mkdir(parents=True, exist_ok=True)

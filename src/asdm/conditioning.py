@@ -56,9 +56,7 @@ class Conditioning:
         )
 
     def _map(self, function: Any) -> Conditioning:
-        return replace(
-            self, **{name: function(value) for name, value in vars(self).items() if value is not None}
-        )
+        return replace(self, **{name: function(value) for name, value in vars(self).items() if value is not None})
 
 
 @torch.no_grad()
@@ -72,9 +70,7 @@ def embed_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], batch_siz
                 batch, device=pipeline.device, num_images_per_prompt=1, do_classifier_free_guidance=False
             )
             side = image_size(pipeline)
-            time_ids = torch.tensor(
-                [[side, side, 0, 0, side, side]], dtype=hidden.dtype, device=hidden.device
-            )
+            time_ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=hidden.dtype, device=hidden.device)
             parts.append(Conditioning(hidden, pooled, time_ids.expand(len(batch), -1)))
         else:
             hidden, _ = pipeline.encode_prompt(batch, pipeline.device, 1, False)

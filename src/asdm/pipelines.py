@@ -71,9 +71,7 @@ def load_pipeline(
     return pipeline.to(device) if device is not None else pipeline
 
 
-def save_pipeline(
-    pipeline: DiffusionPipeline, folder: str | Path, about: dict[str, Any] | None = None
-) -> Path:
+def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path, about: dict[str, Any] | None = None) -> Path:
     """Save a pipeline, student or teacher, as a folder that `load_pipeline` and diffusers load.
 
     Written beside its place and renamed, so that an interrupted save leaves nothing that loads. A student
@@ -86,9 +84,7 @@ def save_pipeline(
     require_ours(folder)
     with replacing_folder(folder) as partial, quiet():
         pipeline.save_pretrained(partial)
-        (partial / MARKER).write_text(
-            json.dumps({"kind": "pipeline", **(about or {})}, indent=1) + "\n", "utf-8"
-        )
+        (partial / MARKER).write_text(json.dumps({"kind": "pipeline", **(about or {})}, indent=1) + "\n", "utf-8")
     return folder
 
 
@@ -150,9 +146,7 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
     for path in sorted(folder.glob("*/*.safetensors")):
         require_safetensors(path)
     if not any((folder / "unet").glob("*.safetensors")):
-        raise AsdmError(
-            f"{folder / 'unet'}: no .safetensors weights; pickles are not loaded, convert them first"
-        )
+        raise AsdmError(f"{folder / 'unet'}: no .safetensors weights; pickles are not loaded, convert them first")
     return _from_pretrained(str(folder), dtype)
 
 
@@ -217,9 +211,7 @@ def _random_pipeline(shape: str, dtype: torch.dtype) -> DiffusionPipeline:
     from asdm.random_models import random_pipeline
 
     if shape not in RANDOM_SHAPES:
-        raise AsdmError(
-            f"random:{shape}: no such shape; allowed: {', '.join(f'random:{s}' for s in RANDOM_SHAPES)}"
-        )
+        raise AsdmError(f"random:{shape}: no such shape; allowed: {', '.join(f'random:{s}' for s in RANDOM_SHAPES)}")
     return random_pipeline(shape, dtype)
 
 

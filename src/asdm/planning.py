@@ -29,7 +29,7 @@ def make_plan(
     macs: float | None = None,
     preset: str | None = None,
     unet: UNet2DConditionModel | None = None,
-    rounds: int = 10,
+    rounds: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> PruningPlan:
     """The removals of least total sensitivity inside one budget; for `speedup`, the measured one.
@@ -40,7 +40,7 @@ def make_plan(
             or of MACs (attention products counted).
         preset: "bk-base", "bk-small" or "bk-tiny" instead of a budget.
         unet: the UNet to measure; without it one of the same shape with random weights is made.
-        rounds: timed rounds per measurement.
+        rounds: timed rounds per measurement; by default 4 to 20, as many as take half a minute.
 
     Raises:
         AsdmError: not exactly one of the four given, an unknown preset, or a budget that even removing
@@ -49,12 +49,11 @@ def make_plan(
     given = {"speedup": speedup, "params": params, "macs": macs, "preset": preset}
     chosen = {name: value for name, value in given.items() if value is not None}
     if len(chosen) != 1:
-        raise AsdmError(
-            f"give exactly one of speedup, params, macs, preset; got {', '.join(chosen) or 'none'}"
-        )
+        raise AsdmError(f"give exactly one of speedup, params, macs, preset; got {', '.join(chosen) or 'none'}")
     if preset is not None:
         return _plan(redundancy, _preset_units(redundancy, preset), {})
     if speedup is not None:
+        rounds = rounds or int(np.clip(15_000 / redundancy.latency_ms, 4, 20))
         return _plan_for_speedup(redundancy, speedup, unet, rounds, progress)
     if params is not None:
         removable = _Budget("params", redundancy.parameters, [u.parameters for u in redundancy.units])
@@ -151,9 +150,7 @@ def _plan_for_speedup(
         measured = measured_speedup(original, plan, rounds)
         most = max(most, measured)
         if progress is not None:
-            progress(
-                f"attempt {attempt}: {len(units)} removals, {measured:.3f}x measured, {target:g}x asked for"
-            )
+            progress(f"attempt {attempt}: {len(units)} removals, {measured:.3f}x measured, {target:g}x asked for")
         if measured >= needed:
             best, enough = _with_measured(plan, measured), aim
             if measured <= needed * CLOSE_ENOUGH:
@@ -185,9 +182,7 @@ def measured_speedup(unet: UNet2DConditionModel, plan: PruningPlan, rounds: int 
 def _plan(redundancy: RedundancyMap, units: Iterable[str], target: dict[str, float]) -> PruningPlan:
     units = list(units)
     by_name = {unit.name: unit for unit in redundancy.units}
-    removed = [
-        unit for name, unit in by_name.items() if any(name == u or _top_level_in(unit, u) for u in units)
-    ]
+    removed = [unit for name, unit in by_name.items() if any(name == u or _top_level_in(unit, u) for u in units)]
     saved = sum(unit.latency_ms for unit in removed)
     return PruningPlan(
         base=PlanBase(**{"class": "UNet2DConditionModel"}, fingerprint=redundancy.fingerprint),

@@ -193,7 +193,7 @@ def analyze(
     return RedundancyMap(
         model=str(pipeline.config.get("_name_or_path") or ""),
         fingerprint=fingerprint(unet),
-        unet_config={key: value for key, value in unet.config.items() if not key.startswith("_")},
+        unet_config=plain_config(unet),
         parameters=sum(p.numel() for p in unet.parameters()),
         gmacs=costs.macs / 1e9,
         gmacs_without_attention=costs.plain_macs / 1e9,
@@ -209,6 +209,11 @@ def analyze(
         seconds=time.perf_counter() - started,
         units=records,
     )
+
+
+def plain_config(unet: UNet2DConditionModel) -> dict[str, Any]:
+    """A UNet's config as JSON has it: without private entries, lists for tuples."""
+    return json.loads(json.dumps({key: value for key, value in unet.config.items() if not key.startswith("_")}))
 
 
 # -- costs ---------------------------------------------------------------------------------------------
@@ -264,8 +269,7 @@ def _measure_costs(unet: UNet2DConditionModel, units: list[Unit], rounds: int) -
         removed_parameters={unit.name: int(saved(parameters, unit)) for unit in units},
         removed_macs={unit.name: int(saved(count.below, unit)) for unit in units},
         removed_plain_macs={
-            unit.name: int(saved(lambda path: count.below(path, with_attention=False), unit))
-            for unit in units
+            unit.name: int(saved(lambda path: count.below(path, with_attention=False), unit)) for unit in units
         },
         removed_ms=removed_ms,
     )
@@ -304,9 +308,7 @@ def _calibration_calls(
     if data is not None:
         examples, pixels = load_pixels(open_data(data).sample(samples, seed), image_size(pipeline), {})
         if not pixels:
-            raise AsdmError(
-                f"{data}: none of the images drawn for calibration can be decoded; mend the folder"
-            )
+            raise AsdmError(f"{data}: none of the images drawn for calibration can be decoded; mend the folder")
         conditioning = embed_prompts(pipeline, [example.caption for example in examples])
         latents = encode_images(pipeline, torch.stack(pixels))
     else:

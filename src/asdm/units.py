@@ -67,9 +67,7 @@ def layers(unet: UNet2DConditionModel) -> list[str]:
     for stage in stages(unet):
         block = unet.get_submodule(stage)
         positions = [(2 * i, f"{stage}.resnets.{i}") for i in range(len(getattr(block, "resnets", ())))]
-        positions += [
-            (2 * i + 1, f"{stage}.attentions.{i}") for i in range(len(getattr(block, "attentions", ())))
-        ]
+        positions += [(2 * i + 1, f"{stage}.attentions.{i}") for i in range(len(getattr(block, "attentions", ())))]
         names += [name for _, name in sorted(positions)]
     return names
 
@@ -95,9 +93,7 @@ def removable_units(unet: UNet2DConditionModel) -> list[Unit]:
 def is_branch(block: nn.Module, branch: str) -> bool:
     """Whether `branch` is there in a transformer block, and not removed already."""
     module = getattr(block, branch, None)
-    return (
-        isinstance(block, BasicTransformerBlock) and isinstance(module, nn.Module) and any(module.children())
-    )
+    return isinstance(block, BasicTransformerBlock) and isinstance(module, nn.Module) and any(module.children())
 
 
 def fingerprint(unet: UNet2DConditionModel) -> str:

@@ -69,9 +69,7 @@ def check(folder: Path, say: Callable[[str], None], progress: Report | None = No
         progress=None if progress is None else (lambda title, done, total: progress(title, done, total, "")),
         images_folder=folder / "images",
     )
-    figures: dict[str, Any] = {
-        row.split: row.model_dump(exclude={"name", "split"}) for row in evaluation.quality
-    }
+    figures: dict[str, Any] = {row.split: row.model_dump(exclude={"name", "split"}) for row in evaluation.quality}
     figures["real_images"] = real_image_figures(pipeline)
     figures["steps"], figures["guidance_scale"] = evaluation.steps, evaluation.guidance_scale
     write_text(folder / "check.json", json.dumps(figures, indent=1) + "\n")
@@ -108,10 +106,7 @@ def real_image_figures(pipeline: DiffusionPipeline) -> dict[str, float]:
         "held_out_psnr_db": float(psnr(rebuilt, held_out).mean()),
         "held_out_concept_top1_after_vae": known.concept_top1,
         "held_out_style_after_vae": known.style,
-        **{
-            f"{split}_retrieval_at_1": retrieval_at_1(images[rows], captions, rows)
-            for split, rows in by_split.items()
-        },
+        **{f"{split}_retrieval_at_1": retrieval_at_1(images[rows], captions, rows) for split, rows in by_split.items()},
     }
 
 

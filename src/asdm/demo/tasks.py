@@ -75,9 +75,7 @@ class NoisePredictionTask(TrainingTask):
         latents = batch["latents"]
         count = len(latents)
         # Stratified over the batch: a lower variance of the loss than independent draws.
-        quantiles = (
-            torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
-        ) / count
+        quantiles = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
         timesteps = (quantiles * self.scheduler.config.num_train_timesteps).long()
         noise = torch.randn(latents.shape, generator=generator)
         dropped = torch.rand(count, generator=generator) < self.caption_dropout

@@ -142,9 +142,7 @@ def evaluate(
     first = next(iter(pipelines.values()))
     guidance = default_guidance(first) if guidance_scale is None else guidance_scale
     sets = evaluation_sets(data, prompts, samples, seed) if quality else []
-    judged = (
-        _judge(pipelines, sets, data, steps, guidance, seed, clip, images_folder, progress) if sets else []
-    )
+    judged = _judge(pipelines, sets, data, steps, guidance, seed, clip, images_folder, progress) if sets else []
     return Evaluation(
         date=date.today().isoformat(),
         machine=f"{platform.machine()}, {first.device}, torch {torch.__version__}",
@@ -272,9 +270,7 @@ def _judge(
 class _Pool:
     """All real images of the data, seen and held out: what generated ones are compared with."""
 
-    def __init__(
-        self, judge: Judge, pipeline: DiffusionPipeline, examples: list[Example], clip: CLIPModel | None
-    ):
+    def __init__(self, judge: Judge, pipeline: DiffusionPipeline, examples: list[Example], clip: CLIPModel | None):
         self.examples, pixels = load_pixels(examples, image_size(pipeline), {})
         self.features = judge.features(torch.stack(pixels))
         self.clip = clip
@@ -291,9 +287,7 @@ class _Pool:
             found = recognition(features, [labels[row] for row in rows], self.features, labels)
             figures |= asdict(found)
         if self.clip is not None:
-            figures["retrieval_at_1"] = retrieval_at_1(
-                image_embeds(self.clip, images), self.text_embeds, rows
-            )
+            figures["retrieval_at_1"] = retrieval_at_1(image_embeds(self.clip, images), self.text_embeds, rows)
         return figures
 
 

@@ -72,6 +72,4 @@ def counting_macs(model: nn.Module) -> Iterator[MacCount]:
 
 
 def _tokens(hidden_states: Tensor) -> int:
-    return (
-        hidden_states.shape[1] if hidden_states.ndim == 3 else hidden_states.shape[2] * hidden_states.shape[3]
-    )
+    return hidden_states.shape[1] if hidden_states.ndim == 3 else hidden_states.shape[2] * hidden_states.shape[3]

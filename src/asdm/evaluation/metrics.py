@@ -44,9 +44,7 @@ class Judge:
         """Features (images, 1280) of `images` (images, 3, height, width) in [-1, 1]."""
         features = []
         for batch in images.float().split(batch_size):
-            large = F.interpolate(
-                batch, self.side, mode="bicubic", antialias=True, align_corners=False
-            ).clamp(-1, 1)
+            large = F.interpolate(batch, self.side, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
             pixels = (large + 1) * 127.5
             maps = self.network.extract_features((pixels - 127) / 128)
             features.append(maps.mean(dim=(2, 3)))

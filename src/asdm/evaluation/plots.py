@@ -36,9 +36,7 @@ def redundancy_plot(redundancy: RedundancyMap, plan: PruningPlan | None = None) 
     What `plan` removes is crossed out.
     """
     removed = {edit.unit for edit in plan.edits} if plan is not None else set()
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(14, 5.6), width_ratios=[1.35, 1], layout="constrained"
-    )
+    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5.6), width_ratios=[1.35, 1], layout="constrained")
     _draw_u(figure, left, redundancy, removed)
     _draw_scatter(right, redundancy, removed)
     return figure
@@ -65,13 +63,7 @@ def _draw_u(figure: Figure, axes: plt.Axes, redundancy: RedundancyMap, removed: 
             parts.setdefault(unit.parent, []).append(unit)
     for stage, units in by_stage.items():
         side, _, number = stage.partition(".")
-        level = (
-            levels
-            if side == "mid_block"
-            else int(number)
-            if side == "down_blocks"
-            else levels - 1 - int(number)
-        )
+        level = levels if side == "mid_block" else int(number) if side == "down_blocks" else levels - 1 - int(number)
         widths = [1.0 if unit.kind == "resnet" else 1.9 for unit in units]
         total = sum(widths)
         start = {
@@ -160,9 +152,7 @@ def _draw_scatter(axes: plt.Axes, redundancy: RedundancyMap, removed: set[str]) 
         if any(unit.kind == kind for unit in redundancy.units)
     ]
     if removed:
-        handles.append(
-            Line2D([], [], color="gray", marker="X", markeredgecolor="black", linestyle="", label="removed")
-        )
+        handles.append(Line2D([], [], color="gray", marker="X", markeredgecolor="black", linestyle="", label="removed"))
     axes.legend(handles=handles, fontsize=8, frameon=False)
 
 

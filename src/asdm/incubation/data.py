@@ -108,9 +108,7 @@ def _from_metadata(path: Path) -> tuple[list[Example], dict[str, str]]:
             skipped[name] = "its caption is empty"
         else:
             labels = {key: row.get(key) for key in ("concept", "style")}
-            examples.append(
-                Example(path.parent / name, caption, **labels, held_out=bool(row.get("held_out")))
-            )
+            examples.append(Example(path.parent / name, caption, **labels, held_out=bool(row.get("held_out"))))
     return examples, skipped
 
 
@@ -122,9 +120,7 @@ def _from_text_files(folder: Path) -> tuple[list[Example], dict[str, str]]:
         if caption:
             examples.append(Example(path, caption))
         else:
-            skipped[str(path.relative_to(folder))] = (
-                "its caption is empty" if text.is_file() else "it has no caption"
-            )
+            skipped[str(path.relative_to(folder))] = "its caption is empty" if text.is_file() else "it has no caption"
     return examples, skipped
 
 
@@ -140,9 +136,7 @@ def _fault(path: Path) -> str | None:
     return None
 
 
-def load_pixels(
-    examples: Sequence[Example], size: int, skipped: dict[str, str]
-) -> tuple[list[Example], list[Tensor]]:
+def load_pixels(examples: Sequence[Example], size: int, skipped: dict[str, str]) -> tuple[list[Example], list[Tensor]]:
     """Images (3, size, size) of the examples that can be decoded; the others go to `skipped`."""
     kept, pixels = [], []
     for example in examples:

@@ -31,7 +31,7 @@ from asdm.incubation.data import Data, load_pixels, open_data
 from asdm.incubation.losses import feature_losses, output_loss, task_loss, weighted_sum
 from asdm.incubation.stages import Stage, joint_stages, small_model_stages
 from asdm.incubation.trainer import Progress, TrainingTask, train
-from asdm.inference.runtime import keep_freed_memory
+from asdm.inference.runtime import prepare_for_training
 from asdm.units import stages as unet_blocks
 
 _SMALL_MODEL_PARAMETERS = 50_000_000
@@ -77,9 +77,7 @@ class DistillationTask(TrainingTask):
         captions = self._captions(batch, generator).to(device)
         count = len(latents)
         # Stratified over the batch: a lower variance of the loss than independent draws.
-        quantiles = (
-            torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
-        ) / count
+        quantiles = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
         timesteps = (quantiles * self.schedule.config.num_train_timesteps).long().to(device)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         noisy = self.schedule.add_noise(latents, noise, timesteps)
@@ -149,7 +147,7 @@ def distill(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    keep_freed_memory()
+    prepare_for_training()
     stages = list(stages) if stages is not None else default_stages(student, 1000 if steps is None else steps)
     examples = prepare(teacher, data, folder / "prepared.safetensors")
     schedule = noise_schedule(teacher)
@@ -194,9 +192,7 @@ def prepare(pipeline: DiffusionPipeline, data: str | Path, cache: Path, batch_si
         if not examples:
             raise AsdmError(f"{data}: none of its {len(source)} images can be decoded; mend the folder")
         captions = embed_prompts(pipeline, [example.caption for example in examples])
-        tensors = {
-            name: value.cpu().contiguous() for name, value in vars(captions).items() if value is not None
-        }
+        tensors = {name: value.cpu().contiguous() for name, value in vars(captions).items() if value is not None}
         about = {"source": digest, "skipped": json.dumps(skipped)}
         with replacing_file(cache) as partial:
             save_file({"latents": torch.cat(latents).contiguous(), **tensors}, partial, metadata=about)

@@ -54,6 +54,7 @@ class LoopSettings:
     schedule: Literal["constant", "cosine"] = "cosine"
     final_learning_rate: float = 0.0
     betas: tuple[float, float] = (0.9, 0.99)
+    epsilon: float = 1e-8
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     ema_decay: float = 0.0
@@ -104,6 +105,7 @@ def train(
         ],
         lr=settings.learning_rate,
         betas=settings.betas,
+        eps=settings.epsilon,
         fused=True,
     )
     model, optimizer = accelerator.prepare(task, optimizer)
@@ -159,9 +161,7 @@ def load_ema_weights(folder: Path, weights: dict[str, nn.Parameter]) -> int:
     """Put the newest checkpoint's averaged weights into `weights`; returns its step."""
     step = checkpoint_step(folder)
     path = folder / f"checkpoint-{step:07d}"
-    averaged = load_file(
-        path / ("ema.safetensors" if (path / "ema.safetensors").is_file() else "weights.safetensors")
-    )
+    averaged = load_file(path / ("ema.safetensors" if (path / "ema.safetensors").is_file() else "weights.safetensors"))
     for name, parameter in weights.items():
         parameter.data.copy_(averaged[name])
     return step
@@ -180,9 +180,7 @@ class _TrainingState:
         optimizer = self.optimizer.state_dict()["state"]
         moments = {f"{i}.{key}": value for i, s in optimizer.items() for key, value in s.items()}
         with replacing_folder(target) as partial:
-            save_file(
-                {n: p.detach().contiguous() for n, p in self.weights.items()}, partial / "weights.safetensors"
-            )
+            save_file({n: p.detach().contiguous() for n, p in self.weights.items()}, partial / "weights.safetensors")
             save_file({n: t.contiguous() for n, t in moments.items()}, partial / "optimizer.safetensors")
             if self.ema is not None:
                 averaged = dict(zip(self.weights, self.ema.shadow_params, strict=True))

@@ -86,9 +86,7 @@ class PruningPlan(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"])
-            raise AsdmError(
-                f"{path}: not a plan: {field}: {first['msg']}; make one with `asdm plan`"
-            ) from None
+            raise AsdmError(f"{path}: not a plan: {field}: {first['msg']}; make one with `asdm plan`") from None
 
     def require_for(self, unet: UNet2DConditionModel) -> None:
         """Raise an AsdmError unless the plan was made for this architecture."""

@@ -93,9 +93,7 @@ def apply_edits(unet: UNet2DConditionModel, edits: Sequence[Remove]) -> None:
             raise AsdmError(f"{name}: removed twice by the plan; name it once")
         outer = next((other for other in names if name.startswith(f"{other}.")), None)
         if outer is not None:
-            raise AsdmError(
-                f"{name}: lies inside {outer}, which the plan removes as a whole; drop one of them"
-            )
+            raise AsdmError(f"{name}: lies inside {outer}, which the plan removes as a whole; drop one of them")
     for edit in edits:
         for path, module in _HANDLERS[type(edit)](unet, edit).items():
             set_module(unet, path, module)

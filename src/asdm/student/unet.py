@@ -64,10 +64,10 @@ class AsdmUNet2DConditionModel(UNet2DConditionModel):
         """
         wants_info = kwargs.pop("output_loading_info", False)
         try:
-            unet, info = super().from_pretrained(
-                pretrained_model_name_or_path, output_loading_info=True, **kwargs
-            )
-        except RuntimeError as error:
+            unet, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        except (RuntimeError, ValueError) as error:
+            if isinstance(error, AsdmError):
+                raise
             raise AsdmError(f"{pretrained_model_name_or_path}: {_one_line(error)}") from error
         for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info[fault]:
@@ -89,7 +89,7 @@ def _without_prefix(kinds: Sequence[str]) -> list[str]:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return " ".join(str(error).split()).split(". ")[0][:300]
 
 
 def edits_of(unet: UNet2DConditionModel) -> list[Any]:
@@ -100,7 +100,4 @@ def edits_of(unet: UNet2DConditionModel) -> list[Any]:
 def is_student_folder(folder: Path) -> bool:
     """Whether a UNet folder was written by this class."""
     config = folder / "config.json"
-    return (
-        config.is_file()
-        and json.loads(config.read_text("utf-8")).get("_class_name") == "AsdmUNet2DConditionModel"
-    )
+    return config.is_file() and json.loads(config.read_text("utf-8")).get("_class_name") == "AsdmUNet2DConditionModel"

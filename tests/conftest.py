@@ -1,0 +1,161 @@
+"""Tiny pipelines of the real classes: SD 1.x's and SDXL's topology at a few channels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from asdm.demo import pipeline_folder
+
+SD_BLOCKS = {
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+}
+
+
+def tiny_unet(seed: int = 0, **changes) -> UNet2DConditionModel:
+    torch.manual_seed(seed)
+    config = {
+        "sample_size": 8,
+        "block_out_channels": (32, 32, 64, 64),
+        "layers_per_block": 2,
+        "cross_attention_dim": 32,
+        "attention_head_dim": 2,
+        "norm_num_groups": 16,
+        **SD_BLOCKS,
+    }
+    return UNet2DConditionModel(**{**config, **changes}).eval()
+
+
+def tiny_sdxl_unet() -> UNet2DConditionModel:
+    return tiny_unet(
+        block_out_channels=(32, 32, 64),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 2),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=48 + 32,
+        cross_attention_dim=64,
+    )
+
+
+def unet_inputs(unet: UNet2DConditionModel, batch: int = 2, size: int | None = None) -> dict:
+    generator = torch.Generator().manual_seed(7)
+    size = size or unet.config.sample_size
+    inputs = {
+        "sample": torch.randn(batch, 4, size, size, generator=generator),
+        "timestep": torch.tensor(321),
+        "encoder_hidden_states": torch.randn(batch, 5, unet.config.cross_attention_dim, generator=generator),
+    }
+    if unet.config.addition_embed_type == "text_time":
+        inputs["added_cond_kwargs"] = {
+            "text_embeds": torch.randn(batch, 32, generator=generator),
+            "time_ids": torch.full((batch, 6), 16.0),
+        }
+    return inputs
+
+
+def predict(unet: UNet2DConditionModel, **inputs) -> torch.Tensor:
+    with torch.no_grad():
+        return unet(**(inputs or unet_inputs(unet)), return_dict=False)[0]
+
+
+def tiny_vae() -> AutoencoderKL:
+    torch.manual_seed(1)
+    return AutoencoderKL(
+        block_out_channels=(16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=8,
+        sample_size=16,
+        scaling_factor=0.5,
+    ).eval()
+
+
+def _text_encoder(kind, width: int, tokenizer: CLIPTokenizer):
+    torch.manual_seed(2)
+    return kind(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=tokenizer.model_max_length,
+            projection_dim=32,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    ).eval()
+
+
+def tiny_pipeline() -> StableDiffusionPipeline:
+    tokenizer = CLIPTokenizer.from_pretrained(pipeline_folder() / "tokenizer")
+    pipeline = StableDiffusionPipeline(
+        vae=tiny_vae(),
+        text_encoder=_text_encoder(CLIPTextModel, 32, tokenizer),
+        tokenizer=tokenizer,
+        unet=tiny_unet(),
+        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_sdxl_pipeline() -> StableDiffusionXLPipeline:
+    tokenizer = CLIPTokenizer.from_pretrained(pipeline_folder() / "tokenizer")
+    pipeline = StableDiffusionXLPipeline(
+        vae=tiny_vae(),
+        text_encoder=_text_encoder(CLIPTextModel, 32, tokenizer),
+        text_encoder_2=_text_encoder(CLIPTextModelWithProjection, 32, tokenizer),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=tiny_sdxl_unet(),
+        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False),
+        add_watermarker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def unet() -> UNet2DConditionModel:
+    return tiny_unet()
+
+
+@pytest.fixture
+def pipeline() -> StableDiffusionPipeline:
+    return tiny_pipeline()
+
+
+@pytest.fixture
+def data_folder(tmp_path: Path) -> Path:
+    """Six captioned images of 16 px, one of them held out."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    rows = []
+    for index in range(6):
+        Image.fromarray(draw.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+        rows.append({"file_name": f"{index}.png", "text": f"image {index}", "held_out": index == 5})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder

@@ -1,0 +1,135 @@
+"""The command line: every mistake of a user is one line on standard error and exit status 2."""
+
+import json
+import shutil
+import sys
+
+import pytest
+from PIL import Image
+
+from asdm import PruningPlan, cli, save_pipeline
+from conftest import tiny_pipeline
+
+
+@pytest.fixture
+def model(tmp_path):
+    return str(save_pipeline(tiny_pipeline(), tmp_path / "model"))
+
+
+@pytest.fixture
+def run(monkeypatch, capfd, tmp_path):
+    """Run `asdm ARGS` in a temporary folder; returns exit status, standard output and error."""
+
+    def call(*arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["asdm", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as exit_:
+            status = exit_.code or 0
+        out, error = capfd.readouterr()
+        return status, out, error
+
+    return call
+
+
+def mistakes(model, tmp_path):
+    plan = tmp_path / "other.json"
+    unit = [{"edit": "remove", "unit": "mid_block"}]
+    plan.write_text(
+        PruningPlan.for_unet(tiny_pipeline().unet, unit).to_json().replace('"fingerprint": "', '"fingerprint": "0')
+    )
+    bad_unit = tmp_path / "unit.json"
+    bad_unit.write_text(PruningPlan.for_unet(tiny_pipeline().unet, unit).to_json().replace("mid_block", "mud_block"))
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.png").write_text("not an image")
+    return [
+        (["analyze", tmp_path / "absent"], "no such folder or file"),
+        (["analyze", "random:sd99"], "no such shape"),
+        (["analyze", tmp_path / "empty"], "not a pipeline folder"),
+        (["analyze", model, "--data", tmp_path / "empty"], "no images with captions"),
+        (["plan", model, "--speedup", "1000"], "out of reach"),
+        (["plan", model, "--preset", "huge"], "no such preset"),
+        (["plan", "absent.json", "--speedup", "2"], "no such redundancy map"),
+        (["plan", model], "exactly one of"),
+        (["prune", model, "absent.json", "--out", "pruned"], "no such plan file"),
+        (["prune", model, plan, "--out", "pruned"], "plan for another model"),
+        (["prune", model, bad_unit, "--out", "pruned"], "mud_block: no such unit"),
+        (["prune", model, bad_unit, "--out", "theirs"], "was not written by asdm"),
+        (["distill", model, model, "--data", tmp_path / "absent", "--out", "distilled"], "no such data folder"),
+        (["generate", model, "x", "--image", tmp_path / "text.png", "--out", "drawn"], "not an image"),
+        (["generate", model, "x", "--image", tmp_path / "absent.png", "--out", "drawn"], "no such image file"),
+        (["compress", model, "--out", "made", "--speedup", "1.5"], "need data"),
+        (["compress", model, "--out", "theirs", "--speedup", "1.5", "--steps", "0"], "was not written by asdm"),
+        (["demo-build", "nothing"], "no such stage"),
+    ]
+
+
+def test_every_mistake_is_one_line_and_status_2_and_leaves_nothing(run, model, tmp_path):
+    cases = mistakes(model, tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for arguments, message in cases:
+        status, _, error = run(*arguments)
+        lines = [line for line in error.splitlines() if line.startswith("error:")]
+        assert status == 2, (arguments, error)
+        assert len(lines) == 1, (arguments, error)
+        assert message in lines[0], (arguments, lines[0])
+        assert "Traceback" not in error
+        left = sorted(path.name for path in tmp_path.iterdir() if path.name != "distilled.training")
+        assert left == before, arguments
+
+
+def test_main_job_by_its_single_commands(run, model, data_folder, tmp_path):
+    assert run("analyze", model, "--timesteps", 1, "--samples", 1, "--out", "map.json", "--plot", "map.png")[0] == 0
+    assert run("plan", "map.json", "--params", 0.8, "--out", "plan.json")[0] == 0
+    assert run("prune", model, "plan.json", "--out", "pruned")[0] == 0
+    (tmp_path / "stages.json").write_text(json.dumps([{"name": "a", "steps": 2, "batch_size": 2}]))
+    status, out, _ = run("distill", model, "pruned", "--data", data_folder, "--out", "done", "--stages", "stages.json")
+    assert status == 0
+    assert "written to done" in out
+    status, _, _ = run("evaluate", model, "done", "--data", data_folder, "--samples", 2, "--steps", 2, "--rounds", 2)
+    assert status == 0
+    assert len(json.loads((tmp_path / "evaluation.json").read_text())["speed"]) == 2
+    status, _, _ = run("generate", "done", "octopus, noto", "pear", "--steps", 2, "--out", "drawn")
+    assert status == 0
+    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["octopus__noto.png", "pear.png"]
+    again = run("generate", "done", "pear", "--image", tmp_path / "drawn" / "pear.png", "--steps", 2, "--out", "drawn")
+    assert again[0] == 0
+    with Image.open(tmp_path / "drawn" / "pear-1.png") as image:
+        assert image.size == (16, 16)
+
+
+def test_compress_interrupted_says_how_to_go_on(run, model, monkeypatch, tmp_path):
+    import asdm.compression as compression
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compression, "make_plan", interrupted)
+    status, _, error = run("compress", model, "--out", "made", "--params", 0.8, "--steps", 0, "--samples", 0)
+    assert status == 130
+    assert "run the same command again" in error
+    monkeypatch.undo()
+    assert run("compress", model, "--out", "made", "--params", 0.8, "--steps", 0, "--samples", 0)[0] == 0
+    assert (tmp_path / "made" / "report.html").is_file()
+
+
+def test_a_full_disk_is_told_and_nothing_is_lost(run, model, monkeypatch, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    plan = PruningPlan.for_unet(tiny_pipeline().unet, [{"edit": "remove", "unit": "mid_block"}])
+    plan.save(tmp_path / "plan.json")
+    shutil.copytree(model, tmp_path / "target")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "target/unet")
+
+    monkeypatch.setattr(StableDiffusionPipeline, "save_pretrained", full)
+    status, _, error = run("prune", model, "plan.json", "--out", "target")
+    assert status == 2
+    assert "No space left on device" in error
+    assert (tmp_path / "target" / "unet" / "diffusion_pytorch_model.safetensors").is_file()

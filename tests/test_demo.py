@@ -1,0 +1,127 @@
+"""The embedded default: stock classes, a fixed hold-out, a recipe whose parts do what they say."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline
+from PIL import Image
+
+from asdm import generate, load_pipeline
+from asdm.demo import images_folder, pipeline_folder
+from asdm.demo.emoji import STYLES, all_pairs, held_out_pairs, seen_pairs
+from asdm.demo.recipe import epoch_batch, make_tokenizer, make_unet, make_vae, normalise_latents
+from asdm.evaluation.metrics import Judge, recognition
+from asdm.images import load_images
+from asdm.incubation.data import load_pixels, open_data
+from asdm.units import removable_units
+
+
+def test_a_tenth_of_the_pairs_is_held_out_and_never_both_styles_of_a_concept():
+    held_out = held_out_pairs()
+    assert len(all_pairs()) == 2 * len({pair.concept for pair in all_pairs()}) >= 1000
+    assert len(held_out) == round(0.1 * len(all_pairs()))
+    assert len({pair.concept for pair in held_out}) == len(held_out)
+    assert set(held_out) <= set(all_pairs())
+    assert not set(held_out) & set(seen_pairs())
+    assert len(held_out) + len(seen_pairs()) == len(all_pairs())
+    assert {sum(pair.style == style for pair in held_out) for style in STYLES} == {len(held_out) // 2}
+
+
+def test_images_are_all_there_and_training_data_excludes_the_held_out():
+    rows = [json.loads(line) for line in (images_folder() / "metadata.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in rows] == [pair.caption for pair in all_pairs()]
+    data = open_data("demo")
+    assert {example.caption for example in data.examples} == {pair.caption for pair in seen_pairs()}
+    assert data.skipped == {}
+    with Image.open(data.examples[0].path) as image:
+        assert image.size == (64, 64)
+
+
+def test_assets_stay_under_60_megabytes():
+    total = sum(path.stat().st_size for path in pipeline_folder().parent.rglob("*") if path.is_file())
+    assert total < 60e6
+
+
+def test_the_pipeline_loads_without_our_package():
+    code = (
+        "import sys, torch; from diffusers import StableDiffusionPipeline as P;"
+        f"p = P.from_pretrained({str(pipeline_folder())!r}); p.set_progress_bar_config(disable=True);"
+        "i = p('octopus, noto', num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0];"
+        "assert i.size == (64, 64); assert 'asdm' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_image_to_image_and_inpainting_are_made_from_it():
+    pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder())
+    image = Image.open(images_folder() / "noto" / "octopus.png")
+    mask = Image.new("L", (64, 64), 255)
+    for kind, extra in ((StableDiffusionImg2ImgPipeline, {}), (StableDiffusionInpaintPipeline, {"mask_image": mask})):
+        other = kind.from_pipe(pipeline)
+        other.set_progress_bar_config(disable=True)
+        size = {} if kind is StableDiffusionImg2ImgPipeline else {"height": 64, "width": 64}
+        drawn = other("octopus, noto", image=image, strength=0.6, num_inference_steps=4, **size, **extra).images[0]
+        assert drawn.size == (64, 64)
+
+
+def test_its_unet_has_sd1s_topology():
+    names = {unit.name for unit in removable_units(load_pipeline("demo").unet)}
+    from accelerate import init_empty_weights
+    from diffusers import UNet2DConditionModel
+
+    with init_empty_weights():
+        sd = UNet2DConditionModel(cross_attention_dim=768)
+    assert names == {unit.name for unit in removable_units(sd)}
+
+
+def test_it_draws_what_it_is_asked_to():
+    """Far from the figures that `asdm demo-build check` measures, and far above chance (5 of 1,024)."""
+    examples, pixels = load_pixels(open_data("demo", "all").examples, 64, {})
+    labels = [(example.concept, example.style) for example in examples]
+    judge = Judge()
+    chosen = open_data("demo").sample(24, 0)
+    drawn = generate(load_pipeline("demo"), [example.caption for example in chosen], steps=15)
+    found = recognition(
+        judge.features(drawn),
+        [(example.concept, example.style) for example in chosen],
+        judge.features(torch.stack(pixels)),
+        labels,
+    )
+    assert found.concept_top5 >= 0.4
+    assert found.style >= 0.7
+
+
+def test_normalised_latents_have_unit_scale_and_the_same_reconstructions():
+    vae = make_vae().eval()
+    images = load_images([images_folder() / pair.file_name for pair in seen_pairs()[:24]], 64)
+    with torch.no_grad():
+        before = vae.decode(vae.encode(images).latent_dist.mean).sample
+        normalise_latents(vae, images)
+        latents = vae.encode(images).latent_dist
+        after = vae.decode(latents.mean).sample
+    torch.testing.assert_close(before, after, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(latents.mean.mean(dim=(0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(latents.mean.std(dim=(0, 2, 3)), torch.ones(4), atol=1e-3, rtol=0)
+
+
+def test_the_tokenizer_knows_its_words_and_splits_others():
+    tokenizer = make_tokenizer([pair.caption for pair in all_pairs()])
+    assert tokenizer.tokenize("Octopus, noto") == ["octopus</w>", ",</w>", "noto</w>"]
+    assert max(len(tokenizer(pair.caption).input_ids) for pair in all_pairs()) <= tokenizer.model_max_length
+    unknown = tokenizer("zzyx éß 日本").input_ids
+    assert tokenizer.unk_token_id not in unknown[1:-1]
+
+
+def test_the_recipe_starts_from_the_same_weights_each_time():
+    for name, tensor in make_unet().state_dict().items():
+        assert torch.equal(tensor, make_unet().state_dict()[name]), name
+        break
+    assert sum(p.numel() for p in make_unet().parameters()) / 1e6 == pytest.approx(17.6, abs=0.1)
+
+
+def test_epochs_see_every_pair():
+    batches = torch.cat([epoch_batch(step, 10, 40) for step in range(4)])
+    assert sorted(batches.tolist()) == list(range(40))

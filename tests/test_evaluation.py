@@ -1,0 +1,165 @@
+"""Metrics say what they should on cases with a known answer, and the report holds what was measured."""
+
+import json
+import re
+
+import pytest
+import torch
+from PIL import Image
+
+from asdm import AsdmError, PruningPlan, build_student, compress, evaluate, load_pipeline, save_pipeline, with_unet
+from asdm.demo import images_folder
+from asdm.evaluation.comparison import evaluation_sets
+from asdm.evaluation.metrics import Judge, feature_distance, kid, psnr, recognition, retrieval_at_1
+from asdm.evaluation.report import headline_of
+from asdm.incubation.data import load_pixels, open_data
+from conftest import tiny_pipeline
+
+
+def test_recognition_on_features_with_a_known_answer():
+    real = torch.eye(6)
+    labels = [(concept, style) for concept in "abc" for style in ("x", "y")]
+    found = recognition(real, labels, real, labels)
+    assert (found.concept_top1, found.concept_top5, found.style) == (1.0, 1.0, 1.0)
+    # The nearest image of each is the same concept in the other style.
+    found = recognition(real[[1, 0, 3, 2, 5, 4]], labels, real, labels)
+    assert (found.concept_top1, found.concept_top5, found.style) == (1.0, 1.0, 0.0)
+    wrong = [("z", "x")] * 6
+    assert recognition(real, wrong, real, labels).concept_top5 == 0.0
+
+
+def test_retrieval_and_distance_and_psnr():
+    features = torch.eye(4)
+    assert retrieval_at_1(features, features, [0, 1, 2, 3]) == 1.0
+    assert retrieval_at_1(features, features, [0, 1, 3, 2]) == 0.5
+    assert feature_distance(features, features) == pytest.approx(0.0, abs=1e-6)
+    assert feature_distance(features, features.roll(1, 0)) == pytest.approx(1.0)
+    image = torch.zeros(1, 3, 4, 4)
+    assert psnr(image + 0.2, image)[0] == pytest.approx(20.0, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def real_images():
+    return torch.stack(load_pixels(open_data("demo", "all").examples[:80], 64, {})[1])
+
+
+def test_the_judge_tells_clean_from_noisy_from_blurred(real_images):
+    judge = Judge()
+    reference, images = judge.features(real_images[:40]), real_images[40:]
+    noisy = (images + 0.15 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))).clamp(-1, 1)
+    blurred = torch.nn.functional.interpolate(
+        torch.nn.functional.avg_pool2d(images, 4), 64, mode="bilinear", align_corners=False
+    )
+    clean, noise, blur = (kid(judge.features(i), reference)[0] for i in (images, noisy, blurred))
+    assert clean < noise < blur
+    assert kid(judge.features(noisy), reference) == kid(judge.features(noisy), reference)
+
+
+def test_the_judge_is_not_fooled_by_batches(real_images):
+    judge = Judge()
+    one, many = judge.features(real_images[:5], batch_size=1), judge.features(real_images[:5])
+    torch.testing.assert_close(one, many, atol=1e-4, rtol=1e-3)
+
+
+def test_evaluation_sets_are_fixed_and_keep_the_splits_apart():
+    sets = evaluation_sets("demo", None, 128, 0)
+    assert [(s.split, len(s.prompts)) for s in sets] == [("seen", 128), ("held_out", 102)]
+    assert sets == evaluation_sets("demo", None, 128, 0)
+    held_out = {
+        json.loads(line)["text"] for line in (images_folder() / "metadata.jsonl").open() if '"held_out": true' in line
+    }
+    assert held_out == set(sets[1].prompts)
+    assert not held_out & set(sets[0].prompts)
+
+
+def test_evaluation_compares_on_the_same_prompts_and_seeds(data_folder, tmp_path):
+    teacher = tiny_pipeline()
+    same = with_unet(teacher, build_student(teacher.unet, PruningPlan.for_unet(teacher.unet)))
+    plan = PruningPlan.for_unet(teacher.unet, [{"edit": "remove", "unit": "mid_block"}])
+    pruned = with_unet(teacher, build_student(teacher.unet, plan))
+    figures = evaluate(
+        {"teacher": teacher, "same": same, "pruned": pruned},
+        data=data_folder,
+        steps=2,
+        rounds=3,
+        images_folder=tmp_path / "images",
+    )
+    assert [(row.name, row.split) for row in figures.quality] == [
+        (name, split) for split in ("seen", "held_out") for name in ("teacher", "same", "pruned")
+    ]
+    assert figures.quality_of("same", "seen").teacher_distance == pytest.approx(0.0, abs=1e-6)
+    assert figures.quality_of("pruned", "seen").teacher_distance > 1e-6
+    assert figures.quality_of("teacher", "seen").concept_top1 is None
+    assert figures.speed_of("teacher").unet_speedup == 1.0
+    assert figures.speed_of("pruned").gmacs < figures.speed_of("teacher").gmacs
+    with Image.open(tmp_path / "images" / "held_out" / "pruned" / "0000.png") as image:
+        assert image.size == (16, 16)
+
+
+def test_without_the_judges_packages_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(AsdmError, match=r"asdm-diffusion\[judge\]"):
+        Judge()
+
+
+@pytest.fixture
+def model(tmp_path):
+    return str(save_pipeline(tiny_pipeline(), tmp_path / "model"))
+
+
+SETTINGS = {"params": 0.8, "steps": 3, "samples": 3, "sampling_steps": 2}
+
+
+def test_compress_makes_a_folder_that_loads_and_a_report_without_network(model, data_folder, tmp_path):
+    from asdm import Stage
+
+    stages = [Stage(name="joint", steps=3, batch_size=2, ema_decay=0)]
+    (data_folder / "2.png").write_bytes(b"damaged")
+    made = compress(model, tmp_path / "out", data=data_folder, stages=stages, **(SETTINGS | {"steps": 0}))
+    pipeline = load_pipeline(made.folder)
+    total = sum(p.numel() for p in load_pipeline(model).unet.parameters())
+    assert sum(p.numel() for p in pipeline.unet.parameters()) <= 0.8 * total
+    assert list(made.skipped) == ["2.png"]
+    assert [row.name for row in made.evaluation.speed] == ["teacher", "pruned", "distilled"]
+    html = made.report.read_text()
+    assert made.headline.replace("'", "&#39;") in html
+    assert not re.search(r"""(src|href)=["'](?!data:)""", html)
+    assert "2.png" in html
+    assert html.count("<img") >= 2 + 3 * 4
+
+
+def test_compress_goes_on_where_it_was(model, data_folder, tmp_path, monkeypatch):
+    import asdm.compression as compression
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compression, "evaluate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, tmp_path / "out", data=data_folder, **SETTINGS)
+    plan = (tmp_path / "out" / "plan.json").read_bytes()
+    monkeypatch.undo()
+    monkeypatch.setattr(compression, "analyze", killed)
+    monkeypatch.setattr(compression, "make_plan", killed)
+    titles = set()
+    compress(model, tmp_path / "out", data=data_folder, progress=lambda title, *_: titles.add(title), **SETTINGS)
+    assert (tmp_path / "out" / "plan.json").read_bytes() == plan
+    assert "distil" not in titles
+
+
+def test_compress_refuses_other_settings_and_missing_data(model, data_folder, tmp_path):
+    with pytest.raises(AsdmError, match="need data"):
+        compress(model, tmp_path / "out", params=0.8, steps=5)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(AsdmError, match="no such data folder"):
+        compress(model, tmp_path / "out", params=0.8, data=tmp_path / "absent")
+    assert not (tmp_path / "out").exists()
+    compress(model, tmp_path / "out", params=0.8, steps=0, samples=0)
+    with pytest.raises(AsdmError, match=r"made with other settings \(budget\)"):
+        compress(model, tmp_path / "out", params=0.7, steps=0, samples=0)
+
+
+def test_the_headline_says_when_the_target_was_missed(model, tmp_path):
+    made = compress(model, tmp_path / "out", params=0.8, steps=0, samples=0)
+    assert "short of the 50x asked for" in headline_of(made.evaluation, 50)
+    assert "short of" not in headline_of(made.evaluation, 0.01)

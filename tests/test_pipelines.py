@@ -1,0 +1,136 @@
+"""Loading and saving: what loads, what is refused with which words, and what an image's seed means."""
+
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import save_file
+
+from asdm import AsdmError, PruningPlan, build_student, generate, load_pipeline, save_pipeline, with_unet
+from asdm.conditioning import embed_prompts, encode_images, image_size
+from asdm.pipelines import MARKER, save_pipeline_into
+
+
+@pytest.fixture
+def model(pipeline, tmp_path):
+    return save_pipeline(pipeline, tmp_path / "model")
+
+
+def test_a_saved_student_pipeline_draws_the_same_bits(pipeline, tmp_path):
+    plan = PruningPlan.for_unet(pipeline.unet, [{"edit": "remove", "unit": "mid_block"}])
+    student = with_unet(pipeline, build_student(pipeline.unet, plan))
+    save_pipeline(student, tmp_path / "student")
+    before = generate(student, ["octopus, noto"], steps=2)
+    assert torch.equal(generate(load_pipeline(tmp_path / "student"), ["octopus, noto"], steps=2), before)
+    by_diffusers = DiffusionPipeline.from_pretrained(tmp_path / "student")
+    assert torch.equal(generate(by_diffusers, ["octopus, noto"], steps=2), before)
+    assert type(by_diffusers) is StableDiffusionPipeline
+    assert not torch.equal(generate(pipeline, ["octopus, noto"], steps=2), before)
+
+
+def test_a_stock_pipeline_saved_by_us_is_stock(model):
+    assert json.loads((model / "model_index.json").read_text())["unet"] == ["diffusers", "UNet2DConditionModel"]
+
+
+def test_saving_replaces_what_is_ours_and_nothing_else(pipeline, model, tmp_path):
+    save_pipeline(pipeline, model)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "thesis.txt").write_text("years of work")
+    with pytest.raises(AsdmError, match="was not written by asdm"):
+        save_pipeline(pipeline, tmp_path / "theirs")
+    assert (tmp_path / "theirs" / "thesis.txt").read_text() == "years of work"
+    with pytest.raises(AsdmError, match="a file; name a folder"):
+        save_pipeline(pipeline, tmp_path / "theirs" / "thesis.txt")
+
+
+def test_saving_into_a_folder_of_ours_keeps_its_other_files(pipeline, tmp_path):
+    (tmp_path / MARKER).write_text("{}")
+    (tmp_path / "report.html").write_text("figures")
+    for _ in range(2):
+        save_pipeline_into(pipeline, tmp_path)
+        load_pipeline(tmp_path)
+    assert (tmp_path / "report.html").read_text() == "figures"
+    assert not list(tmp_path.glob(".saving-*"))
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def pickle_over(path):
+    path.write_bytes(pickle.dumps({"weights": [1, 2]}, protocol=2))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda model: shutil.rmtree(model), "no such folder or file"),
+        (lambda model: (model / "model_index.json").unlink(), "not a pipeline folder"),
+        (lambda model: shutil.rmtree(model / "unet"), "without a UNet"),
+        (lambda model: (model / "unet" / "diffusion_pytorch_model.safetensors").unlink(), r"no \.safetensors weights"),
+        (lambda model: truncate(model / "unet" / "diffusion_pytorch_model.safetensors"), "truncated or damaged"),
+        (lambda model: truncate(model / "vae" / "diffusion_pytorch_model.safetensors"), "truncated or damaged"),
+        (lambda model: pickle_over(model / "unet" / "diffusion_pytorch_model.safetensors"), "a pickle named"),
+        (lambda model: (model / "unet" / "config.json").write_text('{"_class_name": "UNet2D'), "cannot be loaded"),
+    ],
+)
+def test_a_damaged_folder_is_refused_by_name(model, damage, message):
+    damage(model)
+    with pytest.raises(AsdmError, match=message) as error:
+        load_pipeline(model)
+    assert str(model) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_single_files_that_are_no_checkpoints_are_refused(tmp_path):
+    save_file({"x": torch.zeros(2)}, tmp_path / "other.safetensors")
+    pickle_over(tmp_path / "pickle.safetensors")
+    pickle_over(tmp_path / "model.ckpt")
+    for name, message in (
+        ("other.safetensors", "not a Stable Diffusion checkpoint"),
+        ("pickle.safetensors", "a pickle named"),
+        ("model.ckpt", "a pickle, which can run code"),
+        ("absent.safetensors", "no such folder or file"),
+    ):
+        with pytest.raises(AsdmError, match=message):
+            load_pipeline(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["random:sd9", "no-such-model", "someone/no-such-model-at-all"])
+def test_unknown_models_are_refused(name, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(AsdmError, match=name):
+        load_pipeline(name)
+
+
+def test_an_images_noise_does_not_depend_on_its_batch(pipeline):
+    prompts = ["octopus, noto", "rocket, twemoji", "pear, noto"]
+    together = generate(pipeline, prompts, steps=2, batch_size=3)
+    apart = generate(pipeline, prompts, steps=2, batch_size=1)
+    torch.testing.assert_close(together, apart, atol=2e-2, rtol=0)
+    assert together.shape == (3, 3, 16, 16)
+    assert not torch.equal(together, generate(pipeline, prompts, steps=2, seed=9))
+
+
+def test_image_to_image_keeps_more_at_less_strength(pipeline):
+    image = Image.new("RGB", (16, 16), (255, 0, 0))
+    drawn = {s: generate(pipeline, ["pear, noto"], steps=10, image=image, strength=s) for s in (0.1, 1.0)}
+    start = generate(pipeline, ["pear, noto"], steps=100, image=image, strength=0.01)
+    assert (drawn[0.1] - start).abs().mean() < (drawn[1.0] - start).abs().mean()
+
+
+def test_prompts_are_embedded_as_the_pipeline_does(pipeline):
+    prompts = ["octopus, noto", "", "rocket, twemoji"]
+    expected, _ = pipeline.encode_prompt(prompts, "cpu", 1, False)
+    assert torch.equal(embed_prompts(pipeline, prompts, batch_size=2).encoder_hidden_states, expected)
+
+
+def test_latents_are_scaled_as_the_unet_expects_them(pipeline):
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    latents = encode_images(pipeline, images)
+    assert image_size(pipeline) == 16
+    assert torch.equal(latents, pipeline.vae.encode(images).latent_dist.mode() * 0.5)

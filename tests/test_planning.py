@@ -1,0 +1,154 @@
+"""A plan is the least sensitive set inside the budget, and the budget is measured."""
+
+from itertools import combinations
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from diffusers import UNet2DConditionModel
+
+from asdm import AsdmError, PruningPlan, analyze, build_student, make_plan
+from asdm.planning import least_sensitive, measured_speedup
+from asdm.random_models import UNETS, random_unet
+from asdm.redundancy import RedundancyMap, UnitRecord
+from asdm.student.plan import empty_student
+from asdm.units import fingerprint, removable_units
+
+
+def record(name, parent=None, sensitivity=1.0, cost=1.0):
+    return UnitRecord(
+        name=name,
+        kind="attention",
+        parent=parent,
+        parameters=int(cost),
+        gmacs=cost,
+        gmacs_without_attention=cost,
+        latency_ms=cost,
+        latency_share=0.1,
+        sensitivity=sensitivity,
+        sensitivity_by_timestep={},
+    )
+
+
+def by_hand(units, needed):
+    """The best set by trying all of them."""
+    best = None
+    for size in range(len(units) + 1):
+        for chosen in combinations(units, size):
+            names = {unit.name for unit in chosen}
+            if any(unit.parent in names for unit in chosen) or sum(u.latency_ms for u in chosen) < needed:
+                continue
+            total = sum(unit.sensitivity for unit in chosen)
+            if best is None or total < best:
+                best = total
+    return best
+
+
+def test_the_plan_is_the_best_of_all_sets():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        units = []
+        for index in range(4):
+            costs, sensitivities = torch.rand(3, generator=generator), torch.rand(3, generator=generator)
+            units.append(record(f"a{index}", None, float(sensitivities.sum()), float(costs.sum()) + 0.1))
+            units += [
+                record(f"a{index}.{part}", f"a{index}", float(sensitivities[part]), float(costs[part]))
+                for part in range(2)
+            ]
+        for needed in (0.5, 2.0, 3.5):
+            chosen = least_sensitive(units, [unit.latency_ms for unit in units], needed)
+            records = [unit for unit in units if unit.name in chosen]
+            assert sum(unit.latency_ms for unit in records) >= needed
+            assert not any(unit.parent in chosen for unit in records)
+            assert sum(unit.sensitivity for unit in records) == pytest.approx(by_hand(units, needed), abs=1e-3)
+
+
+def test_more_than_everything_has_no_plan():
+    assert least_sensitive([record("a"), record("b")], [1.0, 1.0], 2.5) is None
+
+
+@pytest.fixture(scope="module")
+def redundancy() -> RedundancyMap:
+    from conftest import tiny_pipeline
+
+    return analyze(tiny_pipeline(), timesteps=1, samples=1, latency_rounds=5)
+
+
+def remaining(redundancy, plan):
+    unet = random_unet(redundancy.unet_config)
+    student = build_student(unet, plan)
+    return sum(p.numel() for p in student.parameters()) / redundancy.parameters
+
+
+def test_parameter_budget_holds(redundancy):
+    for budget in (0.9, 0.6):
+        assert remaining(redundancy, make_plan(redundancy, params=budget)) <= budget
+    assert remaining(redundancy, make_plan(redundancy, params=0.7 * redundancy.parameters)) <= 0.7
+
+
+def test_mac_budget_holds(redundancy):
+    plan = make_plan(redundancy, macs=0.7)
+    removed = {edit.unit for edit in plan.edits}
+    assert sum(unit.gmacs for unit in redundancy.units if unit.name in removed) >= 0.3 * redundancy.gmacs
+
+
+def test_a_tighter_budget_never_costs_less(redundancy):
+    predicted = [make_plan(redundancy, params=budget).figures.predicted_sensitivity for budget in (0.9, 0.7, 0.5)]
+    assert predicted == sorted(predicted)
+
+
+def test_speedup_is_measured_and_reached(redundancy):
+    notes = []
+    plan = make_plan(redundancy, speedup=1.3, progress=notes.append)
+    assert plan.figures.measured_speedup >= 1.3
+    assert "measured" in notes[0]
+    assert measured_speedup(random_unet(redundancy.unet_config), plan, rounds=20) > 1.15
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ({"speedup": 500.0}, r"speedup=500: out of reach.*ask for less"),
+        ({"speedup": 0.5}, r"speedup=0\.5: must be above 1"),
+        ({"params": 0.0001}, r"params=0\.0001: out of reach; between 0\.\d+ and 1"),
+        ({"params": -1.0}, "params=-1: out of reach"),
+        ({"macs": 1e30}, "macs=1e\\+30: out of reach"),
+        ({}, "exactly one of"),
+        ({"speedup": 1.5, "params": 0.5}, "exactly one of.*got speedup, params"),
+        ({"preset": "bk-huge"}, "bk-huge: no such preset; allowed: bk-base"),
+    ],
+)
+def test_an_unreachable_or_unclear_budget_says_what_is_reachable(redundancy, budget, message):
+    with pytest.raises(AsdmError, match=message):
+        make_plan(redundancy, **budget)
+
+
+def full_size_map(shape):
+    with init_empty_weights():
+        unet = UNet2DConditionModel(**UNETS[shape])
+    units = [record(unit.name, unit.parent).model_copy(update={"kind": unit.kind}) for unit in removable_units(unet)]
+    redundancy = RedundancyMap.model_construct(units=units, fingerprint=fingerprint(unet), latency_ms=1e6)
+    return unet, redundancy
+
+
+@pytest.mark.parametrize(("preset", "published"), [("bk-base", 579.4), ("bk-small", 482.3), ("bk-tiny", 323.4)])
+def test_presets_are_bk_sdms_but_for_the_kept_shortcuts(preset, published):
+    """BK-SDM's sizes (arXiv 2305.15798, Tab. 1) in millions, plus the up blocks' 1x1 shortcuts that stay
+    (BK-SDM drops the middle layer of each up stage with its shortcut)."""
+    unet, redundancy = full_size_map("sd15")
+    plan = make_plan(redundancy, preset=preset)
+    student = empty_student(unet, plan)
+    kept = sum(
+        p.numel()
+        for name, module in student.named_modules()
+        if type(module).__name__ == "RemovedResnet"
+        for p in module.parameters()
+    )
+    size = sum(p.numel() for p in student.parameters())
+    assert (size - kept) / 1e6 == pytest.approx(published, abs=0.15)
+
+
+def test_preset_plans_are_for_the_maps_unet(redundancy):
+    unet = random_unet(redundancy.unet_config)
+    assert isinstance(make_plan(redundancy, preset="bk-tiny"), PruningPlan)
+    build_student(unet, make_plan(redundancy, preset="bk-tiny"))

@@ -1,0 +1,108 @@
+"""The map tells what removal of each unit costs and saves, and its shortcut is exact."""
+
+import pytest
+import torch
+from matplotlib import pyplot as plt
+
+from asdm import AsdmError, PruningPlan, RedundancyMap, analyze, build_student
+from asdm.evaluation.plots import redundancy_plot
+from asdm.redundancy import _ablate, _Call
+from asdm.units import removable_units
+from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline
+
+
+def naive_errors(unet, arguments, units):
+    reference = predict(unet, **arguments)
+    errors = {}
+    for unit in units:
+        student = build_student(unet, PruningPlan.for_unet(unet, [{"edit": "remove", "unit": unit.name}]))
+        errors[unit.name] = float((predict(student, **arguments) - reference).square().sum() / reference.square().sum())
+    return errors
+
+
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_sdxl_pipeline])
+def test_replaying_prefixes_gives_the_errors_of_real_removals(make):
+    unet = make().unet
+    from conftest import unet_inputs
+
+    arguments = unet_inputs(unet)
+    units = removable_units(unet)
+    with torch.no_grad():
+        errors, _ = _ablate(unet, units, [_Call(321, arguments)], None)
+    expected = naive_errors(unet, arguments, units)
+    for name, by_timestep in errors.items():
+        assert by_timestep[321] == pytest.approx(expected[name], rel=1e-4, abs=1e-10), name
+
+
+def test_analysis_leaves_the_pipeline_as_it_was(pipeline):
+    modules = {name: id(module) for name, module in pipeline.unet.named_modules()}
+    before = predict(pipeline.unet)
+    analyze(pipeline, timesteps=1, samples=2, latency_rounds=1)
+    assert {name: id(module) for name, module in pipeline.unet.named_modules()} == modules
+    assert torch.equal(predict(pipeline.unet), before)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in pipeline.unet.modules())
+
+
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_sdxl_pipeline])
+def test_map_adds_up(make):
+    pipeline = make()
+    seen = []
+    redundancy = analyze(
+        pipeline,
+        timesteps=2,
+        samples=2,
+        latency_rounds=3,
+        progress=lambda done, total, name: seen.append((done, total)),
+    )
+    assert [unit.name for unit in redundancy.units] == [unit.name for unit in removable_units(pipeline.unet)]
+    assert seen[-1] == (len(redundancy.units) * 2, len(redundancy.units) * 2)
+    total = sum(p.numel() for p in pipeline.unet.parameters())
+    for unit in redundancy.units:
+        plan = PruningPlan.for_unet(pipeline.unet, [{"edit": "remove", "unit": unit.name}])
+        left = sum(p.numel() for p in build_student(pipeline.unet, plan).parameters())
+        assert unit.parameters == total - left, unit.name
+        assert unit.gmacs >= unit.gmacs_without_attention > 0
+        assert unit.latency_ms >= 0
+        assert unit.sensitivity == pytest.approx(sum(unit.sensitivity_by_timestep.values()) / 2)
+        assert set(unit.sensitivity_by_timestep) == set(redundancy.timesteps) == {250, 750}
+    top = [unit for unit in redundancy.units if unit.parent is None]
+    assert sum(unit.latency_share for unit in top) < 1
+    assert redundancy.necessary_forwards < len(redundancy.units) * 2
+
+
+def test_same_seed_gives_the_same_sensitivities(pipeline):
+    first, second = (analyze(pipeline, timesteps=1, samples=2, latency_rounds=1, seed=3) for _ in range(2))
+    assert [u.sensitivity for u in first.units] == [u.sensitivity for u in second.units]
+    other = analyze(pipeline, timesteps=1, samples=2, latency_rounds=1, seed=4)
+    assert [u.sensitivity for u in first.units] != [u.sensitivity for u in other.units]
+
+
+def test_calibration_on_data_uses_its_images(pipeline, data_folder):
+    on_data = analyze(pipeline, data=data_folder, timesteps=1, samples=2, latency_rounds=1)
+    on_own = analyze(pipeline, timesteps=1, samples=2, latency_rounds=1)
+    assert [u.sensitivity for u in on_data.units] != [u.sensitivity for u in on_own.units]
+
+
+def test_map_survives_its_file(pipeline, tmp_path):
+    redundancy = analyze(pipeline, timesteps=1, samples=1, latency_rounds=1)
+    redundancy.save(tmp_path / "map.json")
+    assert RedundancyMap.load(tmp_path / "map.json") == redundancy
+    (tmp_path / "bad.json").write_text("{}")
+    for name in ("bad", "absent"):
+        with pytest.raises(AsdmError, match=f"{name}.json"):
+            RedundancyMap.load(tmp_path / f"{name}.json")
+
+
+def test_plot_crosses_out_what_the_plan_removes(pipeline):
+    redundancy = analyze(pipeline, timesteps=1, samples=1, latency_rounds=1)
+
+    def crosses(plan):
+        figure = redundancy_plot(redundancy, plan)
+        count = sum(line.get_color() == "red" for line in figure.axes[0].lines)
+        plt.close(figure)
+        return count
+
+    assert crosses(None) == 0
+    assert crosses(PruningPlan.for_unet(pipeline.unet, [{"edit": "remove", "unit": "mid_block.resnets.0"}])) == 2
+    stage = PruningPlan.for_unet(pipeline.unet, [{"edit": "remove", "unit": "down_blocks.3"}])
+    assert crosses(stage) == 2 * 5  # two resnets down and three up

@@ -1,0 +1,260 @@
+"""The loop resumes exactly, keeps the last good weights, and a student learns from its teacher."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from asdm import AsdmError, PruningPlan, Stage, build_student, distill
+from asdm.incubation.distillation import _Shuffled, capturing, prepare
+from asdm.incubation.losses import feature_losses, output_loss, relative_error
+from asdm.incubation.stages import LossWeights, parse_stages
+from asdm.incubation.trainer import LoopSettings, TrainingTask, checkpoint_step, read_log, train
+from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline, unet_inputs
+
+
+class Regression(TrainingTask):
+    """Fit a line through noisy points; the noise is the step's."""
+
+    def __init__(self, fault_at=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.frozen = nn.Linear(4, 4), nn.Linear(4, 4).requires_grad_(False)
+        self.calls, self.fault_at = 0, fault_at
+
+    def forward(self, batch, generator):
+        self.calls += 1
+        noise = torch.randn(batch.shape, generator=generator)
+        fit = (self.layer(batch + 0.1 * noise) - self.frozen(batch)).square().mean()
+        penalty = self.layer.weight.square().mean()
+        if self.calls == self.fault_at:
+            penalty = penalty * float("nan")
+        return {"loss": fit + 0.01 * penalty, "fit": fit, "penalty": penalty}
+
+
+def batch_at(step):
+    return torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+
+
+SETTINGS = LoopSettings(steps=12, learning_rate=0.05, warmup_steps=3, ema_decay=0.9, checkpoint_every=5)
+
+
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path):
+    whole = Regression()
+    assert train(whole, batch_at, SETTINGS, tmp_path / "whole")
+    interrupted = Regression()
+
+    def stop_at_seven(row):
+        if row["step"] == 7:
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        train(interrupted, batch_at, SETTINGS, tmp_path / "parts", progress=stop_at_seven)
+    assert checkpoint_step(tmp_path / "parts") == 5
+    resumed = Regression()
+    steps = []
+    assert train(resumed, batch_at, SETTINGS, tmp_path / "parts", progress=lambda row: steps.append(row["step"]))
+    assert steps == list(range(6, 13))
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    assert read_log(tmp_path / "whole" / "log.jsonl") == read_log(tmp_path / "parts" / "log.jsonl")
+
+
+def test_a_finished_run_is_not_run_again(tmp_path):
+    first, second = Regression(), Regression()
+    train(first, batch_at, SETTINGS, tmp_path)
+    train(second, batch_at, SETTINGS, tmp_path)
+    assert second.calls == 0
+    assert torch.equal(first.layer.weight, second.layer.weight)
+
+
+def test_only_what_needs_a_gradient_is_trained_and_stored(tmp_path):
+    task = Regression()
+    frozen = task.frozen.weight.clone()
+    train(task, batch_at, SETTINGS, tmp_path)
+    assert torch.equal(task.frozen.weight, frozen)
+    stored = load_file(tmp_path / "checkpoint-0000012" / "weights.safetensors")
+    assert set(stored) == {"layer.weight", "layer.bias"}
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_name_and_keeps_the_checkpoint(tmp_path):
+    with pytest.raises(AsdmError, match="penalty is not finite at step 8"):
+        train(Regression(fault_at=8), batch_at, SETTINGS, tmp_path)
+    assert checkpoint_step(tmp_path) == 5
+    weights = load_file(tmp_path / "checkpoint-0000005" / "weights.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+
+
+def test_ctrl_c_saves_the_step_it_was_at(tmp_path):
+    def interrupt(row):
+        if row["step"] == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(Regression(), batch_at, SETTINGS, tmp_path, progress=interrupt)
+    assert checkpoint_step(tmp_path) == 7
+
+
+def test_learning_rate_warms_up_and_decays():
+    rates = [SETTINGS.learning_rate_at(step) for step in range(12)]
+    assert rates[:3] == pytest.approx([0.05 / 3, 0.1 / 3, 0.05])
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+    assert SETTINGS.learning_rate_at(12) == pytest.approx(0)
+
+
+KILLED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_training import Regression, batch_at
+from asdm.incubation.trainer import LoopSettings, train
+settings = LoopSettings(steps=100_000, learning_rate=0.01, ema_decay=0.9, checkpoint_every=3)
+train(Regression(), batch_at, settings, Path({folder!r}))
+"""
+
+
+def test_kill_minus_nine_leaves_a_whole_checkpoint(tmp_path):
+    code = KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    for _ in range(3):
+        before = checkpoint_step(tmp_path)
+        process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while checkpoint_step(tmp_path) <= before + 6 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        reached = checkpoint_step(tmp_path)
+        assert reached > before + 6
+        newest = tmp_path / f"checkpoint-{reached:07d}"
+        for name in ("weights", "optimizer", "ema"):
+            assert load_file(newest / f"{name}.safetensors")
+    settings = LoopSettings(steps=reached + 4, learning_rate=0.01, ema_decay=0.9, checkpoint_every=3)
+    assert train(Regression(), batch_at, settings, tmp_path)
+
+
+def test_every_epoch_sees_every_image_once():
+    batches = _Shuffled(count=10, batch_size=4, seed=1)
+    seen = torch.cat([batches(step) for step in range(5)])
+    assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10))
+    assert seen[:10].tolist() != seen[10:].tolist()
+
+
+def test_losses_are_relative_to_the_teachers_power():
+    teacher = torch.randn(2, 3, 4, 4)
+    assert relative_error(teacher, teacher) == 0
+    assert relative_error(torch.zeros_like(teacher), teacher) == pytest.approx(1.0)
+    assert output_loss(1.1 * teacher, teacher) == pytest.approx(0.01, rel=1e-3)
+    by_block = feature_losses({"a": 100 * teacher, "b": teacher[:1]}, {"a": 110 * teacher, "b": teacher})
+    assert set(by_block) == {"a"}
+    assert by_block["a"] == pytest.approx((10 / 110) ** 2, rel=1e-3)
+
+
+def quick_stage(**changes):
+    settings = {
+        "name": "joint",
+        "steps": 30,
+        "batch_size": 4,
+        "learning_rate": 2e-3,
+        "ema_decay": 0,
+        "checkpoint_every": 10,
+    }
+    return Stage(**{**settings, **changes})
+
+
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_sdxl_pipeline])
+def test_distillation_brings_the_student_nearer_to_its_teacher(make, data_folder, tmp_path):
+    pipeline = make()
+    unit = "down_blocks.1.resnets.1"
+    student = build_student(pipeline.unet, PruningPlan.for_unet(pipeline.unet, [{"edit": "remove", "unit": unit}]))
+    inputs = unet_inputs(pipeline.unet)
+    reference = predict(pipeline.unet, **inputs)
+    before = relative_error(predict(student, **inputs), reference)
+    teacher_weights = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
+    distill(pipeline, student, data_folder, tmp_path / "run", stages=[quick_stage()])
+    rows = read_log(tmp_path / "run" / "00-joint" / "log.jsonl")
+    for term in ("output", "feature"):
+        first, last = (sum(row[term] for row in part) for part in (rows[:5], rows[-5:]))
+        assert last < 0.7 * first, term
+    assert relative_error(predict(student, **inputs), reference) < before
+    assert all(torch.equal(tensor, teacher_weights[name]) for name, tensor in pipeline.unet.state_dict().items())
+    assert {"task", "output", "feature", "feature/mid_block", "feature/up_blocks.0"} <= set(rows[0])
+    assert not any(module._forward_hooks for module in student.modules())
+
+
+def test_an_untouched_student_has_nothing_to_learn_from_the_teacher(pipeline, data_folder, tmp_path):
+    student = build_student(pipeline.unet, PruningPlan.for_unet(pipeline.unet))
+    distill(pipeline, student, data_folder, tmp_path, stages=[quick_stage(steps=1)])
+    row = read_log(tmp_path / "00-joint" / "log.jsonl")[0]
+    assert row["output"] == 0
+    assert row["feature"] == 0
+    assert row["loss"] == row["task"] > 0
+
+
+def test_loss_weights_are_heeded(pipeline, data_folder, tmp_path):
+    student = build_student(
+        pipeline.unet, PruningPlan.for_unet(pipeline.unet, [{"edit": "remove", "unit": "mid_block"}])
+    )
+    stage = quick_stage(steps=1, losses=LossWeights(task=0, output=2, feature=3))
+    distill(pipeline, student, data_folder, tmp_path, stages=[stage])
+    row = read_log(tmp_path / "00-joint" / "log.jsonl")[0]
+    assert row["loss"] == pytest.approx(2 * row["output"] + 3 * row["feature"], rel=1e-5)
+
+
+def test_the_same_seed_gives_the_same_losses(data_folder, tmp_path):
+    logs = []
+    for run in ("first", "second"):
+        pipeline = tiny_pipeline()
+        plan = PruningPlan.for_unet(pipeline.unet, [{"edit": "remove", "unit": "mid_block"}])
+        distill(
+            pipeline, build_student(pipeline.unet, plan), data_folder, tmp_path / run, stages=[quick_stage(steps=4)]
+        )
+        logs.append(read_log(tmp_path / run / "00-joint" / "log.jsonl"))
+    assert logs[0] == logs[1]
+
+
+def test_held_out_images_are_not_trained_on(pipeline, data_folder, tmp_path):
+    assert len(prepare(pipeline, data_folder, tmp_path / "cache.safetensors").latents) == 5
+
+
+def test_a_cache_of_other_data_is_refused(pipeline, data_folder, tmp_path):
+    prepare(pipeline, data_folder, tmp_path / "cache.safetensors")
+    lines = (data_folder / "metadata.jsonl").read_text().splitlines()
+    (data_folder / "metadata.jsonl").write_text("\n".join(lines[1:]))
+    with pytest.raises(AsdmError, match="prepared from other data"):
+        prepare(pipeline, data_folder, tmp_path / "cache.safetensors")
+
+
+def test_capturing_takes_its_hooks_off_again(unet):
+    with pytest.raises(KeyError), capturing(unet, ["mid_block"]) as features:
+        predict(unet)
+        assert features["mid_block"].shape[1] == 64
+        raise KeyError
+    assert not any(module._forward_hooks for module in unet.modules())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "not a list of stages"),
+        ([{"name": "a"}], "steps"),
+        ([{"name": "a", "steps": -1}], "steps=-1"),
+        ([{"name": "a", "steps": 1, "rate": 2}], "rate=2"),
+        ([{"name": "a", "steps": 1}] * 2, "share a name"),
+    ],
+)
+def test_wrong_stages_are_named(content, message):
+    with pytest.raises(AsdmError, match=message):
+        parse_stages(content)
+
+
+def test_stages_from_plain_data():
+    stages = parse_stages(json.loads('[{"name": "joint", "steps": 3, "losses": {"task": 0.5}}]'))
+    assert stages[0].losses == LossWeights(task=0.5)
