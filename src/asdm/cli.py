@@ -344,6 +344,7 @@ def demo_build(
     ] = "all",
     folder: Annotated[Path, typer.Option(help="Where checkpoints and the result go.")] = Path("runs/demo-build"),
     minutes: Annotated[float | None, typer.Option(help="Save and stop after so long.", show_default=False)] = None,
+    warm_start: Annotated[bool, typer.Option("--warm-start", help="Train the embedded UNet further.")] = False,
     noto_font: Annotated[
         Path | None, typer.Option(help="NotoColorEmoji.ttf, for `images`.", show_default=False)
     ] = None,
@@ -359,6 +360,7 @@ def demo_build(
             stage,
             folder,
             minutes=minutes,
+            warm_start=warm_start,
             noto_font=noto_font,
             twemoji_folder=twemoji,
             progress=report,

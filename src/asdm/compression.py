@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from asdm.errors import AsdmError
 from asdm.evaluation.comparison import Evaluation, evaluate, evaluation_sets, load_clip
 from asdm.evaluation.plots import redundancy_plot
-from asdm.evaluation.report import save_figure, write_report
+from asdm.evaluation.report import headline_of, save_figure, write_report
 from asdm.files import write_text
 from asdm.incubation.data import open_data
 from asdm.incubation.distillation import default_stages, distill
@@ -88,24 +88,25 @@ def compress(
     if data is not None:
         open_data(data)
     _claim(out, settings)
+    if (out / "report.html").is_file():
+        plan, evaluation = PruningPlan.load(out / "plan.json"), Evaluation.load(out / "evaluation.json")
+        return Compression(out, out / "report.html", headline_of(evaluation, speedup), plan, evaluation, {})
     work = out / "work"
 
     redundancy = _analyzed(pipeline, data, seed, work / "redundancy.json", report)
     plan = _planned(redundancy, settings["budget"], pipeline, out / "plan.json", report)
     save_figure(redundancy_plot(redundancy, plan), out / "redundancy.png")
 
-    models = {"teacher": pipeline, "pruned": with_unet(pipeline, build_student(pipeline.unet, plan))}
+    models = {"teacher": pipeline}
     skipped: dict[str, str] = {}
     logs: dict[str, list[dict[str, float]]] = {}
     student = build_student(pipeline.unet, plan)
     stages = default_stages(student, steps) if stages is None else list(stages)
     if data is not None and any(stage.steps for stage in stages):
-        total = sum(stage.steps for stage in stages)
-        done_before = 0
 
         def trained(row: dict[str, float]) -> None:
             note = f"loss {row['loss']:.3f}, {row['seconds']:.2f} s a step"
-            report("distil", min(total, done_before + int(row["step"])), total, note)
+            report("distil", int(row["done"]), int(row["total"]), note)
 
         examples = distill(pipeline, student, data, work / "training", stages=stages, seed=seed, progress=trained)
         skipped = examples.skipped
@@ -113,8 +114,10 @@ def compress(
             stage.name: read_log(work / "training" / f"{i:02d}-{stage.name}" / "log.jsonl")
             for i, stage in enumerate(stages)
         }
+        models["pruned"] = with_unet(pipeline, build_student(pipeline.unet, plan))
         models["distilled"] = with_unet(pipeline, student)
-
+    else:
+        models["pruned"] = with_unet(pipeline, student)
     save_pipeline_into(list(models.values())[-1], out)
     is_random = model.startswith("random:")
     evaluation = evaluate(

@@ -13,6 +13,7 @@ from asdm.errors import AsdmError
 from asdm.evaluation.latency import measure_interleaved, speedup, unet_call
 from asdm.random_models import random_unet
 from asdm.redundancy import RedundancyMap, UnitRecord
+from asdm.student.edits import Remove
 from asdm.student.plan import PlanBase, PlanFigures, PruningPlan, build_student
 
 MEASUREMENT_ATTEMPTS = 6
@@ -185,8 +186,8 @@ def _plan(redundancy: RedundancyMap, units: Iterable[str], target: dict[str, flo
     removed = [unit for name, unit in by_name.items() if any(name == u or _top_level_in(unit, u) for u in units)]
     saved = sum(unit.latency_ms for unit in removed)
     return PruningPlan(
-        base=PlanBase(**{"class": "UNet2DConditionModel"}, fingerprint=redundancy.fingerprint),
-        edits=[{"edit": "remove", "unit": name} for name in units],  # type: ignore[list-item]
+        base=PlanBase.of(redundancy.fingerprint),
+        edits=[Remove(unit=name) for name in units],
         figures=PlanFigures(
             target=target,
             predicted_sensitivity=sum(unit.sensitivity for unit in removed),

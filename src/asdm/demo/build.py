@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from asdm.conditioning import encode_images
-from asdm.demo import images_folder
+from asdm.demo import images_folder, pipeline_folder
 from asdm.demo.emoji import held_out_pairs, render_dataset
 from asdm.demo.recipe import LOOPS, Recipe
 from asdm.errors import AsdmError
@@ -32,6 +32,7 @@ def build(
     folder: Path,
     *,
     minutes: float | None,
+    warm_start: bool,
     noto_font: Path | None,
     twemoji_folder: Path | None,
     progress: Report,
@@ -49,7 +50,7 @@ def build(
             raise AsdmError("images: needs --noto-font and --twemoji; see docs/demo.md for where to get them")
         say(f"{render_dataset(noto_font, twemoji_folder, images_folder())} images in {images_folder()}")
         return
-    recipe = Recipe(images_folder(), folder, _reporting(progress))
+    recipe = Recipe(images_folder(), folder, _reporting(progress), pipeline_folder() if warm_start else None)
     for name in STAGES[1:] if stage == "all" else [stage]:
         if name == "check":
             check(folder, say, progress)

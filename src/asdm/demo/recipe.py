@@ -21,17 +21,15 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from asdm.demo.emoji import IMAGE_SIZE, Pair, all_pairs, seen_pairs
 from asdm.demo.tasks import AutoencoderTask, ContrastTask, NoisePredictionTask
 from asdm.files import replacing_folder
 from asdm.images import load_images
-from asdm.incubation.trainer import LoopSettings, Progress, load_ema_weights, train
+from asdm.incubation.trainer import LoopSettings, Progress, TrainingTask, load_ema_weights, train
 from asdm.inference.runtime import prepare_for_training
 
 CAPTION_LENGTH = 16
@@ -50,11 +48,13 @@ LOOPS = {
         checkpoint_every=200,
     ),
     "unet": LoopSettings(
-        steps=4800,
-        learning_rate=8e-4,
-        warmup_steps=300,
+        steps=3000,
+        # Twice this rate, or a shorter memory of the moments, and the inner levels fall silent for good:
+        # their features change faster than the outer level can learn to use them.
+        learning_rate=4e-4,
+        betas=(0.9, 0.999),
+        warmup_steps=100,
         weight_decay=0.01,
-        epsilon=1e-12,  # at 1e-8 the inner levels, whose gradients start tiny, never learn
         ema_decay=0.999,
         checkpoint_every=200,
     ),
@@ -64,11 +64,15 @@ BATCH_SIZES = {"clip": 128, "vae": 16, "unet": 32}
 
 @dataclass(frozen=True)
 class Recipe:
-    """Where the recipe works and what it starts from."""
+    """Where the recipe works and what it starts from.
+
+    With `start`, a pipeline folder, `unet` trains its UNet further, and its other parts stay.
+    """
 
     images: Path
     folder: Path
     progress: Progress | None = None
+    start: Path | None = None
 
     def build(self, stage: str = "all", stop_after_seconds: float | None = None) -> bool:
         """Run one stage, or all in order; returns whether it is done (not stopped by the time given)."""
@@ -108,7 +112,7 @@ class Recipe:
         def batch_at(step: int) -> dict[str, Tensor]:
             return {"images": images[epoch_batch(step, BATCH_SIZES["vae"], len(images))]}
 
-        task = AutoencoderTask(make_vae()).to(memory_format=torch.channels_last)
+        task = _channels_last(AutoencoderTask(make_vae()))
         return self._train("vae", task, batch_at, stop_after_seconds)
 
     def _unet_stage(self, stop_after_seconds: float | None) -> bool:
@@ -123,23 +127,19 @@ class Recipe:
             chosen = epoch_batch(step, BATCH_SIZES["unet"], len(pairs))
             return {"latents": latents[chosen], "encoder_hidden_states": embeddings[chosen]}
 
-        task = NoisePredictionTask(make_unet(), make_noise_schedule(), embeddings[-1:])
-        task.to(memory_format=torch.channels_last)
-        return self._train("unet", task, batch_at, stop_after_seconds)
+        unet = make_unet()
+        if self.start is not None:
+            unet = UNet2DConditionModel.from_pretrained(self.start / "unet", dtype=torch.float32)
+        task = NoisePredictionTask(unet, make_noise_schedule(), embeddings[-1:])
+        return self._train("unet", _channels_last(task), batch_at, stop_after_seconds)
 
     def _assemble_stage(self, _: float | None) -> bool:
         unet = make_unet()
         load_ema_weights(self.folder / "unet", {f"unet.{name}": p for name, p in unet.named_parameters()})
         clip = self._clip()
-        text_encoder = CLIPTextModel(clip.config.text_config)
-        text_encoder.load_state_dict(
-            clip.text_model.state_dict()
-            if _flat(text_encoder)
-            else {f"text_model.{name}": value for name, value in clip.text_model.state_dict().items()}
-        )
         pipeline = StableDiffusionPipeline(
             vae=self._normalised_vae(),
-            text_encoder=text_encoder,
+            text_encoder=clip.text_model,
             tokenizer=self._tokenizer(),
             unet=unet,
             scheduler=DPMSolverMultistepScheduler.from_config(
@@ -157,7 +157,11 @@ class Recipe:
     # -- what one stage needs of another ---------------------------------------------------------
 
     def _train(
-        self, name: str, task, batch_at: Callable[[int], dict[str, Tensor]], stop_after_seconds: float | None
+        self,
+        name: str,
+        task: TrainingTask,
+        batch_at: Callable[[int], dict[str, Tensor]],
+        stop_after_seconds: float | None,
     ) -> bool:
         accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16")
         return train(
@@ -174,14 +178,18 @@ class Recipe:
         return load_images([self.images / pair.file_name for pair in pairs], IMAGE_SIZE)
 
     def _tokenizer(self) -> CLIPTokenizer:
-        return CLIPTokenizer.from_pretrained(self.folder / "tokenizer")
+        return CLIPTokenizer.from_pretrained((self.start or self.folder) / "tokenizer")
 
     def _clip(self) -> CLIPModel:
+        if self.start is not None:
+            return CLIPModel.from_pretrained(self.start / "clip", dtype=torch.float32).eval()
         clip = make_clip(self._tokenizer())
         load_ema_weights(self.folder / "clip", {f"clip.{name}": p for name, p in clip.named_parameters()})
         return clip.eval()
 
     def _normalised_vae(self) -> AutoencoderKL:
+        if self.start is not None:
+            return AutoencoderKL.from_pretrained(self.start / "vae", dtype=torch.float32).eval()
         vae = make_vae()
         load_ema_weights(self.folder / "vae", {f"vae.{name}": p for name, p in vae.named_parameters()})
         normalise_latents(vae.eval(), self._images(seen_pairs()))
@@ -264,13 +272,9 @@ def make_vae() -> AutoencoderKL:
 
 
 def make_unet() -> UNet2DConditionModel:
-    """SD 1.x's topology, narrow: four levels, two layers each, attention on the three outer levels.
-
-    Residual branches start at zero (as in arXiv 2105.05233): random ones drown what the inner levels
-    have to say, and the outer level learns to do without them.
-    """
+    """SD 1.x's topology, narrow: four levels, two layers each, attention on the three outer levels."""
     torch.manual_seed(2)
-    unet = UNet2DConditionModel(
+    return UNet2DConditionModel(
         sample_size=IMAGE_SIZE // 4,
         in_channels=4,
         out_channels=4,
@@ -281,12 +285,6 @@ def make_unet() -> UNet2DConditionModel:
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=2,
     )
-    for module in unet.modules():
-        last = {ResnetBlock2D: "conv2", Transformer2DModel: "proj_out"}.get(type(module))
-        if last is not None:
-            for parameter in getattr(module, last).parameters():
-                nn.init.zeros_(parameter)
-    return unet
 
 
 def make_noise_schedule() -> DDPMScheduler:
@@ -324,5 +322,8 @@ def normalise_latents(vae: AutoencoderKL, images: Tensor) -> None:
     post_quant.weight *= deviation[None, :, None, None]
 
 
-def _flat(text_encoder: CLIPTextModel) -> bool:
-    return not any(name.startswith("text_model.") for name in text_encoder.state_dict())
+def _channels_last(task: TrainingTask) -> TrainingTask:
+    for module in task.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+    return task

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,9 +170,7 @@ def measure_speed(
     short = steps if slowest * steps <= _LONGEST_TIMED_PIPELINE_MS else min(steps, 2)
     pipeline_times = measure_interleaved(
         {
-            name: lambda pipeline=pipeline: generate(
-                pipeline, [DEFAULT_PROMPTS[0]], steps=short, guidance_scale=guidance_scale
-            )
+            name: partial(generate, pipeline, ["a photograph"], steps=short, guidance_scale=guidance_scale)
             for name, pipeline in pipelines.items()
         },
         rounds=max(1, rounds // 2) if short == steps else 1,

@@ -111,7 +111,7 @@ def _draw_cell(
     removed: set[str],
 ) -> None:
     def box(of: UnitRecord, x: float, y: float, w: float, h: float, letter: str) -> None:
-        colour = colours.to_rgba(max(of.sensitivity, 1e-6))
+        colour = colours.to_rgba(np.clip(of.sensitivity, 1e-6, None))
         axes.add_patch(Rectangle((x, y), w, h, facecolor=colour, edgecolor="white", linewidth=0.8))
         luminance = 0.3 * colour[0] + 0.6 * colour[1] + 0.1 * colour[2]
         ink = "black" if luminance > 0.5 else "white"
@@ -168,7 +168,7 @@ def loss_plot(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
                 continue
             steps = offset + np.arange(1, len(values) + 1)
             axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
-            window = min(20, len(values))
+            window = max(1, len(values) // 25)
             smooth = np.convolve(values, np.ones(window) / window, mode="valid")
             axes.plot(steps[window - 1 :], smooth, color=colour, label=f"{term} ({name})")
         offset += len(rows)

@@ -131,11 +131,11 @@ def _image_rows(evaluation_set: EvaluationSet, names: list[str], folder: Path, c
 
 
 def _image_uri(path: Path, longest: int = 192) -> str:
-    with Image.open(path) as image:
-        image = image.convert("RGB")
-        image.thumbnail((longest, longest))
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
+    with Image.open(path) as file:
+        image = file.convert("RGB")
+    image.thumbnail((longest, longest))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
     return _uri(buffer)
 
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,8 @@ def distill(
         folder: gets the prepared latents and, for each stage, `log.jsonl`, TensorBoard events and the
             newest checkpoint; a run killed at any moment loses the steps since that checkpoint at most.
         stages: what to train how long; by default one joint stage of `steps` steps (1000).
-        progress: called after each step with the step, the losses and the seconds it took.
+        progress: called after each step with `done` and `total` of all stages' steps, the losses and
+            the `seconds` it took.
 
     Returns:
         What was trained on.
@@ -151,7 +153,9 @@ def distill(
     stages = list(stages) if stages is not None else default_stages(student, 1000 if steps is None else steps)
     examples = prepare(teacher, data, folder / "prepared.safetensors")
     schedule = noise_schedule(teacher)
+    total, before = sum(stage.steps for stage in stages), 0
     for index, stage in enumerate(stages):
+        report = None if progress is None else partial(_reported, progress, before, total)
         task = DistillationTask(teacher.unet, student, schedule, examples, stage)
         order = _Shuffled(len(examples.latents), stage.batch_size, seed)
         train(
@@ -160,10 +164,15 @@ def distill(
             stage.loop(seed),
             folder / f"{index:02d}-{stage.name}",
             accelerator=Accelerator(cpu=teacher.device.type == "cpu", mixed_precision=stage.mixed_precision),
-            progress=progress,
+            progress=report,
         )
+        before += stage.steps
     student.eval().requires_grad_(False)
     return examples
+
+
+def _reported(progress: Progress, before: int, total: int, row: dict[str, float]) -> None:
+    progress(row | {"done": before + row["step"], "total": total})
 
 
 def default_stages(student: UNet2DConditionModel, steps: int) -> list[Stage]:

@@ -54,7 +54,6 @@ class LoopSettings:
     schedule: Literal["constant", "cosine"] = "cosine"
     final_learning_rate: float = 0.0
     betas: tuple[float, float] = (0.9, 0.99)
-    epsilon: float = 1e-8
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     ema_decay: float = 0.0
@@ -105,7 +104,6 @@ def train(
         ],
         lr=settings.learning_rate,
         betas=settings.betas,
-        eps=settings.epsilon,
         fused=True,
     )
     model, optimizer = accelerator.prepare(task, optimizer)

@@ -26,6 +26,10 @@ class PlanBase(BaseModel):
     class_name: str = Field(alias="class")
     fingerprint: str
 
+    @classmethod
+    def of(cls, fingerprint: str) -> PlanBase:
+        return cls.model_validate({"class": "UNet2DConditionModel", "fingerprint": fingerprint})
+
 
 class PlanFigures(BaseModel):
     """What the planner aimed at and measured: ratios teacher / student; `sensitivity` as in the map."""
@@ -53,7 +57,7 @@ class PruningPlan(BaseModel):
             AsdmError: an edit that is malformed, or names a unit that `unet` does not have.
         """
         plan = cls(
-            base=PlanBase(class_name="UNet2DConditionModel", fingerprint=fingerprint(unet)),
+            base=PlanBase.of(fingerprint(unet)),
             edits=parse_edits(edits),
         )
         empty_student(unet, plan)
