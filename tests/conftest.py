@@ -112,7 +112,9 @@ def tiny_pipeline() -> StableDiffusionPipeline:
         text_encoder=_text_encoder(CLIPTextModel, 32, tokenizer),
         tokenizer=tokenizer,
         unet=tiny_unet(),
-        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+        ),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -130,7 +132,9 @@ def tiny_sdxl_pipeline() -> StableDiffusionXLPipeline:
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=tiny_sdxl_unet(),
-        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+        ),
         add_watermarker=False,
     )
     pipeline.set_progress_bar_config(disable=True)

@@ -20,14 +20,17 @@ def model(pipeline, tmp_path):
     return save_pipeline(pipeline, tmp_path / "model")
 
 
-def test_a_saved_student_pipeline_draws_the_same_bits(pipeline, tmp_path):
+def test_a_saved_student_pipeline_has_the_same_weights_and_draws_the_same_image(pipeline, tmp_path):
     plan = PruningPlan.for_unet(pipeline.unet, [{"edit": "remove", "unit": "mid_block"}])
     student = with_unet(pipeline, build_student(pipeline.unet, plan))
     save_pipeline(student, tmp_path / "student")
     before = generate(student, ["octopus, noto"], steps=2)
-    assert torch.equal(generate(load_pipeline(tmp_path / "student"), ["octopus, noto"], steps=2), before)
+    weights = student.unet.state_dict()
     by_diffusers = DiffusionPipeline.from_pretrained(tmp_path / "student")
-    assert torch.equal(generate(by_diffusers, ["octopus, noto"], steps=2), before)
+    for loaded in (load_pipeline(tmp_path / "student"), by_diffusers):
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded.unet.state_dict().items())
+        # Where a file's tensors lie in memory decides which kernel adds in which order.
+        torch.testing.assert_close(generate(loaded, ["octopus, noto"], steps=2), before, atol=1e-4, rtol=0)
     assert type(by_diffusers) is StableDiffusionPipeline
     assert not torch.equal(generate(pipeline, ["octopus, noto"], steps=2), before)
 

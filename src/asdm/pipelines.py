@@ -75,7 +75,7 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path, about: dict[s
     """Save a pipeline, student or teacher, as a folder that `load_pipeline` and diffusers load.
 
     Written beside its place and renamed, so that an interrupted save leaves nothing that loads. A student
-    folder needs `import asdm` before `DiffusionPipeline.from_pretrained`.
+    folder loads by `DiffusionPipeline.from_pretrained` wherever this package is installed.
 
     Raises:
         AsdmError: `folder` exists and was not written by this tool.
@@ -112,9 +112,12 @@ def require_ours(folder: Path) -> None:
 
 
 def image_to_image(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """The image-to-image pipeline that shares this pipeline's parts."""
+    """The image-to-image pipeline that shares this pipeline's parts.
+
+    Not by `from_pipe`, which leaves out a component whose class is a subclass of the one expected.
+    """
     kind = StableDiffusionXLImg2ImgPipeline if is_sdxl(pipeline) else StableDiffusionImg2ImgPipeline
-    other = kind.from_pipe(pipeline)
+    other = kind(**pipeline.components, **_extra_arguments(pipeline))
     other.set_progress_bar_config(disable=True)
     return other
 
@@ -165,8 +168,8 @@ def _from_pretrained(name: str, dtype: torch.dtype) -> DiffusionPipeline:
     with quiet():
         try:
             return DiffusionPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True)
-        except (SafetensorError, RuntimeError, KeyError, json.JSONDecodeError) as error:
-            if isinstance(error, AsdmError):
+        except (SafetensorError, RuntimeError, KeyError, OSError, ValueError) as error:
+            if isinstance(error, AsdmError) or (isinstance(error, OSError | ValueError) and not Path(name).is_dir()):
                 raise
             raise AsdmError(f"{name}: cannot be loaded: {_first_line(error)}") from error
 

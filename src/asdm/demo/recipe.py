@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
@@ -29,7 +28,7 @@ from asdm.demo.emoji import IMAGE_SIZE, Pair, all_pairs, seen_pairs
 from asdm.demo.tasks import AutoencoderTask, ContrastTask, NoisePredictionTask
 from asdm.files import replacing_folder
 from asdm.images import load_images
-from asdm.incubation.trainer import LoopSettings, Progress, TrainingTask, load_ema_weights, train
+from asdm.incubation.trainer import LoopSettings, Progress, TrainingTask, load_ema_weights, make_accelerator, train
 from asdm.inference.runtime import prepare_for_training
 
 CAPTION_LENGTH = 16
@@ -163,13 +162,12 @@ class Recipe:
         batch_at: Callable[[int], dict[str, Tensor]],
         stop_after_seconds: float | None,
     ) -> bool:
-        accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16")
         return train(
             task,
             batch_at,
             LOOPS[name],
             self.folder / name,
-            accelerator=accelerator,
+            accelerator=make_accelerator("cpu", "bf16"),
             progress=self.progress,
             stop_after_seconds=stop_after_seconds,
         )

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -31,7 +30,7 @@ from asdm.files import replacing_file
 from asdm.incubation.data import Data, load_pixels, open_data
 from asdm.incubation.losses import feature_losses, output_loss, task_loss, weighted_sum
 from asdm.incubation.stages import Stage, joint_stages, small_model_stages
-from asdm.incubation.trainer import Progress, TrainingTask, train
+from asdm.incubation.trainer import Progress, TrainingTask, make_accelerator, train
 from asdm.inference.runtime import prepare_for_training
 from asdm.units import stages as unet_blocks
 
@@ -163,7 +162,7 @@ def distill(
             order,
             stage.loop(seed),
             folder / f"{index:02d}-{stage.name}",
-            accelerator=Accelerator(cpu=teacher.device.type == "cpu", mixed_precision=stage.mixed_precision),
+            accelerator=make_accelerator(teacher.device, stage.mixed_precision),
             progress=report,
         )
         before += stage.steps

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -94,7 +95,7 @@ def train(
     Raises:
         AsdmError: a loss is not finite; the last checkpoint is kept.
     """
-    accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = accelerator or make_accelerator("cuda" if torch.cuda.is_available() else "cpu")
     folder.mkdir(parents=True, exist_ok=True)
     weights = task.trained()
     optimizer = torch.optim.AdamW(
@@ -148,6 +149,12 @@ def train(
         ema.copy_to(weights.values())
     task.eval()
     return step >= settings.steps
+
+
+def make_accelerator(device: torch.device | str, mixed_precision: str = "no") -> Accelerator:
+    """An Accelerator of its own precision: Accelerate keeps one for the whole process until it is reset."""
+    AcceleratorState._reset_state()
+    return Accelerator(cpu=torch.device(device).type == "cpu", mixed_precision=mixed_precision)
 
 
 def checkpoint_step(folder: Path) -> int:

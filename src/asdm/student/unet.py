@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+# A pipeline that loads a component looks in the component's module for the base class that says how.
+from diffusers import ModelMixin as ModelMixin
 from diffusers import UNet2DConditionModel
 
 from asdm.errors import AsdmError
