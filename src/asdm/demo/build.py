@@ -21,6 +21,7 @@ from asdm.evaluation.plots import image_sheet
 from asdm.files import write_text
 from asdm.images import load_images
 from asdm.incubation.data import Example, load_pixels, open_data
+from asdm.incubation.trainer import read_log
 from asdm.pipelines import load_pipeline
 
 STAGES = ("images", "tokenizer", "clip", "vae", "unet", "assemble", "check")
@@ -60,8 +61,11 @@ def build(
 
 
 def check(folder: Path, say: Callable[[str], None], progress: Report | None = None) -> dict[str, Any]:
-    """How good the built pipeline is, by a judge that nothing was trained on; writes `check.json` and
-    `samples.png` (48 samples, half of them held out, the real image under each)."""
+    """How good the built pipeline is, by a judge that nothing was trained on.
+
+    Writes `check.json`, `samples.png` (48 samples, half of them held out, the real image under each) and
+    `log.jsonl` (every tenth step of each stage).
+    """
     pipeline = load_pipeline(folder / "pipeline")
     evaluation = evaluate(
         {"demo": pipeline},
@@ -75,6 +79,7 @@ def check(folder: Path, say: Callable[[str], None], progress: Report | None = No
     figures["steps"], figures["guidance_scale"] = evaluation.steps, evaluation.guidance_scale
     write_text(folder / "check.json", json.dumps(figures, indent=1) + "\n")
     write_sheet(folder)
+    write_log(folder)
     say(json.dumps(figures, indent=1))
     return figures
 
@@ -125,6 +130,17 @@ def write_sheet(folder: Path) -> None:
             drawn.append(Image.open(path).convert("RGB"))
             real.append(Image.open(examples[index].path).convert("RGB"))
     image_sheet(captions, [drawn, real], side=96, across=12).save(folder / "samples.png")
+
+
+def write_log(folder: Path) -> None:
+    """Gather every tenth step of the trained stages' logs in `log.jsonl`."""
+    rows = [
+        {"stage": stage} | row
+        for stage in LOOPS
+        for row in read_log(folder / stage / "log.jsonl")
+        if row["step"] % 10 == 0
+    ]
+    write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _reporting(progress: Report) -> Callable[[dict[str, float]], None]:

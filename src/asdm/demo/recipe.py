@@ -47,7 +47,7 @@ LOOPS = {
         checkpoint_every=200,
     ),
     "unet": LoopSettings(
-        steps=3000,
+        steps=2500,
         # Twice this rate, or a shorter memory of the moments, and the inner levels fall silent for good:
         # their features change faster than the outer level can learn to use them.
         learning_rate=4e-4,
