@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from PIL import Image
+from safetensors import SafetensorError
 
 from asdm import PruningPlan, cli, save_pipeline
 from conftest import tiny_pipeline
@@ -119,17 +120,22 @@ def test_compress_interrupted_says_how_to_go_on(run, model, monkeypatch, tmp_pat
 
 
 def test_a_full_disk_is_told_and_nothing_is_lost(run, model, monkeypatch, tmp_path):
-    from diffusers import StableDiffusionPipeline
-
     plan = PruningPlan.for_unet(tiny_pipeline().unet, [{"edit": "remove", "unit": "mid_block"}])
     plan.save(tmp_path / "plan.json")
     shutil.copytree(model, tmp_path / "target")
+    before = (tmp_path / "target" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
 
     def full(*_, **__):
-        raise OSError(28, "No space left on device", "target/unet")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(StableDiffusionPipeline, "save_pretrained", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     status, _, error = run("prune", model, "plan.json", "--out", "target")
     assert status == 2
     assert "No space left on device" in error
-    assert (tmp_path / "target" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+    assert (tmp_path / "target" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
+
+
+def test_a_device_that_is_not_there_is_told(run, model):
+    status, _, error = run("generate", model, "x", "--device", "quantum")
+    assert status == 2
+    assert "device quantum" in error

@@ -94,7 +94,7 @@ def test_single_files_that_are_no_checkpoints_are_refused(tmp_path):
     pickle_over(tmp_path / "pickle.safetensors")
     pickle_over(tmp_path / "model.ckpt")
     for name, message in (
-        ("other.safetensors", "not a Stable Diffusion checkpoint"),
+        ("other.safetensors", "not a whole Stable Diffusion checkpoint"),
         ("pickle.safetensors", "a pickle named"),
         ("model.ckpt", "a pickle, which can run code"),
         ("absent.safetensors", "no such folder or file"),

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from matplotlib import pyplot as plt
+from PIL import Image
 
-from asdm import AsdmError, PruningPlan, RedundancyMap, analyze, build_student
+from asdm import AsdmError, PruningPlan, RedundancyMap, analyze, build_student, with_unet
 from asdm.evaluation.plots import redundancy_plot
 from asdm.redundancy import _ablate, _Call
 from asdm.units import removable_units
@@ -78,9 +79,22 @@ def test_same_seed_gives_the_same_sensitivities(pipeline):
 
 
 def test_calibration_on_data_uses_its_images(pipeline, data_folder):
-    on_data = analyze(pipeline, data=data_folder, timesteps=1, samples=2, latency_rounds=1)
-    on_own = analyze(pipeline, timesteps=1, samples=2, latency_rounds=1)
-    assert [u.sensitivity for u in on_data.units] != [u.sensitivity for u in on_own.units]
+    before = analyze(pipeline, data=data_folder, timesteps=1, samples=2, latency_rounds=1)
+    for path in data_folder.glob("*.png"):
+        Image.new("RGB", (16, 16), "red").save(path)
+    after = analyze(pipeline, data=data_folder, timesteps=1, samples=2, latency_rounds=1)
+    assert [u.sensitivity for u in before.units] != [u.sensitivity for u in after.units]
+
+
+def test_a_student_without_its_innermost_stage_can_be_analysed(pipeline):
+    plan = PruningPlan.for_unet(pipeline.unet, [{"edit": "remove", "unit": "down_blocks.3"}])
+    student = with_unet(pipeline, build_student(pipeline.unet, plan))
+    redundancy = analyze(student, timesteps=1, samples=1, latency_rounds=1)
+    assert {unit.stage for unit in redundancy.units} == {
+        *(f"down_blocks.{i}" for i in range(3)),
+        "mid_block",
+        *(f"up_blocks.{i}" for i in range(1, 4)),
+    }
 
 
 def test_map_survives_its_file(pipeline, tmp_path):

@@ -70,6 +70,18 @@ def test_mid_block_and_innermost_stage_can_go(unet):
         assert not list(student.get_submodule(stage).parameters())
 
 
+def test_an_innermost_stage_that_changes_the_channels_cannot_go():
+    with pytest.raises(AsdmError, match=r"down_blocks\.2: the innermost stage.*32 to 64"):
+        student_of(tiny_sdxl_unet(), "down_blocks.2")
+
+
+def test_a_student_can_lose_a_whole_whose_part_is_gone_already(unet):
+    attention = "down_blocks.0.attentions.1"
+    once = student_of(unet, f"{attention}.transformer_blocks.0.attn1")
+    twice = student_of(once, attention)
+    assert torch.equal(predict(twice), predict(student_of(unet, attention)))
+
+
 def test_names_and_weights_of_what_stays_are_the_teachers(unet):
     student = student_of(unet, "down_blocks.0.attentions.1", "up_blocks.2.resnets.1")
     teacher = unet.state_dict()

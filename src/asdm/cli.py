@@ -36,6 +36,9 @@ DATA = "A folder of images with captions (name.txt beside each, or metadata.json
 
 ModelArgument = Annotated[str, typer.Argument(help=f"The model: {MODEL}.", show_default=False)]
 DataOption = Annotated[str | None, typer.Option("--data", help=DATA, show_default=False)]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps; by default the fastest there is.")
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 SpeedupOption = Annotated[
     float | None, typer.Option("--speedup", help="How many times faster the UNet must be, measured.")
@@ -59,10 +62,11 @@ def main() -> None:
         if debug:
             raise
         _fail(str(error), 2)
-    except OSError as error:
-        if debug or error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+    except Exception as error:
+        told = _about_the_disk(error)
+        if debug or told is None:
             raise
-        _fail(f"{error.filename or 'output'}: {error.strerror}; nothing that was there before is lost", 2)
+        _fail(f"{told}; nothing that was there before is lost", 2)
 
 
 @app.callback()
@@ -84,6 +88,7 @@ def analyze(
     plot: Annotated[Path | None, typer.Option(help="Where to draw it (PNG).", show_default=False)] = None,
     timesteps: Annotated[int, typer.Option(help="At how many time steps to remove each unit.", min=1)] = 4,
     samples: Annotated[int | None, typer.Option(help="Images or prompts to calibrate on.", show_default=False)] = None,
+    device: DeviceOption = None,
     seed: SeedOption = 0,
 ) -> None:
     """Find what each unit of the UNet costs, and how far the prediction moves without it."""
@@ -91,7 +96,7 @@ def analyze(
     from asdm.evaluation.plots import redundancy_plot
     from asdm.evaluation.report import save_figure
 
-    pipeline = asdm.load_pipeline(model)
+    pipeline = _load(model, device)
     with _progress() as report:
         redundancy = asdm.analyze(
             pipeline,
@@ -118,6 +123,7 @@ def plan(
     preset: PresetOption = None,
     data: DataOption = None,
     out: Annotated[Path, typer.Option(help="Where to write the plan.")] = Path("plan.json"),
+    device: DeviceOption = None,
     seed: SeedOption = 0,
 ) -> None:
     """Choose the removals of least total sensitivity inside a budget, and measure it."""
@@ -127,7 +133,7 @@ def plan(
     if source.endswith(".json"):
         redundancy = asdm.RedundancyMap.load(source)
     else:
-        pipeline = asdm.load_pipeline(source)
+        pipeline = _load(source, device)
         unet = pipeline.unet
         with _progress() as report:
             redundancy = asdm.analyze(
@@ -187,6 +193,7 @@ def distill(
     stages: Annotated[
         Path | None, typer.Option(help="Stages as a JSON list, instead of --steps.", show_default=False)
     ] = None,
+    device: DeviceOption = None,
     seed: SeedOption = 0,
 ) -> None:
     """Train a pruned student to do as its teacher does; run again to resume."""
@@ -203,8 +210,7 @@ def distill(
             chosen = parse_stages(json.loads(stages.read_text("utf-8")))
         except (OSError, json.JSONDecodeError) as error:
             raise AsdmError(f"{stages}: not a JSON list of stages: {error}") from None
-    teaching, learning = asdm.load_pipeline(teacher), asdm.load_pipeline(str(student))
-    total = sum(stage.steps for stage in chosen) if chosen else steps
+    teaching, learning = _load(teacher, device), _load(str(student), device)
     training = out.with_name(f"{out.name}.training")
     with _progress(resumable=True) as report:
         examples = asdm.distill(
@@ -215,7 +221,7 @@ def distill(
             stages=chosen,
             steps=steps,
             seed=seed,
-            progress=lambda row: report("distil", int(row["step"]), total, f"loss {row['loss']:.3f}"),
+            progress=lambda row: report("distil", int(row["done"]), int(row["total"]), f"loss {row['loss']:.3f}"),
         )
     asdm.save_pipeline(learning, out, {"teacher": teacher})
     _print_skipped(examples.skipped)
@@ -232,13 +238,14 @@ def evaluate(
     rounds: Annotated[int, typer.Option(help="Timed rounds of the UNet call.", min=1)] = 10,
     out: Annotated[Path, typer.Option(help="Where to write the figures.")] = Path("evaluation.json"),
     images: Annotated[Path | None, typer.Option(help="Where to keep the images.", show_default=False)] = None,
+    device: DeviceOption = None,
     seed: SeedOption = 0,
 ) -> None:
     """Measure speed and quality of a teacher and its students in one run."""
     import asdm
     from asdm.evaluation.comparison import load_clip
 
-    pipelines = {name: asdm.load_pipeline(name) for name in models}
+    pipelines = {name: _load(name, device) for name in models}
     with _progress() as report:
         figures = asdm.evaluate(
             pipelines,
@@ -269,6 +276,7 @@ def generate(
     strength: Annotated[float, typer.Option(help="How far from --image to go.", min=0.01, max=1.0)] = 0.6,
     steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = 25,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default=False)] = None,
+    device: DeviceOption = None,
     seed: SeedOption = 0,
 ) -> None:
     """Draw images with a teacher or a student: text-to-image, or image-to-image with --image."""
@@ -277,7 +285,7 @@ def generate(
     from asdm.images import open_image, to_images
 
     start = open_image(image) if image is not None else None
-    pipeline = asdm.load_pipeline(model)
+    pipeline = _load(model, device)
     if start is not None:
         start = start.resize((image_size(pipeline),) * 2)
     with _progress() as report:
@@ -310,6 +318,7 @@ def compress(
     steps: Annotated[int, typer.Option(help="Distillation steps; 0 prunes only.", min=0)] = 1000,
     samples: Annotated[int, typer.Option(help="Images per split in the evaluation.", min=0)] = 128,
     sampling_steps: Annotated[int, typer.Option(help="Sampling steps in the evaluation.", min=1)] = 25,
+    device: DeviceOption = None,
     seed: SeedOption = 0,
 ) -> None:
     """Analyse, plan, prune, distil, evaluate and report, in a row; run again to go on."""
@@ -324,6 +333,7 @@ def compress(
         steps=steps,
         samples=samples,
         sampling_steps=sampling_steps,
+        device=device or _fastest_device(),
         seed=seed,
     )
 
@@ -366,6 +376,20 @@ def demo_build(
             progress=report,
             say=lambda text: console.print(text, highlight=False),
         )
+
+
+def _load(model: str, device: str | None) -> Any:
+    import asdm
+
+    return asdm.load_pipeline(model, device=device or _fastest_device())
+
+
+def _fastest_device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def _compress(model: str, out: Path, **settings: Any) -> None:
@@ -494,6 +518,17 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+def _about_the_disk(error: Exception) -> str | None:
+    """What to tell of an error that the disk or a path caused; None for any other."""
+    expected = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
+    if isinstance(error, OSError) and error.errno in expected:
+        return f"{error.filename or 'output'}: {error.strerror}"
+    # safetensors tells a full disk by an exception of its own
+    if "No space left on device" in str(error):
+        return " ".join(str(error).split())[:200]
+    return None
 
 
 def _fail(message: str, status: int) -> None:

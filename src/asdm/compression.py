@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 
 from asdm.errors import AsdmError
 from asdm.evaluation.comparison import Evaluation, evaluate, evaluation_sets, load_clip
+from asdm.evaluation.metrics import Judge
 from asdm.evaluation.plots import redundancy_plot
 from asdm.evaluation.report import headline_of, save_figure, write_report
 from asdm.files import write_text
@@ -52,6 +53,7 @@ def compress(
     stages: Sequence[Stage] | None = None,
     samples: int = 128,
     sampling_steps: int = 25,
+    device: str | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Compression:
@@ -64,13 +66,14 @@ def compress(
         steps: of distillation; 0 prunes only, and then needs no data.
         stages: the distillation in detail, instead of `steps`.
         samples: images per split in the evaluation; 0 measures speed alone.
+        device: where to work; the CPU by default.
         progress: called with a title, the done and total of it, and a note.
 
     Raises:
         AsdmError: anything that the steps raise, `out` is not ours, or was made with other settings.
     """
     out = Path(out)
-    if steps > 0 and data is None and stages is None:
+    if data is None and (steps > 0 or stages):
         raise AsdmError(f"steps={steps} of distillation need data: name a folder of captioned images, or give 0 steps")
     settings: dict[str, Any] = {
         "model": model,
@@ -84,9 +87,12 @@ def compress(
     }
     report = progress or (lambda *_: None)
     require_ours(out)
-    pipeline = load_pipeline(model)
+    pipeline = load_pipeline(model, device=device)
     if data is not None:
         open_data(data)
+    is_random = model.startswith("random:")
+    if samples > 0 and not is_random:
+        Judge()  # told now that it is missing, not after the training
     _claim(out, settings)
     if (out / "report.html").is_file():
         plan, evaluation = PruningPlan.load(out / "plan.json"), Evaluation.load(out / "evaluation.json")
@@ -119,7 +125,6 @@ def compress(
     else:
         models["pruned"] = with_unet(pipeline, student)
     save_pipeline_into(list(models.values())[-1], out)
-    is_random = model.startswith("random:")
     evaluation = evaluate(
         models,
         data=data,

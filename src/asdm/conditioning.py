@@ -55,6 +55,11 @@ class Conditioning:
             choose(self.time_ids, other.time_ids),
         )
 
+    def without_text(self) -> Conditioning:
+        """What SDXL's guidance takes for an empty prompt: zeros, at the same image size."""
+        pooled = None if self.text_embeds is None else torch.zeros_like(self.text_embeds)
+        return Conditioning(torch.zeros_like(self.encoder_hidden_states), pooled, self.time_ids)
+
     def _map(self, function: Any) -> Conditioning:
         return replace(self, **{name: function(value) for name, value in vars(self).items() if value is not None})
 

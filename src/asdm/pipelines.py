@@ -19,6 +19,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers import logging as diffusers_logging
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
@@ -68,7 +69,10 @@ def load_pipeline(
         )
     pipeline.register_to_config(_name_or_path=name)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device) if device is not None else pipeline
+    try:
+        return pipeline.to(device) if device is not None else pipeline
+    except (RuntimeError, AssertionError) as error:
+        raise AsdmError(f"device {device}: not to be had ({_first_line(error)}); use cpu") from None
 
 
 def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path, about: dict[str, Any] | None = None) -> Path:
@@ -184,9 +188,10 @@ def _load_single_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
     try:
         with quiet():
             return kind.from_single_file(str(path), dtype=dtype)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SingleFileComponentError) as error:
         raise AsdmError(
-            f"{path}: not a Stable Diffusion checkpoint that diffusers can read ({_first_line(error)})"
+            f"{path}: not a whole Stable Diffusion checkpoint, or its configuration, which diffusers takes from "
+            f"the Hub, is out of reach ({_first_line(error)})"
         ) from error
 
 
@@ -196,7 +201,8 @@ def require_safetensors(path: Path) -> None:
         with safe_open(path, "pt") as tensors:
             tensors.keys()
     except (SafetensorError, OSError) as error:
-        start = path.read_bytes()[:4] if path.stat().st_size < 1 << 32 else b""
+        with path.open("rb") as file:
+            start = file.read(4)
         pickled = start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
         why = "a pickle named .safetensors" if pickled else f"truncated or damaged ({_first_line(error)})"
         raise AsdmError(f"{path}: not a safetensors file: {why}; download or convert it again") from None

@@ -15,6 +15,7 @@ from asdm.random_models import random_unet
 from asdm.redundancy import RedundancyMap, UnitRecord
 from asdm.student.edits import Remove
 from asdm.student.plan import PlanBase, PlanFigures, PruningPlan, build_student
+from asdm.units import goes_with
 
 MEASUREMENT_ATTEMPTS = 6
 CLOSE_ENOUGH = 1.04  # a plan this little faster than needed is not improved on
@@ -182,8 +183,7 @@ def measured_speedup(unet: UNet2DConditionModel, plan: PruningPlan, rounds: int 
 
 def _plan(redundancy: RedundancyMap, units: Iterable[str], target: dict[str, float]) -> PruningPlan:
     units = list(units)
-    by_name = {unit.name: unit for unit in redundancy.units}
-    removed = [unit for name, unit in by_name.items() if any(name == u or _top_level_in(unit, u) for u in units)]
+    removed = [unit for unit in redundancy.units if _counts_as_removed(unit, units)]
     saved = sum(unit.latency_ms for unit in removed)
     return PruningPlan(
         base=PlanBase.of(redundancy.fingerprint),
@@ -196,9 +196,9 @@ def _plan(redundancy: RedundancyMap, units: Iterable[str], target: dict[str, flo
     )
 
 
-def _top_level_in(unit: UnitRecord, stage: str) -> bool:
-    """Whether a stage-level removal takes this resnet or attention with it."""
-    return unit.parent is None and unit.name.startswith(f"{stage}.")
+def _counts_as_removed(unit: UnitRecord, removed: list[str]) -> bool:
+    """Whether the unit goes, without counting an attention's parts beside the attention."""
+    return unit.name in removed or (unit.parent is None and goes_with(unit.name, removed))
 
 
 def _with_measured(plan: PruningPlan, measured: float) -> PruningPlan:

@@ -103,9 +103,6 @@ class RedundancyMap(BaseModel):
     seconds: float
     units: list[UnitRecord]
 
-    def unit(self, name: str) -> UnitRecord:
-        return next(unit for unit in self.units if unit.name == name)
-
     def save(self, path: str | Path) -> None:
         write_text(Path(path), json.dumps(self.model_dump(), indent=1) + "\n")
 
@@ -128,7 +125,7 @@ class RedundancyMap(BaseModel):
 
 @dataclass(frozen=True)
 class _Call:
-    """Arguments of one UNet call at one time step, and what the whole UNet answers."""
+    """Arguments of one UNet call at one time step."""
 
     timestep: int
     arguments: dict[str, Any]
@@ -373,6 +370,8 @@ def _ablate(
                     done += 1
                     if progress is not None:
                         progress(done, len(units) * len(calls), unit.name)
+                if name not in outputs:  # a placeholder that is never called
+                    continue
                 originals[name] = unet.get_submodule(name)
                 set_module(unet, name, _Replay(outputs.pop(name)))
         finally:

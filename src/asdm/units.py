@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -88,6 +89,14 @@ def removable_units(unet: UNet2DConditionModel) -> list[Unit]:
                     if is_branch(block, branch)
                 ]
     return units
+
+
+def goes_with(name: str, removed: Collection[str]) -> bool:
+    """Whether a unit goes when `removed` does: by itself, with what contains it, or as the up half of the
+    innermost stage, which is named by its down block."""
+    innermost = any(other.startswith("down_blocks.") and other.count(".") == 1 for other in removed)
+    inside = any(name == other or name.startswith(f"{other}.") for other in removed)
+    return inside or (innermost and stage_of(name) == "up_blocks.0")
 
 
 def is_branch(block: nn.Module, branch: str) -> bool:

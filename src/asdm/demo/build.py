@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from asdm.conditioning import encode_images
+from asdm.conditioning import decode_latents, encode_images
 from asdm.demo import images_folder, pipeline_folder
 from asdm.demo.emoji import held_out_pairs, render_dataset
 from asdm.demo.recipe import LOOPS, Recipe
@@ -90,7 +90,7 @@ def real_image_figures(pipeline: DiffusionPipeline) -> dict[str, float]:
     them again after the VAE, and the CLIPModel's retrieval on seen and held-out ones."""
     held_out = load_images([images_folder() / pair.file_name for pair in held_out_pairs()], 64)
     latents = encode_images(pipeline, held_out)
-    rebuilt = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample.clamp(-1, 1)
+    rebuilt = decode_latents(pipeline, latents).clamp(-1, 1)
     examples, pixels = load_pixels(open_data(images_folder(), "all").examples, 64, {})
     labels = [(str(example.concept), str(example.style)) for example in examples]
     judge = Judge()

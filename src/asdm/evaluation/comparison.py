@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import date
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from asdm.evaluation.metrics import Judge, feature_distance, kid, recognition, r
 from asdm.files import write_text
 from asdm.generation import default_guidance, generate
 from asdm.images import to_images
-from asdm.incubation.data import Example, load_pixels, open_data
+from asdm.incubation.data import Example, can_be_decoded, load_pixels, open_data
 from asdm.pipelines import quiet
 from asdm.redundancy import DEFAULT_PROMPTS
 
@@ -211,8 +212,8 @@ def evaluation_sets(
     sets = []
     for split, name in (("train", "seen"), ("held_out", "held_out")):
         examples = open_data(data, split).examples  # type: ignore[arg-type]
-        if len(examples) > samples:
-            examples = random.Random(seed).sample(examples, samples)
+        random.Random(seed).shuffle(examples)
+        examples = list(islice(filter(can_be_decoded, examples), samples))
         if examples:
             captions = [example.caption for example in examples]
             sets.append(EvaluationSet(split=name, prompts=captions, examples=examples))
@@ -251,7 +252,7 @@ def _judge(
                 progress=drawn,
             )
             if images_folder is not None:
-                save_images(images, images_folder / evaluation_set.split / name)
+                save_images(images, images_folder / evaluation_set.split / folder_name(name))
             features = judge.features(images)
             teacher_features = features if teacher_features is None else teacher_features
             rows.append(
@@ -279,8 +280,9 @@ class _Pool:
     def figures(self, images: Tensor, features: Tensor, examples: list[Example]) -> dict[str, Any]:
         row_of = {example.path: row for row, example in enumerate(self.examples)}
         rows = [row_of[example.path] for example in examples]
-        mean, deviation = kid(features, self.features[rows])
-        figures: dict[str, Any] = {"kid": mean, "kid_deviation": deviation}
+        figures: dict[str, Any] = {}
+        if len(images) > 1:
+            figures["kid"], figures["kid_deviation"] = kid(features, self.features[rows])
         if all(example.concept and example.style for example in self.examples):
             labels = [(str(example.concept), str(example.style)) for example in self.examples]
             found = recognition(features, [labels[row] for row in rows], self.features, labels)
@@ -320,6 +322,11 @@ def load_clip(pipeline: DiffusionPipeline) -> CLIPModel | None:
         return None
     with quiet():
         return CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def folder_name(name: str) -> str:
+    """A model's name as the name of a folder: a path would lead elsewhere."""
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name).lstrip(".") or "model"
 
 
 def save_images(images: Tensor, folder: Path) -> None:

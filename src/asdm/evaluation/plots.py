@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw
 
 from asdm.redundancy import RedundancyMap, UnitRecord
 from asdm.student.plan import PruningPlan
+from asdm.units import goes_with
 
 KIND_COLOURS = {
     "resnet": "#4477aa",
@@ -40,13 +41,6 @@ def redundancy_plot(redundancy: RedundancyMap, plan: PruningPlan | None = None) 
     _draw_u(figure, left, redundancy, removed)
     _draw_scatter(right, redundancy, removed)
     return figure
-
-
-def is_removed(unit: UnitRecord, removed: set[str]) -> bool:
-    """Whether the unit goes, by itself or with what contains it."""
-    innermost = {name for name in removed if name.startswith("down_blocks.") and name.count(".") == 1}
-    inside = any(unit.name == name or unit.name.startswith(f"{name}.") for name in removed)
-    return inside or bool(innermost and unit.stage == "up_blocks.0")
 
 
 def _draw_u(figure: Figure, axes: plt.Axes, redundancy: RedundancyMap, removed: set[str]) -> None:
@@ -116,7 +110,7 @@ def _draw_cell(
         luminance = 0.3 * colour[0] + 0.6 * colour[1] + 0.1 * colour[2]
         ink = "black" if luminance > 0.5 else "white"
         axes.text(x + w / 2, y + h / 2, letter, ha="center", va="center", fontsize=8, color=ink)
-        if is_removed(of, removed):
+        if goes_with(of.name, removed):
             axes.plot([x, x + w], [y, y + h], color="red", linewidth=2)
             axes.plot([x, x + w], [y + h, y], color="red", linewidth=2)
 
@@ -136,9 +130,9 @@ def _draw_scatter(axes: plt.Axes, redundancy: RedundancyMap, removed: set[str]) 
             100 * unit.latency_share,
             max(unit.sensitivity, 1e-6),
             color=KIND_COLOURS[unit.kind],
-            marker="X" if is_removed(unit, removed) else "o",
-            s=70 if is_removed(unit, removed) else 28,
-            edgecolors="black" if is_removed(unit, removed) else "none",
+            marker="X" if goes_with(unit.name, removed) else "o",
+            s=70 if goes_with(unit.name, removed) else 28,
+            edgecolors="black" if goes_with(unit.name, removed) else "none",
             linewidths=0.8,
         )
     axes.set_yscale("log")

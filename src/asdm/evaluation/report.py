@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from asdm import __version__
-from asdm.evaluation.comparison import Evaluation, EvaluationSet
+from asdm.evaluation.comparison import Evaluation, EvaluationSet, folder_name
 from asdm.evaluation.metrics import JUDGE_NAME
 from asdm.evaluation.plots import loss_plot, redundancy_plot
 from asdm.files import replacing_file, write_text
@@ -123,7 +123,7 @@ def _image_rows(evaluation_set: EvaluationSet, names: list[str], folder: Path, c
     rows = []
     step = max(1, len(evaluation_set.prompts) // count)
     for index in list(range(0, len(evaluation_set.prompts), step))[:count]:
-        paths = [folder / evaluation_set.split / name / f"{index:04d}.png" for name in names]
+        paths = [folder / evaluation_set.split / folder_name(name) / f"{index:04d}.png" for name in names]
         if evaluation_set.examples:
             paths.insert(0, evaluation_set.examples[index].path)
         rows.append(ImageRow(evaluation_set.prompts[index], [_image_uri(path) for path in paths]))

@@ -136,6 +136,16 @@ def _fault(path: Path) -> str | None:
     return None
 
 
+def can_be_decoded(example: Example) -> bool:
+    """Whether the image can be read to its end; a header that is whole does not tell."""
+    try:
+        with Image.open(example.path) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError):
+        return False
+    return True
+
+
 def load_pixels(examples: Sequence[Example], size: int, skipped: dict[str, str]) -> tuple[list[Example], list[Tensor]]:
     """Images (3, size, size) of the examples that can be decoded; the others go to `skipped`."""
     kept, pixels = [], []

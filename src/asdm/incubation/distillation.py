@@ -211,6 +211,8 @@ def prepare(pipeline: DiffusionPipeline, data: str | Path, cache: Path, batch_si
         raise AsdmError(f"{cache}: prepared from other data than {data}; use another output folder")
     latents = tensors.pop("latents")
     empty_caption = embed_prompts(pipeline, [""]).to("cpu")
+    if pipeline.config.get("force_zeros_for_empty_prompt"):
+        empty_caption = empty_caption.without_text()
     return TrainingSet(latents, Conditioning(**tensors), empty_caption, json.loads(about["skipped"]))
 
 

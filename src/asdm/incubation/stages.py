@@ -20,7 +20,7 @@ class LossWeights(BaseModel):
 
 
 class Stage(BaseModel):
-    """One stage of a distillation; `trained` names the parts of the student that learn."""
+    """One stage of a distillation: how long, how fast, and on which losses."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str

@@ -115,6 +115,7 @@ def train(
     started = time.monotonic()
 
     model.train()
+    whole = True
     try:
         while step < settings.steps:
             before = time.monotonic()
@@ -125,11 +126,12 @@ def train(
             _require_finite(losses, step, folder)
             accelerator.backward(losses["loss"])
             accelerator.clip_grad_norm_(weights.values(), settings.max_grad_norm)
+            whole = False
             optimizer.step()
             optimizer.zero_grad()
             if ema is not None:
                 ema.step(weights.values())
-            step += 1
+            step, whole = step + 1, True
             row = {name: float(value.detach()) for name, value in losses.items()}
             row |= {"step": step, "learning_rate": settings.learning_rate_at(step - 1)}
             log.write(row)
@@ -141,7 +143,8 @@ def train(
             if out_of_time:
                 break
     except KeyboardInterrupt:
-        state.save(folder, step)
+        if whole:  # else the weights are between two steps, and the last checkpoint is the one to go on from
+            state.save(folder, step)
         raise
     finally:
         log.close()
@@ -153,7 +156,7 @@ def train(
 
 def make_accelerator(device: torch.device | str, mixed_precision: str = "no") -> Accelerator:
     """An Accelerator of its own precision: Accelerate keeps one for the whole process until it is reset."""
-    AcceleratorState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(cpu=torch.device(device).type == "cpu", mixed_precision=mixed_precision)
 
 
@@ -212,7 +215,7 @@ class _TrainingState:
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         if self.ema is not None:
             averaged = load_file(path / "ema.safetensors")
-            self.ema.shadow_params = [averaged[name].clone() for name in self.weights]
+            self.ema.shadow_params = [averaged[name].to(p.device, copy=True) for name, p in self.weights.items()]
             self.ema.optimization_step = step
         return step
 

@@ -1,4 +1,4 @@
-"""How the machine is used: memory allocation, threads, dtype."""
+"""How the machine is used: memory allocation and floating-point modes."""
 
 from __future__ import annotations
 

@@ -106,7 +106,9 @@ def empty_student(unet: UNet2DConditionModel, plan: PruningPlan) -> AsdmUNet2DCo
     """The student's modules without weights (on the meta device)."""
     plan.require_for(unet)
     config = {key: value for key, value in unet.config.items() if key != "edits"}
-    config["edits"] = [edit.model_dump() for edit in [*edits_of(unet), *plan.edits]]
+    new = [edit.unit for edit in plan.edits]
+    earlier = [e for e in edits_of(unet) if not any(e.unit.startswith(f"{unit}.") for unit in new)]
+    config["edits"] = [edit.model_dump() for edit in [*earlier, *plan.edits]]
     with init_empty_weights():
         return AsdmUNet2DConditionModel.from_config(config)
 

@@ -161,6 +161,12 @@ def _remove_branch(unet: UNet2DConditionModel, name: str) -> dict[str, nn.Module
 def _remove_innermost_stage(unet: UNet2DConditionModel) -> dict[str, nn.Module]:
     """As BK-SDM-Tiny does (arXiv 2305.15798, Sec. 3.1): the two innermost blocks and the resampling."""
     last = len(unet.down_blocks) - 1
+    outer, inner = unet.config.block_out_channels[last - 1 :]
+    if outer != inner:
+        raise AsdmError(
+            f"down_blocks.{last}: the innermost stage of this UNet cannot go, as it changes the channels "
+            f"({outer} to {inner}); remove its units instead"
+        )
     return {
         f"down_blocks.{last}": RemovedDownBlock(len(unet.down_blocks[last].resnets)),
         "up_blocks.0": RemovedUpBlock(len(unet.up_blocks[0].resnets)),

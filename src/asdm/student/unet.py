@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 # A pipeline that loads a component looks in the component's module for the base class that says how.
@@ -97,9 +96,3 @@ def _one_line(error: Exception) -> str:
 def edits_of(unet: UNet2DConditionModel) -> list[Any]:
     """The edits already applied to a UNet; none for a stock one."""
     return parse_edits(unet.config.get("edits") or [])
-
-
-def is_student_folder(folder: Path) -> bool:
-    """Whether a UNet folder was written by this class."""
-    config = folder / "config.json"
-    return config.is_file() and json.loads(config.read_text("utf-8")).get("_class_name") == "AsdmUNet2DConditionModel"
