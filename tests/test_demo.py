@@ -13,7 +13,7 @@ from asdm import generate, load_pipeline
 from asdm.demo import images_folder, pipeline_folder
 from asdm.demo.emoji import STYLES, all_pairs, held_out_pairs, seen_pairs
 from asdm.demo.recipe import epoch_batch, make_tokenizer, make_unet, make_vae, normalise_latents
-from asdm.evaluation.metrics import Judge, recognition
+from asdm.evaluation.metrics import Judge, cosine_similarity
 from asdm.images import load_images
 from asdm.incubation.data import load_pixels, open_data
 from asdm.units import removable_units
@@ -78,20 +78,16 @@ def test_its_unet_has_sd1s_topology():
 
 
 def test_it_draws_what_it_is_asked_to():
-    """Far from the figures that `asdm demo-build check` measures, and far above chance (5 of 1,024)."""
-    examples, pixels = load_pixels(open_data("demo", "all").examples, 64, {})
-    labels = [(example.concept, example.style) for example in examples]
+    """Of 24 real images, a drawn one's own is among the nearest three far more often than by chance (3 of 24).
+
+    The figures that count are those of `asdm demo-build check`.
+    """
+    chosen, real = load_pixels(open_data("demo").sample(24, 0), 64, {})
     judge = Judge()
-    chosen = open_data("demo").sample(24, 0)
     drawn = generate(load_pipeline("demo"), [example.caption for example in chosen], steps=15)
-    found = recognition(
-        judge.features(drawn),
-        [(example.concept, example.style) for example in chosen],
-        judge.features(torch.stack(pixels)),
-        labels,
-    )
-    assert found.concept_top5 >= 0.4
-    assert found.style >= 0.7
+    order = cosine_similarity(judge.features(drawn), judge.features(torch.stack(real))).argsort(1, descending=True)
+    found = sum(row in nearest for row, nearest in enumerate(order[:, :3].tolist()))
+    assert found >= 7
 
 
 def test_normalised_latents_have_unit_scale_and_the_same_reconstructions():

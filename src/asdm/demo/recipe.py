@@ -26,7 +26,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from asdm.demo.emoji import IMAGE_SIZE, Pair, all_pairs, seen_pairs
 from asdm.demo.tasks import AutoencoderTask, ContrastTask, NoisePredictionTask
-from asdm.files import replacing_folder
+from asdm.files import replacing_folder, write_text
 from asdm.images import load_images
 from asdm.incubation.trainer import LoopSettings, Progress, TrainingTask, load_ema_weights, make_accelerator, train
 from asdm.inference.runtime import prepare_for_training
@@ -151,6 +151,8 @@ class Recipe:
         with replacing_folder(self.folder / "pipeline") as folder:
             pipeline.to(torch.float16).save_pretrained(folder)
             clip.to(torch.float16).save_pretrained(folder / "clip")
+            for part in ("text_encoder", "clip"):
+                _load_in_float32(folder / part / "config.json")
         return True
 
     # -- what one stage needs of another ---------------------------------------------------------
@@ -318,6 +320,15 @@ def normalise_latents(vae: AutoencoderKL, images: Tensor) -> None:
     quant.bias[channels:] -= 2 * deviation.log()  # the posterior's log variance
     post_quant.bias += post_quant.weight[:, :, 0, 0] @ mean
     post_quant.weight *= deviation[None, :, None, None]
+
+
+def _load_in_float32(path: Path) -> None:
+    """Say so in a transformers config: it would load in the dtype of the file, and diffusers in float32."""
+    config = json.loads(path.read_text("utf-8"))
+    for part in (config, config.get("text_config"), config.get("vision_config")):
+        if part is not None:
+            part["dtype"] = "float32"
+    write_text(path, json.dumps(config, indent=2) + "\n")
 
 
 def _channels_last(task: TrainingTask) -> TrainingTask:
