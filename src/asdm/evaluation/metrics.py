@@ -98,7 +98,7 @@ def kid(generated: Tensor, real: Tensor, *, subsets: int = 50, seed: int = 0) ->
 
 def feature_distance(images: Tensor, others: Tensor) -> float:
     """Mean 1 - cosine between paired features: 0 for the same images."""
-    return float((1 - F.cosine_similarity(images, others)).mean())
+    return float((1 - F.cosine_similarity(images, others)).mean().clamp(min=0))
 
 
 def retrieval_at_1(image_embeds: Tensor, text_embeds: Tensor, targets: Sequence[int]) -> float:
