@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,9 +49,11 @@ def batch_at(step):
 SETTINGS = LoopSettings(steps=12, learning_rate=0.05, warmup_steps=3, ema_decay=0.9, checkpoint_every=5)
 
 
-def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, optimizer):
+    settings = replace(SETTINGS, optimizer=optimizer)
     whole = Regression()
-    assert train(whole, batch_at, SETTINGS, tmp_path / "whole")
+    assert train(whole, batch_at, settings, tmp_path / "whole")
     interrupted = Regression()
 
     def stop_at_seven(row):
@@ -58,11 +61,11 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path):
             raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError, match="killed"):
-        train(interrupted, batch_at, SETTINGS, tmp_path / "parts", progress=stop_at_seven)
+        train(interrupted, batch_at, settings, tmp_path / "parts", progress=stop_at_seven)
     assert checkpoint_step(tmp_path / "parts") == 5
     resumed = Regression()
     steps = []
-    assert train(resumed, batch_at, SETTINGS, tmp_path / "parts", progress=lambda row: steps.append(row["step"]))
+    assert train(resumed, batch_at, settings, tmp_path / "parts", progress=lambda row: steps.append(row["step"]))
     assert steps == list(range(6, 13))
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name

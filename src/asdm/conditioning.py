@@ -125,6 +125,14 @@ def noise_schedule(pipeline: DiffusionPipeline) -> DDPMScheduler:
     return DDPMScheduler.from_config(pipeline.scheduler.config)
 
 
+def stratified_timesteps(count: int, schedule: DDPMScheduler, generator: torch.Generator) -> Tensor:
+    """Training time steps (count,), one at random from each of `count` equal parts, in random order: the
+    loss varies less from batch to batch than with independent draws."""
+    total = schedule.config.num_train_timesteps
+    parts = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
+    return (parts / count * total).long().clamp(max=total - 1)
+
+
 def prediction_target(schedule: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """What the UNet is trained to predict (batch, 4, h, w): the noise, the velocity or the sample."""
     kind = schedule.config.prediction_type

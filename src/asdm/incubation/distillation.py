@@ -24,6 +24,7 @@ from asdm.conditioning import (
     image_size,
     noise_schedule,
     prediction_target,
+    stratified_timesteps,
 )
 from asdm.errors import AsdmError
 from asdm.files import replacing_file
@@ -75,10 +76,7 @@ class DistillationTask(TrainingTask):
         device = self.student.device
         latents = self.examples.latents[batch].to(device)
         captions = self._captions(batch, generator).to(device)
-        count = len(latents)
-        # Stratified over the batch: a lower variance of the loss than independent draws.
-        quantiles = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
-        timesteps = (quantiles * self.schedule.config.num_train_timesteps).long().to(device)
+        timesteps = stratified_timesteps(len(latents), self.schedule, generator).to(device)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         noisy = self.schedule.add_noise(latents, noise, timesteps)
         target = prediction_target(self.schedule, latents, noise, timesteps)

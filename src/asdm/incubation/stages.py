@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from asdm.errors import AsdmError
+from asdm.incubation.optimizers import OptimizerName
 from asdm.incubation.trainer import LoopSettings
 
 
@@ -26,6 +27,7 @@ class Stage(BaseModel):
     name: str
     steps: int = Field(ge=0)
     batch_size: int = Field(8, ge=1)
+    optimizer: OptimizerName = "adamw"
     learning_rate: float = Field(5e-5, gt=0)
     warmup_steps: int = Field(0, ge=0)
     schedule: Literal["constant", "cosine"] = "constant"
@@ -33,12 +35,13 @@ class Stage(BaseModel):
     ema_decay: float = Field(0.999, ge=0, lt=1)
     caption_dropout: float = Field(0.1, ge=0, le=1)
     checkpoint_every: int = Field(100, ge=1)
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Literal["no", "bf16", "fp16", "auto"] = "no"
     losses: LossWeights = LossWeights()
 
     def loop(self, seed: int) -> LoopSettings:
         return LoopSettings(
             steps=self.steps,
+            optimizer=self.optimizer,
             learning_rate=self.learning_rate,
             warmup_steps=self.warmup_steps,
             schedule=self.schedule,
@@ -66,7 +69,7 @@ def small_model_stages(steps: int) -> list[Stage]:
             schedule="cosine",
             ema_decay=0.99,
             checkpoint_every=50,
-            mixed_precision="bf16",
+            mixed_precision="auto",
         )
     ]
 

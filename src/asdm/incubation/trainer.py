@@ -13,7 +13,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,8 @@ from torch import Tensor, nn
 
 from asdm.errors import AsdmError
 from asdm.files import replacing_folder
+from asdm.incubation.optimizers import OptimizerName, make_optimizer
+from asdm.inference.runtime import fastest_precision
 
 Batch = Any
 Progress = Callable[[dict[str, float]], None]
@@ -47,10 +49,13 @@ class TrainingTask(nn.Module):
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How long and how fast to train. `learning_rate` is the peak, reached after `warmup_steps`."""
+    """How long and how fast to train. `learning_rate` is the peak, reached after `warmup_steps`; weights
+    whose names start with a key of `learning_rate_factors` learn at that multiple of it."""
 
     steps: int
+    optimizer: OptimizerName = "adamw"
     learning_rate: float = 1e-4
+    learning_rate_factors: dict[str, float] = field(default_factory=dict)
     warmup_steps: int = 0
     schedule: Literal["constant", "cosine"] = "cosine"
     final_learning_rate: float = 0.0
@@ -98,14 +103,13 @@ def train(
     accelerator = accelerator or make_accelerator("cuda" if torch.cuda.is_available() else "cpu")
     folder.mkdir(parents=True, exist_ok=True)
     weights = task.trained()
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in weights.values() if p.ndim > 1], "weight_decay": settings.weight_decay},
-            {"params": [p for p in weights.values() if p.ndim <= 1], "weight_decay": 0.0},
-        ],
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        fused=True,
+    optimizer = make_optimizer(
+        weights,
+        settings.optimizer,
+        settings.learning_rate,
+        settings.betas,
+        settings.weight_decay,
+        settings.learning_rate_factors,
     )
     model, optimizer = accelerator.prepare(task, optimizer)
     ema = EMAModel(weights.values(), decay=settings.ema_decay, foreach=True) if settings.ema_decay else None
@@ -120,7 +124,7 @@ def train(
         while step < settings.steps:
             before = time.monotonic()
             for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate_at(step)
+                group["lr"] = settings.learning_rate_at(step) * group["factor"]
             generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
             losses = model(batch_at(step), generator)
             _require_finite(losses, step, folder)
@@ -155,7 +159,10 @@ def train(
 
 
 def make_accelerator(device: torch.device | str, mixed_precision: str = "no") -> Accelerator:
-    """An Accelerator of its own precision: Accelerate keeps one for the whole process until it is reset."""
+    """An Accelerator of its own precision ("auto": the fastest of the device): Accelerate keeps one for the
+    whole process until it is reset."""
+    if mixed_precision == "auto":
+        mixed_precision = fastest_precision(device)
     AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(cpu=torch.device(device).type == "cpu", mixed_precision=mixed_precision)
 
