@@ -6,8 +6,9 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from asdm import AsdmError, PruningPlan, RedundancyMap, analyze, build_student, with_unet
+from asdm.calibration import CalibrationCall
 from asdm.evaluation.plots import redundancy_plot
-from asdm.redundancy import _ablate, _Call
+from asdm.redundancy import _ablate
 from asdm.units import removable_units
 from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline
 
@@ -29,7 +30,7 @@ def test_replaying_prefixes_gives_the_errors_of_real_removals(make):
     arguments = unet_inputs(unet)
     units = removable_units(unet)
     with torch.no_grad():
-        errors, _ = _ablate(unet, units, [_Call(321, arguments)], None)
+        errors, _ = _ablate(unet, units, [CalibrationCall(321, arguments)], None)
     expected = naive_errors(unet, arguments, units)
     for name, by_timestep in errors.items():
         assert by_timestep[321] == pytest.approx(expected[name], rel=1e-4, abs=1e-10), name

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from asdm.compensation import fit_compensation as fit_compensation
     from asdm.compression import compress as compress
     from asdm.errors import AsdmError as AsdmError
     from asdm.evaluation.comparison import Evaluation as Evaluation
@@ -48,6 +49,7 @@ _HOME = {
     "compress": "asdm.compression",
     "distill": "asdm.incubation.distillation",
     "evaluate": "asdm.evaluation.comparison",
+    "fit_compensation": "asdm.compensation",
     "generate": "asdm.generation",
     "load_pipeline": "asdm.pipelines",
     "make_plan": "asdm.planning",

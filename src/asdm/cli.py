@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from asdm.errors import AsdmError
+from asdm.student.edits import CompensationKind
 
 if TYPE_CHECKING:
     from asdm.evaluation.comparison import Evaluation
@@ -49,6 +50,12 @@ ParamsOption = Annotated[
 MacsOption = Annotated[float | None, typer.Option("--macs", help="MACs that may remain: a part, or a number.")]
 PresetOption = Annotated[
     str | None, typer.Option("--preset", help="bk-base, bk-small or bk-tiny, instead of a budget.")
+]
+CompensateOption = Annotated[
+    CompensationKind | None,
+    typer.Option(
+        "--compensate", help="What is fitted in the place of removed branches; by default linear, none for presets."
+    ),
 ]
 
 
@@ -121,6 +128,7 @@ def plan(
     params: ParamsOption = None,
     macs: MacsOption = None,
     preset: PresetOption = None,
+    compensate: CompensateOption = None,
     data: DataOption = None,
     out: Annotated[Path, typer.Option(help="Where to write the plan.")] = Path("plan.json"),
     device: DeviceOption = None,
@@ -148,12 +156,14 @@ def plan(
         params=params,
         macs=macs,
         preset=preset,
+        compensate=compensate,
         unet=unet,
         progress=lambda note: console.print(note, highlight=False),
     )
     made.save(out)
     for edit in made.edits:
-        console.print(f"  {edit.edit} {edit.unit}", highlight=False)
+        note = "" if edit.compensate == "none" else f" (compensate: {edit.compensate})"
+        console.print(f"  {edit.edit} {edit.unit}{note}", highlight=False)
     if made.figures is not None:
         measured = made.figures.measured_speedup
         console.print(
@@ -169,18 +179,37 @@ def prune(
     model: ModelArgument,
     plan: Annotated[Path, typer.Argument(help="A plan that `asdm plan` wrote, or one made by hand.")],
     out: Annotated[Path, typer.Option(help="The folder to write the pipeline to.")],
+    data: DataOption = None,
+    device: DeviceOption = None,
+    seed: SeedOption = 0,
 ) -> None:
-    """Build the student that a plan describes, with inherited weights, and save its pipeline."""
+    """Build the student that a plan describes: inherit the weights, fit the compensations, save the pipeline."""
     import asdm
     from asdm.pipelines import require_ours
 
     require_ours(out)
     made = asdm.PruningPlan.load(plan)
-    pipeline = asdm.load_pipeline(model)
+    pipeline = _load(model, device)
     student = asdm.build_student(pipeline.unet, made)
+    fitted = None
+    if any(edit.compensate != "none" for edit in made.edits):
+        with _progress() as report:
+            fitted = asdm.fit_compensation(
+                pipeline,
+                student,
+                data=data,
+                seed=seed,
+                progress=lambda done, total, name: report("compensate", done, total, name),
+            )
     asdm.save_pipeline(asdm.with_unet(pipeline, student), out, {"teacher": model})
     before, after = (sum(p.numel() for p in unet.parameters()) / 1e6 for unet in (pipeline.unet, student))
     console.print(f"{out}: UNet of {after:.2f}M parameters, from {before:.2f}M", highlight=False)
+    if fitted is not None:
+        console.print(
+            f"relative squared error of the prediction: {fitted.error_before:.4f} pruned, "
+            f"{fitted.error_after:.4f} with the fitted compensations",
+            highlight=False,
+        )
 
 
 @app.command()
@@ -314,6 +343,7 @@ def compress(
     params: ParamsOption = None,
     macs: MacsOption = None,
     preset: PresetOption = None,
+    compensate: CompensateOption = None,
     data: DataOption = None,
     steps: Annotated[int, typer.Option(help="Distillation steps; 0 prunes only.", min=0)] = 1000,
     samples: Annotated[int, typer.Option(help="Images per split in the evaluation.", min=0)] = 128,
@@ -329,6 +359,7 @@ def compress(
         params=params,
         macs=macs,
         preset=preset,
+        compensate=compensate,
         data=data,
         steps=steps,
         samples=samples,

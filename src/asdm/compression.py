@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 
+from asdm.compensation import CompensationReport, fit_compensation, fitted_tensors
 from asdm.errors import AsdmError
 from asdm.evaluation.comparison import Evaluation, evaluate, evaluation_sets, load_clip
 from asdm.evaluation.metrics import Judge
 from asdm.evaluation.plots import redundancy_plot
 from asdm.evaluation.report import headline_of, save_figure, write_report
-from asdm.files import write_text
+from asdm.files import replacing_file, write_text
 from asdm.incubation.data import open_data
 from asdm.incubation.distillation import default_stages, distill
 from asdm.incubation.stages import Stage
@@ -23,6 +25,7 @@ from asdm.incubation.trainer import read_log
 from asdm.pipelines import MARKER, load_pipeline, require_ours, save_pipeline_into, with_unet
 from asdm.planning import make_plan
 from asdm.redundancy import RedundancyMap, analyze
+from asdm.student.edits import CompensationKind
 from asdm.student.plan import PruningPlan, build_student
 
 Progress = Callable[[str, int, int, str], None]
@@ -48,6 +51,7 @@ def compress(
     params: float | None = None,
     macs: float | None = None,
     preset: str | None = None,
+    compensate: CompensationKind | None = None,
     data: str | Path | None = None,
     steps: int = 1000,
     stages: Sequence[Stage] | None = None,
@@ -62,6 +66,7 @@ def compress(
     Args:
         model: as for `load_pipeline`.
         speedup, params, macs, preset: the budget, as for `make_plan`; exactly one.
+        compensate: what to fit in the place of the removed branches, as for `make_plan`.
         data: images with captions to calibrate, train and evaluate on: a folder, or "demo".
         steps: of distillation; 0 prunes only, and then needs no data.
         stages: the distillation in detail, instead of `steps`.
@@ -78,6 +83,7 @@ def compress(
     settings: dict[str, Any] = {
         "model": model,
         "budget": {"speedup": speedup, "params": params, "macs": macs, "preset": preset},
+        "compensate": compensate,
         "data": None if data is None else str(data),
         "steps": steps if stages is None else None,
         "samples": samples,
@@ -100,13 +106,14 @@ def compress(
     work = out / "work"
 
     redundancy = _analyzed(pipeline, data, seed, work / "redundancy.json", report)
-    plan = _planned(redundancy, settings["budget"], pipeline, out / "plan.json", report)
+    plan = _planned(redundancy, settings["budget"] | {"compensate": compensate}, pipeline, out / "plan.json", report)
     save_figure(redundancy_plot(redundancy, plan), out / "redundancy.png")
 
     models = {"teacher": pipeline}
     skipped: dict[str, str] = {}
     logs: dict[str, list[dict[str, float]]] = {}
     student = build_student(pipeline.unet, plan)
+    compensation = _compensated(pipeline, student, data, seed, work, report)
     stages = default_stages(student, steps) if stages is None else list(stages)
     if data is not None and any(stage.steps for stage in stages):
 
@@ -120,7 +127,9 @@ def compress(
             stage.name: read_log(work / "training" / f"{i:02d}-{stage.name}" / "log.jsonl")
             for i, stage in enumerate(stages)
         }
-        models["pruned"] = with_unet(pipeline, build_student(pipeline.unet, plan))
+        pruned = build_student(pipeline.unet, plan)
+        _compensated(pipeline, pruned, data, seed, work, report)
+        models["pruned"] = with_unet(pipeline, pruned)
         models["distilled"] = with_unet(pipeline, student)
     else:
         models["pruned"] = with_unet(pipeline, student)
@@ -142,6 +151,7 @@ def compress(
         evaluation=evaluation,
         redundancy=redundancy,
         plan=plan,
+        compensation=compensation,
         logs=logs,
         sets=evaluation_sets(data, None, samples, seed) if evaluation.quality else [],
         images_folder=work / "images",
@@ -199,3 +209,30 @@ def _planned(
     plan = make_plan(redundancy, unet=pipeline.unet, progress=tried, **budget)
     plan.save(path)
     return plan
+
+
+def _compensated(
+    pipeline: DiffusionPipeline,
+    student: UNet2DConditionModel,
+    data: str | Path | None,
+    seed: int,
+    work: Path,
+    report: Progress,
+) -> CompensationReport | None:
+    """Fit the student's compensations, or take up what was fitted before."""
+    if not fitted_tensors(student):
+        return None
+    tensors, figures = work / "compensation.safetensors", work / "compensation.json"
+    if not figures.is_file():
+        fitted = fit_compensation(
+            pipeline,
+            student,
+            data=data,
+            seed=seed,
+            progress=lambda done, total, name: report("compensate", done, total, name),
+        )
+        with replacing_file(tensors) as partial:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in fitted_tensors(student).items()}, partial)
+        write_text(figures, fitted.model_dump_json(indent=1) + "\n")
+    student.load_state_dict(load_file(tensors), strict=False)
+    return CompensationReport.model_validate_json(figures.read_text("utf-8"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,9 +13,9 @@ from asdm.errors import AsdmError
 from asdm.evaluation.latency import measure_interleaved, speedup, unet_call
 from asdm.random_models import random_unet
 from asdm.redundancy import RedundancyMap, UnitRecord
-from asdm.student.edits import Remove
+from asdm.student.edits import CompensationKind, Remove
 from asdm.student.plan import PlanBase, PlanFigures, PruningPlan, build_student
-from asdm.units import goes_with
+from asdm.units import goes_with, is_stage
 
 MEASUREMENT_ATTEMPTS = 6
 CLOSE_ENOUGH = 1.04  # a plan this little faster than needed is not improved on
@@ -30,6 +30,7 @@ def make_plan(
     params: float | None = None,
     macs: float | None = None,
     preset: str | None = None,
+    compensate: CompensationKind | None = None,
     unet: UNet2DConditionModel | None = None,
     rounds: int | None = None,
     progress: Callable[[str], None] | None = None,
@@ -41,6 +42,8 @@ def make_plan(
         params, macs: what must remain, as a part of the original in (0, 1) or as a number of parameters
             or of MACs (attention products counted).
         preset: "bk-base", "bk-small" or "bk-tiny" instead of a budget.
+        compensate: what to fit in the place of the removed branches (`fit_compensation`), by default "linear";
+            "none" for plain removal, the default of presets. The innermost stage, removed as a whole, has none.
         unet: the UNet to measure; without it one of the same shape with random weights is made.
         rounds: timed rounds per measurement; by default 4 to 20, as many as take half a minute.
 
@@ -52,18 +55,43 @@ def make_plan(
     chosen = {name: value for name, value in given.items() if value is not None}
     if len(chosen) != 1:
         raise AsdmError(f"give exactly one of speedup, params, macs, preset; got {', '.join(chosen) or 'none'}")
+    compensate = compensate or ("linear" if preset is None else "none")
     if preset is not None:
-        return _plan(redundancy, _preset_units(redundancy, preset), {})
+        return _plan(redundancy, _preset_units(redundancy, preset), {}, compensate)
     if speedup is not None:
         rounds = rounds or int(np.clip(15_000 / redundancy.latency_ms, 4, 20))
-        return _plan_for_speedup(redundancy, speedup, unet, rounds, progress)
+        return _plan_for_speedup(redundancy, speedup, compensate, unet, rounds, progress)
     if params is not None:
-        removable = _Budget("params", redundancy.parameters, [u.parameters for u in redundancy.units])
-        units = removable.solve(redundancy, params)
-        return _plan(redundancy, units, {"params": params})
+        saved = [unit.parameters - _map_parameters(unit, compensate) for unit in redundancy.units]
+        units = _Budget("params", redundancy.parameters, saved).solve(redundancy, params)
+        return _plan(redundancy, units, {"params": params}, compensate)
     assert macs is not None
-    removable = _Budget("macs", redundancy.gmacs * 1e9, [u.gmacs * 1e9 for u in redundancy.units])
-    return _plan(redundancy, removable.solve(redundancy, macs), {"macs": macs})
+    budget = _Budget(
+        "macs",
+        redundancy.gmacs * 1e9,
+        [unit.gmacs * 1e9 - _map_macs(unit, compensate) for unit in redundancy.units],
+    )
+    return _plan(redundancy, budget.solve(redundancy, macs), {"macs": macs}, compensate)
+
+
+def _map_parameters(unit: UnitRecord, compensate: CompensationKind) -> int:
+    """Parameters of the map that is fitted in a removed unit's place."""
+    channels = unit.channels
+    return (
+        0 if unit.has_shortcut else {"none": 0, "bias": 1, "diagonal": 2, "linear": channels + 1}[compensate] * channels
+    )
+
+
+def _map_macs(unit: UnitRecord, compensate: CompensationKind) -> int:
+    """MACs of that map for one sample."""
+    by_channel = {"none": 0, "bias": 0, "diagonal": 1, "linear": unit.channels}[compensate]
+    return 0 if unit.has_shortcut else by_channel * unit.channels * unit.positions
+
+
+def _saved_ms(unit: UnitRecord, compensate: CompensationKind) -> float:
+    """What removal saves of a call, the map in its place counted as slow as the unit itself for its MACs."""
+    by_mac = unit.latency_ms / (unit.gmacs * 1e9) if unit.gmacs else 0.0
+    return unit.latency_ms - min(unit.latency_ms, by_mac * _map_macs(unit, compensate))
 
 
 @dataclass(frozen=True)
@@ -72,7 +100,7 @@ class _Budget:
 
     name: str
     total: float
-    savings: list[float]
+    savings: Sequence[float]
 
     def solve(self, redundancy: RedundancyMap, remaining: float) -> list[str]:
         kept = remaining if remaining <= 1 else remaining / self.total
@@ -86,7 +114,7 @@ class _Budget:
         return units
 
 
-def least_sensitive(units: list[UnitRecord], savings: list[float], needed: float) -> list[str] | None:
+def least_sensitive(units: list[UnitRecord], savings: Sequence[float], needed: float) -> list[str] | None:
     """The units whose removal saves at least `needed` at the least total sensitivity; None if none does.
 
     An integer programme: minimise s.x subject to savings.x >= needed and, as an attention's parts go
@@ -119,7 +147,7 @@ def least_sensitive(units: list[UnitRecord], savings: list[float], needed: float
     return [unit.name for unit, removed in zip(units, solution.x, strict=True) if removed > 0.5]
 
 
-def most_saved(units: list[UnitRecord], savings: list[float]) -> float:
+def most_saved(units: list[UnitRecord], savings: Sequence[float]) -> float:
     """What removing every resnet and attention saves."""
     return sum(saved for unit, saved in zip(units, savings, strict=True) if unit.parent is None)
 
@@ -127,12 +155,13 @@ def most_saved(units: list[UnitRecord], savings: list[float]) -> float:
 def _plan_for_speedup(
     redundancy: RedundancyMap,
     target: float,
+    compensate: CompensationKind,
     unet: UNet2DConditionModel | None,
     rounds: int,
     progress: Callable[[str], None] | None,
 ) -> PruningPlan:
     """Plan by the map's latencies, measure the pruned UNet, and ask for more or less until it is just enough."""
-    savings = [unit.latency_ms for unit in redundancy.units]
+    savings = [_saved_ms(unit, compensate) for unit in redundancy.units]
     total = redundancy.latency_ms
     reachable = total / max(total - most_saved(redundancy.units, savings), 1e-9)
     if target <= 1:
@@ -148,7 +177,7 @@ def _plan_for_speedup(
             # More than everything: the aim lies beyond what the map can give.
             enough, aim = aim, (too_little + min(aim, reachable)) / 2
             continue
-        plan = _plan(redundancy, units, {"speedup": target})
+        plan = _plan(redundancy, units, {"speedup": target}, compensate)
         measured = measured_speedup(original, plan, rounds)
         most = max(most, measured)
         if progress is not None:
@@ -181,13 +210,15 @@ def measured_speedup(unet: UNet2DConditionModel, plan: PruningPlan, rounds: int 
     return speedup(times["original"], times["pruned"])
 
 
-def _plan(redundancy: RedundancyMap, units: Iterable[str], target: dict[str, float]) -> PruningPlan:
+def _plan(
+    redundancy: RedundancyMap, units: Iterable[str], target: dict[str, float], compensate: CompensationKind
+) -> PruningPlan:
     units = list(units)
     removed = [unit for unit in redundancy.units if _counts_as_removed(unit, units)]
-    saved = sum(unit.latency_ms for unit in removed)
+    saved = sum(_saved_ms(unit, compensate) for unit in removed)
     return PruningPlan(
         base=PlanBase.of(redundancy.fingerprint),
-        edits=[Remove(unit=name) for name in units],
+        edits=[Remove(unit=name, compensate="none" if is_stage(name) else compensate) for name in units],
         figures=PlanFigures(
             target=target,
             predicted_sensitivity=sum(unit.sensitivity for unit in removed),

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,11 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
-from asdm.conditioning import embed_prompts, encode_images, image_size, latent_shape, noise_schedule
+from asdm.calibration import CalibrationCall, calibration_calls
 from asdm.errors import AsdmError
 from asdm.evaluation.latency import timing_modules, unet_call
 from asdm.evaluation.macs import counting_macs
 from asdm.files import write_text
-from asdm.incubation.data import load_pixels, open_data
 from asdm.student.edits import Remove
 from asdm.student.surgery import edited, set_module
 from asdm.units import (
@@ -36,18 +36,6 @@ from asdm.units import (
     stages,
 )
 
-# What a user's prompts are like, where no data says it.
-DEFAULT_PROMPTS = (
-    "a photograph of an astronaut riding a horse",
-    "a bowl of fruit on a wooden table, still life",
-    "a castle on a hill at sunset, oil painting",
-    "portrait of an old fisherman, studio light",
-    "a red bicycle leaning against a brick wall",
-    "a cat sleeping on a pile of books",
-    "a city street in the rain at night, neon signs",
-    "a mountain lake with pine trees, morning mist",
-)
-
 Progress = Callable[[int, int, str], None]
 
 
@@ -56,8 +44,9 @@ class UnitRecord(BaseModel):
 
     `gmacs` counts attention products, `gmacs_without_attention` does not; both per sample. `latency_ms`
     is what removal saves of one UNet call (its kept shortcut subtracted), `latency_share` its part of
-    that call. `sensitivity` is |prediction without it - prediction|^2 / |prediction|^2, averaged over
-    time steps and prompts (inferred).
+    that call. `channels` of its hidden states and `positions` (pixels) of a sample tell what a map in its
+    place would cost, which is nothing where `has_shortcut`. `sensitivity` is
+    |prediction without it - prediction|^2 / |prediction|^2, averaged over time steps and prompts (inferred).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -69,6 +58,9 @@ class UnitRecord(BaseModel):
     gmacs_without_attention: float
     latency_ms: float
     latency_share: float
+    channels: int = 0
+    positions: int = 0
+    has_shortcut: bool = False
     sensitivity: float
     sensitivity_by_timestep: dict[int, float]
 
@@ -123,14 +115,6 @@ class RedundancyMap(BaseModel):
             raise AsdmError(f"{path}: not a redundancy map: {first}; make one with `asdm analyze`") from None
 
 
-@dataclass(frozen=True)
-class _Call:
-    """Arguments of one UNet call at one time step."""
-
-    timestep: int
-    arguments: dict[str, Any]
-
-
 @torch.no_grad()
 def analyze(
     pipeline: DiffusionPipeline,
@@ -167,7 +151,7 @@ def analyze(
     unet.eval()
     try:
         costs = _measure_costs(unet, units, latency_rounds)
-        calls = _calibration_calls(pipeline, data, prompts, timesteps, samples, seed)
+        calls = calibration_calls(pipeline, data, prompts, timesteps, samples, seed)
         errors, forwards = _ablate(unet, units, calls, progress)
     finally:
         unet.train(was_training)
@@ -182,6 +166,9 @@ def analyze(
             gmacs_without_attention=costs.removed_plain_macs[unit.name] / 1e9,
             latency_ms=costs.removed_ms[unit.name],
             latency_share=costs.removed_ms[unit.name] / total_ms,
+            channels=_channels(unet, unit),
+            positions=costs.positions[unit.layer],
+            has_shortcut=unit.kind == "resnet" and unet.get_submodule(unit.name).conv_shortcut is not None,
             sensitivity=sum(errors[unit.name].values()) / len(calls),
             sensitivity_by_timestep=errors[unit.name],
         )
@@ -226,11 +213,12 @@ class _Costs:
     removed_macs: dict[str, int]
     removed_plain_macs: dict[str, int]
     removed_ms: dict[str, float]
+    positions: dict[str, int]
 
 
 def _measure_costs(unet: UNet2DConditionModel, units: list[Unit], rounds: int) -> _Costs:
     """What removal of each unit saves: its own cost and its norm's, less its shortcut's, which stays."""
-    with counting_macs(unet) as count:
+    with counting_macs(unet) as count, _outputs(unet, layers(unet)) as outputs:
         unet_call(unet, batch_size=1)()
     parts = {unit.name: _parts(unet, unit) for unit in units}
     timed = sorted({path for gone, kept in parts.values() for path in [*gone, *kept]})
@@ -269,7 +257,15 @@ def _measure_costs(unet: UNet2DConditionModel, units: list[Unit], rounds: int) -
             unit.name: int(saved(lambda path: count.below(path, with_attention=False), unit)) for unit in units
         },
         removed_ms=removed_ms,
+        positions={layer: _tensor(output).shape[2:].numel() for layer, output in outputs.items()},
     )
+
+
+def _channels(unet: UNet2DConditionModel, unit: Unit) -> int:
+    """Channels of the hidden states that a unit's branch is added to, as it receives them."""
+    if unit.kind in ("resnet", "attention"):
+        return unet.get_submodule(unit.name).in_channels
+    return unet.get_submodule(unit.name.rpartition(".")[0]).dim
 
 
 def _parts(unet: UNet2DConditionModel, unit: Unit) -> tuple[list[str], list[str]]:
@@ -290,49 +286,6 @@ def _median(values: list[float]) -> float:
 # -- sensitivity ---------------------------------------------------------------------------------------
 
 
-def _calibration_calls(
-    pipeline: DiffusionPipeline,
-    data: str | Path | None,
-    prompts: Sequence[str] | None,
-    timesteps: int,
-    samples: int | None,
-    seed: int,
-) -> list[_Call]:
-    """Noisy latents of real or generated images at stratified time steps, with their prompts."""
-    generator = torch.Generator().manual_seed(seed)
-    side = latent_shape(pipeline)[1]
-    samples = samples or (16 if side <= 32 else 1)
-    if data is not None:
-        examples, pixels = load_pixels(open_data(data).sample(samples, seed), image_size(pipeline), {})
-        if not pixels:
-            raise AsdmError(f"{data}: none of the images drawn for calibration can be decoded; mend the folder")
-        conditioning = embed_prompts(pipeline, [example.caption for example in examples])
-        latents = encode_images(pipeline, torch.stack(pixels))
-    else:
-        chosen = list(prompts or DEFAULT_PROMPTS)
-        chosen = [chosen[i % len(chosen)] for i in range(samples)]
-        conditioning = embed_prompts(pipeline, chosen)
-        latents = _own_latents(pipeline, chosen, generator)
-    latents = latents.to(pipeline.unet.device, pipeline.unet.dtype)
-    noise = torch.randn(latents.shape, generator=generator).to(latents)
-    schedule = noise_schedule(pipeline)
-    count = schedule.config.num_train_timesteps
-    calls = []
-    for index in range(timesteps):
-        timestep = int((index + 0.5) * count / timesteps)
-        steps = torch.full((len(latents),), timestep, device=latents.device)
-        noisy = schedule.add_noise(latents, noise, steps)
-        calls.append(_Call(timestep, {"sample": noisy, "timestep": steps, **conditioning.unet_arguments()}))
-    return calls
-
-
-def _own_latents(pipeline: DiffusionPipeline, prompts: list[str], generator: torch.Generator) -> Tensor:
-    """Latents that the pipeline makes of the prompts in ten steps; noise where its weights are random."""
-    if str(pipeline.config.get("_name_or_path")).startswith("random:"):
-        return torch.randn(len(prompts), *latent_shape(pipeline), generator=generator)
-    return pipeline(prompts, num_inference_steps=10, output_type="latent", generator=generator).images
-
-
 class _Replay(nn.Module):
     """Answers with what a layer answered before, without computing it."""
 
@@ -345,7 +298,7 @@ class _Replay(nn.Module):
 
 
 def _ablate(
-    unet: UNet2DConditionModel, units: list[Unit], calls: list[_Call], progress: Progress | None
+    unet: UNet2DConditionModel, units: list[Unit], calls: list[CalibrationCall], progress: Progress | None
 ) -> tuple[dict[str, dict[int, float]], float]:
     """Relative squared error of the prediction without each unit, by time step; and the cost in forwards.
 
@@ -396,6 +349,15 @@ def _record(
     unet: UNet2DConditionModel, names: list[str], arguments: dict[str, Any]
 ) -> tuple[dict[str, Any], Tensor, float]:
     """Every named module's output in one call, the prediction, and the seconds that the call took."""
+    with _outputs(unet, names) as outputs:
+        start = time.perf_counter()
+        prediction = unet(**arguments, return_dict=False)[0]
+        return outputs, prediction, time.perf_counter() - start
+
+
+@contextmanager
+def _outputs(unet: UNet2DConditionModel, names: list[str]) -> Iterator[dict[str, Any]]:
+    """What the named modules put out in the calls within the block, the last of each."""
     outputs: dict[str, Any] = {}
     handles = [
         unet.get_submodule(name).register_forward_hook(
@@ -404,9 +366,11 @@ def _record(
         for name in names
     ]
     try:
-        start = time.perf_counter()
-        prediction = unet(**arguments, return_dict=False)[0]
-        return outputs, prediction, time.perf_counter() - start
+        yield outputs
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _tensor(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output

@@ -91,10 +91,15 @@ def removable_units(unet: UNet2DConditionModel) -> list[Unit]:
     return units
 
 
+def is_stage(name: str) -> bool:
+    """Whether a removal's name is the innermost stage's: that of its down block."""
+    return name.startswith("down_blocks.") and name.count(".") == 1
+
+
 def goes_with(name: str, removed: Collection[str]) -> bool:
     """Whether a unit goes when `removed` does: by itself, with what contains it, or as the up half of the
     innermost stage, which is named by its down block."""
-    innermost = any(other.startswith("down_blocks.") and other.count(".") == 1 for other in removed)
+    innermost = any(is_stage(other) for other in removed)
     inside = any(name == other or name.startswith(f"{other}.") for other in removed)
     return inside or (innermost and stage_of(name) == "up_blocks.0")
 

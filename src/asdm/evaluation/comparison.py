@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from transformers import CLIPModel
 
+from asdm.calibration import DEFAULT_PROMPTS
 from asdm.conditioning import image_size
 from asdm.evaluation.latency import Latency, measure_interleaved, unet_call
 from asdm.evaluation.macs import counting_macs
@@ -28,7 +29,6 @@ from asdm.generation import default_guidance, generate
 from asdm.images import to_images
 from asdm.incubation.data import Example, can_be_decoded, load_pixels, open_data
 from asdm.pipelines import quiet
-from asdm.redundancy import DEFAULT_PROMPTS
 
 Progress = Callable[[str, int, int], None]
 _LONGEST_TIMED_PIPELINE_MS = 10_000

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from asdm import __version__
+from asdm.compensation import CompensationReport
 from asdm.evaluation.comparison import Evaluation, EvaluationSet, folder_name
 from asdm.evaluation.metrics import JUDGE_NAME
 from asdm.evaluation.plots import loss_plot, redundancy_plot
@@ -47,6 +48,7 @@ def write_report(
     evaluation: Evaluation,
     redundancy: RedundancyMap,
     plan: PruningPlan,
+    compensation: CompensationReport | None = None,
     logs: Mapping[str, Sequence[Mapping[str, float]]],
     sets: Sequence[EvaluationSet],
     images_folder: Path,
@@ -65,6 +67,7 @@ def write_report(
         evaluation=evaluation,
         redundancy=redundancy,
         plan=plan,
+        compensation=compensation,
         names=names,
         columns=[c for c in QUALITY_COLUMNS if any(getattr(q, c[0]) is not None for q in evaluation.quality)],
         splits=[s.split for s in sets],

@@ -5,13 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from asdm.errors import AsdmError
+
+CompensationKind = Literal["none", "bias", "diagonal", "linear"]
 
 
 class _Edit(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Plans and configs name only what an edit asks for."""
+        fields = type(self).model_fields
+        return {name: value for name, value in handler(self).items() if name == "edit" or value != fields[name].default}
 
 
 class Remove(_Edit):
@@ -20,10 +37,23 @@ class Remove(_Edit):
     `unit` names a resnet, an attention, an `attn1`, `attn2` or `ff` inside one, the whole `mid_block`, or
     the innermost stage by its down block ("down_blocks.3": with its up block and the resampling
     between them and the next stage).
+
+    `compensate` puts a map of the unit's input in the branch's place, fitted to what the teacher does there
+    (`asdm.fit_compensation`; beyond the paper): a constant for each channel, a scale and a constant for each
+    channel, or a linear map of all channels (a 1x1 convolution). Where the unit has a 1x1 shortcut the fit
+    folds into it and costs nothing. `compensate_time` adds a term linear in the time embedding, in resnets.
     """
 
     edit: Literal["remove"] = "remove"
     unit: str
+    compensate: CompensationKind = "none"
+    compensate_time: bool = False
+
+    @model_validator(mode="after")
+    def _time_goes_with_what_is_fitted(self) -> Remove:
+        if self.compensate_time and self.compensate not in ("bias", "linear"):
+            raise ValueError(f"compensate_time goes with compensate bias or linear, not {self.compensate}")
+        return self
 
 
 Edit = Annotated[Remove, Field(discriminator="edit")]

@@ -14,45 +14,95 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from asdm.errors import AsdmError
+from asdm.student.compensation import Compensation, TimeCompensation
 from asdm.student.edits import Remove
 from asdm.units import TRANSFORMER_BRANCHES, is_branch, layers, removable_units
 
 
 class RemovedResnet(nn.Module):
-    """The shortcut of a removed ResnetBlock2D: the identity, or its pretrained 1x1 convolution."""
+    """The shortcut of a removed ResnetBlock2D: the identity, or its pretrained 1x1 convolution.
 
-    def __init__(self, resnet: ResnetBlock2D):
+    A compensation for the removed branch folds into that convolution, or stands in the identity's place.
+    """
+
+    def __init__(self, resnet: ResnetBlock2D, edit: Remove):
         super().__init__()
         self.conv_shortcut = resnet.conv_shortcut
         self.output_scale_factor = resnet.output_scale_factor
+        if self.conv_shortcut is None and edit.compensate != "none":
+            self.compensation: Compensation | None = Compensation(edit.compensate, resnet.in_channels)
+        else:
+            self.compensation = None
+        self.kind = edit.compensate
+        self.time_compensation: TimeCompensation | None = None
+        if edit.compensate_time:
+            if resnet.time_emb_proj is None:
+                raise AsdmError(f"{edit.unit}: has no time embedding to compensate with; drop compensate_time")
+            self.time_compensation = TimeCompensation(resnet.time_emb_proj.in_features, resnet.out_channels)
+
+    def add_map(self, weight: Tensor, bias: Tensor) -> None:
+        """Add a fitted map of the input, and of the time embedding behind it: weight (out, in + time) or, for
+        a diagonal one, (channels,); bias (out,)."""
+        if self.time_compensation is not None:
+            channels = self.time_compensation.weight.shape[1]
+            weight, by_time = weight[:, :-channels], weight[:, -channels:]
+            self.time_compensation.weight.data.add_(by_time)
+        if self.compensation is not None:
+            self.compensation.add_map(weight, bias)
+            return
+        shortcut = self.conv_shortcut
+        if self.kind == "diagonal":
+            shortcut.weight.data.mul_(1 + weight[:, None, None, None])
+            shortcut.bias.data.mul_(1 + weight)
+        elif self.kind == "linear":
+            shortcut.weight.data.add_(weight[:, :, None, None])
+        shortcut.bias.data.add_(bias)
 
     def forward(self, hidden_states: Tensor, temb: Tensor | None = None) -> Tensor:
         if self.conv_shortcut is not None:
             hidden_states = self.conv_shortcut(hidden_states)
+        if self.compensation is not None:
+            hidden_states = self.compensation(hidden_states)
+        if self.time_compensation is not None and temb is not None:
+            hidden_states = hidden_states + self.time_compensation(temb)
         return hidden_states if self.output_scale_factor == 1 else hidden_states / self.output_scale_factor
 
 
 class RemovedAttention(nn.Module):
-    """The identity in place of a Transformer2DModel."""
+    """The identity in place of a Transformer2DModel, or a compensation."""
+
+    def __init__(self, compensation: Compensation | None = None):
+        super().__init__()
+        self.compensation = compensation
 
     def forward(self, hidden_states: Tensor, *_: Any, return_dict: bool = True, **__: Any) -> Any:
+        if self.compensation is not None:
+            hidden_states = self.compensation(hidden_states)
         return Transformer2DModelOutput(sample=hidden_states) if return_dict else (hidden_states,)
 
 
 class RemovedBranch(nn.Module):
-    """Adds nothing in place of an attention or feed-forward branch of a transformer block."""
+    """Adds nothing in place of an attention or feed-forward branch of a transformer block, or a compensation."""
+
+    def __init__(self, compensation: Compensation | None = None):
+        super().__init__()
+        self.compensation = compensation
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        return hidden_states.new_zeros(())
+        return hidden_states.new_zeros(()) if self.compensation is None else self.compensation(hidden_states)
 
 
 class RemovedMidBlock(nn.Module):
-    """The identity in place of the mid block."""
+    """The identity in place of the mid block, or a compensation."""
 
     has_cross_attention = False
 
+    def __init__(self, compensation: Compensation | None = None):
+        super().__init__()
+        self.compensation = compensation
+
     def forward(self, hidden_states: Tensor, temb: Tensor | None = None) -> Tensor:
-        return hidden_states
+        return hidden_states if self.compensation is None else self.compensation(hidden_states)
 
 
 class RemovedDownBlock(nn.Module):
@@ -120,9 +170,17 @@ def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def inherit_weights(student: nn.Module, teacher: nn.Module) -> None:
-    """Copy every tensor that the student has from the teacher's tensor of the same name."""
+    """Copy every tensor that the student has from the teacher's tensor of the same name; what the student has
+    of its own starts where it changes nothing."""
     source = teacher.state_dict()
-    inherited = {name: source[name].detach().clone() for name in student.state_dict()}
+    like = next(iter(source.values()))
+    own = {
+        f"{path}.{name}": tensor.to(like.device, like.dtype)
+        for path, module in student.named_modules()
+        if isinstance(module, Compensation | TimeCompensation)
+        for name, tensor in module.start().items()
+    }
+    inherited = {name: source[name].detach().clone() if name in source else own[name] for name in student.state_dict()}
     student.load_state_dict(inherited, strict=True, assign=True)
 
 
@@ -130,23 +188,32 @@ def _remove(unet: UNet2DConditionModel, edit: Remove) -> dict[str, nn.Module]:
     name = edit.unit
     innermost = f"down_blocks.{len(unet.down_blocks) - 1}"
     if name == "mid_block" and unet.mid_block is not None:
-        return {name: RemovedMidBlock()}
+        return {name: RemovedMidBlock(_compensation(edit, unet.config.block_out_channels[-1]))}
     if name == innermost and len(unet.down_blocks) > 1:
+        if edit.compensate != "none":
+            raise AsdmError(f"{name}: the innermost stage has no compensation; drop compensate={edit.compensate}")
         return _remove_innermost_stage(unet)
     if name in layers(unet):
-        return {name: _removed_layer(name, unet.get_submodule(name))}
-    return _remove_branch(unet, name)
+        return {name: _removed_layer(unet.get_submodule(name), edit)}
+    return _remove_branch(unet, edit)
 
 
-def _removed_layer(name: str, layer: nn.Module) -> nn.Module:
+def _compensation(edit: Remove, channels: int, adds: bool = False) -> Compensation | None:
+    if edit.compensate_time:
+        raise AsdmError(f"{edit.unit}: is handed no time embedding; compensate_time is for resnets")
+    return None if edit.compensate == "none" else Compensation(edit.compensate, channels, adds)
+
+
+def _removed_layer(layer: nn.Module, edit: Remove) -> nn.Module:
     if isinstance(layer, ResnetBlock2D):
-        return RemovedResnet(layer)
+        return RemovedResnet(layer, edit)
     if isinstance(layer, Transformer2DModel):
-        return RemovedAttention()
-    raise AsdmError(f"{name}: removed from this UNet already; drop it from the plan")
+        return RemovedAttention(_compensation(edit, layer.in_channels))
+    raise AsdmError(f"{edit.unit}: removed from this UNet already; drop it from the plan")
 
 
-def _remove_branch(unet: UNet2DConditionModel, name: str) -> dict[str, nn.Module]:
+def _remove_branch(unet: UNet2DConditionModel, edit: Remove) -> dict[str, nn.Module]:
+    name = edit.unit
     block_name, _, branch = name.rpartition(".")
     try:
         block = unet.get_submodule(block_name)
@@ -155,7 +222,8 @@ def _remove_branch(unet: UNet2DConditionModel, name: str) -> dict[str, nn.Module
     if branch not in TRANSFORMER_BRANCHES or not is_branch(block, branch):
         raise _no_such_unit(unet, name)
     norm = TRANSFORMER_BRANCHES[branch][1]
-    return {name: RemovedBranch(), f"{block_name}.{norm}": nn.Identity()}
+    compensation = _compensation(edit, block.dim, adds=True)
+    return {name: RemovedBranch(compensation), f"{block_name}.{norm}": nn.Identity()}
 
 
 def _remove_innermost_stage(unet: UNet2DConditionModel) -> dict[str, nn.Module]:

@@ -1,0 +1,90 @@
+"""What a UNet is observed on: noisy latents of images at stratified time steps, with their prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from asdm.conditioning import embed_prompts, encode_images, image_size, latent_shape, noise_schedule
+from asdm.errors import AsdmError
+from asdm.incubation.data import load_pixels, open_data
+
+# What a user's prompts are like, where no data says it.
+DEFAULT_PROMPTS = (
+    "a photograph of an astronaut riding a horse",
+    "a bowl of fruit on a wooden table, still life",
+    "a castle on a hill at sunset, oil painting",
+    "portrait of an old fisherman, studio light",
+    "a red bicycle leaning against a brick wall",
+    "a cat sleeping on a pile of books",
+    "a city street in the rain at night, neon signs",
+    "a mountain lake with pine trees, morning mist",
+)
+
+
+@dataclass(frozen=True)
+class CalibrationCall:
+    """Arguments of one UNet call at one time step."""
+
+    timestep: int
+    arguments: dict[str, Any]
+
+
+def calibration_calls(
+    pipeline: DiffusionPipeline,
+    data: str | Path | None,
+    prompts: Sequence[str] | None,
+    timesteps: int,
+    samples: int | None,
+    seed: int,
+) -> list[CalibrationCall]:
+    """Noisy latents of real or generated images, one call for each time step, all with the same prompts.
+
+    Args:
+        data: images with captions (a folder, or "demo"); without it, latents that the pipeline itself makes
+            from `prompts` (pure noise where its weights are random).
+        prompts: captions; `DEFAULT_PROMPTS` where neither they nor `data` are given.
+        timesteps: at how many time steps, the middles of equal parts of the schedule.
+        samples: how many images or prompts; by default 16 at up to 32x32 latents, else 1.
+
+    Raises:
+        AsdmError: the data folder cannot be used.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    side = latent_shape(pipeline)[1]
+    samples = samples or (16 if side <= 32 else 1)
+    if data is not None:
+        examples, pixels = load_pixels(open_data(data).sample(samples, seed), image_size(pipeline), {})
+        if not pixels:
+            raise AsdmError(f"{data}: none of the images drawn for calibration can be decoded; mend the folder")
+        conditioning = embed_prompts(pipeline, [example.caption for example in examples])
+        latents = encode_images(pipeline, torch.stack(pixels))
+    else:
+        chosen = list(prompts or DEFAULT_PROMPTS)
+        chosen = [chosen[i % len(chosen)] for i in range(samples)]
+        conditioning = embed_prompts(pipeline, chosen)
+        latents = _own_latents(pipeline, chosen, generator)
+    latents = latents.to(pipeline.unet.device, pipeline.unet.dtype)
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    schedule = noise_schedule(pipeline)
+    count = schedule.config.num_train_timesteps
+    calls = []
+    for index in range(timesteps):
+        timestep = int((index + 0.5) * count / timesteps)
+        steps = torch.full((len(latents),), timestep, device=latents.device)
+        noisy = schedule.add_noise(latents, noise, steps)
+        calls.append(CalibrationCall(timestep, {"sample": noisy, "timestep": steps, **conditioning.unet_arguments()}))
+    return calls
+
+
+def _own_latents(pipeline: DiffusionPipeline, prompts: list[str], generator: torch.Generator) -> Tensor:
+    """Latents that the pipeline makes of the prompts in ten steps; noise where its weights are random."""
+    if str(pipeline.config.get("_name_or_path")).startswith("random:"):
+        return torch.randn(len(prompts), *latent_shape(pipeline), generator=generator)
+    return pipeline(prompts, num_inference_steps=10, output_type="latent", generator=generator).images

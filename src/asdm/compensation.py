@@ -1,0 +1,248 @@
+"""Fit what stands in the place of removed branches, in closed form: ridge least squares, no gradient.
+
+Beyond the paper. A removed branch f(x) is predicted in part by a linear map of x. Units are fitted in order
+of execution, each on the hidden states that the student, already fitted up to there, feeds it, and towards
+those that the teacher had behind the branch: so a later fit also mends what earlier ones left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from asdm.calibration import CalibrationCall, calibration_calls
+from asdm.conditioning import latent_shape
+from asdm.errors import AsdmError
+from asdm.student.compensation import Compensation
+from asdm.student.edits import Remove
+from asdm.student.surgery import RemovedBranch, RemovedResnet
+from asdm.student.unet import edits_of
+from asdm.units import TRANSFORMER_BRANCHES, removable_units
+
+Progress = Callable[[int, int, str], None]
+
+
+class CompensationReport(BaseModel):
+    """What a fit was worth: |student - teacher|^2 / |teacher|^2 of the prediction on noise that the fit did
+    not see, before and after; and of the fitted units, the part of the branch's power that the map leaves."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    error_before: float
+    error_after: float
+    left_by_unit: dict[str, float]
+
+
+@torch.no_grad()
+def fit_compensation(
+    pipeline: DiffusionPipeline,
+    student: UNet2DConditionModel,
+    *,
+    data: str | Path | None = None,
+    prompts: Sequence[str] | None = None,
+    timesteps: int = 8,
+    samples: int | None = None,
+    ridge: float = 1e-3,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> CompensationReport:
+    """Fit every compensation of `student` to the UNet of `pipeline`, in place.
+
+    Memory does not grow with the calibration set: only sums of products of channels are kept.
+
+    Args:
+        student: from `build_student` of the pipeline's UNet, before any training.
+        data, prompts, timesteps, samples: the calibration, as for `analyze`; by default 32 samples at up to 32x32
+            latents, else 1.
+        ridge: added to the inputs' covariance, as a part of its mean diagonal.
+        progress: called with units done, units in all, and the unit's name.
+
+    Raises:
+        AsdmError: the data folder cannot be used, or the fit gives numbers that are not finite.
+    """
+    teacher: UNet2DConditionModel = pipeline.unet
+    edits = _to_fit(teacher, student)
+    was_training = teacher.training, student.training
+    teacher.eval()
+    student.eval()
+    try:
+        samples = samples or (32 if latent_shape(pipeline)[1] <= 32 else 1)
+        seen = calibration_calls(pipeline, data, prompts, timesteps, samples, seed)
+        unseen = calibration_calls(pipeline, data, prompts, timesteps, samples, seed + 1)
+        before = prediction_error(teacher, student, unseen)
+        left = {}
+        for index, edit in enumerate(edits):
+            left[edit.unit] = _fit(teacher, student, edit, seen, ridge)
+            if progress is not None:
+                progress(index + 1, len(edits), edit.unit)
+        after = prediction_error(teacher, student, unseen) if edits else before
+    finally:
+        teacher.train(was_training[0])
+        student.train(was_training[1])
+    return CompensationReport(error_before=before, error_after=after, left_by_unit=left)
+
+
+@torch.no_grad()
+def prediction_error(
+    teacher: UNet2DConditionModel, student: UNet2DConditionModel, calls: Sequence[CalibrationCall]
+) -> float:
+    """|student - teacher|^2 / |teacher|^2 of the prediction, the mean over the calls."""
+    errors = []
+    for call in calls:
+        wanted = teacher(**call.arguments, return_dict=False)[0].float()
+        found = student(**call.arguments, return_dict=False)[0].float()
+        errors.append(float((found - wanted).square().sum() / wanted.square().sum()))
+    return sum(errors) / len(errors)
+
+
+def fitted_tensors(student: UNet2DConditionModel) -> dict[str, Tensor]:
+    """The tensors of `student` that a fit changes, by name."""
+    units = [edit.unit for edit in edits_of(student) if edit.compensate != "none"]
+    state = student.state_dict()
+    return {name: tensor for name, tensor in state.items() if name.startswith(tuple(f"{unit}." for unit in units))}
+
+
+def _to_fit(teacher: UNet2DConditionModel, student: UNet2DConditionModel) -> list[Remove]:
+    """The edits of `student`, not the teacher's own, that have a compensation, in order of execution."""
+    units = [unit.name for unit in removable_units(teacher)]
+    earlier = {edit.unit for edit in edits_of(teacher)}
+    edits = [edit for edit in edits_of(student) if edit.compensate != "none" and edit.unit not in earlier]
+
+    def position(edit: Remove) -> int:
+        return next(i for i, name in enumerate(units) if f"{name}.".startswith(f"{edit.unit}."))
+
+    return sorted(edits, key=position)
+
+
+# -- one unit ------------------------------------------------------------------------------------------
+
+
+def _fit(
+    teacher: UNet2DConditionModel,
+    student: UNet2DConditionModel,
+    edit: Remove,
+    calls: Sequence[CalibrationCall],
+    ridge: float,
+) -> float:
+    """Fit one unit's compensation; returns the part of the missing power that is left."""
+    module = student.get_submodule(edit.unit)
+    scale, folds = 1.0, False
+    if isinstance(module, RemovedResnet):
+        scale, folds = module.output_scale_factor, module.conv_shortcut is not None
+    regression = _Regression(diagonal=edit.compensate == "diagonal")
+    for call in calls:
+        wanted = _hidden_states_behind(teacher, edit.unit, call)
+        (hidden_states, *others), found = _run_until(student, [edit.unit], call)[edit.unit]
+        missing = wanted - (hidden_states + found if isinstance(module, RemovedBranch) else found)
+        missing = _rows(missing) * scale
+        rows = len(missing)
+        if edit.compensate == "diagonal":
+            regression.add(_rows(found if folds else hidden_states), missing)
+            continue
+        features = [_rows(hidden_states)] if edit.compensate == "linear" else [missing.new_zeros(rows, 0)]
+        if edit.compensate_time:
+            activated = F.silu(others[0])
+            features.append(activated.repeat_interleave(rows // len(activated), dim=0))
+        regression.add(torch.cat(features, dim=1), missing)
+    weight, bias, left = regression.solve(ridge)
+    if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
+        raise AsdmError(f"{edit.unit}: its compensation is not finite; raise ridge, now {ridge:g}")
+    holder = module if isinstance(module, RemovedResnet) else module.compensation
+    assert isinstance(holder, RemovedResnet | Compensation)
+    holder.add_map(weight, bias)
+    return left
+
+
+class _Regression:
+    """Least squares of targets (rows, out) on features (rows, in) and a constant, from sums alone.
+
+    With `diagonal`, each target on the feature of its own channel.
+    """
+
+    def __init__(self, diagonal: bool):
+        self.diagonal = diagonal
+        self.count, self.target_power = 0, 0.0
+        self.sums: list[Tensor] = []
+
+    def add(self, features: Tensor, targets: Tensor) -> None:
+        features, targets = features.double(), targets.double()
+        self.count += len(features)
+        self.target_power += float(targets.square().sum())
+        if self.diagonal:
+            products = [features.square().sum(0), (features * targets).sum(0)]
+        else:
+            products = [features.mT @ features, features.mT @ targets]
+        new = [features.sum(0), targets.sum(0), *products]
+        self.sums = [a + b for a, b in zip(self.sums, new, strict=True)] if self.sums else new
+
+    def solve(self, ridge: float) -> tuple[Tensor, Tensor, float]:
+        """Weight (out, in) or (channels,), bias (out,), and the part of the targets' power that is left."""
+        mean, target_mean, square, cross = (value / self.count for value in self.sums)
+        if self.diagonal:
+            square, cross = square - mean.square(), cross - mean * target_mean
+            weight = cross / (square + ridge * square.mean()).clamp_min(1e-30)
+            bias = target_mean - weight * mean
+            explained = 2 * (weight * cross).sum() - (weight.square() * square).sum()
+        else:
+            square, cross = square - mean.outer(mean), cross - mean.outer(target_mean)
+            strength = ridge * square.diagonal().mean() if len(mean) else 0.0
+            eye = torch.eye(len(mean), dtype=square.dtype, device=square.device)
+            weight = torch.linalg.solve(square + strength * eye, cross).mT
+            bias = target_mean - weight @ mean
+            explained = 2 * (weight.mT * cross).sum() - ((weight @ square) * weight).sum()
+        explained = explained + target_mean.square().sum()
+        left = 1 - float(explained) * self.count / max(self.target_power, 1e-30)
+        return weight.float(), bias.float(), left
+
+
+# -- what flows through a UNet -------------------------------------------------------------------------
+
+
+class _ReachedError(Exception):
+    """Stops a UNet's call once everything wanted of it has been seen."""
+
+
+def _run_until(unet: UNet2DConditionModel, paths: list[str], call: CalibrationCall) -> dict[str, Any]:
+    """Inputs and output of the named modules; the call ends with the last of them."""
+    seen: dict[str, Any] = {}
+
+    def keep(path: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+            seen[path] = args, output[0] if isinstance(output, tuple) else output
+            if path == paths[-1]:
+                raise _ReachedError
+
+        return hook
+
+    handles = [unet.get_submodule(path).register_forward_hook(keep(path)) for path in paths]
+    try:
+        unet(**call.arguments, return_dict=False)
+    except _ReachedError:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _hidden_states_behind(teacher: UNet2DConditionModel, unit: str, call: CalibrationCall) -> Tensor:
+    """What the teacher has behind a unit: its output, or for a transformer's branch the sum it enters."""
+    block, _, branch = unit.rpartition(".")
+    if branch not in TRANSFORMER_BRANCHES:
+        return _run_until(teacher, [unit], call)[unit][1]
+    norm = f"{block}.{TRANSFORMER_BRANCHES[branch][1]}"
+    seen = _run_until(teacher, [norm, unit], call)
+    return seen[norm][0][0] + seen[unit][1]
+
+
+def _rows(hidden_states: Tensor) -> Tensor:
+    """(batch, channels, h, w) or (batch, tokens, channels) as (rows, channels)."""
+    if hidden_states.ndim == 4:
+        hidden_states = hidden_states.flatten(2).mT
+    return hidden_states.flatten(0, 1)

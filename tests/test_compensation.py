@@ -1,0 +1,146 @@
+"""What is fitted in the place of removed branches: exact start, the least-squares optimum, order, files."""
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from asdm import AsdmError, PruningPlan, build_student, fit_compensation
+from asdm.compensation import _Regression, fitted_tensors
+from asdm.student.unet import AsdmUNet2DConditionModel
+from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline
+
+RESNET, FOLDING = "down_blocks.0.resnets.1", "up_blocks.1.resnets.1"
+ATTENTION = "down_blocks.1.attentions.1"
+ATTN1, FF = (f"up_blocks.3.attentions.1.transformer_blocks.0.{branch}" for branch in ("attn1", "ff"))
+UNITS = (RESNET, FOLDING, ATTENTION, ATTN1, FF, "mid_block")
+
+
+def plan_of(unet, units=UNITS, **fields):
+    return PruningPlan.for_unet(unet, [{"edit": "remove", "unit": unit, **fields} for unit in units])
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    pipeline = tiny_pipeline()
+    with torch.no_grad():  # branches of random weights say little; these say enough to be missed
+        for name, parameter in pipeline.unet.named_parameters():
+            if name.endswith(("conv2.weight", "proj_out.weight", "to_out.0.weight", "net.2.weight")):
+                parameter.mul_(4)
+    return pipeline
+
+
+@pytest.mark.parametrize("kind", ["bias", "diagonal", "linear"])
+def test_before_the_fit_it_is_the_plain_pruned_student(pipeline, kind):
+    plain = build_student(pipeline.unet, plan_of(pipeline.unet))
+    compensated = build_student(pipeline.unet, plan_of(pipeline.unet, compensate=kind))
+    assert torch.allclose(predict(compensated), predict(plain), atol=1e-5)
+
+
+def test_none_is_bit_identical_to_plain_removal_in_output_and_config(pipeline):
+    plain = build_student(pipeline.unet, plan_of(pipeline.unet))
+    named = build_student(pipeline.unet, plan_of(pipeline.unet, compensate="none"))
+    assert torch.equal(predict(named), predict(plain))
+    assert named.config["edits"] == [{"edit": "remove", "unit": unit} for unit in UNITS]
+
+
+@pytest.mark.parametrize(("kind", "better_than"), [("diagonal", 1.0), ("linear", 0.7)])
+def test_the_fit_brings_the_prediction_nearer_to_the_teachers(pipeline, kind, better_than):
+    student = build_student(pipeline.unet, plan_of(pipeline.unet, compensate=kind))
+    report = fit_compensation(pipeline, student, timesteps=4, samples=4)
+    assert report.error_after < better_than * report.error_before
+    assert set(report.left_by_unit) == set(UNITS)
+    assert all(left < 1 for left in report.left_by_unit.values())
+
+
+def test_units_are_fitted_in_order_of_execution(pipeline):
+    student = build_student(pipeline.unet, plan_of(pipeline.unet, reversed(UNITS), compensate="linear"))
+    order = []
+    fit_compensation(
+        pipeline, student, timesteps=1, samples=2, progress=lambda done, total, name: order.append((done, total, name))
+    )
+    expected = (RESNET, ATTENTION, "mid_block", FOLDING, ATTN1, FF)
+    assert order == [(i + 1, 6, name) for i, name in enumerate(expected)]
+
+
+def test_a_fit_into_a_pretrained_shortcut_adds_no_tensor(pipeline):
+    plain = build_student(pipeline.unet, plan_of(pipeline.unet, [FOLDING]))
+    folded = build_student(pipeline.unet, plan_of(pipeline.unet, [FOLDING], compensate="linear"))
+    assert {n: t.shape for n, t in folded.state_dict().items()} == {n: t.shape for n, t in plain.state_dict().items()}
+    fit_compensation(pipeline, folded, timesteps=2, samples=2)
+    assert not torch.equal(predict(folded), predict(plain))
+    assert set(fitted_tensors(folded)) == {f"{FOLDING}.conv_shortcut.weight", f"{FOLDING}.conv_shortcut.bias"}
+
+
+def test_the_teacher_is_not_touched(pipeline):
+    before = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
+    student = build_student(pipeline.unet, plan_of(pipeline.unet, compensate="linear"))
+    fit_compensation(pipeline, student, timesteps=1, samples=2)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in pipeline.unet.state_dict().items())
+    assert not any(module._forward_hooks for module in [*pipeline.unet.modules(), *student.modules()])
+
+
+def test_a_time_term_uses_what_the_input_does_not_tell(pipeline):
+    def error(**fields):
+        student = build_student(pipeline.unet, plan_of(pipeline.unet, [RESNET], **fields))
+        return fit_compensation(pipeline, student, timesteps=8, samples=4).left_by_unit[RESNET]
+
+    assert error(compensate="bias", compensate_time=True) < 0.999 * error(compensate="bias")
+
+
+def test_save_and_load_is_bit_identical(pipeline, tmp_path):
+    plan = plan_of(pipeline.unet, [RESNET], compensate="linear", compensate_time=True)
+    student = build_student(pipeline.unet, plan)
+    fit_compensation(pipeline, student, timesteps=2, samples=2)
+    student.save_pretrained(tmp_path)
+    assert torch.equal(predict(AsdmUNet2DConditionModel.from_pretrained(tmp_path)), predict(student))
+    with pytest.raises(ValueError, match="does not exist"):
+        UNet2DConditionModel.from_pretrained(tmp_path)
+
+
+def test_sdxl_students_are_compensated_too():
+    pipeline = tiny_sdxl_pipeline()
+    unit = "down_blocks.1.attentions.0.transformer_blocks.0.ff"
+    student = build_student(pipeline.unet, plan_of(pipeline.unet, [unit, "mid_block"], compensate="linear"))
+    report = fit_compensation(pipeline, student, timesteps=8, samples=8)
+    assert report.error_after < 0.9 * report.error_before
+
+
+@pytest.mark.parametrize(
+    ("unit", "fields", "message"),
+    [
+        (ATTENTION, {"compensate": "linear", "compensate_time": True}, "no time embedding"),
+        ("down_blocks.3", {"compensate": "bias"}, "innermost stage has no compensation"),
+        (RESNET, {"compensate": "quadratic"}, "quadratic"),
+        (RESNET, {"compensate": "diagonal", "compensate_time": True}, "bias or linear"),
+        (RESNET, {"compensate_time": True}, "bias or linear"),
+    ],
+)
+def test_what_cannot_be_compensated_is_said(pipeline, unit, fields, message):
+    with pytest.raises(AsdmError, match=message):
+        plan_of(pipeline.unet, [unit], **fields)
+
+
+def test_regression_from_sums_equals_least_squares_on_all_rows():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(300, 5, generator=generator) + 3
+    targets = features @ torch.randn(5, 2, generator=generator) + torch.randn(300, 2, generator=generator) - 1
+    with_constant = torch.cat([features, torch.ones(300, 1)], 1)
+    solution = torch.linalg.lstsq(with_constant, targets).solution
+    regression = _Regression(diagonal=False)
+    for rows in torch.arange(300).split(70):
+        regression.add(features[rows], targets[rows])
+    weight, bias, left = regression.solve(ridge=0.0)
+    assert torch.allclose(weight, solution[:5].mT, atol=1e-4)
+    assert torch.allclose(bias, solution[5], atol=1e-3)
+    residual = targets - with_constant @ solution
+    assert left == pytest.approx(float(residual.square().sum() / targets.square().sum()), rel=1e-3)
+
+
+def test_diagonal_regression_is_one_line_for_each_channel():
+    features = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+    regression = _Regression(diagonal=True)
+    regression.add(features, features * torch.tensor([2.0, -1.0]) + torch.tensor([0.5, 3.0]))
+    weight, bias, left = regression.solve(ridge=0.0)
+    assert torch.allclose(weight, torch.tensor([2.0, -1.0]), atol=1e-5)
+    assert torch.allclose(bias, torch.tensor([0.5, 3.0]), atol=1e-5)
+    assert left == pytest.approx(0, abs=1e-6)
