@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -93,7 +93,14 @@ def analyze(
     data: DataOption = None,
     out: Annotated[Path, typer.Option(help="Where to write the map.")] = Path("redundancy.json"),
     plot: Annotated[Path | None, typer.Option(help="Where to draw it (PNG).", show_default=False)] = None,
-    timesteps: Annotated[int, typer.Option(help="At how many time steps to remove each unit.", min=1)] = 4,
+    sensitivity: Annotated[
+        Literal["ablation", "taylor"],
+        typer.Option(help="Remove each unit and compare, or estimate all of them from a few backward passes."),
+    ] = "ablation",
+    timesteps: Annotated[
+        int | None,
+        typer.Option(help="At how many time steps; by default 4, or 2 for large models.", min=1, show_default=False),
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="Images or prompts to calibrate on.", show_default=False)] = None,
     device: DeviceOption = None,
     seed: SeedOption = 0,
@@ -108,6 +115,7 @@ def analyze(
         redundancy = asdm.analyze(
             pipeline,
             data=data,
+            sensitivity=sensitivity,
             timesteps=timesteps,
             samples=samples,
             seed=seed,
@@ -481,8 +489,8 @@ def _print_map(redundancy: RedundancyMap) -> None:
         f"UNet: {redundancy.parameters / 1e6:.1f}M parameters, {redundancy.gmacs:.2f} GMACs with attention products "
         f"({redundancy.gmacs_without_attention:.2f} without), {redundancy.latency_ms:.0f} ms at batch 2 "
         f"({redundancy.dtype}, {redundancy.threads} threads). "
-        f"The ablation took {redundancy.unet_forwards:.0f} UNet calls' time "
-        f"({redundancy.necessary_forwards:.0f} needed), "
+        f"Sensitivity by {redundancy.estimator} took {redundancy.unet_forwards:.0f} UNet calls' time "
+        f"(an exact ablation needs {redundancy.necessary_forwards:.0f}), "
         f"{redundancy.seconds:.0f} s in all.",
         highlight=False,
     )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
@@ -19,12 +19,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from asdm.calibration import CalibrationCall, calibration_calls
+from asdm.conditioning import latent_shape
 from asdm.errors import AsdmError
 from asdm.evaluation.latency import timing_modules, unet_call
 from asdm.evaluation.macs import counting_macs
 from asdm.files import write_text
 from asdm.student.edits import Remove
 from asdm.student.surgery import edited, set_module
+from asdm.taylor import taylor_sensitivity
 from asdm.units import (
     TRANSFORMER_BRANCHES,
     Unit,
@@ -37,6 +39,8 @@ from asdm.units import (
 )
 
 Progress = Callable[[int, int, str], None]
+Sensitivity = Literal["ablation", "taylor"]
+TAYLOR_PROBES = 3
 
 
 class UnitRecord(BaseModel):
@@ -72,7 +76,7 @@ class UnitRecord(BaseModel):
 class RedundancyMap(BaseModel):
     """Every removable unit of a UNet with what it costs and what it is worth, as a table.
 
-    `unet_forwards` is how many UNet calls' worth of time the ablation took, `necessary_forwards` the
+    `unet_forwards` is how many UNet calls' worth of time the sensitivities took, `necessary_forwards` the
     least that an exact ablation needs when no prefix is computed twice.
     """
 
@@ -90,6 +94,7 @@ class RedundancyMap(BaseModel):
     timesteps: list[int]
     prompts: int
     seed: int
+    estimator: Sensitivity = "ablation"
     unet_forwards: float
     necessary_forwards: float
     seconds: float
@@ -121,19 +126,23 @@ def analyze(
     *,
     data: str | Path | None = None,
     prompts: Sequence[str] | None = None,
-    timesteps: int = 4,
+    sensitivity: Sensitivity = "ablation",
+    timesteps: int | None = None,
     samples: int | None = None,
     latency_rounds: int = 5,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> RedundancyMap:
-    """Cost and sensitivity (by ablation) of every removable unit of the pipeline's UNet.
+    """Cost and sensitivity of every removable unit of the pipeline's UNet.
 
     Args:
         data: images with captions to calibrate on (a folder, or "demo"); without it, latents that the
             pipeline itself makes from `prompts` (pure noise where its weights are random).
         prompts: captions; `DEFAULT_PROMPTS` where neither they nor `data` are given.
-        timesteps: at how many time steps, the middles of equal parts of the schedule.
+        sensitivity: "ablation" removes each unit and compares, exactly; "taylor" estimates all units from a few
+            forward and backward passes, for UNets that are large or many.
+        timesteps: at how many time steps, the middles of equal parts of the schedule; by default 4, and for
+            ablation at more than 32x32 latents 2.
         samples: how many images or prompts; by default 16 at up to 32x32 latents, else 1.
         latency_rounds: timed UNet calls at batch 2 (one image with guidance).
         progress: called with units done, units in all, and the unit's name.
@@ -151,8 +160,16 @@ def analyze(
     unet.eval()
     try:
         costs = _measure_costs(unet, units, latency_rounds)
+        large = latent_shape(pipeline)[1] > 32
+        timesteps = timesteps or (2 if large and sensitivity == "ablation" else 4)
         calls = calibration_calls(pipeline, data, prompts, timesteps, samples, seed)
-        errors, forwards = _ablate(unet, units, calls, progress)
+        if sensitivity == "taylor":
+            forward = _record(unet, [], calls[0].arguments)[2]
+            before = time.perf_counter()
+            errors = taylor_sensitivity(unet, units, calls, probes=TAYLOR_PROBES, seed=seed, progress=progress)
+            forwards = (time.perf_counter() - before) / forward
+        else:
+            errors, forwards = _ablate(unet, units, calls, progress)
     finally:
         unet.train(was_training)
     total_ms = costs.latency_ms
@@ -188,6 +205,7 @@ def analyze(
         timesteps=[call.timestep for call in calls],
         prompts=len(calls[0].arguments["sample"]),
         seed=seed,
+        estimator=sensitivity,
         unet_forwards=forwards,
         necessary_forwards=len(calls) * costs.necessary_forwards,
         seconds=time.perf_counter() - started,

@@ -1,0 +1,113 @@
+"""Sensitivity of all removable units at once: a first-order estimate from forward and backward passes.
+
+To first order, the prediction moves by J b when a unit's branch output b goes, J being the derivative of the
+prediction by the unit's hidden states. For random v with independent entries of variance 1 the expectation
+of <v, J b>^2 is |J b|^2, and <v, J b> is <J^T v, b>: one backward pass from v gives it for every unit and
+every sample (inferred: the Taylor criterion of arXiv 1906.10771, with random projections of the prediction in
+the place of a loss, whose gradient vanishes at the teacher). The unit is the ablation's:
+|prediction without it - prediction|^2 / |prediction|^2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from asdm.calibration import CalibrationCall
+from asdm.units import Unit
+
+Progress = Callable[[int, int, str], None]
+
+
+def taylor_sensitivity(
+    unet: UNet2DConditionModel,
+    units: Sequence[Unit],
+    calls: Sequence[CalibrationCall],
+    *,
+    probes: int,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, dict[int, float]]:
+    """First-order estimate of each unit's relative squared error, by time step.
+
+    Args:
+        probes: random projections for each call, which costs one forward pass and a backward pass for each.
+        progress: called with calls done, calls in all, and what is done.
+    """
+    errors: dict[str, dict[int, float]] = {unit.name: {} for unit in units}
+    generator = torch.Generator().manual_seed(seed)
+    needed_gradients = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    unet.requires_grad_(False)
+    try:
+        for index, call in enumerate(calls):
+            products, power = _projected(unet, units, call, probes, generator)
+            for unit in units:
+                moved = sum(product.square().sum() for product in products[unit.name])
+                errors[unit.name][call.timestep] = float(moved / power) / probes
+            if progress is not None:
+                progress(index + 1, len(calls), f"time step {call.timestep}")
+    finally:
+        for parameter in needed_gradients:
+            parameter.requires_grad_(True)
+    return errors
+
+
+@torch.enable_grad()
+def _projected(
+    unet: UNet2DConditionModel,
+    units: Sequence[Unit],
+    call: CalibrationCall,
+    probes: int,
+    generator: torch.Generator,
+) -> tuple[dict[str, list[Tensor]], Tensor]:
+    """<v, J b> (batch,) of each unit for each of some random v, and the prediction's power."""
+    products: dict[str, list[Tensor]] = {unit.name: [] for unit in units}
+    arguments = {**call.arguments, "sample": call.arguments["sample"].detach().requires_grad_(True)}
+    with _meeting_gradients(unet, units, products):
+        prediction = unet(**arguments, return_dict=False)[0]
+        for probe in range(probes):
+            directions = torch.randn(prediction.shape, generator=generator).to(prediction)
+            prediction.backward(directions, retain_graph=probe < probes - 1)
+    return products, prediction.detach().float().square().sum()
+
+
+@contextmanager
+def _meeting_gradients(
+    unet: UNet2DConditionModel, units: Sequence[Unit], products: dict[str, list[Tensor]]
+) -> Iterator[None]:
+    """Note <gradient, branch output> (batch,) of every unit in each backward pass."""
+    handles = []
+
+    def note(unit: Unit) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            behind: Tensor = output[0] if isinstance(output, tuple) else output
+            with torch.no_grad():
+                branch = behind.detach() - _shortcut(unit, module, args)
+
+            def meet(gradient: Tensor) -> None:
+                products[unit.name].append((gradient.float() * branch.float()).flatten(1).sum(1))
+
+            behind.register_hook(meet)
+
+        return hook
+
+    for unit in units:
+        handles.append(unet.get_submodule(unit.name).register_forward_hook(note(unit)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _shortcut(unit: Unit, module: Any, args: tuple[Any, ...]) -> Tensor | float:
+    """The part of a unit's output that stays when its branch goes."""
+    if unit.kind == "resnet":
+        kept = args[0] if module.conv_shortcut is None else module.conv_shortcut(args[0])
+        return kept.detach() / module.output_scale_factor
+    return args[0].detach() if unit.kind == "attention" else 0.0
