@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from asdm.errors import AsdmError
-from asdm.student.edits import CompensationKind
+from asdm.student.edits import CompensationKind, compensated
 
 if TYPE_CHECKING:
     from asdm.evaluation.comparison import Evaluation
@@ -170,8 +170,8 @@ def plan(
     )
     made.save(out)
     for edit in made.edits:
-        note = "" if edit.compensate == "none" else f" (compensate: {edit.compensate})"
-        console.print(f"  {edit.edit} {edit.unit}{note}", highlight=False)
+        how = ", ".join(f"{k}: {v}" for k, v in edit.model_dump().items() if k not in ("edit", "unit"))
+        console.print(f"  {edit.edit} {edit.unit}{how and f' ({how})'}", highlight=False)
     if made.figures is not None:
         measured = made.figures.measured_speedup
         console.print(
@@ -200,7 +200,7 @@ def prune(
     pipeline = _load(model, device)
     student = asdm.build_student(pipeline.unet, made)
     fitted = None
-    if any(edit.compensate != "none" for edit in made.edits):
+    if compensated(made.edits):
         with _progress() as report:
             fitted = asdm.fit_compensation(
                 pipeline,

@@ -21,7 +21,7 @@ from asdm.calibration import CalibrationCall, calibration_calls
 from asdm.conditioning import latent_shape
 from asdm.errors import AsdmError
 from asdm.student.compensation import Compensation
-from asdm.student.edits import Remove
+from asdm.student.edits import Remove, compensated
 from asdm.student.surgery import RemovedBranch, RemovedResnet
 from asdm.student.unet import edits_of
 from asdm.units import TRANSFORMER_BRANCHES, removable_units
@@ -103,7 +103,7 @@ def prediction_error(
 
 def fitted_tensors(student: UNet2DConditionModel) -> dict[str, Tensor]:
     """The tensors of `student` that a fit changes, by name."""
-    units = [edit.unit for edit in edits_of(student) if edit.compensate != "none"]
+    units = [edit.unit for edit in compensated(edits_of(student))]
     state = student.state_dict()
     return {name: tensor for name, tensor in state.items() if name.startswith(tuple(f"{unit}." for unit in units))}
 
@@ -112,7 +112,7 @@ def _to_fit(teacher: UNet2DConditionModel, student: UNet2DConditionModel) -> lis
     """The edits of `student`, not the teacher's own, that have a compensation, in order of execution."""
     units = [unit.name for unit in removable_units(teacher)]
     earlier = {edit.unit for edit in edits_of(teacher)}
-    edits = [edit for edit in edits_of(student) if edit.compensate != "none" and edit.unit not in earlier]
+    edits = [edit for edit in compensated(edits_of(student)) if edit.unit not in earlier]
 
     def position(edit: Remove) -> int:
         return next(i for i, name in enumerate(units) if f"{name}.".startswith(f"{edit.unit}."))

@@ -12,6 +12,9 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from asdm.student.compensation import Compensation, TimeCompensation
+from asdm.student.gri_attention import GriAttnProcessor
+
 
 @dataclass
 class MacCount:
@@ -41,10 +44,9 @@ def counting_macs(model: nn.Module) -> Iterator[MacCount]:
     count = MacCount()
     handles = []
 
-    def layer_hook(name: str, layer: nn.Conv2d | nn.Linear) -> Any:
+    def map_hook(name: str, weight: Tensor) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            per_output = layer.weight.numel() // layer.weight.shape[0]
-            count.plain[name] += output.numel() // output.shape[0] * per_output
+            count.plain[name] += output.numel() // output.shape[0] * (weight.numel() // weight.shape[0])
 
         return hook
 
@@ -54,13 +56,15 @@ def counting_macs(model: nn.Module) -> Iterator[MacCount]:
             context = kwargs.get("encoder_hidden_states")
             context = hidden_states if context is None else context
             queries, keys = _tokens(hidden_states), _tokens(context)
+            if isinstance(module.processor, GriAttnProcessor):
+                keys = module.processor.keys_per_query()
             count.attention[name] += 2 * queries * keys * module.inner_dim
 
         return hook
 
     for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            handles.append(module.register_forward_hook(layer_hook(name, module)))
+        if isinstance(module, nn.Conv2d | nn.Linear | Compensation | TimeCompensation) and module.weight is not None:
+            handles.append(module.register_forward_hook(map_hook(name, module.weight)))
         elif isinstance(module, Attention):
             handles.append(module.register_forward_hook(attention_hook(name), with_kwargs=True))
     try:

@@ -36,7 +36,7 @@ def redundancy_plot(redundancy: RedundancyMap, plan: PruningPlan | None = None) 
 
     What `plan` removes is crossed out.
     """
-    removed = {edit.unit for edit in plan.edits} if plan is not None else set()
+    removed = {edit.unit for edit in plan.edits if edit.edit == "remove"} if plan is not None else set()
     figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5.6), width_ratios=[1.35, 1], layout="constrained")
     _draw_u(figure, left, redundancy, removed)
     _draw_scatter(right, redundancy, removed)

@@ -24,12 +24,6 @@ CompensationKind = Literal["none", "bias", "diagonal", "linear"]
 class _Edit(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Plans and configs name only what an edit asks for."""
-        fields = type(self).model_fields
-        return {name: value for name, value in handler(self).items() if name == "edit" or value != fields[name].default}
-
 
 class Remove(_Edit):
     """Drop a unit's residual branch and keep its shortcut.
@@ -49,6 +43,10 @@ class Remove(_Edit):
     compensate: CompensationKind = "none"
     compensate_time: bool = False
 
+    @model_serializer(mode="wrap")
+    def _without_what_is_off(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if value not in ("none", False)}
+
     @model_validator(mode="after")
     def _time_goes_with_what_is_fitted(self) -> Remove:
         if self.compensate_time and self.compensate not in ("bias", "linear"):
@@ -56,12 +54,27 @@ class Remove(_Edit):
         return self
 
 
-Edit = Annotated[Remove, Field(discriminator="edit")]
-EDIT_KINDS = ("remove",)
-_EDITS: TypeAdapter[list[Any]] = TypeAdapter(list[Remove])
+class GriAttention(_Edit):
+    """Global-regional attention in the place of a self-attention (`asdm.student.gri_attention`).
+
+    `unit` names an `attn1`; `regions` along each side of the map of tokens; `pool`, the side of the squares of
+    tokens that are averaged to a global one, 0 for none; `weighted`, whether a global token counts for as many
+    as it was averaged from.
+    """
+
+    edit: Literal["gri_attention"] = "gri_attention"
+    unit: str
+    regions: int = Field(4, ge=1)
+    pool: int = Field(2, ge=0)
+    weighted: bool = False
 
 
-def parse_edits(edits: Iterable[Any]) -> list[Remove]:
+Edit = Annotated[Remove | GriAttention, Field(discriminator="edit")]
+EDIT_KINDS = ("remove", "gri_attention")
+_EDITS: TypeAdapter[list[Edit]] = TypeAdapter(list[Edit])
+
+
+def parse_edits(edits: Iterable[Any]) -> list[Edit]:
     """Edits from records or plain dicts.
 
     Raises:
@@ -74,8 +87,13 @@ def parse_edits(edits: Iterable[Any]) -> list[Remove]:
         first = error.errors()[0]
         place = first["loc"]
         wrong = plain[place[0]] if place and isinstance(place[0], int) else plain
-        field = ".".join(str(part) for part in place[1:])
+        field = ".".join(str(part) for part in place[1:] if part not in EDIT_KINDS)
         raise AsdmError(
             f"not an edit: {wrong!r}: {field or 'edit'}: {first['msg'].lower()}; "
             f'allowed kinds: {", ".join(EDIT_KINDS)}, for example {{"edit": "remove", "unit": "mid_block"}}'
         ) from None
+
+
+def compensated(edits: Iterable[Edit]) -> list[Remove]:
+    """The removals in whose place something is fitted."""
+    return [edit for edit in edits if isinstance(edit, Remove) and edit.compensate != "none"]

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from asdm.errors import AsdmError
 from asdm.files import write_text
-from asdm.student.edits import Edit, parse_edits
+from asdm.student.edits import Edit, GriAttention, parse_edits
 from asdm.student.surgery import inherit_weights
 from asdm.student.unet import AsdmUNet2DConditionModel, edits_of
 from asdm.units import fingerprint
@@ -107,10 +107,16 @@ def empty_student(unet: UNet2DConditionModel, plan: PruningPlan) -> AsdmUNet2DCo
     plan.require_for(unet)
     config = {key: value for key, value in unet.config.items() if key != "edits"}
     new = [edit.unit for edit in plan.edits]
-    earlier = [e for e in edits_of(unet) if not any(e.unit.startswith(f"{unit}.") for unit in new)]
+    earlier = [edit for edit in edits_of(unet) if not _gives_way(edit, new)]
     config["edits"] = [edit.model_dump() for edit in [*earlier, *plan.edits]]
     with init_empty_weights():
         return AsdmUNet2DConditionModel.from_config(config)
+
+
+def _gives_way(edit: Edit, removed: list[str]) -> bool:
+    """Whether an earlier edit is void once `removed` goes."""
+    inside = any(edit.unit.startswith(f"{unit}.") for unit in removed)
+    return inside or (isinstance(edit, GriAttention) and edit.unit in removed)
 
 
 def build_student(unet: UNet2DConditionModel, plan: PruningPlan) -> AsdmUNet2DConditionModel:

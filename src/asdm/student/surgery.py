@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -15,7 +17,8 @@ from torch import Tensor, nn
 
 from asdm.errors import AsdmError
 from asdm.student.compensation import Compensation, TimeCompensation
-from asdm.student.edits import Remove
+from asdm.student.edits import Edit, GriAttention, Remove
+from asdm.student.gri_attention import GriAttnProcessor, GriTransformer2DModel
 from asdm.units import TRANSFORMER_BRANCHES, is_branch, layers, removable_units
 
 
@@ -131,7 +134,7 @@ class RemovedUpBlock(nn.Module):
         return hidden_states
 
 
-def apply_edits(unet: UNet2DConditionModel, edits: Sequence[Remove]) -> None:
+def apply_edits(unet: UNet2DConditionModel, edits: Sequence[Edit]) -> None:
     """Change `unet` in place.
 
     Raises:
@@ -140,7 +143,7 @@ def apply_edits(unet: UNet2DConditionModel, edits: Sequence[Remove]) -> None:
     names = [edit.unit for edit in edits]
     for name in names:
         if names.count(name) > 1:
-            raise AsdmError(f"{name}: removed twice by the plan; name it once")
+            raise AsdmError(f"{name}: named twice by the plan; name it once")
         outer = next((other for other in names if name.startswith(f"{other}.")), None)
         if outer is not None:
             raise AsdmError(f"{name}: lies inside {outer}, which the plan removes as a whole; drop one of them")
@@ -150,7 +153,7 @@ def apply_edits(unet: UNet2DConditionModel, edits: Sequence[Remove]) -> None:
 
 
 @contextmanager
-def edited(unet: UNet2DConditionModel, edit: Remove) -> Iterator[None]:
+def edited(unet: UNet2DConditionModel, edit: Edit) -> Iterator[None]:
     """Apply one edit for the length of the block, then put the original modules back."""
     replacements = _HANDLERS[type(edit)](unet, edit)
     originals = {path: unet.get_submodule(path) for path in replacements}
@@ -242,6 +245,33 @@ def _remove_innermost_stage(unet: UNet2DConditionModel) -> dict[str, nn.Module]:
     }
 
 
+def _attend_by_region(unet: UNet2DConditionModel, edit: GriAttention) -> dict[str, nn.Module]:
+    layer_name = edit.unit.partition(".transformer_blocks.")[0]
+    try:
+        layer, attention = unet.get_submodule(layer_name), unet.get_submodule(edit.unit)
+    except AttributeError:
+        raise _no_such_unit(unet, edit.unit) from None
+    if not isinstance(layer, Transformer2DModel) or not edit.unit.endswith(".attn1"):
+        raise AsdmError(f"{edit.unit}: not a self-attention; gri_attention is for units that end in .attn1")
+    block = unet.get_submodule(edit.unit.rpartition(".")[0])
+    if getattr(block, "only_cross_attention", False) or not _is_plain(attention):
+        raise AsdmError(f"{edit.unit}: not a plain self-attention, and gri_attention knows no other; drop the edit")
+    regional = copy(attention)  # its parameters are shared
+    regional.processor = GriAttnProcessor(edit.regions, edit.pool, edit.weighted)
+    around = layer if isinstance(layer, GriTransformer2DModel) else GriTransformer2DModel.around(layer)
+    return {layer_name: around, edit.unit: regional}
+
+
+def _is_plain(attention: nn.Module) -> bool:
+    """Whether an attention is what a Stable Diffusion transformer has: projections and nothing else."""
+    extras = ("spatial_norm", "group_norm", "norm_q", "norm_k", "add_k_proj")
+    return (
+        isinstance(attention, Attention)
+        and not attention.residual_connection
+        and all(getattr(attention, name, None) is None for name in extras)
+    )
+
+
 def _no_such_unit(unet: UNet2DConditionModel, name: str) -> AsdmError:
     known = [unit.name for unit in removable_units(unet)]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
@@ -251,4 +281,7 @@ def _no_such_unit(unet: UNet2DConditionModel, name: str) -> AsdmError:
     )
 
 
-_HANDLERS: dict[type, Callable[[UNet2DConditionModel, Any], dict[str, nn.Module]]] = {Remove: _remove}
+_HANDLERS: dict[type, Callable[[UNet2DConditionModel, Any], dict[str, nn.Module]]] = {
+    Remove: _remove,
+    GriAttention: _attend_by_region,
+}

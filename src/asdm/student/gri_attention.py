@@ -1,0 +1,122 @@
+"""GRI attention (global-regional interactive; our reading of the abstract of arXiv 2312.15516, inferred).
+
+The map of tokens is split into regions. A region's queries attend, in one softmax, to the keys and values of
+their own region and to global ones, pooled from the whole map. There are no new parameters: the pretrained
+projections are inherited, so it works before any training.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import ceil
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import init_empty_weights
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor
+
+
+class GriAttnProcessor:
+    """A diffusers attention processor for self-attention over a map of tokens.
+
+    Args:
+        regions: how many regions along each side; 1 is the whole map.
+        pool: side of the squares of tokens whose keys and values are averaged to a global one; 0 for none.
+        weighted: a global token counts for as many as it was averaged from, by a term on its logit (as merged
+            tokens do in ToMe, arXiv 2210.09461, Eq. 1).
+
+    With one region and no pooling it is full attention, exactly.
+    """
+
+    def __init__(self, regions: int, pool: int, weighted: bool = False):
+        self.regions, self.pool, self.weighted = regions, pool, weighted
+        # Sides of the map of tokens, which the transformer tells before each call.
+        self.height, self.width = 0, 0
+
+    def __call__(self, attn: Attention, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Hidden states (batch, height * width, channels) to the same shape."""
+        query, key, value = (project(hidden_states) for project in (attn.to_q, attn.to_k, attn.to_v))
+        where, back = _places(self.height, self.width, self.regions, str(query.device))
+        batch, count, channels = len(query), where.shape[0], query.shape[2]
+
+        def by_region(states: Tensor) -> Tensor:
+            return states if count == 1 else states[:, where].flatten(0, 1)
+
+        query, local_key, local_value, mask = by_region(query), by_region(key), by_region(value), None
+        if self.pool:
+            keys, values = (self._pooled(states).repeat_interleave(count, dim=0) for states in (key, value))
+            if self.weighted:
+                mask = self._weights(local_key.shape[1], query)
+            local_key, local_value = torch.cat([local_key, keys], dim=1), torch.cat([local_value, values], dim=1)
+        by_head = (attn.heads, channels // attn.heads)
+        mixed = dispatch_attention_fn(
+            query.unflatten(2, by_head), local_key.unflatten(2, by_head), local_value.unflatten(2, by_head), mask
+        )
+        mixed = mixed.flatten(2)
+        if count > 1:
+            mixed = mixed.unflatten(0, (batch, count)).flatten(1, 2)[:, back]
+        return attn.to_out[1](attn.to_out[0](mixed.to(query.dtype))) / attn.rescale_output_factor
+
+    def keys_per_query(self) -> int:
+        """How many keys a query met in the last call."""
+        global_keys = ceil(self.height / self.pool) * ceil(self.width / self.pool) if self.pool else 0
+        return _places(self.height, self.width, self.regions, "cpu")[0].shape[1] + global_keys
+
+    def _pooled(self, states: Tensor) -> Tensor:
+        """Averages (batch, squares, channels) of the squares of a map of tokens."""
+        as_map = states.mT.unflatten(2, (self.height, self.width))
+        pooled = F.avg_pool2d(as_map, self.pool, ceil_mode=True, count_include_pad=False)
+        return pooled.flatten(2).mT
+
+    def _weights(self, local_keys: int, query: Tensor) -> Tensor:
+        """What is added to the logits (1, 1, 1, keys)."""
+        ones = query.new_ones(1, 1, self.height, self.width)
+        counts = F.avg_pool2d(ones, self.pool, ceil_mode=True, divisor_override=1).flatten()
+        return torch.cat([counts.new_zeros(local_keys), counts.log()])[None, None, None]
+
+
+@lru_cache(maxsize=64)
+def _places(height: int, width: int, regions: int, device: str) -> tuple[Tensor, Tensor]:
+    """Which token stands at each place (regions, size) of each region of a map; and where among all those
+    places each token (height * width,) is found again.
+
+    All regions have one size, so where `regions` does not divide a side, neighbours overlap, and no key has
+    to be masked.
+    """
+    axes = []
+    for side in (height, width):
+        count = min(regions, side)
+        length = ceil(side / count)
+        starts = torch.tensor([min(region * length, side - length) for region in range(count)])
+        region_of = torch.arange(side) // length
+        axes.append((starts[:, None] + torch.arange(length), region_of, torch.arange(side) - starts[region_of]))
+    (rows, row_region, row_offset), (columns, column_region, column_offset) = axes
+    where = rows[:, None, :, None] * width + columns[None, :, None, :]
+    size = rows.shape[1] * columns.shape[1]
+    region = row_region[:, None] * len(columns) + column_region
+    back = region * size + row_offset[:, None] * columns.shape[1] + column_offset
+    return where.reshape(-1, size).to(device), back.flatten().to(device)
+
+
+class GriTransformer2DModel(Transformer2DModel):
+    """A Transformer2DModel that tells its GRI processors the sides of the map of tokens."""
+
+    @classmethod
+    def around(cls, transformer: Transformer2DModel) -> GriTransformer2DModel:
+        """The same transformer, its modules shared."""
+        with init_empty_weights():
+            same = cls(**{key: value for key, value in transformer.config.items() if not key.startswith("_")})
+        for name, child in transformer.named_children():
+            setattr(same, name, child)
+        return same.train(transformer.training)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        for block in self.transformer_blocks:
+            processor = getattr(block.attn1, "processor", None)
+            if isinstance(processor, GriAttnProcessor):
+                processor.height, processor.width = hidden_states.shape[2:]
+        return super().forward(hidden_states, *args, **kwargs)
