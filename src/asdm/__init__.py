@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from asdm.planning import make_plan as make_plan
     from asdm.redundancy import RedundancyMap as RedundancyMap
     from asdm.redundancy import analyze as analyze
+    from asdm.student.edits import CondConv as CondConv
     from asdm.student.edits import GriAttention as GriAttention
     from asdm.student.edits import Remove as Remove
     from asdm.student.plan import PruningPlan as PruningPlan
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 _HOME = {
     "AsdmError": "asdm.errors",
     "AsdmUNet2DConditionModel": "asdm.student.unet",
+    "CondConv": "asdm.student.edits",
     "Evaluation": "asdm.evaluation.comparison",
     "GriAttention": "asdm.student.edits",
     "PruningPlan": "asdm.student.plan",

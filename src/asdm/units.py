@@ -96,6 +96,24 @@ def is_stage(name: str) -> bool:
     return name.startswith("down_blocks.") and name.count(".") == 1
 
 
+def conv_channels(unet: UNet2DConditionModel) -> dict[str, tuple[int, int]]:
+    """Input channels of each resnet's `conv1` and `conv2`: of hidden states, and of the skip connection that the
+    first convolution of an up block's resnet reads behind them."""
+    channels: dict[str, tuple[int, int]] = {}
+    hidden = unet.config.block_out_channels[-1]
+    for name in layers(unet):
+        resnet = unet.get_submodule(name)
+        goes_up = name.startswith("up_blocks.")
+        if isinstance(resnet, ResnetBlock2D):
+            skip = resnet.in_channels - hidden if goes_up else 0
+            channels[f"{name}.conv1"] = (resnet.in_channels - skip, skip)
+            channels[f"{name}.conv2"] = (resnet.out_channels, 0)
+        if goes_up and ".resnets." in name:
+            shortcut = getattr(resnet, "conv_shortcut", None)  # what is left of a removed resnet has it, too
+            hidden = hidden if shortcut is None else shortcut.out_channels
+    return channels
+
+
 def goes_with(name: str, removed: Collection[str]) -> bool:
     """Whether a unit goes when `removed` does: by itself, with what contains it, or as the up half of the
     innermost stage, which is named by its down block."""

@@ -62,7 +62,7 @@ LOOPS = {
         checkpoint_every=200,
     ),
     "unet": LoopSettings(
-        steps=4500,
+        steps=3800,
         optimizer="muon",
         learning_rate=4e-4,
         betas=(0.9, 0.99),

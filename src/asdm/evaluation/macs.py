@@ -13,6 +13,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from asdm.student.compensation import Compensation, TimeCompensation
+from asdm.student.cond_conv import CondConv2d
 from asdm.student.gri_attention import GriAttnProcessor
 
 
@@ -62,8 +63,18 @@ def counting_macs(model: nn.Module) -> Iterator[MacCount]:
 
         return hook
 
+    def bank_hook(name: str) -> Any:
+        def hook(module: CondConv2d, _inputs: Any, output: Tensor) -> None:
+            size = module.weight.numel()
+            count.plain[name] += output.numel() // output.shape[0] * (size // module.out_channels)
+            count.plain[name] += len(module.expert_weight) * size  # the mixing
+
+        return hook
+
     for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear | Compensation | TimeCompensation) and module.weight is not None:
+        if isinstance(module, CondConv2d):
+            handles.append(module.register_forward_hook(bank_hook(name)))
+        elif isinstance(module, nn.Conv2d | nn.Linear | Compensation | TimeCompensation) and module.weight is not None:
             handles.append(module.register_forward_hook(map_hook(name, module.weight)))
         elif isinstance(module, Attention):
             handles.append(module.register_forward_hook(attention_hook(name), with_kwargs=True))

@@ -69,8 +69,23 @@ class GriAttention(_Edit):
     weighted: bool = False
 
 
-Edit = Annotated[Remove | GriAttention, Field(discriminator="edit")]
-EDIT_KINDS = ("remove", "gri_attention")
+class CondConv(_Edit):
+    """A bank of kernels in the place of one (CLME-CondConv, `asdm.student.cond_conv`).
+
+    `unit` names a resnet's `conv1` or `conv2` that stays, `experts` the teacher's convolutions, mostly of removed
+    units, whose kernels join the own one. `router`: what decides the mixture, the input's average, the time
+    embedding, or both.
+    """
+
+    edit: Literal["cond_conv"] = "cond_conv"
+    unit: str
+    experts: list[str] = Field(min_length=1)
+    router: Literal["input", "input+time", "time"] = "input"
+    activation: Literal["softmax", "sigmoid"] = "softmax"
+
+
+Edit = Annotated[Remove | GriAttention | CondConv, Field(discriminator="edit")]
+EDIT_KINDS = ("remove", "gri_attention", "cond_conv")
 _EDITS: TypeAdapter[list[Edit]] = TypeAdapter(list[Edit])
 
 

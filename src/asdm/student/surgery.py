@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from asdm.errors import AsdmError
 from asdm.student.compensation import Compensation, TimeCompensation
-from asdm.student.edits import Edit, GriAttention, Remove
+from asdm.student.cond_conv import CondConv2d, CondResnetBlock2D
+from asdm.student.edits import CondConv, Edit, GriAttention, Remove
 from asdm.student.gri_attention import GriAttnProcessor, GriTransformer2DModel
-from asdm.units import TRANSFORMER_BRANCHES, is_branch, layers, removable_units
+from asdm.units import TRANSFORMER_BRANCHES, conv_channels, is_branch, layers, removable_units
 
 
 class RemovedResnet(nn.Module):
@@ -147,7 +148,8 @@ def apply_edits(unet: UNet2DConditionModel, edits: Sequence[Edit]) -> None:
         outer = next((other for other in names if name.startswith(f"{other}.")), None)
         if outer is not None:
             raise AsdmError(f"{name}: lies inside {outer}, which the plan removes as a whole; drop one of them")
-    for edit in edits:
+    # Removals last: banks look at the convolutions of units that go.
+    for edit in sorted(edits, key=lambda edit: isinstance(edit, Remove)):
         for path, module in _HANDLERS[type(edit)](unet, edit).items():
             set_module(unet, path, module)
 
@@ -172,17 +174,19 @@ def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
     setattr(root.get_submodule(parent), child, module)
 
 
-def inherit_weights(student: nn.Module, teacher: nn.Module) -> None:
+def inherit_weights(student: nn.Module, teacher: UNet2DConditionModel) -> None:
     """Copy every tensor that the student has from the teacher's tensor of the same name; what the student has
     of its own starts where it changes nothing."""
     source = teacher.state_dict()
     like = next(iter(source.values()))
-    own = {
-        f"{path}.{name}": tensor.to(like.device, like.dtype)
-        for path, module in student.named_modules()
-        if isinstance(module, Compensation | TimeCompensation)
-        for name, tensor in module.start().items()
-    }
+    own: dict[str, Tensor] = {}
+    for path, module in student.named_modules():
+        started: dict[str, Tensor] = {}
+        if isinstance(module, Compensation | TimeCompensation):
+            started = module.start()
+        elif isinstance(module, CondConv2d) and f"{path}.expert_weight" not in source:
+            started = module.start(source, conv_channels(teacher), path)
+        own |= {f"{path}.{name}": tensor.to(like.device, like.dtype) for name, tensor in started.items()}
     inherited = {name: source[name].detach().clone() if name in source else own[name] for name in student.state_dict()}
     student.load_state_dict(inherited, strict=True, assign=True)
 
@@ -281,7 +285,37 @@ def _no_such_unit(unet: UNet2DConditionModel, name: str) -> AsdmError:
     )
 
 
+def _mix_kernels(unet: UNet2DConditionModel, edit: CondConv) -> dict[str, nn.Module]:
+    resnet_name, _, conv_name = edit.unit.rpartition(".")
+    channels = conv_channels(unet)
+    for name in (edit.unit, *edit.experts):
+        if name not in channels:
+            near = difflib.get_close_matches(name, channels, n=1, cutoff=0.0)
+            raise AsdmError(
+                f"{name}: no convolution for a bank in this UNet; those are conv1 and conv2 of its resnets, "
+                f"the nearest is {near[0] if near else 'none'}"
+            )
+    resnet = unet.get_submodule(resnet_name)
+    conv = unet.get_submodule(edit.unit)
+    for name in edit.experts:
+        expert = unet.get_submodule(name)
+        if not (isinstance(conv, nn.Conv2d) and isinstance(expert, nn.Conv2d)):
+            raise AsdmError(f"{edit.unit}: is a bank already, or {name} is; drop the edit")
+        if name == edit.unit or expert.weight.shape[0] != conv.weight.shape[0]:
+            raise AsdmError(
+                f"{edit.unit}: cannot inherit from {name}: an expert is another convolution with as many output "
+                f"channels, here {conv.out_channels} and not {expert.out_channels}"
+            )
+    time_channels = None if resnet.time_emb_proj is None else resnet.time_emb_proj.in_features
+    if edit.router != "input" and time_channels is None:
+        raise AsdmError(f"{edit.unit}: has no time embedding to route by; use router input")
+    around = resnet if isinstance(resnet, CondResnetBlock2D) else CondResnetBlock2D.around(resnet)
+    assert isinstance(conv, nn.Conv2d)
+    return {resnet_name: around, f"{resnet_name}.{conv_name}": CondConv2d(conv, edit, time_channels)}
+
+
 _HANDLERS: dict[type, Callable[[UNet2DConditionModel, Any], dict[str, nn.Module]]] = {
     Remove: _remove,
     GriAttention: _attend_by_region,
+    CondConv: _mix_kernels,
 }

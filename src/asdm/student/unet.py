@@ -5,13 +5,16 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Sequence
+from functools import wraps
 from typing import Any
 
 # A pipeline that loads a component looks in the component's module for the base class that says how.
 from diffusers import ModelMixin as ModelMixin
 from diffusers import UNet2DConditionModel
+from torch import Tensor
 
 from asdm.errors import AsdmError
+from asdm.student.cond_conv import CondConv2d
 from asdm.student.edits import parse_edits
 from asdm.student.surgery import apply_edits
 
@@ -36,6 +39,16 @@ class AsdmUNet2DConditionModel(UNet2DConditionModel):
         records = parse_edits(edits)
         apply_edits(self, records)
         self.register_to_config(edits=[record.model_dump() for record in records])
+        self._banks = [module for module in self.modules() if isinstance(module, CondConv2d)]
+        embedded = ("addition_embed_type", "class_embed_type", "num_class_embeds")
+        self._only_time_is_embedded = all(self.config.get(name) is None for name in embedded)
+
+    @wraps(UNet2DConditionModel.forward)
+    def forward(self, sample: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        one = not isinstance(timestep, Tensor) or timestep.numel() == 1
+        for bank in self._banks:
+            bank.one_timestep = one and self._only_time_is_embedded
+        return super().forward(sample, timestep, *args, **kwargs)
 
     __init__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [

@@ -1,0 +1,223 @@
+"""CLME-CondConv: the exact start, the sum of convolutions it stands for, inheritance, files, speed-ups."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from asdm import AsdmError, CondConv, PruningPlan, build_student
+from asdm.evaluation.macs import counting_macs
+from asdm.student.cond_conv import CondConv2d, CondResnetBlock2D
+from asdm.student.unet import AsdmUNet2DConditionModel
+from asdm.units import conv_channels
+from conftest import predict, tiny_sdxl_unet, tiny_unet, unet_inputs
+
+REMOVED = ("down_blocks.1.resnets.1", "up_blocks.2.resnets.1")
+BANKS = {
+    "down_blocks.1.resnets.0.conv2": ["down_blocks.1.resnets.1.conv2", "down_blocks.0.resnets.1.conv1"],
+    "up_blocks.2.resnets.0.conv1": ["up_blocks.2.resnets.1.conv1"],
+    "up_blocks.2.resnets.2.conv2": ["up_blocks.2.resnets.1.conv2"],
+}
+ROUTERS = ("input", "input+time", "time")
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return tiny_unet()
+
+
+def edits_of(router="input", activation="softmax"):
+    removals = [{"edit": "remove", "unit": unit} for unit in REMOVED]
+    banks = [
+        {"edit": "cond_conv", "unit": unit, "experts": experts, "router": router, "activation": activation}
+        for unit, experts in BANKS.items()
+    ]
+    return removals + banks
+
+
+def moved(student, seed=0):
+    """The student with routers and experts that matter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in student.modules():
+            if isinstance(module, CondConv2d):
+                module.router.weight.copy_(torch.randn(module.router.weight.shape, generator=generator))
+                module.router.bias.copy_(torch.randn(module.router.bias.shape, generator=generator))
+    return student
+
+
+def bank(router="input", activation="softmax", experts=3):
+    torch.manual_seed(0)
+    edit = CondConv(unit="x", experts=["e"] * experts, router=router, activation=activation)
+    conv = CondConv2d(nn.Conv2d(6, 8, 3, padding=1), edit, time_channels=10)
+    with torch.no_grad():
+        for parameter in (conv.expert_weight, conv.expert_bias, conv.router.weight, conv.router.bias):
+            parameter.copy_(0.3 * torch.randn(parameter.shape))
+    return conv
+
+
+def naive(conv, hidden_states):
+    """E convolutions, then their sum."""
+    routing = conv.routing(hidden_states).expand(len(hidden_states), -1)
+    experts = conv.expert_weight.view(-1, *conv.weight.shape)
+    kernels = [(conv.weight, conv.bias), *zip(experts, conv.expert_bias, strict=True)]
+    outputs = [F.conv2d(hidden_states, weight, bias, padding=1) for weight, bias in kernels]
+    return sum(part[:, None, None, None] * output for part, output in zip(routing.T, outputs, strict=True))
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_a_fresh_student_is_the_plain_pruned_one(unet, router, activation):
+    plain = build_student(unet, PruningPlan.for_unet(unet, edits_of()[:2]))
+    fresh = build_student(unet, PruningPlan.for_unet(unet, edits_of(router, activation)))
+    assert torch.allclose(predict(fresh), predict(plain), atol=1e-6)
+    assert not torch.allclose(predict(moved(fresh)), predict(plain), atol=1e-2)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_outputs_and_gradients_are_those_of_the_naive_sum(router, activation, batch):
+    conv = bank(router, activation)
+    hidden_states, conv.temb = torch.randn(batch, 6, 5, 7), torch.randn(batch, 10)
+    conv.one_timestep = False
+    gradients = []
+    for function in (conv, lambda x: naive(conv, x)):
+        conv.zero_grad()
+        inputs = hidden_states.clone().requires_grad_(True)
+        output = function(inputs)
+        (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+        gradients.append([output.detach(), inputs.grad, *(p.grad.clone() for p in conv.parameters())])
+    for ours, expected in zip(*gradients, strict=True):
+        assert torch.allclose(ours, expected, atol=1e-5 * max(1.0, float(expected.abs().max())))
+
+
+def test_the_routing_learns_from_the_first_step(unet):
+    student = build_student(unet, PruningPlan.for_unet(unet, edits_of("input+time"))).train()
+    student(**unet_inputs(unet)).sample.square().mean().backward()
+    for module in student.modules():
+        if isinstance(module, CondConv2d):
+            assert module.router.weight.grad.abs().sum() > 0
+
+
+def test_one_time_step_is_mixed_once_for_the_batch(unet):
+    student = moved(build_student(unet, PruningPlan.for_unet(unet, edits_of("time"))))
+    rows = []
+    name = next(iter(BANKS))
+    conv = student.get_submodule(name)
+    routing = conv.routing
+    conv.routing = lambda states: rows.append(routing(states)) or rows[-1]
+    inputs = unet_inputs(unet, batch=3)
+    together = predict(student, **inputs)
+    apart = predict(student, **{**inputs, "timestep": inputs["timestep"].expand(3)})
+    assert [len(row) for row in rows] == [1, 3]
+    assert torch.allclose(together, apart, atol=1e-5)
+    several = predict(student, **{**inputs, "timestep": torch.tensor([321, 5, 900])})
+    assert torch.allclose(several[0], together[0], atol=1e-5)
+    assert not torch.allclose(several[1], together[1], atol=1e-4)
+
+
+def test_embeddings_that_differ_in_the_batch_are_never_shared():
+    unet = tiny_sdxl_unet()
+    edit = {"edit": "cond_conv", "unit": "down_blocks.1.resnets.0.conv2", "experts": ["down_blocks.1.resnets.1.conv2"]}
+    student = moved(build_student(unet, PruningPlan.for_unet(unet, [edit | {"router": "time"}])))
+    inputs = unet_inputs(unet)
+    both = predict(student, **inputs)
+    added = {name: tensor[1:] for name, tensor in inputs["added_cond_kwargs"].items()}
+    second = {
+        "sample": inputs["sample"][1:],
+        "timestep": inputs["timestep"],
+        "encoder_hidden_states": inputs["encoder_hidden_states"][1:],
+        "added_cond_kwargs": added,
+    }
+    assert torch.allclose(both[1:], predict(student, **second), atol=1e-5)
+
+
+def test_experts_are_the_teachers_kernels_on_the_channels_they_share(unet):
+    student = build_student(unet, PruningPlan.for_unet(unet, edits_of()))
+    name = "down_blocks.1.resnets.0.conv2"
+    conv, state = student.get_submodule(name), unet.state_dict()
+    assert torch.equal(conv.expert_weight[0], state["down_blocks.1.resnets.1.conv2.weight"].flatten())
+    assert torch.equal(conv.expert_bias[1], state["down_blocks.0.resnets.1.conv1.bias"])
+    channels = conv_channels(unet)
+    assert channels["up_blocks.2.resnets.0.conv1"] == (64, 32)
+    assert channels["up_blocks.2.resnets.1.conv1"] == (32, 32)
+    bank = student.get_submodule("up_blocks.2.resnets.0.conv1").expert_weight[0].view(32, 96, 3, 3)
+    source = state["up_blocks.2.resnets.1.conv1.weight"]
+    assert torch.equal(bank[:, :32], source[:, :32])  # hidden on hidden
+    assert bank[:, 32:64].abs().sum() == 0
+    assert torch.equal(bank[:, 64:], source[:, 32:])  # skip on skip
+
+
+def test_save_and_load_is_bit_identical_and_names_stay(unet, tmp_path):
+    student = moved(build_student(unet, PruningPlan.for_unet(unet, edits_of("input+time", "sigmoid"))))
+    student.save_pretrained(tmp_path)
+    loaded = AsdmUNet2DConditionModel.from_pretrained(tmp_path)
+    assert torch.equal(predict(loaded), predict(student))
+    state = unet.state_dict()
+    assert all(torch.equal(student.state_dict()[f"{name}.weight"], state[f"{name}.weight"]) for name in BANKS)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(unet):
+    gradients = []
+    for checkpointing in (False, True):
+        student = moved(build_student(unet, PruningPlan.for_unet(unet, edits_of("input+time")))).train()
+        if checkpointing:
+            student.enable_gradient_checkpointing()
+        student(**unet_inputs(unet)).sample.square().mean().backward()
+        gradients.append(student.get_submodule(next(iter(BANKS))).router.weight.grad)
+    assert torch.allclose(*gradients, atol=1e-7)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_it_compiles_without_graph_breaks(router):
+    conv = bank(router)
+    resnet = CondResnetBlock2D(in_channels=6, out_channels=8, temb_channels=10, groups=2).eval()
+    resnet.conv1 = conv
+    hidden_states, temb = torch.randn(2, 6, 5, 5), torch.randn(2, 10)
+    with torch.no_grad():
+        compiled = torch.compile(resnet, backend="eager", fullgraph=True)
+        assert torch.allclose(compiled(hidden_states, temb), resnet(hidden_states, temb), atol=1e-6)
+
+
+def test_it_works_in_bfloat16_under_autocast_and_channels_last(unet):
+    student = moved(build_student(unet, PruningPlan.for_unet(unet, edits_of("input+time"))))
+    expected = predict(student)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(predict(student).float(), expected, atol=0.2)
+    assert torch.allclose(predict(student.to(memory_format=torch.channels_last)), expected, atol=1e-4)
+
+
+def test_macs_count_the_mixing(unet):
+    name = next(iter(BANKS))
+    counts = []
+    for edits in (edits_of()[:2], edits_of("time")[:3]):
+        model = build_student(unet, PruningPlan.for_unet(unet, edits))
+        with counting_macs(model) as count:
+            predict(model)
+        counts.append(count.plain[name])
+    assert counts[1] - counts[0] == 2 * unet.get_submodule(name).weight.numel()
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"unit": "down_blocks.0.resnets.0.conv3", "experts": ["down_blocks.0.resnets.1.conv2"]}, "no convolution"),
+        ({"unit": "down_blocks.0.resnets.0.conv2", "experts": ["down_blocks.9.resnets.1.conv2"]}, "no convolution"),
+        ({"unit": "down_blocks.0.resnets.0.conv2", "experts": ["down_blocks.3.resnets.1.conv2"]}, "as many output"),
+        ({"unit": "down_blocks.0.resnets.0.conv2", "experts": []}, "experts"),
+        ({"unit": "down_blocks.0.resnets.0.conv2", "experts": ["mid_block.resnets.0.conv1"], "router": "x"}, "router"),
+    ],
+)
+def test_what_cannot_be_is_said(unet, edit, message):
+    with pytest.raises(AsdmError, match=message):
+        PruningPlan.for_unet(unet, [{"edit": "cond_conv", **edit}])
+
+
+def test_a_bank_of_a_removed_resnet_is_refused(unet):
+    edits = [
+        {"edit": "cond_conv", "unit": "down_blocks.1.resnets.1.conv2", "experts": ["down_blocks.1.resnets.0.conv2"]},
+        {"edit": "remove", "unit": "down_blocks.1.resnets.1"},
+    ]
+    with pytest.raises(AsdmError, match="lies inside"):
+        PruningPlan.for_unet(unet, edits)
