@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from asdm.pipelines import load_pipeline as load_pipeline
     from asdm.pipelines import save_pipeline as save_pipeline
     from asdm.pipelines import with_unet as with_unet
+    from asdm.planning import add_banks as add_banks
     from asdm.planning import make_plan as make_plan
     from asdm.redundancy import RedundancyMap as RedundancyMap
     from asdm.redundancy import analyze as analyze
@@ -48,6 +49,7 @@ _HOME = {
     "RedundancyMap": "asdm.redundancy",
     "Remove": "asdm.student.edits",
     "Stage": "asdm.incubation.stages",
+    "add_banks": "asdm.planning",
     "analyze": "asdm.redundancy",
     "build_student": "asdm.student.plan",
     "compress": "asdm.compression",

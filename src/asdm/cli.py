@@ -137,6 +137,17 @@ def plan(
     macs: MacsOption = None,
     preset: PresetOption = None,
     compensate: CompensateOption = None,
+    experts: Annotated[
+        float | None,
+        typer.Option(
+            help="Let kept convolutions inherit removed ones as experts (CLME-CondConv), up to this part of the "
+            "parameters, or this number of them.",
+            show_default=False,
+        ),
+    ] = None,
+    router: Annotated[
+        Literal["input", "input+time", "time"], typer.Option(help="What decides the experts' mixture.")
+    ] = "input",
     data: DataOption = None,
     out: Annotated[Path, typer.Option(help="Where to write the plan.")] = Path("plan.json"),
     device: DeviceOption = None,
@@ -168,6 +179,12 @@ def plan(
         unet=unet,
         progress=lambda note: console.print(note, highlight=False),
     )
+    if experts is not None:
+        if unet is None:
+            from asdm.random_models import random_unet
+
+            unet = random_unet(redundancy.unet_config)
+        made = asdm.add_banks(made, unet, params=experts, router=router)
     made.save(out)
     for edit in made.edits:
         how = ", ".join(f"{k}: {v}" for k, v in edit.model_dump().items() if k not in ("edit", "unit"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from diffusers import UNet2DConditionModel
@@ -13,9 +14,9 @@ from asdm.errors import AsdmError
 from asdm.evaluation.latency import measure_interleaved, speedup, unet_call
 from asdm.random_models import random_unet
 from asdm.redundancy import RedundancyMap, UnitRecord
-from asdm.student.edits import CompensationKind, Remove
+from asdm.student.edits import CompensationKind, CondConv, Remove
 from asdm.student.plan import PlanBase, PlanFigures, PruningPlan, build_student
-from asdm.units import goes_with, is_stage
+from asdm.units import conv_channels, goes_with, is_stage, layers
 
 MEASUREMENT_ATTEMPTS = 6
 CLOSE_ENOUGH = 1.04  # a plan this little faster than needed is not improved on
@@ -72,6 +73,60 @@ def make_plan(
         [unit.gmacs * 1e9 - _map_macs(unit, compensate) for unit in redundancy.units],
     )
     return _plan(redundancy, budget.solve(redundancy, macs), {"macs": macs}, compensate)
+
+
+def add_banks(
+    plan: PruningPlan,
+    unet: UNet2DConditionModel,
+    *,
+    params: float = 0.1,
+    router: Literal["input", "input+time", "time"] = "input",
+    activation: Literal["softmax", "sigmoid"] = "softmax",
+) -> PruningPlan:
+    """The plan with CLME-CondConv banks: convolutions that stay inherit those of removed resnets as experts.
+
+    Each removed convolution goes to the nearest kept one, in order of execution, of its kind (`conv1`, `conv2`) and
+    its output channels; the nearest pairs first, until the budget is used (inferred).
+
+    Args:
+        params: what the experts may add, as a part of the original's parameters or as a number of them.
+
+    Raises:
+        AsdmError: the plan is for another model, or no expert fits into the budget.
+    """
+    plan.require_for(unet)
+    order = {name: index for index, name in enumerate(layers(unet))}
+    removed = [edit.unit for edit in plan.edits if isinstance(edit, Remove)]
+    convs = {name: unet.get_submodule(name) for name in conv_channels(unet)}
+    gone = [name for name in convs if goes_with(name, removed)]
+    pairs = []
+    for source in gone:
+        resnet, _, conv = source.rpartition(".")
+        fitting = [
+            (abs(order[name.rpartition(".")[0]] - order[resnet]), name)
+            for name in convs
+            if name not in gone and name.endswith(conv) and len(convs[name].weight) == len(convs[source].weight)
+        ]
+        if fitting:
+            distance, name = min(fitting)
+            pairs.append((distance, order[resnet], name, source))
+    total = sum(p.numel() for p in unet.parameters())
+    budget = params * total if params <= 1 else params
+    banks: dict[str, list[str]] = {}
+    for _, _, name, source in sorted(pairs):
+        cost = convs[name].weight.numel() + len(convs[name].weight)
+        if cost <= budget:
+            banks.setdefault(name, []).append(source)
+            budget -= cost
+    if not banks:
+        raise AsdmError(
+            f"params={params:g}: no expert fits; the plan removes {len(gone)} convolutions, "
+            f"{len(pairs)} of which a kept one could inherit; allow more, or drop the banks"
+        )
+    edits = [
+        CondConv(unit=name, experts=sources, router=router, activation=activation) for name, sources in banks.items()
+    ]
+    return plan.model_copy(update={"edits": [*plan.edits, *edits]})
 
 
 def _map_parameters(unit: UnitRecord, compensate: CompensationKind) -> int:
