@@ -48,6 +48,7 @@ def mistakes(model, tmp_path):
     (tmp_path / "theirs" / "file").write_text("x")
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.png").write_text("not an image")
+    Image.new("RGB", (64, 64)).save(tmp_path / "real.png")
     return [
         (["analyze", tmp_path / "absent"], "no such folder or file"),
         (["analyze", "random:sd99"], "no such shape"),
@@ -67,6 +68,11 @@ def mistakes(model, tmp_path):
         (["compress", model, "--out", "made", "--speedup", "1.5"], "need data"),
         (["compress", model, "--out", "theirs", "--speedup", "1.5", "--steps", "0"], "was not written by asdm"),
         (["demo-build", "nothing"], "no such stage"),
+        (["demo-build", "clip", "--folder", "built"], "no tokenizer; run that stage first"),
+        (["demo-build", "assemble", "--folder", "built", "--warm-start"], "no checkpoint; run that stage first"),
+        (["analyze", model, "--out", "theirs"], "is a folder; name a file"),
+        (["plan", model, "--speedup", "1.1", "--out", "theirs"], "is a folder; name a file"),
+        (["generate", model, "x", "--image", tmp_path / "real.png", "--strength", "0.01"], "leave at least one"),
     ]
 
 

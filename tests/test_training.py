@@ -215,6 +215,18 @@ def test_loss_weights_are_heeded(pipeline, data_folder, tmp_path):
     assert row["loss"] == pytest.approx(2 * row["output"] + 3 * row["feature"], rel=1e-5)
 
 
+def test_a_half_precision_student_is_refused_and_a_half_precision_teacher_is_not(data_folder, tmp_path):
+    teacher = tiny_pipeline()
+    plan = PruningPlan.for_unet(teacher.unet, [{"edit": "remove", "unit": "mid_block"}])
+    student = build_student(teacher.unet, plan)
+    with pytest.raises(AsdmError, match="bfloat16 cannot be trained"):
+        distill(teacher, build_student(teacher.unet, plan).bfloat16(), data_folder, tmp_path / "half")
+    teacher.to(torch.bfloat16)
+    distill(teacher, student, data_folder, tmp_path / "whole", stages=[quick_stage(steps=2)])
+    assert student.dtype == torch.float32
+    assert all(row["loss"] > 0 for row in read_log(tmp_path / "whole" / "00-joint" / "log.jsonl"))
+
+
 def test_the_same_seed_gives_the_same_losses(data_folder, tmp_path):
     logs = []
     for run in ("first", "second"):
@@ -254,6 +266,7 @@ def test_capturing_takes_its_hooks_off_again(unet):
         ([{"name": "a"}], "steps"),
         ([{"name": "a", "steps": -1}], "steps=-1"),
         ([{"name": "a", "steps": 1, "rate": 2}], "rate=2"),
+        ([{"name": "a", "steps": 1, "losses": {"task": 0, "output": 0, "feature": 0}}], "all weights are zero"),
         ([{"name": "a", "steps": 1}] * 2, "share a name"),
     ],
 )

@@ -35,6 +35,17 @@ errors = Console(stderr=True)
 MODEL = "demo, a Hub id, a folder, a .safetensors file, or random:sd15 | random:sd21 | random:sdxl"
 DATA = "A folder of images with captions (name.txt beside each, or metadata.jsonl), or demo."
 
+
+def _not_a_folder(path: Path | None) -> Path | None:
+    """Told before the work, not after it."""
+    if path is not None and path.is_dir():
+        raise AsdmError(f"{path}: is a folder; name a file to write")
+    return path
+
+
+MapFile = Annotated[Path, typer.Option(help="Where to write the map.", callback=_not_a_folder)]
+PlanFile = Annotated[Path, typer.Option(help="Where to write the plan.", callback=_not_a_folder)]
+FiguresFile = Annotated[Path, typer.Option(help="Where to write the figures.", callback=_not_a_folder)]
 ModelArgument = Annotated[str, typer.Argument(help=f"The model: {MODEL}.", show_default=False)]
 DataOption = Annotated[str | None, typer.Option("--data", help=DATA, show_default=False)]
 DeviceOption = Annotated[
@@ -91,8 +102,10 @@ def options(
 def analyze(
     model: ModelArgument,
     data: DataOption = None,
-    out: Annotated[Path, typer.Option(help="Where to write the map.")] = Path("redundancy.json"),
-    plot: Annotated[Path | None, typer.Option(help="Where to draw it (PNG).", show_default=False)] = None,
+    out: MapFile = Path("redundancy.json"),
+    plot: Annotated[
+        Path | None, typer.Option(help="Where to draw it (PNG).", callback=_not_a_folder, show_default=False)
+    ] = None,
     sensitivity: Annotated[
         Literal["ablation", "taylor"],
         typer.Option(help="Remove each unit and compare, or estimate all of them from a few backward passes."),
@@ -149,7 +162,7 @@ def plan(
         Literal["input", "input+time", "time"], typer.Option(help="What decides the experts' mixture.")
     ] = "input",
     data: DataOption = None,
-    out: Annotated[Path, typer.Option(help="Where to write the plan.")] = Path("plan.json"),
+    out: PlanFile = Path("plan.json"),
     device: DeviceOption = None,
     seed: SeedOption = 0,
 ) -> None:
@@ -290,7 +303,7 @@ def evaluate(
     steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = 25,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default=False)] = None,
     rounds: Annotated[int, typer.Option(help="Timed rounds of the UNet call.", min=1)] = 10,
-    out: Annotated[Path, typer.Option(help="Where to write the figures.")] = Path("evaluation.json"),
+    out: FiguresFile = Path("evaluation.json"),
     images: Annotated[Path | None, typer.Option(help="Where to keep the images.", show_default=False)] = None,
     device: DeviceOption = None,
     seed: SeedOption = 0,

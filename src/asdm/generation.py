@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
+from asdm.errors import AsdmError
 from asdm.pipelines import image_to_image
 
 
@@ -33,7 +34,15 @@ def generate(
         seed: the n-th prompt's noise is that of seed + n, whatever the batch.
         strength: how far from `image` the result may go, in (0, 1].
         batch_size: prompts at a time; by default 32 at small sizes and 1 at 512 pixels or more.
+
+    Raises:
+        AsdmError: `strength` is out of range, or so small that no step would be taken.
     """
+    if image is not None and not (0 < strength <= 1 and int(steps * strength) >= 1):
+        raise AsdmError(
+            f"strength={strength:g}: must be in (0, 1] and leave at least one of the {steps} steps; "
+            f"raise it to {1 / steps:.2f} or more"
+        )
     guidance = default_guidance(pipeline) if guidance_scale is None else guidance_scale
     small = pipeline.unet.config.sample_size <= 32
     batch_size = batch_size or (32 if small else 1)

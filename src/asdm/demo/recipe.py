@@ -26,6 +26,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from asdm.demo.emoji import IMAGE_SIZE, Pair, all_pairs, seen_pairs
 from asdm.demo.tasks import AutoencoderTask, ContrastTask, NoisePredictionTask
+from asdm.errors import AsdmError
 from asdm.files import replacing_folder, write_text
 from asdm.images import load_images
 from asdm.incubation.trainer import (
@@ -62,7 +63,7 @@ LOOPS = {
         checkpoint_every=200,
     ),
     "unet": LoopSettings(
-        steps=3800,
+        steps=3500,
         optimizer="muon",
         learning_rate=4e-4,
         betas=(0.9, 0.99),
@@ -192,8 +193,12 @@ class Recipe:
         return load_images([self.images / pair.file_name for pair in pairs], IMAGE_SIZE)
 
     def _tokenizer(self) -> CLIPTokenizer:
-        own = self.folder / "tokenizer"
-        return CLIPTokenizer.from_pretrained(own if self.start is None or own.is_dir() else self.start / "tokenizer")
+        folder = self.folder / "tokenizer"
+        if not folder.is_dir():
+            if self.start is None:
+                raise AsdmError(f"{folder}: no tokenizer; run that stage first")
+            folder = self.start / "tokenizer"
+        return CLIPTokenizer.from_pretrained(folder)
 
     def _clip(self) -> CLIPModel:
         if self.start is not None and not checkpoint_step(self.folder / "clip"):

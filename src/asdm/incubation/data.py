@@ -95,7 +95,7 @@ def open_data(source: str | Path, split: Split = "train") -> Data:
 
 def _from_metadata(path: Path) -> tuple[list[Example], dict[str, str]]:
     examples, skipped = [], {}
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text("utf-8", errors="replace").splitlines(), start=1):
         if not line.strip():
             continue
         try:

@@ -74,14 +74,17 @@ class DistillationTask(TrainingTask):
 
     def forward(self, batch: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         device = self.student.device
-        latents = self.examples.latents[batch].to(device)
-        captions = self._captions(batch, generator).to(device)
+        latents = self.examples.latents[batch].to(device, torch.float32)
+        captions = self._captions(batch, generator).to(device, torch.float32)
         timesteps = stratified_timesteps(len(latents), self.schedule, generator).to(device)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         noisy = self.schedule.add_noise(latents, noise, timesteps)
         target = prediction_target(self.schedule, latents, noise, timesteps)
         with torch.no_grad(), capturing(self.teacher, self.blocks) as teacher_features:
-            teacher_pred = self.teacher(noisy, timesteps, **captions.unet_arguments(), return_dict=False)[0]
+            dtype = self.teacher.dtype
+            teacher_pred = self.teacher(
+                noisy.to(dtype), timesteps, **captions.to(dtype).unet_arguments(), return_dict=False
+            )[0]
         with capturing(self.student, self.blocks) as student_features:
             noise_pred = self.student(noisy, timesteps, **captions.unet_arguments(), return_dict=False)[0]
         by_block = feature_losses(student_features, teacher_features)
@@ -142,8 +145,14 @@ def distill(
         What was trained on.
 
     Raises:
-        AsdmError: the data cannot be used, a loss is not finite, or `folder` is of another run.
+        AsdmError: the data cannot be used, a loss is not finite, `folder` is of another run, or the student's
+            weights are not in float32.
     """
+    if student.dtype != torch.float32:
+        raise AsdmError(
+            f"a student in {student.dtype} cannot be trained; give it as student.float(), and choose the precision "
+            "of the computation with a stage's mixed_precision"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     prepare_for_training()

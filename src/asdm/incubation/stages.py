@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from asdm.errors import AsdmError
 from asdm.incubation.optimizers import OptimizerName
@@ -18,6 +18,12 @@ class LossWeights(BaseModel):
     task: float = Field(1.0, ge=0)
     output: float = Field(1.0, ge=0)
     feature: float = Field(1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _something_is_learnt(self) -> LossWeights:
+        if not any(self.model_dump().values()):
+            raise ValueError("all weights are zero, so nothing would be learnt; raise one")
+        return self
 
 
 class Stage(BaseModel):

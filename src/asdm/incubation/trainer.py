@@ -173,8 +173,14 @@ def checkpoint_step(folder: Path) -> int:
 
 
 def load_ema_weights(folder: Path, weights: dict[str, nn.Parameter]) -> int:
-    """Put the newest checkpoint's averaged weights into `weights`; returns its step."""
+    """Put the newest checkpoint's averaged weights into `weights`; returns its step.
+
+    Raises:
+        AsdmError: nothing was trained in `folder` yet.
+    """
     step = checkpoint_step(folder)
+    if step == 0:
+        raise AsdmError(f"{folder}: no checkpoint; run that stage first")
     path = folder / f"checkpoint-{step:07d}"
     averaged = load_file(path / ("ema.safetensors" if (path / "ema.safetensors").is_file() else "weights.safetensors"))
     for name, parameter in weights.items():
