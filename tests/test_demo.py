@@ -12,7 +12,7 @@ from PIL import Image
 from asdm import generate, load_pipeline
 from asdm.demo import images_folder, pipeline_folder
 from asdm.demo.emoji import STYLES, all_pairs, held_out_pairs, seen_pairs
-from asdm.demo.recipe import epoch_batch, make_tokenizer, make_unet, make_vae, normalise_latents
+from asdm.demo.recipe import make_tokenizer, make_unet, make_vae, normalise_latents
 from asdm.evaluation.metrics import Judge, cosine_similarity
 from asdm.images import load_images
 from asdm.incubation.data import load_pixels, open_data
@@ -116,8 +116,3 @@ def test_the_recipe_starts_from_the_same_weights_each_time():
         assert torch.equal(tensor, make_unet().state_dict()[name]), name
         break
     assert sum(p.numel() for p in make_unet().parameters()) / 1e6 == pytest.approx(17.6, abs=0.1)
-
-
-def test_epochs_see_every_pair():
-    batches = torch.cat([epoch_batch(step, 10, 40) for step in range(4)])
-    assert sorted(batches.tolist()) == list(range(40))

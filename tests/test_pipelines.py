@@ -134,6 +134,6 @@ def test_prompts_are_embedded_as_the_pipeline_does(pipeline):
 
 def test_latents_are_scaled_as_the_unet_expects_them(pipeline):
     images = torch.rand(2, 3, 16, 16) * 2 - 1
-    latents = encode_images(pipeline, images)
+    latents = encode_images(pipeline.vae, images)
     assert image_size(pipeline) == 16
     assert torch.equal(latents, pipeline.vae.encode(images).latent_dist.mode() * 0.5)

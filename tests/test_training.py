@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from asdm import AsdmError, PruningPlan, Stage, build_student, distill
-from asdm.incubation.distillation import _Shuffled, capturing, prepare
+from asdm.incubation.data import ShuffledBatches
+from asdm.incubation.distillation import capturing, prepare
 from asdm.incubation.losses import feature_losses, output_loss, relative_error
 from asdm.incubation.stages import LossWeights, parse_stages
 from asdm.incubation.trainer import LoopSettings, TrainingTask, checkpoint_step, read_log, train
@@ -146,7 +147,7 @@ def test_kill_minus_nine_leaves_a_whole_checkpoint(tmp_path):
 
 
 def test_every_epoch_sees_every_image_once():
-    batches = _Shuffled(count=10, batch_size=4, seed=1)
+    batches = ShuffledBatches(count=10, batch_size=4, seed=1)
     seen = torch.cat([batches(step) for step in range(5)])
     assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10))
     assert seen[:10].tolist() != seen[10:].tolist()

@@ -64,7 +64,7 @@ def calibration_calls(
         if not pixels:
             raise AsdmError(f"{data}: none of the images drawn for calibration can be decoded; mend the folder")
         conditioning = embed_prompts(pipeline, [example.caption for example in examples])
-        latents = encode_images(pipeline, torch.stack(pixels))
+        latents = encode_images(pipeline.vae, torch.stack(pixels))
     else:
         chosen = list(prompts or DEFAULT_PROMPTS)
         chosen = [chosen[i % len(chosen)] for i in range(samples)]

@@ -93,6 +93,10 @@ def compress(
     }
     report = progress or (lambda *_: None)
     require_ours(out)
+    if (out / "report.html").is_file():
+        _claim(out, settings)
+        plan, evaluation = PruningPlan.load(out / "plan.json"), Evaluation.load(out / "evaluation.json")
+        return Compression(out, out / "report.html", headline_of(evaluation, speedup), plan, evaluation, {})
     pipeline = load_pipeline(model, device=device)
     if data is not None:
         open_data(data)
@@ -100,9 +104,6 @@ def compress(
     if samples > 0 and not is_random:
         Judge()  # told now that it is missing, not after the training
     _claim(out, settings)
-    if (out / "report.html").is_file():
-        plan, evaluation = PruningPlan.load(out / "plan.json"), Evaluation.load(out / "evaluation.json")
-        return Compression(out, out / "report.html", headline_of(evaluation, speedup), plan, evaluation, {})
     work = out / "work"
 
     redundancy = _analyzed(pipeline, data, seed, work / "redundancy.json", report)

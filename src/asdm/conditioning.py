@@ -102,14 +102,16 @@ def image_size(pipeline: DiffusionPipeline) -> int:
 
 
 @torch.no_grad()
-def encode_images(pipeline: DiffusionPipeline, images: Tensor) -> Tensor:
+def encode_images(vae: Any, images: Tensor) -> Tensor:
     """Latents (images, 4, h, w), the posterior's means scaled as the UNet expects them, of `images`
-    (images, 3, height, width) in [-1, 1]."""
-    vae = pipeline.vae
-    posterior = vae.encode(images.to(vae.device, vae.dtype))
-    latents = posterior.latents if hasattr(posterior, "latents") else posterior.latent_dist.mode()
+    (images, 3, height, width) in [-1, 1]; as many at a time as make a 512x512 pixel image."""
+    at_once = max(1, 512 * 512 // images.shape[2:].numel())
+    latents = []
+    for batch in images.split(at_once):
+        posterior = vae.encode(batch.to(vae.device, vae.dtype))
+        latents.append(posterior.latents if hasattr(posterior, "latents") else posterior.latent_dist.mode())
     shift = getattr(vae.config, "shift_factor", None) or 0.0
-    return (latents - shift) * vae.config.scaling_factor
+    return (torch.cat(latents) - shift) * vae.config.scaling_factor
 
 
 @torch.no_grad()

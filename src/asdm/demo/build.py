@@ -89,7 +89,7 @@ def real_image_figures(pipeline: DiffusionPipeline) -> dict[str, float]:
     """What the figures are for real images: the VAE's PSNR on held-out ones, how well the judge knows
     them again after the VAE, and the CLIPModel's retrieval on seen and held-out ones."""
     held_out = load_images([images_folder() / pair.file_name for pair in held_out_pairs()], 64)
-    latents = encode_images(pipeline, held_out)
+    latents = encode_images(pipeline.vae, held_out)
     rebuilt = decode_latents(pipeline, latents).clamp(-1, 1)
     examples, pixels = load_pixels(open_data(images_folder(), "all").examples, 64, {})
     labels = [(str(example.concept), str(example.style)) for example in examples]

@@ -24,11 +24,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from asdm.conditioning import encode_images
 from asdm.demo.emoji import IMAGE_SIZE, Pair, all_pairs, seen_pairs
 from asdm.demo.tasks import AutoencoderTask, ContrastTask, NoisePredictionTask
 from asdm.errors import AsdmError
 from asdm.files import replacing_folder, write_text
 from asdm.images import load_images
+from asdm.incubation.data import ShuffledBatches
 from asdm.incubation.trainer import (
     LoopSettings,
     Progress,
@@ -115,8 +117,10 @@ class Recipe:
         images = self._images(pairs)
         input_ids = tokenize(tokenizer, [pair.caption for pair in pairs])
 
+        order = ShuffledBatches(len(pairs), BATCH_SIZES["clip"], seed=0)
+
         def batch_at(step: int) -> dict[str, Tensor]:
-            chosen = epoch_batch(step, BATCH_SIZES["clip"], len(pairs))
+            chosen = order(step)
             return {"images": images[chosen], "input_ids": input_ids[chosen]}
 
         return self._train("clip", ContrastTask(make_clip(tokenizer)), batch_at, stop_after_seconds)
@@ -124,8 +128,10 @@ class Recipe:
     def _vae_stage(self, stop_after_seconds: float | None) -> bool:
         images = self._images(seen_pairs())
 
+        order = ShuffledBatches(len(images), BATCH_SIZES["vae"], seed=0)
+
         def batch_at(step: int) -> dict[str, Tensor]:
-            return {"images": images[epoch_batch(step, BATCH_SIZES["vae"], len(images))]}
+            return {"images": images[order(step)]}
 
         return self._train("vae", AutoencoderTask(make_vae()), batch_at, stop_after_seconds)
 
@@ -137,8 +143,10 @@ class Recipe:
             captions = [pair.caption for pair in pairs]
             embeddings = text_encoder(tokenize(tokenizer, [*captions, ""])).last_hidden_state
 
+        order = ShuffledBatches(len(pairs), BATCH_SIZES["unet"], seed=0)
+
         def batch_at(step: int) -> dict[str, Tensor]:
-            chosen = epoch_batch(step, BATCH_SIZES["unet"], len(pairs))
+            chosen = order(step)
             return {"latents": latents[chosen], "encoder_hidden_states": embeddings[chosen]}
 
         unet = make_unet()
@@ -214,14 +222,6 @@ class Recipe:
         load_ema_weights(self.folder / "vae", {f"vae.{name}": p for name, p in vae.named_parameters()})
         normalise_latents(vae.eval(), self._images(seen_pairs()))
         return vae
-
-
-def epoch_batch(step: int, batch_size: int, count: int, seed: int = 0) -> Tensor:
-    """Indices of a step's batch: epochs of shuffled batches, a function of the step alone."""
-    batches = count // batch_size
-    epoch, position = divmod(step, batches)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 7919 + epoch))
-    return order[position * batch_size : (position + 1) * batch_size]
 
 
 def make_tokenizer(captions: list[str]) -> CLIPTokenizer:
@@ -323,13 +323,6 @@ def make_noise_schedule() -> DDPMScheduler:
         clip_sample=False,
         steps_offset=1,
     )
-
-
-@torch.no_grad()
-def encode_images(vae: AutoencoderKL, images: Tensor, batch_size: int = 64) -> Tensor:
-    """Posterior means (images, 4, h / 4, w / 4) of `images`, scaled as the pipeline scales them."""
-    means = [vae.encode(batch).latent_dist.mean for batch in images.split(batch_size)]
-    return torch.cat(means) * vae.config.scaling_factor
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -157,3 +158,20 @@ def load_pixels(examples: Sequence[Example], size: int, skipped: dict[str, str])
         else:
             kept.append(example)
     return kept, pixels
+
+
+class ShuffledBatches:
+    """Batches of indices: epochs of a shuffled set, a function of the step alone."""
+
+    def __init__(self, count: int, batch_size: int, seed: int):
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+
+    def __call__(self, step: int) -> Tensor:
+        positions = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs = positions // self.count
+        orders = {int(epoch): self._order(int(epoch)) for epoch in epochs.unique()}
+        return torch.stack([orders[int(e)][p % self.count] for e, p in zip(epochs, positions, strict=True)])
+
+    def _order(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 7919 + epoch)
+        return torch.randperm(self.count, generator=generator)

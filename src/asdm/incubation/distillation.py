@@ -28,7 +28,7 @@ from asdm.conditioning import (
 )
 from asdm.errors import AsdmError
 from asdm.files import replacing_file
-from asdm.incubation.data import Data, load_pixels, open_data
+from asdm.incubation.data import Data, ShuffledBatches, load_pixels, open_data
 from asdm.incubation.losses import feature_losses, output_loss, task_loss, weighted_sum
 from asdm.incubation.stages import Stage, joint_stages, small_model_stages
 from asdm.incubation.trainer import Progress, TrainingTask, make_accelerator, train
@@ -163,7 +163,7 @@ def distill(
     for index, stage in enumerate(stages):
         report = None if progress is None else partial(_reported, progress, before, total)
         task = DistillationTask(teacher.unet, student, schedule, examples, stage)
-        order = _Shuffled(len(examples.latents), stage.batch_size, seed)
+        order = ShuffledBatches(len(examples.latents), stage.batch_size, seed)
         train(
             task,
             order,
@@ -202,7 +202,7 @@ def prepare(pipeline: DiffusionPipeline, data: str | Path, cache: Path, batch_si
             batch = source.examples[start : start + batch_size]
             readable, pixels = load_pixels(batch, image_size(pipeline), skipped)
             if pixels:
-                latents.append(encode_images(pipeline, torch.stack(pixels)).cpu())
+                latents.append(encode_images(pipeline.vae, torch.stack(pixels)).cpu())
                 examples += readable
         if not examples:
             raise AsdmError(f"{data}: none of its {len(source)} images can be decoded; mend the folder")
@@ -226,20 +226,3 @@ def prepare(pipeline: DiffusionPipeline, data: str | Path, cache: Path, batch_si
 def _digest(source: Data, size: int) -> str:
     rows = [[example.path.name, example.caption] for example in source.examples]
     return hashlib.sha256(json.dumps([size, rows]).encode()).hexdigest()[:16]
-
-
-class _Shuffled:
-    """Batches of indices: epochs of a shuffled set, a function of the step alone."""
-
-    def __init__(self, count: int, batch_size: int, seed: int):
-        self.count, self.batch_size, self.seed = count, batch_size, seed
-
-    def __call__(self, step: int) -> Tensor:
-        positions = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epochs = positions // self.count
-        orders = {int(epoch): self._order(int(epoch)) for epoch in epochs.unique()}
-        return torch.stack([orders[int(e)][p % self.count] for e, p in zip(epochs, positions, strict=True)])
-
-    def _order(self, epoch: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed * 7919 + epoch)
-        return torch.randperm(self.count, generator=generator)
