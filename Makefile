@@ -14,8 +14,8 @@ slow: $(INSTALLED)
 	$(BIN)/pytest -q -m slow
 
 lint: $(INSTALLED)
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
 
 $(INSTALLED): pyproject.toml constraints.txt

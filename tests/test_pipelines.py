@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from asdm import AsdmError, PruningPlan, build_student, generate, load_pipeline, save_pipeline, with_unet
 from asdm.conditioning import embed_prompts, encode_images, image_size
 from asdm.pipelines import MARKER, save_pipeline_into
+from conftest import tiny_pipeline, tiny_unet
 
 
 @pytest.fixture
@@ -137,3 +138,11 @@ def test_latents_are_scaled_as_the_unet_expects_them(pipeline):
     latents = encode_images(pipeline.vae, images)
     assert image_size(pipeline) == 16
     assert torch.equal(latents, pipeline.vae.encode(images).latent_dist.mode() * 0.5)
+
+
+def test_a_unet_for_inpainting_is_refused_with_its_channels(tmp_path):
+    pipeline = tiny_pipeline()
+    pipeline.unet = tiny_unet(in_channels=9)
+    pipeline.save_pretrained(tmp_path)
+    with pytest.raises(AsdmError, match=r"takes 9 channels.*text-to-image"):
+        load_pipeline(tmp_path)

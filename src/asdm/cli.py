@@ -64,9 +64,7 @@ PresetOption = Annotated[
 ]
 CompensateOption = Annotated[
     CompensationKind | None,
-    typer.Option(
-        "--compensate", help="What is fitted in the place of removed branches; by default linear, none for presets."
-    ),
+    typer.Option("--compensate", help="What is fitted in the place of removed branches; by default linear."),
 ]
 
 
@@ -200,8 +198,7 @@ def plan(
         made = asdm.add_banks(made, unet, params=experts, router=router)
     made.save(out)
     for edit in made.edits:
-        how = ", ".join(f"{k}: {v}" for k, v in edit.model_dump().items() if k not in ("edit", "unit"))
-        console.print(f"  {edit.edit} {edit.unit}{how and f' ({how})'}", highlight=False)
+        console.print(f"  {edit}", highlight=False)
     if made.figures is not None:
         measured = made.figures.measured_speedup
         console.print(

@@ -67,6 +67,12 @@ def load_pipeline(
         raise AsdmError(
             f"{name}: a {type(pipeline).__name__}, which has no UNet2DConditionModel; use SD 1.x, 2.x or SDXL"
         )
+    channels = pipeline.unet.config.in_channels
+    if channels != pipeline.vae.config.latent_channels:
+        raise AsdmError(
+            f"{name}: its UNet takes {channels} channels, as those for inpainting, upscaling or edits do; "
+            "use a text-to-image checkpoint"
+        )
     pipeline.register_to_config(_name_or_path=name)
     pipeline.set_progress_bar_config(disable=True)
     try:

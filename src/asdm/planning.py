@@ -14,14 +14,16 @@ from asdm.errors import AsdmError
 from asdm.evaluation.latency import measure_interleaved, speedup, unet_call
 from asdm.random_models import random_unet
 from asdm.redundancy import RedundancyMap, UnitRecord
-from asdm.student.edits import CompensationKind, CondConv, Remove
+from asdm.student.edits import CompensationKind, CondConv, Edit, Remove, Shorten
 from asdm.student.plan import PlanBase, PlanFigures, PruningPlan, build_student
-from asdm.units import conv_channels, goes_with, is_stage, layers
+from asdm.student.stock import dropped
+from asdm.units import conv_channels, goes_with, layers
 
 MEASUREMENT_ATTEMPTS = 6
 CLOSE_ENOUGH = 1.04  # a plan this little faster than needed is not improved on
 MEASUREMENT_MARGIN = 1.02  # asked of the plan's own measurement, so that a later one holds the target too
-PRESETS = ("bk-base", "bk-small", "bk-tiny")
+# BK-SDM's students (arXiv 2305.15798, Sec. 3.1); how many levels fewer than the original has, in the last field.
+PRESETS = {"bk-base": (1, True, 0), "bk-small": (1, False, 0), "bk-tiny": (1, False, 1)}
 
 
 def make_plan(
@@ -44,7 +46,7 @@ def make_plan(
             or of MACs (attention products counted).
         preset: "bk-base", "bk-small" or "bk-tiny" instead of a budget.
         compensate: what to fit in the place of the removed branches (`fit_compensation`), by default "linear";
-            "none" for plain removal, the default of presets. The innermost stage, removed as a whole, has none.
+            "none" for plain removal. Presets drop whole layers, in whose place nothing is fitted.
         unet: the UNet to measure; without it one of the same shape with random weights is made.
         rounds: timed rounds per measurement; by default 4 to 20, as many as take half a minute.
 
@@ -56,9 +58,9 @@ def make_plan(
     chosen = {name: value for name, value in given.items() if value is not None}
     if len(chosen) != 1:
         raise AsdmError(f"give exactly one of speedup, params, macs, preset; got {', '.join(chosen) or 'none'}")
-    compensate = compensate or ("linear" if preset is None else "none")
+    compensate = compensate or "linear"
     if preset is not None:
-        return _plan(redundancy, _preset_units(redundancy, preset), {}, compensate)
+        return _preset(redundancy, preset)
     if speedup is not None:
         rounds = rounds or int(np.clip(15_000 / redundancy.latency_ms, 4, 20))
         return _plan_for_speedup(redundancy, speedup, compensate, unet, rounds, progress)
@@ -126,7 +128,7 @@ def add_banks(
     edits = [
         CondConv(unit=name, experts=sources, router=router, activation=activation) for name, sources in banks.items()
     ]
-    return plan.model_copy(update={"edits": [*plan.edits, *edits]})
+    return _with_edits(plan, [*plan.edits, *edits])
 
 
 def _map_parameters(unit: UnitRecord, compensate: CompensationKind) -> int:
@@ -273,7 +275,7 @@ def _plan(
     saved = sum(_saved_ms(unit, compensate) for unit in removed)
     return PruningPlan(
         base=PlanBase.of(redundancy.fingerprint),
-        edits=[Remove(unit=name, compensate="none" if is_stage(name) else compensate) for name in units],
+        edits=[Remove(unit=name, compensate=compensate) for name in units],
         figures=PlanFigures(
             target=target,
             predicted_sensitivity=sum(unit.sensitivity for unit in removed),
@@ -293,24 +295,15 @@ def _with_measured(plan: PruningPlan, measured: float) -> PruningPlan:
     return plan.model_copy(update={"figures": figures})
 
 
-def _preset_units(redundancy: RedundancyMap, preset: str) -> list[str]:
-    """BK-SDM's removals (arXiv 2305.15798, Sec. 3.1), with the shortcuts kept.
-
-    Base: the second resnet and attention of each down stage, the middle ones of each up stage. Small:
-    the mid block too. Tiny: the innermost stage too.
-    """
+def _preset(redundancy: RedundancyMap, preset: str) -> PruningPlan:
     if preset not in PRESETS:
         raise AsdmError(f"{preset}: no such preset; allowed: {', '.join(PRESETS)}")
-    names = [unit.name for unit in redundancy.units if unit.parent is None]
-    innermost = max(int(name.split(".")[1]) for name in names if name.startswith("down_blocks."))
-    removed = [
-        name
-        for name in names
-        if name.startswith(("down_blocks.", "up_blocks.")) and name.endswith((".resnets.1", ".attentions.1"))
-    ]
-    if preset != "bk-base":
-        removed.append("mid_block")
-    if preset == "bk-tiny":
-        gone = (f"down_blocks.{innermost}.", "up_blocks.0.")
-        removed = [name for name in removed if not name.startswith(gone)] + [f"down_blocks.{innermost}"]
-    return removed
+    layers, mid_block, fewer = PRESETS[preset]
+    names = [unit.name for unit in redundancy.units]
+    levels = len({unit.stage for unit in redundancy.units if unit.name.startswith("down_blocks.")})
+    edit = Shorten(layers_per_block=layers, mid_block=mid_block, levels=levels - fewer if fewer else None)
+    return _with_edits(_plan(redundancy, dropped(edit, names), {}, "none"), [edit])
+
+
+def _with_edits(plan: PruningPlan, edits: Sequence[Edit]) -> PruningPlan:
+    return plan.model_copy(update={"edits": list(edits)})

@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw
 
 from asdm.redundancy import RedundancyMap, UnitRecord
 from asdm.student.plan import PruningPlan
+from asdm.student.stock import removed_units
 from asdm.units import goes_with
 
 KIND_COLOURS = {
@@ -36,7 +37,7 @@ def redundancy_plot(redundancy: RedundancyMap, plan: PruningPlan | None = None) 
 
     What `plan` removes is crossed out.
     """
-    removed = {edit.unit for edit in plan.edits if edit.edit == "remove"} if plan is not None else set()
+    removed = set() if plan is None else set(removed_units(plan.edits, [unit.name for unit in redundancy.units]))
     figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5.6), width_ratios=[1.35, 1], layout="constrained")
     _draw_u(figure, left, redundancy, removed)
     _draw_scatter(right, redundancy, removed)

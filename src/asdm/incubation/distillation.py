@@ -33,6 +33,7 @@ from asdm.incubation.losses import feature_losses, output_loss, task_loss, weigh
 from asdm.incubation.stages import Stage, joint_stages, small_model_stages
 from asdm.incubation.trainer import Progress, TrainingTask, make_accelerator, train
 from asdm.inference.runtime import prepare_for_training
+from asdm.student.stock import name_in_original
 from asdm.units import stages as unet_blocks
 
 _SMALL_MODEL_PARAMETERS = 50_000_000
@@ -66,6 +67,7 @@ class DistillationTask(TrainingTask):
         self.teacher, self.student = teacher.eval().requires_grad_(False), student.requires_grad_(True)
         self.schedule, self.examples, self.stage = schedule, examples, stage
         self.blocks = unet_blocks(student)
+        self.teacher_blocks = {block: name_in_original(block, student, teacher) for block in self.blocks}
 
     def train(self, mode: bool = True) -> DistillationTask:
         super().train(mode)
@@ -80,14 +82,15 @@ class DistillationTask(TrainingTask):
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         noisy = self.schedule.add_noise(latents, noise, timesteps)
         target = prediction_target(self.schedule, latents, noise, timesteps)
-        with torch.no_grad(), capturing(self.teacher, self.blocks) as teacher_features:
+        with torch.no_grad(), capturing(self.teacher, list(self.teacher_blocks.values())) as teacher_features:
             dtype = self.teacher.dtype
             teacher_pred = self.teacher(
                 noisy.to(dtype), timesteps, **captions.to(dtype).unet_arguments(), return_dict=False
             )[0]
         with capturing(self.student, self.blocks) as student_features:
             noise_pred = self.student(noisy, timesteps, **captions.unet_arguments(), return_dict=False)[0]
-        by_block = feature_losses(student_features, teacher_features)
+        expected = {name: teacher_features[block] for name, block in self.teacher_blocks.items()}
+        by_block = feature_losses(student_features, expected)
         losses = {
             "task": task_loss(noise_pred, target),
             "output": output_loss(noise_pred, teacher_pred),

@@ -24,6 +24,11 @@ CompensationKind = Literal["none", "bias", "diagonal", "linear"]
 class _Edit(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    def __str__(self) -> str:
+        fields = self.model_dump()
+        name = " ".join(str(fields.pop(key)) for key in ("edit", "unit") if key in fields)
+        return f"{name} ({', '.join(f'{key}: {value}' for key, value in fields.items())})" if fields else name
+
 
 class Remove(_Edit):
     """Drop a unit's residual branch and keep its shortcut.
@@ -84,8 +89,22 @@ class CondConv(_Edit):
     activation: Literal["softmax", "sigmoid"] = "softmax"
 
 
-Edit = Annotated[Remove | GriAttention | CondConv, Field(discriminator="edit")]
-EDIT_KINDS = ("remove", "gri_attention", "cond_conv")
+class Shorten(_Edit):
+    """Drop whole layers, as BK-SDM does: the student is a stock UNet (`asdm.student.stock`).
+
+    Of each down block the first `layers_per_block` layers stay, of each up block these and the last; `levels`
+    counts the stages that stay, the outermost first. It is a plan's only edit.
+    """
+
+    edit: Literal["shorten"] = "shorten"
+    layers_per_block: int = Field(ge=1)
+    mid_block: bool = True
+    levels: int | None = Field(None, ge=2)
+
+
+UnitEdit = Remove | GriAttention | CondConv
+Edit = Annotated[UnitEdit | Shorten, Field(discriminator="edit")]
+EDIT_KINDS = ("remove", "gri_attention", "cond_conv", "shorten")
 _EDITS: TypeAdapter[list[Edit]] = TypeAdapter(list[Edit])
 
 

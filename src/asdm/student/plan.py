@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from asdm.errors import AsdmError
 from asdm.files import write_text
-from asdm.student.edits import Edit, GriAttention, parse_edits
+from asdm.student.edits import Edit, GriAttention, Shorten, UnitEdit, parse_edits
+from asdm.student.stock import shortened
 from asdm.student.surgery import inherit_weights
 from asdm.student.unet import AsdmUNet2DConditionModel, edits_of
 from asdm.units import fingerprint
@@ -102,28 +103,33 @@ class PruningPlan(BaseModel):
             )
 
 
-def empty_student(unet: UNet2DConditionModel, plan: PruningPlan) -> AsdmUNet2DConditionModel:
+def empty_student(unet: UNet2DConditionModel, plan: PruningPlan) -> UNet2DConditionModel:
     """The student's modules without weights (on the meta device)."""
     plan.require_for(unet)
+    shorter = next((edit for edit in plan.edits if isinstance(edit, Shorten)), None)
+    if shorter is not None:
+        if len(plan.edits) > 1:
+            raise AsdmError("shorten: goes with no other edit, as it numbers the layers anew; make two plans")
+        return shortened(unet, shorter)
     config = {key: value for key, value in unet.config.items() if key != "edits"}
-    new = [edit.unit for edit in plan.edits]
+    new = [edit.unit for edit in plan.edits if not isinstance(edit, Shorten)]
     earlier = [edit for edit in edits_of(unet) if not _gives_way(edit, new)]
     config["edits"] = [edit.model_dump() for edit in [*earlier, *plan.edits]]
     with init_empty_weights():
         return AsdmUNet2DConditionModel.from_config(config)
 
 
-def _gives_way(edit: Edit, removed: list[str]) -> bool:
+def _gives_way(edit: UnitEdit, removed: list[str]) -> bool:
     """Whether an earlier edit is void once `removed` goes."""
     inside = any(edit.unit.startswith(f"{unit}.") for unit in removed)
     return inside or (isinstance(edit, GriAttention) and edit.unit in removed)
 
 
-def build_student(unet: UNet2DConditionModel, plan: PruningPlan) -> AsdmUNet2DConditionModel:
+def build_student(unet: UNet2DConditionModel, plan: PruningPlan) -> UNet2DConditionModel:
     """A student UNet: the teacher's architecture with the plan's edits, its weights inherited (copied).
 
-    A plan without edits gives bit-identical outputs. The teacher is not changed; device, dtype and
-    mode are the teacher's.
+    An `AsdmUNet2DConditionModel`, or a stock UNet2DConditionModel where the plan shortens. A plan without edits
+    gives bit-identical outputs. The teacher is not changed; device, dtype and mode are the teacher's.
 
     Raises:
         AsdmError: a plan for another architecture, or with an edit that this UNet does not allow.

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from asdm.errors import AsdmError
 from asdm.student.compensation import Compensation, TimeCompensation
 from asdm.student.cond_conv import CondConv2d, CondResnetBlock2D
-from asdm.student.edits import CondConv, Edit, GriAttention, Remove
+from asdm.student.edits import CondConv, GriAttention, Remove, UnitEdit
 from asdm.student.gri_attention import GriAttnProcessor, GriTransformer2DModel
+from asdm.student.stock import name_in_original
 from asdm.units import TRANSFORMER_BRANCHES, conv_channels, is_branch, layers, removable_units
 
 
@@ -135,7 +136,7 @@ class RemovedUpBlock(nn.Module):
         return hidden_states
 
 
-def apply_edits(unet: UNet2DConditionModel, edits: Sequence[Edit]) -> None:
+def apply_edits(unet: UNet2DConditionModel, edits: Sequence[UnitEdit]) -> None:
     """Change `unet` in place.
 
     Raises:
@@ -155,7 +156,7 @@ def apply_edits(unet: UNet2DConditionModel, edits: Sequence[Edit]) -> None:
 
 
 @contextmanager
-def edited(unet: UNet2DConditionModel, edit: Edit) -> Iterator[None]:
+def edited(unet: UNet2DConditionModel, edit: UnitEdit) -> Iterator[None]:
     """Apply one edit for the length of the block, then put the original modules back."""
     replacements = _HANDLERS[type(edit)](unet, edit)
     originals = {path: unet.get_submodule(path) for path in replacements}
@@ -174,7 +175,7 @@ def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
     setattr(root.get_submodule(parent), child, module)
 
 
-def inherit_weights(student: nn.Module, teacher: UNet2DConditionModel) -> None:
+def inherit_weights(student: UNet2DConditionModel, teacher: UNet2DConditionModel) -> None:
     """Copy every tensor that the student has from the teacher's tensor of the same name; what the student has
     of its own starts where it changes nothing."""
     source = teacher.state_dict()
@@ -187,7 +188,10 @@ def inherit_weights(student: nn.Module, teacher: UNet2DConditionModel) -> None:
         elif isinstance(module, CondConv2d) and f"{path}.expert_weight" not in source:
             started = module.start(source, conv_channels(teacher), path)
         own |= {f"{path}.{name}": tensor.to(like.device, like.dtype) for name, tensor in started.items()}
-    inherited = {name: source[name].detach().clone() if name in source else own[name] for name in student.state_dict()}
+    inherited = {}
+    for name in student.state_dict():
+        original = name_in_original(name, student, teacher)
+        inherited[name] = source[original].detach().clone() if original in source else own[name]
     student.load_state_dict(inherited, strict=True, assign=True)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from asdm.errors import AsdmError
 from asdm.student.cond_conv import CondConv2d
-from asdm.student.edits import parse_edits
+from asdm.student.edits import Shorten, parse_edits
 from asdm.student.surgery import apply_edits
 
 # On disk the block types carry this prefix: the stock class would otherwise accept the folder, ignore the
@@ -27,7 +27,8 @@ class AsdmUNet2DConditionModel(UNet2DConditionModel):
     """A UNet2DConditionModel with a list of edits applied; `forward` and module names are the stock ones.
 
     Args:
-        edits: records of `asdm.student.edits`, or the same as dicts. Without any, the stock UNet.
+        edits: records of `asdm.student.edits`, or the same as dicts, but `Shorten`, which needs no class of its
+            own. Without any, the stock UNet.
         unet_config: the arguments of `UNet2DConditionModel`.
 
     Raises:
@@ -36,7 +37,7 @@ class AsdmUNet2DConditionModel(UNet2DConditionModel):
 
     def __init__(self, edits: Sequence[Any] = (), **unet_config: Any):
         super().__init__(**unet_config)
-        records = parse_edits(edits)
+        records = [edit for edit in parse_edits(edits) if not isinstance(edit, Shorten)]
         apply_edits(self, records)
         self.register_to_config(edits=[record.model_dump() for record in records])
         self._banks = [module for module in self.modules() if isinstance(module, CondConv2d)]

@@ -1,0 +1,188 @@
+"""What each part of a student's architecture is worth. Each command prints a table and writes its figures.
+
+    python benchmarks/student.py compensation     # embedded pipeline: error after pruning, by kind of map
+    python benchmarks/student.py taylor           # embedded pipeline: the estimate beside the ablation
+    python benchmarks/student.py gri              # embedded pipeline: GRI's and ToMe's error, untrained
+    python benchmarks/student.py gri-speed        # SD 1.5's shape: GRI and ToMe beside full attention
+    python benchmarks/student.py cond-conv        # SD 1.5's shape: the banks' overhead
+
+ToMe comes from its own package: pip install -e '.[benchmark]'.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import platform
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import tomesd
+import torch
+import typer
+from diffusers import UNet2DConditionModel
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import spearmanr
+
+import asdm
+from asdm.calibration import calibration_calls
+from asdm.compensation import prediction_error
+from asdm.evaluation.latency import Latency, measure_interleaved, speedup, unet_call
+from asdm.random_models import UNETS, random_unet
+from asdm.student.plan import PruningPlan, build_student
+from asdm.units import removable_units
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+console = Console()
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
+KINDS = ("none", "bias", "diagonal", "linear")
+
+
+@app.command()
+def compensation(target: float = 1.5) -> None:
+    """Plans of the same measured speed-up, with each kind of map: the prediction's error, untrained."""
+    pipeline = asdm.load_pipeline("demo")
+    redundancy = asdm.analyze(pipeline, data="demo")
+    rows, students = [], {}
+    for kind in KINDS:
+        plan = asdm.make_plan(redundancy, speedup=target, compensate=kind, unet=pipeline.unet)
+        student = build_student(pipeline.unet, plan)
+        report = asdm.fit_compensation(pipeline, student, data="demo")
+        students[kind] = student
+        size = sum(p.numel() for p in student.parameters()) / 1e6
+        rows.append(
+            {"compensate": kind, "removals": len(plan.edits), "parameters_m": size, "error": report.error_after}
+        )
+    times = measure_interleaved(
+        {"original": unet_call(pipeline.unet)} | {k: unet_call(s) for k, s in students.items()}, rounds=30
+    )
+    for row in rows:
+        row["speedup"] = speedup(times["original"], times[row["compensate"]])
+    finish("compensation", rows)
+
+
+@app.command()
+def taylor() -> None:
+    """Spearman correlation of the Taylor estimate with the ablation, and what each took."""
+    pipeline = asdm.load_pipeline("demo")
+    maps = {kind: asdm.analyze(pipeline, data="demo", sensitivity=kind) for kind in ("ablation", "taylor")}
+    values = {kind: [unit.sensitivity for unit in found.units] for kind, found in maps.items()}
+    rows = [
+        {
+            "estimator": kind,
+            "unet_forwards": found.unet_forwards,
+            "spearman_with_ablation": float(spearmanr(values["ablation"], values[kind]).statistic),
+        }
+        for kind, found in maps.items()
+    ]
+    finish("taylor", rows)
+
+
+@app.command()
+def gri() -> None:
+    """The prediction's error with GRI in the outer self-attentions, and with ToMe there, both untrained."""
+    pipeline = asdm.load_pipeline("demo")
+    unet = pipeline.unet
+    calls = calibration_calls(pipeline, "demo", None, timesteps=8, samples=16, seed=1)
+    units = outer_self_attentions(unet)
+    rows = []
+    for regions in (2, 4):
+        for pool in (0, 2, 4):
+            for weighted in (False, True) if pool else (False,):
+                student = with_gri(unet, units, regions, pool, weighted)
+                rows.append(
+                    {
+                        "attention": "GRI",
+                        "settings": f"regions {regions}, pool {pool}" + (", weighted" if weighted else ""),
+                        "keys_of_a_query": keys_of_a_query(student, units[0]),
+                        "error": prediction_error(unet, student, calls),
+                    }
+                )
+    for ratio in (0.3, 0.5, 0.7):
+        patched = tomesd.apply_patch(copy.deepcopy(unet), ratio=ratio, max_downsample=1)
+        tokens = round(unet.config.sample_size**2 * (1 - ratio))
+        error = prediction_error(unet, patched, calls)
+        rows.append({"attention": "ToMe", "settings": f"ratio {ratio}", "keys_of_a_query": tokens, "error": error})
+    finish("gri", rows)
+
+
+@app.command("gri-speed")
+def gri_speed(size: int = 64, rounds: int = 6) -> None:
+    """Latency of SD 1.5's UNet (random weights, batch 1) with the 64x64 self-attentions replaced."""
+    unet = random_unet({**UNETS["sd15"], "sample_size": size}).eval()
+    units = outer_self_attentions(unet)
+    models = {"full attention": unet}
+    for regions, pool in ((4, 2), (4, 4), (2, 2)):
+        models[f"GRI, regions {regions}, pool {pool}"] = with_gri(unet, units, regions, pool)
+    models["ToMe, ratio 0.5"] = tomesd.apply_patch(copy.deepcopy(unet), ratio=0.5)
+    finish(f"gri_speed_{8 * size}px", timed(models, rounds))
+
+
+@app.command("cond-conv")
+def cond_conv(rounds: int = 6) -> None:
+    """Latency of SD 1.5's UNet (random weights) pruned to BK-SDM-Base, without banks and with them."""
+    unet = random_unet(UNETS["sd15"]).eval()
+    removed = [
+        name for name in (u.name for u in removable_units(unet)) if name.endswith((".resnets.1", ".attentions.1"))
+    ]
+    removed = [name for name in removed if not name.startswith("mid_block")]
+    plan = PruningPlan.for_unet(unet, [{"edit": "remove", "unit": name} for name in removed])
+    models = {"pruned": build_student(unet, plan)}
+    for router in ("time", "input"):
+        models[f"router {router}"] = build_student(unet, asdm.add_banks(plan, unet, params=0.15, router=router))
+    finish("cond_conv_speed", timed(models, rounds))
+
+
+def outer_self_attentions(unet: UNet2DConditionModel) -> list[str]:
+    outer = ("down_blocks.0.", f"up_blocks.{len(unet.up_blocks) - 1}.")
+    return [u.name for u in removable_units(unet) if u.kind == "self_attention" and u.name.startswith(outer)]
+
+
+def with_gri(
+    unet: UNet2DConditionModel, units: list[str], regions: int, pool: int, weighted: bool = False
+) -> UNet2DConditionModel:
+    edits = [asdm.GriAttention(unit=unit, regions=regions, pool=pool, weighted=weighted) for unit in units]
+    return build_student(unet, PruningPlan.for_unet(unet, edits))
+
+
+def keys_of_a_query(student: UNet2DConditionModel, unit: str) -> int:
+    with torch.no_grad():
+        unet_call(student, batch_size=1)()
+    return student.get_submodule(unit).processor.keys_per_query()
+
+
+def timed(models: dict[str, UNet2DConditionModel], rounds: int) -> list[dict[str, Any]]:
+    times: dict[str, Latency] = measure_interleaved(
+        {name: unet_call(model, batch_size=1) for name, model in models.items()}, rounds=rounds, warmup=1
+    )
+    first = next(iter(times.values()))
+    return [
+        {
+            "model": name,
+            "median_ms": time.median_ms,
+            "quartiles_ms": f"{time.lower_quartile_ms:.0f}-{time.upper_quartile_ms:.0f}",
+            "speedup": speedup(first, time),
+        }
+        for name, time in times.items()
+    ]
+
+
+def finish(name: str, rows: list[dict[str, Any]]) -> None:
+    about = {
+        "date": date.today().isoformat(),
+        "machine": f"{platform.machine()}, torch {torch.__version__}, float32, {torch.get_num_threads()} threads",
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    table = Table(title=f"{name} ({about['machine']})")
+    for column in rows[0]:
+        table.add_column(column.replace("_", " "))
+    for row in rows:
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    app()
