@@ -59,7 +59,7 @@ def fit_compensation(
     Args:
         student: from `build_student` of the pipeline's UNet, before any training.
         data, prompts, timesteps, samples: the calibration, as for `analyze`; by default 32 samples at up to 32x32
-            latents, else 1.
+            latents, else 4: the innermost level has few positions in each.
         ridge: added to the inputs' covariance, as a part of its mean diagonal.
         progress: called with units done, units in all, and the unit's name.
 
@@ -72,7 +72,7 @@ def fit_compensation(
     teacher.eval()
     student.eval()
     try:
-        samples = samples or (32 if latent_shape(pipeline)[1] <= 32 else 1)
+        samples = samples or (32 if latent_shape(pipeline)[1] <= 32 else 4)
         seen = calibration_calls(pipeline, data, prompts, timesteps, samples, seed)
         unseen = calibration_calls(pipeline, data, prompts, timesteps, samples, seed + 1)
         before = prediction_error(teacher, student, unseen)
@@ -155,7 +155,7 @@ def _fit(
         raise AsdmError(f"{edit.unit}: its compensation is not finite; raise ridge, now {ridge:g}")
     holder = module if isinstance(module, RemovedResnet) else module.compensation
     assert isinstance(holder, RemovedResnet | Compensation)
-    holder.add_map(weight, bias)
+    holder.add_map(weight.to(student.device), bias.to(student.device))
     return left
 
 
@@ -171,6 +171,8 @@ class _Regression:
         self.sums: list[Tensor] = []
 
     def add(self, features: Tensor, targets: Tensor) -> None:
+        if features.device.type == "mps":  # which has no float64
+            features, targets = features.cpu(), targets.cpu()
         features, targets = features.double(), targets.double()
         self.count += len(features)
         self.target_power += float(targets.square().sum())

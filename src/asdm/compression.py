@@ -66,7 +66,8 @@ def compress(
     Args:
         model: as for `load_pipeline`.
         speedup, params, macs, preset: the budget, as for `make_plan`; exactly one.
-        compensate: what to fit in the place of the removed branches, as for `make_plan`.
+        compensate: what to fit in the place of the removed branches, as for `make_plan`; nothing by default where
+            the weights are random.
         data: images with captions to calibrate, train and evaluate on: a folder, or "demo".
         steps: of distillation; 0 prunes only, and then needs no data.
         stages: the distillation in detail, instead of `steps`.
@@ -80,6 +81,8 @@ def compress(
     out = Path(out)
     if data is None and (steps > 0 or stages):
         raise AsdmError(f"steps={steps} of distillation need data: name a folder of captioned images, or give 0 steps")
+    is_random = model.startswith("random:")
+    compensate = compensate or ("none" if is_random else "linear")
     settings: dict[str, Any] = {
         "model": model,
         "budget": {"speedup": speedup, "params": params, "macs": macs, "preset": preset},
@@ -100,7 +103,6 @@ def compress(
     pipeline = load_pipeline(model, device=device)
     if data is not None:
         open_data(data)
-    is_random = model.startswith("random:")
     if samples > 0 and not is_random:
         Judge()  # told now that it is missing, not after the training
     _claim(out, settings)

@@ -133,10 +133,8 @@ def add_banks(
 
 def _map_parameters(unit: UnitRecord, compensate: CompensationKind) -> int:
     """Parameters of the map that is fitted in a removed unit's place."""
-    channels = unit.channels
-    return (
-        0 if unit.has_shortcut else {"none": 0, "bias": 1, "diagonal": 2, "linear": channels + 1}[compensate] * channels
-    )
+    by_channel = {"none": 0, "bias": 1, "diagonal": 2, "linear": unit.channels + 1}[compensate]
+    return 0 if unit.has_shortcut else by_channel * unit.channels
 
 
 def _map_macs(unit: UnitRecord, compensate: CompensationKind) -> int:

@@ -8,7 +8,7 @@ classes.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +65,7 @@ LOOPS = {
         checkpoint_every=200,
     ),
     "unet": LoopSettings(
-        steps=3500,
+        steps=3000,
         optimizer="muon",
         learning_rate=4e-4,
         betas=(0.9, 0.99),
@@ -142,12 +142,15 @@ class Recipe:
             latents = encode_images(vae, self._images(pairs))
             captions = [pair.caption for pair in pairs]
             embeddings = text_encoder(tokenize(tokenizer, [*captions, ""])).last_hidden_state
-
         order = ShuffledBatches(len(pairs), BATCH_SIZES["unet"], seed=0)
+        concept_tokens = torch.tensor(
+            [len(tokenizer(pair.concept, add_special_tokens=False).input_ids) for pair in pairs]
+        )
+        swap = StyleSwap(embeddings[:-1], concept_tokens, [pair.style for pair in pairs])
 
         def batch_at(step: int) -> dict[str, Tensor]:
             chosen = order(step)
-            return {"latents": latents[chosen], "encoder_hidden_states": embeddings[chosen]}
+            return {"latents": latents[chosen], "encoder_hidden_states": swap(chosen, step)}
 
         unet = make_unet()
         if self.start is not None:
@@ -222,6 +225,30 @@ class Recipe:
         load_ema_weights(self.folder / "vae", {f"vae.{name}": p for name, p in vae.named_parameters()})
         normalise_latents(vae.eval(), self._images(seen_pairs()))
         return vae
+
+
+class StyleSwap:
+    """Caption embeddings (batch, tokens, channels) for training; half of them with all tokens behind the concept's
+    taken from another caption of the same style and length.
+
+    Those tokens have read the concept. A UNet that learns a pair by them draws something else for a pair that it
+    has not seen; so it is taught to take the concept from the concept's tokens and only the style from the rest.
+    """
+
+    def __init__(self, embeddings: Tensor, concept_tokens: Tensor, styles: Sequence[str], part: float = 0.5):
+        self.embeddings, self.concept_tokens, self.part = embeddings, concept_tokens, part
+        keys = list(zip(concept_tokens.tolist(), styles, strict=True))
+        self.alike = [torch.tensor([i for i, other in enumerate(keys) if other == key]) for key in keys]
+
+    def __call__(self, chosen: Tensor, step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(step)
+        others = [self.alike[i][torch.randint(len(self.alike[i]), (), generator=generator)] for i in chosen.tolist()]
+        swapped = torch.rand(len(chosen), generator=generator) < self.part
+        # The first token opens the caption, and the concept's follow it.
+        behind = torch.arange(self.embeddings.shape[1]) > self.concept_tokens[chosen][:, None]
+        return torch.where(
+            (swapped[:, None] & behind)[:, :, None], self.embeddings[torch.stack(others)], self.embeddings[chosen]
+        )
 
 
 def make_tokenizer(captions: list[str]) -> CLIPTokenizer:
