@@ -16,12 +16,13 @@ from asdm.errors import AsdmError
 from asdm.evaluation.comparison import Evaluation, evaluate, evaluation_sets, load_clip
 from asdm.evaluation.metrics import Judge
 from asdm.evaluation.plots import redundancy_plot
-from asdm.evaluation.report import headline_of, save_figure, write_report
+from asdm.evaluation.report import figures_section, headline_of, save_figure, write_report
 from asdm.files import replacing_file, write_text
 from asdm.incubation.data import open_data
 from asdm.incubation.distillation import default_stages, distill
 from asdm.incubation.stages import Stage
 from asdm.incubation.trainer import read_log
+from asdm.model_card import model_card
 from asdm.pipelines import MARKER, load_pipeline, require_ours, save_pipeline_into, with_unet
 from asdm.planning import make_plan
 from asdm.redundancy import RedundancyMap, analyze
@@ -136,7 +137,8 @@ def compress(
         models["distilled"] = with_unet(pipeline, student)
     else:
         models["pruned"] = with_unet(pipeline, student)
-    save_pipeline_into(list(models.values())[-1], out)
+    smaller = list(models.values())[-1]
+    save_pipeline_into(smaller, out)
     evaluation = evaluate(
         models,
         data=data,
@@ -149,6 +151,8 @@ def compress(
         progress=lambda title, done, total: report(f"images: {title}", done, total, ""),
     )
     evaluation.save(out / "evaluation.json")
+    card = model_card(smaller, out.name, model, figures_section(evaluation))
+    write_text(out / "README.md", card)
     headline = write_report(
         out / "report.html",
         evaluation=evaluation,

@@ -25,6 +25,8 @@ from transformers.utils import logging as transformers_logging
 
 from asdm.errors import AsdmError
 from asdm.files import replacing_folder
+from asdm.model_card import model_card
+from asdm.student.unet import AsdmUNet2DConditionModel
 
 PICKLE_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth")
 RANDOM_SHAPES = ("sd15", "sd21", "sdxl")
@@ -84,8 +86,9 @@ def load_pipeline(
 def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path, about: dict[str, Any] | None = None) -> Path:
     """Save a pipeline, student or teacher, as a folder that `load_pipeline` and diffusers load.
 
-    Written beside its place and renamed, so that an interrupted save leaves nothing that loads. A student
-    folder loads by `DiffusionPipeline.from_pretrained` wherever this package is installed.
+    Written beside its place and renamed, so that an interrupted save leaves nothing that loads. A student's folder
+    carries the code of its UNet, and loads without this package by
+    `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`.
 
     Raises:
         AsdmError: `folder` exists and was not written by this tool.
@@ -94,6 +97,8 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path, about: dict[s
     require_ours(folder)
     with replacing_folder(folder) as partial, quiet():
         pipeline.save_pretrained(partial)
+        card = model_card(pipeline, folder.name, (about or {}).get("teacher"))
+        (partial / "README.md").write_text(card, "utf-8")
         (partial / MARKER).write_text(json.dumps({"kind": "pipeline", **(about or {})}, indent=1) + "\n", "utf-8")
     return folder
 
@@ -165,7 +170,9 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
 
 def _load_from_hub(name: str, dtype: torch.dtype) -> DiffusionPipeline:
     try:
-        return _from_pretrained(name, dtype)
+        with quiet():
+            folder = DiffusionPipeline.download(name, use_safetensors=True)
+        return _from_pretrained(str(folder), dtype)
     except (OSError, ValueError) as error:
         if isinstance(error, AsdmError):
             raise
@@ -177,11 +184,23 @@ def _load_from_hub(name: str, dtype: torch.dtype) -> DiffusionPipeline:
 def _from_pretrained(name: str, dtype: torch.dtype) -> DiffusionPipeline:
     with quiet():
         try:
-            return DiffusionPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True)
+            if not _is_student(Path(name) / "unet" / "config.json"):
+                return DiffusionPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True)
+            # By the class of this package: code that lies in a model's folder is never run.
+            unet = AsdmUNet2DConditionModel.from_pretrained(Path(name) / "unet", dtype=dtype, use_safetensors=True)
+            pipeline = DiffusionPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True, unet=None)
+            return with_unet(pipeline, unet)
         except (SafetensorError, RuntimeError, KeyError, OSError, ValueError) as error:
             if isinstance(error, AsdmError) or (isinstance(error, OSError | ValueError) and not Path(name).is_dir()):
                 raise
             raise AsdmError(f"{name}: cannot be loaded: {_first_line(error)}") from error
+
+
+def _is_student(config: Path) -> bool:
+    try:
+        return json.loads(config.read_text("utf-8")).get("_class_name") == AsdmUNet2DConditionModel.__name__
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+        return False  # what is wrong with it is told by who loads it
 
 
 def _load_single_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:

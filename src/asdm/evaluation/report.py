@@ -69,7 +69,8 @@ def write_report(
         plan=plan,
         compensation=compensation,
         names=names,
-        columns=[c for c in QUALITY_COLUMNS if any(getattr(q, c[0]) is not None for q in evaluation.quality)],
+        columns=_known_columns(evaluation),
+        written=_written,
         splits=[s.split for s in sets],
         image_rows={s.split: _image_rows(s, names, images_folder, rows_per_split) for s in sets},
         has_real={s.split: bool(s.examples) for s in sets},
@@ -80,6 +81,24 @@ def write_report(
     )
     write_text(path, html)
     return headline
+
+
+def figures_section(evaluation: Evaluation) -> str:
+    """The figures as Markdown tables, for a model card."""
+    environment = jinja2.Environment(loader=jinja2.FunctionLoader(_template), trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template("figures.md.j2").render(
+        evaluation=evaluation, columns=_known_columns(evaluation), written=_written
+    )
+
+
+def _known_columns(evaluation: Evaluation) -> list[tuple[str, str, str, str]]:
+    return [c for c in QUALITY_COLUMNS if any(getattr(row, c[0]) is not None for row in evaluation.quality)]
+
+
+def _written(value: float | None, kind: str) -> str:
+    if value is None:
+        return "–"
+    return f"{100 * value:.1f}%" if kind == "percent" else f"{value:.3f}"
 
 
 def headline_of(evaluation: Evaluation, target_speedup: float | None = None) -> str:

@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
-
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    TypeAdapter,
-    ValidationError,
-    model_serializer,
-    model_validator,
-)
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from asdm.errors import AsdmError
 
 CompensationKind = Literal["none", "bias", "diagonal", "linear"]
 
 
-class _Edit(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+@dataclass(frozen=True)
+class _Edit:
+    edit: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in plans and configs."""
+        return {"edit": self.edit, **asdict(self)}
 
     def __str__(self) -> str:
-        fields = self.model_dump()
-        name = " ".join(str(fields.pop(key)) for key in ("edit", "unit") if key in fields)
-        return f"{name} ({', '.join(f'{key}: {value}' for key, value in fields.items())})" if fields else name
+        rest = self.to_dict()
+        name = " ".join(str(rest.pop(key)) for key in ("edit", "unit") if key in rest)
+        return f"{name} ({', '.join(f'{key}: {value}' for key, value in rest.items())})" if rest else name
 
 
+@dataclass(frozen=True)
 class Remove(_Edit):
     """Drop a unit's residual branch and keep its shortcut.
 
@@ -43,22 +39,20 @@ class Remove(_Edit):
     folds into it and costs nothing. `compensate_time` adds a term linear in the time embedding, in resnets.
     """
 
-    edit: Literal["remove"] = "remove"
+    edit = "remove"
     unit: str
     compensate: CompensationKind = "none"
     compensate_time: bool = False
 
-    @model_serializer(mode="wrap")
-    def _without_what_is_off(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in handler(self).items() if value not in ("none", False)}
-
-    @model_validator(mode="after")
-    def _time_goes_with_what_is_fitted(self) -> Remove:
+    def __post_init__(self) -> None:
         if self.compensate_time and self.compensate not in ("bias", "linear"):
-            raise ValueError(f"compensate_time goes with compensate bias or linear, not {self.compensate}")
-        return self
+            raise AsdmError(f"compensate_time goes with compensate bias or linear, not {self.compensate}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in super().to_dict().items() if value not in ("none", False)}
 
 
+@dataclass(frozen=True)
 class GriAttention(_Edit):
     """Global-regional attention in the place of a self-attention (`asdm.student.gri_attention`).
 
@@ -67,13 +61,18 @@ class GriAttention(_Edit):
     as it was averaged from.
     """
 
-    edit: Literal["gri_attention"] = "gri_attention"
+    edit = "gri_attention"
     unit: str
-    regions: int = Field(4, ge=1)
-    pool: int = Field(2, ge=0)
+    regions: int = 4
+    pool: int = 2
     weighted: bool = False
 
+    def __post_init__(self) -> None:
+        _at_least("regions", self.regions, 1)
+        _at_least("pool", self.pool, 0)
 
+
+@dataclass(frozen=True)
 class CondConv(_Edit):
     """A bank of kernels in the place of one (CLME-CondConv, `asdm.student.cond_conv`).
 
@@ -82,13 +81,18 @@ class CondConv(_Edit):
     embedding, or both.
     """
 
-    edit: Literal["cond_conv"] = "cond_conv"
+    edit = "cond_conv"
     unit: str
-    experts: list[str] = Field(min_length=1)
+    experts: list[str]
     router: Literal["input", "input+time", "time"] = "input"
     activation: Literal["softmax", "sigmoid"] = "softmax"
 
+    def __post_init__(self) -> None:
+        if not self.experts:
+            raise AsdmError("experts is empty; name the convolutions to inherit from")
 
+
+@dataclass(frozen=True)
 class Shorten(_Edit):
     """Drop whole layers, as BK-SDM does: the student is a stock UNet (`asdm.student.stock`).
 
@@ -96,36 +100,74 @@ class Shorten(_Edit):
     counts the stages that stay, the outermost first. It is a plan's only edit.
     """
 
-    edit: Literal["shorten"] = "shorten"
-    layers_per_block: int = Field(ge=1)
+    edit = "shorten"
+    layers_per_block: int
     mid_block: bool = True
-    levels: int | None = Field(None, ge=2)
+    levels: int | None = None
+
+    def __post_init__(self) -> None:
+        _at_least("layers_per_block", self.layers_per_block, 1)
+        if self.levels is not None:
+            _at_least("levels", self.levels, 2)
 
 
 UnitEdit = Remove | GriAttention | CondConv
-Edit = Annotated[UnitEdit | Shorten, Field(discriminator="edit")]
-EDIT_KINDS = ("remove", "gri_attention", "cond_conv", "shorten")
-_EDITS: TypeAdapter[list[Edit]] = TypeAdapter(list[Edit])
+Edit = UnitEdit | Shorten
+EDIT_KINDS: dict[str, type[Edit]] = {kind.edit: kind for kind in (Remove, GriAttention, CondConv, Shorten)}
 
 
 def parse_edits(edits: Iterable[Any]) -> list[Edit]:
     """Edits from records or plain dicts.
 
     Raises:
-        AsdmError: an edit of an unknown kind, or with a missing or unknown field.
+        AsdmError: an edit of an unknown kind, or with a missing, unknown or impossible field.
     """
-    plain = [edit.model_dump() if isinstance(edit, BaseModel) else edit for edit in edits]
+    return [edit if isinstance(edit, _Edit) else _parse(edit) for edit in edits]  # type: ignore[misc]
+
+
+def _parse(content: Any) -> Edit:
     try:
-        return _EDITS.validate_python(plain)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = first["loc"]
-        wrong = plain[place[0]] if place and isinstance(place[0], int) else plain
-        field = ".".join(str(part) for part in place[1:] if part not in EDIT_KINDS)
+        if not isinstance(content, dict) or "edit" not in content:
+            raise AsdmError("an edit is an object with a field `edit`")
+        kind = EDIT_KINDS.get(str(content["edit"]))
+        if kind is None:
+            raise AsdmError(f"there is no kind {content['edit']!r}")
+        values = {name: value for name, value in content.items() if name != "edit"}
+        hints = get_type_hints(kind)
+        for field in fields(kind):
+            if field.name not in values and field.default is MISSING:
+                raise AsdmError(f"field {field.name} is missing")
+        for name, value in values.items():
+            if name not in hints:
+                raise AsdmError(f"there is no field {name}; fields are {', '.join(f.name for f in fields(kind))}")
+            if not _fits(value, hints[name]):
+                raise AsdmError(f"{name}: {value!r} is not allowed; it is {_said(hints[name])}")
+        return kind(**values)
+    except AsdmError as error:
         raise AsdmError(
-            f"not an edit: {wrong!r}: {field or 'edit'}: {first['msg'].lower()}; "
-            f'allowed kinds: {", ".join(EDIT_KINDS)}, for example {{"edit": "remove", "unit": "mid_block"}}'
+            f"not an edit: {content!r}: {error}; allowed kinds: {', '.join(EDIT_KINDS)}, "
+            'for example {"edit": "remove", "unit": "mid_block"}'
         ) from None
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    options = get_args(hint)
+    if get_origin(hint) is Literal:
+        return value in options
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(item, options[0]) for item in value)
+    return any(_fits(value, option) for option in options) if options else type(value) is hint
+
+
+def _said(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(get_args(hint))}"
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise AsdmError(f"{name} is {value}, and at least {least} is allowed")
 
 
 def compensated(edits: Iterable[Edit]) -> list[Remove]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import init_empty_weights
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -108,7 +107,7 @@ class GriTransformer2DModel(Transformer2DModel):
     @classmethod
     def around(cls, transformer: Transformer2DModel) -> GriTransformer2DModel:
         """The same transformer, its modules shared."""
-        with init_empty_weights():
+        with torch.device("meta"):
             same = cls(**{key: value for key, value in transformer.config.items() if not key.startswith("_")})
         for name, child in transformer.named_children():
             setattr(same, name, child)

@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
+from torch import Tensor
 
 from asdm.errors import AsdmError
 from asdm.files import write_text
+from asdm.student.compensation import Compensation, TimeCompensation
+from asdm.student.cond_conv import CondConv2d
 from asdm.student.edits import Edit, GriAttention, Shorten, UnitEdit, parse_edits
-from asdm.student.stock import shortened
-from asdm.student.surgery import inherit_weights
+from asdm.student.stock import name_in_original, shortened
 from asdm.student.unet import AsdmUNet2DConditionModel, edits_of
-from asdm.units import fingerprint
+from asdm.units import conv_channels, fingerprint
 
 
 class PlanBase(BaseModel):
@@ -42,12 +44,17 @@ class PlanFigures(BaseModel):
     measured_speedup: float | None = None
 
 
+Edits = Annotated[
+    list[Edit], PlainValidator(parse_edits), PlainSerializer(lambda edits: [edit.to_dict() for edit in edits])
+]
+
+
 class PruningPlan(BaseModel):
     """A list of edits for one UNet architecture."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     base: PlanBase
-    edits: list[Edit]
+    edits: Edits
     figures: PlanFigures | None = None
 
     @classmethod
@@ -114,7 +121,7 @@ def empty_student(unet: UNet2DConditionModel, plan: PruningPlan) -> UNet2DCondit
     config = {key: value for key, value in unet.config.items() if key != "edits"}
     new = [edit.unit for edit in plan.edits if not isinstance(edit, Shorten)]
     earlier = [edit for edit in edits_of(unet) if not _gives_way(edit, new)]
-    config["edits"] = [edit.model_dump() for edit in [*earlier, *plan.edits]]
+    config["edits"] = [edit.to_dict() for edit in [*earlier, *plan.edits]]
     with init_empty_weights():
         return AsdmUNet2DConditionModel.from_config(config)
 
@@ -137,3 +144,23 @@ def build_student(unet: UNet2DConditionModel, plan: PruningPlan) -> UNet2DCondit
     student = empty_student(unet, plan)
     inherit_weights(student, unet)
     return student.train(unet.training)
+
+
+def inherit_weights(student: UNet2DConditionModel, teacher: UNet2DConditionModel) -> None:
+    """Copy every tensor that the student has from the teacher's tensor of the same name; what the student has
+    of its own starts where it changes nothing."""
+    source = teacher.state_dict()
+    like = next(iter(source.values()))
+    own: dict[str, Tensor] = {}
+    for path, module in student.named_modules():
+        started: dict[str, Tensor] = {}
+        if isinstance(module, Compensation | TimeCompensation):
+            started = module.start()
+        elif isinstance(module, CondConv2d) and f"{path}.expert_weight" not in source:
+            started = module.start(source, conv_channels(teacher), path)
+        own |= {f"{path}.{name}": tensor.to(like.device, like.dtype) for name, tensor in started.items()}
+    inherited = {}
+    for name in student.state_dict():
+        original = name_in_original(name, student, teacher)
+        inherited[name] = source[original].detach().clone() if original in source else own[name]
+    student.load_state_dict(inherited, strict=True, assign=True)

@@ -20,7 +20,6 @@ from asdm.student.compensation import Compensation, TimeCompensation
 from asdm.student.cond_conv import CondConv2d, CondResnetBlock2D
 from asdm.student.edits import CondConv, GriAttention, Remove, UnitEdit
 from asdm.student.gri_attention import GriAttnProcessor, GriTransformer2DModel
-from asdm.student.stock import name_in_original
 from asdm.units import TRANSFORMER_BRANCHES, conv_channels, is_branch, layers, removable_units
 
 
@@ -173,26 +172,6 @@ def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
     """Put `module` at a dotted path below `root`."""
     parent, _, child = path.rpartition(".")
     setattr(root.get_submodule(parent), child, module)
-
-
-def inherit_weights(student: UNet2DConditionModel, teacher: UNet2DConditionModel) -> None:
-    """Copy every tensor that the student has from the teacher's tensor of the same name; what the student has
-    of its own starts where it changes nothing."""
-    source = teacher.state_dict()
-    like = next(iter(source.values()))
-    own: dict[str, Tensor] = {}
-    for path, module in student.named_modules():
-        started: dict[str, Tensor] = {}
-        if isinstance(module, Compensation | TimeCompensation):
-            started = module.start()
-        elif isinstance(module, CondConv2d) and f"{path}.expert_weight" not in source:
-            started = module.start(source, conv_channels(teacher), path)
-        own |= {f"{path}.{name}": tensor.to(like.device, like.dtype) for name, tensor in started.items()}
-    inherited = {}
-    for name in student.state_dict():
-        original = name_in_original(name, student, teacher)
-        inherited[name] = source[original].detach().clone() if original in source else own[name]
-    student.load_state_dict(inherited, strict=True, assign=True)
 
 
 def _remove(unet: UNet2DConditionModel, edit: Remove) -> dict[str, nn.Module]:

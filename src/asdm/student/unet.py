@@ -6,16 +6,16 @@ import inspect
 import json
 from collections.abc import Sequence
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
-# A pipeline that loads a component looks in the component's module for the base class that says how.
-from diffusers import ModelMixin as ModelMixin
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from asdm.errors import AsdmError
 from asdm.student.cond_conv import CondConv2d
 from asdm.student.edits import Shorten, parse_edits
+from asdm.student.standalone import MODULE_NAME, module_source
 from asdm.student.surgery import apply_edits
 
 # On disk the block types carry this prefix: the stock class would otherwise accept the folder, ignore the
@@ -39,7 +39,7 @@ class AsdmUNet2DConditionModel(UNet2DConditionModel):
         super().__init__(**unet_config)
         records = [edit for edit in parse_edits(edits) if not isinstance(edit, Shorten)]
         apply_edits(self, records)
-        self.register_to_config(edits=[record.model_dump() for record in records])
+        self.register_to_config(edits=[record.to_dict() for record in records])
         self._banks = [module for module in self.modules() if isinstance(module, CondConv2d)]
         embedded = ("addition_embed_type", "class_embed_type", "num_class_embeds")
         self._only_time_is_embedded = all(self.config.get(name) is None for name in embedded)
@@ -57,6 +57,11 @@ class AsdmUNet2DConditionModel(UNet2DConditionModel):
             inspect.Parameter("edits", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=()),
         ]
     )
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As `ModelMixin.save_pretrained`, and beside the weights the module file that loads them without asdm."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        (Path(save_directory) / f"{MODULE_NAME}.py").write_text(module_source(), "utf-8")
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -93,6 +98,10 @@ class AsdmUNet2DConditionModel(UNet2DConditionModel):
                     f"config: {', '.join(names[:3])}{more}; save the student again"
                 )
         return (unet, info) if wants_info else unet
+
+
+# By this name a pipeline's index finds the class: in the file beside the weights, or in this package.
+AsdmUNet2DConditionModel.__module__ = MODULE_NAME
 
 
 def _block_keys(config: dict[str, Any]) -> list[str]:

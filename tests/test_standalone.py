@@ -1,0 +1,126 @@
+"""A saved student carries the code that loads it: without this package, with the same outputs."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from asdm import AsdmError, PruningPlan, build_student, load_pipeline, save_pipeline, with_unet
+from asdm.student.standalone import MODULE_NAME, module_source
+from asdm.student.unet import AsdmUNet2DConditionModel
+from conftest import predict, tiny_sdxl_pipeline, unet_inputs
+
+OUTER = "down_blocks.0.attentions.0.transformer_blocks.0"
+EDITS = [
+    {"edit": "remove", "unit": "mid_block"},
+    {"edit": "remove", "unit": "down_blocks.1.resnets.1", "compensate": "linear"},
+    {"edit": "remove", "unit": "up_blocks.2.attentions.1"},
+    {"edit": "remove", "unit": f"{OUTER}.ff"},
+    {"edit": "gri_attention", "unit": f"{OUTER}.attn1", "regions": 2, "pool": 2},
+    {"edit": "cond_conv", "unit": "up_blocks.3.resnets.2.conv2", "experts": ["up_blocks.3.resnets.1.conv2"]},
+    {"edit": "cond_conv", "unit": "up_blocks.3.resnets.0.conv2", "experts": ["up_blocks.3.resnets.1.conv2"],
+     "router": "time"},
+]  # fmt: skip
+
+
+@pytest.fixture
+def student(pipeline):
+    unet = build_student(pipeline.unet, PruningPlan.for_unet(pipeline.unet, EDITS))
+    with torch.no_grad():  # as trained: what starts at zero is somewhere else
+        for name, parameter in unet.named_parameters():
+            if "router" in name or "compensation" in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    return with_unet(pipeline, unet)
+
+
+def without_asdm(script: str, tmp_path) -> subprocess.CompletedProcess:
+    """Run a script where this package is not there to be imported."""
+    blocked = "import sys; sys.modules['asdm'] = None; sys.modules['asdm_unet'] = None\n"
+    return subprocess.run(
+        [sys.executable, "-c", blocked + textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
+    )
+
+
+def test_a_student_loads_without_the_package_predicts_the_same_and_is_saved_again(student, tmp_path):
+    student.save_pretrained(tmp_path / "student")  # as diffusers saves, and pushes to the Hub
+    inputs = unet_inputs(student.unet)
+    torch.save({"inputs": inputs, "noise_pred": predict(student.unet, **inputs)}, tmp_path / "tensors.pt")
+    done = without_asdm(
+        f"""
+        import torch
+        from diffusers import DiffusionPipeline
+        tensors = torch.load({str(tmp_path / "tensors.pt")!r})
+        for folder, again in (("student", "second"), ("second", "third")):
+            pipeline = DiffusionPipeline.from_pretrained(f"{tmp_path}/{{folder}}", trust_remote_code=True)
+            with torch.no_grad():
+                noise_pred = pipeline.unet(**tensors["inputs"], return_dict=False)[0]
+            torch.testing.assert_close(noise_pred, tensors["noise_pred"], atol=1e-5, rtol=0)
+            pipeline.save_pretrained(f"{tmp_path}/{{again}}")
+        pipeline.set_progress_bar_config(disable=True)
+        assert pipeline("octopus, noto", num_inference_steps=2).images[0].size == (16, 16)
+        """,
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    for folder in ("student", "second", "third"):
+        assert (tmp_path / folder / "unet" / f"{MODULE_NAME}.py").read_text() == module_source()
+    assert torch.equal(predict(load_pipeline(tmp_path / "third").unet), predict(student.unet))
+
+
+def test_without_the_flag_its_code_is_not_run(student, tmp_path):
+    save_pipeline(student, tmp_path / "student")
+    script = "from diffusers import DiffusionPipeline; DiffusionPipeline.from_pretrained({folder!r})"
+    done = without_asdm(script.format(folder=str(tmp_path / "student")), tmp_path)
+    assert done.returncode == 1
+    assert "trust_remote_code=True" in done.stderr.splitlines()[-1]
+
+
+def test_this_package_runs_no_code_from_a_folder(student, tmp_path):
+    save_pipeline(student, tmp_path / "student")
+    (tmp_path / "student" / "unet" / f"{MODULE_NAME}.py").write_text("raise SystemExit('ran')")
+    loaded = load_pipeline(tmp_path / "student")
+    assert type(loaded.unet) is AsdmUNet2DConditionModel
+    assert torch.equal(predict(loaded.unet), predict(student.unet))
+
+
+def test_a_student_of_sdxl_loads_with_its_default_size(tmp_path):
+    pipeline = tiny_sdxl_pipeline()
+    plan = PruningPlan.for_unet(pipeline.unet, [{"edit": "remove", "unit": "mid_block.attentions.0"}])
+    save_pipeline(with_unet(pipeline, build_student(pipeline.unet, plan)), tmp_path / "student")
+    assert load_pipeline(tmp_path / "student").default_sample_size == pipeline.default_sample_size
+
+
+def test_the_module_file_needs_torch_and_diffusers_only():
+    import ast
+
+    imported = set()
+    for node in ast.walk(ast.parse(module_source())):
+        if isinstance(node, ast.Import):
+            imported |= {name.name.split(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add((node.module or "").split(".")[0])
+    assert imported - set(sys.stdlib_module_names) == {"torch", "diffusers"}
+    defined = [node.name for node in ast.parse(module_source()).body if hasattr(node, "name")]
+    assert len(defined) == len(set(defined)), "two rooms define the same name"
+
+
+def test_a_model_card_tells_the_plan_and_how_to_load(student, pipeline, tmp_path):
+    card = (save_pipeline(student, tmp_path / "student", {"teacher": "some/model"}) / "README.md").read_text()
+    for words in ("base_model: some/model", "trust_remote_code=True", "- remove down_blocks.1.resnets.1 (compensate"):
+        assert words in card
+    stock = (save_pipeline(pipeline, tmp_path / "stock") / "README.md").read_text()
+    assert "trust_remote_code" not in stock and "base_model" not in stock
+
+
+def test_a_damaged_config_is_told_in_one_line(student, tmp_path):
+    save_pipeline(student, tmp_path / "student")
+    config = tmp_path / "student" / "unet" / "config.json"
+    config.write_text(config.read_text().replace('"linear"', '"cubic"'))
+    with pytest.raises(AsdmError, match="compensate: 'cubic' is not allowed"):
+        load_pipeline(tmp_path / "student")
