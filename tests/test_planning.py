@@ -8,7 +8,7 @@ from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 
 from asdm import AsdmError, CondConv, PruningPlan, add_banks, analyze, build_student, make_plan
-from asdm.planning import least_sensitive, measured_speedup
+from asdm.planning import least_sensitive, measured_speedup, most_saved, possible_edits
 from asdm.random_models import UNETS, random_unet
 from asdm.redundancy import RedundancyMap, UnitRecord
 from asdm.student.plan import empty_student
@@ -44,6 +44,10 @@ def by_hand(units, needed):
     return best
 
 
+def choices_of(units):
+    return possible_edits(RedundancyMap.model_construct(units=units, others=[]), "none")
+
+
 def test_the_plan_is_the_best_of_all_sets():
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
@@ -56,7 +60,8 @@ def test_the_plan_is_the_best_of_all_sets():
                 for part in range(2)
             ]
         for needed in (0.5, 2.0, 3.5):
-            chosen = least_sensitive(units, [unit.latency_ms for unit in units], needed)
+            choices = choices_of(units)
+            chosen = [choice.edit.unit for choice in least_sensitive(choices, [c.ms for c in choices], needed)]
             records = [unit for unit in units if unit.name in chosen]
             assert sum(unit.latency_ms for unit in records) >= needed
             assert not any(unit.parent in chosen for unit in records)
@@ -64,7 +69,9 @@ def test_the_plan_is_the_best_of_all_sets():
 
 
 def test_more_than_everything_has_no_plan():
-    assert least_sensitive([record("a"), record("b")], [1.0, 1.0], 2.5) is None
+    choices = choices_of([record("a"), record("b")])
+    assert least_sensitive(choices, [1.0, 1.0], 2.5) is None
+    assert most_saved(choices, [1.0, 1.0]) == 2.0
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +122,7 @@ def test_speedup_is_measured_and_reached(redundancy):
         ({"macs": 1e30}, "macs=1e\\+30: out of reach"),
         ({}, "exactly one of"),
         ({"speedup": 1.5, "params": 0.5}, "exactly one of.*got speedup, params"),
-        ({"preset": "bk-huge"}, "bk-huge: no such preset; allowed: bk-base"),
+        ({"preset": "bk-huge"}, "bk-huge: no such preset; allowed: a-sdm"),
     ],
 )
 def test_an_unreachable_or_unclear_budget_says_what_is_reachable(redundancy, budget, message):
@@ -127,7 +134,7 @@ def full_size_map(shape):
     with init_empty_weights():
         unet = UNet2DConditionModel(**UNETS[shape])
     units = [record(unit.name, unit.parent).model_copy(update={"kind": unit.kind}) for unit in removable_units(unet)]
-    redundancy = RedundancyMap.model_construct(units=units, fingerprint=fingerprint(unet), latency_ms=1e6)
+    redundancy = RedundancyMap.model_construct(units=units, others=[], fingerprint=fingerprint(unet), latency_ms=1e6)
     return unet, redundancy
 
 
@@ -165,3 +172,20 @@ def test_banks_inherit_removed_convolutions_within_the_budget(redundancy):
     assert 0 < added[1] - added[0] - routers <= budget * size
     with pytest.raises(AsdmError, match="no expert fits"):
         add_banks(plan, unet, params=1e-6)
+
+
+def test_our_presets_look_at_regions_and_drop_middle_layers(redundancy, monkeypatch):
+    monkeypatch.setattr("asdm.redundancy.MANY_TOKENS", 64)
+    from conftest import tiny_pipeline
+
+    known = analyze(tiny_pipeline(), timesteps=1, samples=1, latency_rounds=1)
+    unet = random_unet(known.unet_config)
+    slow, fast = (make_plan(known, preset=preset, unet=unet) for preset in ("a-sdm", "a-sdm-fast"))
+    names = [[edit.unit for edit in plan.edits] for plan in (slow, fast)]
+    assert "up_blocks.3.resnets.1" in names[0] and "down_blocks.1.resnets.1" not in names[0]
+    assert {"down_blocks.0.resnets.1", "up_blocks.3.attentions.1", "mid_block", "down_blocks.3"} <= set(names[1])
+    for plan, regional in ((slow, 4), (fast, 3)):
+        build_student(unet, plan)
+        assert sum(edit.edit == "gri_attention" for edit in plan.edits) == regional
+        assert all(edit.compensate == "linear" for edit in plan.edits if edit.edit == "remove" and "." not in edit.unit)
+    assert fast.figures.predicted_sensitivity > slow.figures.predicted_sensitivity

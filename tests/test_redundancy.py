@@ -5,12 +5,17 @@ import torch
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from asdm import AsdmError, PruningPlan, RedundancyMap, analyze, build_student, with_unet
-from asdm.calibration import CalibrationCall
+from asdm import AsdmError, GriAttention, PruningPlan, RedundancyMap, analyze, build_student, make_plan, with_unet
+from asdm.calibration import CalibrationCall, calibration_calls
 from asdm.evaluation.plots import redundancy_plot
-from asdm.redundancy import _ablate
+from asdm.redundancy import _ablate, _Trial
+from asdm.student.edits import Remove
 from asdm.units import removable_units
 from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline
+
+
+def removals(units):
+    return [_Trial(unit.name, Remove(unit=unit.name), unit.layer) for unit in units]
 
 
 def naive_errors(unet, arguments, units):
@@ -30,7 +35,7 @@ def test_replaying_prefixes_gives_the_errors_of_real_removals(make):
     arguments = unet_inputs(unet)
     units = removable_units(unet)
     with torch.no_grad():
-        errors, _ = _ablate(unet, units, [CalibrationCall(321, arguments)], None)
+        errors, _ = _ablate(unet, removals(units), [CalibrationCall(321, arguments)], None)
     expected = naive_errors(unet, arguments, units)
     for name, by_timestep in errors.items():
         assert by_timestep[321] == pytest.approx(expected[name], rel=1e-4, abs=1e-10), name
@@ -57,7 +62,8 @@ def test_map_adds_up(make):
         progress=lambda done, total, name: seen.append((done, total)),
     )
     assert [unit.name for unit in redundancy.units] == [unit.name for unit in removable_units(pipeline.unet)]
-    assert seen[-1] == (len(redundancy.units) * 2, len(redundancy.units) * 2)
+    trials = len(redundancy.units) + len(redundancy.others)
+    assert seen[-1] == (trials * 2, trials * 2)
     total = sum(p.numel() for p in pipeline.unet.parameters())
     for unit in redundancy.units:
         plan = PruningPlan.for_unet(pipeline.unet, [{"edit": "remove", "unit": unit.name}])
@@ -144,7 +150,7 @@ def test_taylor_estimate_is_the_first_order_move_of_the_prediction():
     before = [parameter.requires_grad for parameter in unet.parameters()]
     estimate = taylor_sensitivity(unet, units, calls, probes=64)
     with torch.no_grad():
-        exact, _ = _ablate(unet, units, calls, None)
+        exact, _ = _ablate(unet, removals(units), calls, None)
     ratios = torch.tensor([estimate[unit.name][300] / exact[unit.name][300] for unit in units])
     # 256 draws: the estimate's deviation is 9%; parts of attentions are not scaled, and not all linear.
     assert 0.95 < ratios.median() < 1.05
@@ -160,3 +166,56 @@ def test_taylor_map_says_how_it_was_made_and_what_it_cost():
     assert redundancy.estimator == "taylor"
     assert all(unit.sensitivity > 0 for unit in redundancy.units)
     assert redundancy.unet_forwards < redundancy.necessary_forwards
+
+
+@pytest.fixture
+def many_tokens(monkeypatch):
+    monkeypatch.setattr("asdm.redundancy.MANY_TOKENS", 64)  # the outer level of the tiny UNets
+
+
+@pytest.mark.parametrize("sensitivity", ["ablation", "taylor"])
+def test_other_edits_cost_and_save_what_a_student_with_them_does(pipeline, many_tokens, sensitivity):
+    unet = pipeline.unet
+    redundancy = analyze(pipeline, sensitivity=sensitivity, timesteps=1, samples=2, latency_rounds=1, seed=1)
+    edits = {str(record.edit["unit"]): record for record in redundancy.others}
+    outer = [
+        "down_blocks.0.attentions.0",
+        "down_blocks.0.attentions.1",
+        *(f"up_blocks.3.attentions.{i}" for i in range(3)),
+    ]
+    assert list(edits) == [*(f"{name}.transformer_blocks.0.attn1" for name in outer), "mid_block", "down_blocks.3"]
+    call = calibration_calls(pipeline, None, None, 1, 2, 1)[0]
+    reference, total = predict(unet, **call.arguments), sum(p.numel() for p in unet.parameters())
+    for record in redundancy.others:
+        student = build_student(unet, PruningPlan.for_unet(unet, [record.edit]))
+        error = float((predict(student, **call.arguments) - reference).square().sum() / reference.square().sum())
+        # Taylor's estimate is of the first order, and from a few random projections.
+        assert record.sensitivity == pytest.approx(error, rel=1e-3 if sensitivity == "ablation" else 3)
+        assert record.parameters == total - sum(p.numel() for p in student.parameters())
+    gone = {unit.name for unit in redundancy.units if unit.stage in ("down_blocks.3", "up_blocks.0")}
+    assert set(edits["down_blocks.3"].covers) == gone
+    assert edits["mid_block"].parameters == sum(p.numel() for p in unet.mid_block.parameters())
+    assert edits["mid_block"].gmacs > edits["mid_block"].gmacs_without_attention > 0
+    attention = edits["down_blocks.0.attentions.0.transformer_blocks.0.attn1"]
+    assert attention.gmacs > attention.gmacs_without_attention == 0
+
+
+def test_a_plan_chooses_among_all_kinds_of_edits_and_none_twice(pipeline, many_tokens):
+    redundancy = analyze(pipeline, timesteps=1, samples=1, latency_rounds=1)
+
+    def edits_where(free: str) -> list:
+        """The plan's edits where one kind of edit moves the prediction hardly at all."""
+        others = [
+            record.model_copy(
+                update={"sensitivity": 1e-9 if record.edit["edit"] == free or record.edit["unit"] == free else 9.0}
+            )
+            for record in redundancy.others
+        ]
+        return make_plan(redundancy.model_copy(update={"others": others}), macs=0.7).edits
+
+    assert sum(isinstance(edit, GriAttention) for edit in edits_where("gri_attention")) >= 3
+    assert "mid_block" in [edit.unit for edit in edits_where("mid_block")]
+    for free in ("gri_attention", "mid_block", "down_blocks.3", "nothing"):
+        edits = edits_where(free)
+        PruningPlan.for_unet(pipeline.unet, edits)  # refuses edits that meet
+        assert free == "down_blocks.3" or "down_blocks.3" not in [edit.unit for edit in edits]

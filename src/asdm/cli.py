@@ -60,7 +60,7 @@ ParamsOption = Annotated[
 ]
 MacsOption = Annotated[float | None, typer.Option("--macs", help="MACs that may remain: a part, or a number.")]
 PresetOption = Annotated[
-    str | None, typer.Option("--preset", help="bk-base, bk-small or bk-tiny, instead of a budget.")
+    str | None, typer.Option("--preset", help="a-sdm, a-sdm-fast, bk-base, bk-small or bk-tiny, instead of a budget.")
 ]
 CompensateOption = Annotated[
     CompensationKind | None,

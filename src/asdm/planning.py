@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -13,17 +13,18 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from asdm.errors import AsdmError
 from asdm.evaluation.latency import measure_interleaved, speedup, unet_call
 from asdm.random_models import random_unet
-from asdm.redundancy import RedundancyMap, UnitRecord
-from asdm.student.edits import CompensationKind, CondConv, Edit, Remove, Shorten
+from asdm.redundancy import EditRecord, RedundancyMap, UnitRecord
+from asdm.student.edits import CompensationKind, CondConv, Edit, GriAttention, Remove, Shorten, UnitEdit, parse_edits
 from asdm.student.plan import PlanBase, PlanFigures, PruningPlan, build_student
 from asdm.student.stock import dropped
-from asdm.units import conv_channels, goes_with, layers
+from asdm.units import conv_channels, goes_with, is_stage, layers
 
 MEASUREMENT_ATTEMPTS = 6
 CLOSE_ENOUGH = 1.04  # a plan this little faster than needed is not improved on
 MEASUREMENT_MARGIN = 1.02  # asked of the plan's own measurement, so that a later one holds the target too
-# BK-SDM's students (arXiv 2305.15798, Sec. 3.1); how many levels fewer than the original has, in the last field.
-PRESETS = {"bk-base": (1, True, 0), "bk-small": (1, False, 0), "bk-tiny": (1, False, 1)}
+# BK-SDM's students (arXiv 2305.15798, Sec. 3.1): layers a block, mid block, how many levels fewer.
+BK_PRESETS = {"bk-base": (1, True, 0), "bk-small": (1, False, 0), "bk-tiny": (1, False, 1)}
+PRESETS = ("a-sdm", "a-sdm-fast", *BK_PRESETS)
 
 
 def make_plan(
@@ -38,15 +39,18 @@ def make_plan(
     rounds: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> PruningPlan:
-    """The removals of least total sensitivity inside one budget; for `speedup`, the measured one.
+    """The edits of least total sensitivity inside one budget; for `speedup`, the measured one.
+
+    Chosen among removals of units and stages and global-regional attention, as far as the map knows them.
 
     Args:
         speedup: how many times faster the UNet call must be, measured against the original in turns.
         params, macs: what must remain, as a part of the original in (0, 1) or as a number of parameters
             or of MACs (attention products counted).
-        preset: "bk-base", "bk-small" or "bk-tiny" instead of a budget.
+        preset: instead of a budget "a-sdm" (the paper's 22% less time, for SD 1.5's shape), "a-sdm-fast" (half the
+            time), or BK-SDM's "bk-base", "bk-small", "bk-tiny".
         compensate: what to fit in the place of the removed branches (`fit_compensation`), by default "linear";
-            "none" for plain removal. Presets drop whole layers, in whose place nothing is fitted.
+            "none" for plain removal. BK-SDM's presets drop whole layers, in whose place nothing is fitted.
         unet: the UNet to measure; without it one of the same shape with random weights is made.
         rounds: timed rounds per measurement; by default 4 to 20, as many as take half a minute.
 
@@ -55,26 +59,22 @@ def make_plan(
             every unit does not reach; the message says what is reachable.
     """
     given = {"speedup": speedup, "params": params, "macs": macs, "preset": preset}
-    chosen = {name: value for name, value in given.items() if value is not None}
-    if len(chosen) != 1:
-        raise AsdmError(f"give exactly one of speedup, params, macs, preset; got {', '.join(chosen) or 'none'}")
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        raise AsdmError(f"give exactly one of speedup, params, macs, preset; got {', '.join(named) or 'none'}")
     compensate = compensate or "linear"
+    choices = possible_edits(redundancy, compensate)
     if preset is not None:
-        return _preset(redundancy, preset)
+        return _preset(redundancy, preset, choices)
     if speedup is not None:
         rounds = rounds or int(np.clip(15_000 / redundancy.latency_ms, 4, 20))
-        return _plan_for_speedup(redundancy, speedup, compensate, unet, rounds, progress)
+        return _plan_for_speedup(redundancy, speedup, choices, unet, rounds, progress)
     if params is not None:
-        saved = [unit.parameters - _map_parameters(unit, compensate) for unit in redundancy.units]
-        units = _Budget("params", redundancy.parameters, saved).solve(redundancy, params)
-        return _plan(redundancy, units, {"params": params}, compensate)
+        chosen = _within("params", params, redundancy.parameters, choices, [c.parameters for c in choices])
+        return _plan(redundancy, chosen, {"params": params})
     assert macs is not None
-    budget = _Budget(
-        "macs",
-        redundancy.gmacs * 1e9,
-        [unit.gmacs * 1e9 - _map_macs(unit, compensate) for unit in redundancy.units],
-    )
-    return _plan(redundancy, budget.solve(redundancy, macs), {"macs": macs}, compensate)
+    chosen = _within("macs", macs, redundancy.gmacs * 1e9, choices, [choice.macs for choice in choices])
+    return _plan(redundancy, chosen, {"macs": macs})
 
 
 def add_banks(
@@ -131,94 +131,123 @@ def add_banks(
     return _with_edits(plan, [*plan.edits, *edits])
 
 
-def _map_parameters(unit: UnitRecord, compensate: CompensationKind) -> int:
-    """Parameters of the map that is fitted in a removed unit's place."""
-    by_channel = {"none": 0, "bias": 1, "diagonal": 2, "linear": unit.channels + 1}[compensate]
-    return 0 if unit.has_shortcut else by_channel * unit.channels
-
-
-def _map_macs(unit: UnitRecord, compensate: CompensationKind) -> int:
-    """MACs of that map for one sample."""
-    by_channel = {"none": 0, "bias": 0, "diagonal": 1, "linear": unit.channels}[compensate]
-    return 0 if unit.has_shortcut else by_channel * unit.channels * unit.positions
-
-
-def _saved_ms(unit: UnitRecord, compensate: CompensationKind) -> float:
-    """What removal saves of a call, the map in its place counted as slow as the unit itself for its MACs."""
-    by_mac = unit.latency_ms / (unit.gmacs * 1e9) if unit.gmacs else 0.0
-    return unit.latency_ms - min(unit.latency_ms, by_mac * _map_macs(unit, compensate))
-
-
 @dataclass(frozen=True)
-class _Budget:
-    """One resource: the original's total, and what each unit's removal saves of it."""
+class PossibleEdit:
+    """An edit that a plan can choose: what it saves of the original's parameters, MACs of a sample and milliseconds
+    of a call, what it costs, and the units that it alone may then touch."""
 
-    name: str
-    total: float
-    savings: Sequence[float]
-
-    def solve(self, redundancy: RedundancyMap, remaining: float) -> list[str]:
-        kept = remaining if remaining <= 1 else remaining / self.total
-        units = least_sensitive(redundancy.units, self.savings, self.total * (1 - kept))
-        if not 0 < kept <= 1 or units is None:
-            least = 1 - most_saved(redundancy.units, self.savings) / self.total
-            raise AsdmError(
-                f"{self.name}={remaining:g}: out of reach; between {least:.3f} and 1 of the original's "
-                f"{self.total:.4g} can remain; ask for more"
-            )
-        return units
+    edit: UnitEdit
+    covers: frozenset[str]
+    parameters: float
+    macs: float
+    ms: float
+    sensitivity: float
 
 
-def least_sensitive(units: list[UnitRecord], savings: Sequence[float], needed: float) -> list[str] | None:
-    """The units whose removal saves at least `needed` at the least total sensitivity; None if none does.
+def possible_edits(redundancy: RedundancyMap, compensate: CompensationKind) -> list[PossibleEdit]:
+    """All edits of a map: its units' removals first, in their order, compensated as asked for."""
+    names = [unit.name for unit in redundancy.units]
+    choices = []
+    for unit in redundancy.units:
+        covers = frozenset(name for name in names if goes_with(name, [unit.name]))
+        edit = Remove(unit=unit.name, compensate=compensate)
+        choices.append(_possible(unit, edit, covers, "none" if unit.has_shortcut else compensate))
+    for other in redundancy.others:
+        (parsed,) = parse_edits([other.edit])
+        assert not isinstance(parsed, Shorten)
+        fitted: CompensationKind = "none"
+        if isinstance(parsed, Remove) and other.channels:
+            fitted, parsed = compensate, replace(parsed, compensate=compensate)
+        choices.append(_possible(other, parsed, frozenset(other.covers), fitted))
+    return choices
 
-    An integer programme: minimise s.x subject to savings.x >= needed and, as an attention's parts go
-    with it, x_part + x_attention <= 1.
+
+def _possible(
+    record: UnitRecord | EditRecord, edit: UnitEdit, covers: frozenset[str], fitted: CompensationKind
+) -> PossibleEdit:
+    """With what the map costs that is fitted in a branch's place; it counts as slow as the branch for its MACs."""
+    map_parameters = {"none": 0, "bias": 1, "diagonal": 2, "linear": record.channels + 1}[fitted] * record.channels
+    map_macs = (
+        {"none": 0, "bias": 0, "diagonal": 1, "linear": record.channels}[fitted] * record.channels * record.positions
+    )
+    macs = record.gmacs * 1e9
+    return PossibleEdit(
+        edit=edit,
+        covers=covers,
+        parameters=record.parameters - map_parameters,
+        macs=macs - map_macs,
+        ms=record.latency_ms * (1 - min(1.0, map_macs / macs)) if macs else record.latency_ms,
+        sensitivity=record.sensitivity,
+    )
+
+
+def _within(
+    name: str, remaining: float, total: float, choices: list[PossibleEdit], savings: list[float]
+) -> list[PossibleEdit]:
+    """The least sensitive edits that leave so much of one resource."""
+    kept = remaining if remaining <= 1 else remaining / total
+    chosen = least_sensitive(choices, savings, total * (1 - kept)) if 0 < kept <= 1 else None
+    if chosen is None:
+        least = 1 - most_saved(choices, savings) / total
+        raise AsdmError(
+            f"{name}={remaining:g}: out of reach; between {least:.3f} and 1 of the original's "
+            f"{total:.4g} can remain; ask for more"
+        )
+    return chosen
+
+
+def least_sensitive(
+    choices: Sequence[PossibleEdit], savings: Sequence[float], needed: float
+) -> list[PossibleEdit] | None:
+    """The edits that save at least `needed` at the least total sensitivity; None if none do.
+
+    An integer programme: minimise s.x subject to savings.x >= needed, and for each unit, at most one of the edits
+    that cover it.
     """
     if needed <= 0:
         return []
-    row_of = {unit.name: index for index, unit in enumerate(units)}
-    exclusive = [(row_of[unit.parent], index) for index, unit in enumerate(units) if unit.parent in row_of]
-    rows = np.zeros((1 + len(exclusive), len(units)))
-    rows[0] = savings
-    for row, (parent, part) in enumerate(exclusive, start=1):
-        rows[row, [parent, part]] = 1
-    lower = np.array([needed] + [-np.inf] * len(exclusive))
-    upper = np.array([np.inf] + [1.0] * len(exclusive))
     scale = max(savings) or 1.0
-    rows[0] /= scale
-    lower[0] /= scale
-    sensitivity = np.array([unit.sensitivity for unit in units])
+    enough = LinearConstraint(np.array(savings)[None] / scale, needed / scale, np.inf)
+    # a tiny price on each edit: of equally good plans, the one with fewer
+    price = np.array([choice.sensitivity for choice in choices]) + 1e-9
+    return _solve(choices, price, [enough])
+
+
+def most_saved(choices: Sequence[PossibleEdit], savings: Sequence[float]) -> float:
+    """What can be saved at most."""
+    best = _solve(choices, -np.array(savings, dtype=float), []) or []
+    return sum(saved for choice, saved in zip(choices, savings, strict=True) if choice in best)
+
+
+def _solve(
+    choices: Sequence[PossibleEdit], price: np.ndarray, constraints: list[LinearConstraint]
+) -> list[PossibleEdit] | None:
+    units = sorted({unit for choice in choices for unit in choice.covers})
+    covering = np.array([[float(unit in choice.covers) for choice in choices] for unit in units])
     solution = milp(
-        # a tiny price on each removal: of equally good plans, the one with fewer
-        sensitivity + 1e-9,
-        integrality=np.ones(len(units)),
+        price,
+        integrality=np.ones(len(choices)),
         bounds=Bounds(0, 1),
-        constraints=LinearConstraint(rows, lower, upper),
+        constraints=[*constraints, LinearConstraint(covering, -np.inf, 1.0)],
         options={"time_limit": 60, "mip_rel_gap": 1e-4},
     )
     if solution.x is None:
         return None
-    return [unit.name for unit, removed in zip(units, solution.x, strict=True) if removed > 0.5]
-
-
-def most_saved(units: list[UnitRecord], savings: Sequence[float]) -> float:
-    """What removing every resnet and attention saves."""
-    return sum(saved for unit, saved in zip(units, savings, strict=True) if unit.parent is None)
+    return [choice for choice, taken in zip(choices, solution.x, strict=True) if taken > 0.5]
 
 
 def _plan_for_speedup(
     redundancy: RedundancyMap,
     target: float,
-    compensate: CompensationKind,
+    choices: list[PossibleEdit],
     unet: UNet2DConditionModel | None,
     rounds: int,
     progress: Callable[[str], None] | None,
 ) -> PruningPlan:
     """Plan by the map's latencies, measure the pruned UNet, and ask for more or less until it is just enough."""
-    savings = [_saved_ms(unit, compensate) for unit in redundancy.units]
+    savings = [choice.ms for choice in choices]
     total = redundancy.latency_ms
-    reachable = total / max(total - most_saved(redundancy.units, savings), 1e-9)
+    reachable = total / max(total - most_saved(choices, savings), 1e-9)
     if target <= 1:
         raise AsdmError(f"speedup={target:g}: must be above 1; up to about {reachable:.2f} can be reached")
     original = unet if unet is not None else random_unet(redundancy.unet_config)
@@ -227,16 +256,16 @@ def _plan_for_speedup(
     best: PruningPlan | None = None
     most = 0.0
     for attempt in range(1, MEASUREMENT_ATTEMPTS + 1):
-        units = least_sensitive(redundancy.units, savings, total * (1 - 1 / aim))
-        if units is None:
+        chosen = least_sensitive(choices, savings, total * (1 - 1 / aim))
+        if chosen is None:
             # More than everything: the aim lies beyond what the map can give.
             enough, aim = aim, (too_little + min(aim, reachable)) / 2
             continue
-        plan = _plan(redundancy, units, {"speedup": target}, compensate)
+        plan = _plan(redundancy, chosen, {"speedup": target})
         measured = measured_speedup(original, plan, rounds)
         most = max(most, measured)
         if progress is not None:
-            progress(f"attempt {attempt}: {len(units)} removals, {measured:.3f}x measured, {target:g}x asked for")
+            progress(f"attempt {attempt}: {len(chosen)} edits, {measured:.3f}x measured, {target:g}x asked for")
         if measured >= needed:
             best, enough = _with_measured(plan, measured), aim
             if measured <= needed * CLOSE_ENOUGH:
@@ -265,26 +294,16 @@ def measured_speedup(unet: UNet2DConditionModel, plan: PruningPlan, rounds: int 
     return speedup(times["original"], times["pruned"])
 
 
-def _plan(
-    redundancy: RedundancyMap, units: Iterable[str], target: dict[str, float], compensate: CompensationKind
-) -> PruningPlan:
-    units = list(units)
-    removed = [unit for unit in redundancy.units if _counts_as_removed(unit, units)]
-    saved = sum(_saved_ms(unit, compensate) for unit in removed)
+def _plan(redundancy: RedundancyMap, chosen: Sequence[PossibleEdit], target: dict[str, float]) -> PruningPlan:
     return PruningPlan(
         base=PlanBase.of(redundancy.fingerprint),
-        edits=[Remove(unit=name, compensate=compensate) for name in units],
+        edits=[choice.edit for choice in chosen],
         figures=PlanFigures(
             target=target,
-            predicted_sensitivity=sum(unit.sensitivity for unit in removed),
-            predicted_speedup=redundancy.latency_ms / (redundancy.latency_ms - saved),
+            predicted_sensitivity=sum(choice.sensitivity for choice in chosen),
+            predicted_speedup=redundancy.latency_ms / (redundancy.latency_ms - sum(choice.ms for choice in chosen)),
         ),
     )
-
-
-def _counts_as_removed(unit: UnitRecord, removed: list[str]) -> bool:
-    """Whether the unit goes, without counting an attention's parts beside the attention."""
-    return unit.name in removed or (unit.parent is None and goes_with(unit.name, removed))
 
 
 def _with_measured(plan: PruningPlan, measured: float) -> PruningPlan:
@@ -293,14 +312,47 @@ def _with_measured(plan: PruningPlan, measured: float) -> PruningPlan:
     return plan.model_copy(update={"figures": figures})
 
 
-def _preset(redundancy: RedundancyMap, preset: str) -> PruningPlan:
+def _preset(redundancy: RedundancyMap, preset: str, choices: list[PossibleEdit]) -> PruningPlan:
     if preset not in PRESETS:
         raise AsdmError(f"{preset}: no such preset; allowed: {', '.join(PRESETS)}")
-    layers, mid_block, fewer = PRESETS[preset]
-    names = [unit.name for unit in redundancy.units]
-    levels = len({unit.stage for unit in redundancy.units if unit.name.startswith("down_blocks.")})
-    edit = Shorten(layers_per_block=layers, mid_block=mid_block, levels=levels - fewer if fewer else None)
-    return _with_edits(_plan(redundancy, dropped(edit, names), {}, "none"), [edit])
+    if preset in BK_PRESETS:
+        layers, mid_block, fewer = BK_PRESETS[preset]
+        names = [unit.name for unit in redundancy.units]
+        levels = len({unit.stage for unit in redundancy.units if unit.name.startswith("down_blocks.")})
+        edit = Shorten(layers_per_block=layers, mid_block=mid_block, levels=levels - fewer if fewer else None)
+        gone = dropped(edit, names)
+        plain = [c for c in possible_edits(redundancy, "none") if isinstance(c.edit, Remove) and c.edit.unit in gone]
+        return _with_edits(_plan(redundancy, plain, {}), [edit])
+    return _plan(redundancy, _a_sdm(redundancy, choices, fast=preset == "a-sdm-fast"), {})
+
+
+def _a_sdm(redundancy: RedundancyMap, choices: list[PossibleEdit], fast: bool) -> list[PossibleEdit]:
+    """The presets of our own, for Stable Diffusion's UNets (inferred): the outermost self-attentions look at regions,
+    and the middle layer of the last stage goes; `fast`, the second layer of every stage, too, with the innermost
+    stage and the mid block."""
+    tokens = max((unit.positions for unit in redundancy.units if unit.kind == "self_attention"), default=0)
+    last_stage = redundancy.units[-1].stage
+
+    def wanted(choice: PossibleEdit) -> bool:
+        edit = choice.edit
+        if isinstance(edit, GriAttention):
+            unit = next(unit for unit in redundancy.units if unit.name == edit.unit)
+            return unit.positions == tokens
+        if not isinstance(edit, Remove) or edit.unit.count(".") > 3:
+            return False
+        middle = edit.unit.endswith((".resnets.1", ".attentions.1"))
+        if not fast:
+            return middle and edit.unit.startswith(last_stage)
+        return edit.unit == "mid_block" or is_stage(edit.unit) or (middle and not edit.unit.startswith("mid_block"))
+
+    chosen: list[PossibleEdit] = []
+    # What covers most comes first: a stage, then layers, then what is left inside them.
+    for choice in sorted(filter(wanted, choices), key=lambda choice: -len(choice.covers)):
+        if not any(choice.covers & other.covers for other in chosen):
+            chosen.append(choice)
+    if not chosen:
+        raise AsdmError("no such layers in this UNet as the preset removes; give a budget instead")
+    return sorted(chosen, key=choices.index)
 
 
 def _with_edits(plan: PruningPlan, edits: Sequence[Edit]) -> PruningPlan:

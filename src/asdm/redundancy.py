@@ -1,6 +1,7 @@
-"""Which units of a UNet are redundant: what each costs, and how far the prediction moves without it.
+"""Which units of a UNet are redundant: what each costs, and how far the prediction moves without it; and the same of
+the other edits that a plan can choose, global-regional attention and the removal of whole stages.
 
-Changes no model: units are removed for the length of one call and put back.
+Changes no model: edits are made for the length of one call and taken back.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,14 +25,15 @@ from asdm.errors import AsdmError
 from asdm.evaluation.latency import timing_modules, unet_call
 from asdm.evaluation.macs import counting_macs
 from asdm.files import write_text
-from asdm.student.edits import Remove
-from asdm.student.surgery import edited, set_module
+from asdm.student.edits import GriAttention, Remove, UnitEdit
+from asdm.student.surgery import edited, replaced_paths, set_module
 from asdm.taylor import taylor_sensitivity
 from asdm.units import (
     TRANSFORMER_BRANCHES,
     Unit,
     UnitKind,
     fingerprint,
+    goes_with,
     layers,
     removable_units,
     stage_of,
@@ -41,6 +43,7 @@ from asdm.units import (
 Progress = Callable[[int, int, str], None]
 Sensitivity = Literal["ablation", "taylor"]
 TAYLOR_PROBES = 3
+MANY_TOKENS = 256  # from here on global-regional attention can pay
 
 
 class UnitRecord(BaseModel):
@@ -73,6 +76,25 @@ class UnitRecord(BaseModel):
         return stage_of(self.name)
 
 
+class EditRecord(BaseModel):
+    """What an edit other than a unit's removal saves and costs; fields as a UnitRecord's.
+
+    `covers`: the units that it takes away or changes, so that no other edit of a plan can.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    edit: dict[str, Any]
+    covers: list[str]
+    parameters: int
+    gmacs: float
+    gmacs_without_attention: float
+    latency_ms: float
+    channels: int = 0
+    positions: int = 0
+    sensitivity: float
+    sensitivity_by_timestep: dict[int, float]
+
+
 class RedundancyMap(BaseModel):
     """Every removable unit of a UNet with what it costs and what it is worth, as a table.
 
@@ -99,6 +121,7 @@ class RedundancyMap(BaseModel):
     necessary_forwards: float
     seconds: float
     units: list[UnitRecord]
+    others: list[EditRecord] = []
 
     def save(self, path: str | Path) -> None:
         write_text(Path(path), json.dumps(self.model_dump(), indent=1) + "\n")
@@ -160,16 +183,26 @@ def analyze(
     unet.eval()
     try:
         costs = _measure_costs(unet, units, latency_rounds)
+        regional, stage_removals = _regional_attentions(unet, units, costs), _stage_removals(unet)
+        other_edits: list[GriAttention | Remove] = [*regional, *stage_removals]
+        others = _measure_others(unet, other_edits, costs, latency_rounds)
+        trials = [_Trial(unit.name, Remove(unit=unit.name), unit.layer) for unit in units]
+        other_trials = [_Trial(str(edit), edit, _first_layer(unet, edit)) for edit in other_edits]
         large = latent_shape(pipeline)[1] > 32
         timesteps = timesteps or (2 if large and sensitivity == "ablation" else 4)
         calls = calibration_calls(pipeline, data, prompts, timesteps, samples, seed)
         if sensitivity == "taylor":
             forward = _record(unet, [], calls[0].arguments)[2]
             before = time.perf_counter()
-            errors = taylor_sensitivity(unet, units, calls, probes=TAYLOR_PROBES, seed=seed, progress=progress)
+            errors = taylor_sensitivity(
+                unet, units, calls, regional=regional, probes=TAYLOR_PROBES, seed=seed, progress=progress
+            )
             forwards = (time.perf_counter() - before) / forward
+            # What a whole stage does is not of the first order, and there are two of them.
+            ablated, more = _ablate(unet, other_trials[len(regional) :], calls, None)
+            errors, forwards = errors | ablated, forwards + more
         else:
-            errors, forwards = _ablate(unet, units, calls, progress)
+            errors, forwards = _ablate(unet, [*trials, *other_trials], calls, progress)
     finally:
         unet.train(was_training)
     total_ms = costs.latency_ms
@@ -210,6 +243,15 @@ def analyze(
         necessary_forwards=len(calls) * costs.necessary_forwards,
         seconds=time.perf_counter() - started,
         units=records,
+        others=[
+            other.model_copy(
+                update={
+                    "sensitivity": sum(errors[trial.name].values()) / len(calls),
+                    "sensitivity_by_timestep": errors[trial.name],
+                }
+            )
+            for other, trial in zip(others, other_trials, strict=True)
+        ],
     )
 
 
@@ -223,6 +265,7 @@ def plain_config(unet: UNet2DConditionModel) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Costs:
+    parameters: int
     macs: int
     plain_macs: int
     latency_ms: float
@@ -265,6 +308,7 @@ def _measure_costs(unet: UNet2DConditionModel, units: list[Unit], rounds: int) -
         elapsed += middle.get(layer, 0.0)
         after[layer] = max(0.0, total_ms - elapsed)
     return _Costs(
+        parameters=sum(p.numel() for p in unet.parameters()),
         macs=count.below(),
         plain_macs=count.below(with_attention=False),
         latency_ms=total_ms,
@@ -277,6 +321,81 @@ def _measure_costs(unet: UNet2DConditionModel, units: list[Unit], rounds: int) -
         removed_ms=removed_ms,
         positions={layer: _tensor(output).shape[2:].numel() for layer, output in outputs.items()},
     )
+
+
+def _regional_attentions(unet: UNet2DConditionModel, units: list[Unit], costs: _Costs) -> list[GriAttention]:
+    """GRI for the self-attentions that meet many tokens, where the edit is allowed."""
+    edits = []
+    for unit in units:
+        if unit.kind == "self_attention" and costs.positions[unit.layer] >= MANY_TOKENS:
+            edit = GriAttention(unit=unit.name)
+            with suppress(AsdmError), edited(unet, edit):
+                edits.append(edit)
+    return edits
+
+
+def _stage_removals(unet: UNet2DConditionModel) -> list[Remove]:
+    """The mid block and the innermost stage, where they can go."""
+    edits = []
+    for name in ("mid_block", f"down_blocks.{len(unet.down_blocks) - 1}"):
+        edit = Remove(unit=name)
+        if any(layer.startswith(f"{name}.") for layer in layers(unet)):
+            with suppress(AsdmError), edited(unet, edit):
+                edits.append(edit)
+    return edits
+
+
+def _measure_others(
+    unet: UNet2DConditionModel, edits: Sequence[GriAttention | Remove], costs: _Costs, rounds: int
+) -> list[EditRecord]:
+    """What the edits save; their sensitivity is filled in later."""
+    regional = [edit for edit in edits if isinstance(edit, GriAttention)]
+    originals = {edit.unit: [edit.unit] for edit in regional}
+    originals |= {edit.unit: replaced_paths(unet, edit) for edit in edits if isinstance(edit, Remove)}
+    before = _module_times(unet, sorted({path for paths in originals.values() for path in paths}), rounds)
+    with ExitStack() as stack:
+        for attention in regional:
+            stack.enter_context(edited(unet, attention))
+        after = _module_times(unet, [edit.unit for edit in regional], rounds)
+    records = []
+    for edit in edits:
+        with edited(unet, edit), counting_macs(unet) as count:
+            unet_call(unet, batch_size=1)()
+            parameters = sum(p.numel() for p in unet.parameters())
+        saved_ms = sum(before[path] for path in originals[edit.unit]) - after.get(edit.unit, 0.0)
+        middle = edit.unit == "mid_block"
+        records.append(
+            EditRecord(
+                edit=edit.to_dict(),
+                covers=[unit.name for unit in removable_units(unet) if goes_with(unit.name, [edit.unit])],
+                parameters=costs.parameters - parameters,
+                gmacs=(costs.macs - count.below()) / 1e9,
+                gmacs_without_attention=(costs.plain_macs - count.below(with_attention=False)) / 1e9,
+                latency_ms=saved_ms,
+                channels=unet.config.block_out_channels[-1] if middle else 0,
+                positions=costs.positions[_first_layer(unet, edit)] if middle else 0,
+                sensitivity=0.0,
+                sensitivity_by_timestep={},
+            )
+        )
+    return records
+
+
+def _module_times(unet: UNet2DConditionModel, paths: list[str], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each module in a call at batch 2."""
+    if not paths:
+        return {}
+    call = unet_call(unet, batch_size=2)
+    call()
+    with timing_modules(unet, paths, unet.device) as seconds:
+        for _ in range(rounds):
+            call()
+    return {path: 1000 * _median(seconds[path]) if seconds[path] else 0.0 for path in paths}
+
+
+def _first_layer(unet: UNet2DConditionModel, edit: GriAttention | Remove) -> str:
+    """The first layer, in order of execution, that an edit changes."""
+    return next(name for name in layers(unet) if edit.unit.startswith(f"{name}.") or name.startswith(f"{edit.unit}."))
 
 
 def _channels(unet: UNet2DConditionModel, unit: Unit) -> int:
@@ -315,14 +434,23 @@ class _Replay(nn.Module):
         return self.output
 
 
-def _ablate(
-    unet: UNet2DConditionModel, units: list[Unit], calls: list[CalibrationCall], progress: Progress | None
-) -> tuple[dict[str, dict[int, float]], float]:
-    """Relative squared error of the prediction without each unit, by time step; and the cost in forwards.
+@dataclass(frozen=True)
+class _Trial:
+    """An edit to be tried, and the first layer that it changes."""
 
-    Layers before the unit's layer are replayed from the whole UNet's call, not computed again.
+    name: str
+    edit: UnitEdit
+    layer: str
+
+
+def _ablate(
+    unet: UNet2DConditionModel, trials: list[_Trial], calls: list[CalibrationCall], progress: Progress | None
+) -> tuple[dict[str, dict[int, float]], float]:
+    """Relative squared error of the prediction with each edit, by time step; and the cost in forwards.
+
+    Layers before the first one changed are replayed from the whole UNet's call, not computed again.
     """
-    errors: dict[str, dict[int, float]] = {unit.name: {} for unit in units}
+    errors: dict[str, dict[int, float]] = {trial.name: {} for trial in trials}
     order = _replay_order(unet)
     done, spent, whole = 0, 0.0, 0.0
     for call in calls:
@@ -333,14 +461,14 @@ def _ablate(
         start = time.perf_counter()
         try:
             for name in order:
-                for unit in [unit for unit in units if unit.layer == name]:
-                    with edited(unet, Remove(unit=unit.name)):
+                for trial in [trial for trial in trials if trial.layer == name]:
+                    with edited(unet, trial.edit):
                         moved = unet(**call.arguments, return_dict=False)[0]
                     error = (moved.float() - reference.float()).square().sum() / power
-                    errors[unit.name][call.timestep] = float(error)
+                    errors[trial.name][call.timestep] = float(error)
                     done += 1
                     if progress is not None:
-                        progress(done, len(units) * len(calls), unit.name)
+                        progress(done, len(trials) * len(calls), trial.name)
                 if name not in outputs:  # a placeholder that is never called
                     continue
                 originals[name] = unet.get_submodule(name)

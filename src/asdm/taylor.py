@@ -10,6 +10,7 @@ the place of a loss, whose gradient vanishes at the teacher). The unit is the ab
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from asdm.calibration import CalibrationCall
+from asdm.student.edits import GriAttention
+from asdm.student.gri_attention import GriAttnProcessor
 from asdm.units import Unit
 
 Progress = Callable[[int, int, str], None]
@@ -30,25 +33,27 @@ def taylor_sensitivity(
     calls: Sequence[CalibrationCall],
     *,
     probes: int,
+    regional: Sequence[GriAttention] = (),
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, dict[int, float]]:
     """First-order estimate of each unit's relative squared error, by time step.
 
     Args:
+        regional: global-regional attentions to estimate too, by what they change of the branch's output.
         probes: random projections for each call, which costs one forward pass and a backward pass for each.
         progress: called with calls done, calls in all, and what is done.
     """
-    errors: dict[str, dict[int, float]] = {unit.name: {} for unit in units}
+    errors: dict[str, dict[int, float]] = {name: {} for name in [*(u.name for u in units), *map(str, regional)]}
     generator = torch.Generator().manual_seed(seed)
     needed_gradients = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     unet.requires_grad_(False)
     try:
         for index, call in enumerate(calls):
-            products, power = _projected(unet, units, call, probes, generator)
-            for unit in units:
-                moved = sum(product.square().sum() for product in products[unit.name])
-                errors[unit.name][call.timestep] = float(moved / power) / probes
+            products, power = _projected(unet, units, regional, call, probes, generator)
+            for name, by_timestep in errors.items():
+                moved = sum(product.square().sum() for product in products[name])
+                by_timestep[call.timestep] = float(moved / power) / probes
             if progress is not None:
                 progress(index + 1, len(calls), f"time step {call.timestep}")
     finally:
@@ -61,14 +66,15 @@ def taylor_sensitivity(
 def _projected(
     unet: UNet2DConditionModel,
     units: Sequence[Unit],
+    regional: Sequence[GriAttention],
     call: CalibrationCall,
     probes: int,
     generator: torch.Generator,
 ) -> tuple[dict[str, list[Tensor]], Tensor]:
     """<v, J b> (batch,) of each unit for each of some random v, and the prediction's power."""
-    products: dict[str, list[Tensor]] = {unit.name: [] for unit in units}
+    products: dict[str, list[Tensor]] = defaultdict(list)
     arguments = {**call.arguments, "sample": call.arguments["sample"].detach().requires_grad_(True)}
-    with _meeting_gradients(unet, units, products):
+    with _meeting_gradients(unet, units, regional, products):
         prediction = unet(**arguments, return_dict=False)[0]
         for probe in range(probes):
             directions = torch.randn(prediction.shape, generator=generator).to(prediction)
@@ -78,26 +84,43 @@ def _projected(
 
 @contextmanager
 def _meeting_gradients(
-    unet: UNet2DConditionModel, units: Sequence[Unit], products: dict[str, list[Tensor]]
+    unet: UNet2DConditionModel,
+    units: Sequence[Unit],
+    regional: Sequence[GriAttention],
+    products: dict[str, list[Tensor]],
 ) -> Iterator[None]:
-    """Note <gradient, branch output> (batch,) of every unit in each backward pass."""
+    """Note <gradient, what goes of the output> (batch,) of every edit in each backward pass."""
     handles = []
+    processors = {edit.unit: GriAttnProcessor(edit.regions, edit.pool, edit.weighted) for edit in regional}
+    names = {edit.unit: str(edit) for edit in regional}
 
     def note(unit: Unit) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
             behind: Tensor = output[0] if isinstance(output, tuple) else output
             with torch.no_grad():
-                branch = behind.detach() - _shortcut(unit, module, args)
+                goes = {unit.name: behind.detach() - _shortcut(unit, module, args)}
+                if unit.name in processors:
+                    goes[names[unit.name]] = behind.detach() - processors[unit.name](module, args[0].detach())
 
             def meet(gradient: Tensor) -> None:
-                products[unit.name].append((gradient.float() * branch.float()).flatten(1).sum(1))
+                for name, part in goes.items():
+                    products[name].append((gradient.float() * part.float()).flatten(1).sum(1))
 
             behind.register_hook(meet)
 
         return hook
 
+    def tell_sides(processor: GriAttnProcessor) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            processor.height, processor.width = args[0].shape[2:]
+
+        return hook
+
     for unit in units:
         handles.append(unet.get_submodule(unit.name).register_forward_hook(note(unit)))
+        if unit.name in processors:
+            hook = tell_sides(processors[unit.name])
+            handles.append(unet.get_submodule(unit.layer).register_forward_pre_hook(hook))
     try:
         yield
     finally:

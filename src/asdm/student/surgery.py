@@ -168,6 +168,11 @@ def edited(unet: UNet2DConditionModel, edit: UnitEdit) -> Iterator[None]:
             set_module(unet, path, module)
 
 
+def replaced_paths(unet: UNet2DConditionModel, edit: UnitEdit) -> list[str]:
+    """The modules in whose place an edit puts others."""
+    return list(_HANDLERS[type(edit)](unet, edit))
+
+
 def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
     """Put `module` at a dotted path below `root`."""
     parent, _, child = path.rpartition(".")
