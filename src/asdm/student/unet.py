@@ -9,12 +9,15 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 
 from asdm.errors import AsdmError
 from asdm.student.cond_conv import CondConv2d
 from asdm.student.edits import Shorten, parse_edits
+from asdm.student.gri_attention import GriAttnProcessor
 from asdm.student.standalone import MODULE_NAME, module_source
 from asdm.student.surgery import apply_edits
 
@@ -63,6 +66,22 @@ class AsdmUNet2DConditionModel(UNet2DConditionModel):
         super().save_pretrained(save_directory, *args, **kwargs)
         (Path(save_directory) / f"{MODULE_NAME}.py").write_text(module_source(), "utf-8")
 
+    def _load_ip_adapter_weights(self, state_dicts: list[dict[str, Any]], **kwargs: Any) -> None:
+        """As the stock UNet, for an IP-Adapter made for the original: its file numbers the original's
+        cross-attentions, 1, 3, 5 and so on, of which some may be gone here."""
+        with torch.device("meta"):
+            config = {key: value for key, value in self.config.items() if key != "edits"}
+            original = UNet2DConditionModel.from_config(config)
+        numbers, kept = (
+            [name for name in unet.attn_processors if name.endswith("attn2.processor")] for unet in (original, self)
+        )
+        renumbered = {2 * numbers.index(name) + 1: 2 * index + 1 for index, name in enumerate(kept)}
+        regional = {name: old for name, old in self.attn_processors.items() if isinstance(old, GriAttnProcessor)}
+        # Loading makes each self-attention's processor anew, without arguments.
+        self.set_attn_processor({**self.attn_processors, **{name: AttnProcessor2_0() for name in regional}})
+        super()._load_ip_adapter_weights([_with_numbers(each, renumbered) for each in state_dicts], **kwargs)
+        self.set_attn_processor({**self.attn_processors, **regional})
+
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         if isinstance(config, dict):
@@ -102,6 +121,16 @@ class AsdmUNet2DConditionModel(UNet2DConditionModel):
 
 # By this name a pipeline's index finds the class: in the file beside the weights, or in this package.
 AsdmUNet2DConditionModel.__module__ = MODULE_NAME
+
+
+def _with_numbers(state_dict: dict[str, Any], renumbered: dict[int, int]) -> dict[str, Any]:
+    """An IP-Adapter's weights with other numbers for its cross-attentions; those without a new one are left out."""
+    weights = {}
+    for key, tensor in state_dict["ip_adapter"].items():
+        number, _, rest = key.partition(".")
+        if int(number) in renumbered:
+            weights[f"{renumbered[int(number)]}.{rest}"] = tensor
+    return {**state_dict, "ip_adapter": weights}
 
 
 def _block_keys(config: dict[str, Any]) -> list[str]:

@@ -1,0 +1,148 @@
+"""What people use with a Stable Diffusion pipeline works with a student in it."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    ControlNetModel,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+)
+from PIL import Image
+
+from asdm import PruningPlan, build_student, with_unet
+from asdm.student.gri_attention import GriAttnProcessor
+
+OUTER = "down_blocks.0.attentions.0.transformer_blocks.0"
+LEAN = [
+    {"edit": "remove", "unit": "mid_block"},
+    {"edit": "remove", "unit": "down_blocks.3"},
+    {"edit": "remove", "unit": "down_blocks.1.resnets.1", "compensate": "linear"},
+    {"edit": "remove", "unit": "down_blocks.1.attentions.0"},
+    {"edit": "remove", "unit": f"{OUTER}.attn2"},
+    {"edit": "gri_attention", "unit": f"{OUTER}.attn1", "regions": 2, "pool": 2},
+    {"edit": "cond_conv", "unit": "up_blocks.3.resnets.0.conv2", "experts": ["down_blocks.1.resnets.1.conv2"],
+     "router": "input+time"},
+]  # fmt: skip
+
+
+@pytest.fixture
+def student(pipeline):
+    # Experts come from resnets of as many channels.
+    edits = [edit | {"experts": ["up_blocks.3.resnets.1.conv2"]} if "experts" in edit else edit for edit in LEAN]
+    return with_unet(pipeline, build_student(pipeline.unet, PruningPlan.for_unet(pipeline.unet, edits)))
+
+
+def draw(pipeline, seed=0, **arguments) -> np.ndarray:
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(seed)
+    return pipeline("octopus, noto", num_inference_steps=2, generator=generator, output_type="np", **arguments).images[
+        0
+    ]
+
+
+def parts(pipeline, **more):
+    return {**pipeline.components, "requires_safety_checker": False, **more}
+
+
+def test_image_to_image_and_inpainting(student):
+    image, mask = Image.new("RGB", (16, 16), "red"), Image.new("L", (16, 16), 255)
+    by_strength = [
+        draw(StableDiffusionImg2ImgPipeline(**parts(student)), image=image, strength=strength)
+        for strength in (0.5, 1.0)
+    ]
+    assert not np.array_equal(*by_strength)
+    painted = draw(StableDiffusionInpaintPipeline(**parts(student)), image=image, mask_image=mask, height=16, width=16)
+    assert painted.shape == (16, 16, 3)
+
+
+def test_a_stock_controlnet_guides_a_student(pipeline, student):
+    torch.manual_seed(0)
+    controlnet = ControlNetModel.from_unet(pipeline.unet, conditioning_embedding_out_channels=(16, 32))
+    with torch.no_grad():  # its outputs start at zero
+        for parameter in controlnet.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    image = Image.new("RGB", (16, 16), "blue")
+    guided = StableDiffusionControlNetPipeline(**parts(student, controlnet=controlnet))
+    without = draw(guided, image=image, controlnet_conditioning_scale=0.0)
+    assert np.allclose(without, draw(student), atol=1e-5)
+    assert np.abs(draw(guided, image=image, controlnet_conditioning_scale=1.0) - without).max() > 1e-3
+    # Each residual meets the hidden states it was made for: in an unedited student, those of the teacher.
+    same = build_student(pipeline.unet, PruningPlan.for_unet(pipeline.unet))
+    expected = draw(StableDiffusionControlNetPipeline(**parts(pipeline, controlnet=controlnet)), image=image)
+    again = draw(StableDiffusionControlNetPipeline(**parts(pipeline, unet=same, controlnet=controlnet)), image=image)
+    assert np.array_equal(expected, again)
+
+
+def test_a_lora_of_the_teacher_fills_what_is_there_and_names_the_rest(pipeline, student, caplog):
+    import peft
+    from peft.utils import get_peft_model_state_dict
+
+    teacher = with_unet(pipeline, build_student(pipeline.unet, PruningPlan.for_unet(pipeline.unet)))
+    teacher.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    lora = {
+        f"unet.{name}": torch.randn(tensor.shape, generator=torch.Generator().manual_seed(i))
+        for i, (name, tensor) in enumerate(get_peft_model_state_dict(teacher.unet).items())
+    }
+    before = draw(student)
+    with caplog.at_level(logging.WARNING):
+        student.load_lora_weights(lora, adapter_name="default")
+    loaded = get_peft_model_state_dict(student.unet)
+    there = [name for name in lora if any(name == f"unet.{key}" for key in loaded)]
+    assert len(there) == len(loaded) > 0
+    assert all(torch.equal(loaded[name.removeprefix("unet.")], lora[name]) for name in there)
+    gone = [name.removeprefix("unet.") for name in lora if name not in there]
+    assert gone and all(name.split(".attn")[0] != OUTER or ".attn2." in name for name in gone)
+    assert any(gone[0].split(".lora")[0] in record.getMessage() for record in caplog.records)
+    assert np.abs(draw(student) - before).max() > 1e-3
+    student.unload_lora_weights()
+    assert np.allclose(draw(student), before, atol=1e-5)
+
+
+def test_textual_inversion(student):
+    before = draw(student)
+    student.load_textual_inversion({"<mine>": torch.ones(1, 32)}, token="<mine>")
+    assert np.array_equal(draw(student), before)
+    images = [
+        student(prompt, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
+        for prompt in ("<mine>", "octopus")
+    ]
+    assert not np.array_equal(*images)
+
+
+def ip_adapter(unet) -> dict:
+    """Weights as an IP-Adapter's file has them: the cross-attentions numbered 1, 3, 5 and so on."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for index, name in enumerate(name for name in unet.attn_processors if name.endswith("attn2.processor")):
+        attention = unet.get_submodule(name.removesuffix(".processor"))
+        for kind in ("to_k_ip", "to_v_ip"):
+            weights[f"{2 * index + 1}.{kind}.weight"] = torch.randn(attention.to_k.weight.shape, generator=generator)
+    width = unet.config.cross_attention_dim
+    projection = {
+        "proj.weight": torch.randn(4 * width, 24, generator=generator),
+        "proj.bias": torch.zeros(4 * width),
+        "norm.weight": torch.ones(width),
+        "norm.bias": torch.zeros(width),
+    }
+    return {"image_proj": projection, "ip_adapter": weights}
+
+
+def test_an_ip_adapter_of_the_teacher_meets_the_same_cross_attentions(pipeline, student):
+    weights = ip_adapter(pipeline.unet)
+    teacher_unet = build_student(pipeline.unet, PruningPlan.for_unet(pipeline.unet))
+    teacher = with_unet(pipeline, teacher_unet)
+    embeds = [torch.randn(2, 1, 24, generator=torch.Generator().manual_seed(1))]
+    before = draw(student)
+    for each in (teacher, student):
+        each.load_ip_adapter(weights, subfolder=None, weight_name=None, image_encoder_folder=None)
+    kept = [name for name in student.unet.attn_processors if name.endswith("attn2.processor")]
+    assert len(kept) < len([name for name in teacher.unet.attn_processors if name.endswith("attn2.processor")])
+    for name in kept:
+        mine, theirs = student.unet.attn_processors[name], teacher.unet.attn_processors[name]
+        assert torch.equal(mine.to_k_ip[0].weight, theirs.to_k_ip[0].weight), name
+    assert isinstance(student.unet.get_submodule(f"{OUTER}.attn1").processor, GriAttnProcessor)
+    assert np.abs(draw(student, ip_adapter_image_embeds=embeds) - before).max() > 1e-3
