@@ -62,6 +62,9 @@ MacsOption = Annotated[float | None, typer.Option("--macs", help="MACs that may 
 PresetOption = Annotated[
     str | None, typer.Option("--preset", help="a-sdm, a-sdm-fast, bk-base, bk-small or bk-tiny, instead of a budget.")
 ]
+RecipeOption = Annotated[
+    str, typer.Option(help="joint, bk-sdm, incubation, or a YAML file with a list of stages (then without --steps).")
+]
 CompensateOption = Annotated[
     CompensationKind | None,
     typer.Option("--compensate", help="What is fitted in the place of removed branches; by default linear."),
@@ -254,27 +257,26 @@ def distill(
     data: Annotated[str, typer.Option("--data", help=DATA)],
     out: Annotated[Path, typer.Option(help="The folder to write the distilled pipeline to.")],
     steps: Annotated[int, typer.Option(help="Training steps.", min=1)] = 1000,
-    stages: Annotated[
-        Path | None, typer.Option(help="Stages as a JSON list, instead of --steps.", show_default=False)
-    ] = None,
+    recipe: RecipeOption = "joint",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be trained how long, and what it takes.")
+    ] = False,
     device: DeviceOption = None,
     seed: SeedOption = 0,
 ) -> None:
     """Train a pruned student to do as its teacher does; run again to resume."""
-    import json
-
     import asdm
-    from asdm.incubation.stages import parse_stages
+    from asdm.incubation.data import open_data
+    from asdm.incubation.recipes import recipe_stages
     from asdm.pipelines import require_ours
 
     require_ours(out)
-    chosen = None
-    if stages is not None:
-        try:
-            chosen = parse_stages(json.loads(stages.read_text("utf-8")))
-        except (OSError, json.JSONDecodeError) as error:
-            raise AsdmError(f"{stages}: not a JSON list of stages: {error}") from None
+    open_data(data)
     teaching, learning = _load(teacher, device), _load(str(student), device)
+    chosen = recipe_stages(recipe, learning.unet, steps)
+    if dry_run:
+        _print_estimate(teaching, learning.unet, chosen)
+        return
     training = out.with_name(f"{out.name}.training")
     with _progress(resumable=True) as report:
         examples = asdm.distill(
@@ -307,7 +309,7 @@ def evaluate(
 ) -> None:
     """Measure speed and quality of a teacher and its students in one run."""
     import asdm
-    from asdm.evaluation.comparison import load_clip
+    from asdm.pipelines import load_clip
 
     pipelines = {name: _load(name, device) for name in models}
     with _progress() as report:
@@ -381,6 +383,7 @@ def compress(
     compensate: CompensateOption = None,
     data: DataOption = None,
     steps: Annotated[int, typer.Option(help="Distillation steps; 0 prunes only.", min=0)] = 1000,
+    recipe: RecipeOption = "joint",
     samples: Annotated[int, typer.Option(help="Images per split in the evaluation.", min=0)] = 128,
     sampling_steps: Annotated[int, typer.Option(help="Sampling steps in the evaluation.", min=1)] = 25,
     device: DeviceOption = None,
@@ -397,6 +400,7 @@ def compress(
         compensate=compensate,
         data=data,
         steps=steps,
+        recipe=recipe,
         samples=samples,
         sampling_steps=sampling_steps,
         device=device or _fastest_device(),
@@ -559,6 +563,43 @@ def _print_evaluation(figures: Evaluation) -> None:
         style="dim",
         highlight=False,
     )
+
+
+def _print_estimate(teaching: Any, student: Any, stages: Any) -> None:
+    from asdm.incubation.estimate import estimate
+    from asdm.incubation.recipes import as_yaml
+
+    table = Table()
+    for title in ("stage", "trains", "parameters", "steps", "batch", "about", "memory"):
+        table.add_column(title, justify="left" if title in ("stage", "trains") else "right")
+    rows = estimate(teaching, student, stages)
+    for row in rows:
+        stage = row.stage
+        what: str = "edited blocks, each alone" if stage.scope == "incubate" else stage.trained
+        if stage.assembled is not None:
+            what += f" of {len(stage.assembled)} blocks in the teacher"
+        table.add_row(
+            stage.name,
+            what,
+            f"{row.trained_parameters / 1e6:.2f}M",
+            str(stage.steps),
+            str(stage.batch_size),
+            _duration(row.seconds),
+            f"{row.gigabytes:.1f} GB",
+        )
+    console.print(table)
+    console.print(
+        f"in all about {_duration(sum(row.seconds for row in rows))} on this machine; memory without activations. "
+        "The recipe as a file:\n",
+        highlight=False,
+    )
+    console.print(as_yaml(stages), highlight=False, markup=False)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _print_skipped(skipped: dict[str, str]) -> None:

@@ -13,17 +13,18 @@ from safetensors.torch import load_file, save_file
 
 from asdm.compensation import CompensationReport, fit_compensation, fitted_tensors
 from asdm.errors import AsdmError
-from asdm.evaluation.comparison import Evaluation, evaluate, evaluation_sets, load_clip
+from asdm.evaluation.comparison import Evaluation, evaluate, evaluation_sets
 from asdm.evaluation.metrics import Judge
 from asdm.evaluation.plots import redundancy_plot
 from asdm.evaluation.report import figures_section, headline_of, save_figure, write_report
 from asdm.files import replacing_file, write_text
 from asdm.incubation.data import open_data
-from asdm.incubation.distillation import default_stages, distill
+from asdm.incubation.distillation import distill
+from asdm.incubation.recipes import recipe_stages
 from asdm.incubation.stages import Stage
 from asdm.incubation.trainer import read_log
 from asdm.model_card import model_card
-from asdm.pipelines import MARKER, load_pipeline, require_ours, save_pipeline_into, with_unet
+from asdm.pipelines import MARKER, load_clip, load_pipeline, require_ours, save_pipeline_into, with_unet
 from asdm.planning import make_plan
 from asdm.redundancy import RedundancyMap, analyze
 from asdm.student.edits import CompensationKind
@@ -55,6 +56,7 @@ def compress(
     compensate: CompensationKind | None = None,
     data: str | Path | None = None,
     steps: int = 1000,
+    recipe: str = "joint",
     stages: Sequence[Stage] | None = None,
     samples: int = 128,
     sampling_steps: int = 25,
@@ -71,7 +73,8 @@ def compress(
             the weights are random.
         data: images with captions to calibrate, train and evaluate on: a folder, or "demo".
         steps: of distillation; 0 prunes only, and then needs no data.
-        stages: the distillation in detail, instead of `steps`.
+        recipe: of the distillation (`asdm.incubation.recipes`): by name, or a YAML file.
+        stages: the distillation in detail, instead of `steps` and `recipe`.
         samples: images per split in the evaluation; 0 measures speed alone.
         device: where to work; the CPU by default.
         progress: called with a title, the done and total of it, and a note.
@@ -90,6 +93,7 @@ def compress(
         "compensate": compensate,
         "data": None if data is None else str(data),
         "steps": steps if stages is None else None,
+        "recipe": recipe if stages is None else None,
         "samples": samples,
         "sampling_steps": sampling_steps,
         "stages": None if stages is None else [stage.model_dump() for stage in stages],
@@ -118,7 +122,7 @@ def compress(
     logs: dict[str, list[dict[str, float]]] = {}
     student = build_student(pipeline.unet, plan)
     compensation = _compensated(pipeline, student, data, seed, work, report)
-    stages = default_stages(student, steps) if stages is None else list(stages)
+    stages = recipe_stages(recipe, student, steps) if stages is None else list(stages)
     if data is not None and any(stage.steps for stage in stages):
 
         def trained(row: dict[str, float]) -> None:

@@ -135,6 +135,16 @@ def stratified_timesteps(count: int, schedule: DDPMScheduler, generator: torch.G
     return (parts / count * total).long().clamp(max=total - 1)
 
 
+def predicted_original(schedule: DDPMScheduler, noise_pred: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
+    """The x0 estimate (batch, 4, h, w) of a prediction at `timesteps` (batch,)
+    (v-prediction: arXiv 2202.00512, App. D)."""
+    alphas = schedule.alphas_cumprod.to(noisy.device)[timesteps].to(noisy.dtype).view(-1, 1, 1, 1)
+    kind = schedule.config.prediction_type
+    if kind == "v_prediction":
+        return alphas.sqrt() * noisy - (1 - alphas).sqrt() * noise_pred
+    return (noisy - (1 - alphas).sqrt() * noise_pred) / alphas.sqrt() if kind == "epsilon" else noise_pred
+
+
 def prediction_target(schedule: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """What the UNet is trained to predict (batch, 4, h, w): the noise, the velocity or the sample."""
     kind = schedule.config.prediction_type

@@ -21,6 +21,7 @@ from diffusers import (
 from diffusers import logging as diffusers_logging
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError, safe_open
+from transformers import CLIPModel
 from transformers.utils import logging as transformers_logging
 
 from asdm.errors import AsdmError
@@ -144,6 +145,18 @@ def with_unet(pipeline: DiffusionPipeline, unet: UNet2DConditionModel) -> Diffus
     other.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
     other.set_progress_bar_config(disable=True)
     return other
+
+
+def load_clip(pipeline: DiffusionPipeline) -> CLIPModel | None:
+    """The CLIPModel saved beside a pipeline (folder `clip`), where there is one."""
+    from asdm.demo import pipeline_folder
+
+    name = str(pipeline.config.get("_name_or_path"))
+    folder = (pipeline_folder() if name == "demo" else Path(name)) / "clip"
+    if not folder.is_dir():
+        return None
+    with quiet():
+        return CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def is_sdxl(pipeline: DiffusionPipeline) -> bool:

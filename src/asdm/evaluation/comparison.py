@@ -28,7 +28,6 @@ from asdm.files import write_text
 from asdm.generation import default_guidance, generate
 from asdm.images import to_images
 from asdm.incubation.data import Example, can_be_decoded, load_pixels, open_data
-from asdm.pipelines import quiet
 
 Progress = Callable[[str, int, int], None]
 _LONGEST_TIMED_PIPELINE_MS = 10_000
@@ -310,18 +309,6 @@ def text_embeds(clip: CLIPModel, pipeline: DiffusionPipeline, captions: Sequence
         return_tensors="pt",
     )
     return clip.text_projection(clip.text_model(input_ids=tokens.input_ids).pooler_output)
-
-
-def load_clip(pipeline: DiffusionPipeline) -> CLIPModel | None:
-    """The CLIPModel saved beside a pipeline (folder `clip`), where there is one."""
-    from asdm.demo import pipeline_folder
-
-    name = str(pipeline.config.get("_name_or_path"))
-    folder = (pipeline_folder() if name == "demo" else Path(name)) / "clip"
-    if not folder.is_dir():
-        return None
-    with quiet():
-        return CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def folder_name(name: str) -> str:

@@ -6,12 +6,13 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import convert_to_fp32
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -23,37 +24,59 @@ from asdm.conditioning import (
     encode_images,
     image_size,
     noise_schedule,
+    predicted_original,
     prediction_target,
     stratified_timesteps,
 )
 from asdm.errors import AsdmError
 from asdm.files import replacing_file
+from asdm.incubation.blocks import assembled, block_error, calls_of, incubated_blocks, narrowed
 from asdm.incubation.data import Data, ShuffledBatches, load_pixels, open_data
-from asdm.incubation.losses import feature_losses, output_loss, task_loss, weighted_sum
-from asdm.incubation.stages import Stage, joint_stages, small_model_stages
+from asdm.incubation.losses import (
+    feature_losses,
+    min_snr_weights,
+    output_loss,
+    relative_error,
+    semantic_loss,
+    squared_error,
+    task_loss,
+    weighted_sum,
+)
+from asdm.incubation.recipes import joint_stages
+from asdm.incubation.semantics import SemanticEncoder, make_encoder
+from asdm.incubation.stages import Stage
 from asdm.incubation.trainer import Progress, TrainingTask, make_accelerator, train
 from asdm.inference.runtime import prepare_for_training
 from asdm.student.stock import name_in_original
 from asdm.units import stages as unet_blocks
 
-_SMALL_MODEL_PARAMETERS = 50_000_000
-
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Latents (images, 4, h, w) with their captions' embeddings, the empty caption's, and what was skipped."""
+    """Latents (images, 4, h, w) with their captions and those's embeddings, the empty caption's, what was skipped."""
 
     latents: Tensor
+    prompts: list[str]
     captions: Conditioning
     empty_caption: Conditioning
     skipped: dict[str, str]
 
 
-class DistillationTask(TrainingTask):
-    """Task, output and per-block feature losses of a student that sees what its teacher sees.
+Batch = tuple[Tensor, int]  # indices (batch,) into the training set, and the step
 
-    Batch: indices (batch,) into the training set. The teacher runs without gradient.
-    """
+
+@dataclass(frozen=True)
+class _Noised:
+    """A batch as both networks see it."""
+
+    noisy: Tensor
+    timesteps: Tensor
+    target: Tensor
+    captions: Conditioning
+
+
+class _TeachingTask(TrainingTask):
+    """A student beside its frozen teacher, and the batches that both see."""
 
     def __init__(
         self,
@@ -64,44 +87,166 @@ class DistillationTask(TrainingTask):
         stage: Stage,
     ):
         super().__init__()
-        self.teacher, self.student = teacher.eval().requires_grad_(False), student.requires_grad_(True)
+        narrowed(student, stage.trained)
+        self.teacher, self.student = teacher.eval().requires_grad_(False), student
         self.schedule, self.examples, self.stage = schedule, examples, stage
-        self.blocks = unet_blocks(student)
-        self.teacher_blocks = {block: name_in_original(block, student, teacher) for block in self.blocks}
 
-    def train(self, mode: bool = True) -> DistillationTask:
+    def train(self, mode: bool = True) -> _TeachingTask:
         super().train(mode)
         self.teacher.eval()
         return self
 
-    def forward(self, batch: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def _noised(self, indices: Tensor, generator: torch.Generator) -> _Noised:
         device = self.student.device
-        latents = self.examples.latents[batch].to(device, torch.float32)
-        captions = self._captions(batch, generator).to(device, torch.float32)
+        latents = self.examples.latents[indices].to(device, torch.float32)
+        kept = torch.rand(len(indices), generator=generator) >= self.stage.caption_dropout
+        captions = self.examples.captions[indices].where(kept, self.examples.empty_caption)
         timesteps = stratified_timesteps(len(latents), self.schedule, generator).to(device)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         noisy = self.schedule.add_noise(latents, noise, timesteps)
         target = prediction_target(self.schedule, latents, noise, timesteps)
+        return _Noised(noisy, timesteps, target, captions.to(device, torch.float32))
+
+    def _teacher_pred(self, noised: _Noised) -> Tensor:
+        dtype = self.teacher.dtype
+        arguments = noised.captions.to(dtype).unet_arguments()
+        return self.teacher(noised.noisy.to(dtype), noised.timesteps, **arguments, return_dict=False)[0]
+
+    def _weighted(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """With the total, and each term as it counts in it."""
+        weights = self.stage.losses.model_dump()
+        by_weight = {f"weighted/{name}": weights[name] * value for name, value in losses.items() if weights.get(name)}
+        return {"loss": weighted_sum(losses, weights), **losses, **by_weight}
+
+
+class DistillationTask(_TeachingTask):
+    """Task, output, per-block feature and semantic losses of a student that sees what its teacher sees.
+
+    The teacher runs without gradient, once for each batch, and both read the same embeddings.
+    """
+
+    def __init__(
+        self,
+        teacher: UNet2DConditionModel,
+        student: UNet2DConditionModel,
+        schedule: DDPMScheduler,
+        examples: TrainingSet,
+        stage: Stage,
+        encoder: SemanticEncoder | None = None,
+    ):
+        super().__init__(teacher, student, schedule, examples, stage)
+        self.blocks = unet_blocks(student)
+        self.teacher_blocks = {block: name_in_original(block, student, teacher) for block in self.blocks}
+        self.encoder = encoder
+        self.text_features: Tensor | None = None
+        if encoder is not None and stage.losses.semantic_text:
+            self.text_features = encoder.text_features(examples.prompts)
+            if self.text_features is None:
+                raise AsdmError(
+                    f"semantic_text={stage.losses.semantic_text:g}: the encoder {stage.semantics.encoder} has no text "
+                    "tower; choose clip, or give it no weight"
+                )
+
+    def forward(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        indices, step = batch
+        noised = self._noised(indices, generator)
+        stage = self.stage
         with torch.no_grad(), capturing(self.teacher, list(self.teacher_blocks.values())) as teacher_features:
-            dtype = self.teacher.dtype
-            teacher_pred = self.teacher(
-                noisy.to(dtype), timesteps, **captions.to(dtype).unet_arguments(), return_dict=False
-            )[0]
+            teacher_pred = self._teacher_pred(noised)
         with capturing(self.student, self.blocks) as student_features:
-            noise_pred = self.student(noisy, timesteps, **captions.unet_arguments(), return_dict=False)[0]
+            noise_pred = self._student_pred(noised)
         expected = {name: teacher_features[block] for name, block in self.teacher_blocks.items()}
-        by_block = feature_losses(student_features, expected)
+        by_block = feature_losses(student_features, expected, stage.relative)
+        alphas = self.schedule.alphas_cumprod.to(noised.timesteps.device)[noised.timesteps]
+        kind = self.schedule.config.prediction_type
+        weights = None if stage.min_snr_gamma is None else min_snr_weights(alphas, kind, stage.min_snr_gamma)
         losses = {
-            "task": task_loss(noise_pred, target),
-            "output": output_loss(noise_pred, teacher_pred),
+            "task": task_loss(noise_pred, noised.target, weights, stage.relative),
+            "output": self._output_loss(noised, noise_pred, teacher_pred, weights),
             "feature": torch.stack(list(by_block.values())).mean(),
         }
-        total = weighted_sum(losses, self.stage.losses.model_dump())
-        return {"loss": total, **losses, **{f"feature/{name}": value for name, value in by_block.items()}}
+        if self.encoder is not None and step % stage.semantics.every == 0:
+            losses |= self._semantic_losses(self.encoder, noised, noise_pred, teacher_pred, alphas, indices)
+        return {**self._weighted(losses), **{f"feature/{name}": value for name, value in by_block.items()}}
 
-    def _captions(self, batch: Tensor, generator: torch.Generator) -> Conditioning:
-        kept = torch.rand(len(batch), generator=generator) >= self.stage.caption_dropout
-        return self.examples.captions[batch].where(kept, self.examples.empty_caption)
+    def _student_pred(self, noised: _Noised) -> Tensor:
+        return self.student(
+            noised.noisy, noised.timesteps, **noised.captions.unet_arguments(), return_dict=False
+        )[0]  # fmt: skip
+
+    def _output_loss(self, noised: _Noised, noise_pred: Tensor, teacher_pred: Tensor, weights: Tensor | None) -> Tensor:
+        """Of the predictions, or of the guided ones (arXiv 2207.12598, Eq. 6), whose other branch is run here."""
+        scale = self.stage.guidance_scale
+        if scale is not None:
+            empty = self.examples.empty_caption[[0] * len(noised.noisy)].to(noised.noisy.device, torch.float32)
+            without = replace(noised, captions=empty)
+            with torch.no_grad():
+                unconditional = self._teacher_pred(without)
+            teacher_pred = unconditional + scale * (teacher_pred - unconditional)
+            own = self._student_pred(without)
+            noise_pred = own + scale * (noise_pred - own)
+        return output_loss(noise_pred, teacher_pred, weights, self.stage.relative)
+
+    def _semantic_losses(
+        self,
+        encoder: SemanticEncoder,
+        noised: _Noised,
+        noise_pred: Tensor,
+        teacher_pred: Tensor,
+        alphas: Tensor,
+        indices: Tensor,
+    ) -> dict[str, Tensor]:
+        """By x0 estimates; those at high noise mean little, and weigh by the cumulative alpha."""
+        mine, theirs = (
+            predicted_original(self.schedule, pred.float(), noised.noisy, noised.timesteps)
+            for pred in (noise_pred, teacher_pred)
+        )
+        features = encoder(mine, noised.captions)
+        with torch.no_grad():
+            expected = encoder(theirs, noised.captions)
+        losses = {"semantic": semantic_loss(features, expected, alphas)}
+        if self.text_features is not None:
+            losses["semantic_text"] = semantic_loss(features, self.text_features[indices].to(features), alphas)
+        return losses
+
+
+class IncubationTask(_TeachingTask):
+    """Each edited block of the student alone: on what enters the teacher's block, to what leaves it.
+
+    One teacher forward feeds all of them, and no block sees another's gradient (Deep Incubation, arXiv 2212.04129).
+    """
+
+    def __init__(
+        self,
+        teacher: UNet2DConditionModel,
+        student: UNet2DConditionModel,
+        schedule: DDPMScheduler,
+        examples: TrainingSet,
+        stage: Stage,
+    ):
+        super().__init__(teacher, student, schedule, examples, stage)
+        self.blocks = incubated_blocks(student)
+        if not self.blocks:
+            raise AsdmError(f"stage {stage.name}: nothing to incubate in this student; leave the stage out")
+        incubated = {id(p) for name in self.blocks for p in student.get_submodule(name).parameters()}
+        for parameter in student.parameters():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in incubated)
+        # A removed block has nothing that could learn.
+        self.blocks = [
+            name for name in self.blocks if any(p.requires_grad for p in student.get_submodule(name).parameters())
+        ]
+        self.error = relative_error if stage.relative else squared_error
+
+    def forward(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        noised = self._noised(batch[0], generator)
+        with torch.no_grad(), calls_of(self.teacher, self.blocks) as calls:
+            self._teacher_pred(noised)
+        losses = {}
+        for name in self.blocks:
+            args, kwargs, expected = convert_to_fp32(calls.pop(name))
+            output = self.student.get_submodule(name)(*args, **kwargs)
+            losses[f"block/{name}"] = block_error(output, expected, self.error)
+        return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
 
 @contextmanager
@@ -140,7 +285,8 @@ def distill(
         data: images with captions: a folder, or "demo".
         folder: gets the prepared latents and, for each stage, `log.jsonl`, TensorBoard events and the
             newest checkpoint; a run killed at any moment loses the steps since that checkpoint at most.
-        stages: what to train how long; by default one joint stage of `steps` steps (1000).
+        stages: what to train how long; by default one joint stage of `steps` steps (1000). Recipes are in
+            `asdm.incubation.stages`.
         progress: called after each step with `done` and `total` of all stages' steps, the losses and
             the `seconds` it took.
 
@@ -159,35 +305,49 @@ def distill(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     prepare_for_training()
-    stages = list(stages) if stages is not None else default_stages(student, 1000 if steps is None else steps)
+    stages = list(stages) if stages is not None else joint_stages(student, 1000 if steps is None else steps)
     examples = prepare(teacher, data, folder / "prepared.safetensors")
     schedule = noise_schedule(teacher)
     total, before = sum(stage.steps for stage in stages), 0
     for index, stage in enumerate(stages):
         report = None if progress is None else partial(_reported, progress, before, total)
-        task = DistillationTask(teacher.unet, student, schedule, examples, stage)
         order = ShuffledBatches(len(examples.latents), stage.batch_size, seed)
-        train(
-            task,
-            order,
-            stage.loop(seed),
-            folder / f"{index:02d}-{stage.name}",
-            accelerator=make_accelerator(teacher.device, stage.mixed_precision),
-            progress=report,
-        )
+        with assembled(student, teacher.unet, stage.assembled):
+            train(
+                make_task(teacher, student, schedule, examples, stage),
+                partial(_batch_of, order),
+                stage.loop(seed),
+                folder / f"{index:02d}-{stage.name}",
+                accelerator=make_accelerator(teacher.device, stage.mixed_precision),
+                progress=report,
+            )
         before += stage.steps
     student.eval().requires_grad_(False)
     return examples
 
 
+def make_task(
+    teacher: DiffusionPipeline,
+    student: UNet2DConditionModel,
+    schedule: DDPMScheduler,
+    examples: TrainingSet,
+    stage: Stage,
+) -> TrainingTask:
+    """What the loop trains in a stage."""
+    if stage.scope == "incubate":
+        return IncubationTask(teacher.unet, student, schedule, examples, stage)
+    encoder = None
+    if stage.losses.semantic or stage.losses.semantic_text:
+        encoder = make_encoder(stage.semantics.encoder, teacher, schedule, stage.semantics.decoder)
+    return DistillationTask(teacher.unet, student, schedule, examples, stage, encoder)
+
+
+def _batch_of(order: ShuffledBatches, step: int) -> Batch:
+    return order(step), step
+
+
 def _reported(progress: Progress, before: int, total: int, row: dict[str, float]) -> None:
     progress(row | {"done": before + row["step"], "total": total})
-
-
-def default_stages(student: UNet2DConditionModel, steps: int) -> list[Stage]:
-    """One joint stage at a pace that suits the student's size."""
-    small = sum(p.numel() for p in student.parameters()) <= _SMALL_MODEL_PARAMETERS
-    return small_model_stages(steps) if small else joint_stages(steps)
 
 
 @torch.no_grad()
@@ -211,7 +371,8 @@ def prepare(pipeline: DiffusionPipeline, data: str | Path, cache: Path, batch_si
             raise AsdmError(f"{data}: none of its {len(source)} images can be decoded; mend the folder")
         captions = embed_prompts(pipeline, [example.caption for example in examples])
         tensors = {name: value.cpu().contiguous() for name, value in vars(captions).items() if value is not None}
-        about = {"source": digest, "skipped": json.dumps(skipped)}
+        prompts = json.dumps([example.caption for example in examples])
+        about = {"source": digest, "skipped": json.dumps(skipped), "prompts": prompts}
         with replacing_file(cache) as partial:
             save_file({"latents": torch.cat(latents).contiguous(), **tensors}, partial, metadata=about)
     with safe_open(cache, "pt") as stored:
@@ -223,7 +384,8 @@ def prepare(pipeline: DiffusionPipeline, data: str | Path, cache: Path, batch_si
     empty_caption = embed_prompts(pipeline, [""]).to("cpu")
     if pipeline.config.get("force_zeros_for_empty_prompt"):
         empty_caption = empty_caption.without_text()
-    return TrainingSet(latents, Conditioning(**tensors), empty_caption, json.loads(about["skipped"]))
+    prompts = json.loads(about["prompts"])
+    return TrainingSet(latents, prompts, Conditioning(**tensors), empty_caption, json.loads(about["skipped"]))
 
 
 def _digest(source: Data, size: int) -> str:

@@ -1,42 +1,67 @@
-"""Distillation losses as pure functions of tensors, each normalised by the teacher's power."""
+"""Distillation losses as pure functions of tensors, by default normalised by the teacher's power."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
-def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
+def squared_error(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
+    """mean |student - teacher|^2; with `weights` (batch,), a weighted mean over the samples."""
+    error = (student.float() - teacher.float()).square()
+    return error.mean() if weights is None else (error.flatten(1).mean(1) * weights).sum() / weights.sum()
+
+
+def relative_error(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
     """mean |student - teacher|^2 / mean |teacher|^2: without unit, 1 for a student that says nothing.
 
     Normalised by the teacher's power as in LAPTOP-Diff (arXiv 2404.11098, Sec. 3.3).
     """
-    student, teacher = student.float(), teacher.float()
-    return (student - teacher).square().mean() / teacher.square().mean().clamp(min=1e-12)
+    return squared_error(student, teacher, weights) / teacher.float().square().mean().clamp(min=1e-12)
 
 
-def task_loss(noise_pred: Tensor, target: Tensor) -> Tensor:
-    """The denoising loss (arXiv 2006.11239, Eq. 14), relative to the target's power."""
-    return relative_error(noise_pred, target)
+def task_loss(noise_pred: Tensor, target: Tensor, weights: Tensor | None = None, relative: bool = True) -> Tensor:
+    """The denoising loss (arXiv 2006.11239, Eq. 14), relative to the target's power or plain."""
+    return (relative_error if relative else squared_error)(noise_pred, target, weights)
 
 
-def output_loss(noise_pred: Tensor, teacher_pred: Tensor) -> Tensor:
-    """Output distillation (BK-SDM, arXiv 2305.15798, Eq. 2), relative to the teacher's power."""
-    return relative_error(noise_pred, teacher_pred)
+def output_loss(
+    noise_pred: Tensor, teacher_pred: Tensor, weights: Tensor | None = None, relative: bool = True
+) -> Tensor:
+    """Output distillation (BK-SDM, arXiv 2305.15798, Eq. 2), relative to the teacher's power or plain."""
+    return (relative_error if relative else squared_error)(noise_pred, teacher_pred, weights)
 
 
-def feature_losses(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Feature distillation by block (BK-SDM, arXiv 2305.15798, Eq. 3), each relative to the teacher's power.
+def feature_losses(
+    student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], relative: bool = True
+) -> dict[str, Tensor]:
+    """Feature distillation by block (BK-SDM, arXiv 2305.15798, Eq. 3), each relative to the teacher's power or plain.
 
     Blocks whose shapes differ (a removed innermost stage) are passed over.
     """
+    error = relative_error if relative else squared_error
     return {
-        name: relative_error(features, teacher[name])
+        name: error(features, teacher[name])
         for name, features in student.items()
         if name in teacher and features.shape == teacher[name].shape
     }
+
+
+def semantic_loss(features: Tensor, expected: Tensor, weights: Tensor) -> Tensor:
+    """1 - cosine of features (batch, channels), a mean over samples weighted by `weights` (batch,) (inferred)."""
+    cosine = F.cosine_similarity(features.float(), expected.float(), dim=1)
+    return ((1 - cosine) * weights).sum() / weights.sum()
+
+
+def min_snr_weights(alphas_cumprod: Tensor, prediction_type: str, gamma: float) -> Tensor:
+    """Weights (batch,) of samples at time steps with these cumulative alphas (batch,): Min-SNR-gamma
+    (arXiv 2303.09556, Sec. 3.4), for what the UNet predicts."""
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    clipped = snr.clamp(max=gamma)
+    return clipped / {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[prediction_type]
 
 
 def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:

@@ -12,12 +12,15 @@ from asdm.incubation.trainer import LoopSettings
 
 
 class LossWeights(BaseModel):
-    """Weights of the loss terms, which are all relative to the teacher's power."""
+    """Weights of the loss terms: the denoising task, the teacher's output and its blocks' features; what the teacher's
+    x0 estimate means, and what the caption means (semantic-aware supervision)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     task: float = Field(1.0, ge=0)
     output: float = Field(1.0, ge=0)
     feature: float = Field(1.0, ge=0)
+    semantic: float = Field(0.0, ge=0)
+    semantic_text: float = Field(0.0, ge=0)
 
     @model_validator(mode="after")
     def _something_is_learnt(self) -> LossWeights:
@@ -26,8 +29,25 @@ class LossWeights(BaseModel):
         return self
 
 
+class Semantics(BaseModel):
+    """By which encoder semantic-aware supervision compares x0 estimates (`asdm.incubation.semantics`): "unet", "clip",
+    or a vision model of transformers by name, with the VAE or a tiny decoder by name; at every k-th step."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    encoder: str = "unet"
+    decoder: str | None = None
+    every: int = Field(1, ge=1)
+
+
 class Stage(BaseModel):
-    """One stage of a distillation: how long, how fast, and on which losses."""
+    """One stage of a distillation: how long, how fast, what is trained, and on which losses.
+
+    `scope` "incubate" trains each edited block of the UNet by itself, on the features that the teacher feeds it and
+    expects behind it; "joint" trains the whole, or, with `assembled`, the student's blocks of these names inside the
+    otherwise frozen teacher. `trained` narrows what moves: the layers beside a cut, or the routers of CondConv banks.
+    `relative` divides task, output and feature losses by the teacher's power. `guidance_scale` makes the output loss
+    one of guided predictions, conditional and unconditional branch. `min_snr_gamma` weighs time steps (Min-SNR).
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
@@ -43,6 +63,19 @@ class Stage(BaseModel):
     checkpoint_every: int = Field(100, ge=1)
     mixed_precision: Literal["no", "bf16", "fp16", "auto"] = "no"
     losses: LossWeights = LossWeights()
+    scope: Literal["joint", "incubate"] = "joint"
+    assembled: list[str] | None = None
+    trained: Literal["all", "neighbours", "routers"] = "all"
+    relative: bool = True
+    guidance_scale: float | None = Field(None, gt=0)
+    min_snr_gamma: float | None = Field(None, gt=0)
+    semantics: Semantics = Semantics()
+
+    @model_validator(mode="after")
+    def _assembled_is_joint(self) -> Stage:
+        if self.assembled is not None and self.scope == "incubate":
+            raise ValueError("assembled goes with scope joint; blocks are incubated each by itself")
+        return self
 
     def loop(self, seed: int) -> LoopSettings:
         return LoopSettings(
@@ -56,28 +89,6 @@ class Stage(BaseModel):
             checkpoint_every=self.checkpoint_every,
             seed=seed,
         )
-
-
-def joint_stages(steps: int, batch_size: int = 8, learning_rate: float = 5e-5) -> list[Stage]:
-    """The whole student at once on all losses: the recipe that BK-SDM made common."""
-    return [Stage(name="joint", steps=steps, batch_size=batch_size, learning_rate=learning_rate)]
-
-
-def small_model_stages(steps: int) -> list[Stage]:
-    """For a UNet of up to about 50M parameters: the same, at a pace that such a model stands."""
-    return [
-        Stage(
-            name="joint",
-            steps=steps,
-            batch_size=32,
-            learning_rate=4e-4,
-            warmup_steps=min(20, steps // 4),
-            schedule="cosine",
-            ema_decay=0.99,
-            checkpoint_every=50,
-            mixed_precision="auto",
-        )
-    ]
 
 
 def parse_stages(content: object) -> list[Stage]:

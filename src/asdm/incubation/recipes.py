@@ -1,0 +1,97 @@
+"""Recipes: lists of stages by name or from a file, at a pace that suits the student's size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from diffusers import UNet2DConditionModel
+
+from asdm.errors import AsdmError
+from asdm.incubation.blocks import groups_of, incubated_blocks
+from asdm.incubation.stages import LossWeights, Stage, parse_stages
+from asdm.units import stages as unet_blocks
+
+SMALL_MODEL_PARAMETERS = 50_000_000
+SEMANTIC_WEIGHT = 0.3
+
+
+def pace(student: UNet2DConditionModel, steps: int) -> dict[str, Any]:
+    """Fields of a stage of so many steps: BK-SDM's pace (arXiv 2305.15798, Sec. 4.1), or one for UNets of up to 50M
+    parameters, which stand a faster one."""
+    if sum(p.numel() for p in student.parameters()) > SMALL_MODEL_PARAMETERS:
+        return {"steps": steps, "batch_size": 8, "learning_rate": 5e-5}
+    return {
+        "steps": steps,
+        "batch_size": 32,
+        "learning_rate": 4e-4,
+        "warmup_steps": min(20, steps // 4),
+        "schedule": "cosine",
+        "ema_decay": 0.99,
+        "checkpoint_every": 50,
+        "mixed_precision": "auto",
+    }
+
+
+def joint_stages(student: UNet2DConditionModel, steps: int) -> list[Stage]:
+    """The whole student at once, on task, output and features, each relative to the teacher's power."""
+    return [Stage(name="joint", **pace(student, steps))]
+
+
+def bk_sdm_stages(student: UNet2DConditionModel, steps: int) -> list[Stage]:
+    """The recipe that BK-SDM made common (arXiv 2305.15798, Sec. 3.2): the same losses, plain, all of weight 1."""
+    return [Stage(name="bk-sdm", relative=False, **pace(student, steps))]
+
+
+def incubation_stages(student: UNet2DConditionModel, steps: int) -> list[Stage]:
+    """Progressive incubation (inferred): the edited blocks each alone inside the teacher, then put in its place one
+    after another with a short distillation, then the whole with semantic-aware supervision.
+
+    Three tenths of the steps incubate, two tenths assemble, half are joint.
+    """
+    groups = groups_of(student)
+    stages = []
+    if incubated_blocks(student):
+        stages.append(Stage(name="incubate", scope="incubate", **pace(student, round(0.3 * steps))))
+    each = round(0.2 * steps / max(1, len(groups) - 1))
+    touched = {name for group in groups for name in group}
+    blocks = [name for name in unet_blocks(student) if name not in touched]
+    for number, group in enumerate(groups[:-1], start=1):  # with the last, it is the whole
+        blocks = [*blocks, *group]
+        if each > 0:
+            stages.append(Stage(name=f"assemble-{number}", assembled=list(blocks), **pace(student, each)))
+    left = steps - sum(stage.steps for stage in stages)
+    losses = LossWeights(semantic=SEMANTIC_WEIGHT)
+    return [*stages, Stage(name="joint", losses=losses, **pace(student, left))]
+
+
+RECIPES: dict[str, Callable[[UNet2DConditionModel, int], list[Stage]]] = {
+    "joint": joint_stages,
+    "bk-sdm": bk_sdm_stages,
+    "incubation": incubation_stages,
+}
+
+
+def recipe_stages(recipe: str | Path, student: UNet2DConditionModel, steps: int) -> list[Stage]:
+    """The stages of a recipe: one of `RECIPES` by name, with so many steps in all, or a YAML or JSON file with a list
+    of stages.
+
+    Raises:
+        AsdmError: no such recipe or file, or one that is not a list of stages.
+    """
+    if str(recipe) in RECIPES:
+        return RECIPES[str(recipe)](student, steps)
+    path = Path(recipe)
+    if not path.is_file():
+        raise AsdmError(f"{recipe}: no such recipe; it is {', '.join(RECIPES)} or a YAML file with a list of stages")
+    try:
+        return parse_stages(yaml.safe_load(path.read_text("utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise AsdmError(f"{path}: not a list of stages in YAML: {' '.join(str(error).split())[:160]}") from None
+
+
+def as_yaml(stages: list[Stage]) -> str:
+    """A recipe's file, with all fields, to be changed by hand."""
+    return yaml.safe_dump([stage.model_dump(exclude_none=True) for stage in stages], sort_keys=False)

@@ -1,0 +1,287 @@
+"""Blocks learn alone inside the teacher, are put together, and mean what the teacher's images mean."""
+
+import math
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
+
+from asdm import AsdmError, PruningPlan, Stage, build_student, distill
+from asdm.conditioning import noise_schedule, predicted_original, prediction_target
+from asdm.incubation.blocks import assembled, groups_of, incubated_blocks, narrowed
+from asdm.incubation.distillation import DistillationTask, IncubationTask, make_task, prepare
+from asdm.incubation.estimate import estimate
+from asdm.incubation.losses import min_snr_weights, semantic_loss, squared_error
+from asdm.incubation.recipes import RECIPES, as_yaml, recipe_stages
+from asdm.incubation.semantics import UNetEncoder, VisionEncoder
+from asdm.incubation.stages import LossWeights, Semantics, parse_stages
+from conftest import predict, tiny_pipeline, tiny_vae
+
+REMOVED = ("down_blocks.1.resnets.1", "mid_block.resnets.1", "up_blocks.2.attentions.1")
+
+
+def pruned(unet, *units):
+    return build_student(
+        unet, PruningPlan.for_unet(unet, [{"edit": "remove", "unit": unit} for unit in units or REMOVED])
+    )
+
+
+def stage(**changes):
+    return Stage(**{"name": "s", "steps": 3, "batch_size": 2, "learning_rate": 1e-3, "ema_decay": 0, **changes})
+
+
+@pytest.fixture
+def examples(pipeline, data_folder, tmp_path):
+    return prepare(pipeline, data_folder, tmp_path / "prepared.safetensors")
+
+
+def losses_of(pipeline, student, examples, chosen, step=0):
+    torch.manual_seed(0)
+    task = make_task(pipeline, student, noise_schedule(pipeline), examples, chosen)
+    losses = task((torch.tensor([0, 1]), step), torch.Generator().manual_seed(0))
+    losses["loss"].backward()
+    return task, {name: float(value.detach()) for name, value in losses.items()}
+
+
+def test_incubation_trains_each_edited_block_and_nothing_else(pipeline, examples):
+    student = pruned(pipeline.unet)
+    task, losses = losses_of(pipeline, student, examples, stage(scope="incubate"))
+    assert isinstance(task, IncubationTask)
+    assert set(losses) == {"loss", "block/down_blocks.1", "block/mid_block", "block/up_blocks.2"}
+    assert losses["loss"] == pytest.approx(sum(losses[name] for name in losses if name != "loss"))
+    moved = {name for name, p in student.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert moved and all(name.startswith(("down_blocks.1.", "mid_block.", "up_blocks.2.")) for name in moved)
+
+
+def test_a_block_that_is_the_teachers_has_nothing_to_learn(pipeline, examples):
+    _, losses = losses_of(pipeline, pruned(pipeline.unet), examples, stage(scope="incubate"))
+    assert all(value > 1e-4 for value in losses.values())
+    # An edit that changes nothing: attention of one region and no pooling.
+    unit = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+    edit = {"edit": "gri_attention", "unit": unit, "regions": 1, "pool": 0}
+    same = build_student(pipeline.unet, PruningPlan.for_unet(pipeline.unet, [edit]))
+    _, losses = losses_of(pipeline, same, examples, stage(scope="incubate"))
+    assert losses["block/down_blocks.0"] < 1e-10
+
+
+def test_incubated_blocks_learn(pipeline, data_folder, tmp_path):
+    student = pruned(pipeline.unet)
+    rows = []
+    chosen = stage(scope="incubate", steps=30, batch_size=4)
+    distill(pipeline, student, data_folder, tmp_path / "run", stages=[chosen], progress=rows.append)
+    assert sum(row["loss"] for row in rows[-5:]) < 0.8 * sum(row["loss"] for row in rows[:5])
+
+
+def test_the_teachers_blocks_stand_in_for_those_not_assembled_yet(pipeline):
+    unet, student = pipeline.unet, pruned(pipeline.unet)
+    alone, own = predict(student), student.mid_block
+    with assembled(student, unet, []):
+        assert torch.equal(predict(student), predict(unet))
+    with assembled(student, unet, ["mid_block", "up_blocks.0"]):
+        assert torch.equal(predict(student), predict(pruned(unet, "mid_block.resnets.1")))
+    assert student.mid_block is own and torch.equal(predict(student), alone)
+    with (
+        pytest.raises(AsdmError, match=r"mid_blok: no such block; they are .*mid_block"),
+        assembled(student, unet, ["mid_blok"]),
+    ):
+        pass
+
+
+def test_what_goes_with_the_innermost_stage_is_one_group(pipeline):
+    student = pruned(pipeline.unet, "down_blocks.3", "mid_block", "up_blocks.2.resnets.1")
+    together = ["down_blocks.2", "down_blocks.3", "up_blocks.0"]
+    assert groups_of(student) == [["mid_block"], ["up_blocks.2"], together]
+    assert incubated_blocks(student) == ["mid_block", "up_blocks.2"]
+    with (
+        pytest.raises(AsdmError, match="go together in this student"),
+        assembled(student, pipeline.unet, ["down_blocks.2"]),
+    ):
+        pass
+    with assembled(student, pipeline.unet, together):
+        predict(student)
+
+
+def test_an_assembly_trains_its_own_blocks_and_leaves_the_teacher(pipeline, data_folder, tmp_path):
+    student, teacher = pruned(pipeline.unet), pipeline.unet
+    before = {name: p.clone() for name, p in student.named_parameters()}
+    theirs = {name: p.clone() for name, p in teacher.named_parameters()}
+    chosen = stage(assembled=["down_blocks.1"], steps=2)
+    distill(pipeline, student, data_folder, tmp_path / "run", stages=[chosen])
+    moved = {name for name, p in student.named_parameters() if not torch.equal(p, before[name])}
+    assert any(name.startswith("down_blocks.1.") for name in moved)
+    assert not any(name.startswith(("mid_block.", "up_blocks.", "down_blocks.0.")) for name in moved)
+    assert all(torch.equal(p, theirs[name]) for name, p in teacher.named_parameters())
+
+
+def test_only_what_is_beside_a_cut_or_routes_moves(pipeline):
+    bank = {"edit": "cond_conv", "unit": "up_blocks.3.resnets.0.conv2", "experts": ["up_blocks.3.resnets.1.conv2"]}
+    edits = [{"edit": "remove", "unit": "down_blocks.1.resnets.1"}, bank]
+    student = build_student(pipeline.unet, PruningPlan.for_unet(pipeline.unet, edits))
+    narrowed(student, "routers")
+    routers = [name for name, p in student.named_parameters() if p.requires_grad]
+    assert routers == [f"up_blocks.3.resnets.0.conv2.router.{kind}" for kind in ("weight", "bias")]
+    narrowed(student, "neighbours")
+    near = {name.rsplit(".", 2)[0] for name, p in student.named_parameters() if p.requires_grad}
+    assert any(name.startswith("down_blocks.1.attentions.0") for name in near)
+    assert not any(name.startswith(("conv_in", "up_blocks.1", "down_blocks.0.resnets.0")) for name in near)
+    narrowed(student, "all")
+    assert all(p.requires_grad for p in student.parameters())
+    with pytest.raises(AsdmError, match="trained=routers: this student has none"):
+        narrowed(pruned(pipeline.unet), "routers")
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_the_original_is_estimated_from_any_prediction(kind):
+    schedule = DDPMScheduler(prediction_type=kind)
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = torch.randn(2, 3, 4, 8, 8, generator=generator)
+    timesteps = torch.tensor([10, 500, 900])
+    noisy = schedule.add_noise(latents, noise, timesteps)
+    target = prediction_target(schedule, latents, noise, timesteps)
+    torch.testing.assert_close(predicted_original(schedule, target, noisy, timesteps), latents, atol=1e-4, rtol=1e-4)
+
+
+def test_semantic_loss_is_the_weighted_distance_of_directions():
+    mine, theirs = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0, 0.0], [0.0, -1.0]])
+    assert semantic_loss(mine, theirs, torch.tensor([1.0, 1.0])) == pytest.approx(1.0)
+    assert semantic_loss(mine, theirs, torch.tensor([1.0, 0.0])) == pytest.approx(0.0)
+
+
+def test_min_snr_weights_follow_the_paper():
+    alphas = torch.tensor([0.99, 0.5, 0.1])
+    snr = alphas / (1 - alphas)
+    expected = [min(5.0, float(value)) / float(value) for value in snr]
+    assert min_snr_weights(alphas, "epsilon", 5.0).tolist() == pytest.approx(expected)
+    expected = [min(5.0, float(value)) / (float(value) + 1) for value in snr]
+    assert min_snr_weights(alphas, "v_prediction", 5.0).tolist() == pytest.approx(expected)
+    error = squared_error(torch.ones(2, 3), torch.tensor([[0.0] * 3, [3.0] * 3]), torch.tensor([3.0, 1.0]))
+    assert error == pytest.approx((3 * 1 + 1 * 4) / 4)
+
+
+def encoders(pipeline):
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"vocab_size": len(pipeline.tokenizer), "max_position_embeddings": pipeline.tokenizer.model_max_length}
+    text |= {"eos_token_id": pipeline.tokenizer.eos_token_id}
+    vision = {"image_size": 16, "patch_size": 8}
+    clip = CLIPModel(CLIPConfig(text_config=size | text, vision_config=size | vision, projection_dim=8))
+    vit = ViTModel(ViTConfig(**size, **vision))
+    return {
+        "unet": UNetEncoder(pipeline.unet, noise_schedule(pipeline)),
+        "clip": VisionEncoder(clip, tiny_vae().requires_grad_(False), pipeline.tokenizer),
+        "vit": VisionEncoder(vit, tiny_vae().requires_grad_(False)),
+    }
+
+
+@pytest.mark.parametrize("name", ["unet", "clip", "vit"])
+def test_encoders_tell_latents_apart_and_pass_gradients(pipeline, examples, name):
+    encoder = encoders(pipeline)[name]
+    pipeline.unet.requires_grad_(False)
+    latents = examples.latents[:2].clone().requires_grad_(True)
+    features = encoder(latents, examples.captions[[0, 1]])
+    assert features.ndim == 2 and torch.equal(features, encoder(latents, examples.captions[[0, 1]]))
+    assert not torch.allclose(features[0], features[1])
+    features.square().sum().backward()
+    assert latents.grad.abs().sum() > 0
+    texts = encoder.text_features(["a fish", "a fish", "a dog"])
+    if name == "clip":
+        assert texts.shape == (3, features.shape[1])
+        assert torch.equal(texts[0], texts[1]) and not torch.allclose(texts[0], texts[2])
+    else:
+        assert texts is None
+
+
+def test_semantic_terms_are_in_the_loss_at_every_kth_step(pipeline, examples):
+    weights = LossWeights(semantic=0.5)
+    chosen = stage(losses=weights, semantics=Semantics(every=2))
+    _, with_it = losses_of(pipeline, pruned(pipeline.unet), examples, chosen, step=0)
+    _, without = losses_of(pipeline, pruned(pipeline.unet), examples, chosen, step=1)
+    assert with_it["semantic"] > 0 and "semantic" not in without
+    assert with_it["loss"] - without["loss"] == pytest.approx(0.5 * with_it["semantic"], rel=1e-4)
+    assert with_it["weighted/semantic"] == pytest.approx(0.5 * with_it["semantic"])
+    _, same = losses_of(pipeline, build_student(pipeline.unet, PruningPlan.for_unet(pipeline.unet)), examples, chosen)
+    assert same["semantic"] == pytest.approx(0, abs=1e-5)
+    with pytest.raises(AsdmError, match="the encoder unet has no text tower"):
+        losses_of(pipeline, pruned(pipeline.unet), examples, stage(losses=LossWeights(semantic_text=1)))
+    task = DistillationTask(
+        pipeline.unet, pruned(pipeline.unet), noise_schedule(pipeline), examples,
+        stage(losses=LossWeights(semantic_text=1)), encoders(pipeline)["clip"],
+    )  # fmt: skip
+    losses = task((torch.tensor([0, 1]), 0), torch.Generator().manual_seed(0))
+    assert 0 < losses["semantic_text"] < 2 and losses["loss"] > losses["weighted/semantic_text"]
+
+
+def test_plain_losses_are_mean_squared_errors(pipeline, examples):
+    _, relative = losses_of(pipeline, pruned(pipeline.unet), examples, stage())
+    _, plain = losses_of(pipeline, pruned(pipeline.unet), examples, stage(relative=False))
+    ratios = [plain[name] / relative[name] for name in plain if name.startswith("feature/") and relative[name] > 0]
+    assert max(ratios) / min(ratios) > 2  # the blocks' powers differ
+    assert plain["loss"] == pytest.approx(plain["task"] + plain["output"] + plain["feature"], rel=1e-5)
+
+
+def test_guided_output_distillation_compares_guided_predictions(pipeline, examples):
+    student = pruned(pipeline.unet)
+    _, plain = losses_of(pipeline, student, examples, stage(caption_dropout=0))
+    _, one = losses_of(pipeline, student, examples, stage(caption_dropout=0, guidance_scale=1.0))
+    _, strong = losses_of(pipeline, student, examples, stage(caption_dropout=0, guidance_scale=5.0))
+    assert one["output"] == pytest.approx(plain["output"], rel=1e-4)  # scale 1 is no guidance
+    assert not math.isclose(strong["output"], plain["output"], rel_tol=1e-2)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_are_data_that_run_and_survive_their_file(pipeline, data_folder, tmp_path, recipe):
+    student = pruned(pipeline.unet)
+    stages = recipe_stages(recipe, student, 20)
+    assert sum(stage.steps for stage in stages) == 20
+    (tmp_path / "recipe.yaml").write_text(as_yaml(stages))
+    assert recipe_stages(tmp_path / "recipe.yaml", student, 1) == stages
+    short = [s.model_copy(update={"steps": 1, "batch_size": 2}) for s in stages]
+    distill(pipeline, student, data_folder, tmp_path / "run", stages=short)
+    assert all(torch.isfinite(p).all() for p in student.parameters())
+    if recipe == "incubation":
+        assert [s.name for s in stages] == ["incubate", "assemble-1", "assemble-2", "joint"]
+        assert stages[1].assembled == [
+            name for name in ("down_blocks.0", "down_blocks.2", "down_blocks.3", "up_blocks.0", "up_blocks.1",
+                              "up_blocks.3", "down_blocks.1")
+        ]  # fmt: skip
+        assert stages[-1].losses.semantic > 0
+
+
+def test_wrong_recipes_are_told_in_one_line(pipeline, tmp_path):
+    student = pruned(pipeline.unet)
+    (tmp_path / "bad.yaml").write_text("- name: [")
+    (tmp_path / "odd.yaml").write_text("- {name: a, steps: 3, scope: incubate, assembled: [mid_block]}")
+    for recipe, message in (
+        ("incubate", "incubate: no such recipe; it is joint, bk-sdm, incubation or a YAML file"),
+        (tmp_path / "bad.yaml", "not a list of stages in YAML"),
+        (tmp_path / "odd.yaml", "assembled goes with scope joint"),
+    ):
+        with pytest.raises(AsdmError, match=message) as error:
+            recipe_stages(recipe, student, 10)
+        assert "\n" not in str(error.value)
+    with pytest.raises(AsdmError, match="nothing to incubate"):
+        plain = build_student(pipeline.unet, PruningPlan.for_unet(pipeline.unet))
+        losses_of(pipeline, plain, None, stage(scope="incubate"))
+
+
+def test_an_estimate_counts_what_moves_and_changes_nothing():
+    pipeline = tiny_pipeline()
+    student = pruned(pipeline.unet)
+    student.requires_grad_(False)
+    stages = parse_stages(
+        [
+            {"name": "a", "steps": 10, "scope": "incubate"},
+            {"name": "b", "steps": 10, "assembled": ["mid_block"]},
+            {"name": "c", "steps": 20, "ema_decay": 0.0},
+        ]
+    )
+    rows = estimate(pipeline, student, stages)
+    size = {name: sum(p.numel() for p in block.parameters()) for name, block in student.named_children()}
+    blocks = [student.get_submodule(name) for name in ("down_blocks.1", "mid_block", "up_blocks.2")]
+    assert rows[0].trained_parameters == sum(p.numel() for block in blocks for p in block.parameters())
+    outside = sum(size[name] for name in ("conv_in", "time_embedding", "conv_norm_out", "conv_out"))
+    assert rows[1].trained_parameters == size["mid_block"] + outside
+    assert rows[2].trained_parameters == sum(p.numel() for p in student.parameters())
+    assert rows[2].seconds == pytest.approx(2 * rows[1].seconds)
+    assert not any(p.requires_grad for p in student.parameters())
