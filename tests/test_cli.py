@@ -73,6 +73,7 @@ def mistakes(model, tmp_path):
         (["analyze", model, "--out", "theirs"], "is a folder; name a file"),
         (["plan", model, "--speedup", "1.1", "--out", "theirs"], "is a folder; name a file"),
         (["generate", model, "x", "--image", tmp_path / "real.png", "--strength", "0.01"], "leave at least one"),
+        (["generate", model, "x", "--inherit", "500"], "is the limit"),
     ]
 
 
@@ -104,7 +105,19 @@ def test_main_job_by_its_single_commands(run, model, data_folder, tmp_path):
     status, _, _ = run("generate", "done", "octopus, noto", "pear", "--steps", 2, "--out", "drawn")
     assert status == 0
     assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["octopus__noto.png", "pear.png"]
-    again = run("generate", "done", "pear", "--image", tmp_path / "drawn" / "pear.png", "--steps", 2, "--out", "drawn")
+    again = run(
+        "generate",
+        "done",
+        "pear",
+        "--image",
+        tmp_path / "drawn" / "pear.png",
+        "--steps",
+        4,
+        "--inherit",
+        1.1,
+        "--out",
+        "drawn",
+    )
     assert again[0] == 0
     with Image.open(tmp_path / "drawn" / "pear-1.png") as image:
         assert image.size == (16, 16)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from asdm.generation import generate as generate
     from asdm.incubation.distillation import distill as distill
     from asdm.incubation.stages import Stage as Stage
+    from asdm.inference.feature_inheritance import inherit_features as inherit_features
     from asdm.pipelines import load_pipeline as load_pipeline
     from asdm.pipelines import save_pipeline as save_pipeline
     from asdm.pipelines import with_unet as with_unet
@@ -58,6 +59,7 @@ _HOME = {
     "evaluate": "asdm.evaluation.comparison",
     "fit_compensation": "asdm.compensation",
     "generate": "asdm.generation",
+    "inherit_features": "asdm.inference.feature_inheritance",
     "load_pipeline": "asdm.pipelines",
     "make_plan": "asdm.planning",
     "save_pipeline": "asdm.pipelines",

@@ -6,7 +6,7 @@ import errno
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -342,6 +342,13 @@ def generate(
     strength: Annotated[float, typer.Option(help="How far from --image to go.", min=0.01, max=1.0)] = 0.6,
     steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = 25,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default=False)] = None,
+    inherit: Annotated[
+        float | None,
+        typer.Option(
+            help="Let most steps inherit features of others, so that the UNet is this many times faster.",
+            show_default=False,
+        ),
+    ] = None,
     device: DeviceOption = None,
     seed: SeedOption = 0,
 ) -> None:
@@ -354,7 +361,8 @@ def generate(
     pipeline = _load(model, device)
     if start is not None:
         start = start.resize((image_size(pipeline),) * 2)
-    with _progress() as report:
+    inheriting = nullcontext() if inherit is None else asdm.inherit_features(pipeline, speedup=inherit)
+    with inheriting, _progress() as report:
         pixels = asdm.generate(
             pipeline,
             prompts,
