@@ -3,12 +3,16 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test slow lint clean
+.PHONY: demo test benchmark slow lint clean
 demo: $(INSTALLED)
 	$(BIN)/asdm demo --out asdm-demo
 
 test: $(INSTALLED)
 	$(BIN)/pytest -q
+
+benchmark: $(INSTALLED)
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[benchmark]"
+	$(BIN)/asdm benchmark demo --out docs/results/benchmark
 
 slow: $(INSTALLED)
 	$(BIN)/pytest -q -m slow

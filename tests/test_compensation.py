@@ -4,8 +4,9 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from asdm import AsdmError, PruningPlan, build_student, fit_compensation
-from asdm.compensation import _Regression, fitted_tensors
+from asdm import AsdmError, PruningPlan, analyze, build_student, fit_compensation
+from asdm.calibration import calibration_calls
+from asdm.compensation import _Regression, fitted_tensors, prediction_error
 from asdm.student.unet import AsdmUNet2DConditionModel
 from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline
 
@@ -144,3 +145,29 @@ def test_diagonal_regression_is_one_line_for_each_channel():
     assert torch.allclose(weight, torch.tensor([2.0, -1.0]), atol=1e-5)
     assert torch.allclose(bias, torch.tensor([0.5, 3.0]), atol=1e-5)
     assert left == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["bias", "diagonal", "linear"])
+def test_a_unit_is_tried_with_the_map_that_a_plan_of_it_alone_would_get(pipeline, data_folder, kind):
+    """In an ablation with compensations, each unit's error is that of a student which lacks it alone."""
+    before = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
+    settings = {"data": data_folder, "timesteps": 2, "samples": 4, "seed": 3}
+    redundancy = analyze(pipeline, compensate=kind, latency_rounds=1, **settings)
+    plain = analyze(pipeline, compensate="none", latency_rounds=1, **settings)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in pipeline.unet.state_dict().items())
+    calls = calibration_calls(pipeline, data_folder, None, 2, 4, 3)
+    by_name = {unit.name: unit.sensitivity for unit in redundancy.units}
+    for unit in (
+        "down_blocks.1.resnets.1",  # the identity as its shortcut
+        "up_blocks.1.resnets.0",  # a convolution, in which the map folds
+        "mid_block.attentions.0",
+        "down_blocks.0.attentions.0.transformer_blocks.0.ff",
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn1",
+    ):
+        edit = {"edit": "remove", "unit": unit, "compensate": kind}
+        student = build_student(pipeline.unet, PruningPlan.for_unet(pipeline.unet, [edit]))
+        fit_compensation(pipeline, student, **settings)
+        assert by_name[unit] == pytest.approx(prediction_error(pipeline.unet, student, calls), rel=1e-2), unit
+    if kind == "linear":
+        assert sum(by_name.values()) < 0.8 * sum(unit.sensitivity for unit in plain.units)
+        assert (redundancy.compensate, plain.compensate) == ("linear", "none")

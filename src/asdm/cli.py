@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -111,6 +112,7 @@ def analyze(
         Literal["ablation", "taylor"],
         typer.Option(help="Remove each unit and compare, or estimate all of them from a few backward passes."),
     ] = "ablation",
+    compensate: CompensateOption = None,
     timesteps: Annotated[
         int | None,
         typer.Option(help="At how many time steps; by default 4, or 2 for large models.", min=1, show_default=False),
@@ -130,6 +132,7 @@ def analyze(
             pipeline,
             data=data,
             sensitivity=sensitivity,
+            compensate=compensate or ("none" if model.startswith("random:") else "linear"),
             timesteps=timesteps,
             samples=samples,
             seed=seed,
@@ -180,6 +183,7 @@ def plan(
             redundancy = asdm.analyze(
                 pipeline,
                 data=data,
+                compensate=compensate or "linear",
                 seed=seed,
                 progress=lambda done, total, name: report("analyse", done, total, name),
             )
@@ -425,6 +429,55 @@ def demo(
     _compress("demo", out, speedup=1.5, data="demo", steps=1500 if full else 300, samples=128 if full else 64)
 
 
+@app.command()
+def benchmark(
+    model: ModelArgument = "demo",
+    students: Annotated[
+        list[Path] | None, typer.Option("--student", help="Also a student of it, alone and inheriting features.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help=f"{DATA}; none for speed alone.", show_default=False)
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Images per split.", min=2)] = 64,
+    steps: Annotated[int, typer.Option(help="Sampling steps.", min=2)] = 25,
+    rounds: Annotated[int, typer.Option(help="Timed images of each.", min=1)] = 5,
+    out: Annotated[Path, typer.Option(help="The folder to write figures and the plot to.")] = Path("benchmark"),
+    device: DeviceOption = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Ways to make a pipeline faster, ours and our peers', in one run: speed and what it costs in quality."""
+    import asdm
+    from asdm.evaluation import contest
+    from asdm.evaluation.report import save_figure
+
+    pipeline = _load(model, device)
+    data = "demo" if data is None and model == "demo" else data
+    entries = contest.contestants(steps)
+    if data is None:
+        entries = [entry for entry in entries if entry.group != "fewer steps"]
+    for folder in students or ():
+        unet = asdm.load_pipeline(folder, device=pipeline.device).unet
+        entries += [replace(contest.student(folder.name, unet, every), steps=steps) for every in (None, 2, 3)]
+    with _progress() as report:
+        made = contest.run_contest(
+            pipeline,
+            entries,
+            place=model,
+            data=data,
+            samples=samples,
+            rounds=rounds,
+            seed=seed,
+            images_folder=out / "images",
+            progress=lambda title, done, total: report(title, done, total, ""),
+        )
+    made.save(out / "benchmark.json")
+    _print_contest(made)
+    if data is not None:
+        split = list(made.rows[0].teacher_distance)[-1]
+        save_figure(contest.contest_plot(made, split), out / "benchmark.png")
+    console.print(f"written to {out}", highlight=False)
+
+
 @app.command("demo-build")
 def demo_build(
     stage: Annotated[
@@ -571,6 +624,25 @@ def _print_evaluation(figures: Evaluation) -> None:
         style="dim",
         highlight=False,
     )
+
+
+def _print_contest(made: Any) -> None:
+    table = Table(title=f"{made.rows[0].place}: {made.machine}, {made.dtype}, {made.threads} threads")
+    splits = list(made.rows[0].teacher_distance)
+    titles = [f"{title}, {split.replace('_', ' ')}" for split in splits for title in ("distance", "top-5")]
+    for title in ("", "seconds", "faster", *titles):
+        table.add_column(title, justify="left" if not title else "right")
+    for row in made.rows:
+        if row.error is not None:
+            table.add_row(row.name, row.error)
+            continue
+        figures = []
+        for split in splits:
+            top5 = row.concept_top5.get(split)
+            figures += [f"{row.teacher_distance[split]:.4f}", "–" if top5 is None else f"{100 * top5:.1f}%"]
+        low, high = row.seconds_quartiles
+        table.add_row(row.name, f"{row.seconds:.2f} ({low:.2f}-{high:.2f})", f"{row.speedup:.2f}x", *figures)
+    console.print(table)
 
 
 def _print_estimate(teaching: Any, student: Any, stages: Any) -> None:

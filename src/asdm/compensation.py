@@ -7,7 +7,9 @@ those that the teacher had behind the branch: so a later fit also mends what ear
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,13 @@ from asdm.calibration import CalibrationCall, calibration_calls
 from asdm.conditioning import latent_shape
 from asdm.errors import AsdmError
 from asdm.student.compensation import Compensation
-from asdm.student.edits import Remove, compensated
-from asdm.student.surgery import RemovedBranch, RemovedResnet
+from asdm.student.edits import CompensationKind, Remove, compensated
+from asdm.student.surgery import RemovedBranch, RemovedResnet, edited
 from asdm.student.unet import edits_of
-from asdm.units import TRANSFORMER_BRANCHES, removable_units
+from asdm.units import TRANSFORMER_BRANCHES, Unit, removable_units, shortcut_of
 
 Progress = Callable[[int, int, str], None]
+RIDGE = 1e-3
 
 
 class CompensationReport(BaseModel):
@@ -48,7 +51,7 @@ def fit_compensation(
     prompts: Sequence[str] | None = None,
     timesteps: int = 8,
     samples: int | None = None,
-    ridge: float = 1e-3,
+    ridge: float = RIDGE,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> CompensationReport:
@@ -120,6 +123,79 @@ def _to_fit(teacher: UNet2DConditionModel, student: UNet2DConditionModel) -> lis
     return sorted(edits, key=position)
 
 
+Map = tuple[Tensor, Tensor]  # weight (out, in) or (channels,), bias (out,)
+
+
+@torch.no_grad()
+def unit_maps(
+    unet: UNet2DConditionModel,
+    units: Sequence[Unit],
+    calls: Sequence[CalibrationCall],
+    kind: CompensationKind,
+    ridge: float = RIDGE,
+) -> dict[str, Map]:
+    """For each unit alone, the map that stands best in its branch's place where all else stays: from one call of the
+    UNet for each of `calls`."""
+    regressions = {unit.name: _Regression(diagonal=kind == "diagonal") for unit in units}
+    # A transformer's branch goes with its norm, so that the map reads what enters the norm.
+    before_norm: dict[str, Tensor] = {}
+
+    def read(unit: Unit) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            before_norm[unit.name] = args[0]
+
+        return hook
+
+    def note(unit: Unit) -> Callable[..., None]:
+        def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
+            hidden_states = before_norm.pop(unit.name, args[0])
+            behind = output[0] if isinstance(output, tuple) else output
+            kept = behind.new_zeros(()) + shortcut_of(unit, module, args)
+            scale = module.output_scale_factor if unit.kind == "resnet" else 1.0
+            folds = unit.kind == "resnet" and module.conv_shortcut is not None
+            missing = _rows(behind - kept) * scale
+            if kind == "diagonal":
+                features = _rows(kept * scale if folds else hidden_states)
+            else:
+                features = _rows(hidden_states) if kind == "linear" else missing.new_zeros(len(missing), 0)
+            regressions[unit.name].add(features, missing)
+
+        return hook
+
+    handles = [unet.get_submodule(unit.name).register_forward_hook(note(unit)) for unit in units]
+    for unit in units:
+        block, _, branch = unit.name.rpartition(".")
+        if branch in TRANSFORMER_BRANCHES:
+            norm = unet.get_submodule(f"{block}.{TRANSFORMER_BRANCHES[branch][1]}")
+            handles.append(norm.register_forward_pre_hook(read(unit)))
+    try:
+        for call in calls:
+            unet(**call.arguments, return_dict=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: regression.solve(ridge)[:2] for name, regression in regressions.items()}
+
+
+@contextmanager
+def compensating(unet: UNet2DConditionModel, edit: Remove, fitted: Map) -> Iterator[None]:
+    """Apply a compensated removal with a fitted map for the length of the block, then put the original back."""
+    with edited(unet, edit):
+        module = unet.get_submodule(edit.unit)
+        if isinstance(module, RemovedResnet) and module.conv_shortcut is not None:
+            module.conv_shortcut = deepcopy(module.conv_shortcut)  # the original's own, in which the map folds
+        _add_map(module, *fitted)
+        yield
+
+
+def _add_map(module: Any, weight: Tensor, bias: Tensor) -> None:
+    holder = module if isinstance(module, RemovedResnet) else module.compensation
+    assert isinstance(holder, RemovedResnet | Compensation)
+    like = next(holder.parameters())
+    holder.to(like.device)
+    holder.add_map(weight.to(like.device, like.dtype), bias.to(like.device, like.dtype))
+
+
 # -- one unit ------------------------------------------------------------------------------------------
 
 
@@ -153,9 +229,7 @@ def _fit(
     weight, bias, left = regression.solve(ridge)
     if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
         raise AsdmError(f"{edit.unit}: its compensation is not finite; raise ridge, now {ridge:g}")
-    holder = module if isinstance(module, RemovedResnet) else module.compensation
-    assert isinstance(holder, RemovedResnet | Compensation)
-    holder.add_map(weight.to(student.device), bias.to(student.device))
+    _add_map(module, weight, bias)
     return left
 
 

@@ -113,7 +113,7 @@ def compress(
     _claim(out, settings)
     work = out / "work"
 
-    redundancy = _analyzed(pipeline, data, seed, work / "redundancy.json", report)
+    redundancy = _analyzed(pipeline, data, compensate, seed, work / "redundancy.json", report)
     plan = _planned(redundancy, settings["budget"] | {"compensate": compensate}, pipeline, out / "plan.json", report)
     save_figure(redundancy_plot(redundancy, plan), out / "redundancy.png")
 
@@ -188,13 +188,19 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
 
 
 def _analyzed(
-    pipeline: DiffusionPipeline, data: str | Path | None, seed: int, path: Path, report: Progress
+    pipeline: DiffusionPipeline,
+    data: str | Path | None,
+    compensate: CompensationKind,
+    seed: int,
+    path: Path,
+    report: Progress,
 ) -> RedundancyMap:
     if path.is_file():
         return RedundancyMap.load(path)
     redundancy = analyze(
         pipeline,
         data=data,
+        compensate=compensate,
         seed=seed,
         progress=lambda done, total, name: report("analyse", done, total, name),
     )

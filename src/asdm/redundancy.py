@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,12 +20,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from asdm.calibration import CalibrationCall, calibration_calls
+from asdm.compensation import Map, compensating, unit_maps
 from asdm.conditioning import latent_shape
 from asdm.errors import AsdmError
 from asdm.evaluation.latency import timing_modules, unet_call
 from asdm.evaluation.macs import counting_macs
 from asdm.files import write_text
-from asdm.student.edits import GriAttention, Remove, UnitEdit
+from asdm.student.edits import CompensationKind, GriAttention, Remove, UnitEdit
 from asdm.student.surgery import edited, replaced_paths, set_module
 from asdm.taylor import taylor_sensitivity
 from asdm.units import (
@@ -53,7 +54,8 @@ class UnitRecord(BaseModel):
     is what removal saves of one UNet call (its kept shortcut subtracted), `latency_share` its part of
     that call. `channels` of its hidden states and `positions` (pixels) of a sample tell what a map in its
     place would cost, which is nothing where `has_shortcut`. `sensitivity` is
-    |prediction without it - prediction|^2 / |prediction|^2, averaged over time steps and prompts (inferred).
+    |prediction without it - prediction|^2 / |prediction|^2, averaged over time steps and prompts (inferred), with the
+    map in its place that the redundancy map's `compensate` names.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -117,6 +119,7 @@ class RedundancyMap(BaseModel):
     prompts: int
     seed: int
     estimator: Sensitivity = "ablation"
+    compensate: CompensationKind = "none"
     unet_forwards: float
     necessary_forwards: float
     seconds: float
@@ -150,6 +153,7 @@ def analyze(
     data: str | Path | None = None,
     prompts: Sequence[str] | None = None,
     sensitivity: Sensitivity = "ablation",
+    compensate: CompensationKind = "linear",
     timesteps: int | None = None,
     samples: int | None = None,
     latency_rounds: int = 5,
@@ -164,6 +168,8 @@ def analyze(
         prompts: captions; `DEFAULT_PROMPTS` where neither they nor `data` are given.
         sensitivity: "ablation" removes each unit and compares, exactly; "taylor" estimates all units from a few
             forward and backward passes, for UNets that are large or many.
+        compensate: what a plan will fit in the place of the removed branches: an ablation then tries each unit with
+            the map that stands best in its place. Taylor's estimate is of plain removal.
         timesteps: at how many time steps, the middles of equal parts of the schedule; by default 4, and for
             ablation at more than 32x32 latents 2.
         samples: how many images or prompts; by default 16 at up to 32x32 latents, else 1.
@@ -202,7 +208,15 @@ def analyze(
             ablated, more = _ablate(unet, other_trials[len(regional) :], calls, None)
             errors, forwards = errors | ablated, forwards + more
         else:
-            errors, forwards = _ablate(unet, [*trials, *other_trials], calls, progress)
+            maps, forwards = {}, 0.0
+            if compensate != "none":
+                maps, forwards = unit_maps(unet, units, calls, compensate), float(len(calls))
+                trials = [
+                    replace(trial, edit=Remove(unit=trial.name, compensate=compensate), fitted=maps[trial.name])
+                    for trial in trials
+                ]
+            errors, more = _ablate(unet, [*trials, *other_trials], calls, progress)
+            forwards += more
     finally:
         unet.train(was_training)
     total_ms = costs.latency_ms
@@ -239,6 +253,7 @@ def analyze(
         prompts=len(calls[0].arguments["sample"]),
         seed=seed,
         estimator=sensitivity,
+        compensate=compensate if sensitivity == "ablation" else "none",
         unet_forwards=forwards,
         necessary_forwards=len(calls) * costs.necessary_forwards,
         seconds=time.perf_counter() - started,
@@ -441,6 +456,13 @@ class _Trial:
     name: str
     edit: UnitEdit
     layer: str
+    fitted: Map | None = None
+
+    def applied(self, unet: UNet2DConditionModel) -> AbstractContextManager[None]:
+        if self.fitted is None:
+            return edited(unet, self.edit)
+        assert isinstance(self.edit, Remove)
+        return compensating(unet, self.edit, self.fitted)
 
 
 def _ablate(
@@ -462,7 +484,7 @@ def _ablate(
         try:
             for name in order:
                 for trial in [trial for trial in trials if trial.layer == name]:
-                    with edited(unet, trial.edit):
+                    with trial.applied(unet):
                         moved = unet(**call.arguments, return_dict=False)[0]
                     error = (moved.float() - reference.float()).square().sum() / power
                     errors[trial.name][call.timestep] = float(error)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from asdm.calibration import CalibrationCall
 from asdm.student.edits import GriAttention
 from asdm.student.gri_attention import GriAttnProcessor
-from asdm.units import Unit
+from asdm.units import Unit, shortcut_of
 
 Progress = Callable[[int, int, str], None]
 
@@ -98,7 +98,7 @@ def _meeting_gradients(
         def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
             behind: Tensor = output[0] if isinstance(output, tuple) else output
             with torch.no_grad():
-                goes = {unit.name: behind.detach() - _shortcut(unit, module, args)}
+                goes = {unit.name: behind.detach() - shortcut_of(unit, module, args)}
                 if unit.name in processors:
                     goes[names[unit.name]] = behind.detach() - processors[unit.name](module, args[0].detach())
 
@@ -126,11 +126,3 @@ def _meeting_gradients(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _shortcut(unit: Unit, module: Any, args: tuple[Any, ...]) -> Tensor | float:
-    """The part of a unit's output that stays when its branch goes."""
-    if unit.kind == "resnet":
-        kept = args[0] if module.conv_shortcut is None else module.conv_shortcut(args[0])
-        return kept.detach() / module.output_scale_factor
-    return args[0].detach() if unit.kind == "attention" else 0.0

@@ -10,13 +10,13 @@ import hashlib
 import json
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from torch import nn
+from torch import Tensor, nn
 
 UnitKind = Literal["resnet", "attention", "self_attention", "cross_attention", "feed_forward"]
 
@@ -89,6 +89,14 @@ def removable_units(unet: UNet2DConditionModel) -> list[Unit]:
                     if is_branch(block, branch)
                 ]
     return units
+
+
+def shortcut_of(unit: Unit, module: Any, args: tuple[Any, ...]) -> Tensor | float:
+    """The part of a unit's output that stays when its branch goes."""
+    if unit.kind == "resnet":
+        kept = args[0] if module.conv_shortcut is None else module.conv_shortcut(args[0])
+        return kept.detach() / module.output_scale_factor
+    return args[0].detach() if unit.kind == "attention" else 0.0
 
 
 def is_stage(name: str) -> bool:

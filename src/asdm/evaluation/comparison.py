@@ -232,7 +232,7 @@ def _judge(
 ) -> list[QualityFigures]:
     judge = Judge()
     first = next(iter(pipelines.values()))
-    pool = _Pool(judge, first, open_data(data, "all").examples, clip) if data is not None else None
+    pool = RealImages(judge, first, open_data(data, "all").examples, clip) if data is not None else None
     rows = []
     for evaluation_set in sets:
         teacher_features: Tensor | None = None
@@ -266,7 +266,7 @@ def _judge(
     return rows
 
 
-class _Pool:
+class RealImages:
     """All real images of the data, seen and held out: what generated ones are compared with."""
 
     def __init__(self, judge: Judge, pipeline: DiffusionPipeline, examples: list[Example], clip: CLIPModel | None):
