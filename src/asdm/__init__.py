@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from asdm.incubation.distillation import distill as distill
     from asdm.incubation.stages import Stage as Stage
     from asdm.inference.feature_inheritance import inherit_features as inherit_features
+    from asdm.inference.unet_switching import switch_unets as switch_unets
     from asdm.pipelines import load_pipeline as load_pipeline
     from asdm.pipelines import save_pipeline as save_pipeline
     from asdm.pipelines import with_unet as with_unet
@@ -63,6 +64,7 @@ _HOME = {
     "load_pipeline": "asdm.pipelines",
     "make_plan": "asdm.planning",
     "save_pipeline": "asdm.pipelines",
+    "switch_unets": "asdm.inference.unet_switching",
     "with_unet": "asdm.pipelines",
 }
 __all__ = list(_HOME)

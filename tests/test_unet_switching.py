@@ -1,0 +1,69 @@
+"""The time step says which UNet answers, in every kind of pipeline."""
+
+import pytest
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline
+from PIL import Image
+
+from asdm import AsdmError, PruningPlan, build_student, generate, switch_unets, with_unet
+from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet, unet_inputs
+
+
+def lean(pipeline, *units):
+    edits = [{"edit": "remove", "unit": unit} for unit in units or ("mid_block.resnets.1",)]
+    return build_student(pipeline.unet, PruningPlan.for_unet(pipeline.unet, edits))
+
+
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_sdxl_pipeline])
+def test_each_answers_in_its_part_of_the_schedule(make):
+    pipeline = make()
+    student = lean(pipeline)
+    switched = switch_unets(pipeline, [student, pipeline.unet], below=[0.4]).unet
+    for timestep, expected in ((900, student), (400, student), (399, pipeline.unet), (0, pipeline.unet)):
+        inputs = unet_inputs(pipeline.unet) | {"timestep": torch.tensor(timestep)}
+        assert torch.equal(predict(switched, **inputs), predict(expected, **inputs)), timestep
+
+
+def test_it_draws_from_text_and_from_images(pipeline):
+    student = lean(pipeline)
+    switched = switch_unets(pipeline, [student, pipeline.unet], below=[0.5])
+    alone = [generate(each, ["octopus"], steps=4) for each in (pipeline, with_unet(pipeline, student))]
+    drawn = generate(switched, ["octopus"], steps=4)
+    assert not any(torch.equal(drawn, other) for other in alone)
+    # At low strength the sampling begins below the switch: the original's part alone.
+    image = Image.new("RGB", (16, 16), "red")
+    images = [generate(each, ["x"], steps=10, image=image, strength=0.3) for each in (switched, pipeline)]
+    assert torch.equal(*images)
+    assert type(StableDiffusionImg2ImgPipeline(**switched.components, requires_safety_checker=False).unet) is type(
+        switched.unet
+    )
+
+
+def test_memory_counts_shared_tensors_once(pipeline):
+    size = sum(p.numel() * p.element_size() for p in pipeline.unet.parameters()) / 1e6
+    twice = switch_unets(pipeline, [pipeline.unet, pipeline.unet], below=[0.5])
+    assert twice.unet.megabytes == pytest.approx(size)
+    apart = switch_unets(pipeline, [lean(pipeline), pipeline.unet], below=[0.5])
+    assert size < apart.unet.megabytes < 2 * size
+
+
+def test_a_speedup_decides_where_to_switch(pipeline):
+    units = [f"{stage}.{kind}" for stage in ("down_blocks.1", "up_blocks.2") for kind in ("resnets.1", "attentions.1")]
+    student = lean(pipeline, "mid_block", "down_blocks.3", *units)
+    slow, fast = (switch_unets(pipeline, [student, pipeline.unet], speedup=target) for target in (1.02, 1.15))
+    assert 0 < fast.unet.boundaries[0] < slow.unet.boundaries[0] < 1000
+
+
+def test_what_does_not_fit_is_named(pipeline, tmp_path):
+    student = lean(pipeline)
+    for unets, settings, message in (
+        ([student, pipeline.unet], {"below": []}, "for 2 UNets give 1 falling"),
+        ([student, pipeline.unet], {"below": [1.5]}, "falling parts of the schedule"),
+        ([student, pipeline.unet], {"speedup": 50.0}, "speedup=50: out of reach"),
+        ([student, pipeline.unet], {}, "either below or speedup"),
+        ([student, tiny_unet(in_channels=9)], {"below": [0.5]}, "in_channels: 4 and 9"),
+    ):
+        with pytest.raises(AsdmError, match=message):
+            switch_unets(pipeline, unets, **settings)
+    with pytest.raises(AsdmError, match="save the pipeline of each"):
+        switch_unets(pipeline, [student, pipeline.unet], below=[0.5]).save_pretrained(tmp_path)
