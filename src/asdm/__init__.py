@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from asdm.incubation.distillation import distill as distill
     from asdm.incubation.stages import Stage as Stage
     from asdm.inference.feature_inheritance import inherit_features as inherit_features
+    from asdm.inference.optimization import optimize as optimize
     from asdm.inference.unet_switching import switch_unets as switch_unets
     from asdm.pipelines import load_pipeline as load_pipeline
     from asdm.pipelines import save_pipeline as save_pipeline
@@ -63,6 +64,7 @@ _HOME = {
     "inherit_features": "asdm.inference.feature_inheritance",
     "load_pipeline": "asdm.pipelines",
     "make_plan": "asdm.planning",
+    "optimize": "asdm.inference.optimization",
     "save_pipeline": "asdm.pipelines",
     "switch_unets": "asdm.inference.unet_switching",
     "with_unet": "asdm.pipelines",

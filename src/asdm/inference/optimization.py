@@ -1,0 +1,157 @@
+"""The best way to run a pipeline on the machine at hand: each measure is measured, and kept only where it helps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+
+from asdm.errors import AsdmError
+from asdm.evaluation.latency import Latency, measure_interleaved, random_inputs, speedup, unet_call
+from asdm.student.gri_attention import GriAttnProcessor
+
+WORTH_IT = 1.03  # what gains less than noise is not kept
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One thing tried: how many times faster it made the UNet, and how far it moved its prediction
+    (relative squared error); `kept` or not, with the reason where it could not be tried."""
+
+    name: str
+    speedup: float | None
+    error: float | None
+    kept: bool
+    reason: str = ""
+
+
+@dataclass
+class Optimization:
+    """What was tried, in order, and what all that was kept gains together."""
+
+    measures: list[Measure] = field(default_factory=list)
+    before: Latency | None = None
+    after: Latency | None = None
+
+    @property
+    def speedup(self) -> float:
+        assert self.before is not None and self.after is not None
+        return speedup(self.before, self.after)
+
+    def __str__(self) -> str:
+        lines = []
+        for measure in self.measures:
+            gain = measure.reason if measure.speedup is None else f"{measure.speedup:.2f}x"
+            moved = "" if measure.error is None else f", prediction moved by {measure.error:.1e}"
+            lines.append(f"{measure.name}: {gain}{moved}; {'kept' if measure.kept else 'not kept'}")
+        return "\n".join([*lines, f"in all {self.speedup:.2f}x"])
+
+
+@torch.no_grad()
+def optimize(
+    pipeline: DiffusionPipeline,
+    *,
+    max_error: float = 1e-3,
+    compile: bool = False,
+    rounds: int = 5,
+    progress: Callable[[str], None] | None = None,
+) -> Optimization:
+    """Try, one after another, channels-last memory, half precision, fused projections, thread counts and, if asked,
+    `torch.compile`; keep what makes a UNet call at least 3% faster and moves its prediction by no more than
+    `max_error`. Changes the pipeline in place.
+
+    Args:
+        max_error: relative squared error of the prediction on random inputs against the pipeline as it came.
+        compile: also compile the repeated blocks, which takes minutes at the first call.
+
+    Raises:
+        AsdmError: `max_error` is negative.
+    """
+    if max_error < 0:
+        raise AsdmError(f"max_error={max_error:g}: must not be negative")
+    unet: UNet2DConditionModel = pipeline.unet.eval()
+    result = Optimization()
+    original = copy.deepcopy(unet)
+    reference = _prediction(unet)
+    trials: list[tuple[str, Callable[[UNet2DConditionModel], Any]]] = [
+        ("channels last", lambda model: model.to(memory_format=torch.channels_last)),
+        *((str(dtype).removeprefix("torch."), _to(dtype)) for dtype in _half_precisions(pipeline.device, unet.dtype)),
+        ("fused projections", _fuse),
+    ]
+    if compile:
+        trials.append(("compiled blocks", lambda model: model.compile_repeated_blocks()))
+    current = unet
+    for name, change in trials:
+        if name in ("bfloat16", "float16") and current.dtype != original.dtype:
+            continue  # one of them is enough
+        if progress is not None:
+            progress(name)
+        try:
+            candidate = copy.deepcopy(current)
+            change(candidate)
+            error = _error(_prediction(candidate), reference)
+            times = measure_interleaved(
+                {"now": unet_call(current), "changed": unet_call(candidate)}, rounds=rounds, device=pipeline.device
+            )
+        except (RuntimeError, AsdmError, ValueError, NotImplementedError) as problem:
+            result.measures.append(Measure(name, None, None, False, " ".join(str(problem).split())[:100]))
+            continue
+        gain = speedup(times["now"], times["changed"])
+        kept = gain >= WORTH_IT and error <= max_error
+        result.measures.append(Measure(name, gain, error, kept))
+        if kept:
+            current = candidate
+    result.measures += _threads(current, pipeline.device, rounds)
+    times = measure_interleaved(
+        {"before": unet_call(original), "after": unet_call(current)}, rounds=rounds, device=pipeline.device
+    )
+    result.before, result.after = times["before"], times["after"]
+    if current is not unet:
+        pipeline.register_modules(unet=current)
+        pipeline.to(dtype=current.dtype)
+        if any(measure.kept and measure.name == "channels last" for measure in result.measures):
+            pipeline.vae.to(memory_format=torch.channels_last)
+    return result
+
+
+def _half_precisions(device: torch.device, dtype: torch.dtype) -> list[torch.dtype]:
+    if dtype != torch.float32:
+        return []
+    return [torch.float16, torch.bfloat16] if device.type in ("cuda", "mps") else [torch.bfloat16]
+
+
+def _to(dtype: torch.dtype) -> Callable[[UNet2DConditionModel], Any]:
+    return lambda model: model.to(dtype)
+
+
+def _fuse(model: UNet2DConditionModel) -> None:
+    if any(isinstance(processor, GriAttnProcessor) for processor in model.attn_processors.values()):
+        raise AsdmError("not with global-regional attention")
+    model.fuse_qkv_projections()
+
+
+def _threads(unet: UNet2DConditionModel, device: torch.device, rounds: int) -> list[Measure]:
+    """On the CPU: half as many threads, where hyper-threads share a core's arithmetic units."""
+    now = torch.get_num_threads()
+    if device.type != "cpu" or now < 4:
+        return []
+    times = {}
+    for count in (now, now // 2):
+        torch.set_num_threads(count)
+        times[count] = measure_interleaved({"call": unet_call(unet)}, rounds=rounds)["call"]
+    gain = speedup(times[now], times[now // 2])
+    torch.set_num_threads(now // 2 if gain >= WORTH_IT else now)
+    return [Measure(f"{now // 2} threads", gain, 0.0, gain >= WORTH_IT)]
+
+
+def _prediction(unet: UNet2DConditionModel) -> torch.Tensor:
+    generator_inputs = random_inputs(unet, 2, seed=1)
+    return unet(**generator_inputs, return_dict=False)[0].float()
+
+
+def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).square().sum() / wanted.square().sum())

@@ -1,0 +1,65 @@
+"""What is tried is measured, what is kept helps, and the pipeline goes on drawing."""
+
+import pytest
+import torch
+
+from asdm import AsdmError, PruningPlan, build_student, generate, optimize, with_unet
+from asdm.evaluation.latency import Latency
+from conftest import predict
+
+
+@pytest.fixture
+def gains(monkeypatch):
+    """Timings by decree: each call of a changed UNet takes as long as it says."""
+
+    def set_gain(gain):
+        def measured(calls, **_):
+            for call in calls.values():
+                call()
+            times = dict.fromkeys(calls, 1.0) | {"changed": 1 / gain, "after": 1 / gain}
+            return {name: Latency.of([times[name]] * 2) for name in calls}
+
+        monkeypatch.setattr("asdm.inference.optimization.measure_interleaved", measured)
+
+    return set_gain
+
+
+def test_what_helps_is_kept_and_the_pipeline_draws(pipeline, gains):
+    before, reference = generate(pipeline, ["octopus"], steps=2), predict(pipeline.unet)
+    gains(1.5)
+    found = optimize(pipeline, max_error=1e-2)
+    assert [measure.name for measure in found.measures] == ["channels last", "bfloat16", "fused projections"]
+    assert all(measure.kept for measure in found.measures)
+    assert pipeline.unet.dtype == pipeline.vae.dtype == torch.bfloat16
+    assert pipeline.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert 0 < found.measures[1].error < 1e-2 and found.speedup == pytest.approx(1.5)
+    assert (generate(pipeline, ["octopus"], steps=2) - before).abs().mean() < 0.1
+    assert "bfloat16: 1.50x" in str(found) and reference.dtype == torch.float32
+
+
+def test_what_does_not_help_or_moves_the_prediction_is_not(pipeline, gains):
+    unet = pipeline.unet
+    gains(1.0)
+    found = optimize(pipeline)
+    assert pipeline.unet is unet and not any(measure.kept for measure in found.measures)
+    gains(2.0)
+    found = optimize(pipeline, max_error=0.0)
+    assert {measure.name for measure in found.measures if measure.kept} <= {"channels last", "fused projections"}
+    assert pipeline.unet.dtype == torch.float32
+    with pytest.raises(AsdmError, match="must not be negative"):
+        optimize(pipeline, max_error=-1)
+
+
+def test_projections_of_regional_attention_are_left_alone(pipeline, gains):
+    gains(2.0)
+    unit = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+    plan = PruningPlan.for_unet(pipeline.unet, [{"edit": "gri_attention", "unit": unit, "regions": 2}])
+    student = with_unet(pipeline, build_student(pipeline.unet, plan))
+    found = optimize(student, max_error=1e-2)
+    assert found.measures[-1].reason == "not with global-regional attention"
+    assert student.unet.get_submodule(unit).processor.regions == 2
+
+
+def test_it_measures_for_real(pipeline):
+    found = optimize(pipeline, rounds=2)
+    assert found.before.median_ms > 0 and found.after.median_ms > 0
