@@ -78,7 +78,7 @@ def test_its_unet_has_sd1s_topology():
 
 
 def test_it_draws_what_it_is_asked_to():
-    """Of 24 real images, a drawn one's own is among the nearest three far more often than by chance (3 of 24).
+    """Of 24 real images, a drawn one's own is among the nearest three almost always (by chance, 3 of 24).
 
     The figures that count are those of `asdm demo-build check`.
     """
@@ -87,7 +87,7 @@ def test_it_draws_what_it_is_asked_to():
     drawn = generate(load_pipeline("demo"), [example.caption for example in chosen], steps=15)
     order = cosine_similarity(judge.features(drawn), judge.features(torch.stack(real))).argsort(1, descending=True)
     found = sum(row in nearest for row, nearest in enumerate(order[:, :3].tolist()))
-    assert found >= 7
+    assert found >= 20
 
 
 def test_normalised_latents_have_unit_scale_and_the_same_reconstructions():
@@ -118,7 +118,7 @@ def test_the_recipe_starts_from_the_same_weights_each_time():
     assert sum(p.numel() for p in make_unet().parameters()) / 1e6 == pytest.approx(17.6, abs=0.1)
 
 
-def test_half_of_the_captions_take_their_style_from_another_of_the_same_style_and_length():
+def test_captions_take_their_style_from_another_of_the_same_style_and_length():
     lengths, styles = torch.tensor([1, 1, 1, 2, 2, 1]), ["noto", "noto", "twemoji", "noto", "noto", "noto"]
     embeddings = torch.arange(6.0)[:, None, None].expand(6, 5, 3)  # each caption's tokens hold its number
     swap = StyleSwap(embeddings, lengths, styles)
@@ -129,7 +129,6 @@ def test_half_of_the_captions_take_their_style_from_another_of_the_same_style_an
     source = drawn[:, -1]
     assert all((row[mask] == number).all() for row, mask, number in zip(drawn, behind, source, strict=True))
     assert all(styles[a] == styles[b] and lengths[a] == lengths[b] for a, b in zip(chosen, source, strict=True))
-    assert 0.2 < (source != chosen).float().mean() < 0.5
+    assert 0.4 < (source != chosen).float().mean() < 0.8  # two of the six are alone of their kind
     assert torch.equal(swap(chosen, step=3), swap(chosen, step=3))
     assert not torch.equal(swap(chosen, step=3), swap(chosen, step=4))
-    assert torch.equal(StyleSwap(embeddings, lengths, styles, part=0.0)(chosen, 3), embeddings[chosen])

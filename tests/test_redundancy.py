@@ -8,14 +8,14 @@ from PIL import Image
 from asdm import AsdmError, GriAttention, PruningPlan, RedundancyMap, analyze, build_student, make_plan, with_unet
 from asdm.calibration import CalibrationCall, calibration_calls
 from asdm.evaluation.plots import redundancy_plot
-from asdm.redundancy import _ablate, _Trial
+from asdm.redundancy import ablate, trials_of
 from asdm.student.edits import Remove
 from asdm.units import removable_units
 from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline
 
 
-def removals(units):
-    return [_Trial(unit.name, Remove(unit=unit.name), unit.layer) for unit in units]
+def removals(unet, units):
+    return trials_of(unet, [Remove(unit=unit.name) for unit in units])
 
 
 def naive_errors(unet, arguments, units):
@@ -35,7 +35,7 @@ def test_replaying_prefixes_gives_the_errors_of_real_removals(make):
     arguments = unet_inputs(unet)
     units = removable_units(unet)
     with torch.no_grad():
-        errors, _ = _ablate(unet, removals(units), [CalibrationCall(321, arguments)], None)
+        errors, _ = ablate(unet, removals(unet, units), [CalibrationCall(321, arguments)], None)
     expected = naive_errors(unet, arguments, units)
     for name, by_timestep in errors.items():
         assert by_timestep[321] == pytest.approx(expected[name], rel=1e-4, abs=1e-10), name
@@ -150,7 +150,7 @@ def test_taylor_estimate_is_the_first_order_move_of_the_prediction():
     before = [parameter.requires_grad for parameter in unet.parameters()]
     estimate = taylor_sensitivity(unet, units, calls, probes=64)
     with torch.no_grad():
-        exact, _ = _ablate(unet, removals(units), calls, None)
+        exact, _ = ablate(unet, removals(unet, units), calls, None)
     ratios = torch.tensor([estimate[unit.name][300] / exact[unit.name][300] for unit in units])
     # 256 draws: the estimate's deviation is 9%; parts of attentions are not scaled, and not all linear.
     assert 0.95 < ratios.median() < 1.05

@@ -7,6 +7,7 @@ those that the teacher had behind the branch: so a later fit also mends what ear
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -30,6 +31,7 @@ from asdm.units import TRANSFORMER_BRANCHES, Unit, removable_units, shortcut_of
 
 Progress = Callable[[int, int, str], None]
 RIDGE = 1e-3
+RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, math.inf)
 
 
 class CompensationReport(BaseModel):
@@ -51,7 +53,7 @@ def fit_compensation(
     prompts: Sequence[str] | None = None,
     timesteps: int = 8,
     samples: int | None = None,
-    ridge: float = RIDGE,
+    ridge: float | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> CompensationReport:
@@ -63,7 +65,8 @@ def fit_compensation(
         student: from `build_student` of the pipeline's UNet, before any training.
         data, prompts, timesteps, samples: the calibration, as for `analyze`; by default 32 samples at up to 32x32
             latents, else 4: the innermost level has few positions in each.
-        ridge: added to the inputs' covariance, as a part of its mean diagonal.
+        ridge: added to the inputs' covariance, as a part of its mean diagonal; by default the one, for each unit,
+            with which one half of the samples tells the other best.
         progress: called with units done, units in all, and the unit's name.
 
     Raises:
@@ -132,7 +135,7 @@ def unit_maps(
     units: Sequence[Unit],
     calls: Sequence[CalibrationCall],
     kind: CompensationKind,
-    ridge: float = RIDGE,
+    ridge: float | None = None,
 ) -> dict[str, Map]:
     """For each unit alone, the map that stands best in its branch's place where all else stays: from one call of the
     UNet for each of `calls`."""
@@ -153,11 +156,11 @@ def unit_maps(
             kept = behind.new_zeros(()) + shortcut_of(unit, module, args)
             scale = module.output_scale_factor if unit.kind == "resnet" else 1.0
             folds = unit.kind == "resnet" and module.conv_shortcut is not None
-            missing = _rows(behind - kept) * scale
+            missing = _positions(behind - kept) * scale
             if kind == "diagonal":
-                features = _rows(kept * scale if folds else hidden_states)
+                features = _positions(kept * scale if folds else hidden_states)
             else:
-                features = _rows(hidden_states) if kind == "linear" else missing.new_zeros(len(missing), 0)
+                features = _positions(hidden_states) if kind == "linear" else missing.new_zeros(*missing.shape[:2], 0)
             regressions[unit.name].add(features, missing)
 
         return hook
@@ -204,7 +207,7 @@ def _fit(
     student: UNet2DConditionModel,
     edit: Remove,
     calls: Sequence[CalibrationCall],
-    ridge: float,
+    ridge: float | None,
 ) -> float:
     """Fit one unit's compensation; returns the part of the missing power that is left."""
     module = student.get_submodule(edit.unit)
@@ -216,65 +219,103 @@ def _fit(
         wanted = _hidden_states_behind(teacher, edit.unit, call)
         (hidden_states, *others), found = _run_until(student, [edit.unit], call)[edit.unit]
         missing = wanted - (hidden_states + found if isinstance(module, RemovedBranch) else found)
-        missing = _rows(missing) * scale
-        rows = len(missing)
+        missing = _positions(missing) * scale
+        samples, positions = missing.shape[:2]
         if edit.compensate == "diagonal":
-            regression.add(_rows(found if folds else hidden_states), missing)
+            regression.add(_positions(found if folds else hidden_states), missing)
             continue
-        features = [_rows(hidden_states)] if edit.compensate == "linear" else [missing.new_zeros(rows, 0)]
+        none = missing.new_zeros(samples, positions, 0)
+        features = [_positions(hidden_states) if edit.compensate == "linear" else none]
         if edit.compensate_time:
-            activated = F.silu(others[0])
-            features.append(activated.repeat_interleave(rows // len(activated), dim=0))
-        regression.add(torch.cat(features, dim=1), missing)
+            activated = F.silu(others[0]).expand(samples, -1)
+            features.append(activated[:, None].expand(-1, positions, -1))
+        regression.add(torch.cat(features, dim=2), missing)
     weight, bias, left = regression.solve(ridge)
     if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
-        raise AsdmError(f"{edit.unit}: its compensation is not finite; raise ridge, now {ridge:g}")
+        raise AsdmError(f"{edit.unit}: its compensation is not finite; raise ridge (now {ridge})")
     _add_map(module, weight, bias)
     return left
 
 
 class _Regression:
-    """Least squares of targets (rows, out) on features (rows, in) and a constant, from sums alone.
+    """Least squares of targets (samples, positions, out) on features (samples, positions, in) and a constant, from
+    sums alone.
 
-    With `diagonal`, each target on the feature of its own channel.
+    With `diagonal`, each target on the feature of its own channel. The sums are kept for the samples of even and odd
+    number apart, and the ridge is the one with which each half is told best by the other's fit: inner levels have few
+    positions, and a map that is fitted to them too closely does harm elsewhere.
     """
 
     def __init__(self, diagonal: bool):
         self.diagonal = diagonal
-        self.count, self.target_power = 0, 0.0
-        self.sums: list[Tensor] = []
+        self.halves = [_Sums(), _Sums()]
 
     def add(self, features: Tensor, targets: Tensor) -> None:
         if features.device.type == "mps":  # which has no float64
             features, targets = features.cpu(), targets.cpu()
         features, targets = features.double(), targets.double()
-        self.count += len(features)
-        self.target_power += float(targets.square().sum())
-        if self.diagonal:
-            products = [features.square().sum(0), (features * targets).sum(0)]
-        else:
-            products = [features.mT @ features, features.mT @ targets]
-        new = [features.sum(0), targets.sum(0), *products]
-        self.sums = [a + b for a, b in zip(self.sums, new, strict=True)] if self.sums else new
+        for number, half in enumerate(self.halves):
+            x, y = features[number::2].flatten(0, 1), targets[number::2].flatten(0, 1)
+            products = [x.square().sum(0), (x * y).sum(0)] if self.diagonal else [x.mT @ x, x.mT @ y]
+            half.add(len(x), float(y.square().sum()), [x.sum(0), y.sum(0), *products])
 
-    def solve(self, ridge: float) -> tuple[Tensor, Tensor, float]:
-        """Weight (out, in) or (channels,), bias (out,), and the part of the targets' power that is left."""
-        mean, target_mean, square, cross = (value / self.count for value in self.sums)
+    def solve(self, ridge: float | None = None) -> tuple[Tensor, Tensor, float]:
+        """Weight (out, in) or (channels,), bias (out,), and the part of the targets' power that is left where the map
+        was not fitted."""
+        even, odd = self.halves
+        if not odd.count or not even.count:  # a single sample
+            whole = even if even.count else odd
+            weight, bias = self._fit(whole, RIDGE if ridge is None else ridge)
+            return weight.float(), bias.float(), self._left(whole, weight, bias) / max(whole.power, 1e-30)
+        chosen = math.inf
+        least = math.inf
+        for candidate in RIDGES if ridge is None else (ridge,):
+            left = self._left(odd, *self._fit(even, candidate)) + self._left(even, *self._fit(odd, candidate))
+            if left < least or not math.isfinite(left):
+                chosen, least = candidate, left
+        whole = even.together(odd)
+        weight, bias = self._fit(whole, chosen)
+        return weight.float(), bias.float(), least / max(whole.power, 1e-30)
+
+    def _fit(self, sums: _Sums, ridge: float) -> tuple[Tensor, Tensor]:
+        mean, target_mean, square, cross = (value / sums.count for value in sums.values)
         if self.diagonal:
             square, cross = square - mean.square(), cross - mean * target_mean
             weight = cross / (square + ridge * square.mean()).clamp_min(1e-30)
-            bias = target_mean - weight * mean
-            explained = 2 * (weight * cross).sum() - (weight.square() * square).sum()
+            return weight, target_mean - weight * mean
+        square, cross = square - mean.outer(mean), cross - mean.outer(target_mean)
+        if math.isinf(ridge) or not len(mean):
+            return torch.zeros_like(cross.mT), target_mean
+        eye = torch.eye(len(mean), dtype=square.dtype, device=square.device)
+        weight = torch.linalg.solve(square + ridge * square.diagonal().mean() * eye, cross).mT
+        return weight, target_mean - weight @ mean
+
+    def _left(self, sums: _Sums, weight: Tensor, bias: Tensor) -> float:
+        """Sum of |targets - map of features|^2 over the samples of `sums`."""
+        x, y, square, cross = sums.values
+        if self.diagonal:
+            left = (weight.square() * square).sum() + 2 * (weight * bias * x).sum() - 2 * (weight * cross).sum()
         else:
-            square, cross = square - mean.outer(mean), cross - mean.outer(target_mean)
-            strength = ridge * square.diagonal().mean() if len(mean) else 0.0
-            eye = torch.eye(len(mean), dtype=square.dtype, device=square.device)
-            weight = torch.linalg.solve(square + strength * eye, cross).mT
-            bias = target_mean - weight @ mean
-            explained = 2 * (weight.mT * cross).sum() - ((weight @ square) * weight).sum()
-        explained = explained + target_mean.square().sum()
-        left = 1 - float(explained) * self.count / max(self.target_power, 1e-30)
-        return weight.float(), bias.float(), left
+            left = ((weight @ square) * weight).sum() + 2 * (bias @ (weight @ x)) - 2 * (weight.mT * cross).sum()
+        return float(left + sums.count * bias.square().sum() - 2 * (bias * y).sum()) + sums.power
+
+
+class _Sums:
+    """Of rows: how many, the targets' power, and sums of features, of targets and of their products."""
+
+    def __init__(self, count: int = 0, power: float = 0.0, values: Sequence[Tensor] = ()):
+        self.count, self.power, self.values = count, power, list(values)
+
+    def add(self, count: int, power: float, values: Sequence[Tensor]) -> None:
+        if count:
+            both = self.together(_Sums(count, power, values))
+            self.count, self.power, self.values = both.count, both.power, both.values
+
+    def together(self, other: _Sums) -> _Sums:
+        if not self.count:
+            return other
+        values = [a + b for a, b in zip(self.values, other.values, strict=True)]
+        return _Sums(self.count + other.count, self.power + other.power, values)
 
 
 # -- what flows through a UNet -------------------------------------------------------------------------
@@ -317,8 +358,6 @@ def _hidden_states_behind(teacher: UNet2DConditionModel, unit: str, call: Calibr
     return seen[norm][0][0] + seen[unit][1]
 
 
-def _rows(hidden_states: Tensor) -> Tensor:
-    """(batch, channels, h, w) or (batch, tokens, channels) as (rows, channels)."""
-    if hidden_states.ndim == 4:
-        hidden_states = hidden_states.flatten(2).mT
-    return hidden_states.flatten(0, 1)
+def _positions(hidden_states: Tensor) -> Tensor:
+    """(batch, channels, h, w) or (batch, tokens, channels) as (batch, positions, channels)."""
+    return hidden_states.flatten(2).mT if hidden_states.ndim == 4 else hidden_states

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -192,8 +192,7 @@ def analyze(
         regional, stage_removals = _regional_attentions(unet, units, costs), _stage_removals(unet)
         other_edits: list[GriAttention | Remove] = [*regional, *stage_removals]
         others = _measure_others(unet, other_edits, costs, latency_rounds)
-        trials = [_Trial(unit.name, Remove(unit=unit.name), unit.layer) for unit in units]
-        other_trials = [_Trial(str(edit), edit, _first_layer(unet, edit)) for edit in other_edits]
+        other_trials = trials_of(unet, other_edits)
         large = latent_shape(pipeline)[1] > 32
         timesteps = timesteps or (2 if large and sensitivity == "ablation" else 4)
         calls = calibration_calls(pipeline, data, prompts, timesteps, samples, seed)
@@ -205,17 +204,15 @@ def analyze(
             )
             forwards = (time.perf_counter() - before) / forward
             # What a whole stage does is not of the first order, and there are two of them.
-            ablated, more = _ablate(unet, other_trials[len(regional) :], calls, None)
+            ablated, more = ablate(unet, other_trials[len(regional) :], calls, None)
             errors, forwards = errors | ablated, forwards + more
         else:
             maps, forwards = {}, 0.0
             if compensate != "none":
-                maps, forwards = unit_maps(unet, units, calls, compensate), float(len(calls))
-                trials = [
-                    replace(trial, edit=Remove(unit=trial.name, compensate=compensate), fitted=maps[trial.name])
-                    for trial in trials
-                ]
-            errors, more = _ablate(unet, [*trials, *other_trials], calls, progress)
+                others_seen = calibration_calls(pipeline, data, prompts, timesteps, samples, seed + 1)
+                maps, forwards = unit_maps(unet, units, others_seen, compensate), float(len(calls))
+            trials = trials_of(unet, [Remove(unit=unit.name, compensate=compensate) for unit in units], maps)
+            errors, more = ablate(unet, [*trials, *other_trials], calls, progress)
             forwards += more
     finally:
         unet.train(was_training)
@@ -408,9 +405,10 @@ def _module_times(unet: UNet2DConditionModel, paths: list[str], rounds: int) -> 
     return {path: 1000 * _median(seconds[path]) if seconds[path] else 0.0 for path in paths}
 
 
-def _first_layer(unet: UNet2DConditionModel, edit: GriAttention | Remove) -> str:
+def _first_layer(unet: UNet2DConditionModel, edit: UnitEdit) -> str:
     """The first layer, in order of execution, that an edit changes."""
-    return next(name for name in layers(unet) if edit.unit.startswith(f"{name}.") or name.startswith(f"{edit.unit}."))
+    unit = f"{edit.unit}."
+    return next(name for name in layers(unet) if unit.startswith(f"{name}.") or name.startswith(unit))
 
 
 def _channels(unet: UNet2DConditionModel, unit: Unit) -> int:
@@ -450,7 +448,7 @@ class _Replay(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Trial:
+class Trial:
     """An edit to be tried, and the first layer that it changes."""
 
     name: str
@@ -465,8 +463,26 @@ class _Trial:
         return compensating(unet, self.edit, self.fitted)
 
 
-def _ablate(
-    unet: UNet2DConditionModel, trials: list[_Trial], calls: list[CalibrationCall], progress: Progress | None
+def trials_of(
+    unet: UNet2DConditionModel, edits: Sequence[UnitEdit], maps: Mapping[str, Map] | None = None
+) -> list[Trial]:
+    """Trials of edits, each named as its edit's unit or, beside such a one, as the edit; removals with the map in
+    their place that `maps` has for the unit, or plain."""
+    trials = []
+    for edit in edits:
+        fitted = (maps or {}).get(edit.unit) if isinstance(edit, Remove) else None
+        if isinstance(edit, Remove) and fitted is None:
+            edit = Remove(unit=edit.unit)
+        name = edit.unit if isinstance(edit, Remove) else str(edit)
+        trials.append(Trial(name, edit, _first_layer(unet, edit), fitted))
+    return trials
+
+
+def ablate(
+    unet: UNet2DConditionModel,
+    trials: Sequence[Trial],
+    calls: Sequence[CalibrationCall],
+    progress: Progress | None,
 ) -> tuple[dict[str, dict[int, float]], float]:
     """Relative squared error of the prediction with each edit, by time step; and the cost in forwards.
 

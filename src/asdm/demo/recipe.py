@@ -65,7 +65,7 @@ LOOPS = {
         checkpoint_every=200,
     ),
     "unet": LoopSettings(
-        steps=3000,
+        steps=6000,
         optimizer="muon",
         learning_rate=4e-4,
         betas=(0.9, 0.99),
@@ -228,27 +228,24 @@ class Recipe:
 
 
 class StyleSwap:
-    """Caption embeddings (batch, tokens, channels) for training; half of them with all tokens behind the concept's
-    taken from another caption of the same style and length.
+    """Caption embeddings (batch, tokens, channels) for training, with all tokens behind the concept's taken from a
+    caption of the same style and length, drawn at random.
 
     Those tokens have read the concept. A UNet that learns a pair by them draws something else for a pair that it
     has not seen; so it is taught to take the concept from the concept's tokens and only the style from the rest.
     """
 
-    def __init__(self, embeddings: Tensor, concept_tokens: Tensor, styles: Sequence[str], part: float = 0.5):
-        self.embeddings, self.concept_tokens, self.part = embeddings, concept_tokens, part
+    def __init__(self, embeddings: Tensor, concept_tokens: Tensor, styles: Sequence[str]):
+        self.embeddings, self.concept_tokens = embeddings, concept_tokens
         keys = list(zip(concept_tokens.tolist(), styles, strict=True))
         self.alike = [torch.tensor([i for i, other in enumerate(keys) if other == key]) for key in keys]
 
     def __call__(self, chosen: Tensor, step: int) -> Tensor:
         generator = torch.Generator().manual_seed(step)
         others = [self.alike[i][torch.randint(len(self.alike[i]), (), generator=generator)] for i in chosen.tolist()]
-        swapped = torch.rand(len(chosen), generator=generator) < self.part
         # The first token opens the caption, and the concept's follow it.
         behind = torch.arange(self.embeddings.shape[1]) > self.concept_tokens[chosen][:, None]
-        return torch.where(
-            (swapped[:, None] & behind)[:, :, None], self.embeddings[torch.stack(others)], self.embeddings[chosen]
-        )
+        return torch.where(behind[:, :, None], self.embeddings[torch.stack(others)], self.embeddings[chosen])
 
 
 def make_tokenizer(captions: list[str]) -> CLIPTokenizer:
