@@ -8,7 +8,7 @@ demo: $(INSTALLED)
 	$(BIN)/asdm demo --out asdm-demo
 
 test: $(INSTALLED)
-	$(BIN)/pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n logical --maxprocesses 8 --dist loadfile
 
 benchmark: $(INSTALLED)
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[benchmark]"

@@ -5,6 +5,7 @@
     python benchmarks/student.py gri              # embedded pipeline: GRI's and ToMe's error, untrained
     python benchmarks/student.py gri-speed        # SD 1.5's shape: GRI and ToMe beside full attention
     python benchmarks/student.py cond-conv        # SD 1.5's shape: the banks' overhead
+    python benchmarks/student.py presets          # SD 1.5's shape: a plan of each preset
 
 ToMe comes from its own package: pip install -e '.[benchmark]'.
 """
@@ -30,6 +31,7 @@ import asdm
 from asdm.calibration import calibration_calls
 from asdm.compensation import prediction_error
 from asdm.evaluation.latency import Latency, measure_interleaved, speedup, unet_call
+from asdm.planning import PRESETS
 from asdm.random_models import UNETS, random_unet
 from asdm.student.plan import PruningPlan, build_student
 from asdm.units import removable_units
@@ -133,6 +135,26 @@ def cond_conv(rounds: int = 6) -> None:
     for router in ("time", "input"):
         models[f"router {router}"] = build_student(unet, asdm.add_banks(plan, unet, params=0.15, router=router))
     finish("cond_conv_speed", timed(models, rounds))
+
+
+@app.command()
+def presets(rounds: int = 4) -> None:
+    """Latency of SD 1.5's UNet (random weights, batch 1) with each preset's plan."""
+    unet = random_unet(UNETS["sd15"]).eval()
+    pipeline = asdm.load_pipeline("random:sd15")
+    pipeline.register_modules(unet=unet)
+    redundancy = asdm.analyze(
+        pipeline, sensitivity="taylor", compensate="none", timesteps=1, samples=1, latency_rounds=2
+    )
+    rows = []
+    for preset in PRESETS:
+        plan = asdm.make_plan(redundancy, preset=preset, unet=unet)
+        student = build_student(unet, plan)
+        row = timed({"original": unet, preset: student}, rounds)[1]
+        size = sum(p.numel() for p in student.parameters()) / 1e6
+        rows.append({"preset": preset, "parameters_m": size, **{k: v for k, v in row.items() if k != "model"}})
+        del student
+    finish("presets", rows)
 
 
 def outer_self_attentions(unet: UNet2DConditionModel) -> list[str]:

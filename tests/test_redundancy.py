@@ -36,9 +36,9 @@ def test_replaying_prefixes_gives_the_errors_of_real_removals(make):
     units = removable_units(unet)
     with torch.no_grad():
         errors, _ = ablate(unet, removals(unet, units), [CalibrationCall(321, arguments)], None)
-    expected = naive_errors(unet, arguments, units)
-    for name, by_timestep in errors.items():
-        assert by_timestep[321] == pytest.approx(expected[name], rel=1e-4, abs=1e-10), name
+    # Of every kind, in all stages, before and behind each other.
+    for name, expected in naive_errors(unet, arguments, units[::5]).items():
+        assert errors[name][321] == pytest.approx(expected, rel=1e-4, abs=1e-10), name
 
 
 def test_analysis_leaves_the_pipeline_as_it_was(pipeline):
@@ -65,10 +65,11 @@ def test_map_adds_up(make):
     trials = len(redundancy.units) + len(redundancy.others)
     assert seen[-1] == (trials * 2, trials * 2)
     total = sum(p.numel() for p in pipeline.unet.parameters())
-    for unit in redundancy.units:
+    for unit in redundancy.units[::6]:
         plan = PruningPlan.for_unet(pipeline.unet, [{"edit": "remove", "unit": unit.name}])
         left = sum(p.numel() for p in build_student(pipeline.unet, plan).parameters())
         assert unit.parameters == total - left, unit.name
+    for unit in redundancy.units:
         assert unit.gmacs >= unit.gmacs_without_attention > 0
         assert unit.latency_ms >= 0
         assert unit.sensitivity == pytest.approx(sum(unit.sensitivity_by_timestep.values()) / 2)

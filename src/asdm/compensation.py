@@ -275,6 +275,8 @@ class _Regression:
                 chosen, least = candidate, left
         whole = even.together(odd)
         weight, bias = self._fit(whole, chosen)
+        if least > whole.power:  # not even a constant serves
+            weight, bias, least = torch.zeros_like(weight), torch.zeros_like(bias), whole.power
         return weight.float(), bias.float(), least / max(whole.power, 1e-30)
 
     def _fit(self, sums: _Sums, ridge: float) -> tuple[Tensor, Tensor]:
@@ -287,7 +289,9 @@ class _Regression:
         if math.isinf(ridge) or not len(mean):
             return torch.zeros_like(cross.mT), target_mean
         eye = torch.eye(len(mean), dtype=square.dtype, device=square.device)
-        weight = torch.linalg.solve(square + ridge * square.diagonal().mean() * eye, cross).mT
+        # Features that never vary have no covariance at all.
+        strength = (ridge * square.diagonal().mean()).clamp_min(1e-12)
+        weight = torch.linalg.solve(square + strength * eye, cross).mT
         return weight, target_mean - weight @ mean
 
     def _left(self, sums: _Sums, weight: Tensor, bias: Tensor) -> float:

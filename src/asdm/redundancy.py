@@ -193,6 +193,7 @@ def analyze(
         other_edits: list[GriAttention | Remove] = [*regional, *stage_removals]
         others = _measure_others(unet, other_edits, costs, latency_rounds)
         other_trials = trials_of(unet, other_edits)
+        everything = [*trials_of(unet, [Remove(unit=unit.name) for unit in units]), *other_trials]
         large = latent_shape(pipeline)[1] > 32
         timesteps = timesteps or (2 if large and sensitivity == "ablation" else 4)
         calls = calibration_calls(pipeline, data, prompts, timesteps, samples, seed)
@@ -207,12 +208,13 @@ def analyze(
             ablated, more = ablate(unet, other_trials[len(regional) :], calls, None)
             errors, forwards = errors | ablated, forwards + more
         else:
-            maps, forwards = {}, 0.0
+            forwards = 0.0
             if compensate != "none":
                 others_seen = calibration_calls(pipeline, data, prompts, timesteps, samples, seed + 1)
                 maps, forwards = unit_maps(unet, units, others_seen, compensate), float(len(calls))
-            trials = trials_of(unet, [Remove(unit=unit.name, compensate=compensate) for unit in units], maps)
-            errors, more = ablate(unet, [*trials, *other_trials], calls, progress)
+                removals = [Remove(unit=unit.name, compensate=compensate) for unit in units]
+                everything = [*trials_of(unet, removals, maps), *other_trials]
+            errors, more = ablate(unet, everything, calls, progress)
             forwards += more
     finally:
         unet.train(was_training)
@@ -252,7 +254,7 @@ def analyze(
         estimator=sensitivity,
         compensate=compensate if sensitivity == "ablation" else "none",
         unet_forwards=forwards,
-        necessary_forwards=len(calls) * costs.necessary_forwards,
+        necessary_forwards=len(calls) * (1 + sum(costs.forwards_after[trial.layer] for trial in everything)),
         seconds=time.perf_counter() - started,
         units=records,
         others=[
@@ -281,7 +283,7 @@ class _Costs:
     macs: int
     plain_macs: int
     latency_ms: float
-    necessary_forwards: float
+    forwards_after: dict[str, float]
     removed_parameters: dict[str, int]
     removed_macs: dict[str, int]
     removed_plain_macs: dict[str, int]
@@ -314,7 +316,7 @@ def _measure_costs(unet: UNet2DConditionModel, units: list[Unit], rounds: int) -
         return sum(p.numel() for p in unet.get_submodule(path).parameters())
 
     removed_ms = {unit.name: max(0.0, saved(middle.__getitem__, unit)) for unit in units}
-    # An exact ablation computes, for each unit, all that comes after the unit's layer.
+    # An exact ablation computes, for each edit, all that comes after the first layer that it changes.
     elapsed, after = 0.0, {}
     for layer in layers(unet):
         elapsed += middle.get(layer, 0.0)
@@ -324,7 +326,7 @@ def _measure_costs(unet: UNet2DConditionModel, units: list[Unit], rounds: int) -
         macs=count.below(),
         plain_macs=count.below(with_attention=False),
         latency_ms=total_ms,
-        necessary_forwards=1 + sum(after[unit.layer] for unit in units) / total_ms,
+        forwards_after={layer: time / total_ms for layer, time in after.items()},
         removed_parameters={unit.name: int(saved(parameters, unit)) for unit in units},
         removed_macs={unit.name: int(saved(count.below, unit)) for unit in units},
         removed_plain_macs={

@@ -26,6 +26,7 @@ def pace(student: UNet2DConditionModel, steps: int) -> dict[str, Any]:
     return {
         "steps": steps,
         "batch_size": 32,
+        "optimizer": "muon",
         "learning_rate": 4e-4,
         "warmup_steps": min(20, steps // 4),
         "schedule": "cosine",
