@@ -11,6 +11,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -118,6 +119,15 @@ def tiny_pipeline() -> StableDiffusionPipeline:
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_inpainting_pipeline() -> StableDiffusionInpaintPipeline:
+    """The real ones' UNet has 9 channels: noisy latents, the mask, the latents of what it leaves."""
+    pipeline = StableDiffusionInpaintPipeline(
+        **{**tiny_pipeline().components, "unet": tiny_unet(in_channels=9)}, requires_safety_checker=False
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -139,9 +139,16 @@ def test_latents_are_scaled_as_the_unet_expects_them(pipeline):
     assert torch.equal(latents, pipeline.vae.encode(images).latent_dist.mode() * 0.5)
 
 
-def test_a_unet_for_inpainting_is_refused_with_its_channels(tmp_path):
+def test_a_unet_for_edits_is_refused_with_its_channels(tmp_path):
+    pipeline = tiny_pipeline()
+    pipeline.unet = tiny_unet(in_channels=8)
+    pipeline.save_pretrained(tmp_path)
+    with pytest.raises(AsdmError, match=r"takes 8 channels.*text-to-image or inpainting"):
+        load_pipeline(tmp_path)
+
+
+def test_a_unet_for_inpainting_gets_a_pipeline_for_inpainting(tmp_path):
     pipeline = tiny_pipeline()
     pipeline.unet = tiny_unet(in_channels=9)
     pipeline.save_pretrained(tmp_path)
-    with pytest.raises(AsdmError, match=r"takes 9 channels.*text-to-image"):
-        load_pipeline(tmp_path)
+    assert type(load_pipeline(tmp_path)) is StableDiffusionInpaintPipeline

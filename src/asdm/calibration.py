@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,19 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from asdm.conditioning import embed_prompts, encode_images, image_size, latent_shape, noise_schedule
+from asdm.conditioning import (
+    decode_latents,
+    embed_prompts,
+    encode_images,
+    image_size,
+    latent_shape,
+    masked_latents,
+    noise_schedule,
+)
 from asdm.errors import AsdmError
+from asdm.generation import nothing_to_keep
 from asdm.incubation.data import load_pixels, open_data
+from asdm.pipelines import is_inpainting
 
 # What a user's prompts are like, where no data says it.
 DEFAULT_PROMPTS = (
@@ -70,6 +80,9 @@ def calibration_calls(
         chosen = [chosen[i % len(chosen)] for i in range(samples)]
         conditioning = embed_prompts(pipeline, chosen)
         latents = _own_latents(pipeline, chosen, generator)
+    if is_inpainting(pipeline):
+        images = torch.stack(pixels) if data is not None else decode_latents(pipeline, latents)
+        conditioning = replace(conditioning, masked=masked_latents(pipeline, images, generator))
     latents = latents.to(pipeline.unet.device, pipeline.unet.dtype)
     noise = torch.randn(latents.shape, generator=generator).to(latents)
     schedule = noise_schedule(pipeline)
@@ -79,7 +92,7 @@ def calibration_calls(
         timestep = int((index + 0.5) * count / timesteps)
         steps = torch.full((len(latents),), timestep, device=latents.device)
         noisy = schedule.add_noise(latents, noise, steps)
-        calls.append(CalibrationCall(timestep, {"sample": noisy, "timestep": steps, **conditioning.unet_arguments()}))
+        calls.append(CalibrationCall(timestep, {**conditioning.unet_arguments(noisy), "timestep": steps}))
     return calls
 
 
@@ -87,4 +100,5 @@ def _own_latents(pipeline: DiffusionPipeline, prompts: list[str], generator: tor
     """Latents that the pipeline makes of the prompts in ten steps; noise where its weights are random."""
     if str(pipeline.config.get("_name_or_path")).startswith("random:"):
         return torch.randn(len(prompts), *latent_shape(pipeline), generator=generator)
-    return pipeline(prompts, num_inference_steps=10, output_type="latent", generator=generator).images
+    options = {"num_inference_steps": 10, "output_type": "latent", "generator": generator}
+    return pipeline(prompts, **options, **nothing_to_keep(pipeline)).images

@@ -33,7 +33,9 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True)
 
-MODEL = "demo, a Hub id, a folder, a .safetensors file, or random:sd15 | random:sd21 | random:sdxl"
+MODEL = (
+    "demo, a Hub id, a folder, a .safetensors file, or random:sd15 | random:sd15-inpainting | random:sd21 | random:sdxl"
+)
 DATA = "A folder of images with captions (name.txt beside each, or metadata.jsonl), or demo."
 
 
@@ -343,6 +345,9 @@ def generate(
     image: Annotated[
         Path | None, typer.Option(help="Start from this image (image-to-image).", show_default=False)
     ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="White where --image shall be drawn anew (inpainting).", show_default=False)
+    ] = None,
     strength: Annotated[float, typer.Option(help="How far from --image to go.", min=0.01, max=1.0)] = 0.6,
     steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = 25,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default=False)] = None,
@@ -356,15 +361,16 @@ def generate(
     device: DeviceOption = None,
     seed: SeedOption = 0,
 ) -> None:
-    """Draw images with a teacher or a student: text-to-image, or image-to-image with --image."""
+    """Draw images with a teacher or a student: text-to-image, image-to-image with --image, inpainting with --mask."""
     import asdm
     from asdm.conditioning import image_size
-    from asdm.images import open_image, to_images
+    from asdm.images import cropped, open_image, to_images
 
     start = open_image(image) if image is not None else None
+    hole = open_image(mask).convert("L") if mask is not None else None
+    if start is not None and hole is not None and start.size != hole.size:
+        raise AsdmError(f"{mask}: {hole.size} pixels; it must be of the size of {image}, {start.size}")
     pipeline = _load(model, device)
-    if start is not None:
-        start = start.resize((image_size(pipeline),) * 2)
     inheriting = nullcontext() if inherit is None else asdm.inherit_features(pipeline, speedup=inherit)
     with inheriting, _progress() as report:
         pixels = asdm.generate(
@@ -373,7 +379,8 @@ def generate(
             steps=steps,
             guidance_scale=guidance,
             seed=seed,
-            image=start,
+            image=None if start is None else cropped(start, image_size(pipeline)),
+            mask=None if hole is None else cropped(hole, image_size(pipeline)),
             strength=strength,
             progress=lambda done, total: report("images", done, total, ""),
         )

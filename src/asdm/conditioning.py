@@ -18,12 +18,14 @@ class Conditioning:
     """Prompts as a UNet reads them.
 
     `encoder_hidden_states` (prompts, tokens, channels); for SDXL also `text_embeds` (prompts, channels)
-    and `time_ids` (prompts, 6).
+    and `time_ids` (prompts, 6); for inpainting UNets `masked` (prompts, 1 + 4, h, w), the mask and the latents of what
+    it leaves, which go in behind the noisy latents.
     """
 
     encoder_hidden_states: Tensor
     text_embeds: Tensor | None = None
     time_ids: Tensor | None = None
+    masked: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.encoder_hidden_states)
@@ -34,9 +36,10 @@ class Conditioning:
     def to(self, *args: Any, **kwargs: Any) -> Conditioning:
         return self._map(lambda tensor: tensor.to(*args, **kwargs))
 
-    def unet_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `UNet2DConditionModel.forward`."""
-        arguments: dict[str, Any] = {"encoder_hidden_states": self.encoder_hidden_states}
+    def unet_arguments(self, latents: Tensor) -> dict[str, Any]:
+        """Keyword arguments of `UNet2DConditionModel.forward` for noisy `latents` (prompts, 4, h, w)."""
+        sample = latents if self.masked is None else torch.cat([latents, self.masked.to(latents)], dim=1)
+        arguments: dict[str, Any] = {"sample": sample, "encoder_hidden_states": self.encoder_hidden_states}
         if self.text_embeds is not None:
             arguments["added_cond_kwargs"] = {"text_embeds": self.text_embeds, "time_ids": self.time_ids}
         return arguments
@@ -53,6 +56,7 @@ class Conditioning:
             torch.where(mask.view(-1, 1, 1), self.encoder_hidden_states, other.encoder_hidden_states),
             choose(self.text_embeds, other.text_embeds),
             choose(self.time_ids, other.time_ids),
+            self.masked,
         )
 
     def without_text(self) -> Conditioning:
@@ -93,7 +97,28 @@ def latent_shape(pipeline: DiffusionPipeline) -> tuple[int, int, int]:
     """(channels, height, width) of a latent at the pipeline's native image size."""
     size = pipeline.unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
-    return pipeline.unet.config.in_channels, height, width
+    return pipeline.vae.config.latent_channels, height, width
+
+
+def masked_latents(pipeline: DiffusionPipeline, images: Tensor, generator: torch.Generator) -> Tensor:
+    """What an inpainting UNet reads behind the noisy latents, (images, 1 + 4, h, w): a mask, and the latents of what it
+    leaves of `images` (images, 3, height, width) in [-1, 1].
+
+    Every fourth mask covers the whole image, the others a rectangle of at least a quarter of each side.
+    """
+    _, height, width = latent_shape(pipeline)
+    masks = torch.zeros(len(images), 1, height, width)
+    for number, mask in enumerate(masks):
+        if number % 4 == 3:
+            mask.fill_(1)
+            continue
+        sizes = torch.rand(2, generator=generator) * 0.75 + 0.25
+        corner = torch.rand(2, generator=generator) * (1 - sizes)
+        top, left = (round(float(at) * side) for at, side in zip(corner, (height, width), strict=True))
+        down, across = (max(1, round(float(part) * side)) for part, side in zip(sizes, (height, width), strict=True))
+        mask[:, top : top + down, left : left + across] = 1
+    left_over = images * (1 - torch.nn.functional.interpolate(masks, size=images.shape[2:], mode="nearest"))
+    return torch.cat([masks, encode_images(pipeline.vae, left_over).cpu().float()], dim=1)
 
 
 def image_size(pipeline: DiffusionPipeline) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,8 +11,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
+from asdm.conditioning import image_size
 from asdm.errors import AsdmError
-from asdm.pipelines import image_to_image
+from asdm.pipelines import image_to_image, is_inpainting
 
 
 @torch.no_grad()
@@ -23,21 +25,26 @@ def generate(
     guidance_scale: float | None = None,
     seed: int = 0,
     image: Image.Image | None = None,
+    mask: Image.Image | None = None,
     strength: float = 0.6,
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Images (prompts, 3, height, width) in [-1, 1], on the CPU; with `image`, image-to-image.
+    """Images (prompts, 3, height, width) in [-1, 1], on the CPU; with `image`, image-to-image; with `mask`, inpainting.
 
     Args:
+        mask: of the size of `image`, white where something else shall be drawn. A UNet made for inpainting reads it;
+            with any other, what it leaves of the image is put back after each step.
         guidance_scale: the pipeline's recommended one by default (`default_guidance`).
         seed: the n-th prompt's noise is that of seed + n, whatever the batch.
         strength: how far from `image` the result may go, in (0, 1].
         batch_size: prompts at a time; by default 32 at small sizes and 1 at 512 pixels or more.
 
     Raises:
-        AsdmError: `strength` is out of range, or so small that no step would be taken.
+        AsdmError: `strength` is out of range, or so small that no step would be taken; a mask without an image.
     """
+    if mask is not None and image is None:
+        raise AsdmError("a mask says what of an image shall be drawn anew; give the image too")
     if image is not None and not (0 < strength <= 1 and int(steps * strength) >= 1):
         raise AsdmError(
             f"strength={strength:g}: must be in (0, 1] and leave at least one of the {steps} steps; "
@@ -46,24 +53,37 @@ def generate(
     guidance = default_guidance(pipeline) if guidance_scale is None else guidance_scale
     small = pipeline.unet.config.sample_size <= 32
     batch_size = batch_size or (32 if small else 1)
-    target = image_to_image(pipeline) if image is not None else pipeline
+    target, extra = pipeline, nothing_to_keep(pipeline)
+    if image is not None:
+        target = pipeline if is_inpainting(pipeline) else image_to_image(pipeline, with_mask=mask is not None)
+        extra |= {"image": image, "strength": strength}
+    if mask is not None:
+        extra |= {"mask_image": mask}
     images = []
     for start in range(0, len(prompts), batch_size):
         batch = list(prompts[start : start + batch_size])
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
-        extra = {} if image is None else {"image": [image] * len(batch), "strength": strength}
+        given = {name: [value] * len(batch) if "image" in name else value for name, value in extra.items()}
         result = target(
             batch,
             num_inference_steps=steps,
             guidance_scale=guidance,
             generator=generators,
             output_type="np",
-            **extra,
+            **given,
         ).images
         images.append(torch.from_numpy(np.asarray(result)).permute(0, 3, 1, 2).float() * 2 - 1)
         if progress is not None:
             progress(min(start + batch_size, len(prompts)), len(prompts))
     return torch.cat(images)
+
+
+def nothing_to_keep(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """What a pipeline made for inpainting needs to draw from text alone; nothing for all others."""
+    if not is_inpainting(pipeline):
+        return {}
+    size = (image_size(pipeline),) * 2
+    return {"image": Image.new("RGB", size, "gray"), "mask_image": Image.new("L", size, 255), "strength": 1.0}
 
 
 def default_guidance(pipeline: DiffusionPipeline) -> float:

@@ -24,14 +24,16 @@ def to_tensor(image: Image.Image, size: int) -> Tensor:
         rgba = image.convert("RGBA")
         image = Image.new("RGBA", rgba.size, "white")
         image.alpha_composite(rgba)
-    image = image.convert("RGB")
+    pixels = torch.from_numpy(np.array(cropped(image.convert("RGB"), size))).permute(2, 0, 1)
+    return pixels.float() / 127.5 - 1
+
+
+def cropped(image: Image.Image, size: int) -> Image.Image:
+    """The middle square of an image, `size` pixels wide."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side))
-    if side != size:
-        image = image.resize((size, size), Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    return pixels.float() / 127.5 - 1
+    return image if side == size else image.resize((size, size), Image.Resampling.LANCZOS)
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:

@@ -22,7 +22,7 @@ _CARD = """---
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{title}"{flag})
-image = pipeline("a prompt").images[0]
+image = pipeline("a prompt"{images}).images[0]
 ```
 
 {hint}{figures}## Plan
@@ -55,6 +55,7 @@ def model_card(pipeline: DiffusionPipeline, title: str, teacher: str | None = No
         title=title,
         what=f"A {type(pipeline).__name__} with a UNet of {parameters:.1f}M parameters{made_of}.",
         flag=", trust_remote_code=True" if edits else "",
+        images=", image=image, mask_image=mask" if "Inpaint" in type(pipeline).__name__ else "",
         hint=_HINT if edits else "",
         figures=f"## Figures\n\n{figures.strip()}\n\n" if figures else "",
         plan="\n".join(f"- {edit}" for edit in edits) or "No edits: the UNet is a stock one, as its config says.",

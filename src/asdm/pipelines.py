@@ -13,8 +13,10 @@ import torch
 from diffusers import (
     DiffusionPipeline,
     StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -27,12 +29,12 @@ from transformers.utils import logging as transformers_logging
 from asdm.errors import AsdmError
 from asdm.files import replacing_folder
 from asdm.model_card import model_card
+from asdm.random_models import UNETS, random_pipeline
 from asdm.student.unet import AsdmUNet2DConditionModel
 
 PICKLE_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth")
-RANDOM_SHAPES = ("sd15", "sd21", "sdxl")
 MARKER = "asdm.json"  # in a folder that this tool wrote: what it is, and that it may be replaced
-MODEL_HELP = "demo, a Hub id, a folder, a .safetensors file, or random:sd15 | random:sd21 | random:sdxl"
+MODEL_HELP = f"demo, a Hub id, a folder, a .safetensors file, or {' | '.join(f'random:{shape}' for shape in UNETS)}"
 
 
 def load_pipeline(
@@ -41,11 +43,11 @@ def load_pipeline(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
 ) -> DiffusionPipeline:
-    """Load a text-to-image pipeline.
+    """Load a text-to-image pipeline, or one for inpainting.
 
     Args:
-        model: "demo" (the embedded default), a Hub id, a folder, a single `.safetensors` file, or
-            "random:sd15", "random:sd21", "random:sdxl" (randomly initialised, full size, for speed).
+        model: "demo" (the embedded default), a Hub id, a folder, a single `.safetensors` file, or "random:sd15" and so
+            on (`UNETS`: randomly initialised, full size, for speed).
         device: where to put it; CPU by default.
 
     Raises:
@@ -71,11 +73,13 @@ def load_pipeline(
             f"{name}: a {type(pipeline).__name__}, which has no UNet2DConditionModel; use SD 1.x, 2.x or SDXL"
         )
     channels = pipeline.unet.config.in_channels
-    if channels != pipeline.vae.config.latent_channels:
+    if channels != pipeline.vae.config.latent_channels and not is_inpainting(pipeline):
         raise AsdmError(
-            f"{name}: its UNet takes {channels} channels, as those for inpainting, upscaling or edits do; "
-            "use a text-to-image checkpoint"
+            f"{name}: its UNet takes {channels} channels, as those for upscaling or edits do; use a checkpoint for "
+            "text-to-image or inpainting"
         )
+    if is_inpainting(pipeline) and "Inpaint" not in type(pipeline).__name__:
+        pipeline = image_to_image(pipeline, with_mask=True)
     pipeline.register_to_config(_name_or_path=name)
     pipeline.set_progress_bar_config(disable=True)
     try:
@@ -127,12 +131,15 @@ def require_ours(folder: Path) -> None:
         )
 
 
-def image_to_image(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """The image-to-image pipeline that shares this pipeline's parts.
+def image_to_image(pipeline: DiffusionPipeline, with_mask: bool = False) -> DiffusionPipeline:
+    """The pipeline for image-to-image, or for inpainting, that shares this pipeline's parts.
 
     Not by `from_pipe`, which leaves out a component whose class is a subclass of the one expected.
     """
-    kind = StableDiffusionXLImg2ImgPipeline if is_sdxl(pipeline) else StableDiffusionImg2ImgPipeline
+    if with_mask:
+        kind = StableDiffusionXLInpaintPipeline if is_sdxl(pipeline) else StableDiffusionInpaintPipeline
+    else:
+        kind = StableDiffusionXLImg2ImgPipeline if is_sdxl(pipeline) else StableDiffusionImg2ImgPipeline
     other = kind(**pipeline.components, **_extra_arguments(pipeline))
     other.set_progress_bar_config(disable=True)
     return other
@@ -163,8 +170,13 @@ def is_sdxl(pipeline: DiffusionPipeline) -> bool:
     return hasattr(pipeline, "text_encoder_2")
 
 
+def is_inpainting(pipeline: DiffusionPipeline) -> bool:
+    """Whether the UNet also reads a mask and the latents of a masked image."""
+    return pipeline.unet.config.in_channels == 2 * pipeline.vae.config.latent_channels + 1
+
+
 def _extra_arguments(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    allowed = ("requires_safety_checker", "force_zeros_for_empty_prompt")
+    allowed = ("requires_safety_checker", "force_zeros_for_empty_prompt", "requires_aesthetics_score")
     return {name: pipeline.config[name] for name in allowed if name in pipeline.config}
 
 
@@ -255,10 +267,8 @@ def _looks_like_path(name: str) -> bool:
 
 
 def _random_pipeline(shape: str, dtype: torch.dtype) -> DiffusionPipeline:
-    from asdm.random_models import random_pipeline
-
-    if shape not in RANDOM_SHAPES:
-        raise AsdmError(f"random:{shape}: no such shape; allowed: {', '.join(f'random:{s}' for s in RANDOM_SHAPES)}")
+    if shape not in UNETS:
+        raise AsdmError(f"random:{shape}: no such shape; allowed: {', '.join(f'random:{s}' for s in UNETS)}")
     return random_pipeline(shape, dtype)
 
 

@@ -10,6 +10,7 @@ from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
     PNDMScheduler,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -30,6 +31,7 @@ UNETS: dict[str, dict[str, Any]] = {
         "use_linear_projection": True,
         "upcast_attention": True,
     },
+    "sd15-inpainting": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8, "in_channels": 9},
     "sdxl": {
         "sample_size": 128,
         "cross_attention_dim": 2048,
@@ -56,7 +58,7 @@ _CLIP_G = {
 
 
 def random_pipeline(shape: str, dtype: torch.dtype) -> DiffusionPipeline:
-    """A pipeline of the shape "sd15", "sd21" or "sdxl"; about as large in memory as the real one."""
+    """A pipeline of a shape of `UNETS`; about as large in memory as the real one."""
     unet = randomly_filled(lambda: UNet2DConditionModel(**UNETS[shape]), dtype)
     vae = randomly_filled(lambda: _vae(0.13025 if shape == "sdxl" else 0.18215), dtype)
     tokenizer = CLIPTokenizer.from_pretrained(pipeline_folder() / "tokenizer", model_max_length=77)
@@ -78,7 +80,8 @@ def random_pipeline(shape: str, dtype: torch.dtype) -> DiffusionPipeline:
             text_encoder_2=_text_encoder(CLIPTextModelWithProjection, _CLIP_G, tokenizer, dtype),
             add_watermarker=False,
         )
-    return StableDiffusionPipeline(
+    kind = StableDiffusionInpaintPipeline if shape.endswith("-inpainting") else StableDiffusionPipeline
+    return kind(
         **shared,
         text_encoder=_text_encoder(CLIPTextModel, _CLIP_H if shape == "sd21" else _CLIP_L, tokenizer, dtype),
         safety_checker=None,

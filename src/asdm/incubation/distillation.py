@@ -23,6 +23,7 @@ from asdm.conditioning import (
     embed_prompts,
     encode_images,
     image_size,
+    masked_latents,
     noise_schedule,
     predicted_original,
     prediction_target,
@@ -47,6 +48,7 @@ from asdm.incubation.semantics import SemanticEncoder, make_encoder
 from asdm.incubation.stages import Stage
 from asdm.incubation.trainer import Progress, TrainingTask, make_accelerator, train
 from asdm.inference.runtime import prepare_for_training
+from asdm.pipelines import is_inpainting
 from asdm.student.stock import name_in_original
 from asdm.units import stages as unet_blocks
 
@@ -109,8 +111,8 @@ class _TeachingTask(TrainingTask):
 
     def _teacher_pred(self, noised: _Noised) -> Tensor:
         dtype = self.teacher.dtype
-        arguments = noised.captions.to(dtype).unet_arguments()
-        return self.teacher(noised.noisy.to(dtype), noised.timesteps, **arguments, return_dict=False)[0]
+        arguments = noised.captions.to(dtype).unet_arguments(noised.noisy.to(dtype))
+        return self.teacher(timestep=noised.timesteps, **arguments, return_dict=False)[0]
 
     def _weighted(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         """With the total, and each term as it counts in it."""
@@ -170,16 +172,15 @@ class DistillationTask(_TeachingTask):
         return {**self._weighted(losses), **{f"feature/{name}": value for name, value in by_block.items()}}
 
     def _student_pred(self, noised: _Noised) -> Tensor:
-        return self.student(
-            noised.noisy, noised.timesteps, **noised.captions.unet_arguments(), return_dict=False
-        )[0]  # fmt: skip
+        arguments = noised.captions.unet_arguments(noised.noisy)
+        return self.student(timestep=noised.timesteps, **arguments, return_dict=False)[0]
 
     def _output_loss(self, noised: _Noised, noise_pred: Tensor, teacher_pred: Tensor, weights: Tensor | None) -> Tensor:
         """Of the predictions, or of the guided ones (arXiv 2207.12598, Eq. 6), whose other branch is run here."""
         scale = self.stage.guidance_scale
         if scale is not None:
             empty = self.examples.empty_caption[[0] * len(noised.noisy)].to(noised.noisy.device, torch.float32)
-            without = replace(noised, captions=empty)
+            without = replace(noised, captions=replace(empty, masked=noised.captions.masked))
             with torch.no_grad():
                 unconditional = self._teacher_pred(without)
             teacher_pred = unconditional + scale * (teacher_pred - unconditional)
@@ -360,16 +361,21 @@ def prepare(pipeline: DiffusionPipeline, data: str | Path, cache: Path, batch_si
     source = open_data(data)
     digest = _digest(source, image_size(pipeline))
     if not cache.is_file():
-        skipped, examples, latents = dict(source.skipped), [], []
+        skipped, examples, latents, masked = dict(source.skipped), [], [], []
+        generator = torch.Generator().manual_seed(0)
         for start in range(0, len(source), batch_size):
             batch = source.examples[start : start + batch_size]
             readable, pixels = load_pixels(batch, image_size(pipeline), skipped)
             if pixels:
-                latents.append(encode_images(pipeline.vae, torch.stack(pixels)).cpu())
+                images = torch.stack(pixels)
+                latents.append(encode_images(pipeline.vae, images).cpu())
+                if is_inpainting(pipeline):
+                    masked.append(masked_latents(pipeline, images, generator))
                 examples += readable
         if not examples:
             raise AsdmError(f"{data}: none of its {len(source)} images can be decoded; mend the folder")
         captions = embed_prompts(pipeline, [example.caption for example in examples])
+        captions = replace(captions, masked=torch.cat(masked) if masked else None)
         tensors = {name: value.cpu().contiguous() for name, value in vars(captions).items() if value is not None}
         prompts = json.dumps([example.caption for example in examples])
         about = {"source": digest, "skipped": json.dumps(skipped), "prompts": prompts}

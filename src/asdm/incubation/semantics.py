@@ -58,7 +58,7 @@ class UNetEncoder:
         assert self.unet.mid_block is not None
         handle = self.unet.mid_block.register_forward_hook(stop)
         try:
-            self.unet(noisy.to(dtype), timesteps, **captions.to(dtype).unet_arguments(), return_dict=False)
+            self.unet(timestep=timesteps, **captions.to(dtype).unet_arguments(noisy.to(dtype)), return_dict=False)
         except _Seen:
             pass
         finally:

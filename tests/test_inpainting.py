@@ -1,0 +1,70 @@
+"""UNets made for inpainting, which also read a mask and the latents of what it leaves."""
+
+import torch
+from diffusers import StableDiffusionInpaintPipeline
+from PIL import Image
+
+from asdm import PruningPlan, Remove, build_student, compress, distill, generate, load_pipeline, save_pipeline
+from asdm.calibration import calibration_calls
+from asdm.conditioning import encode_images, masked_latents
+from asdm.incubation.recipes import joint_stages
+from asdm.pipelines import with_unet
+from conftest import tiny_inpainting_pipeline, tiny_pipeline
+
+PICTURE = Image.new("RGB", (16, 16), "red")
+LEFT = Image.new("L", (16, 16), 0)
+LEFT.paste(255, (0, 0, 8, 16))
+
+
+def test_masks_and_the_latents_of_what_they_leave():
+    pipeline = tiny_inpainting_pipeline()
+    images = torch.rand(8, 3, 16, 16) * 2 - 1
+    masked = masked_latents(pipeline, images, torch.Generator().manual_seed(0))
+    assert masked.shape == (8, 5, 8, 8)
+    masks = masked[:, :1]
+    assert masks[3].all() and masks[7].all()
+    assert all(0 < masks[i].mean() < 1 for i in (0, 1, 2, 4, 5, 6))
+    kept = images * (1 - masks.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    torch.testing.assert_close(masked[:, 1:], encode_images(pipeline.vae, kept))
+
+
+def test_it_is_observed_on_images_with_masks(data_folder):
+    for data in (data_folder, None):
+        calls = calibration_calls(tiny_inpainting_pipeline(), data, None, timesteps=2, samples=2, seed=0)
+        first, second = (call.arguments["sample"] for call in calls)
+        assert first.shape == (2, 9, 8, 8)
+        assert torch.equal(first[:, 4:], second[:, 4:])
+        assert first[:, 4].any() and set(first[:, 4].unique().tolist()) <= {0.0, 1.0}
+
+
+def test_the_whole_job(data_folder, tmp_path):
+    save_pipeline(tiny_inpainting_pipeline(), tmp_path / "model")
+    made = compress(
+        str(tmp_path / "model"), tmp_path / "out", params=0.8, data=data_folder, steps=2, samples=2, sampling_steps=2
+    )
+    assert {row.name for row in made.evaluation.quality} == {"teacher", "pruned", "distilled"}
+    student = load_pipeline(tmp_path / "out")
+    assert type(student) is StableDiffusionInpaintPipeline
+    assert student.unet.config.in_channels == 9
+    assert "mask_image=mask" in (tmp_path / "out" / "README.md").read_text()
+    filled = generate(student, ["a house"], steps=2, image=PICTURE, mask=LEFT, strength=1.0)
+    assert filled.shape == (1, 3, 16, 16)
+    assert not torch.equal(filled, generate(student, ["a house"], steps=2))
+    assert not torch.equal(filled, generate(student, ["a house"], steps=2, image=PICTURE))
+
+
+def test_distillation_reads_the_masks_in_both_branches_of_guidance(data_folder, tmp_path):
+    pipeline = tiny_inpainting_pipeline()
+    plan = PruningPlan.for_unet(pipeline.unet, [Remove(unit="mid_block.attentions.0")])
+    student = build_student(pipeline.unet, plan)
+    stage = joint_stages(student, 2)[0].model_copy(update={"guidance_scale": 3.0, "batch_size": 2})
+    examples = distill(pipeline, student, data_folder, tmp_path / "training", stages=[stage])
+    assert examples.captions.masked.shape == (5, 5, 8, 8)
+    assert generate(with_unet(pipeline, student), ["a house"], steps=2).isfinite().all()
+
+
+def test_other_pipelines_inpaint_too():
+    pipeline = tiny_pipeline()
+    filled = generate(pipeline, ["a house"], steps=2, image=PICTURE, mask=LEFT, strength=1.0)
+    whole = generate(pipeline, ["a house"], steps=2, image=PICTURE, strength=1.0)
+    assert filled.shape == whole.shape and not torch.equal(filled, whole)
