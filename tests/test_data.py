@@ -35,7 +35,7 @@ def test_a_corrupt_image_among_good_ones_is_named_and_skipped(tmp_path):
     (tmp_path / "c.png").write_bytes((tmp_path / "a.png").read_bytes()[:50])
     (tmp_path / "d.txt").write_text(" \n")
     data = open_data(tmp_path)
-    assert [example.path.name for example in data.examples] == ["a.png"]
+    assert [example.name for example in data.examples] == ["a.png"]
     assert set(data.skipped) == {"b.png", "c.png", "d.png"}
     assert "caption is empty" in data.skipped["d.png"]
 
@@ -49,7 +49,7 @@ def test_a_truncated_jpeg_is_found_when_it_is_decoded(tmp_path):
     (tmp_path / "b.jpg").write_bytes(whole[: len(whole) - 100])
     skipped = {}
     examples, pixels = load_pixels(open_data(tmp_path).examples, 16, skipped)
-    assert [example.path.name for example in examples] == ["a.jpg"]
+    assert [example.name for example in examples] == ["a.jpg"]
     assert len(pixels) == 1
     assert list(skipped) == ["b.jpg"]
 

@@ -36,7 +36,7 @@ def test_images_are_all_there_and_training_data_excludes_the_held_out():
     data = open_data("demo")
     assert {example.caption for example in data.examples} == {pair.caption for pair in seen_pairs()}
     assert data.skipped == {}
-    with Image.open(data.examples[0].path) as image:
+    with data.examples[0].image() as image:
         assert image.size == (64, 64)
 
 

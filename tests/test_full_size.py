@@ -3,8 +3,11 @@
 import resource
 
 import pytest
+import torch
 
-from asdm import analyze, compress, load_pipeline
+from asdm import PruningPlan, analyze, build_student, compress, load_pipeline, with_unet
+from asdm.calibration import calibration_calls
+from asdm.random_models import UNETS
 
 
 @pytest.mark.slow
@@ -22,3 +25,16 @@ def test_sd15_is_pruned_to_a_measured_speedup(tmp_path):
     assert made.evaluation.speed_of("pruned").unet_speedup >= 1.6
     student = load_pipeline(tmp_path / "faster").unet
     assert sum(p.numel() for p in student.parameters()) < 859e6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", UNETS)
+def test_every_family_is_edited_at_full_size(shape):
+    pipeline = load_pipeline(f"random:{shape}", dtype=torch.bfloat16)
+    edits = [{"edit": "remove", "unit": unit} for unit in ("mid_block", "up_blocks.1.attentions.1")]
+    student = build_student(pipeline.unet, PruningPlan.for_unet(pipeline.unet, edits))
+    call = calibration_calls(with_unet(pipeline, student), None, ["a house"], timesteps=1, samples=1, seed=0)[0]
+    with torch.no_grad():
+        predictions = [unet(**call.arguments, return_dict=False)[0].float() for unet in (pipeline.unet, student)]
+    assert predictions[0].shape == predictions[1].shape and predictions[1].isfinite().all()
+    assert not torch.equal(*predictions)

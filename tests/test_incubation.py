@@ -33,7 +33,7 @@ def stage(**changes):
 
 @pytest.fixture
 def examples(pipeline, data_folder, tmp_path):
-    return prepare(pipeline, data_folder, tmp_path / "prepared.safetensors")
+    return prepare(pipeline, data_folder, tmp_path / "prepared")
 
 
 def losses_of(pipeline, student, examples, chosen, step=0):
@@ -178,9 +178,10 @@ def encoders(pipeline):
 def test_encoders_tell_latents_apart_and_pass_gradients(pipeline, examples, name):
     encoder = encoders(pipeline)[name]
     pipeline.unet.requires_grad_(False)
-    latents = examples.latents[:2].clone().requires_grad_(True)
-    features = encoder(latents, examples.captions[[0, 1]])
-    assert features.ndim == 2 and torch.equal(features, encoder(latents, examples.captions[[0, 1]]))
+    latents, captions = examples.prepared.batch([0, 1])
+    latents.requires_grad_(True)
+    features = encoder(latents, captions)
+    assert features.ndim == 2 and torch.equal(features, encoder(latents, captions))
     assert not torch.allclose(features[0], features[1])
     features.square().sum().backward()
     assert latents.grad.abs().sum() > 0

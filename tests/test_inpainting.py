@@ -59,7 +59,7 @@ def test_distillation_reads_the_masks_in_both_branches_of_guidance(data_folder, 
     student = build_student(pipeline.unet, plan)
     stage = joint_stages(student, 2)[0].model_copy(update={"guidance_scale": 3.0, "batch_size": 2})
     examples = distill(pipeline, student, data_folder, tmp_path / "training", stages=[stage])
-    assert examples.captions.masked.shape == (5, 5, 8, 8)
+    assert examples.prepared.batch(range(5))[1].masked.shape == (5, 5, 8, 8)
     assert generate(with_unet(pipeline, student), ["a house"], steps=2).isfinite().all()
 
 

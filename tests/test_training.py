@@ -241,15 +241,15 @@ def test_the_same_seed_gives_the_same_losses(data_folder, tmp_path):
 
 
 def test_held_out_images_are_not_trained_on(pipeline, data_folder, tmp_path):
-    assert len(prepare(pipeline, data_folder, tmp_path / "cache.safetensors").latents) == 5
+    assert len(prepare(pipeline, data_folder, tmp_path / "prepared")) == 5
 
 
 def test_a_cache_of_other_data_is_refused(pipeline, data_folder, tmp_path):
-    prepare(pipeline, data_folder, tmp_path / "cache.safetensors")
+    prepare(pipeline, data_folder, tmp_path / "prepared")
     lines = (data_folder / "metadata.jsonl").read_text().splitlines()
     (data_folder / "metadata.jsonl").write_text("\n".join(lines[1:]))
     with pytest.raises(AsdmError, match="prepared from other data"):
-        prepare(pipeline, data_folder, tmp_path / "cache.safetensors")
+        prepare(pipeline, data_folder, tmp_path / "prepared")
 
 
 def test_capturing_takes_its_hooks_off_again(unet):

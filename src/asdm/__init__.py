@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from asdm.evaluation.comparison import evaluate as evaluate
     from asdm.generation import generate as generate
     from asdm.incubation.distillation import distill as distill
+    from asdm.incubation.prepared import prepare_data as prepare_data
     from asdm.incubation.stages import Stage as Stage
     from asdm.inference.feature_inheritance import inherit_features as inherit_features
     from asdm.inference.optimization import optimize as optimize
@@ -65,6 +66,7 @@ _HOME = {
     "load_pipeline": "asdm.pipelines",
     "make_plan": "asdm.planning",
     "optimize": "asdm.inference.optimization",
+    "prepare_data": "asdm.incubation.prepared",
     "save_pipeline": "asdm.pipelines",
     "switch_unets": "asdm.inference.unet_switching",
     "with_unet": "asdm.pipelines",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from asdm.conditioning import (
+    Conditioning,
     decode_latents,
     embed_prompts,
     encode_images,
@@ -23,6 +25,7 @@ from asdm.conditioning import (
 from asdm.errors import AsdmError
 from asdm.generation import nothing_to_keep
 from asdm.incubation.data import load_pixels, open_data
+from asdm.incubation.prepared import PreparedData, is_prepared
 from asdm.pipelines import is_inpainting
 
 # What a user's prompts are like, where no data says it.
@@ -57,8 +60,8 @@ def calibration_calls(
     """Noisy latents of real or generated images, one call for each time step, all with the same prompts.
 
     Args:
-        data: images with captions (a folder, or "demo"); without it, latents that the pipeline itself makes
-            from `prompts` (pure noise where its weights are random).
+        data: images with captions (as for `open_source`, or prepared); without it, latents that the pipeline
+            itself makes from `prompts` (pure noise where its weights are random).
         prompts: captions; `DEFAULT_PROMPTS` where neither they nor `data` are given.
         timesteps: at how many time steps, the middles of equal parts of the schedule.
         samples: how many images or prompts; by default 16 at up to 32x32 latents, else 1.
@@ -69,21 +72,9 @@ def calibration_calls(
     generator = torch.Generator().manual_seed(seed)
     side = latent_shape(pipeline)[1]
     samples = samples or (16 if side <= 32 else 1)
-    if data is not None:
-        examples, pixels = load_pixels(open_data(data).sample(samples, seed), image_size(pipeline), {})
-        if not pixels:
-            raise AsdmError(f"{data}: none of the images drawn for calibration can be decoded; mend the folder")
-        conditioning = embed_prompts(pipeline, [example.caption for example in examples])
-        latents = encode_images(pipeline.vae, torch.stack(pixels))
-    else:
-        chosen = list(prompts or DEFAULT_PROMPTS)
-        chosen = [chosen[i % len(chosen)] for i in range(samples)]
-        conditioning = embed_prompts(pipeline, chosen)
-        latents = _own_latents(pipeline, chosen, generator)
-    if is_inpainting(pipeline):
-        images = torch.stack(pixels) if data is not None else decode_latents(pipeline, latents)
-        conditioning = replace(conditioning, masked=masked_latents(pipeline, images, generator))
+    latents, conditioning = _observed(pipeline, data, prompts, samples, seed, generator)
     latents = latents.to(pipeline.unet.device, pipeline.unet.dtype)
+    conditioning = conditioning.to(pipeline.unet.device, pipeline.unet.dtype)
     noise = torch.randn(latents.shape, generator=generator).to(latents)
     schedule = noise_schedule(pipeline)
     count = schedule.config.num_train_timesteps
@@ -94,6 +85,38 @@ def calibration_calls(
         noisy = schedule.add_noise(latents, noise, steps)
         calls.append(CalibrationCall(timestep, {**conditioning.unet_arguments(noisy), "timestep": steps}))
     return calls
+
+
+def _observed(
+    pipeline: DiffusionPipeline,
+    data: str | Path | None,
+    prompts: Sequence[str] | None,
+    samples: int,
+    seed: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, Conditioning]:
+    """Latents (samples, 4, h, w) and their prompts."""
+    if data is not None and is_prepared(data):
+        prepared = PreparedData(data)
+        return prepared.batch(random.Random(seed).choices(range(len(prepared)), k=samples))
+    drawn = [] if data is None else open_data(data).sample(samples, seed)
+    images = None
+    if drawn and drawn[0].file is not None:
+        examples, pixels = load_pixels(drawn, image_size(pipeline), {})
+        if not pixels:
+            raise AsdmError(f"{data}: none of the images drawn for calibration can be decoded; mend the data")
+        conditioning = embed_prompts(pipeline, [example.caption for example in examples])
+        images = torch.stack(pixels)
+        latents = encode_images(pipeline.vae, images)
+    else:
+        chosen = [example.caption for example in drawn] or list(prompts or DEFAULT_PROMPTS)
+        chosen = [chosen[i % len(chosen)] for i in range(samples)]
+        conditioning = embed_prompts(pipeline, chosen)
+        latents = _own_latents(pipeline, chosen, generator)
+    if is_inpainting(pipeline):
+        images = decode_latents(pipeline, latents) if images is None else images
+        conditioning = replace(conditioning, masked=masked_latents(pipeline, images, generator))
+    return latents, conditioning
 
 
 def _own_latents(pipeline: DiffusionPipeline, prompts: list[str], generator: torch.Generator) -> Tensor:

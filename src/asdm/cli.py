@@ -36,7 +36,10 @@ errors = Console(stderr=True)
 MODEL = (
     "demo, a Hub id, a folder, a .safetensors file, or random:sd15 | random:sd15-inpainting | random:sd21 | random:sdxl"
 )
-DATA = "A folder of images with captions (name.txt beside each, or metadata.jsonl), or demo."
+DATA = (
+    "Captioned images: a folder (name.txt beside each, or metadata.jsonl), WebDataset shards (.tar), hf:DATASET, a "
+    ".txt file of captions, what prepare-data wrote, or demo."
+)
 
 
 def _not_a_folder(path: Path | None) -> Path | None:
@@ -256,6 +259,36 @@ def prune(
         )
 
 
+@app.command("prepare-data")
+def prepare_data(
+    model: ModelArgument,
+    data: Annotated[str, typer.Argument(help=DATA, show_default=False)],
+    out: Annotated[Path, typer.Option(help="The folder to write shards to.")],
+    batch_size: Annotated[int, typer.Option(help="Images encoded at a time.", min=1)] = 16,
+    steps: Annotated[int, typer.Option(help="Sampling steps, where MODEL draws images to captions.", min=1)] = 25,
+    device: DeviceOption = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Compute the latents and prompt embeddings of DATA once, for `distill --data`; run again to resume."""
+    import asdm
+    from asdm.incubation.prepared import require_usable
+
+    require_usable(data)
+    with _progress(resumable=True) as report:
+        prepared = asdm.prepare_data(
+            _load(model, device),
+            data,
+            out,
+            batch_size=batch_size,
+            steps=steps,
+            seed=seed,
+            progress=lambda done, total: report("prepare", done, total, "pieces"),
+        )
+    if _is_main_process():
+        _print_skipped(prepared.skipped)
+        console.print(f"{len(prepared)} samples in {out}", highlight=False, soft_wrap=True)
+
+
 @app.command()
 def distill(
     teacher: ModelArgument,
@@ -272,12 +305,12 @@ def distill(
 ) -> None:
     """Train a pruned student to do as its teacher does; run again to resume."""
     import asdm
-    from asdm.incubation.data import open_data
+    from asdm.incubation.prepared import require_usable
     from asdm.incubation.recipes import recipe_stages
     from asdm.pipelines import require_ours
 
     require_ours(out)
-    open_data(data)
+    require_usable(data)
     teaching, learning = _load(teacher, device), _load(str(student), device)
     chosen = recipe_stages(recipe, learning.unet, steps)
     if dry_run:
@@ -295,9 +328,10 @@ def distill(
             seed=seed,
             progress=lambda row: report("distil", int(row["done"]), int(row["total"]), f"loss {row['loss']:.3f}"),
         )
-    asdm.save_pipeline(learning, out, {"teacher": teacher})
-    _print_skipped(examples.skipped)
-    console.print(f"written to {out}; log and checkpoints in {training}", highlight=False)
+    if _is_main_process():
+        asdm.save_pipeline(learning, out, {"teacher": teacher})
+        _print_skipped(examples.skipped)
+        console.print(f"written to {out}; log and checkpoints in {training}", highlight=False)
 
 
 @app.command()
@@ -526,8 +560,12 @@ def _fastest_device() -> str:
     import torch
 
     if torch.cuda.is_available():
-        return "cuda"
+        return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _is_main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _compress(model: str, out: Path, **settings: Any) -> None:
@@ -553,7 +591,7 @@ def _progress(resumable: bool = False) -> Iterator[Any]:
         TextColumn("{task.fields[note]}"),
     )
     try:
-        with Progress(*columns, console=errors) as progress:
+        with Progress(*columns, console=errors, disable=not _is_main_process()) as progress:
 
             def report(title: str, done: int, total: int, note: str) -> None:
                 if title not in bars:
@@ -694,7 +732,7 @@ def _print_skipped(skipped: dict[str, str]) -> None:
         return
     errors.print(f"{len(skipped)} of the data's files were skipped:", highlight=False)
     for name, reason in list(skipped.items())[:10]:
-        errors.print(f"  {name}: {reason}", highlight=False)
+        errors.print(f"  {name}: {reason}", highlight=False, markup=False)
     if len(skipped) > 10:
         errors.print(f"  and {len(skipped) - 10} more", highlight=False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,8 @@ from asdm.evaluation.metrics import Judge
 from asdm.evaluation.plots import redundancy_plot
 from asdm.evaluation.report import figures_section, headline_of, save_figure, write_report
 from asdm.files import replacing_file, write_text
-from asdm.incubation.data import open_data
 from asdm.incubation.distillation import distill
+from asdm.incubation.prepared import require_usable
 from asdm.incubation.recipes import recipe_stages
 from asdm.incubation.stages import Stage
 from asdm.incubation.trainer import read_log
@@ -83,6 +84,8 @@ def compress(
         AsdmError: anything that the steps raise, `out` is not ours, or was made with other settings.
     """
     out = Path(out)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise AsdmError("compress works in one process; launch prepare-data and distill in several")
     if data is None and (steps > 0 or stages):
         raise AsdmError(f"steps={steps} of distillation need data: name a folder of captioned images, or give 0 steps")
     is_random = model.startswith("random:")
@@ -107,7 +110,7 @@ def compress(
         return Compression(out, out / "report.html", headline_of(evaluation, speedup), plan, evaluation, {})
     pipeline = load_pipeline(model, device=device)
     if data is not None:
-        open_data(data)
+        require_usable(data)
     if samples > 0 and not is_random:
         Judge()  # told now that it is missing, not after the training
     _claim(out, settings)

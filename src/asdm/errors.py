@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class AsdmError(ValueError):
     """A problem with what the user gave: names the offending value, what is allowed and the remedy.
 
     The command line prints it as one line and exits with status 2.
     """
+
+
+@contextmanager
+def needs_extra(extra: str, what: str) -> Iterator[None]:
+    """Import in the block what an extra brings; where it is missing, say which one."""
+    try:
+        yield
+    except ImportError as error:
+        raise AsdmError(
+            f"{what}: {error.name or error} is not installed; install it with pip install 'asdm-diffusion[{extra}]'"
+        ) from None

@@ -128,7 +128,7 @@ def write_sheet(folder: Path) -> None:
             path = folder / "images" / evaluation_set.split / "demo" / f"{index:04d}.png"
             captions.append(examples[index].caption)
             drawn.append(Image.open(path).convert("RGB"))
-            real.append(Image.open(examples[index].path).convert("RGB"))
+            real.append(examples[index].image().convert("RGB"))
     image_sheet(captions, [drawn, real], side=96, across=12).save(folder / "samples.png")
 
 

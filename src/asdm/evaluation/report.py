@@ -146,14 +146,15 @@ def _image_rows(evaluation_set: EvaluationSet, names: list[str], folder: Path, c
     step = max(1, len(evaluation_set.prompts) // count)
     for index in list(range(0, len(evaluation_set.prompts), step))[:count]:
         paths = [folder / evaluation_set.split / folder_name(name) / f"{index:04d}.png" for name in names]
+        images: list[Image.Image] = [Image.open(path) for path in paths]
         if evaluation_set.examples:
-            paths.insert(0, evaluation_set.examples[index].path)
-        rows.append(ImageRow(evaluation_set.prompts[index], [_image_uri(path) for path in paths]))
+            images.insert(0, evaluation_set.examples[index].image())
+        rows.append(ImageRow(evaluation_set.prompts[index], [_image_uri(image) for image in images]))
     return rows
 
 
-def _image_uri(path: Path, longest: int = 192) -> str:
-    with Image.open(path) as file:
+def _image_uri(file: Image.Image, longest: int = 192) -> str:
+    with file:
         image = file.convert("RGB")
     image.thumbnail((longest, longest))
     buffer = io.BytesIO()

@@ -1,37 +1,65 @@
-"""Image-caption sources: a folder of images with captions, or the embedded default's images."""
+"""Image-caption sources: a folder, WebDataset shards, Hugging Face datasets, captions alone, the embedded default's.
+
+A source is read in pieces (a thousand files of a folder, a shard), each by itself, so that several processes can share
+them and an interrupted reading goes on at the next one. What cannot be used is counted and named, never fatal.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from asdm.errors import AsdmError
+from asdm.errors import AsdmError, needs_extra
 from asdm.images import to_tensor
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-DATA_HELP = "a folder of images with captions (name.txt beside each, or metadata.jsonl), or demo"
-
+DATA_HELP = (
+    "a folder of images with captions (name.txt beside each, or metadata.jsonl), WebDataset shards (a folder, path or "
+    "URL pattern of .tar files), hf:DATASET, a .txt file of captions, what prepare-data wrote, or demo"
+)
+PREPARED = "prepared.json"  # the index of a folder that prepare-data wrote
+PIECE = 1024  # examples of a folder, a dataset or a file of captions that are read at a time
+AT_HAND = 2048  # examples of a stream that calibration and evaluation choose from
 
 Split = Literal["train", "held_out", "all"]
+_IMAGE_FIELDS = tuple(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
+_CAPTION_FIELDS = ("caption", "text", "prompt")
 
 
 @dataclass(frozen=True)
 class Example:
-    """One image file and its caption; what it shows and how it is drawn, where the source says so."""
+    """A caption, and its image where the source has images: a file, or a file's content.
 
-    path: Path
+    `concept` and `style` say what it shows and how it is drawn, where the source says so.
+    """
+
+    name: str
     caption: str
+    file: Path | bytes | None = field(default=None, repr=False)
     concept: str | None = None
     style: str | None = None
     held_out: bool = False
+
+    def image(self) -> Image.Image:
+        """The image, opened.
+
+        Raises:
+            OSError: not an image that can be read.
+        """
+        if self.file is None:
+            raise OSError("captions alone have no images")
+        return Image.open(io.BytesIO(self.file) if isinstance(self.file, bytes) else self.file)
 
     def pixels(self, size: int) -> Tensor:
         """The image (3, size, size) in [-1, 1], centre-cropped.
@@ -39,13 +67,33 @@ class Example:
         Raises:
             OSError: the file is not an image that can be read.
         """
-        with Image.open(self.path) as image:
+        with self.image() as image:
             return to_tensor(image, size)
 
 
 @dataclass(frozen=True)
+class Unusable:
+    """What had to be passed over, and why."""
+
+    name: str
+    reason: str
+
+
+class Source(Protocol):
+    """Where examples come from, piece by piece."""
+
+    identity: str  # what tells this source from another one
+
+    def __len__(self) -> int:
+        """How many pieces there are."""
+        ...
+
+    def read(self, piece: int) -> Iterator[Example | Unusable]: ...
+
+
+@dataclass(frozen=True)
 class Data:
-    """The examples of a source, and what had to be passed over, by file, with the reason."""
+    """Examples of a source, and what had to be passed over, by name, with the reason."""
 
     examples: list[Example]
     skipped: dict[str, str] = field(default_factory=dict)
@@ -62,67 +110,234 @@ class Data:
 
 
 def open_data(source: str | Path, split: Split = "train") -> Data:
-    """Read a source's captions and check each image's header; pixels are read later.
+    """A source's examples, those of a stream up to `AT_HAND`; a folder's headers are checked, pixels are read later.
 
-    Rows of `metadata.jsonl` may be marked `"held_out": true`: they are for evaluation, never in "train".
-    They may also say `"concept"` and `"style"`, by which generated images are judged.
+    Rows of `metadata.jsonl` (or of a shard's `.json`, or columns of a dataset) may be marked `"held_out": true`: they
+    are for evaluation, never in "train". They may also say `"concept"` and `"style"`, by which generated images are
+    judged.
 
     Raises:
-        AsdmError: no such folder, no images, or no captions.
+        AsdmError: there is no such source, or none of it can be used.
     """
-    if str(source) == "demo":
+    found = open_source(source, split)
+    examples, skipped = [], {}
+    rows = (row for piece in range(len(found)) for row in found.read(piece))
+    for row in rows if isinstance(found, FolderSource) else islice(rows, AT_HAND):
+        if isinstance(row, Unusable):
+            skipped[row.name] = row.reason
+        else:
+            examples.append(row)
+    if not examples and split != "held_out":
+        raise unusable(source, skipped)
+    return Data(examples, skipped)
+
+
+def unusable(source: str | Path, skipped: dict[str, str]) -> AsdmError:
+    """The error for a source of which nothing can be used."""
+    reasons = f" ({len(skipped)} skipped, the first: {next(iter(skipped.items()))})" if skipped else ""
+    return AsdmError(f"{source}: no images with captions{reasons}; DATA is {DATA_HELP}")
+
+
+def open_source(source: str | Path, split: Split = "train") -> Source:
+    """The source of that name.
+
+    Raises:
+        AsdmError: there is none.
+    """
+    name = str(source)
+    if name == "demo":
         from asdm.demo import images_folder
 
-        source = images_folder()
-    folder = Path(source)
-    if not folder.is_dir():
-        raise AsdmError(f"{folder}: no such data folder; DATA is {DATA_HELP}")
-    metadata = folder / "metadata.jsonl"
-    examples, skipped = _from_metadata(metadata) if metadata.is_file() else _from_text_files(folder)
-    readable = []
-    for example in examples:
-        if split != "all" and example.held_out != (split == "held_out"):
-            continue
-        fault = _fault(example.path)
-        if fault:
-            skipped[str(example.path.relative_to(folder))] = fault
+        return FolderSource(images_folder(), split)
+    if name.startswith("hf:"):
+        return DatasetSource(name.removeprefix("hf:"), split)
+    if name.endswith(".tar") or "://" in name:
+        return ShardSource(name, split)
+    path = Path(name)
+    if path.suffix == ".txt" and path.is_file():
+        return CaptionSource(path.name, path.read_text("utf-8", errors="replace").splitlines(), split)
+    if not path.is_dir():
+        raise AsdmError(f"{path}: no such data folder; DATA is {DATA_HELP}")
+    if (path / PREPARED).is_file():
+        pieces = [json.loads(beside.read_text("utf-8")) for beside in sorted(path.glob("[0-9]*.json"))]
+        return CaptionSource(path.name, [caption for piece in pieces for caption in piece["captions"]], split)
+    if any(path.glob("*.tar")):
+        return ShardSource(sorted(str(shard) for shard in path.glob("*.tar")), split)
+    return FolderSource(path, split)
+
+
+class FolderSource:
+    """Images with captions in files beside them, or in `metadata.jsonl`."""
+
+    def __init__(self, folder: Path, split: Split):
+        metadata = folder / "metadata.jsonl"
+        rows = _from_metadata(metadata) if metadata.is_file() else _from_text_files(folder)
+        self.rows = [row for row in rows if isinstance(row, Unusable) or _in_split(row, split)]
+        self.identity = _digest([row.name, _size_of(row), getattr(row, "caption", None)] for row in self.rows)
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // PIECE)
+
+    def read(self, piece: int) -> Iterator[Example | Unusable]:
+        for row in self.rows[piece * PIECE : (piece + 1) * PIECE]:
+            fault = None if isinstance(row, Unusable) else _fault(Path(str(row.file)))
+            yield row if fault is None else Unusable(row.name, fault)
+
+
+class CaptionSource:
+    """Captions without images: the teacher draws what it is taught by."""
+
+    def __init__(self, name: str, captions: list[str], split: Split):
+        captions = [] if split == "held_out" else [" ".join(caption.split()) for caption in captions]
+        self.rows = [Example(f"{name}:{n}", caption) for n, caption in enumerate(captions, 1) if caption]
+        self.identity = _digest([row.caption] for row in self.rows)
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // PIECE)
+
+    def read(self, piece: int) -> Iterator[Example | Unusable]:
+        yield from self.rows[piece * PIECE : (piece + 1) * PIECE]
+
+
+class ShardSource:
+    """WebDataset shards, as img2dataset writes them: an image, and its caption as `.txt` or in the `.json`.
+
+    Args:
+        urls: paths or URLs, or one pattern such as `https://host/{00000..00099}.tar`.
+    """
+
+    def __init__(self, urls: str | list[str], split: Split):
+        with needs_extra("data", "WebDataset shards"):
+            from webdataset import shardlists
+        self.urls = shardlists.expand_urls(urls) if isinstance(urls, str) else urls
+        self.identity, self.split = json.dumps(self.urls), split
+        absent = [url for url in self.urls if "://" not in url and not Path(url).is_file()]
+        if absent:
+            raise AsdmError(f"{absent[0]}: no such shard ({len(absent)} of {len(self.urls)}); DATA is {DATA_HELP}")
+
+    def __len__(self) -> int:
+        return len(self.urls)
+
+    def read(self, piece: int) -> Iterator[Example | Unusable]:
+        from webdataset.tariterators import tarfile_samples
+
+        url = self.urls[piece]
+        faults: list[Unusable] = []
+
+        def note(error: Exception) -> bool:
+            faults.append(Unusable(url, f"not read to its end: {_short(error)}"))
+            return False
+
+        for sample in tarfile_samples([{"url": url}], handler=note):
+            row = _from_sample(sample)
+            if isinstance(row, Unusable) or _in_split(row, self.split):
+                yield row
+        yield from faults
+
+
+class DatasetSource:
+    """A dataset of the `datasets` library: a Hub id, streamed, or a local folder; `NAME@SPLIT`, or its train split.
+
+    The image column is the one of that type, the caption's is `caption`, `text` or `prompt`.
+    """
+
+    def __init__(self, name: str, split: Split):
+        with needs_extra("data", "Hugging Face datasets"):
+            import datasets
+        self.identity, self.split = f"hf:{name}", split
+        path, _, part = name.partition("@")
+        part = part or "train"
+        try:
+            if (Path(path) / "state.json").is_file() or (Path(path) / "dataset_dict.json").is_file():
+                found: Any = datasets.load_from_disk(path)
+                found = found[part] if isinstance(found, dict) else found
+            else:
+                found = datasets.load_dataset(path, split=part, streaming=not Path(path).exists())
+        except Exception as error:
+            raise AsdmError(f"hf:{name}: no such dataset or split ({_short(error)}); DATA is {DATA_HELP}") from None
+        features = found.features or {}
+        images = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
+        captions = [column for column in _CAPTION_FIELDS if column in features]
+        if not captions or not images:
+            raise AsdmError(
+                f"hf:{name}: its columns are {', '.join(features) or 'not known'}; it needs one of images and one of "
+                f"captions named {', '.join(_CAPTION_FIELDS)}: rename_column and save_to_disk make one"
+            )
+        self.column, self.caption = images[0], captions[0]
+        self.dataset = found.cast_column(self.column, datasets.Image(decode=False))
+        self.streamed = isinstance(found, datasets.IterableDataset)
+
+    def __len__(self) -> int:
+        return self.dataset.num_shards if self.streamed else -(-len(self.dataset) // PIECE)
+
+    def read(self, piece: int) -> Iterator[Example | Unusable]:
+        if self.streamed:
+            rows = self.dataset.shard(num_shards=self.dataset.num_shards, index=piece)
         else:
-            readable.append(example)
-    if not readable and split != "held_out":
-        reasons = f" ({len(skipped)} skipped, the first: {next(iter(skipped.items()))})" if skipped else ""
-        raise AsdmError(f"{folder}: no images with captions{reasons}; DATA is {DATA_HELP}")
-    return Data(readable, skipped)
+            rows = self.dataset.select(range(piece * PIECE, min((piece + 1) * PIECE, len(self.dataset))))
+        for number, row in enumerate(rows):
+            content, name = row[self.column] or {}, f"{piece}/{number}"
+            file = content.get("bytes") or (Path(content["path"]) if content.get("path") else None)
+            found = _example(name, row[self.caption], file, row)
+            if isinstance(found, Unusable) or _in_split(found, self.split):
+                yield found
 
 
-def _from_metadata(path: Path) -> tuple[list[Example], dict[str, str]]:
-    examples, skipped = [], {}
+def _from_sample(sample: dict[str, Any]) -> Example | Unusable:
+    """A sample of a shard."""
+    file = next((value for key, value in sample.items() if key in _IMAGE_FIELDS), None)
+    try:
+        about = json.loads(sample.get("json") or b"{}")
+        caption = sample["txt"].decode("utf-8", "replace") if "txt" in sample else None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return Unusable(sample["__key__"], "its .json is damaged")
+    caption = caption or next((about[key] for key in _CAPTION_FIELDS if about.get(key)), "")
+    return _example(sample["__key__"], caption, file, about)
+
+
+def _example(name: str, caption: Any, file: Path | bytes | None, about: dict[str, Any]) -> Example | Unusable:
+    caption = " ".join(str(caption or "").split())
+    if not caption:
+        return Unusable(name, "its caption is empty")
+    if file is None:
+        return Unusable(name, "it has no image")
+    labels = {key: about.get(key) for key in ("concept", "style")}
+    return Example(name, caption, file, **labels, held_out=bool(about.get("held_out")))
+
+
+def _size_of(row: Example | Unusable) -> int | None:
+    file = getattr(row, "file", None)
+    return file.stat().st_size if isinstance(file, Path) and file.is_file() else None
+
+
+def _digest(rows: Iterable[Any]) -> str:
+    return hashlib.sha256(json.dumps(list(rows)).encode()).hexdigest()
+
+
+def _in_split(example: Example, split: Split) -> bool:
+    return split == "all" or example.held_out == (split == "held_out")
+
+
+def _from_metadata(path: Path) -> Iterator[Example | Unusable]:
     for number, line in enumerate(path.read_text("utf-8", errors="replace").splitlines(), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            name, caption = row["file_name"], str(row["text"]).strip()
+            name, caption = row["file_name"], row["text"]
         except (json.JSONDecodeError, KeyError, TypeError):
-            skipped[f"{path.name}:{number}"] = 'not a row with "file_name" and "text"'
-            continue
-        if not caption:
-            skipped[name] = "its caption is empty"
+            yield Unusable(f"{path.name}:{number}", 'not a row with "file_name" and "text"')
         else:
-            labels = {key: row.get(key) for key in ("concept", "style")}
-            examples.append(Example(path.parent / name, caption, **labels, held_out=bool(row.get("held_out"))))
-    return examples, skipped
+            yield _example(name, caption, path.parent / name, row)
 
 
-def _from_text_files(folder: Path) -> tuple[list[Example], dict[str, str]]:
-    examples, skipped = [], {}
+def _from_text_files(folder: Path) -> Iterator[Example | Unusable]:
     for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES):
-        text = path.with_suffix(".txt")
-        caption = " ".join(text.read_text("utf-8", errors="replace").split()) if text.is_file() else ""
-        if caption:
-            examples.append(Example(path, caption))
+        name, text = str(path.relative_to(folder)), path.with_suffix(".txt")
+        if text.is_file():
+            yield _example(name, text.read_text("utf-8", errors="replace"), path, {})
         else:
-            skipped[str(path.relative_to(folder))] = "its caption is empty" if text.is_file() else "it has no caption"
-    return examples, skipped
+            yield Unusable(name, "it has no caption")
 
 
 def _fault(path: Path) -> str | None:
@@ -133,14 +348,18 @@ def _fault(path: Path) -> str | None:
         with Image.open(path) as image:
             image.verify()
     except (OSError, SyntaxError, ValueError) as error:
-        return f"not a readable image: {' '.join(str(error).split())[:80]}"
+        return f"not a readable image: {_short(error)}"
     return None
+
+
+def _short(error: BaseException) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:120]
 
 
 def can_be_decoded(example: Example) -> bool:
     """Whether the image can be read to its end; a header that is whole does not tell."""
     try:
-        with Image.open(example.path) as image:
+        with example.image() as image:
             image.load()
     except (OSError, SyntaxError, ValueError):
         return False
@@ -154,7 +373,7 @@ def load_pixels(examples: Sequence[Example], size: int, skipped: dict[str, str])
         try:
             pixels.append(example.pixels(size))
         except (OSError, SyntaxError, ValueError) as error:
-            skipped[example.path.name] = f"cannot be decoded: {' '.join(str(error).split())[:80]}"
+            skipped[example.name] = f"cannot be decoded: {_short(error)}"
         else:
             kept.append(example)
     return kept, pixels
@@ -165,6 +384,7 @@ class ShuffledBatches:
 
     def __init__(self, count: int, batch_size: int, seed: int):
         self.count, self.batch_size, self.seed = count, batch_size, seed
+        self._orders: dict[int, Tensor] = {}
 
     def __call__(self, step: int) -> Tensor:
         positions = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
@@ -173,5 +393,8 @@ class ShuffledBatches:
         return torch.stack([orders[int(e)][p % self.count] for e, p in zip(epochs, positions, strict=True)])
 
     def _order(self, epoch: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed * 7919 + epoch)
-        return torch.randperm(self.count, generator=generator)
+        if epoch not in self._orders:
+            generator = torch.Generator().manual_seed(self.seed * 7919 + epoch)
+            kept = {epoch - 1: self._orders[epoch - 1]} if epoch - 1 in self._orders else {}
+            self._orders = kept | {epoch: torch.randperm(self.count, generator=generator)}
+        return self._orders[epoch]

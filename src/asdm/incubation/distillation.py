@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,27 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import convert_to_fp32
+from accelerate import Accelerator
+from accelerate.utils import broadcast, convert_to_fp32
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from asdm.conditioning import (
     Conditioning,
     embed_prompts,
-    encode_images,
-    image_size,
-    masked_latents,
     noise_schedule,
     predicted_original,
     prediction_target,
     stratified_timesteps,
 )
 from asdm.errors import AsdmError
-from asdm.files import replacing_file
 from asdm.incubation.blocks import assembled, block_error, calls_of, incubated_blocks, narrowed
-from asdm.incubation.data import Data, ShuffledBatches, load_pixels, open_data
+from asdm.incubation.data import ShuffledBatches
 from asdm.incubation.losses import (
     feature_losses,
     min_snr_weights,
@@ -43,28 +36,34 @@ from asdm.incubation.losses import (
     task_loss,
     weighted_sum,
 )
+from asdm.incubation.prepared import PreparedData, fingerprint, is_prepared, prepare_data
 from asdm.incubation.recipes import joint_stages
 from asdm.incubation.semantics import SemanticEncoder, make_encoder
 from asdm.incubation.stages import Stage
-from asdm.incubation.trainer import Progress, TrainingTask, make_accelerator, train
+from asdm.incubation.trainer import Part, Progress, TrainingTask, make_accelerator, train
 from asdm.inference.runtime import prepare_for_training
-from asdm.pipelines import is_inpainting
 from asdm.student.stock import name_in_original
 from asdm.units import stages as unet_blocks
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Latents (images, 4, h, w) with their captions and those's embeddings, the empty caption's, what was skipped."""
+    """What is trained on: prepared latents and captions, and the empty caption's embedding."""
 
-    latents: Tensor
-    prompts: list[str]
-    captions: Conditioning
+    prepared: PreparedData
     empty_caption: Conditioning
-    skipped: dict[str, str]
+
+    def __len__(self) -> int:
+        return len(self.prepared)
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """What of the data could not be used, by name, with the reason."""
+        return self.prepared.skipped
 
 
 Batch = tuple[Tensor, int]  # indices (batch,) into the training set, and the step
+WHOLE = Part()
 
 
 @dataclass(frozen=True)
@@ -90,6 +89,10 @@ class _TeachingTask(TrainingTask):
     ):
         super().__init__()
         narrowed(student, stage.trained)
+        if stage.checkpointing:
+            student.enable_gradient_checkpointing()
+        else:
+            student.disable_gradient_checkpointing()
         self.teacher, self.student = teacher.eval().requires_grad_(False), student
         self.schedule, self.examples, self.stage = schedule, examples, stage
 
@@ -98,13 +101,16 @@ class _TeachingTask(TrainingTask):
         self.teacher.eval()
         return self
 
-    def _noised(self, indices: Tensor, generator: torch.Generator) -> _Noised:
-        device = self.student.device
-        latents = self.examples.latents[indices].to(device, torch.float32)
-        kept = torch.rand(len(indices), generator=generator) >= self.stage.caption_dropout
-        captions = self.examples.captions[indices].where(kept, self.examples.empty_caption)
-        timesteps = stratified_timesteps(len(latents), self.schedule, generator).to(device)
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
+    def _noised(self, indices: Tensor, generator: torch.Generator, part: Part) -> _Noised:
+        """A part of a step's batch; what is drawn for the step does not depend on how it is parted."""
+        device, count = self.student.device, len(indices)
+        chosen = part.of(count)
+        latents, captions = self.examples.prepared.batch(indices[chosen])
+        latents = latents.to(device)
+        kept = torch.rand(count, generator=generator) >= self.stage.caption_dropout
+        captions = captions.where(kept[chosen], self.examples.empty_caption)
+        timesteps = stratified_timesteps(count, self.schedule, generator)[chosen].to(device)
+        noise = torch.randn(count, *latents.shape[1:], generator=generator)[chosen].to(latents)
         noisy = self.schedule.add_noise(latents, noise, timesteps)
         target = prediction_target(self.schedule, latents, noise, timesteps)
         return _Noised(noisy, timesteps, target, captions.to(device, torch.float32))
@@ -142,16 +148,17 @@ class DistillationTask(_TeachingTask):
         self.encoder = encoder
         self.text_features: Tensor | None = None
         if encoder is not None and stage.losses.semantic_text:
-            self.text_features = encoder.text_features(examples.prompts)
+            self.text_features = encoder.text_features(examples.prepared.captions)
             if self.text_features is None:
                 raise AsdmError(
                     f"semantic_text={stage.losses.semantic_text:g}: the encoder {stage.semantics.encoder} has no text "
                     "tower; choose clip, or give it no weight"
                 )
 
-    def forward(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, generator: torch.Generator, part: Part = WHOLE) -> dict[str, Tensor]:
         indices, step = batch
-        noised = self._noised(indices, generator)
+        noised = self._noised(indices, generator, part)
+        indices = indices[part.of(len(indices))]
         stage = self.stage
         with torch.no_grad(), capturing(self.teacher, list(self.teacher_blocks.values())) as teacher_features:
             teacher_pred = self._teacher_pred(noised)
@@ -215,6 +222,7 @@ class IncubationTask(_TeachingTask):
     """Each edited block of the student alone: on what enters the teacher's block, to what leaves it.
 
     One teacher forward feeds all of them, and no block sees another's gradient (Deep Incubation, arXiv 2212.04129).
+    Of a launch of several processes, each has its share of the blocks.
     """
 
     def __init__(
@@ -224,11 +232,12 @@ class IncubationTask(_TeachingTask):
         schedule: DDPMScheduler,
         examples: TrainingSet,
         stage: Stage,
+        share: Part = WHOLE,
     ):
         super().__init__(teacher, student, schedule, examples, stage)
-        self.blocks = incubated_blocks(student)
-        if not self.blocks:
+        if not incubated_blocks(student):
             raise AsdmError(f"stage {stage.name}: nothing to incubate in this student; leave the stage out")
+        self.blocks = incubated_blocks(student)[share.index :: share.count]
         incubated = {id(p) for name in self.blocks for p in student.get_submodule(name).parameters()}
         for parameter in student.parameters():
             parameter.requires_grad_(parameter.requires_grad and id(parameter) in incubated)
@@ -238,8 +247,8 @@ class IncubationTask(_TeachingTask):
         ]
         self.error = relative_error if stage.relative else squared_error
 
-    def forward(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        noised = self._noised(batch[0], generator)
+    def forward(self, batch: Batch, generator: torch.Generator, part: Part = WHOLE) -> dict[str, Tensor]:
+        noised = self._noised(batch[0], generator, part)
         with torch.no_grad(), calls_of(self.teacher, self.blocks) as calls:
             self._teacher_pred(noised)
         losses = {}
@@ -282,14 +291,16 @@ def distill(
 ) -> TrainingSet:
     """Train `student` in place to do as the teacher's UNet does; resumes from what is in `folder`.
 
+    Under `accelerate launch` the processes share each step's batch, and the blocks that are incubated alone.
+
     Args:
-        data: images with captions: a folder, or "demo".
+        data: images with captions, as for `open_source`, or what `prepare_data` made of them.
         folder: gets the prepared latents and, for each stage, `log.jsonl`, TensorBoard events and the
             newest checkpoint; a run killed at any moment loses the steps since that checkpoint at most.
         stages: what to train how long; by default one joint stage of `steps` steps (1000). Recipes are in
             `asdm.incubation.stages`.
-        progress: called after each step with `done` and `total` of all stages' steps, the losses and
-            the `seconds` it took.
+        progress: called after each step, in the first process, with `done` and `total` of all stages' steps, the
+            losses and the `seconds` it took.
 
     Returns:
         What was trained on.
@@ -307,23 +318,33 @@ def distill(
     folder.mkdir(parents=True, exist_ok=True)
     prepare_for_training()
     stages = list(stages) if stages is not None else joint_stages(student, 1000 if steps is None else steps)
-    examples = prepare(teacher, data, folder / "prepared.safetensors")
+    examples = prepare(teacher, data, folder / "prepared")
     schedule = noise_schedule(teacher)
     total, before = sum(stage.steps for stage in stages), 0
     for index, stage in enumerate(stages):
         report = None if progress is None else partial(_reported, progress, before, total)
-        order = ShuffledBatches(len(examples.latents), stage.batch_size, seed)
+        order = ShuffledBatches(len(examples), stage.batch_size, seed)
+        accelerator = make_accelerator(teacher.device, stage.mixed_precision)
+        spread = stage.scope == "incubate" and accelerator.num_processes > 1
+        share = Part(accelerator.process_index, accelerator.num_processes) if spread else WHOLE
+        place = folder / f"{index:02d}-{stage.name}"
         with assembled(student, teacher.unet, stage.assembled):
-            train(
-                make_task(teacher, student, schedule, examples, stage),
-                partial(_batch_of, order),
-                stage.loop(seed),
-                folder / f"{index:02d}-{stage.name}",
-                accelerator=make_accelerator(teacher.device, stage.mixed_precision),
-                progress=report,
-            )
+            task = make_task(teacher, student, schedule, examples, stage, share)
+            if task.trained():  # there may be more processes than blocks
+                train(
+                    task,
+                    partial(_batch_of, order),
+                    stage.loop(seed),
+                    place / f"process-{share.index}" if spread else place,
+                    accelerator=accelerator,
+                    alone=spread,
+                    progress=report if accelerator.is_main_process else None,
+                )
+            if spread:
+                _gather(student, accelerator)
         before += stage.steps
     student.eval().requires_grad_(False)
+    student.disable_gradient_checkpointing()
     return examples
 
 
@@ -333,14 +354,22 @@ def make_task(
     schedule: DDPMScheduler,
     examples: TrainingSet,
     stage: Stage,
+    share: Part = WHOLE,
 ) -> TrainingTask:
-    """What the loop trains in a stage."""
+    """What the loop trains in a stage; of the incubated blocks, this share."""
     if stage.scope == "incubate":
-        return IncubationTask(teacher.unet, student, schedule, examples, stage)
+        return IncubationTask(teacher.unet, student, schedule, examples, stage, share)
     encoder = None
     if stage.losses.semantic or stage.losses.semantic_text:
         encoder = make_encoder(stage.semantics.encoder, teacher, schedule, stage.semantics.decoder)
     return DistillationTask(teacher.unet, student, schedule, examples, stage, encoder)
+
+
+def _gather(student: UNet2DConditionModel, accelerator: Accelerator) -> None:
+    """Give all processes the blocks that each of them has incubated."""
+    for number, name in enumerate(incubated_blocks(student)):
+        for tensor in student.get_submodule(name).state_dict().values():
+            broadcast(tensor, from_process=number % accelerator.num_processes)
 
 
 def _batch_of(order: ShuffledBatches, step: int) -> Batch:
@@ -351,49 +380,20 @@ def _reported(progress: Progress, before: int, total: int, row: dict[str, float]
     progress(row | {"done": before + row["step"], "total": total})
 
 
-@torch.no_grad()
-def prepare(pipeline: DiffusionPipeline, data: str | Path, cache: Path, batch_size: int = 16) -> TrainingSet:
-    """Latents and caption embeddings of a data source, kept in `cache` for the next time.
+def prepare(pipeline: DiffusionPipeline, data: str | Path, folder: Path) -> TrainingSet:
+    """What to train on: `data` as it is where it was prepared, else prepared into `folder`.
 
     Raises:
-        AsdmError: the source cannot be used, or `cache` holds another source's.
+        AsdmError: the source cannot be used, or was prepared by another model.
     """
-    source = open_data(data)
-    digest = _digest(source, image_size(pipeline))
-    if not cache.is_file():
-        skipped, examples, latents, masked = dict(source.skipped), [], [], []
-        generator = torch.Generator().manual_seed(0)
-        for start in range(0, len(source), batch_size):
-            batch = source.examples[start : start + batch_size]
-            readable, pixels = load_pixels(batch, image_size(pipeline), skipped)
-            if pixels:
-                images = torch.stack(pixels)
-                latents.append(encode_images(pipeline.vae, images).cpu())
-                if is_inpainting(pipeline):
-                    masked.append(masked_latents(pipeline, images, generator))
-                examples += readable
-        if not examples:
-            raise AsdmError(f"{data}: none of its {len(source)} images can be decoded; mend the folder")
-        captions = embed_prompts(pipeline, [example.caption for example in examples])
-        captions = replace(captions, masked=torch.cat(masked) if masked else None)
-        tensors = {name: value.cpu().contiguous() for name, value in vars(captions).items() if value is not None}
-        prompts = json.dumps([example.caption for example in examples])
-        about = {"source": digest, "skipped": json.dumps(skipped), "prompts": prompts}
-        with replacing_file(cache) as partial:
-            save_file({"latents": torch.cat(latents).contiguous(), **tensors}, partial, metadata=about)
-    with safe_open(cache, "pt") as stored:
-        about = stored.metadata()
-        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-    if about["source"] != digest:
-        raise AsdmError(f"{cache}: prepared from other data than {data}; use another output folder")
-    latents = tensors.pop("latents")
-    empty_caption = embed_prompts(pipeline, [""]).to("cpu")
+    if is_prepared(data):
+        prepared = PreparedData(data)
+        if prepared.made_by != fingerprint(pipeline):
+            raise AsdmError(f"{data}: prepared by another model, or at another image size; prepare it with this one")
+    else:
+        prepared = prepare_data(pipeline, data, folder)
+    with torch.no_grad():
+        empty_caption = embed_prompts(pipeline, [""]).to("cpu")
     if pipeline.config.get("force_zeros_for_empty_prompt"):
         empty_caption = empty_caption.without_text()
-    prompts = json.loads(about["prompts"])
-    return TrainingSet(latents, prompts, Conditioning(**tensors), empty_caption, json.loads(about["skipped"]))
-
-
-def _digest(source: Data, size: int) -> str:
-    rows = [[example.path.name, example.caption] for example in source.examples]
-    return hashlib.sha256(json.dumps([size, rows]).encode()).hexdigest()[:16]
+    return TrainingSet(prepared, empty_caption)

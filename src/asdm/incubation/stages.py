@@ -47,12 +47,16 @@ class Stage(BaseModel):
     otherwise frozen teacher. `trained` narrows what moves: the layers beside a cut, or the routers of CondConv banks.
     `relative` divides task, output and feature losses by the teacher's power. `guidance_scale` makes the output loss
     one of guided predictions, conditional and unconditional branch. `min_snr_gamma` weighs time steps (Min-SNR).
+    `batch_size` is that of a step, of all processes together, taken in `accumulation` rounds; `checkpointing` computes
+    the student's activations again in the backward pass, for less memory.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
     steps: int = Field(ge=0)
     batch_size: int = Field(8, ge=1)
+    accumulation: int = Field(1, ge=1)
+    checkpointing: bool = False
     optimizer: OptimizerName = "adamw"
     learning_rate: float = Field(5e-5, gt=0)
     warmup_steps: int = Field(0, ge=0)
@@ -87,6 +91,7 @@ class Stage(BaseModel):
             weight_decay=self.weight_decay,
             ema_decay=self.ema_decay,
             checkpoint_every=self.checkpoint_every,
+            accumulation=self.accumulation,
             seed=seed,
         )
 

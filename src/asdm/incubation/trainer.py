@@ -1,8 +1,9 @@
-"""One training loop for every task: Accelerate, EMA, checkpoints that survive `kill -9`, exact resume.
+"""One training loop for every task and any number of processes: Accelerate, EMA, checkpoints, exact resume.
 
 What is trained and how the loss is made is the task's business; which tasks run in which order is
 `stages.py`'s. The batch and the noise of a step depend on the seed and the step alone, so a resumed
-run sees exactly what the uninterrupted one would have seen.
+run sees exactly what the uninterrupted one would have seen, and several processes, each with its part of
+the same batch and noise, do what one does. `kill -9` at any moment leaves the newest checkpoint whole.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -33,11 +35,34 @@ Batch = Any
 Progress = Callable[[dict[str, float]], None]
 
 
+@dataclass(frozen=True)
+class Part:
+    """The `index`-th of `count` equal parts of a step's batch, for one process and one round of accumulation."""
+
+    index: int = 0
+    count: int = 1
+
+    def of(self, size: int) -> slice:
+        """Where this part lies in a batch of `size`.
+
+        Raises:
+            AsdmError: it cannot be parted equally.
+        """
+        if size % self.count:
+            raise AsdmError(
+                f"batch_size={size}: not a multiple of {self.count}, the number of processes times the rounds of "
+                f"gradient accumulation; choose {-(-size // self.count) * self.count}"
+            )
+        each = size // self.count
+        return slice(self.index * each, (self.index + 1) * each)
+
+
 class TrainingTask(nn.Module):
     """Something to train: owns what is trained and what is frozen, and makes the loss.
 
     `forward(batch, generator)` returns a dict of scalars: "loss", which is minimised, and every
-    component of it for the log. Frozen parts have `requires_grad` off.
+    component of it for the log. Frozen parts have `requires_grad` off. A task that can be run by several
+    processes, or in rounds, takes a `Part` of the batch as a third argument.
     """
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -64,6 +89,7 @@ class LoopSettings:
     max_grad_norm: float = 1.0
     ema_decay: float = 0.0
     checkpoint_every: int = 200
+    accumulation: int = 1
     seed: int = 0
 
     def learning_rate_at(self, step: int) -> float:
@@ -83,14 +109,16 @@ def train(
     folder: Path,
     *,
     accelerator: Accelerator | None = None,
+    alone: bool = False,
     progress: Progress | None = None,
     stop_after_seconds: float | None = None,
 ) -> bool:
     """Train `task` for `settings.steps` steps, resuming from the newest checkpoint in `folder`.
 
     Args:
-        batch_at: the batch of a step; must depend on the step alone.
-        folder: gets `log.jsonl` (one line a step) and `checkpoint-*`.
+        batch_at: the batch of a step, for all processes together; must depend on the step alone.
+        folder: gets `log.jsonl` (one line a step) and `checkpoint-*`; all processes must see it.
+        alone: train a whole batch in this process, whatever the others of the launch do.
         progress: called after each step with `step`, `steps`, `learning_rate`, `seconds`, every loss.
         stop_after_seconds: save and return early after that long.
 
@@ -111,11 +139,17 @@ def train(
         settings.weight_decay,
         settings.learning_rate_factors,
     )
-    model, optimizer = accelerator.prepare(task, optimizer)
+    processes = 1 if alone else accelerator.num_processes
+    index, writes = (0, True) if alone else (accelerator.process_index, accelerator.is_main_process)
+    model = accelerator.prepare_model(task, evaluation_mode=processes == 1)
+    optimizer = accelerator.prepare_optimizer(optimizer)
+    parts = [
+        Part(index * settings.accumulation + i, processes * settings.accumulation) for i in range(settings.accumulation)
+    ]
     ema = EMAModel(weights.values(), decay=settings.ema_decay, foreach=True) if settings.ema_decay else None
     state = _TrainingState(weights, optimizer, ema)
     step = state.load_newest(folder)
-    log = _Log(folder / "log.jsonl", from_step=step)
+    log = _Log(folder / "log.jsonl", from_step=step) if writes else None
     started = time.monotonic()
 
     model.train()
@@ -125,10 +159,15 @@ def train(
             before = time.monotonic()
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate_at(step) * group["factor"]
-            generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-            losses = model(batch_at(step), generator)
+            batch, rounds = batch_at(step), []
+            for part in parts:
+                generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+                waiting = accelerator.no_sync(model) if processes > 1 and part is not parts[-1] else nullcontext()
+                with waiting:
+                    rounds.append(model(batch, generator) if part.count == 1 else model(batch, generator, part))
+                    accelerator.backward(rounds[-1]["loss"] / len(parts))
+            losses = _mean(rounds, accelerator if processes > 1 else None)
             _require_finite(losses, step, folder)
-            accelerator.backward(losses["loss"])
             accelerator.clip_grad_norm_(weights.values(), settings.max_grad_norm)
             whole = False
             optimizer.step()
@@ -136,22 +175,23 @@ def train(
             if ema is not None:
                 ema.step(weights.values())
             step, whole = step + 1, True
-            row = {name: float(value.detach()) for name, value in losses.items()}
-            row |= {"step": step, "learning_rate": settings.learning_rate_at(step - 1)}
-            log.write(row)
+            row = losses | {"step": step, "learning_rate": settings.learning_rate_at(step - 1)}
+            if log is not None:
+                log.write(row)
             out_of_time = stop_after_seconds is not None and time.monotonic() - started > stop_after_seconds
-            if step % settings.checkpoint_every == 0 or step == settings.steps or out_of_time:
+            if writes and (step % settings.checkpoint_every == 0 or step == settings.steps or out_of_time):
                 state.save(folder, step)
-            if progress is not None:
+            if progress is not None and writes:
                 progress(row | {"steps": settings.steps, "seconds": time.monotonic() - before})
             if out_of_time:
                 break
     except KeyboardInterrupt:
-        if whole:  # else the weights are between two steps, and the last checkpoint is the one to go on from
+        if whole and writes:  # else the weights are between two steps, and the last checkpoint is the one to go on from
             state.save(folder, step)
         raise
     finally:
-        log.close()
+        if log is not None:
+            log.close()
     if step >= settings.steps and ema is not None:
         ema.copy_to(weights.values())
     task.eval()
@@ -278,8 +318,18 @@ def read_log(path: Path) -> list[dict[str, float]]:
     return rows
 
 
-def _require_finite(losses: dict[str, Tensor], step: int, folder: Path) -> None:
-    broken = [name for name, value in losses.items() if not torch.isfinite(value)]
+def _mean(rounds: list[dict[str, Tensor]], accelerator: Accelerator | None) -> dict[str, float]:
+    """Each loss's mean over the rounds and, with `accelerator`, over the processes."""
+    means = torch.stack(
+        [torch.stack([losses[name].detach().float() for losses in rounds]).mean() for name in rounds[0]]
+    )
+    if accelerator is not None:
+        means = accelerator.reduce(means, "mean")
+    return dict(zip(rounds[0], means.tolist(), strict=True))
+
+
+def _require_finite(losses: dict[str, float], step: int, folder: Path) -> None:
+    broken = [name for name, value in losses.items() if not math.isfinite(value)]
     if broken:
         components = [name for name in broken if name != "loss"] or broken
         raise AsdmError(

@@ -1,0 +1,253 @@
+"""Latents and prompt embeddings of a data source, computed once and kept in WebDataset shards.
+
+A shard is written for each piece of the source (`asdm.incubation.data`), by whichever process of a launch has that
+piece, and is whole or absent; beside it lies where each sample begins, so that a batch can be read from anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from asdm.conditioning import Conditioning, embed_prompts, encode_images, image_size, masked_latents
+from asdm.errors import AsdmError
+from asdm.files import replacing_file, write_text
+from asdm.generation import default_guidance, nothing_to_keep
+from asdm.incubation.data import PIECE, PREPARED, Example, Source, Unusable, load_pixels, open_source, unusable
+from asdm.pipelines import MARKER, is_inpainting, require_ours
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    shard: Path
+    start: int
+    size: int
+
+
+class PreparedData:
+    """Samples that were prepared: their captions, and their tensors on demand.
+
+    Raises:
+        AsdmError: the folder is not one that was prepared to its end.
+    """
+
+    def __init__(self, folder: str | Path):
+        folder = Path(folder)
+        try:
+            index = json.loads((folder / PREPARED).read_text("utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise AsdmError(f"{folder}: not prepared to its end; run prepare-data again ({error})") from None
+        self.made_by: str = index["made_by"]
+        self.captions: list[str] = []
+        self.skipped: dict[str, str] = {}
+        self.samples: list[_Sample] = []
+        for number in range(index["pieces"]):
+            piece = json.loads(_beside(folder, number).read_text("utf-8"))
+            self.captions += piece["captions"]
+            self.skipped |= piece["skipped"]
+            self.samples += [_Sample(_shard(folder, number), *place) for place in piece["places"]]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def batch(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Conditioning]:
+        """Latents (batch, 4, h, w) and the captions' embeddings of these samples, in float32."""
+        rows = [self._read(self.samples[int(index)]) for index in indices]
+        tensors = {name: torch.from_numpy(np.stack([row[name] for row in rows])).float() for name in rows[0]}
+        return tensors.pop("latents"), Conditioning(**tensors)
+
+    def _read(self, sample: _Sample) -> dict[str, np.ndarray]:
+        with sample.shard.open("rb") as file:
+            file.seek(sample.start)
+            with np.load(io.BytesIO(file.read(sample.size))) as arrays:
+                return dict(arrays)
+
+
+def is_prepared(data: str | Path) -> bool:
+    """Whether `data` names a folder that `prepare_data` wrote."""
+    return (Path(data) / PREPARED).is_file()
+
+
+def require_usable(data: str | Path) -> None:
+    """Raise an AsdmError unless `data` names a source with at least one example that looks usable."""
+    _require_usable(open_source(data), data)
+
+
+@torch.no_grad()
+def prepare_data(
+    pipeline: DiffusionPipeline,
+    data: str | Path,
+    folder: str | Path,
+    *,
+    batch_size: int = 16,
+    steps: int = 25,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> PreparedData:
+    """Write latents and caption embeddings of a source's training examples, in float16, as shards into `folder`.
+
+    Called again, goes on with the pieces that are not there yet; the processes of a launch share them.
+
+    Args:
+        data: as for `open_source`; of captions alone the pipeline draws the images itself, in `steps` steps.
+        progress: called with pieces done and in all.
+
+    Raises:
+        AsdmError: the source cannot be used, or `folder` is not ours or holds another source's or another model's.
+    """
+    folder = Path(folder)
+    made_by = fingerprint(pipeline)
+    if is_prepared(data):
+        raise AsdmError(f"{data}: prepared already; give it to distill as it is")
+    source = open_source(data)
+    if is_prepared(folder):
+        _require_same(folder, data, source, made_by)
+        return PreparedData(folder)
+    require_ours(folder)
+    state = PartialState(cpu=pipeline.device.type == "cpu")
+    if state.is_main_process:
+        _require_usable(source, data)
+        if (folder / MARKER).is_file():
+            _require_same(folder, data, source, made_by)
+        about = {"kind": "prepared", "source": _identity(source), "made_by": made_by}
+        write_text(folder / MARKER, json.dumps(about, indent=1) + "\n")
+    state.wait_for_everyone()
+    mine = range(state.process_index, len(source), state.num_processes)
+    for number in mine:
+        if not _beside(folder, number).is_file():
+            _write_piece(pipeline, source, number, folder, batch_size, steps, seed)
+        if progress is not None:
+            progress(mine.index(number) + 1, len(mine))
+    state.wait_for_everyone()
+    if state.is_main_process:
+        write_text(folder / PREPARED, json.dumps({"pieces": len(source), "made_by": made_by}) + "\n")
+    state.wait_for_everyone()
+    prepared = PreparedData(folder)
+    if not len(prepared):
+        raise unusable(data, prepared.skipped)
+    return prepared
+
+
+def fingerprint(pipeline: DiffusionPipeline) -> str:
+    """What tells the latents and embeddings of one pipeline from another's: its VAE, text encoders and image size."""
+    digest = hashlib.sha256(json.dumps([image_size(pipeline), is_inpainting(pipeline)]).encode())
+    for name in ("vae", "text_encoder", "text_encoder_2"):
+        part = getattr(pipeline, name, None)
+        if part is not None:
+            first = next(part.parameters()).detach().flatten()[:4096]
+            digest.update(first.to("cpu", torch.float16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _write_piece(
+    pipeline: DiffusionPipeline, source: Source, number: int, folder: Path, batch_size: int, steps: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+    captions: list[str] = []
+    places: list[tuple[int, int]] = []
+    skipped: dict[str, str] = {}
+    batch: list[Example] = []
+    with replacing_file(_shard(folder, number)) as partial, tarfile.open(partial, "w") as shard:
+
+        def flush() -> None:
+            for example, tensors in _tensors(pipeline, batch, skipped, steps, generator):
+                key = f"{number:05d}-{len(captions):05d}"
+                content = io.BytesIO()
+                np.savez(content, **tensors)
+                places.append(_add(shard, f"{key}.npz", content.getvalue()))
+                _add(shard, f"{key}.txt", example.caption.encode())
+                captions.append(example.caption)
+            batch.clear()
+
+        for row in source.read(number):
+            if isinstance(row, Unusable):
+                skipped[row.name] = row.reason
+                continue
+            batch.append(row)
+            if len(batch) == batch_size:
+                flush()
+        if batch:
+            flush()
+    about = {"captions": captions, "places": places, "skipped": skipped}
+    write_text(_beside(folder, number), json.dumps(about) + "\n")
+
+
+def _tensors(
+    pipeline: DiffusionPipeline,
+    batch: list[Example],
+    skipped: dict[str, str],
+    steps: int,
+    generator: torch.Generator,
+) -> list[tuple[Example, dict[str, Any]]]:
+    """What is kept of each example of a batch that can be decoded, as arrays."""
+    if batch[0].file is None:
+        captions = [example.caption for example in batch]
+        options = {"num_inference_steps": steps, "guidance_scale": default_guidance(pipeline), "generator": generator}
+        latents = pipeline(captions, output_type="latent", **options, **nothing_to_keep(pipeline)).images
+        images = None
+    else:
+        batch, pixels = load_pixels(batch, image_size(pipeline), skipped)
+        if not pixels:
+            return []
+        images = torch.stack(pixels)
+        latents = encode_images(pipeline.vae, images)
+    conditioning = embed_prompts(pipeline, [example.caption for example in batch])
+    if is_inpainting(pipeline):
+        size = (image_size(pipeline),) * 2
+        given = images if images is not None else torch.zeros(len(batch), 3, *size)
+        conditioning = replace(conditioning, masked=masked_latents(pipeline, given, generator))
+    named = {"latents": latents} | {name: value for name, value in vars(conditioning).items() if value is not None}
+    arrays = {name: value.to("cpu", torch.float16).numpy() for name, value in named.items()}
+    return [(example, {name: rows[i] for name, rows in arrays.items()}) for i, example in enumerate(batch)]
+
+
+def _add(shard: tarfile.TarFile, name: str, content: bytes) -> tuple[int, int]:
+    """Where the content begins in the shard, and its size."""
+    header = tarfile.TarInfo(name)
+    header.size = len(content)
+    shard.addfile(header, io.BytesIO(content))
+    padded = -(-len(content) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    return shard.offset - padded, len(content)  # type: ignore[attr-defined]
+
+
+def _require_usable(source: Source, data: str | Path) -> None:
+    skipped: dict[str, str] = {}
+    for row in (row for piece in range(len(source)) for row in source.read(piece)):
+        if isinstance(row, Example):
+            return
+        skipped[row.name] = row.reason
+    raise unusable(data, skipped)
+
+
+def _require_same(folder: Path, data: str | Path, source: Source, made_by: str) -> None:
+    about = json.loads((folder / MARKER).read_text("utf-8"))
+    if about.get("source") != _identity(source):
+        raise AsdmError(f"{folder}: prepared from other data than {data}; use another output folder")
+    if about.get("made_by") != made_by:
+        raise AsdmError(f"{folder}: prepared by another model, or at another image size; use another output folder")
+
+
+def _identity(source: Source) -> str:
+    return hashlib.sha256(f"{PIECE} {source.identity}".encode()).hexdigest()[:16]
+
+
+def _shard(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.tar"
+
+
+def _beside(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.json"

@@ -1,0 +1,139 @@
+"""Several processes of a launch (CPU, gloo) do what one does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from asdm import AsdmError, PruningPlan, Remove, build_student, distill, prepare_data, save_pipeline
+from asdm.incubation.data import open_data
+from asdm.incubation.prepared import PreparedData
+from asdm.incubation.stages import LossWeights, Stage
+from asdm.incubation.trainer import read_log
+from asdm.pipelines import with_unet
+from conftest import tiny_pipeline
+
+UNITS = ("down_blocks.0.resnets.1", "mid_block.attentions.0", "up_blocks.2.attentions.0")
+STAGE = {"name": "joint", "steps": 3, "batch_size": 4, "learning_rate": 1e-3, "relative": False, "caption_dropout": 0.5}
+
+
+def student_of(pipeline):
+    plan = PruningPlan.for_unet(pipeline.unet, [Remove(unit=unit) for unit in UNITS])
+    return build_student(pipeline.unet, plan)
+
+
+def launch(*arguments: str, processes: int) -> None:
+    # `accelerate launch` starts one process on a machine without accelerators; torchrun starts them there.
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    program += [str(Path(sys.executable).parent / "asdm"), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(program, capture_output=True, text=True, env=environment, timeout=300)
+    if done.returncode:
+        raise RuntimeError(done.stdout + done.stderr)
+
+
+def distilled(data_folder, folder, stages, processes):
+    """The UNet's weights after the stages, and the log of the first."""
+    pipeline = tiny_pipeline()
+    save_pipeline(pipeline, folder / "teacher")
+    save_pipeline(with_unet(pipeline, student_of(pipeline)), folder / "student")
+    (folder / "recipe.yaml").write_text(json.dumps(stages))
+    paths = [str(folder / name) for name in ("teacher", "student")]
+    options = ["--data", str(data_folder), "--recipe", str(folder / "recipe.yaml"), "--out", str(folder / "out")]
+    launch("distill", *paths, *options, "--device", "cpu", processes=processes)
+    return load_file(folder / "out" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.fixture
+def alone(data_folder, tmp_path):
+    """The weights that one process gets."""
+
+    def run(stages):
+        pipeline = tiny_pipeline()
+        student = student_of(pipeline)
+        distill(pipeline, student, data_folder, tmp_path / "alone", stages=[Stage(**stage) for stage in stages])
+        return student.state_dict()
+
+    return run
+
+
+def assert_the_same(found, expected):
+    """But for rounding, which Adam makes larger: within a fiftieth of what the weights moved."""
+    start = student_of(tiny_pipeline()).state_dict()
+    moved = max(float((tensor - start[name]).abs().max()) for name, tensor in expected.items())
+    assert moved > 1e-3
+    for name, tensor in found.items():
+        assert float((tensor - expected[name]).abs().max()) < 0.02 * moved, name
+
+
+def assert_the_same_losses(folder, other):
+    for row, expected in zip(*(read_log(run / "00-joint" / "log.jsonl") for run in (folder, other)), strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+
+
+def test_two_processes_with_half_a_batch_each_do_what_one_does(data_folder, tmp_path, alone):
+    found = distilled(data_folder, tmp_path / "two", [STAGE], processes=2)
+    expected = alone([STAGE])
+    assert_the_same(found, expected)
+    assert_the_same_losses(tmp_path / "two" / "out.training", tmp_path / "alone")
+
+
+def test_rounds_of_accumulation_do_what_one_round_does(data_folder, tmp_path, alone):
+    expected = alone([STAGE])
+    pipeline = tiny_pipeline()
+    student = student_of(pipeline)
+    stage = Stage(**STAGE, accumulation=2, checkpointing=True)
+    distill(pipeline, student, data_folder, tmp_path / "rounds", stages=[stage])
+    assert_the_same(student.state_dict(), expected)
+    assert_the_same_losses(tmp_path / "rounds", tmp_path / "alone")
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in student.modules())
+
+
+def test_blocks_are_incubated_by_different_processes(data_folder, tmp_path, alone):
+    stages = [{**STAGE, "name": "incubate", "scope": "incubate", "steps": 2}]
+    found = distilled(data_folder, tmp_path / "two", stages, processes=2)
+    expected = alone(stages)
+    training = tmp_path / "two" / "out.training" / "00-incubate"
+    logs = [read_log(training / f"process-{number}" / "log.jsonl") for number in (0, 1)]
+    of_one = read_log(tmp_path / "alone" / "00-incubate" / "log.jsonl")
+    shares = [{name for name in rows[0] if name.startswith("block/")} for rows in logs]
+    assert shares == [{"block/down_blocks.0", "block/up_blocks.2"}, {"block/mid_block"}]
+    for rows, share in zip(logs, shares, strict=True):
+        assert all(rows[0][name] == pytest.approx(of_one[0][name], rel=1e-4) for name in share)
+    start = student_of(tiny_pipeline()).state_dict()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, start[name]) == torch.equal(expected[name], start[name]), name
+
+
+def test_processes_share_the_pieces_of_a_source(data_folder, tmp_path):
+    (tmp_path / "a.txt").write_text("\n".join(f"caption {number}" for number in range(1030)))
+    save_pipeline(tiny_pipeline(), tmp_path / "model")
+    options = ["--steps", "1", "--batch-size", "256", "--device", "cpu"]
+    launch(
+        "prepare-data",
+        str(tmp_path / "model"),
+        str(tmp_path / "a.txt"),
+        "--out",
+        str(tmp_path / "two"),
+        *options,
+        processes=2,
+    )
+    prepared = PreparedData(tmp_path / "two")
+    assert prepared.captions == [example.caption for example in open_data(tmp_path / "a.txt").examples]
+    alone = prepare_data(tiny_pipeline(), tmp_path / "a.txt", tmp_path / "one", steps=1, batch_size=256)
+    rows = [0, 500, 1025, 1029]
+    torch.testing.assert_close(prepared.batch(rows)[0], alone.batch(rows)[0], atol=1e-2, rtol=0)
+
+
+def test_a_batch_that_cannot_be_parted_is_refused(data_folder, tmp_path):
+    with pytest.raises(RuntimeError, match="batch_size=3: not a multiple of 2"):
+        distilled(data_folder, tmp_path, [STAGE | {"batch_size": 3}], processes=2)
+    pipeline = tiny_pipeline()
+    stage = Stage(name="joint", steps=1, batch_size=3, accumulation=2, losses=LossWeights(feature=0))
+    with pytest.raises(AsdmError, match=r"batch_size=3: not a multiple of 2.*choose 4"):
+        distill(pipeline, student_of(pipeline), data_folder, tmp_path / "run", stages=[stage])

@@ -1,0 +1,183 @@
+"""Data sources other than folders, and latents and embeddings that are prepared from any of them."""
+
+import io
+import json
+import tarfile
+
+import datasets
+import pytest
+import torch
+import webdataset
+from PIL import Image
+
+import asdm.incubation.data as data_module
+from asdm import AsdmError, evaluate
+from asdm.calibration import calibration_calls
+from asdm.conditioning import embed_prompts, encode_images
+from asdm.incubation.data import open_data
+from asdm.incubation.prepared import PreparedData, prepare_data
+from conftest import tiny_pipeline
+
+
+def png(number, size=16):
+    buffer = io.BytesIO()
+    Image.new("RGB", (size, size), (number * 20 % 256, 99, 200)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_shard(path, samples):
+    with tarfile.open(path, "w") as shard:
+        for key, parts in samples.items():
+            for suffix, content in parts.items():
+                header = tarfile.TarInfo(f"{key}.{suffix}")
+                header.size = len(content)
+                shard.addfile(header, io.BytesIO(content))
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Two shards as img2dataset writes them, with one bad image, one lost caption, one held-out sample."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    write_shard(
+        folder / "00000.tar",
+        {
+            "000000000": {"png": png(1), "txt": b"a red house", "json": b'{"caption": "other", "width": 16}'},
+            "000000001": {"png": png(2), "json": b'{"caption": "a blue house"}'},
+            "000000002": {"png": b"not an image", "txt": b"broken"},
+            "000000003": {"png": png(3)},
+        },
+    )
+    write_shard(
+        folder / "00001.tar",
+        {
+            "000010000": {"png": png(4), "txt": b"a fish"},
+            "000010001": {"png": png(5), "txt": b"kept apart", "json": b'{"held_out": true}'},
+        },
+    )
+    return folder
+
+
+def test_shards_by_folder_by_path_and_by_pattern(shards):
+    expected = ["a red house", "a blue house", "broken", "a fish"]
+    pattern = f"{shards}/{{00000..00001}}.tar"
+    for source in (shards, pattern, f"file://{pattern}"):
+        data = open_data(source)
+        assert [example.caption for example in data.examples] == expected
+        assert data.skipped == {"000000003": "its caption is empty"}
+    assert [example.caption for example in open_data(shards, "held_out").examples] == ["kept apart"]
+    assert len(open_data(shards / "00001.tar")) == 1
+    with pytest.raises(AsdmError, match=r"00002.tar: no such shard \(1 of 2\)"):
+        open_data(f"{shards}/{{00001..00002}}.tar")
+
+
+def test_a_shard_that_breaks_off_gives_what_it_has_and_is_named(shards):
+    whole = (shards / "00000.tar").read_bytes()
+    (shards / "00000.tar").write_bytes(whole[:2000])
+    data = open_data(shards)
+    assert "a fish" in [example.caption for example in data.examples]
+    assert any(name.endswith("00000.tar") and "not read to its end" in why for name, why in data.skipped.items())
+
+
+@pytest.mark.parametrize("kind", ["saved", "parquet"])
+def test_hugging_face_datasets(tmp_path, kind):
+    rows = {"image": [Image.new("RGB", (16, 16), "red")] * 3, "text": ["one", "", "three"], "style": ["a", "b", "c"]}
+    dataset = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    if kind == "saved":
+        dataset.save_to_disk(tmp_path / "set")
+    else:
+        (tmp_path / "set").mkdir()
+        dataset.to_parquet(tmp_path / "set" / "train.parquet")
+    data = open_data(f"hf:{tmp_path / 'set'}")
+    assert [(example.caption, example.style) for example in data.examples] == [("one", "a"), ("three", "c")]
+    assert data.examples[0].pixels(16).shape == (3, 16, 16)
+    assert data.skipped == {"0/1": "its caption is empty"}
+
+
+def test_datasets_that_cannot_be_used_are_refused_with_what_they_have(tmp_path):
+    datasets.Dataset.from_dict({"label": [1, 2]}).save_to_disk(tmp_path / "set")
+    with pytest.raises(AsdmError, match="its columns are label; it needs one of images"):
+        open_data(f"hf:{tmp_path / 'set'}")
+    with pytest.raises(AsdmError, match="no such dataset or split"):
+        open_data(f"hf:{tmp_path / 'absent'}")
+
+
+def test_captions_alone_are_drawn_by_the_teacher(pipeline, tmp_path):
+    (tmp_path / "captions.txt").write_text("a house\n\n  a  fish \n")
+    prepared = prepare_data(pipeline, tmp_path / "captions.txt", tmp_path / "prepared", steps=3)
+    assert prepared.captions == ["a house", "a fish"]
+    latents, _ = prepared.batch([0, 1])
+    generator = torch.Generator().manual_seed(0)
+    drawn = pipeline(
+        prepared.captions, num_inference_steps=3, guidance_scale=3.0, generator=generator, output_type="latent"
+    ).images
+    torch.testing.assert_close(latents, drawn, atol=2e-2, rtol=2e-3)  # kept in half precision
+    (tmp_path / "empty.txt").write_text("\n\n")
+    with pytest.raises(AsdmError, match=r"empty\.txt: no images with captions"):
+        prepare_data(pipeline, tmp_path / "empty.txt", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_prepared_samples_are_the_encoded_images_and_captions(pipeline, shards, tmp_path):
+    prepared = prepare_data(pipeline, shards, tmp_path / "prepared")
+    assert prepared.captions == ["a red house", "a blue house", "a fish"]
+    assert set(prepared.skipped) == {"000000002", "000000003"}
+    examples = {example.caption: example for example in open_data(shards).examples}
+    chosen = [examples[prepared.captions[index]] for index in (2, 0)]
+    latents, captions = prepared.batch([2, 0])
+    expected = encode_images(pipeline.vae, torch.stack([example.pixels(16) for example in chosen]))
+    torch.testing.assert_close(latents, expected, atol=1e-2, rtol=1e-3)
+    embedded = embed_prompts(pipeline, [example.caption for example in chosen]).encoder_hidden_states
+    torch.testing.assert_close(captions.encoder_hidden_states, embedded, atol=1e-2, rtol=1e-3)
+
+
+def test_prepared_shards_are_webdataset_shards(pipeline, shards, tmp_path):
+    prepare_data(pipeline, shards, tmp_path / "prepared")
+    url = str(tmp_path / "prepared" / "{00000..00001}.tar")
+    samples = list(webdataset.WebDataset(url, shardshuffle=False).decode())
+    assert [sample["txt"] for sample in samples] == ["a red house", "a blue house", "a fish"]
+    assert samples[0]["npz"]["latents"].shape == (4, 8, 8)
+
+
+def test_an_interrupted_preparation_goes_on_at_the_next_piece(pipeline, data_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(data_module, "PIECE", 2)
+    whole = prepare_data(pipeline, data_folder, tmp_path / "whole")
+    done = []
+
+    def interrupt(number, count):
+        done.append(number)
+        if number == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare_data(pipeline, data_folder, tmp_path / "twice", progress=interrupt)
+    with pytest.raises(AsdmError, match="not prepared to its end"):
+        PreparedData(tmp_path / "twice")
+    first = (tmp_path / "twice" / "00000.tar").stat().st_mtime_ns
+    resumed = prepare_data(pipeline, data_folder, tmp_path / "twice")
+    assert (tmp_path / "twice" / "00000.tar").stat().st_mtime_ns == first
+    assert resumed.captions == whole.captions and len(whole) == 5
+    assert torch.equal(resumed.batch(range(5))[0], whole.batch(range(5))[0])
+    assert not list(tmp_path.glob("twice/.*"))
+
+
+def test_prepared_folders_are_calibrated_on_and_judged_by_their_captions(pipeline, shards, tmp_path):
+    prepare_data(pipeline, shards, tmp_path / "prepared")
+    calls = calibration_calls(pipeline, tmp_path / "prepared", None, timesteps=2, samples=2, seed=0)
+    assert calls[0].arguments["sample"].shape == (2, 4, 8, 8)
+    evaluation = evaluate({"teacher": pipeline}, data=tmp_path / "prepared", samples=2, steps=2, rounds=1)
+    assert [(row.split, row.images) for row in evaluation.quality] == [("seen", 2)]
+
+
+def test_what_another_model_prepared_is_refused(pipeline, shards, tmp_path):
+    prepare_data(pipeline, shards, tmp_path / "prepared")
+    other = tiny_pipeline()
+    with torch.no_grad():
+        next(other.vae.parameters()).add_(1)
+    with pytest.raises(AsdmError, match="prepared by another model"):
+        prepare_data(other, shards, tmp_path / "prepared")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(AsdmError, match="was not written by asdm"):
+        prepare_data(pipeline, shards, tmp_path / "mine")
+    assert json.loads((tmp_path / "prepared" / "asdm.json").read_text())["kind"] == "prepared"
