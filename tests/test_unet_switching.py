@@ -6,6 +6,8 @@ from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
 
 from asdm import AsdmError, PruningPlan, build_student, generate, switch_unets, with_unet
+from asdm.evaluation.latency import Latency
+from asdm.inference import unet_switching
 from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet, unet_inputs
 
 
@@ -47,11 +49,15 @@ def test_memory_counts_shared_tensors_once(pipeline):
     assert size < apart.unet.megabytes < 2 * size
 
 
-def test_a_speedup_decides_where_to_switch(pipeline):
-    units = [f"{stage}.{kind}" for stage in ("down_blocks.1", "up_blocks.2") for kind in ("resnets.1", "attentions.1")]
-    student = lean(pipeline, "mid_block", "down_blocks.3", *units)
-    slow, fast = (switch_unets(pipeline, [student, pipeline.unet], speedup=target) for target in (1.02, 1.15))
-    assert 0 < fast.unet.boundaries[0] < slow.unet.boundaries[0] < 1000
+def test_a_speedup_decides_where_to_switch(pipeline, monkeypatch):
+    """With a first UNet that takes half the time, `part` of the steps with it take `1 - part / 2` of the time."""
+    times = {"0": Latency(5.0, 5.0, 5.0, 5), "1": Latency(10.0, 10.0, 10.0, 5)}
+    monkeypatch.setattr(unet_switching, "measure_interleaved", lambda calls, **_: times)
+    for target, part in ((1.25, 0.4), (1.6, 0.75)):
+        switched = switch_unets(pipeline, [lean(pipeline), pipeline.unet], speedup=target)
+        assert switched.unet.boundaries == pytest.approx([1000 * (1 - part)], abs=1)
+    with pytest.raises(AsdmError, match="the first UNet alone is 2.00 times as fast"):
+        switch_unets(pipeline, [lean(pipeline), pipeline.unet], speedup=2.0)
 
 
 def test_what_does_not_fit_is_named(pipeline, tmp_path):

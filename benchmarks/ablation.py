@@ -1,0 +1,261 @@
+"""What each part of the method is worth: distillations of equal cost from one plan, with and without it.
+
+    python benchmarks/ablation.py run                       # all that is not in docs/results/ablation.json yet
+    python benchmarks/ablation.py run --only bk-sdm,full --seeds 0
+    python benchmarks/ablation.py table                     # mean and spread over the seeds
+
+The embedded pipeline; one plan of removals for each speed-up; each run trains for the same time, as steps whose cost
+was measured in turns, so that a busy minute of the machine falls on nobody. A finished run is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import statistics
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import asdm
+from asdm.conditioning import noise_schedule
+from asdm.evaluation.comparison import RealImages, evaluation_sets
+from asdm.evaluation.latency import measure_interleaved, speedup, unet_call
+from asdm.evaluation.metrics import Judge, feature_distance
+from asdm.files import write_text
+from asdm.incubation.data import ShuffledBatches, open_data
+from asdm.incubation.distillation import TrainingSet, make_task, prepare
+from asdm.incubation.optimizers import make_optimizer
+from asdm.incubation.recipes import SEMANTIC_WEIGHT, incubation_stages, pace
+from asdm.incubation.stages import LossWeights, Stage
+from asdm.inference.runtime import prepare_for_training
+from asdm.pipelines import load_clip
+from asdm.redundancy import RedundancyMap
+from asdm.student.edits import GriAttention, Remove
+from asdm.student.plan import PruningPlan, build_student
+from asdm.units import removable_units
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+console = Console()
+RESULTS = Path(__file__).parent.parent / "docs" / "results" / "ablation.json"
+WORK = Path("runs/ablation")
+COMPONENTS = ("normalised", "incubation", "cond-conv", "gri", "sas", "compensation", "muon")
+FAST_SPEEDUP = 2.0  # at which only BK-SDM's recipe and the full method are run
+SECONDS = 150.0  # of training each
+METRICS = ("concept_top1", "concept_top5", "style", "kid", "retrieval_at_1", "teacher_distance")
+
+
+def variants(target: float) -> dict[str, tuple[str, ...]]:
+    """The components of each named recipe."""
+    found: dict[str, tuple[str, ...]] = {"bk-sdm": (), "full": COMPONENTS}
+    if target < FAST_SPEEDUP:
+        found |= {f"bk-sdm + {name}": (name,) for name in COMPONENTS}
+        found |= {f"full - {name}": tuple(c for c in COMPONENTS if c != name) for name in COMPONENTS}
+    return found
+
+
+@app.command()
+def run(
+    only: str = typer.Option("", help="Names of recipes, separated by commas; all by default."),
+    seeds: str = typer.Option("0,1,2", help="Seeds, separated by commas."),
+    targets: str = typer.Option("1.5,2.0", help="UNet speed-ups of the plans, separated by commas."),
+    seconds: float = typer.Option(SECONDS, help="Training time of each run, by the measured cost of its steps."),
+    samples: int = typer.Option(102, help="Images of each split; 102 are all held-out pairs."),
+) -> None:
+    """Train and judge what is not in the results yet; each run is kept as soon as it is done."""
+    prepare_for_training()
+    pipeline = asdm.load_pipeline("demo")
+    examples = prepare(pipeline, "demo", WORK / "prepared")
+    judged = _Judged(pipeline, samples)
+    chosen = [name.strip() for name in only.split(",") if name.strip()]
+    rows = json.loads(RESULTS.read_text("utf-8"))["rows"] if RESULTS.is_file() else []
+    for seed in (int(part) for part in seeds.split(",")):
+        for target in (float(part) for part in targets.split(",")):
+            plan = _plan(pipeline, target)
+            steps = _steps(pipeline, examples, plan, target, seconds)
+            for name, components in {"teacher": None, **variants(target)}.items():
+                key = {"name": name, "seed": seed, "target": target}
+                if (chosen and name not in chosen) or any(key.items() <= row.items() for row in rows):
+                    continue
+                row = key | _run(pipeline, examples, plan, components, steps.get(name, 0), seed, judged)
+                rows.append(row | {"seconds": seconds if components is not None else 0})
+                about = {
+                    "date": date.today().isoformat(),
+                    "machine": f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads",
+                }
+                write_text(RESULTS, json.dumps(about | {"rows": rows}, indent=1) + "\n")
+                console.print(row, highlight=False)
+
+
+@app.command()
+def table() -> None:
+    """Mean and deviation over the seeds, the teacher first."""
+    rows = json.loads(RESULTS.read_text("utf-8"))["rows"]
+    for target in sorted({row["target"] for row in rows}):
+        shown = Table(title=f"plan of {target:g}x")
+        for column in ("recipe", "seeds", "UNet speed-up", "steps", *METRICS):
+            shown.add_column(column.replace("_", " "))
+        of_target = [row for row in rows if row["target"] == target]
+        for name in dict.fromkeys(row["name"] for row in of_target):
+            mine = [row for row in of_target if row["name"] == name]
+            cells = [f"{statistics.mean(row['speedup'] for row in mine):.2f}x", str(mine[0]["steps"])]
+            for metric in METRICS:
+                values = [row[f"{metric}_heldout"] for row in mine]
+                spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+                cells.append(f"{statistics.mean(values):.3f}{spread}")
+            shown.add_row(name, str(len(mine)), *cells)
+        console.print(shown)
+
+
+def _run(
+    pipeline: DiffusionPipeline,
+    examples: TrainingSet,
+    plan: PruningPlan,
+    components: tuple[str, ...] | None,
+    steps: int,
+    seed: int,
+    judged: Callable[[DiffusionPipeline, int], dict[str, float]],
+) -> dict[str, Any]:
+    if components is None:
+        return {"speedup": 1.0, "steps": 0} | judged(pipeline, seed)
+    student = build_student(pipeline.unet, _with_components(pipeline.unet, plan, components))
+    if "compensation" in components:
+        asdm.fit_compensation(pipeline, student, data="demo", seed=seed)
+    folder = WORK / "training"
+    shutil.rmtree(folder, ignore_errors=True)
+    stages = _stages(student, components, steps)
+    asdm.distill(pipeline, student, WORK / "prepared", folder, stages=stages, seed=seed)
+    times = measure_interleaved({"teacher": unet_call(pipeline.unet), "student": unet_call(student)}, rounds=20)
+    found = {"speedup": speedup(times["teacher"], times["student"]), "steps": steps}
+    return found | judged(asdm.with_unet(pipeline, student), seed)
+
+
+def _plan(pipeline: DiffusionPipeline, target: float) -> PruningPlan:
+    """The removals of the plan; GRI is a component, and not the planner's choice here."""
+    path = WORK / f"plan-{target:g}.json"
+    if not path.is_file():
+        known = WORK / "redundancy.json"
+        if not known.is_file():
+            asdm.analyze(pipeline, data="demo", compensate="linear").save(known)
+        redundancy = RedundancyMap.load(known)
+        removals = [other for other in redundancy.others if isinstance(other.edit, Remove)]
+        redundancy = redundancy.model_copy(update={"others": removals})
+        asdm.make_plan(redundancy, speedup=target, unet=pipeline.unet).save(path)
+    return PruningPlan.load(path)
+
+
+def _with_components(unet: UNet2DConditionModel, plan: PruningPlan, components: tuple[str, ...]) -> PruningPlan:
+    """The plan's removals, and what the components add to them."""
+    kind = "linear" if "compensation" in components else "none"
+    removals = [Remove(unit=edit.unit, compensate=kind) for edit in plan.edits if isinstance(edit, Remove)]
+    edits: list[Any] = list(removals)
+    if "gri" in components:
+        last = f"up_blocks.{len(unet.up_blocks) - 1}."
+        gone = [edit.unit for edit in removals]
+        outer = [u.name for u in removable_units(unet) if u.kind == "self_attention"]
+        outer = [name for name in outer if name.startswith(("down_blocks.0.", last))]
+        kept = [name for name in outer if not any(name == unit or name.startswith(f"{unit}.") for unit in gone)]
+        edits += [GriAttention(unit=name, regions=2, pool=2) for name in kept]
+    full = PruningPlan.for_unet(unet, edits)
+    return asdm.add_banks(full, unet, params=0.15, router="time") if "cond-conv" in components else full
+
+
+def _stages(student: UNet2DConditionModel, components: tuple[str, ...], steps: int) -> list[Stage]:
+    changes: dict[str, Any] = {
+        "relative": "normalised" in components,
+        "optimizer": "muon" if "muon" in components else "adamw",
+        "losses": LossWeights(semantic=SEMANTIC_WEIGHT if "sas" in components else 0.0),
+    }
+    if "incubation" in components:
+        stages = incubation_stages(student, steps)
+    else:
+        stages = [Stage(name="joint", **pace(student, steps))]
+    return [stage.model_copy(update=changes) for stage in stages]
+
+
+def _steps(
+    pipeline: DiffusionPipeline, examples: TrainingSet, plan: PruningPlan, target: float, seconds: float
+) -> dict[str, int]:
+    """For each recipe, the steps that take so long: each of its stages' cost is measured in turns with all others'."""
+    path = WORK / f"steps-{target:g}-{seconds:g}.json"
+    if path.is_file():
+        return json.loads(path.read_text("utf-8"))
+    calls: dict[str, Callable[[], Any]] = {}
+    shares: dict[str, list[tuple[str, float]]] = {}
+    for name, components in variants(target).items():
+        student = build_student(pipeline.unet, _with_components(pipeline.unet, plan, components))
+        stages = _stages(student, components, 1000)
+        for scope in dict.fromkeys(stage.scope for stage in stages):
+            of_scope = [stage for stage in stages if stage.scope == scope]
+            call = f"{name}, {scope}"
+            calls[call] = _one_step(pipeline, student, examples, of_scope[-1])
+            shares.setdefault(name, []).append((call, sum(stage.steps for stage in of_scope) / 1000))
+    times = measure_interleaved(calls, rounds=4, warmup=1)
+    found = {
+        name: round(seconds / sum(times[call].median_ms / 1000 * share for call, share in parts))
+        for name, parts in shares.items()
+    }
+    write_text(path, json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def _one_step(
+    pipeline: DiffusionPipeline, student: UNet2DConditionModel, examples: TrainingSet, stage: Stage
+) -> Callable[[], None]:
+    """A training step of the stage: forward, backward, optimiser."""
+    task = make_task(pipeline, student, noise_schedule(pipeline), examples, stage)
+    wanted = set(task.trained())
+    order = ShuffledBatches(len(examples), stage.batch_size, 0)
+
+    def step() -> None:
+        for name, parameter in task.named_parameters():
+            parameter.requires_grad_(name in wanted)
+        weights = task.trained()
+        optimizer = make_optimizer(weights, stage.optimizer, 1e-9, (0.9, 0.99), 0.0, {})
+        with torch.enable_grad():
+            task((order(0), 0), torch.Generator().manual_seed(0))["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+class _Judged:
+    """Figures of a pipeline's images on the fixed prompts, beside the teacher's of the same seeds."""
+
+    def __init__(self, pipeline: DiffusionPipeline, samples: int):
+        self.judge, self.sets = Judge(), evaluation_sets("demo", None, samples, 0)
+        self.real = RealImages(self.judge, pipeline, open_data("demo", "all").examples, load_clip(pipeline))
+        self.pipeline, self.samples = pipeline, samples
+
+    def __call__(self, pipeline: DiffusionPipeline, seed: int) -> dict[str, float]:
+        figures: dict[str, float] = {"images": self.samples}
+        for each in self.sets:
+            images = asdm.generate(pipeline, each.prompts, seed=1000 * seed)
+            features = self.judge.features(images)
+            expected = features if pipeline is self.pipeline else self._teacher_features(each, seed)
+            found = self.real.figures(images, features, each.examples)
+            found["teacher_distance"] = feature_distance(features, expected)
+            split = each.split.replace("_", "")
+            figures |= {f"{metric}_{split}": round(float(found[metric]), 4) for metric in METRICS}
+        return figures
+
+    def _teacher_features(self, each: Any, seed: int) -> Tensor:
+        path = WORK / f"teacher-{each.split}-{seed}-{self.samples}.pt"
+        if not path.is_file():
+            images = asdm.generate(self.pipeline, each.prompts, seed=1000 * seed)
+            torch.save(self.judge.features(images), path)
+        return torch.load(path, weights_only=True)
+
+
+if __name__ == "__main__":
+    app()
