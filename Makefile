@@ -24,7 +24,7 @@ lint: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[data,judge,tensorboard,test]"
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[data,judge,onnx,openvino,tensorboard,test]"
 	touch $@
 
 clean:

@@ -19,6 +19,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tomesd
 import torch
 import typer
@@ -44,24 +45,25 @@ KINDS = ("none", "bias", "diagonal", "linear")
 
 @app.command()
 def compensation(target: float = 1.5) -> None:
-    """Plans of the same measured speed-up, with each kind of map: the prediction's error, untrained."""
+    """The prediction's error, untrained, with each kind of map at one speed-up: between the plans on both sides of it,
+    each kind's by its own sensitivities."""
     pipeline = asdm.load_pipeline("demo")
-    redundancy = asdm.analyze(pipeline, data="demo")
     rows, students = [], {}
     for kind in KINDS:
-        plan = asdm.make_plan(redundancy, speedup=target, compensate=kind, unet=pipeline.unet)
-        student = build_student(pipeline.unet, plan)
-        report = asdm.fit_compensation(pipeline, student, data="demo")
-        students[kind] = student
-        size = sum(p.numel() for p in student.parameters()) / 1e6
-        rows.append(
-            {"compensate": kind, "removals": len(plan.edits), "parameters_m": size, "error": report.error_after}
-        )
-    times = measure_interleaved(
-        {"original": unet_call(pipeline.unet)} | {k: unet_call(s) for k, s in students.items()}, rounds=30
-    )
+        redundancy = asdm.analyze(pipeline, data="demo", compensate=kind)
+        for kept in (0.75, 0.65, 0.6, 0.55, 0.45):
+            plan = asdm.make_plan(redundancy, macs=kept, compensate=kind, unet=pipeline.unet)
+            student = students[kind, kept] = build_student(pipeline.unet, plan)
+            error = asdm.fit_compensation(pipeline, student, data="demo").error_after
+            rows.append({"compensate": kind, "macs_kept": kept, "removals": len(plan.edits), "error": error})
+    calls = {"original": unet_call(pipeline.unet)} | {str(key): unet_call(s) for key, s in students.items()}
+    times = measure_interleaved(calls, rounds=30)
     for row in rows:
-        row["speedup"] = speedup(times["original"], times[row["compensate"]])
+        row["speedup"] = speedup(times["original"], times[str((row["compensate"], row["macs_kept"]))])
+    for kind in KINDS:
+        of_kind = sorted((row["speedup"], row["error"]) for row in rows if row["compensate"] == kind)
+        error = float(np.interp(target, *zip(*of_kind, strict=True)))
+        rows.append({"compensate": kind, "macs_kept": "between", "removals": "", "error": error, "speedup": target})
     finish("compensation", rows)
 
 
@@ -112,13 +114,17 @@ def gri() -> None:
 
 @app.command("gri-speed")
 def gri_speed(size: int = 64, rounds: int = 6) -> None:
-    """Latency of SD 1.5's UNet (random weights, batch 1) with the 64x64 self-attentions replaced."""
+    """Latency of SD 1.5's UNet (random weights, batch 1) with the outer self-attentions replaced; and without them and
+    their projections, which is the limit."""
     unet = random_unet({**UNETS["sd15"], "sample_size": size}).eval()
     units = outer_self_attentions(unet)
     models = {"full attention": unet}
-    for regions, pool in ((4, 2), (4, 4), (2, 2)):
-        models[f"GRI, regions {regions}, pool {pool}"] = with_gri(unet, units, regions, pool)
+    for pool, weighted in ((4, False), (4, True)):  # each model takes 3.4 GB
+        name = f"GRI, regions 4, pool {pool}" + (", weighted" if weighted else "")
+        models[name] = with_gri(unet, units, 4, pool, weighted)
     models["ToMe, ratio 0.5"] = tomesd.apply_patch(copy.deepcopy(unet), ratio=0.5)
+    removed = [asdm.Remove(unit=unit) for unit in units]
+    models["none at all"] = build_student(unet, PruningPlan.for_unet(unet, removed))
     finish(f"gri_speed_{8 * size}px", timed(models, rounds))
 
 
@@ -133,12 +139,12 @@ def cond_conv(rounds: int = 6) -> None:
     plan = PruningPlan.for_unet(unet, [{"edit": "remove", "unit": name} for name in removed])
     models = {"pruned": build_student(unet, plan)}
     for router in ("time", "input"):
-        models[f"router {router}"] = build_student(unet, asdm.add_banks(plan, unet, params=0.15, router=router))
+        models[f"router {router}"] = build_student(unet, asdm.add_banks(plan, unet, router=router))
     finish("cond_conv_speed", timed(models, rounds))
 
 
 @app.command()
-def presets(rounds: int = 4) -> None:
+def presets(rounds: int = 4, only: str = ",".join(PRESETS)) -> None:
     """Latency of SD 1.5's UNet (random weights, batch 1) with each preset's plan."""
     unet = random_unet(UNETS["sd15"]).eval()
     pipeline = asdm.load_pipeline("random:sd15")
@@ -147,7 +153,7 @@ def presets(rounds: int = 4) -> None:
         pipeline, sensitivity="taylor", compensate="none", timesteps=1, samples=1, latency_rounds=2
     )
     rows = []
-    for preset in PRESETS:
+    for preset in only.split(","):
         plan = asdm.make_plan(redundancy, preset=preset, unet=unet)
         student = build_student(unet, plan)
         row = timed({"original": unet, preset: student}, rounds)[1]

@@ -63,7 +63,9 @@ def naive(attention, hidden_states, height, width, regions, pool, weighted=False
                 q = query[:, y * width + x].unflatten(1, (2, 8))
                 logits = torch.einsum("bhd,bkhd->bhk", q, k) / 8**0.5
                 if weighted:
-                    logits = logits + torch.tensor([float(len(which)) for which in keys]).log()
+                    seen = {i * width + j for i in bounds(y, height) for j in bounds(x, width)}
+                    counts = [1.0 if n < len(seen) else float(len(set(which) - seen)) for n, which in enumerate(keys)]
+                    logits = logits + torch.tensor(counts).log()
                 rows.append(torch.einsum("bhk,bkhd->bhd", logits.softmax(-1), v).flatten(1))
         return attention.to_out[0](torch.stack(rows, 1))
 

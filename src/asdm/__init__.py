@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from asdm.incubation.distillation import distill as distill
     from asdm.incubation.prepared import prepare_data as prepare_data
     from asdm.incubation.stages import Stage as Stage
+    from asdm.inference.export import export as export
     from asdm.inference.feature_inheritance import inherit_features as inherit_features
     from asdm.inference.optimization import optimize as optimize
     from asdm.inference.unet_switching import switch_unets as switch_unets
@@ -60,6 +61,7 @@ _HOME = {
     "compress": "asdm.compression",
     "distill": "asdm.incubation.distillation",
     "evaluate": "asdm.evaluation.comparison",
+    "export": "asdm.inference.export",
     "fit_compensation": "asdm.compensation",
     "generate": "asdm.generation",
     "inherit_features": "asdm.inference.feature_inheritance",

@@ -426,6 +426,31 @@ def generate(
 
 
 @app.command()
+def export(
+    model: ModelArgument,
+    to: Annotated[Literal["openvino", "onnx"], typer.Option("--to", help="The format of the graphs.")],
+    out: Annotated[Path, typer.Option(help="The folder to write to.")],
+    size: Annotated[
+        int | None, typer.Option(help="Side of the images in pixels; by default the model's own.", show_default=False)
+    ] = None,
+) -> None:
+    """Write a teacher or a student as OpenVINO or ONNX graphs, in a folder that optimum loads."""
+    import asdm
+
+    with _progress() as report:
+        made = asdm.export(
+            _load(model, "cpu"),
+            out,
+            to,
+            size=size,
+            progress=lambda name, done, total: report("export", done, total, name),
+        )
+    for name, difference in made.differences.items():
+        console.print(f"{name}: at most {difference:.2%} off torch's outputs", highlight=False)
+    console.print(f"written to {made.folder}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def compress(
     model: ModelArgument,
     out: Annotated[Path, typer.Option(help="The folder to write everything to.")],

@@ -101,8 +101,9 @@ def prediction_error(
     """|student - teacher|^2 / |teacher|^2 of the prediction, the mean over the calls."""
     errors = []
     for call in calls:
-        wanted = teacher(**call.arguments, return_dict=False)[0].float()
-        found = student(**call.arguments, return_dict=False)[0].float()
+        arguments = dict(call.arguments)
+        sample = arguments.pop("sample")
+        wanted, found = (unet(sample, **arguments, return_dict=False)[0].float() for unet in (teacher, student))
         errors.append(float((found - wanted).square().sum() / wanted.square().sum()))
     return sum(errors) / len(errors)
 

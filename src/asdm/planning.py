@@ -81,14 +81,15 @@ def add_banks(
     plan: PruningPlan,
     unet: UNet2DConditionModel,
     *,
-    params: float = 0.1,
+    params: float = 0.05,
     router: Literal["input", "input+time", "time"] = "input",
     activation: Literal["softmax", "sigmoid"] = "softmax",
 ) -> PruningPlan:
     """The plan with CLME-CondConv banks: convolutions that stay inherit those of removed resnets as experts.
 
     Each removed convolution goes to the nearest kept one, in order of execution, of its kind (`conv1`, `conv2`) and
-    its output channels; the nearest pairs first, until the budget is used (inferred).
+    its output channels; the smallest first, as mixing a kernel costs its size, then the nearest, until the budget is
+    used (inferred).
 
     Args:
         params: what the experts may add, as a part of the original's parameters or as a number of them.
@@ -111,15 +112,15 @@ def add_banks(
         ]
         if fitting:
             distance, name = min(fitting)
-            pairs.append((distance, order[resnet], name, source))
+            size = convs[name].weight.numel() + len(convs[name].weight)
+            pairs.append((size, distance, order[resnet], name, source))
     total = sum(p.numel() for p in unet.parameters())
     budget = params * total if params <= 1 else params
     banks: dict[str, list[str]] = {}
-    for _, _, name, source in sorted(pairs):
-        cost = convs[name].weight.numel() + len(convs[name].weight)
-        if cost <= budget:
+    for size, _, _, name, source in sorted(pairs):
+        if size <= budget:
             banks.setdefault(name, []).append(source)
-            budget -= cost
+            budget -= size
     if not banks:
         raise AsdmError(
             f"params={params:g}: no expert fits; the plan removes {len(gone)} convolutions, "
@@ -328,10 +329,11 @@ def _preset(redundancy: RedundancyMap, preset: str, choices: list[PossibleEdit])
 
 def _a_sdm(redundancy: RedundancyMap, choices: list[PossibleEdit], fast: bool) -> list[PossibleEdit]:
     """The presets of our own, for Stable Diffusion's UNets (inferred): the outermost self-attentions look at regions,
-    and the middle layer of the last stage goes; `fast`, the second layer of every stage, too, with the innermost
-    stage and the mid block."""
+    and the second layers of the first and the last stage go; `fast`, that of every stage, with the innermost stage,
+    the mid block and the last attention."""
     tokens = max((unit.positions for unit in redundancy.units if unit.kind == "self_attention"), default=0)
     last_stage = redundancy.units[-1].stage
+    last_attention = [unit.name for unit in redundancy.units if unit.kind == "attention"][-1:]
 
     def wanted(choice: PossibleEdit) -> bool:
         edit = choice.edit
@@ -342,17 +344,23 @@ def _a_sdm(redundancy: RedundancyMap, choices: list[PossibleEdit], fast: bool) -
             return False
         middle = edit.unit.endswith((".resnets.1", ".attentions.1"))
         if not fast:
-            return middle and edit.unit.startswith(last_stage)
-        return edit.unit == "mid_block" or is_stage(edit.unit) or (middle and not edit.unit.startswith("mid_block"))
+            return middle and edit.unit.startswith((redundancy.units[0].stage, last_stage))
+        if edit.unit == "mid_block" or is_stage(edit.unit) or edit.unit in last_attention:
+            return True
+        return middle and not edit.unit.startswith("mid_block")
 
     chosen: list[PossibleEdit] = []
-    # What covers most comes first: a stage, then layers, then what is left inside them.
-    for choice in sorted(filter(wanted, choices), key=lambda choice: -len(choice.covers)):
+    # What covers most comes first: a stage, then layers, then what is left inside them; of two kinds, the faster one.
+    for choice in sorted(filter(wanted, choices), key=lambda choice: (-len(choice.covers), -_keys_saved(choice))):
         if not any(choice.covers & other.covers for other in chosen):
             chosen.append(choice)
     if not chosen:
         raise AsdmError("no such layers in this UNet as the preset removes; give a budget instead")
     return sorted(chosen, key=choices.index)
+
+
+def _keys_saved(choice: PossibleEdit) -> float:
+    return choice.macs if isinstance(choice.edit, GriAttention) else 0.0
 
 
 def _with_edits(plan: PruningPlan, edits: Sequence[Edit]) -> PruningPlan:

@@ -69,7 +69,8 @@ def synchronise(device: torch.device | str) -> None:
 def unet_call(unet: UNet2DConditionModel, batch_size: int = 2, seed: int = 0) -> Callable[[], Tensor]:
     """One UNet call on random inputs at its native size; batch 2 is one image with guidance."""
     arguments = random_inputs(unet, batch_size, seed)
-    return lambda: unet(**arguments, return_dict=False)[0]
+    sample = arguments.pop("sample")  # as pipelines give it, by its place: what others patch into a UNet may rely on it
+    return lambda: unet(sample, **arguments, return_dict=False)[0]
 
 
 def random_inputs(unet: UNet2DConditionModel, batch_size: int, seed: int = 0) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class CondConv2d(nn.Module):
         bias = self._mixed(routing, self.bias, self.expert_bias)
         if len(routing) == 1:
             return F.conv2d(hidden_states, weight[0], bias[0], self.stride, self.padding, self.dilation)
-        batch = len(hidden_states)
+        batch = hidden_states.shape[0]
         apart = hidden_states.reshape(1, -1, *hidden_states.shape[2:])
         output = F.conv2d(
             apart, weight.flatten(0, 1), bias.flatten(), self.stride, self.padding, self.dilation, groups=batch
@@ -82,9 +82,11 @@ class CondConv2d(nn.Module):
 
     def _mixed(self, routing: Tensor, own: Tensor, experts: Tensor) -> Tensor:
         """Mixtures (rows of routing, *own.shape) of tensors."""
-        rows = routing.to(own.dtype)
-        mixed = rows[:, 1:] @ experts
-        return (mixed + rows[:, :1] * own.flatten()).view(-1, *own.shape)
+        rows, flat = routing.to(own.dtype), own.flatten()
+        if len(rows) == 1 and len(experts) == 1 and self.activation == "softmax":
+            # The parts' sum is 1. Kernels are larger than caches, and this reads each but once.
+            return torch.lerp(flat, experts[0], rows[0, 1]).view(1, *own.shape)
+        return (rows[:, 1:] @ experts + rows[:, :1] * flat).view(-1, *own.shape)
 
     def start(self, teacher: Mapping[str, Tensor], channels: Mapping[str, Channels], name: str) -> dict[str, Tensor]:
         """The tensors that a new bank has beside its own kernel's: experts inherited from `teacher`."""

@@ -58,7 +58,7 @@ class GriAttention(_Edit):
 
     `unit` names an `attn1`; `regions` along each side of the map of tokens; `pool`, the side of the squares of
     tokens that are averaged to a global one, 0 for none; `weighted`, whether a global token counts for as many
-    as it was averaged from.
+    of those as the region does not see itself.
     """
 
     edit = "gri_attention"

@@ -25,8 +25,8 @@ class GriAttnProcessor:
     Args:
         regions: how many regions along each side; 1 is the whole map.
         pool: side of the squares of tokens whose keys and values are averaged to a global one; 0 for none.
-        weighted: a global token counts for as many as it was averaged from, by a term on its logit (as merged
-            tokens do in ToMe, arXiv 2210.09461, Eq. 1).
+        weighted: a global token counts for as many of those it was averaged from as the region does not see itself, by
+            a term on its logit (as merged tokens do in ToMe, arXiv 2210.09461, Eq. 1).
 
     With one region and no pooling it is full attention, exactly.
     """
@@ -40,7 +40,7 @@ class GriAttnProcessor:
         """Hidden states (batch, height * width, channels) to the same shape."""
         query, key, value = (project(hidden_states) for project in (attn.to_q, attn.to_k, attn.to_v))
         where, back = _places(self.height, self.width, self.regions, str(query.device))
-        batch, count, channels = len(query), where.shape[0], query.shape[2]
+        batch, count, channels = query.shape[0], where.shape[0], query.shape[2]
 
         def by_region(states: Tensor) -> Tensor:
             return states if count == 1 else states[:, where].flatten(0, 1)
@@ -49,7 +49,7 @@ class GriAttnProcessor:
         if self.pool:
             keys, values = (self._pooled(states).repeat_interleave(count, dim=0) for states in (key, value))
             if self.weighted:
-                mask = self._weights(local_key.shape[1], query)
+                mask = self._weights(where, query).repeat(batch, 1, 1, 1)
             local_key, local_value = torch.cat([local_key, keys], dim=1), torch.cat([local_value, values], dim=1)
         by_head = (attn.heads, channels // attn.heads)
         mixed = dispatch_attention_fn(
@@ -57,7 +57,7 @@ class GriAttnProcessor:
         )
         mixed = mixed.flatten(2)
         if count > 1:
-            mixed = mixed.unflatten(0, (batch, count)).flatten(1, 2)[:, back]
+            mixed = mixed.unflatten(0, (-1, count)).flatten(1, 2)[:, back]
         return attn.to_out[1](attn.to_out[0](mixed.to(query.dtype))) / attn.rescale_output_factor
 
     def keys_per_query(self) -> int:
@@ -71,15 +71,23 @@ class GriAttnProcessor:
         pooled = F.avg_pool2d(as_map, self.pool, ceil_mode=True, count_include_pad=False)
         return pooled.flatten(2).mT
 
-    def _weights(self, local_keys: int, query: Tensor) -> Tensor:
-        """What is added to the logits (1, 1, 1, keys)."""
-        ones = query.new_ones(1, 1, self.height, self.width)
-        counts = F.avg_pool2d(ones, self.pool, ceil_mode=True, divisor_override=1).flatten()
-        return torch.cat([counts.new_zeros(local_keys), counts.log()])[None, None, None]
+    def _weights(self, where: Tensor, query: Tensor) -> Tensor:
+        """What is added to each region's logits (regions, 1, 1, keys)."""
+        unseen = query.new_ones(len(where), self.height * self.width).scatter(1, where, 0)
+        as_map = unseen.view(-1, 1, self.height, self.width)
+        whole = F.pad(as_map, (0, -self.width % self.pool, 0, -self.height % self.pool))
+        counts = (F.avg_pool2d(whole, self.pool) * self.pool**2).flatten(1)
+        return torch.cat([torch.zeros_like(where, dtype=query.dtype), counts.log()], dim=1)[:, None, None]
 
 
-@lru_cache(maxsize=64)
 def _places(height: int, width: int, regions: int, device: str) -> tuple[Tensor, Tensor]:
+    """`_computed_places`, remembered; but not what an export computes, whose tensors are none."""
+    if torch.compiler.is_compiling():
+        return _computed_places(height, width, regions, device)
+    return _known_places(height, width, regions, device)
+
+
+def _computed_places(height: int, width: int, regions: int, device: str) -> tuple[Tensor, Tensor]:
     """Which token stands at each place (regions, size) of each region of a map; and where among all those
     places each token (height * width,) is found again.
 
@@ -99,6 +107,9 @@ def _places(height: int, width: int, regions: int, device: str) -> tuple[Tensor,
     region = row_region[:, None] * len(columns) + column_region
     back = region * size + row_offset[:, None] * columns.shape[1] + column_offset
     return where.reshape(-1, size).to(device), back.flatten().to(device)
+
+
+_known_places = lru_cache(maxsize=64)(_computed_places)
 
 
 class GriTransformer2DModel(Transformer2DModel):

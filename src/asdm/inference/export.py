@@ -1,0 +1,263 @@
+"""A pipeline as a folder of OpenVINO or ONNX graphs, in the layout that `optimum` loads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from asdm.conditioning import image_size, latent_shape
+from asdm.errors import AsdmError, needs_extra
+from asdm.evaluation.latency import random_inputs
+from asdm.files import replacing_folder
+from asdm.pipelines import MARKER, quiet, require_ours
+
+Format = Literal["openvino", "onnx"]
+FILES = {"openvino": "openvino_model.xml", "onnx": "model.onnx"}
+TOLERANCE = 0.02  # of the largest output: OpenVINO's weights are kept in half precision
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export made: the folder, and how far each graph's outputs are from torch's, relative to the largest."""
+
+    folder: Path
+    differences: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A part of a pipeline as a function of named tensors."""
+
+    name: str
+    module: nn.Module
+    inputs: dict[str, Tensor]
+    outputs: Sequence[str]
+    config: dict[str, Any]
+
+
+@torch.no_grad()
+def export(
+    pipeline: DiffusionPipeline,
+    folder: str | Path,
+    to: Format = "openvino",
+    *,
+    size: int | None = None,
+    progress: Progress | None = None,
+) -> Exported:
+    """Write a pipeline, teacher or student, as graphs; OpenVINO's with weights in half precision.
+
+    `optimum.intel.OVDiffusionPipeline.from_pretrained(folder)`, or `optimum.onnxruntime.ORTDiffusionPipeline`, loads
+    it; neither needs this package. The graphs take any batch; a student whose CondConv routers read the input takes
+    the batch of two that one image with guidance has.
+
+    Args:
+        size: the side of the images in pixels, to which the graphs are fixed; by default the pipeline's own.
+
+    Raises:
+        AsdmError: the format's packages are not installed, `folder` is not ours, or a graph does not give what torch
+            gives.
+    """
+    if to not in FILES:
+        raise AsdmError(f"to={to}: no such format; it is {' or '.join(FILES)}")
+    write = _openvino_writer() if to == "openvino" else _onnx_writer()
+    folder = Path(folder)
+    require_ours(folder)
+    if pipeline.unet.dtype != torch.float32:
+        raise AsdmError(f"a pipeline in {pipeline.unet.dtype} is not exported; load it in float32, on the CPU")
+    graphs = _graphs(pipeline, size or image_size(pipeline))
+    differences = {}
+    with replacing_folder(folder) as partial, quiet():
+        for number, graph in enumerate(graphs, start=1):
+            if progress is not None:
+                progress(graph.name, number, len(graphs))
+            (partial / graph.name).mkdir()
+            run = write(graph, partial / graph.name / FILES[to])
+            (partial / graph.name / "config.json").write_text(json.dumps(graph.config, indent=1, default=str), "utf-8")
+            differences[graph.name] = _difference(graph, run)
+        _write_rest(pipeline, partial, [graph.name for graph in graphs], to)
+    return Exported(folder, differences)
+
+
+def _graphs(pipeline: DiffusionPipeline, size: int) -> list[_Graph]:
+    channels, side = latent_shape(pipeline)[0], size // pipeline.vae_scale_factor
+    generator = torch.Generator().manual_seed(0)
+    arguments = random_inputs(pipeline.unet, batch_size=2)
+    arguments |= arguments.pop("added_cond_kwargs", {})
+    arguments["sample"] = torch.randn(2, pipeline.unet.config.in_channels, side, side, generator=generator)
+    arguments["encoder_hidden_states"] = arguments["encoder_hidden_states"][:, :1].repeat(
+        1, pipeline.tokenizer.model_max_length, 1
+    )
+    latents = torch.randn(2, channels, side, side, generator=generator)
+    images = torch.rand(2, 3, size, size, generator=generator) * 2 - 1
+    vae = dict(pipeline.vae.config)
+    graphs = [
+        _Graph("unet", _UNet(pipeline.unet), arguments, ["out_sample"], dict(pipeline.unet.config)),
+        _Graph("vae_decoder", _Decoder(pipeline.vae), {"latent_sample": latents}, ["sample"], vae),
+        _Graph("vae_encoder", _Encoder(pipeline.vae), {"sample": images}, ["latent_parameters"], vae),
+    ]
+    for name, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
+        encoder = getattr(pipeline, name, None)
+        if encoder is not None:
+            length = getattr(pipeline, tokenizer).model_max_length
+            ids = torch.randint(0, encoder.config.vocab_size, (2, length), generator=generator)
+            module = _Text(encoder)
+            graphs.append(_Graph(name, module, {"input_ids": ids}, module.names(ids), encoder.config.to_dict()))
+    return graphs
+
+
+class _UNet(nn.Module):
+    def __init__(self, unet: nn.Module):
+        super().__init__()
+        self.unet = unet
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
+        return self.unet(sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False)
+
+
+class _Decoder(nn.Module):
+    def __init__(self, vae: Any):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latent_sample: Tensor) -> tuple[Tensor, ...]:
+        return (self.vae.decode(latent_sample).sample,)
+
+
+class _Encoder(nn.Module):
+    def __init__(self, vae: Any):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, sample: Tensor) -> tuple[Tensor, ...]:
+        return (self.vae.encode(sample).latent_dist.parameters,)
+
+
+class _Text(nn.Module):
+    """The text encoder's outputs in the order in which optimum reads them."""
+
+    def __init__(self, encoder: Any):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self._named(input_ids).values())
+
+    def names(self, input_ids: Tensor) -> list[str]:
+        return list(self._named(input_ids))
+
+    def _named(self, input_ids: Tensor) -> dict[str, Tensor]:
+        output = self.encoder(input_ids=input_ids, output_hidden_states=True)
+        first = "text_embeds" if "text_embeds" in output else "last_hidden_state"
+        second = "last_hidden_state" if first == "text_embeds" else "pooler_output"
+        hidden = {f"hidden_states.{i}": states for i, states in enumerate(output.hidden_states)}
+        return {first: output[first], second: output[second], **hidden}
+
+
+def _program(graph: _Graph) -> torch.export.ExportedProgram:
+    """The graph for any batch where it allows that."""
+    shapes = {name: {0: torch.export.Dim.AUTO} if value.ndim else {} for name, value in graph.inputs.items()}
+    return torch.export.export(graph.module.eval(), (), kwargs=graph.inputs, dynamic_shapes=shapes)
+
+
+def _openvino_writer() -> Callable[[_Graph, Path], Callable[[], list[np.ndarray]]]:
+    with needs_extra("openvino", "export to OpenVINO"):
+        import openvino
+
+    def write(graph: _Graph, path: Path) -> Callable[[], list[np.ndarray]]:
+        model = openvino.convert_model(_program(graph))
+        for output, name in zip(model.outputs, graph.outputs, strict=True):
+            output.get_tensor().set_names({name})
+        openvino.save_model(model, path)
+
+        def run() -> list[np.ndarray]:
+            compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+            found = compiled({name: value.numpy() for name, value in graph.inputs.items()})
+            return [found[name] for name in graph.outputs]
+
+        return run
+
+    return write
+
+
+def _onnx_writer() -> Callable[[_Graph, Path], Callable[[], list[np.ndarray]]]:
+    with needs_extra("onnx", "export to ONNX"):
+        import onnxruntime
+        import onnxscript  # noqa: F401
+
+    def write(graph: _Graph, path: Path) -> Callable[[], list[np.ndarray]]:
+        names: dict[str, Any] = {"input_names": list(graph.inputs), "output_names": list(graph.outputs)}
+        program = torch.onnx.export(_program(graph), dynamo=True, verbose=False, **names)
+        assert program is not None
+        program.save(path)
+
+        def run() -> list[np.ndarray]:
+            session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+            return session.run(list(graph.outputs), {name: value.numpy() for name, value in graph.inputs.items()})
+
+        return run
+
+    return write
+
+
+def _difference(graph: _Graph, run: Callable[[], list[np.ndarray]]) -> float:
+    """How far the graph's outputs are from torch's, relative to the largest."""
+    worst = 0.0
+    for name, found, expected in zip(graph.outputs, run(), graph.module(**graph.inputs), strict=True):
+        scale = max(float(expected.abs().max()), 1e-12)
+        worst = max(worst, float((torch.from_numpy(found) - expected).abs().max()) / scale)
+        if not worst < TOLERANCE:
+            raise AsdmError(
+                f"export: {graph.name}: its {name} is {worst:.1%} off what torch gives, more than {TOLERANCE:.0%}; "
+                "this part cannot be exported to that format"
+            )
+    return worst
+
+
+def _write_rest(pipeline: DiffusionPipeline, folder: Path, graphs: list[str], to: Format) -> None:
+    """Tokenizers, the scheduler, and the index by which optimum finds everything."""
+    for name in ("tokenizer", "tokenizer_2", "scheduler", "feature_extractor"):
+        part = getattr(pipeline, name, None)
+        if part is not None:
+            part.save_pretrained(folder / name)
+    package = "intel.openvino" if to == "openvino" else "onnxruntime"
+    module = f"optimum.{package}.modeling_diffusion"
+    index = {name: value for name, value in pipeline.config.items() if name not in (*graphs, "vae", "safety_checker")}
+    index |= {name: [module, _PART_CLASSES[to][name]] for name in graphs}
+    about = {"_class_name": type(pipeline).__name__, "_diffusers_version": index.pop("_diffusers_version", None)}
+    (folder / "model_index.json").write_text(json.dumps(about | index, indent=1, default=str) + "\n", "utf-8")
+    (folder / MARKER).write_text(json.dumps({"kind": "export", "format": to}) + "\n", "utf-8")
+
+
+_PART_CLASSES = {
+    "openvino": {
+        "unet": "OVModelUnet",
+        "vae_decoder": "OVModelVaeDecoder",
+        "vae_encoder": "OVModelVaeEncoder",
+        "text_encoder": "OVModelTextEncoder",
+        "text_encoder_2": "OVModelTextEncoder",
+    },
+    "onnx": {
+        "unet": "ORTUnet",
+        "vae_decoder": "ORTVaeDecoder",
+        "vae_encoder": "ORTVaeEncoder",
+        "text_encoder": "ORTTextEncoder",
+        "text_encoder_2": "ORTTextEncoder",
+    },
+}
