@@ -27,11 +27,11 @@ from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline, unet_inputs
 class Regression(TrainingTask):
     """Fit a line through noisy points; the noise is the step's."""
 
-    def __init__(self, fault_at=None):
+    def __init__(self, fault_at=None, explodes_at=10**9):
         super().__init__()
         torch.manual_seed(0)
         self.layer, self.frozen = nn.Linear(4, 4), nn.Linear(4, 4).requires_grad_(False)
-        self.calls, self.fault_at = 0, fault_at
+        self.calls, self.fault_at, self.explodes_at = 0, fault_at, explodes_at
 
     def forward(self, batch, generator):
         self.calls += 1
@@ -40,6 +40,8 @@ class Regression(TrainingTask):
         penalty = self.layer.weight.square().mean()
         if self.calls == self.fault_at:
             penalty = penalty * float("nan")
+        if self.calls >= self.explodes_at:
+            penalty = penalty * 1e6
         return {"loss": fit + 0.01 * penalty, "fit": fit, "penalty": penalty}
 
 
@@ -96,6 +98,14 @@ def test_a_loss_that_is_not_finite_stops_with_its_name_and_keeps_the_checkpoint(
     assert checkpoint_step(tmp_path) == 5
     weights = load_file(tmp_path / "checkpoint-0000005" / "weights.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+
+
+def test_a_loss_that_explodes_stops_with_its_name_before_bad_weights_are_kept(tmp_path):
+    with pytest.raises(AsdmError, match=r"penalty explodes \(the loss is .* and was .*\) at step 11"):
+        train(Regression(explodes_at=9), batch_at, SETTINGS, tmp_path)
+    assert checkpoint_step(tmp_path) == 5  # and not 10
+    with pytest.raises(AsdmError, match="penalty explodes .* at step 12"):
+        train(Regression(explodes_at=12), batch_at, SETTINGS, tmp_path / "last")
 
 
 def test_ctrl_c_saves_the_step_it_was_at(tmp_path):

@@ -126,7 +126,7 @@ def train(
         Whether all steps are done. The task then holds the EMA weights, if `ema_decay` is set.
 
     Raises:
-        AsdmError: a loss is not finite; the last checkpoint is kept.
+        AsdmError: a loss is not finite, or explodes (`_Watch`); the last checkpoint before that is kept.
     """
     accelerator = accelerator or make_accelerator("cuda" if torch.cuda.is_available() else "cpu")
     folder.mkdir(parents=True, exist_ok=True)
@@ -150,6 +150,7 @@ def train(
     state = _TrainingState(weights, optimizer, ema)
     step = state.load_newest(folder)
     log = _Log(folder / "log.jsonl", from_step=step) if writes else None
+    watch = _Watch(folder, settings.steps)
     started = time.monotonic()
 
     model.train()
@@ -167,7 +168,7 @@ def train(
                     rounds.append(model(batch, generator) if part.count == 1 else model(batch, generator, part))
                     accelerator.backward(rounds[-1]["loss"] / len(parts))
             losses = _mean(rounds, accelerator if processes > 1 else None)
-            _require_finite(losses, step, folder)
+            watch(losses, step)
             accelerator.clip_grad_norm_(weights.values(), settings.max_grad_norm)
             whole = False
             optimizer.step()
@@ -179,7 +180,8 @@ def train(
             if log is not None:
                 log.write(row)
             out_of_time = stop_after_seconds is not None and time.monotonic() - started > stop_after_seconds
-            if writes and (step % settings.checkpoint_every == 0 or step == settings.steps or out_of_time):
+            due = step % settings.checkpoint_every == 0 or step == settings.steps or out_of_time
+            if writes and due and not watch.steps_beyond:
                 state.save(folder, step)
             if progress is not None and writes:
                 progress(row | {"steps": settings.steps, "seconds": time.monotonic() - before})
@@ -328,11 +330,37 @@ def _mean(rounds: list[dict[str, Tensor]], accelerator: Accelerator | None) -> d
     return dict(zip(rounds[0], means.tolist(), strict=True))
 
 
-def _require_finite(losses: dict[str, float], step: int, folder: Path) -> None:
-    broken = [name for name, value in losses.items() if not math.isfinite(value)]
-    if broken:
-        components = [name for name in broken if name != "loss"] or broken
+class _Watch:
+    """Stops a run whose loss is not finite, or explodes: three steps in a row at more than a hundred times its lowest
+    mean so far and ten times its first value."""
+
+    def __init__(self, folder: Path, steps: int):
+        self.folder, self.steps, self.steps_beyond = folder, steps, 0
+        self.first = self.mean = self.lowest = math.inf
+
+    def __call__(self, losses: dict[str, float], step: int) -> None:
+        broken = [name for name, value in losses.items() if not math.isfinite(value)]
+        if broken:
+            components = [name for name in broken if name != "loss"] or broken
+            self._stop(f"{', '.join(components)} is not finite", step)
+        loss = losses["loss"]
+        if math.isinf(self.first):
+            self.first = self.mean = self.lowest = loss
+        if loss > max(100 * self.lowest, 10 * self.first):
+            self.steps_beyond += 1
+            if self.steps_beyond == 3 or step + 1 == self.steps:
+                parts = {name: value for name, value in losses.items() if name.startswith("weighted/")} or {
+                    name: value for name, value in losses.items() if name != "loss"
+                }
+                largest = max(parts, key=lambda name: parts[name], default="loss").removeprefix("weighted/")
+                self._stop(f"{largest} explodes (the loss is {loss:.3g} and was {self.lowest:.3g})", step)
+        else:
+            self.steps_beyond = 0
+            self.mean += 0.1 * (loss - self.mean)
+            self.lowest = min(self.lowest, self.mean)
+
+    def _stop(self, what: str, step: int) -> None:
         raise AsdmError(
-            f"{', '.join(components)} is not finite at step {step + 1}; the last checkpoint in {folder} is kept: "
-            "lower the learning rate and run again"
+            f"{what} at step {step + 1}; the last checkpoint in {self.folder} is kept: lower the learning rate and run "
+            "again"
         )
