@@ -104,7 +104,7 @@ def test_a_loss_that_explodes_stops_with_its_name_before_bad_weights_are_kept(tm
     with pytest.raises(AsdmError, match=r"penalty explodes \(the loss is .* and was .*\) at step 11"):
         train(Regression(explodes_at=9), batch_at, SETTINGS, tmp_path)
     assert checkpoint_step(tmp_path) == 5  # and not 10
-    with pytest.raises(AsdmError, match="penalty explodes .* at step 12"):
+    with pytest.raises(AsdmError, match=r"penalty explodes .* at step 12"):
         train(Regression(explodes_at=12), batch_at, SETTINGS, tmp_path / "last")
 
 
