@@ -87,19 +87,18 @@ def check(folder: Path, say: Callable[[str], None], progress: Report | None = No
 @torch.no_grad()
 def real_image_figures(pipeline: DiffusionPipeline) -> dict[str, float]:
     """What the figures are for real images: the VAE's PSNR on held-out ones, how well the judge knows
-    them again after the VAE, and the CLIPModel's retrieval on seen and held-out ones."""
+    them again after the VAE, and among all other real images; and the CLIPModel's retrieval on seen and held-out ones."""
     held_out = load_images([images_folder() / pair.file_name for pair in held_out_pairs()], 64)
     latents = encode_images(pipeline.vae, held_out)
     rebuilt = decode_latents(pipeline, latents).clamp(-1, 1)
     examples, pixels = load_pixels(open_data(images_folder(), "all").examples, 64, {})
     labels = [(str(example.concept), str(example.style)) for example in examples]
     judge = Judge()
-    known = recognition(
-        judge.features(rebuilt),
-        [(pair.concept, pair.style) for pair in held_out_pairs()],
-        judge.features(torch.stack(pixels)),
-        labels,
-    )
+    features = judge.features(torch.stack(pixels))
+    wanted = [(pair.concept, pair.style) for pair in held_out_pairs()]
+    known = recognition(judge.features(rebuilt), wanted, features, labels)
+    rows = [labels.index(label) for label in wanted]
+    others = recognition(features[rows], wanted, features, labels, without=rows)
     clip = load_clip(pipeline)
     assert clip is not None
     captions = text_embeds(clip, pipeline, [example.caption for example in examples])
@@ -112,6 +111,9 @@ def real_image_figures(pipeline: DiffusionPipeline) -> dict[str, float]:
         "held_out_psnr_db": float(psnr(rebuilt, held_out).mean()),
         "held_out_concept_top1_after_vae": known.concept_top1,
         "held_out_style_after_vae": known.style,
+        # What can be asked of a drawing that is not the real image itself.
+        "held_out_concept_top5_among_others": others.concept_top5,
+        "held_out_style_among_others": others.style,
         **{f"{split}_retrieval_at_1": retrieval_at_1(images[rows], captions, rows) for split, rows in by_split.items()},
     }
 

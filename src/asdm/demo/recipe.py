@@ -8,6 +8,7 @@ classes.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,7 +147,7 @@ class Recipe:
         concept_tokens = torch.tensor(
             [len(tokenizer(pair.concept, add_special_tokens=False).input_ids) for pair in pairs]
         )
-        swap = StyleSwap(embeddings[:-1], concept_tokens, [pair.style for pair in pairs])
+        swap = StyleSwap(embeddings, concept_tokens, pairs)
 
         def batch_at(step: int) -> dict[str, Tensor]:
             chosen = order(step)
@@ -228,24 +229,36 @@ class Recipe:
 
 
 class StyleSwap:
-    """Caption embeddings (batch, tokens, channels) for training, with all tokens behind the concept's taken from a
-    caption of the same style and length, drawn at random.
+    """Caption embeddings (batch, tokens, channels) for training, whose tokens behind the concept's say the style and
+    nothing else.
 
-    Those tokens have read the concept. A UNet that learns a pair by them draws something else for a pair that it
-    has not seen; so it is taught to take the concept from the concept's tokens and only the style from the rest.
+    They are taken from a caption of the same style and length, drawn at random: those tokens have read the concept, and
+    a UNet that learns a pair by them draws something else for a pair that it has not seen. And they are the empty
+    caption's, of no style, wherever a concept is seen in one style only, and at times elsewhere: where a style is
+    named, the concept never says it too, so that the UNet has to read it.
+
+    Args:
+        embeddings: of the captions of `pairs`, and last of the empty one.
+        concept_tokens: how many tokens each pair's concept has.
     """
 
-    def __init__(self, embeddings: Tensor, concept_tokens: Tensor, styles: Sequence[str]):
+    style_dropout = 0.15
+
+    def __init__(self, embeddings: Tensor, concept_tokens: Tensor, pairs: Sequence[Pair]):
         self.embeddings, self.concept_tokens = embeddings, concept_tokens
-        keys = list(zip(concept_tokens.tolist(), styles, strict=True))
+        keys = list(zip(concept_tokens.tolist(), (pair.style for pair in pairs), strict=True))
         self.alike = [torch.tensor([i for i, other in enumerate(keys) if other == key]) for key in keys]
+        styles = Counter(pair.concept for pair in pairs)
+        self.one_style = torch.tensor([styles[pair.concept] == 1 for pair in pairs])
 
     def __call__(self, chosen: Tensor, step: int) -> Tensor:
         generator = torch.Generator().manual_seed(step)
         others = [self.alike[i][torch.randint(len(self.alike[i]), (), generator=generator)] for i in chosen.tolist()]
+        dropped = torch.rand(len(chosen), generator=generator) < self.style_dropout
+        styles = torch.where(self.one_style[chosen] | dropped, len(self.embeddings) - 1, torch.stack(others))
         # The first token opens the caption, and the concept's follow it.
         behind = torch.arange(self.embeddings.shape[1]) > self.concept_tokens[chosen][:, None]
-        return torch.where(behind[:, :, None], self.embeddings[torch.stack(others)], self.embeddings[chosen])
+        return torch.where(behind[:, :, None], self.embeddings[styles], self.embeddings[chosen])
 
 
 def make_tokenizer(captions: list[str]) -> CLIPTokenizer:

@@ -57,17 +57,25 @@ class Recognition:
 
 
 def recognition(
-    generated: Tensor, labels: Sequence[tuple[str, str]], real: Tensor, real_labels: Sequence[tuple[str, str]]
+    generated: Tensor,
+    labels: Sequence[tuple[str, str]],
+    real: Tensor,
+    real_labels: Sequence[tuple[str, str]],
+    without: Sequence[int] | None = None,
 ) -> Recognition:
     """Concept and style accuracy by nearest neighbours (cosine) among the real images' features.
 
     Args:
         generated, real: features (images, channels).
         labels, real_labels: (concept, style) of each.
+        without: for each image the index of a real one that does not count, such as the image itself.
 
     Top-1 and style look at the nearest real image, top-5 at the five nearest.
     """
-    order = cosine_similarity(generated, real).argsort(dim=1, descending=True)[:, :5].tolist()
+    similarity = cosine_similarity(generated, real)
+    if without is not None:
+        similarity[torch.arange(len(similarity)), torch.tensor(without)] = -torch.inf
+    order = similarity.argsort(dim=1, descending=True)[:, :5].tolist()
     top1 = top5 = style = 0
     for (concept, drawn), nearest in zip(labels, order, strict=True):
         names = [real_labels[index][0] for index in nearest]
