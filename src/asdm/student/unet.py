@@ -24,6 +24,7 @@ from asdm.student.surgery import apply_edits
 # On disk the block types carry this prefix: the stock class would otherwise accept the folder, ignore the
 # edits and fill the missing weights at random; so it stops with "asdm.CrossAttnDownBlock2D does not exist".
 _BLOCK_PREFIX = "asdm."
+_ALIGNMENT = 64  # bytes, of torch's allocator on CPUs
 
 
 class AsdmUNet2DConditionModel(UNet2DConditionModel):
@@ -96,7 +97,9 @@ class AsdmUNet2DConditionModel(UNet2DConditionModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """As `ModelMixin.from_pretrained`, but strict.
+        """As `ModelMixin.from_pretrained`, but strict; and weights that lie oddly in a mapped file are copied to where
+        the allocator puts others, as some CPUs' matrix products are rounded by the address: what was saved and loaded
+        computes the same bits.
 
         Raises:
             AsdmError: a tensor is missing, extra or misshapen; its name is in the message.
@@ -116,6 +119,9 @@ class AsdmUNet2DConditionModel(UNet2DConditionModel):
                     f"{pretrained_model_name_or_path}: {fault.replace('_keys', '')} tensors for the edits in its "
                     f"config: {', '.join(names[:3])}{more}; save the student again"
                 )
+        for parameter in unet.parameters():
+            if parameter.device.type == "cpu" and parameter.data_ptr() % _ALIGNMENT:
+                parameter.data = parameter.data.clone()
         return (unet, info) if wants_info else unet
 
 
