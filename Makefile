@@ -10,9 +10,12 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n logical --maxprocesses 8 --dist loadfile
 
+# STUDENTS: folders of distilled students of the embedded pipeline; they take part under their folders' names.
+STUDENTS ?= $(wildcard runs/students/*)
+ROUNDS ?= 3
 benchmark: $(INSTALLED)
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[benchmark]"
-	$(BIN)/asdm benchmark demo --out docs/results/benchmark
+	$(BIN)/asdm benchmark demo random:sd15 $(addprefix --student ,$(STUDENTS)) --rounds $(ROUNDS) --out docs/results
 
 slow: $(INSTALLED)
 	$(BIN)/pytest -q -m slow
@@ -24,7 +27,7 @@ lint: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[data,judge,onnx,openvino,tensorboard,test]"
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[8bit,data,int8,judge,onnx,openvino,tensorboard,test]"
 	touch $@
 
 clean:

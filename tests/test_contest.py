@@ -1,29 +1,47 @@
 """The benchmark times all in turns, draws the same prompts with each, and lets no contestant's failure hide."""
 
+import time
 from contextlib import contextmanager
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from matplotlib import pyplot as plt
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 
-from asdm import PruningPlan, build_student
-from asdm.evaluation.contest import (
+from asdm import PruningPlan
+from asdm.evaluation.contest import Contest, ContestRow, contest_plot, contest_rows, pareto_front
+from asdm.evaluation.contestants import (
     Contestant,
-    ContestRow,
-    contest_plot,
+    anew,
+    at_every,
+    attention_broadcast,
+    combined,
     contestants,
-    fewer_steps,
+    deep_cache,
+    in_openvino,
     inheriting,
-    pareto_front,
-    run_contest,
-    student,
+    inherits,
+    kept,
+    pruned,
+    t_gate,
+    tome,
+    with_dpm_solver,
+    with_gri,
 )
+from asdm.evaluation.limits import machine_limits
+from asdm.generation import generate
 from conftest import tiny_pipeline
 
 
 class FakeJudge:
     def features(self, images):
         return torch.nn.functional.interpolate(images, 4).flatten(1) + 1
+
+
+def without_mid_block(unet):
+    return pruned(PruningPlan.for_unet(unet, [{"edit": "remove", "unit": "mid_block"}]))
 
 
 def test_a_contest_measures_everyone_and_tells_failures(pipeline, data_folder, monkeypatch, tmp_path):
@@ -36,51 +54,192 @@ def test_a_contest_measures_everyone_and_tells_failures(pipeline, data_folder, m
         raise RuntimeError("does not run\nhere")
         yield given
 
-    lean = build_student(pipeline.unet, PruningPlan.for_unet(pipeline.unet, [{"edit": "remove", "unit": "mid_block"}]))
+    lean = without_mid_block(pipeline.unet)
     entries = [
         Contestant("original", "original", steps=4),
         Contestant("same", "ours", steps=4),
-        fewer_steps(2),
-        inheriting(2),
-        student("lean", lean, every=2),
+        Contestant("2 steps", "fewer steps", steps=2),
+        inherits(4, 2),
+        combined("lean stack", "stack", kept(lean), inheriting(every=2), steps=2, kinds=at_every(2)),
         Contestant("broken", "peer", failing),
     ]
-    made = run_contest(
-        pipeline, entries, place="tiny", data=data_folder, samples=2, rounds=2, images_folder=tmp_path / "images"
+    limits = {"float32": {"matrix product": 1e-3, "3x3 convolution": 1e-4}}
+    found = contest_rows(
+        pipeline,
+        entries,
+        place="tiny",
+        data=data_folder,
+        samples=2,
+        rounds=2,
+        limits=limits,
+        images_folder=tmp_path / "images",
     )
-    rows = {row.name: row for row in made.rows}
-    assert [row.name for row in made.rows] == [entry.name for entry in entries]
+    rows = {row.name: row for row in found}
+    assert [row.name for row in found] == [entry.name for entry in entries]
     assert rows["original"].speedup == 1 and rows["original"].teacher_distance["seen"] == pytest.approx(0, abs=1e-6)
     assert rows["same"].teacher_distance == pytest.approx(rows["original"].teacher_distance, abs=1e-6)
     assert rows["2 steps"].teacher_distance["seen"] > 0
     assert rows["broken"].error == "RuntimeError: does not run here" and rows["broken"].speedup is None
     assert len(entered) == 1  # it is not tried again
     assert all(row.images == 3 for name, row in rows.items() if name != "broken")
-    made.save(tmp_path / "made.json")
+    original, stack = rows["original"], rows["lean stack"]
+    assert stack.gmacs < original.gmacs and stack.unet_megabytes < original.unet_megabytes
+    assert set(stack.parts) == {"UNet, whole", "UNet, reusing"} and not stack.extrapolated
+    assert original.gflops == pytest.approx(4 * original.gmacs / original.parts["UNet, whole"])
+    assert original.limit_share == pytest.approx(original.gflops / 1e-3)
+    assert original.peak_megabytes > 0
     assert len(list((tmp_path / "images" / "seen" / "original").glob("*.png"))) == 2
-    figure = contest_plot(made, "seen")
+    made = Contest.of(found, device="cpu", rounds=2, seed=0, limits=limits)
+    made.save(tmp_path / "made.json")
+    assert Contest.load(tmp_path / "made.json") == made and "torch" in made.versions
+    figure = contest_plot(found)
+    assert [axes.get_title() for axes in figure.axes] == ["seen prompts", "held-out prompts"]
     assert any("lean" in text.get_text() for text in figure.axes[0].texts)
     plt.close(figure)
+
+
+def test_where_an_image_takes_long_its_time_is_put_together_from_parts(pipeline):
+    slow = {"whole": 0.03, "reusing": 0.01}
+
+    @contextmanager
+    def slowly(given):
+        steps = iter(range(100))
+        handle = given.unet.register_forward_hook(lambda *_: time.sleep(slow[at_every(3)(next(steps))]))
+        yield given
+        assert next(steps) == 2  # one call of each kind is enough
+        handle.remove()
+
+    entries = [Contestant("original", "original"), Contestant("slow", "ours", slowly, 10, at_every(3))]
+    slow_row = contest_rows(pipeline, entries, place="tiny", data=None, rounds=1, longest=0)[1]
+    assert slow_row.extrapolated and slow_row.error is None
+    parts = slow_row.parts
+    assert set(parts) == {"text encoder", "VAE decoder", "UNet, whole", "UNet, reusing"}
+    assert parts["UNet, whole"] > slow["whole"] and parts["UNet, reusing"] > slow["reusing"]
+    calls = 4 * parts["UNet, whole"] + 6 * parts["UNet, reusing"]
+    assert slow_row.seconds >= parts["text encoder"] + parts["VAE decoder"] + calls
+
+
+@pytest.mark.parametrize("make", [tome, deep_cache, attention_broadcast, t_gate])
+def test_a_peer_runs_and_leaves_the_pipeline_as_it_was(make, pipeline):
+    pytest.importorskip({tome: "tomesd", deep_cache: "DeepCache", t_gate: "tgate"}.get(make, "diffusers"))
+    entry = make(8, 0.5 if make is tome else 2)
+    expected = generate(with_dpm_solver(pipeline), ["a photograph"], steps=8)
+    (row,) = contest_rows(pipeline, [entry], place="tiny", data=None, rounds=1)
+    assert row.error is None and row.seconds > 0
+    assert set(row.parts) == {f"UNet, {entry.kinds(step)}" for step in range(8)}
+    with entry.prepared(pipeline) as ready:
+        assert not torch.equal(generate(ready, ["a photograph"], steps=8), expected)
+    assert torch.equal(generate(pipeline, ["a photograph"], steps=8), expected)
+
+
+def test_openvino_draws_the_same_within_the_same_loop(pipeline):
+    pytest.importorskip("openvino")
+    entry = combined("graph", "runtime", kept(in_openvino()), steps=4)
+    expected = generate(pipeline, ["a photograph"], steps=4)
+    (row,) = contest_rows(pipeline, [entry], place="tiny", data=None, rounds=1)
+    assert row.error is None and row.dtype in ("float32", "bfloat16") and row.gmacs > 0
+    assert row.unet_megabytes < sum(p.numel() for p in pipeline.unet.parameters()) * 4 / 1e6
+    with entry.prepared(pipeline) as ready:
+        assert (generate(ready, ["a photograph"], steps=4) - expected).abs().mean() < 0.02
+        assert generate(ready, ["a", "b", "c"], steps=2).shape == (3, 3, 16, 16)  # any batch
+
+
+def test_what_takes_long_to_make_is_made_once_and_so_is_its_failure(pipeline):
+    calls = []
+
+    def maker(given):
+        calls.append(given)
+        if len(calls) == 1:
+            raise ValueError("not on this machine")
+        return given
+
+    failing = kept(maker)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="not on this machine"):
+            failing(pipeline)
+    working = kept(maker, maker)
+    for _ in range(2):
+        with working(pipeline) as ready:
+            assert ready is pipeline
+    assert len(calls) == 3
+    with anew(maker)(pipeline):
+        assert len(calls) == 4
+
+
+def test_all_sample_with_the_same_scheduler(pipeline):
+    ready = with_dpm_solver(pipeline)
+    assert ready is pipeline and isinstance(pipeline.scheduler, DPMSolverMultistepScheduler)
+    scheduler = pipeline.scheduler
+    assert with_dpm_solver(pipeline).scheduler is scheduler
+
+
+def test_our_parts_leave_the_pipeline_as_it_was():
+    pipeline = tiny_pipeline()
+    modules = dict(pipeline.unet.named_modules())
+    students = {"bk-base": without_mid_block(pipeline.unet), "lean": without_mid_block(pipeline.unet)}
+    entries = contestants(8, students, data="demo")
+    names = [entry.name for entry in entries]
+    assert len(names) == len(set(names)) and names[0] == "original"
+    groups = {entry.name: entry.group for entry in entries}
+    assert (groups["bk-base"], groups["lean"]) == ("peer", "ours")
+    assert "lean + runtime + inheritance, every 3, 3 steps" in names
+    for entry in entries:
+        if entry.name.startswith("inheritance") and entry.kinds(1) != "mixed":
+            with entry.prepared(pipeline) as ready:
+                assert ready is pipeline
+            assert dict(pipeline.unet.named_modules()) == modules
+    speed_alone = {entry.name for entry in contestants(8, students)}
+    assert speed_alone < set(names) and not any("calibrated" in name for name in speed_alone)
+
+
+def test_gri_takes_the_place_of_the_outermost_self_attentions(pipeline):
+    edits = with_gri(pipeline).unet.config.edits
+    assert {edit["edit"] for edit in edits} == {"gri_attention"} and len(edits) == 5
 
 
 def test_the_front_holds_what_no_other_beats():
     def row(name, speedup, distance):
         return ContestRow(
-            place="p", name=name, group="ours", steps=1, speedup=speedup, teacher_distance={"seen": distance}
+            place="p",
+            name=name,
+            group="ours",
+            steps=1,
+            speedup=speedup,
+            teacher_distance={"seen": distance},
+            concept_top5={"seen": 1 - distance},
         )
 
     rows = [row("base", 1, 0.0), row("good", 2, 0.1), row("worse", 1.5, 0.2), row("fast", 3, 0.3), row("far", 3, 0.4)]
     rows.append(ContestRow(place="p", name="broken", group="peer", steps=1, error="x"))
-    assert [found.name for found in pareto_front(rows, "seen")] == ["base", "good", "fast"]
+    for quality in ("teacher_distance", "concept_top5"):
+        assert [found.name for found in pareto_front(rows, "seen", quality)] == ["base", "good", "fast"]
 
 
-def test_our_contestants_leave_the_pipeline_as_it_was():
-    pipeline = tiny_pipeline()
-    modules = dict(pipeline.unet.named_modules())
-    names = [entry.name for entry in contestants()]
-    assert len(names) == len(set(names)) and names[0] == "original"
-    for entry in contestants(4):
-        if entry.group != "peer" and "x" not in entry.name.split()[-1]:
-            with entry.prepared(pipeline) as ready:
-                assert ready is pipeline
-        assert dict(pipeline.unet.named_modules()) == modules
+def test_labels_of_the_plot_do_not_cover_each_other():
+    rows = [
+        ContestRow(
+            place="p",
+            name=f"a contestant, number {index}",
+            group="stack",
+            steps=1,
+            speedup=1 + index / 50,
+            teacher_distance={"seen": index / 500},
+        )
+        for index in range(12)
+    ]
+    figure = contest_plot(rows)
+    figure.canvas.draw()  # which places the labels
+    renderer = figure.canvas.get_renderer()
+    boxes = [Text.get_window_extent(text, renderer) for text in figure.axes[0].texts]
+    assert len(boxes) == 12
+    for index, box in enumerate(boxes):
+        common = [Bbox.intersection(box, other) for other in boxes[:index]]
+        covered = sum(each.width * each.height for each in common if each is not None)
+        assert covered < 0.05 * box.width * box.height
+    plt.close(figure)
+
+
+def test_the_machine_s_limits_are_told_for_each_dtype():
+    limits = machine_limits(size=96, repeats=1)
+    assert set(limits) == {"float32", "bfloat16"}
+    assert all(value > 0 for best in limits.values() for value in best.values())

@@ -7,6 +7,7 @@ from diffusers import UNet2DConditionModel
 
 from asdm.evaluation.latency import measure_interleaved, speedup, unet_call
 from asdm.evaluation.macs import counting_macs
+from asdm.evaluation.memory import peak_megabytes
 from asdm.random_models import UNETS
 from asdm.student.edits import Remove
 from asdm.student.surgery import edited
@@ -76,3 +77,18 @@ def test_an_edit_is_undone_after_its_block(unet):
         assert {name: id(module) for name, module in unet.named_modules()} != before
         raise KeyError
     assert {name: id(module) for name, module in unet.named_modules()} == before
+
+
+def test_the_peak_counts_what_lives_at_once_and_not_what_was_there_before():
+    given = torch.zeros(1_000_000)  # 4 MB
+
+    def call():
+        first = given + 1
+        second = first * 2  # both live: 8 MB
+        del first
+        second.add_(1)  # in place: nothing new
+        third = second.view(1000, 1000).mT  # shares its memory
+        return third.contiguous()  # 8 MB again
+
+    assert peak_megabytes(call) == pytest.approx(8.0, rel=1e-3)
+    assert peak_megabytes(lambda: given.view(1000, 1000)) == 0.0

@@ -113,7 +113,7 @@ def model(tmp_path):
     return str(save_pipeline(tiny_pipeline(), tmp_path / "model"))
 
 
-SETTINGS = {"params": 0.8, "steps": 3, "samples": 3, "sampling_steps": 2}
+SETTINGS = {"params": 0.8, "repair": 0, "steps": 3, "samples": 3, "sampling_steps": 2}
 
 
 def test_compress_makes_a_folder_that_loads_and_a_report_without_network(model, data_folder, tmp_path):
@@ -121,7 +121,7 @@ def test_compress_makes_a_folder_that_loads_and_a_report_without_network(model, 
 
     stages = [Stage(name="joint", steps=3, batch_size=2, ema_decay=0)]
     (data_folder / "2.png").write_bytes(b"damaged")
-    made = compress(model, tmp_path / "out", data=data_folder, stages=stages, **(SETTINGS | {"steps": 0}))
+    made = compress(model, tmp_path / "out", data=data_folder, stages=stages, **(SETTINGS | {"steps": 0, "repair": 1}))
     pipeline = load_pipeline(made.folder)
     total = sum(p.numel() for p in load_pipeline(model).unet.parameters())
     assert sum(p.numel() for p in pipeline.unet.parameters()) <= 0.8 * total
@@ -131,6 +131,8 @@ def test_compress_makes_a_folder_that_loads_and_a_report_without_network(model, 
     assert made.headline.replace("'", "&#39;") in html
     assert not re.search(r"""(src|href)=["'](?!data:)""", html)
     assert "2.png" in html
+    assert made.plan.figures.measured_sensitivity > 0
+    assert "all edits together move" in html.replace("\n", " ")
     assert html.count("<img") >= 2 + 3 * 4
 
 
@@ -160,12 +162,12 @@ def test_compress_refuses_other_settings_and_missing_data(model, data_folder, tm
     with pytest.raises(AsdmError, match="no such data folder"):
         compress(model, tmp_path / "out", params=0.8, data=tmp_path / "absent")
     assert not (tmp_path / "out").exists()
-    compress(model, tmp_path / "out", params=0.8, steps=0, samples=0)
+    compress(model, tmp_path / "out", params=0.8, repair=0, steps=0, samples=0)
     with pytest.raises(AsdmError, match=r"made with other settings \(budget\)"):
-        compress(model, tmp_path / "out", params=0.7, steps=0, samples=0)
+        compress(model, tmp_path / "out", params=0.7, repair=0, steps=0, samples=0)
 
 
 def test_the_headline_says_when_the_target_was_missed(model, tmp_path):
-    made = compress(model, tmp_path / "out", params=0.8, steps=0, samples=0)
+    made = compress(model, tmp_path / "out", params=0.8, repair=0, steps=0, samples=0)
     assert "short of the 50x asked for" in headline_of(made.evaluation, 50)
     assert "short of" not in headline_of(made.evaluation, 0.01)

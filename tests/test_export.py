@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from asdm import AsdmError, PruningPlan, Remove, build_student, export, with_unet
-from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline
+from asdm.inference.openvino_graphs import with_openvino_graphs
+from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet, unet_inputs
 
 openvino = pytest.importorskip("openvino")
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
@@ -68,9 +69,39 @@ def test_sdxl_has_two_text_encoders_and_added_embeddings(tmp_path):
     assert names == ["sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("int8", ["weights", "activations"])
+def test_int8_keeps_weights_in_8_bits_and_computes_in_them_where_asked(pipeline, tmp_path, int8):
+    pytest.importorskip("nncf")
+    # OpenVINO 2026.4 does not compile a 1x1 convolution with 8-bit weights on a single position, the innermost stage's.
+    pipeline.register_modules(unet=tiny_unet(sample_size=16))
+    export(pipeline, tmp_path / "half", parts=["unet"])
+    made = export(pipeline, tmp_path / "int8", int8=int8, parts=["unet"])
+    assert 1e-4 < made.differences["unet"] < 0.3
+    half, small = (tmp_path / name / "unet" / "openvino_model.bin" for name in ("half", "int8"))
+    assert small.stat().st_size < 0.7 * half.stat().st_size
+    model = openvino.Core().read_model(tmp_path / "int8" / "unet" / "openvino_model.xml")
+    quantised = [op for op in model.get_ops() if op.get_type_name() == "FakeQuantize"]
+    assert bool(quantised) == (int8 == "activations")
+    assert json.loads((tmp_path / "int8" / "asdm.json").read_text())["int8"] == int8
+
+
+def test_graphs_stand_in_only_for_what_they_can_do(pipeline, tmp_path):
+    export(pipeline, tmp_path / "out", parts=["unet", "vae_decoder"])
+    ready = with_openvino_graphs(pipeline, tmp_path / "out")
+    assert ready.text_encoder is pipeline.text_encoder and pipeline.unet is not ready.unet
+    inputs = unet_inputs(pipeline.unet, batch=1)
+    with pytest.raises(AsdmError, match="down_block_additional_residuals: not part of the exported graph"):
+        ready.unet(**inputs, down_block_additional_residuals=())
+    with pytest.raises(AsdmError, match="holds no OpenVINO graphs"):
+        with_openvino_graphs(pipeline, tmp_path)
+
+
 def test_what_cannot_be_exported_is_said_before_anything_is_written(pipeline, tmp_path):
     with pytest.raises(AsdmError, match="to=tflite: no such format; it is openvino or onnx"):
         export(pipeline, tmp_path / "out", "tflite")
+    with pytest.raises(AsdmError, match="int8=weights, to=onnx: int8 is for openvino, and weights or activations"):
+        export(pipeline, tmp_path / "out", "onnx", int8="weights")
     with pytest.raises(AsdmError, match="load it in float32"):
         export(student_of(tiny_pipeline(), Remove(unit="mid_block")).to(torch.bfloat16), tmp_path / "out")
     (tmp_path / "mine").mkdir()

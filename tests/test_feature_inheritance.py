@@ -1,5 +1,8 @@
 """Inheriting steps compute little, answer with what was computed before, and leave no trace."""
 
+import itertools
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,11 +16,25 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
+from typer.testing import CliRunner
 
-from asdm import AsdmError, PruningPlan, build_student, inherit_features, with_unet
+from asdm import (
+    AsdmError,
+    InheritanceSchedule,
+    PruningPlan,
+    build_student,
+    calibrate_inheritance,
+    inherit_features,
+    save_pipeline,
+    with_unet,
+)
+from asdm.cli import app
+from asdm.evaluation.contestants import deep_cache
 from asdm.evaluation.macs import counting_macs
-from asdm.inference.feature_inheritance import _Inheriting, computed_steps, inheriting_modules
-from conftest import tiny_pipeline, tiny_sdxl_pipeline, tiny_unet
+from asdm.inference.feature_inheritance import _Inheriting, computed_steps, cut_of, noise_level
+from asdm.inference.inheritance_calibration import best_steps, extrapolation_errors, observe_sampling
+from asdm.units import fingerprint
+from conftest import tiny_inpainting_pipeline, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet
 
 GRANULARITIES = ("block", "layer", "unit")
 
@@ -67,8 +84,35 @@ def test_inheriting_costs_less_the_more_inherits(pipeline):
     assert costs["layer"] < costs["block"] < 1
 
 
+def test_each_layer_of_depth_is_computed_and_costs(pipeline):
+    costs = []
+    for depth in (1, 2, 3, 4):
+        with inherit_features(pipeline, every=2, depth=depth) as session:
+            whole = macs_of(pipeline.unet, session, False)
+            costs.append(macs_of(pipeline.unet, session, True))
+    assert [*costs, whole] == sorted({*costs, whole})
+    with inherit_features(pipeline, every=2, granularity="block") as session:
+        macs_of(pipeline.unet, session, False)
+        assert macs_of(pipeline.unet, session, True) == costs[2]
+
+
+@pytest.mark.parametrize(
+    ("depth", "border"), [(1, "up_blocks.3.attentions.1"), (3, "up_blocks.2"), (11, "up_blocks.0.resnets.0")]
+)
+def test_only_what_a_computed_layer_reads_is_extrapolated(unet, depth, border):
+    assert cut_of(unet, "layer", depth).read == {border}
+
+
+def test_copies_at_even_steps_are_what_deepcache_draws(pipeline):
+    pytest.importorskip("DeepCache")
+    with deep_cache(6, 3).prepared(pipeline) as theirs:
+        expected = draw(theirs)
+    with inherit_features(pipeline, every=3, order=0):
+        np.testing.assert_allclose(draw(pipeline), expected, atol=1e-5)
+
+
 def ramp_unet():
-    """A module whose output is a polynomial of the time step."""
+    """A module whose output is a polynomial of the noise level."""
     return torch.nn.Identity()
 
 
@@ -85,9 +129,9 @@ def test_extrapolation_is_exact_for_polynomials_of_its_order(pipeline, order):
             session.generation += 1
             session.inheriting = False
             for t in (1.0, 0.8, 0.6):
-                session.timestep = t
+                session.sigma = t
                 module(result(t, degree))
-            session.inheriting, session.timestep = True, 0.5
+            session.inheriting, session.sigma = True, 0.5
             torch.testing.assert_close(module(torch.zeros(1, 2)), result(0.5, degree))
 
 
@@ -146,12 +190,14 @@ def test_inpainting_and_controlnet_with_students_without_a_mid_block(pipeline):
     unit = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
     edits = [{"edit": "remove", "unit": "mid_block"}, {"edit": "gri_attention", "unit": unit, "regions": 2}]
     lean = with_unet(pipeline, build_student(pipeline.unet, PruningPlan.for_unet(pipeline.unet, edits)))
+    edits = [{"edit": "remove", "unit": name} for name in ("mid_block", "down_blocks.3")]
+    short = with_unet(pipeline, build_student(pipeline.unet, PruningPlan.for_unet(pipeline.unet, edits)))
     stock = with_unet(pipeline, tiny_unet(mid_block_type=None, layers_per_block=1))
     assert type(stock.unet) is UNet2DConditionModel
     image, mask = Image.new("RGB", (16, 16), "red"), Image.new("L", (16, 16), 255)
     torch.manual_seed(0)
     controlnet = ControlNetModel.from_unet(pipeline.unet, conditioning_embedding_out_channels=(16, 32))
-    for student in (lean, stock):
+    for student in (lean, short, stock):
         for granularity in GRANULARITIES:
             with inherit_features(student, every=2, granularity=granularity) as session:
                 draw(student)
@@ -198,6 +244,8 @@ def test_a_speedup_is_turned_into_steps(pipeline):
         ({"every": 0}, "every=0: out of range"),
         ({"speedup": 1000.0}, "speedup=1000: out of reach.*is the limit"),
         ({"every": 2, "order": 3}, "order=3: allowed are"),
+        ({"every": 2, "depth": 12}, "depth=12: .*12 layers; allowed are 1 to 11"),
+        ({"schedule": "absent.json"}, "absent.json: no such file; `asdm analyze"),
         ({"every": 2, "granularity": "pixel"}, "granularity=pixel: allowed are block, layer, unit"),
         ({"speedup": 1.1, "spacing": "odd"}, "spacing=odd: allowed are"),
     ],
@@ -214,5 +262,136 @@ def test_one_block_at_a_time(pipeline):
         with pytest.raises(AsdmError, match="inherits features already"), inherit_features(pipeline, every=2):
             pass
         assert sum(isinstance(module, _Inheriting) for module in pipeline.unet.modules()) == len(
-            inheriting_modules(tiny_unet(), "layer")
+            cut_of(tiny_unet(), "layer").inheriting
         )
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_not_compiled_again(pipeline):
+    compiled = []
+
+    def backend(graph, _inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    pipeline.unet.compile_repeated_blocks(backend=backend)
+    draw(pipeline)
+    before = len(compiled)
+    with inherit_features(pipeline, every=3):
+        draw(pipeline)
+        draw(pipeline, steps=9)
+    assert before > 0 and len(compiled) == before
+
+
+def test_a_unet_compiled_as_a_whole_is_refused(pipeline):
+    pipeline.unet.compile()  # compiles nothing before it is called
+    with pytest.raises(AsdmError, match="compile its repeated blocks"), inherit_features(pipeline, every=2):
+        pass
+
+
+# -- calibration -----------------------------------------------------------------------------------------
+
+
+def walk(steps=8, size=30):
+    """Features that wander, and falling noise levels."""
+    random = np.random.default_rng(0)
+    features = np.cumsum(random.normal(size=(steps, size)), axis=0)
+    return features, np.sort(random.uniform(0.1, 10, size=steps))[::-1]
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.5, 1.0])
+def test_errors_of_extrapolations_follow_from_scalar_products(damping):
+    features, sigmas = walk()
+    errors = extrapolation_errors(features @ features.T, sigmas, damping)
+    q, p, i = 1, 3, 6
+    ahead = damping * (sigmas[i] - sigmas[p]) / (sigmas[p] - sigmas[q])
+    guess = features[p] + ahead * (features[p] - features[q])
+    assert errors[q, p, i] == pytest.approx(((guess - features[i]) ** 2).sum())
+    assert errors[p, p, i] == pytest.approx(((features[p] - features[i]) ** 2).sum())
+
+
+@pytest.mark.parametrize("computed", [1, 2, 4, 8])
+def test_the_best_steps_are_those_of_all_choices(computed):
+    features, sigmas = walk()
+    errors = extrapolation_errors(features @ features.T, sigmas, 1.0) * np.linspace(1, 5, len(sigmas))
+
+    def total(steps):
+        runs, before = [], 0
+        for last, following in itertools.pairwise([*steps, len(sigmas)]):
+            runs.append(np.sqrt(errors[before, last, last + 1 : following]).sum() ** 2)
+            before = last
+        return sum(runs)
+
+    choices = [(0, *rest) for rest in itertools.combinations(range(1, len(sigmas)), computed - 1)]
+    steps, distance = best_steps(errors, computed)
+    assert tuple(steps) == min(choices, key=total)
+    assert distance == pytest.approx(total(steps))
+
+
+def test_noise_levels_are_the_schedulers(pipeline):
+    pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    pipeline.scheduler.set_timesteps(7)
+    levels = [noise_level(pipeline.scheduler, float(timestep)) for timestep in pipeline.scheduler.timesteps]
+    np.testing.assert_allclose(levels, pipeline.scheduler.sigmas[:-1].numpy(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_inpainting_pipeline, tiny_sdxl_pipeline])
+def test_a_calibrated_schedule_is_nearer_than_even_copies_and_draws_as_it_says(make, tmp_path):
+    pipeline = make()
+    modules = dict(pipeline.unet.named_modules())
+    observed = observe_sampling(pipeline, steps=8, samples=1)
+    observed = replace(observed, costs={depth: (10.0, float(depth)) for depth in observed.costs})
+    schedule = observed.schedule(2.0)
+    assert schedule.steps == 8 and schedule.speedup >= 2.0
+    assert schedule.distance < schedule.uniform_distance
+    schedule.save(tmp_path / "inheritance.json")
+    assert InheritanceSchedule.load(tmp_path / "inheritance.json") == schedule
+    assert observed.distance(schedule=tmp_path / "inheritance.json") == pytest.approx(schedule.distance)
+    assert dict(pipeline.unet.named_modules()) == modules
+    assert observed.distance(every=1) < 1e-9
+
+
+def made_schedule(unet, **changes):
+    settings = {"steps": 6, "computed": (0, 1, 4), "depth": 1, "order": 1}
+    costs = {"whole_ms": 10, "inheriting_ms": 1, "speedup": 1.8}
+    return InheritanceSchedule(fingerprint=fingerprint(unet), **{**settings, **costs, **changes})
+
+
+def test_a_schedule_says_what_computes_also_in_a_sampling_of_other_length(pipeline):
+    schedule = made_schedule(pipeline.unet)
+    with inherit_features(pipeline, schedule=schedule) as session:
+        draw(pipeline)
+        assert (session.computed, session.inherited) == (3, 3)
+        draw(pipeline, steps=12)
+        assert (session.computed, session.inherited) == (3 + 6, 3 + 6)
+    assert schedule.steps_of(6) == {0, 1, 4}
+    longer = schedule.steps_of(12)
+    assert {0, 2, 8} <= longer and len(longer) == 6  # what is dense stays dense
+    assert schedule.steps_of(2) == {0} and schedule.steps_of(1) == {0}
+
+
+def test_schedules_that_do_not_fit_are_named(pipeline, tmp_path):
+    other = made_schedule(tiny_unet(layers_per_block=1))
+    with pytest.raises(AsdmError, match="is for the architecture"), inherit_features(pipeline, schedule=other):
+        pass
+    path = tmp_path / "inheritance.json"
+    for text in ("[", "{}", made_schedule(pipeline.unet).model_dump_json().replace("[0,1,4]", "[1,4]")):
+        path.write_text(text)
+        with pytest.raises(AsdmError, match="not a schedule of inheritance"):
+            InheritanceSchedule.load(path)
+    with pytest.raises(AsdmError, match="steps=3: too few"):
+        calibrate_inheritance(pipeline, speedup=1.5, steps=3)
+    with pytest.raises(AsdmError, match="speedup=1000: out of reach"):
+        calibrate_inheritance(pipeline, speedup=1000)
+
+
+def test_the_command_line_calibrates_and_uses_a_schedule(pipeline, tmp_path):
+    model, drawn = tmp_path / "model", tmp_path / "drawn"
+    save_pipeline(pipeline, model)
+    run = CliRunner().invoke
+    made = run(app, ["analyze", str(model), "--inherit", "1.2", "--steps", "4", "--samples", "1"])
+    assert made.exit_code == 0, made.output
+    assert InheritanceSchedule.load(model / "inheritance.json").steps == 4
+    inherit = ["--inherit", str(model / "inheritance.json")]
+    made = run(app, ["generate", str(model), "pear", "--steps", "4", "--out", str(drawn), *inherit])
+    assert made.exit_code == 0 and len(list(drawn.iterdir())) == 1

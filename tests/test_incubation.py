@@ -254,7 +254,7 @@ def test_wrong_recipes_are_told_in_one_line(pipeline, tmp_path):
     (tmp_path / "bad.yaml").write_text("- name: [")
     (tmp_path / "odd.yaml").write_text("- {name: a, steps: 3, scope: incubate, assembled: [mid_block]}")
     for recipe, message in (
-        ("incubate", "incubate: no such recipe; it is joint, bk-sdm, incubation or a YAML file"),
+        ("incubate", "incubate: no such recipe; it is joint, bk-sdm, incubation, lcm or a YAML file"),
         (tmp_path / "bad.yaml", "not a list of stages in YAML"),
         (tmp_path / "odd.yaml", "assembled goes with scope joint"),
     ):
@@ -284,5 +284,5 @@ def test_an_estimate_counts_what_moves_and_changes_nothing():
     outside = sum(size[name] for name in ("conv_in", "time_embedding", "conv_norm_out", "conv_out"))
     assert rows[1].trained_parameters == size["mid_block"] + outside
     assert rows[2].trained_parameters == sum(p.numel() for p in student.parameters())
-    assert rows[2].seconds == pytest.approx(2 * rows[1].seconds)
+    assert rows[2].seconds > 2 * rows[1].seconds > 0  # what is not trained needs no gradient
     assert not any(p.requires_grad for p in student.parameters())

@@ -1,9 +1,12 @@
-"""Muon: its matrices, and its steps beside torch's own optimisers."""
+"""Muon: its matrices, and its steps beside torch's own optimisers; AdamW of 8 bits beside AdamW."""
+
+import sys
 
 import pytest
 import torch
 from torch import nn
 
+from asdm import AsdmError
 from asdm.incubation.optimizers import Muon, make_optimizer, orthogonalized
 
 
@@ -62,3 +65,28 @@ def test_factors_slow_down_the_weights_they_name():
     optimizer = make_optimizer(weights, "adamw", 0.1, (0.9, 0.99), 0.0, {"a.": 0.5})
     factors = {id(p): group["factor"] for group in optimizer.param_groups for p in group["params"]}
     assert factors == {id(weights["a.weight"]): 0.5, id(weights["b.weight"]): 1.0}
+
+
+def test_moments_of_8_bits_take_a_quarter_of_the_memory_and_step_as_adamw_does():
+    pytest.importorskip("bitsandbytes")
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(128, 96, generator=generator)
+    moved, moments = [], []
+    target = torch.randn(128, 96, generator=generator)
+    for name in ("adamw", "adamw8bit"):
+        weight = nn.Parameter(start.clone())
+        optimizer = make_optimizer({"w": weight}, name, 0.01, (0.9, 0.99), 0.1, {})
+        for _ in range(20):
+            (weight - target).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        moved.append(weight.detach() - start)
+        moments.append(sum(t.nbytes for t in optimizer.state[weight].values() if isinstance(t, torch.Tensor)))
+    assert (moved[0] - moved[1]).norm() < 0.05 * moved[0].norm()
+    assert moments[1] < 0.28 * moments[0]  # and the scales of their blocks, and two tables
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(AsdmError, match=r"optimizer=adamw8bit: bitsandbytes.* not installed.*asdm-diffusion\[8bit\]"):
+        make_optimizer({"w": nn.Parameter(torch.ones(4, 4))}, "adamw8bit", 0.1, (0.9, 0.99), 0.0, {})

@@ -105,7 +105,7 @@ def test_a_checkpoint_in_one_file_draws_what_its_pipeline_draws(tmp_path, hub_ca
         assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items()), part
     drawn = generate(loaded, ["a house"], steps=2)
     torch.testing.assert_close(drawn, generate(pipeline, ["a house"], steps=2), atol=1e-4, rtol=0)
-    made = compress(str(tmp_path / "model.safetensors"), tmp_path / "out", params=0.8, steps=0, samples=0)
+    made = compress(str(tmp_path / "model.safetensors"), tmp_path / "out", params=0.8, repair=0, steps=0, samples=0)
     assert type(load_pipeline(made.folder)) is StableDiffusionPipeline
 
 

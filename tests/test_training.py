@@ -15,9 +15,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from asdm import AsdmError, PruningPlan, Stage, build_student, distill
+from asdm.conditioning import noise_schedule
+from asdm.evaluation.latency import unet_call
+from asdm.evaluation.macs import counting_macs
+from asdm.evaluation.memory import peak_megabytes
 from asdm.incubation.data import ShuffledBatches
-from asdm.incubation.distillation import capturing, prepare
+from asdm.incubation.distillation import capturing, make_task, prepare
+from asdm.incubation.estimate import estimate
 from asdm.incubation.losses import feature_losses, output_loss, relative_error
+from asdm.incubation.optimizers import make_optimizer
 from asdm.incubation.stages import LossWeights, parse_stages
 from asdm.incubation.trainer import LoopSettings, TrainingTask, checkpoint_step, read_log, train
 from asdm.units import removable_units
@@ -73,6 +79,31 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, optimize
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
     assert read_log(tmp_path / "whole" / "log.jsonl") == read_log(tmp_path / "parts" / "log.jsonl")
+
+
+class WideRegression(Regression):
+    """With weights that are large enough to have moments of 8 bits."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Sequential(nn.Linear(4, 1024), nn.Linear(1024, 4))
+
+    def forward(self, batch, generator):
+        return {"loss": (self.layer(batch) - self.frozen(batch)).square().mean()}
+
+
+def test_moments_of_8_bits_are_stored_as_such_and_resumed_exactly(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    settings = replace(SETTINGS, optimizer="adamw8bit", learning_rate=0.01, ema_decay=0.0)
+    whole, parts = WideRegression(), WideRegression()
+    assert train(whole, batch_at, settings, tmp_path / "whole")
+    assert not train(parts, batch_at, settings, tmp_path / "parts", stop_after_seconds=0)
+    moments = load_file(tmp_path / "parts" / "checkpoint-0000001" / "optimizer.safetensors")
+    assert sum(tensor.dtype == torch.uint8 for tensor in moments.values()) == 4
+    resumed = WideRegression()
+    assert train(resumed, batch_at, settings, tmp_path / "parts")
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
 def test_a_finished_run_is_not_run_again(tmp_path):
@@ -289,3 +320,70 @@ def test_wrong_stages_are_named(content, message):
 def test_stages_from_plain_data():
     stages = parse_stages(json.loads('[{"name": "joint", "steps": 3, "losses": {"task": 0.5}}]'))
     assert stages[0].losses == LossWeights(task=0.5)
+
+
+def estimated(stage, **devices):
+    pipeline = tiny_pipeline()
+    plan = PruningPlan.for_unet(pipeline.unet, [{"edit": "remove", "unit": "up_blocks.2.attentions.0"}])
+    student = build_student(pipeline.unet, plan)
+    stages = [Stage(name="joint", steps=10, batch_size=4, **stage)]
+    return pipeline, student, estimate(pipeline, student, stages, **{"teraflops": 1.0, **devices})[0]
+
+
+def test_a_step_is_estimated_by_its_operations():
+    pipeline, student, row = estimated({})
+    macs = []
+    for unet in (pipeline.unet, student):
+        with counting_macs(unet) as count:
+            unet_call(unet, batch_size=1)()
+        macs.append(count.below())
+    # A backward pass takes two forward ones, but for the first layers, and attention's, which computes scores again.
+    assert row.step_teraflops == pytest.approx(4 * 2 * (macs[0] + 3 * macs[1]) / 1e12, rel=0.08)
+    assert row.seconds == pytest.approx(10 * row.step_teraflops)
+    again = estimated({"checkpointing": True})[2]
+    assert again.step_teraflops > 1.1 * row.step_teraflops
+
+
+def test_activations_are_estimated_as_a_step_needs_them(data_folder, tmp_path):
+    pipeline, student, row = estimated({"caption_dropout": 0.0})
+    task = make_task(
+        pipeline, student, noise_schedule(pipeline), prepare(pipeline, data_folder, tmp_path / "prepared"), row.stage
+    )
+    for parameter in task.trained().values():
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+
+    def step():
+        with torch.enable_grad():
+            task((torch.arange(4), 0), torch.Generator())["loss"].backward()
+
+    found = 1e6 * peak_megabytes(step)
+    assert row.memory["activations"] == pytest.approx(found, rel=0.1)
+    assert estimated({"accumulation": 2})[2].memory["activations"] < 0.7 * found
+    assert estimated({"checkpointing": True})[2].memory["activations"] < 0.7 * found
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "muon"])
+def test_memory_is_estimated_by_parts(optimizer):
+    if optimizer == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+    _, student, row = estimated({"optimizer": optimizer})
+    weights = dict(student.named_parameters())
+    size = 4 * sum(p.numel() for p in weights.values())
+    assert row.memory["student"] == row.memory["gradients"] == row.memory["average"] == size
+    real = make_optimizer(weights, optimizer, 1e-3, (0.9, 0.99), 0.0, {})
+    for parameter in weights.values():
+        parameter.grad = torch.zeros_like(parameter)
+    real.step()
+    shared = ("step", "qmap1", "qmap2")
+    moments = [t for state in real.state.values() for key, t in state.items() if key not in shared]
+    assert row.memory["moments"] == sum(tensor.nbytes for tensor in moments)
+    assert row.gigabytes == sum(row.memory.values()) / 1e9
+
+
+def test_processes_share_the_batch_and_where_asked_the_weights():
+    one, two, sharing = (estimated({}, processes=n, sharded=s)[2] for n, s in ((1, False), (2, False), (2, True)))
+    assert two.step_teraflops == pytest.approx(one.step_teraflops) and two.seconds == pytest.approx(one.seconds / 2)
+    assert two.memory["activations"] < 0.7 * one.memory["activations"]
+    assert two.memory["moments"] == one.memory["moments"] == 2 * sharing.memory["moments"]
+    assert two.memory["gradients"] == 2 * one.memory["gradients"]  # with the buckets that are exchanged
+    assert sharing.memory["teacher"] == one.memory["teacher"] and sharing.memory["gathered"] > 0

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from asdm.incubation.prepared import prepare_data as prepare_data
     from asdm.incubation.stages import Stage as Stage
     from asdm.inference.export import export as export
+    from asdm.inference.feature_inheritance import InheritanceSchedule as InheritanceSchedule
     from asdm.inference.feature_inheritance import inherit_features as inherit_features
+    from asdm.inference.inheritance_calibration import calibrate_inheritance as calibrate_inheritance
     from asdm.inference.optimization import optimize as optimize
     from asdm.inference.unet_switching import switch_unets as switch_unets
     from asdm.pipelines import load_pipeline as load_pipeline
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from asdm.planning import make_plan as make_plan
     from asdm.redundancy import RedundancyMap as RedundancyMap
     from asdm.redundancy import analyze as analyze
+    from asdm.repair import repair_plan as repair_plan
     from asdm.student.edits import CondConv as CondConv
     from asdm.student.edits import GriAttention as GriAttention
     from asdm.student.edits import Remove as Remove
@@ -51,6 +54,7 @@ _HOME = {
     "CondConv": "asdm.student.edits",
     "Evaluation": "asdm.evaluation.comparison",
     "GriAttention": "asdm.student.edits",
+    "InheritanceSchedule": "asdm.inference.feature_inheritance",
     "PruningPlan": "asdm.student.plan",
     "RedundancyMap": "asdm.redundancy",
     "Remove": "asdm.student.edits",
@@ -58,6 +62,7 @@ _HOME = {
     "add_banks": "asdm.planning",
     "analyze": "asdm.redundancy",
     "build_student": "asdm.student.plan",
+    "calibrate_inheritance": "asdm.inference.inheritance_calibration",
     "compress": "asdm.compression",
     "distill": "asdm.incubation.distillation",
     "evaluate": "asdm.evaluation.comparison",
@@ -69,6 +74,7 @@ _HOME = {
     "make_plan": "asdm.planning",
     "optimize": "asdm.inference.optimization",
     "prepare_data": "asdm.incubation.prepared",
+    "repair_plan": "asdm.repair",
     "save_pipeline": "asdm.pipelines",
     "switch_unets": "asdm.inference.unet_switching",
     "with_unet": "asdm.pipelines",

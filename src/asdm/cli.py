@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -49,7 +49,15 @@ def _not_a_folder(path: Path | None) -> Path | None:
     return path
 
 
-MapFile = Annotated[Path, typer.Option(help="Where to write the map.", callback=_not_a_folder)]
+MapFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="Where to write the map, by default redundancy.json; with --inherit the schedule, by default "
+        "inheritance.json in MODEL's folder.",
+        callback=_not_a_folder,
+        show_default=False,
+    ),
+]
 PlanFile = Annotated[Path, typer.Option(help="Where to write the plan.", callback=_not_a_folder)]
 FiguresFile = Annotated[Path, typer.Option(help="Where to write the figures.", callback=_not_a_folder)]
 ModelArgument = Annotated[str, typer.Argument(help=f"The model: {MODEL}.", show_default=False)]
@@ -70,6 +78,22 @@ PresetOption = Annotated[
 ]
 RecipeOption = Annotated[
     str, typer.Option(help="joint, bk-sdm, incubation, or a YAML file with a list of stages (then without --steps).")
+]
+DistillRecipeOption = Annotated[
+    str,
+    typer.Option(
+        "--recipe",
+        help="joint, bk-sdm, incubation, lcm (samples in 4 steps), or a YAML file with a list of stages (then without "
+        "--steps).",
+    ),
+]
+RepairOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Rounds in which the plan is bettered: what its edits do together is measured, and some are exchanged.",
+        min=0,
+        show_default=False,
+    ),
 ]
 CompensateOption = Annotated[
     CompensationKind | None,
@@ -109,7 +133,17 @@ def options(
 def analyze(
     model: ModelArgument,
     data: DataOption = None,
-    out: MapFile = Path("redundancy.json"),
+    out: MapFile = None,
+    inherit: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead find when which features can be inherited between sampling steps, so that the UNet is this "
+            "many times faster.",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Sampling steps, for --inherit.", min=4)] = 25,
     plot: Annotated[
         Path | None, typer.Option(help="Where to draw it (PNG).", callback=_not_a_folder, show_default=False)
     ] = None,
@@ -127,6 +161,9 @@ def analyze(
     seed: SeedOption = 0,
 ) -> None:
     """Find what each unit of the UNet costs, and how far the prediction moves without it."""
+    if inherit is not None:
+        _calibrate_inheritance(model, inherit, out, data=data, steps=steps, samples=samples, device=device, seed=seed)
+        return
     import asdm
     from asdm.evaluation.plots import redundancy_plot
     from asdm.evaluation.report import save_figure
@@ -143,6 +180,7 @@ def analyze(
             seed=seed,
             progress=lambda done, total, name: report("analyse", done, total, name),
         )
+    out = out or Path("redundancy.json")
     redundancy.save(out)
     _print_map(redundancy)
     console.print(f"written to {out}", highlight=False)
@@ -170,6 +208,7 @@ def plan(
     router: Annotated[
         Literal["input", "input+time", "time"], typer.Option(help="What decides the experts' mixture.")
     ] = "input",
+    repair: RepairOption = None,
     data: DataOption = None,
     out: PlanFile = Path("plan.json"),
     device: DeviceOption = None,
@@ -180,6 +219,8 @@ def plan(
 
     unet = None
     if source.endswith(".json"):
+        if repair:
+            raise AsdmError(f"--repair {repair}: a map has no weights to look at the plan with; name the model instead")
         redundancy = asdm.RedundancyMap.load(source)
     else:
         pipeline = _load(source, device)
@@ -202,6 +243,17 @@ def plan(
         unet=unet,
         progress=lambda note: console.print(note, highlight=False),
     )
+    if repair:
+        with _progress() as report:
+            made = asdm.repair_plan(
+                pipeline,
+                redundancy,
+                made,
+                data=data,
+                rounds=repair,
+                seed=seed,
+                progress=lambda done, total, note: report("repair", done, total, note),
+            )
     if experts is not None:
         if unet is None:
             from asdm.random_models import random_unet
@@ -212,11 +264,13 @@ def plan(
     for edit in made.edits:
         console.print(f"  {edit}", highlight=False)
     if made.figures is not None:
-        measured = made.figures.measured_speedup
+        measured, together = made.figures.measured_speedup, made.figures.measured_sensitivity
         console.print(
             f"{len(made.edits)} edits; UNet {made.figures.predicted_speedup:.2f}x faster as predicted"
             + (f", {measured:.2f}x as measured" if measured else "")
-            + f"; total sensitivity {made.figures.predicted_sensitivity:.4f}; written to {out}",
+            + f"; sensitivity {made.figures.predicted_sensitivity:.4f} as the sum of its edits'"
+            + (f", {together:.4f} as measured of all together" if together else "")
+            + f"; written to {out}",
             highlight=False,
         )
 
@@ -292,29 +346,39 @@ def prepare_data(
 @app.command()
 def distill(
     teacher: ModelArgument,
-    student: Annotated[Path, typer.Argument(help="A folder that `asdm prune` wrote.")],
+    student: Annotated[
+        str, typer.Argument(help="A folder that `asdm prune` or `asdm distill` wrote, or the teacher again.")
+    ],
     data: Annotated[str, typer.Option("--data", help=DATA)],
     out: Annotated[Path, typer.Option(help="The folder to write the distilled pipeline to.")],
     steps: Annotated[int, typer.Option(help="Training steps.", min=1)] = 1000,
-    recipe: RecipeOption = "joint",
+    recipe: DistillRecipeOption = "joint",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be trained how long, and what it takes.")
     ] = False,
+    device_tflops: Annotated[
+        float | None,
+        typer.Option(help="In a dry run: for a device that sustains so many TFLOP/s, instead of this one.", min=0.001),
+    ] = None,
+    processes: Annotated[int, typer.Option(help="In a dry run: how many devices share each batch.", min=1)] = 1,
+    fsdp: Annotated[bool, typer.Option("--fsdp", help="In a dry run: they share what is trained, too.")] = False,
     device: DeviceOption = None,
     seed: SeedOption = 0,
 ) -> None:
-    """Train a pruned student to do as its teacher does; run again to resume."""
+    """Train a student to do as its teacher does, or what it does in a few steps; run again to resume."""
     import asdm
+    from asdm.incubation.consistency import lcm_scheduler
     from asdm.incubation.prepared import require_usable
     from asdm.incubation.recipes import recipe_stages
     from asdm.pipelines import require_ours
 
     require_ours(out)
     require_usable(data)
-    teaching, learning = _load(teacher, device), _load(str(student), device)
+    teaching, learning = _load(teacher, device), _load(student, "cpu")
+    learning.unet.to(teaching.device)  # its other parts are only saved
     chosen = recipe_stages(recipe, learning.unet, steps)
     if dry_run:
-        _print_estimate(teaching, learning.unet, chosen)
+        _print_estimate(teaching, learning.unet, chosen, teraflops=device_tflops, processes=processes, sharded=fsdp)
         return
     training = out.with_name(f"{out.name}.training")
     with _progress(resumable=True) as report:
@@ -329,6 +393,8 @@ def distill(
             progress=lambda row: report("distil", int(row["done"]), int(row["total"]), f"loss {row['loss']:.3f}"),
         )
     if _is_main_process():
+        if chosen[-1].scope == "consistency":
+            learning.scheduler = lcm_scheduler(teaching.scheduler.config, chosen[-1].consistency.solver_steps)
         asdm.save_pipeline(learning, out, {"teacher": teacher})
         _print_skipped(examples.skipped)
         console.print(f"written to {out}; log and checkpoints in {training}", highlight=False)
@@ -383,12 +449,15 @@ def generate(
         Path | None, typer.Option(help="White where --image shall be drawn anew (inpainting).", show_default=False)
     ] = None,
     strength: Annotated[float, typer.Option(help="How far from --image to go.", min=0.01, max=1.0)] = 0.6,
-    steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = 25,
+    steps: Annotated[
+        int | None, typer.Option(help="Sampling steps; by default 25, or 4 for few-step models.", min=1)
+    ] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default=False)] = None,
     inherit: Annotated[
-        float | None,
+        str | None,
         typer.Option(
-            help="Let most steps inherit features of others, so that the UNet is this many times faster.",
+            help="Let most steps inherit features of others: a number, how many times faster the UNet shall be, or "
+            "the file of a schedule that `asdm analyze --inherit` wrote.",
             show_default=False,
         ),
     ] = None,
@@ -405,7 +474,7 @@ def generate(
     if start is not None and hole is not None and start.size != hole.size:
         raise AsdmError(f"{mask}: {hole.size} pixels; it must be of the size of {image}, {start.size}")
     pipeline = _load(model, device)
-    inheriting = nullcontext() if inherit is None else asdm.inherit_features(pipeline, speedup=inherit)
+    inheriting = nullcontext() if inherit is None else asdm.inherit_features(pipeline, **_inheritance(inherit))
     with inheriting, _progress() as report:
         pixels = asdm.generate(
             pipeline,
@@ -433,9 +502,14 @@ def export(
     size: Annotated[
         int | None, typer.Option(help="Side of the images in pixels; by default the model's own.", show_default=False)
     ] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Weights and the UNet's arithmetic in 8 bits.")] = False,
+    weights_only: Annotated[bool, typer.Option("--weights-only", help="With --int8: only the weights.")] = False,
 ) -> None:
     """Write a teacher or a student as OpenVINO or ONNX graphs, in a folder that optimum loads."""
     import asdm
+
+    if weights_only and not int8:
+        raise AsdmError("--weights-only goes with --int8")
 
     with _progress() as report:
         made = asdm.export(
@@ -443,6 +517,7 @@ def export(
             out,
             to,
             size=size,
+            int8=("weights" if weights_only else "activations") if int8 else None,
             progress=lambda name, done, total: report("export", done, total, name),
         )
     for name, difference in made.differences.items():
@@ -459,6 +534,7 @@ def compress(
     macs: MacsOption = None,
     preset: PresetOption = None,
     compensate: CompensateOption = None,
+    repair: RepairOption = None,
     data: DataOption = None,
     steps: Annotated[int, typer.Option(help="Distillation steps; 0 prunes only.", min=0)] = 1000,
     recipe: RecipeOption = "joint",
@@ -476,6 +552,7 @@ def compress(
         macs=macs,
         preset=preset,
         compensate=compensate,
+        repair=repair,
         data=data,
         steps=steps,
         recipe=recipe,
@@ -497,50 +574,76 @@ def demo(
 
 @app.command()
 def benchmark(
-    model: ModelArgument = "demo",
+    models: Annotated[
+        list[str] | None, typer.Argument(help=f"One or more models, demo by default: {MODEL}.", show_default=False)
+    ] = None,
     students: Annotated[
-        list[Path] | None, typer.Option("--student", help="Also a student of it, alone and inheriting features.")
+        list[Path] | None,
+        typer.Option("--student", help="A student of the first model, alone and in the stack.", show_default=False),
     ] = None,
     data: Annotated[
         str | None, typer.Option("--data", help=f"{DATA}; none for speed alone.", show_default=False)
     ] = None,
     samples: Annotated[int, typer.Option(help="Images per split.", min=2)] = 64,
-    steps: Annotated[int, typer.Option(help="Sampling steps.", min=2)] = 25,
+    steps: Annotated[int, typer.Option(help="Sampling steps.", min=4)] = 25,
     rounds: Annotated[int, typer.Option(help="Timed images of each.", min=1)] = 5,
-    out: Annotated[Path, typer.Option(help="The folder to write figures and the plot to.")] = Path("benchmark"),
+    only: Annotated[
+        str | None, typer.Option(help="A part of the names of those that take part.", show_default=False)
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder to write figures and plots to.")] = Path("benchmark"),
+    images: Annotated[Path | None, typer.Option(help="Where to keep the images.", show_default=False)] = None,
     device: DeviceOption = None,
     seed: SeedOption = 0,
 ) -> None:
     """Ways to make a pipeline faster, ours and our peers', in one run: speed and what it costs in quality."""
-    import asdm
-    from asdm.evaluation import contest
+    from asdm.evaluation.comparison import folder_name
+    from asdm.evaluation.contest import Contest, contest_plot, contest_rows
+    from asdm.evaluation.contestants import contestants, of, preset_students, with_dpm_solver
+    from asdm.evaluation.limits import machine_limits
     from asdm.evaluation.report import save_figure
 
-    pipeline = _load(model, device)
-    data = "demo" if data is None and model == "demo" else data
-    entries = contest.contestants(steps)
-    if data is None:
-        entries = [entry for entry in entries if entry.group != "fewer steps"]
-    for folder in students or ():
-        unet = asdm.load_pipeline(folder, device=pipeline.device).unet
-        entries += [replace(contest.student(folder.name, unet, every), steps=steps) for every in (None, 2, 3)]
-    with _progress() as report:
-        made = contest.run_contest(
-            pipeline,
-            entries,
-            place=model,
-            data=data,
-            samples=samples,
-            rounds=rounds,
-            seed=seed,
-            images_folder=out / "images",
-            progress=lambda title, done, total: report(title, done, total, ""),
-        )
-    made.save(out / "benchmark.json")
-    _print_contest(made)
-    if data is not None:
-        split = list(made.rows[0].teacher_distance)[-1]
-        save_figure(contest.contest_plot(made, split), out / "benchmark.png")
+    models = models or ["demo"]
+    limits = machine_limits(device or _fastest_device())
+    rows: list[Any] = []
+    for place in models:
+        pipeline = with_dpm_solver(_load(place, device))
+        seen = "demo" if data is None and place == "demo" else None if place.startswith("random:") else data
+        if place.startswith("random:"):
+            taught = preset_students(pipeline)
+        else:
+            folders = students or () if place == models[0] else ()
+            taught = {folder.name: of(_load(str(folder), device).unet) for folder in folders}
+        entries = contestants(steps, taught, data=seen)
+        if only is not None:
+            entries = [entry for entry in entries if entry.group == "original" or only in entry.name]
+        with _progress() as report:
+
+            def advanced(title: str, done: int, total: int, place: str = place) -> None:
+                report(f"{title}, {place}", done, total, "")
+
+            found = contest_rows(
+                pipeline,
+                entries,
+                place=place,
+                data=seen,
+                samples=samples,
+                rounds=rounds,
+                seed=seed,
+                limits=limits,
+                images_folder=images,
+                progress=advanced,
+            )
+        rows += found
+        made = Contest.of(rows, device=pipeline.device, rounds=rounds, seed=seed, limits=limits)
+        made.save(out / "benchmark.json")
+        _print_contest(found)
+        if seen is not None:
+            name = "benchmark" if place == models[0] else f"benchmark_{folder_name(place)}"
+            title = f"{place}, {made.machine}, {made.threads} threads"
+            save_figure(contest_plot(found, title), out / f"{name}.png")
+    for dtype, best in limits.items():
+        figures = ", ".join(f"{what} {value:.0f}" for what, value in best.items())
+        console.print(f"this machine's best in {dtype}, GFLOP/s: {figures}", highlight=False)
     console.print(f"written to {out}", highlight=False)
 
 
@@ -630,6 +733,39 @@ def _progress(resumable: bool = False) -> Iterator[Any]:
         raise typer.Exit(130) from None
 
 
+def _calibrate_inheritance(model: str, speedup: float, out: Path | None, device: str | None, **settings: Any) -> None:
+    import asdm
+    from asdm.inference.inheritance_calibration import FILE_NAME
+
+    pipeline = _load(model, device)
+    with _progress() as report:
+        schedule = asdm.calibrate_inheritance(
+            pipeline,
+            speedup=speedup,
+            **settings,
+            progress=lambda done, total, name: report("calibrate", done, total, name),
+        )
+    out = out or (Path(model) if Path(model).is_dir() else Path()) / FILE_NAME
+    schedule.save(out)
+    console.print(
+        f"{len(schedule.computed)} of {schedule.steps} steps compute: {', '.join(map(str, schedule.computed))}; the "
+        f"others compute the last {schedule.depth} of the layers and "
+        f"{'extrapolate' if schedule.order else 'copy'} what these read. The UNet is {schedule.speedup:.2f}x faster "
+        f"({schedule.whole_ms:.0f} ms a whole call, {schedule.inheriting_ms:.0f} ms one that inherits); distance of "
+        f"the final latents {schedule.distance:.2g}, of copies at as many even steps {schedule.uniform_distance:.2g}",
+        highlight=False,
+    )
+    console.print(f"written to {out}", highlight=False, soft_wrap=True)
+
+
+def _inheritance(text: str) -> dict[str, Any]:
+    """Settings of `inherit_features`: a number is a speed-up, all else a file."""
+    try:
+        return {"speedup": float(text)}
+    except ValueError:
+        return {"schedule": text}
+
+
 def _print_map(redundancy: RedundancyMap) -> None:
     table = Table(title=f"{redundancy.model}: {len(redundancy.units)} removable units")
     for name in ("unit", "kind"):
@@ -696,33 +832,45 @@ def _print_evaluation(figures: Evaluation) -> None:
     )
 
 
-def _print_contest(made: Any) -> None:
-    table = Table(title=f"{made.rows[0].place}: {made.machine}, {made.dtype}, {made.threads} threads")
-    splits = list(made.rows[0].teacher_distance)
+def _print_contest(rows: list[Any]) -> None:
+    table = Table(title=rows[0].place + (" (extrapolated from parts)" if rows[0].extrapolated else ""))
+    splits = list(rows[0].teacher_distance)
     titles = [f"{title}, {split.replace('_', ' ')}" for split in splits for title in ("distance", "top-5")]
-    for title in ("", "seconds", "faster", *titles):
+    for title in ("", "seconds", "faster", "UNet ms", "GFLOP/s", "of limit", "weights MB", "peak MB", *titles):
         table.add_column(title, justify="left" if not title else "right")
-    for row in made.rows:
+    for row in rows:
         if row.error is not None:
             table.add_row(row.name, row.error)
             continue
-        figures = []
+        low, high = row.seconds_quartiles
+        figures = [
+            f"{row.seconds:.2f} ({low:.2f}-{high:.2f})",
+            f"{row.speedup:.2f}x" if row.speedup is not None else "–",
+            f"{1000 * row.parts['UNet, whole']:.0f}",
+            f"{row.gflops:.0f}" if row.gflops is not None else "–",
+            f"{row.limit_share:.0%}" if row.limit_share is not None else "–",
+            f"{row.unet_megabytes:.0f}",
+            f"{row.peak_megabytes:.0f}",
+        ]
         for split in splits:
             top5 = row.concept_top5.get(split)
             figures += [f"{row.teacher_distance[split]:.4f}", "–" if top5 is None else f"{100 * top5:.1f}%"]
-        low, high = row.seconds_quartiles
-        table.add_row(row.name, f"{row.seconds:.2f} ({low:.2f}-{high:.2f})", f"{row.speedup:.2f}x", *figures)
+        table.add_row(row.name, *figures)
     console.print(table)
 
 
-def _print_estimate(teaching: Any, student: Any, stages: Any) -> None:
+def _print_estimate(teaching: Any, student: Any, stages: Any, **devices: Any) -> None:
     from asdm.incubation.estimate import estimate
     from asdm.incubation.recipes import as_yaml
 
+    rows = estimate(teaching, student, stages, **devices)
     table = Table()
-    for title in ("stage", "trains", "parameters", "steps", "batch", "about", "memory"):
+    for title in ("stage", "trains", "parameters", "steps", "batch", "TFLOP a step", "about", "memory"):
         table.add_column(title, justify="left" if title in ("stage", "trains") else "right")
-    rows = estimate(teaching, student, stages)
+    parts = Table(title="GB in each process" if devices["processes"] > 1 else "GB")
+    kinds = list(dict.fromkeys(kind for row in rows for kind in row.memory))
+    for title in ("stage", *kinds):
+        parts.add_column(title, justify="left" if title == "stage" else "right")
     for row in rows:
         stage = row.stage
         what: str = "edited blocks, each alone" if stage.scope == "incubate" else stage.trained
@@ -734,13 +882,18 @@ def _print_estimate(teaching: Any, student: Any, stages: Any) -> None:
             f"{row.trained_parameters / 1e6:.2f}M",
             str(stage.steps),
             str(stage.batch_size),
+            f"{row.step_teraflops:.3g}",
             _duration(row.seconds),
             f"{row.gigabytes:.1f} GB",
         )
+        parts.add_row(stage.name, *(f"{row.memory.get(kind, 0) / 1e9:.2f}" for kind in kinds))
     console.print(table)
+    console.print(parts)
+    tflops = devices["teraflops"]
+    where = "on this machine" if tflops is None else f"at {tflops:g} TFLOP/s a device"
     console.print(
-        f"in all about {_duration(sum(row.seconds for row in rows))} on this machine; memory without activations. "
-        "The recipe as a file:\n",
+        f"in all about {_duration(sum(row.seconds for row in rows))} {where}, without what devices exchange, and what "
+        "their kernels and libraries hold. The recipe as a file:\n",
         highlight=False,
     )
     console.print(as_yaml(stages), highlight=False, markup=False)
@@ -775,6 +928,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _about_the_disk(error: Exception) -> str | None:

@@ -28,6 +28,7 @@ from asdm.model_card import model_card
 from asdm.pipelines import MARKER, load_clip, load_pipeline, require_ours, save_pipeline_into, with_unet
 from asdm.planning import make_plan
 from asdm.redundancy import RedundancyMap, analyze
+from asdm.repair import ROUNDS, repair_plan
 from asdm.student.edits import CompensationKind
 from asdm.student.plan import PruningPlan, build_student
 
@@ -55,6 +56,7 @@ def compress(
     macs: float | None = None,
     preset: str | None = None,
     compensate: CompensationKind | None = None,
+    repair: int | None = None,
     data: str | Path | None = None,
     steps: int = 1000,
     recipe: str = "joint",
@@ -72,6 +74,8 @@ def compress(
         speedup, params, macs, preset: the budget, as for `make_plan`; exactly one.
         compensate: what to fit in the place of the removed branches, as for `make_plan`; nothing by default where
             the weights are random.
+        repair: rounds in which the plan is bettered (`repair_plan`); none by default for a preset, and where the
+            weights are random.
         data: images with captions to calibrate, train and evaluate on: a folder, or "demo".
         steps: of distillation; 0 prunes only, and then needs no data.
         recipe: of the distillation (`asdm.incubation.recipes`): by name, or a YAML file.
@@ -88,12 +92,19 @@ def compress(
         raise AsdmError("compress works in one process; launch prepare-data and distill in several")
     if data is None and (steps > 0 or stages):
         raise AsdmError(f"steps={steps} of distillation need data: name a folder of captioned images, or give 0 steps")
+    if recipe == "lcm" or any(stage.scope == "consistency" for stage in stages or ()):
+        raise AsdmError(
+            "recipe=lcm: its students sample otherwise than the teacher they are compared with; compress "
+            "by another recipe, then run asdm distill --recipe lcm on the result"
+        )
     is_random = model.startswith("random:")
     compensate = compensate or ("none" if is_random else "linear")
+    repair = (0 if is_random or preset is not None else ROUNDS) if repair is None else repair
     settings: dict[str, Any] = {
         "model": model,
         "budget": {"speedup": speedup, "params": params, "macs": macs, "preset": preset},
         "compensate": compensate,
+        "repair": repair,
         "data": None if data is None else str(data),
         "steps": steps if stages is None else None,
         "recipe": recipe if stages is None else None,
@@ -117,7 +128,7 @@ def compress(
     work = out / "work"
 
     redundancy = _analyzed(pipeline, data, compensate, seed, work / "redundancy.json", report)
-    plan = _planned(redundancy, settings["budget"] | {"compensate": compensate}, pipeline, out / "plan.json", report)
+    plan = _planned(redundancy, settings, pipeline, out / "plan.json", report)
     save_figure(redundancy_plot(redundancy, plan), out / "redundancy.png")
 
     models = {"teacher": pipeline}
@@ -212,11 +223,7 @@ def _analyzed(
 
 
 def _planned(
-    redundancy: RedundancyMap,
-    budget: dict[str, Any],
-    pipeline: DiffusionPipeline,
-    path: Path,
-    report: Progress,
+    redundancy: RedundancyMap, settings: dict[str, Any], pipeline: DiffusionPipeline, path: Path, report: Progress
 ) -> PruningPlan:
     if path.is_file():
         return PruningPlan.load(path)
@@ -226,7 +233,18 @@ def _planned(
         attempts.append(note)
         report("plan", len(attempts), len(attempts), note)
 
-    plan = make_plan(redundancy, unet=pipeline.unet, progress=tried, **budget)
+    compensate = settings["compensate"]
+    plan = make_plan(redundancy, unet=pipeline.unet, compensate=compensate, progress=tried, **settings["budget"])
+    if settings["repair"]:
+        plan = repair_plan(
+            pipeline,
+            redundancy,
+            plan,
+            data=settings["data"],
+            rounds=settings["repair"],
+            seed=settings["seed"],
+            progress=lambda done, total, note: report("repair", done, total, note),
+        )
     plan.save(path)
     return plan
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, LCMScheduler
 from PIL import Image
 from torch import Tensor
 
@@ -21,7 +21,7 @@ def generate(
     pipeline: DiffusionPipeline,
     prompts: Sequence[str],
     *,
-    steps: int = 25,
+    steps: int | None = None,
     guidance_scale: float | None = None,
     seed: int = 0,
     image: Image.Image | None = None,
@@ -35,6 +35,7 @@ def generate(
     Args:
         mask: of the size of `image`, white where something else shall be drawn. A UNet made for inpainting reads it;
             with any other, what it leaves of the image is put back after each step.
+        steps: the pipeline's recommended ones by default (`default_steps`).
         guidance_scale: the pipeline's recommended one by default (`default_guidance`).
         seed: the n-th prompt's noise is that of seed + n, whatever the batch.
         strength: how far from `image` the result may go, in (0, 1].
@@ -45,6 +46,7 @@ def generate(
     """
     if mask is not None and image is None:
         raise AsdmError("a mask says what of an image shall be drawn anew; give the image too")
+    steps = default_steps(pipeline) if steps is None else steps
     if image is not None and not (0 < strength <= 1 and int(steps * strength) >= 1):
         raise AsdmError(
             f"strength={strength:g}: must be in (0, 1] and leave at least one of the {steps} steps; "
@@ -86,6 +88,14 @@ def nothing_to_keep(pipeline: DiffusionPipeline) -> dict[str, Any]:
     return {"image": Image.new("RGB", size, "gray"), "mask_image": Image.new("L", size, 255), "strength": 1.0}
 
 
+def default_steps(pipeline: DiffusionPipeline) -> int:
+    """25, or 4 for a few-step pipeline, which is one whose scheduler is LCM's."""
+    return 4 if isinstance(pipeline.scheduler, LCMScheduler) else 25
+
+
 def default_guidance(pipeline: DiffusionPipeline) -> float:
-    """Stable Diffusion's usual 7.5; 3 for small latents, whose details a stronger one burns out."""
+    """Stable Diffusion's usual 7.5; 3 for small latents, whose details a stronger one burns out; 1, none, for few-step
+    UNets that have it baked in."""
+    if isinstance(pipeline.scheduler, LCMScheduler) and pipeline.unet.config.time_cond_proj_dim is None:
+        return 1.0
     return 3.0 if pipeline.unet.config.sample_size <= 32 else 7.5

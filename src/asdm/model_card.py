@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, LCMScheduler
 from huggingface_hub import ModelCardData
 
 from asdm.student.standalone import MODULE_NAME
@@ -22,7 +22,7 @@ _CARD = """---
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{title}"{flag})
-image = pipeline("a prompt"{images}).images[0]
+image = pipeline("a prompt"{images}{few_steps}).images[0]
 ```
 
 {hint}{figures}## Plan
@@ -56,6 +56,7 @@ def model_card(pipeline: DiffusionPipeline, title: str, teacher: str | None = No
         what=f"A {type(pipeline).__name__} with a UNet of {parameters:.1f}M parameters{made_of}.",
         flag=", trust_remote_code=True" if edits else "",
         images=", image=image, mask_image=mask" if "Inpaint" in type(pipeline).__name__ else "",
+        few_steps=", num_inference_steps=4, guidance_scale=1" if isinstance(pipeline.scheduler, LCMScheduler) else "",
         hint=_HINT if edits else "",
         figures=f"## Figures\n\n{figures.strip()}\n\n" if figures else "",
         plan="\n".join(f"- {edit}" for edit in edits) or "No edits: the UNet is a stock one, as its config says.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -198,20 +198,27 @@ def _within(
 
 
 def least_sensitive(
-    choices: Sequence[PossibleEdit], savings: Sequence[float], needed: float
+    choices: Sequence[PossibleEdit],
+    savings: Sequence[float],
+    needed: float,
+    near: tuple[Collection[PossibleEdit], int] | None = None,
 ) -> list[PossibleEdit] | None:
     """The edits that save at least `needed` at the least total sensitivity; None if none do.
 
-    An integer programme: minimise s.x subject to savings.x >= needed, and for each unit, at most one of the edits
-    that cover it.
+    An integer programme: minimise s.x subject to savings.x >= needed, for each unit at most one of the edits that
+    cover it, and with `near`, edits and a count, no more than so many differences from those edits.
     """
     if needed <= 0:
         return []
     scale = max(savings) or 1.0
-    enough = LinearConstraint(np.array(savings)[None] / scale, needed / scale, np.inf)
+    constraints = [LinearConstraint(np.array(savings)[None] / scale, needed / scale, np.inf)]
+    if near is not None:
+        start, changes = near
+        chosen = np.array([choice in start for choice in choices])
+        constraints.append(LinearConstraint(np.where(chosen, -1.0, 1.0)[None], -np.inf, changes - chosen.sum()))
     # a tiny price on each edit: of equally good plans, the one with fewer
     price = np.array([choice.sensitivity for choice in choices]) + 1e-9
-    return _solve(choices, price, [enough])
+    return _solve(choices, price, constraints)
 
 
 def most_saved(choices: Sequence[PossibleEdit], savings: Sequence[float]) -> float:

@@ -486,17 +486,21 @@ def ablate(
     trials: Sequence[Trial],
     calls: Sequence[CalibrationCall],
     progress: Progress | None,
+    references: Sequence[Tensor] | None = None,
 ) -> tuple[dict[str, dict[int, float]], float]:
     """Relative squared error of the prediction with each edit, by time step; and the cost in forwards.
 
-    Layers before the first one changed are replayed from the whole UNet's call, not computed again.
+    Layers before the first one changed are replayed from the whole UNet's call, not computed again. The error is that
+    against the UNet's own prediction, or against `references`, one for each call.
     """
     errors: dict[str, dict[int, float]] = {trial.name: {} for trial in trials}
     order = _replay_order(unet)
     done, spent, whole = 0, 0.0, 0.0
-    for call in calls:
+    for index, call in enumerate(calls):
         outputs, reference, seconds = _record(unet, order, call.arguments)
         whole += seconds
+        if references is not None:
+            reference = references[index]
         originals: dict[str, nn.Module] = {}
         power = reference.float().square().sum()
         start = time.perf_counter()

@@ -1,63 +1,76 @@
 """The benchmark: ways to make one pipeline faster, ours and our peers', in one run: speed, and what it costs.
 
-Peers come from their own packages, unmodified; one that fails is a row with its error.
+Who takes part is in `contestants.py`. One that fails is a row with its error.
 """
 
 from __future__ import annotations
 
-import copy
 import platform
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from asdm.evaluation.comparison import EvaluationSet, RealImages, evaluation_sets, folder_name, save_images
-from asdm.evaluation.latency import synchronise
+from asdm.evaluation.contestants import Contestant, unforeseen
+from asdm.evaluation.latency import synchronise, unet_call
+from asdm.evaluation.macs import counting_macs
+from asdm.evaluation.memory import peak_megabytes
 from asdm.evaluation.metrics import Judge, feature_distance
 from asdm.files import write_text
-from asdm.generation import default_guidance, generate
+from asdm.generation import default_guidance, generate, nothing_to_keep
 from asdm.incubation.data import open_data
-from asdm.inference.feature_inheritance import Granularity, Spacing, inherit_features
-from asdm.pipelines import with_unet
 
 Progress = Callable[[str, int, int], None]
-Prepared = Callable[[DiffusionPipeline], AbstractContextManager[DiffusionPipeline]]
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """A way to make a pipeline faster: `prepared` yields the pipeline to be called, and undoes what it did."""
-
-    name: str
-    group: str
-    prepared: Prepared = nullcontext
-    steps: int = 25
+LONGEST_TIMED_IMAGE = 10.0  # seconds; where an image takes longer, its parts are timed
+QUALITIES = ("teacher_distance", "kid", "concept_top1", "concept_top5", "style")
+PACKAGES = ("torch", "diffusers", "openvino", "nncf", "tomesd", "DeepCache", "tgate")
 
 
 class ContestRow(BaseModel):
-    """One contestant's figures. `seconds` of one image with guidance: the median of the rounds and the quartiles;
-    `speedup` of medians over the first contestant's. Qualities as in `QualityFigures`, by split."""
+    """One contestant's figures at one place.
+
+    `seconds` of one image with guidance: the median of the rounds and the quartiles; `speedup` of medians over the
+    place's first contestant. Where `extrapolated`, an image's seconds are put together from measured parts: the text
+    encoder, each kind of UNet call (with the scheduler's step) as often as it comes, and the VAE's decoder. `parts`:
+    medians in seconds. `dtype`: in what the UNet computes; `gmacs` of a whole call per sample, with attention products;
+    `gflops`: what a whole call (batch 2) achieves, `limit_share` of the machine's best in that dtype. Megabytes: of the
+    UNet's weights, and of the most that torch's tensors take beside all weights while latents are sampled. Qualities
+    as in `QualityFigures`, by split.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     place: str
     name: str
     group: str
     steps: int
+    extrapolated: bool = False
     speedup: float | None = None
     seconds: float | None = None
     seconds_quartiles: tuple[float, float] | None = None
+    parts: dict[str, float] = {}
+    dtype: str | None = None
+    gmacs: float | None = None
+    gflops: float | None = None
+    limit_share: float | None = None
+    unet_megabytes: float | None = None
+    peak_megabytes: float | None = None
     images: int = 0
     teacher_distance: dict[str, float] = {}
     kid: dict[str, float] = {}
@@ -68,153 +81,80 @@ class ContestRow(BaseModel):
 
 
 class Contest(BaseModel):
-    """All rows of a run, with where and when it was."""
+    """All rows of a run, with where and when it was; `limits` as `machine_limits` tells them, in GFLOP/s."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     date: str
     machine: str
+    versions: dict[str, str]
     threads: int
-    dtype: str
     rounds: int
     seed: int
+    limits: dict[str, dict[str, float]]
     rows: list[ContestRow]
 
+    @classmethod
+    def of(
+        cls,
+        rows: list[ContestRow],
+        *,
+        device: torch.device | str,
+        rounds: int,
+        seed: int,
+        limits: dict[str, dict[str, float]],
+    ) -> Contest:
+        return cls(
+            date=date.today().isoformat(),
+            machine=f"{platform.machine()}, {device}",
+            versions={name: found for name in PACKAGES if (found := _version(name))},
+            threads=torch.get_num_threads(),
+            rounds=rounds,
+            seed=seed,
+            limits=limits,
+            rows=rows,
+        )
+
+    def at(self, place: str) -> list[ContestRow]:
+        return [row for row in self.rows if row.place == place]
+
     def save(self, path: str | Path) -> None:
-        write_text(Path(path), self.model_dump_json(indent=1) + "\n")
+        write_text(Path(path), self.model_dump_json(indent=1, exclude_defaults=True) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Contest:
+        return cls.model_validate_json(Path(path).read_text("utf-8"))
 
 
-# -- contestants -----------------------------------------------------------------------------------------
-
-
-def inheriting(every: int, granularity: Granularity = "layer", order: int = 0) -> Contestant:
-    name = f"inheritance, {granularity}, every {every}" + (f", order {order}" if order else "")
-    return Contestant(name, "ours", _inheriting({"every": every, "granularity": granularity, "order": order}))
-
-
-def inheriting_to(speedup: float, spacing: Spacing) -> Contestant:
-    return Contestant(
-        f"inheritance, layer, {spacing}, {speedup:g}x", "ours", _inheriting({"speedup": speedup, "spacing": spacing})
-    )
-
-
-def within_a_budget(budget: float) -> Contestant:
-    return Contestant(f"inheritance, layer, budget {budget:g}", "ours", _inheriting({"budget": budget}))
-
-
-def _inheriting(settings: dict[str, Any]) -> Prepared:
-    @contextmanager
-    def prepared(pipeline: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
-        with inherit_features(pipeline, **settings):
-            yield pipeline
-
-    return prepared
-
-
-def student(name: str, unet: UNet2DConditionModel, every: int | None = None) -> Contestant:
-    """A student in the pipeline, with feature inheritance if asked for."""
-
-    @contextmanager
-    def prepared(pipeline: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
-        smaller = with_unet(pipeline, unet)
-        with nullcontext() if every is None else inherit_features(smaller, every=every):
-            yield smaller
-
-    return Contestant(name + (f" + inheritance, every {every}" if every else ""), "ours", prepared)
-
-
-def fewer_steps(steps: int) -> Contestant:
-    return Contestant(f"{steps} steps", "fewer steps", steps=steps)
-
-
-def tome(ratio: float) -> Contestant:
-    """Token merging (arXiv 2303.17604), package tomesd."""
-
-    @contextmanager
-    def prepared(pipeline: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
-        import tomesd
-
-        patched = with_unet(pipeline, copy.deepcopy(pipeline.unet))
-        tomesd.apply_patch(patched, ratio=ratio, max_downsample=1)
-        yield patched
-
-    return Contestant(f"ToMe, ratio {ratio:g}", "peer", prepared)
-
-
-def deep_cache(interval: int) -> Contestant:
-    """DeepCache (arXiv 2312.00858), package DeepCache."""
-
-    @contextmanager
-    def prepared(pipeline: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
-        from DeepCache import DeepCacheSDHelper
-
-        patched = with_unet(pipeline, copy.deepcopy(pipeline.unet))
-        helper = DeepCacheSDHelper(pipe=patched)
-        helper.set_params(cache_interval=interval, cache_branch_id=0)
-        helper.enable()
-        try:
-            yield patched
-        finally:
-            helper.disable()
-
-    return Contestant(f"DeepCache, interval {interval}", "peer", prepared)
-
-
-def attention_broadcast(skip: int) -> Contestant:
-    """Pyramid attention broadcast (arXiv 2408.12588), of diffusers."""
-
-    @contextmanager
-    def prepared(pipeline: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
-        from diffusers import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
-
-        patched = with_unet(pipeline, copy.deepcopy(pipeline.unet))
-        timestep = {"now": 0}
-        handle = patched.unet.register_forward_pre_hook(
-            lambda _module, args, kwargs: timestep.update(now=int(kwargs.get("timestep", args[1] if args[1:] else 0))),
-            with_kwargs=True,
-        )
-        apply_pyramid_attention_broadcast(
-            patched.unet,
-            PyramidAttentionBroadcastConfig(
-                spatial_attention_block_skip_range=skip,
-                cross_attention_block_skip_range=skip,
-                spatial_attention_timestep_skip_range=(0, 1000),
-                cross_attention_timestep_skip_range=(0, 1000),
-                spatial_attention_block_identifiers=("down_blocks", "up_blocks", "mid_block"),
-                cross_attention_block_identifiers=("down_blocks", "up_blocks", "mid_block"),
-                current_timestep_callback=lambda: timestep["now"],
-            ),
-        )
-        try:
-            yield patched
-        finally:
-            handle.remove()
-
-    return Contestant(f"PAB, skip {skip}", "peer", prepared)
-
-
-def contestants(steps: int = 25) -> list[Contestant]:
-    """What needs no training, at so many sampling steps; the unmodified pipeline first."""
-    entries = [
-        Contestant("original", "original"),
-        *(fewer_steps(round(part * steps)) for part in (0.8, 0.64, 0.48, 0.4, 0.32)),
-        *(tome(ratio) for ratio in (0.25, 0.5, 0.75)),
-        *(deep_cache(interval) for interval in (2, 3, 5)),
-        *(attention_broadcast(skip) for skip in (2, 4)),
-        *(inheriting(every) for every in (2, 3, 5)),
-        *(inheriting(every, order=1) for every in (2, 3, 5)),
-        *(inheriting(every, "block") for every in (2, 3, 5)),
-        *(inheriting(every, "unit", order) for every in (2, 3, 5) for order in (0, 1)),
-        *(inheriting_to(2.0, spacing) for spacing in ("early", "late")),
-        *(within_a_budget(budget) for budget in (0.1, 0.3)),
-    ]
-    return [entry if entry.group == "fewer steps" else replace(entry, steps=steps) for entry in entries]
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 # -- the run ---------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Sample:
+    """Seconds of one image, and of its parts."""
+
+    seconds: float
+    parts: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """What a contestant needs whatever the machine's pace."""
+
+    dtype: str
+    gmacs: float | None
+    unet_megabytes: float
+    peak_megabytes: float
+
+
 @torch.no_grad()
-def run_contest(
+def contest_rows(
     pipeline: DiffusionPipeline,
     entries: Sequence[Contestant],
     *,
@@ -223,64 +163,75 @@ def run_contest(
     samples: int = 64,
     rounds: int = 5,
     seed: int = 0,
+    limits: dict[str, dict[str, float]] | None = None,
+    longest: float = LONGEST_TIMED_IMAGE,
     images_folder: Path | None = None,
     progress: Progress | None = None,
-) -> Contest:
+) -> list[ContestRow]:
     """Time all contestants in turns, then draw the same prompts with the same seeds with each.
 
     Args:
         data: prompts and real images, as for `evaluate`; None for speed alone.
         samples: images of each split.
+        longest: seconds that a timed image may take; where it would take longer, its parts are timed, and those whose
+            steps are of unforeseen kinds take no part.
     """
+    extrapolated = _seconds_of(unet_call(pipeline.unet), pipeline.device) * entries[0].steps > longest
+    if extrapolated:
+        entries = [entry for entry in entries if entry.kinds is not unforeseen]
     faults: dict[str, str] = {}
-    times = _timed(pipeline, entries, rounds, faults, progress)
+    times, costs = _timed(pipeline, entries, rounds, extrapolated, faults, progress)
     figures = _judged(pipeline, entries, data, samples, seed, faults, images_folder, progress) if data else {}
-    base = statistics.median(times[entries[0].name])
+    base = times.get(entries[0].name)
     rows = []
     for entry in entries:
-        seconds = times.get(entry.name)
-        speed: dict[str, Any] = {}
-        if seconds and entry.name not in faults:
-            middle = statistics.median(seconds)
-            quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [middle] * 3
-            speed = {
-                "speedup": base / middle,
-                "seconds": middle,
-                "seconds_quartiles": (quartiles[0], quartiles[2]),
-            }
-        rows.append(
-            ContestRow(
-                place=place,
-                name=entry.name,
-                group=entry.group,
-                steps=entry.steps,
-                error=faults.get(entry.name),
-                **speed,
-                **figures.get(entry.name, {}),
-            )
-        )
-    return Contest(
-        date=date.today().isoformat(),
-        machine=f"{platform.machine()}, {pipeline.device}, torch {torch.__version__}",
-        threads=torch.get_num_threads(),
-        dtype=str(pipeline.unet.dtype).removeprefix("torch."),
-        rounds=rounds,
-        seed=seed,
-        rows=rows,
-    )
+        found: dict[str, Any] = {"error": faults.get(entry.name)}
+        if entry.name not in faults:
+            found |= _speed(times[entry.name], base) | _effort(costs[entry.name], times[entry.name], limits or {})
+            found |= {"extrapolated": extrapolated, **figures.get(entry.name, {})}
+        rows.append(ContestRow(place=place, name=entry.name, group=entry.group, steps=entry.steps, **found))
+    return rows
+
+
+def _speed(times: list[_Sample], base: list[_Sample] | None) -> dict[str, Any]:
+    seconds = [time.seconds for time in times]
+    middle = statistics.median(seconds)
+    quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [middle] * 3
+    return {
+        "speedup": statistics.median(time.seconds for time in base) / middle if base else None,
+        "seconds": middle,
+        "seconds_quartiles": (quartiles[0], quartiles[2]),
+        "parts": {part: statistics.median(time.parts[part] for time in times) for part in times[0].parts},
+    }
+
+
+def _effort(cost: _Cost, times: list[_Sample], limits: dict[str, dict[str, float]]) -> dict[str, Any]:
+    found: dict[str, Any] = vars(cost).copy()
+    if cost.gmacs is not None:
+        call = statistics.median(time.parts["UNet, whole"] for time in times)
+        found["gflops"] = 2 * 2 * cost.gmacs / call  # two operations a MAC, two samples with guidance
+        if cost.dtype in limits:
+            found["limit_share"] = found["gflops"] / max(limits[cost.dtype].values())
+    return found
 
 
 def _timed(
     pipeline: DiffusionPipeline,
     entries: Sequence[Contestant],
     rounds: int,
+    extrapolated: bool,
     faults: dict[str, str],
     progress: Progress | None,
-) -> dict[str, list[float]]:
-    """Seconds of one image by each, in turns; the first round is the warm-up."""
-    seconds: dict[str, list[float]] = {}
+) -> tuple[dict[str, list[_Sample]], dict[str, _Cost]]:
+    """One image by each, in turns; the first turn is the warm-up, and looks at what each needs.
+
+    Each is prepared anew in its turn and then let go, as their UNets do not fit into memory together.
+    """
+    times: dict[str, list[_Sample]] = defaultdict(list)
+    costs: dict[str, _Cost] = {}
     done = 0
     for turn in range(rounds + 1):
+        decoding: dict[int, float] = {}
         for entry in entries:
             done += 1
             if progress is not None:
@@ -289,16 +240,125 @@ def _timed(
                 continue
             try:
                 with entry.prepared(pipeline) as ready:
-                    start = time.perf_counter()
-                    generate(ready, ["a photograph"], steps=entry.steps, guidance_scale=default_guidance(pipeline))
-                    synchronise(pipeline.device)
-                    spent = time.perf_counter() - start
+                    if turn == 0:
+                        costs[entry.name] = _cost(ready, entry, decoding)
+                    elif extrapolated:
+                        times[entry.name].append(_in_parts(ready, entry, decoding))
+                    else:
+                        times[entry.name].append(_whole_image(ready, entry))
             except Exception as error:
                 faults[entry.name] = _one_line(error)
-                continue
-            if turn > 0:
-                seconds.setdefault(entry.name, []).append(spent)
-    return seconds
+    return times, costs
+
+
+def _whole_image(ready: DiffusionPipeline, entry: Contestant) -> _Sample:
+    with _watching(ready) as calls:
+        seconds = _seconds_of(
+            lambda: generate(ready, ["a photograph"], steps=entry.steps, guidance_scale=default_guidance(ready)),
+            ready.device,
+        )
+    return _Sample(seconds, _by_kind([end - start for start, end in calls], entry))
+
+
+def _in_parts(ready: DiffusionPipeline, entry: Contestant, decoding: dict[int, float]) -> _Sample:
+    """An image's time from the steps until each kind of UNet call has come once, as the pipeline itself takes them."""
+    start = time.perf_counter()
+    latents, calls, ends = _first_steps(ready, entry)
+    begins = [calls[0][0], *ends]
+    steps = _by_kind([end - begin for begin, end in zip(begins, ends, strict=False)], entry)
+    parts = {"text encoder": calls[0][0] - start, "VAE decoder": _decoding(ready, latents, decoding)}
+    seconds = sum(parts.values()) + sum(steps[f"UNet, {entry.kinds(step)}"] for step in range(entry.steps))
+    return _Sample(seconds, parts | _by_kind([end - start for start, end in calls], entry))
+
+
+def _decoding(ready: DiffusionPipeline, latents: Tensor, known: dict[int, float]) -> float:
+    """Seconds of the VAE's decoder; once in a turn (`known` by its identity), as many contestants share theirs."""
+    if id(ready.vae) not in known:
+        scaled = latents / ready.vae.config.scaling_factor
+        known[id(ready.vae)] = _seconds_of(lambda: ready.vae.decode(scaled, return_dict=False), ready.device)
+    return known[id(ready.vae)]
+
+
+def _by_kind(seconds: list[float], entry: Contestant) -> dict[str, float]:
+    """The median of each kind of UNet call."""
+    found = defaultdict(list)
+    for step, spent in enumerate(seconds):
+        found[f"UNet, {entry.kinds(step)}"].append(spent)
+    return {kind: statistics.median(values) for kind, values in found.items()}
+
+
+def _first_steps(ready: DiffusionPipeline, entry: Contestant) -> tuple[Tensor, list[tuple[float, float]], list[float]]:
+    """Latents after as many steps as show every kind of UNet call; when each call started and ended, and each step."""
+    kinds = [entry.kinds(step) for step in range(entry.steps)]
+    last = max(kinds.index(kind) for kind in set(kinds))
+    ends: list[float] = []
+
+    def step_done(pipe: Any, step: int, _timestep: Any, _tensors: Any) -> dict[str, Any]:
+        synchronise(ready.device)
+        ends.append(time.perf_counter())
+        pipe._interrupt = step >= last  # diffusers' own way to end a sampling early
+        return {}
+
+    with _watching(ready) as calls:
+        latents = ready(
+            ["a photograph"],
+            num_inference_steps=entry.steps,
+            guidance_scale=default_guidance(ready),
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+            callback_on_step_end=step_done,
+            **nothing_to_keep(ready),
+        ).images
+    return latents, calls, ends
+
+
+def _cost(ready: DiffusionPipeline, entry: Contestant, decoding: dict[int, float]) -> _Cost:
+    unet, macs = ready.unet, [0]
+    latents: list[Tensor] = []
+    with counting_macs(unet) as count:
+        handle = unet.register_forward_hook(lambda *_: macs.append(count.below()))
+        try:
+            peak = peak_megabytes(lambda: latents.append(_first_steps(ready, entry)[0]))
+        finally:
+            handle.remove()
+    _decoding(ready, latents[0], decoding)  # compiles what is compiled when it is first called
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in unet.parameters()) / 1e6
+    return _Cost(
+        dtype=getattr(unet, "precision", str(unet.dtype).removeprefix("torch.")),
+        gmacs=macs[1] / 1e9 or getattr(unet, "gmacs", None),
+        unet_megabytes=getattr(unet, "megabytes", weights),
+        peak_megabytes=peak,
+    )
+
+
+@contextmanager
+def _watching(ready: DiffusionPipeline) -> Iterator[list[tuple[float, float]]]:
+    """When each call of the UNet started and ended."""
+    calls: list[tuple[float, float]] = []
+    started = [0.0]
+
+    def before(*_: Any) -> None:
+        synchronise(ready.device)
+        started[0] = time.perf_counter()
+
+    def after(*_: Any) -> None:
+        synchronise(ready.device)
+        calls.append((started[0], time.perf_counter()))
+
+    handles = [ready.unet.register_forward_pre_hook(before), ready.unet.register_forward_hook(after)]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _seconds_of(call: Callable[[], Any], device: torch.device | str) -> float:
+    synchronise(device)
+    start = time.perf_counter()
+    call()
+    synchronise(device)
+    return time.perf_counter() - start
 
 
 def _judged(
@@ -332,7 +392,7 @@ def _judged(
                 found["images"] += len(images)
                 told = real.figures(images, features, each.examples)
                 told["teacher_distance"] = feature_distance(features, first)
-                for key in ("teacher_distance", "kid", "concept_top1", "concept_top5", "style"):
+                for key in QUALITIES:
                     if key in told:
                         found.setdefault(key, {})[each.split] = told[key]
         except Exception as error:
@@ -355,39 +415,150 @@ def _one_line(error: Exception) -> str:
 
 # -- the picture -----------------------------------------------------------------------------------------
 
+COLOURS = {
+    "original": "black",
+    "fewer steps": "tab:gray",
+    "runtime": "tab:purple",
+    "peer": "tab:orange",
+    "ours": "tab:blue",
+    "stack": "tab:red",
+}
+_PANELS = {
+    "teacher_distance": "distance to the original's images (1 - cosine), lower is better",
+    "concept_top5": "concept among the five nearest, higher is better",
+}
+_LOWER_IS_BETTER = ("teacher_distance", "kid")
+_LABELS_OF_A_GROUP = 3
 
-def pareto_front(rows: Sequence[ContestRow], split: str) -> list[ContestRow]:
-    """The rows that no other beats in both speed and nearness to the original's images, slowest first."""
-    known = [row for row in rows if row.speedup is not None and split in row.teacher_distance]
+
+def pareto_front(rows: Sequence[ContestRow], split: str, quality: str = "teacher_distance") -> list[ContestRow]:
+    """The rows that no other beats in both speed and a quality, slowest first."""
+    sign = 1 if quality in _LOWER_IS_BETTER else -1
     front: list[ContestRow] = []
-    for row in sorted(known, key=lambda row: -(row.speedup or 0)):
-        if not front or row.teacher_distance[split] < front[-1].teacher_distance[split]:
+
+    def worse(row: ContestRow) -> float:
+        return sign * _of(row, split, quality)
+
+    for row in sorted(_judged_rows(rows, split, quality), key=lambda row: (-_speedup(row), worse(row))):
+        if not front or worse(row) < worse(front[-1]):
             front.append(row)
     return front[::-1]
 
 
-def contest_plot(contest: Contest, split: str = "held_out") -> Figure:
-    """Distance to the original's images against speed, with the Pareto front."""
-    figure, axes = plt.subplots(figsize=(10, 6.5))
-    colours = {"original": "black", "fewer steps": "tab:gray", "peer": "tab:orange", "ours": "tab:blue"}
-    rows = [row for row in contest.rows if row.speedup is not None and split in row.teacher_distance]
-    for group, colour in colours.items():
-        of_group = [row for row in rows if row.group == group]
-        axes.scatter(
-            [row.speedup for row in of_group],
-            [row.teacher_distance[split] for row in of_group],
-            color=colour,
-            label=group,
-            zorder=3,
-        )
-    for row in rows:
-        where = (row.speedup or 0, row.teacher_distance[split])
-        axes.annotate(row.name, where, textcoords="offset points", xytext=(4, 3), fontsize=6)
-    front = pareto_front(rows, split)
-    axes.plot([row.speedup for row in front], [row.teacher_distance[split] for row in front], color="tab:green", lw=1)
-    axes.set_xlabel("times faster, whole pipeline (median)")
-    axes.set_ylabel("distance to the original's images (1 - cosine), lower is better")
-    axes.set_title(f"{split.replace('_', '-')} prompts, {contest.machine}, {contest.dtype}, {contest.threads} threads")
-    axes.legend()
-    figure.tight_layout()
+def contest_plot(rows: Sequence[ContestRow], title: str = "") -> Figure:
+    """Quality against speed of one place's contestants, with the Pareto front, by split; the front and the best of each
+    group are named."""
+    splits = list(dict.fromkeys(split for row in rows for split in row.teacher_distance))
+    panels = [quality for quality in _PANELS if any(_judged_rows(rows, split, quality) for split in splits)]
+    shape = (max(1, len(splits)), max(1, len(panels)))
+    figure, axes = plt.subplots(*shape, figsize=(11 * shape[1], 8 * shape[0]), squeeze=False)
+    drawn = [
+        (axes[i][j], split, quality)
+        for i, split in enumerate(splits)
+        for j, quality in enumerate(panels)
+        if _judged_rows(rows, split, quality)
+    ]
+    for panel, split, quality in drawn:
+        _draw(panel, _judged_rows(rows, split, quality), split, quality)
+    figure.suptitle(title)
+    figure.tight_layout(rect=(0, 0, 1, 0.99))
+    figure.canvas.draw()  # labels are placed by what is where
+    for panel, split, quality in drawn:
+        _name(panel, _judged_rows(rows, split, quality), split, quality)
     return figure
+
+
+def _draw(axes: Axes, rows: Sequence[ContestRow], split: str, quality: str) -> None:
+    for group, colour in COLOURS.items():
+        of_group = [row for row in rows if row.group == group]
+        if of_group:
+            places = [(_speedup(row), _of(row, split, quality)) for row in of_group]
+            speeds, qualities = zip(*places, strict=True)
+            axes.scatter(speeds, qualities, color=colour, label=group, zorder=3, s=18)
+    front = [(_speedup(row), _of(row, split, quality)) for row in pareto_front(rows, split, quality)]
+    axes.plot(*zip(*front, strict=True), color="tab:green", lw=1, label="Pareto front")
+    axes.set_xscale("log")
+    ticks = [tick for tick in (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30) if tick <= 1.1 * max(map(_speedup, rows))]
+    axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+    axes.minorticks_off()
+    axes.margins(0.12)
+    axes.grid(alpha=0.2)
+    axes.set_xlabel("times faster, whole pipeline (median)")
+    axes.set_ylabel(_PANELS[quality])
+    axes.set_title(f"{split.replace('_', '-')} prompts")
+    axes.legend(loc="upper left" if quality in _LOWER_IS_BETTER else "lower left")
+
+
+def _named(rows: Sequence[ContestRow], split: str, quality: str) -> list[ContestRow]:
+    """The front, and of each group's own front the ends and the middle."""
+    named = pareto_front(rows, split, quality)
+    for group in COLOURS:
+        front = pareto_front([row for row in rows if row.group == group], split, quality)
+        if len(front) > _LABELS_OF_A_GROUP:
+            front = [front[0], front[len(front) // 2], front[-1]]
+        named += [row for row in front if row not in named]
+    return named
+
+
+def _name(axes: Axes, rows: Sequence[ContestRow], split: str, quality: str) -> None:
+    """Label the best rows, each at that of some places around its point where it covers least of labels and points."""
+    figure = axes.figure
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    frame, pixels = axes.get_window_extent(renderer), figure.dpi / 72  # type: ignore[union-attr]
+    points = [axes.transData.transform((_speedup(row), _of(row, split, quality))) for row in rows]
+    taken = [Bbox.from_extents(x - 4, y - 4, x + 4, y + 4) for x, y in points]
+    for row in _named(rows, split, quality):
+        place = (_speedup(row), _of(row, split, quality))
+        point = axes.transData.transform(place)
+        label = axes.annotate(
+            row.name,
+            place,
+            xytext=(0, 0),
+            textcoords="offset points",
+            va="bottom",
+            fontsize=7,
+            color=COLOURS.get(row.group, "black"),
+            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "silver"},
+        )
+        size = Text.get_window_extent(label, renderer).size  # without the line to the point
+        best: tuple[float, tuple[float, float], Bbox] | None = None
+        for x, y in _AROUND:
+            # to the left of its point a label ends there, above and below it is centred
+            corner = (point[0] + x * pixels - size[0] * (0.5 - 0.5 * _sign(x)), point[1] + y * pixels)
+            box = Bbox.from_bounds(*corner, *size)
+            covered = sum(_overlap(box, other) for other in taken) + size[0] * size[1] - _overlap(box, frame)
+            if best is None or covered < best[0] - 1:
+                best = (covered, (x, y), box)
+        assert best is not None
+        label.set_position(best[1])
+        label.set_horizontalalignment(("right", "center", "left")[_sign(best[1][0]) + 1])  # type: ignore[arg-type]
+        taken.append(best[2])
+
+
+# Offsets in points, near ones first.
+_AROUND = [
+    (reach * x, reach * y)
+    for reach in (6, 14, 24, 36, 50, 66, 84, 104)
+    for x, y in ((1, 0.3), (1, -1), (-1, 0.3), (-1, -1), (0, 1), (0, -1.6))
+]
+
+
+def _sign(value: float) -> int:
+    return (value > 0) - (value < 0)
+
+
+def _overlap(box: Bbox, other: Bbox) -> float:
+    common = Bbox.intersection(box, other)
+    return common.width * common.height if common is not None else 0.0
+
+
+def _judged_rows(rows: Sequence[ContestRow], split: str, quality: str) -> list[ContestRow]:
+    return [row for row in rows if row.speedup is not None and split in getattr(row, quality)]
+
+
+def _speedup(row: ContestRow) -> float:
+    return row.speedup or 0.0
+
+
+def _of(row: ContestRow, split: str, quality: str) -> float:
+    return getattr(row, quality)[split]

@@ -1,10 +1,10 @@
-"""A student UNet learns from its teacher: the task that the loop trains, and `distill`, which runs the stages."""
+"""A student UNet learns from its teacher: the tasks that the loop trains, and `distill`, which runs the stages."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,11 @@ from accelerate.utils import broadcast, convert_to_fp32
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from asdm.conditioning import (
-    Conditioning,
-    embed_prompts,
-    noise_schedule,
-    predicted_original,
-    prediction_target,
-    stratified_timesteps,
-)
+from asdm.conditioning import embed_prompts, noise_schedule, predicted_original
 from asdm.errors import AsdmError
-from asdm.incubation.blocks import assembled, block_error, calls_of, incubated_blocks, narrowed
+from asdm.generation import default_guidance
+from asdm.incubation.blocks import assembled, block_error, calls_of, incubated_blocks
+from asdm.incubation.consistency import ConsistencyTask
 from asdm.incubation.data import ShuffledBatches
 from asdm.incubation.losses import (
     feature_losses,
@@ -34,100 +29,20 @@ from asdm.incubation.losses import (
     semantic_loss,
     squared_error,
     task_loss,
-    weighted_sum,
 )
 from asdm.incubation.prepared import PreparedData, fingerprint, is_prepared, prepare_data
 from asdm.incubation.recipes import joint_stages
 from asdm.incubation.semantics import SemanticEncoder, make_encoder
 from asdm.incubation.stages import Stage
+from asdm.incubation.teaching import WHOLE, Batch, Noised, TeachingTask
+from asdm.incubation.teaching import TrainingSet as TrainingSet
 from asdm.incubation.trainer import Part, Progress, TrainingTask, make_accelerator, train
 from asdm.inference.runtime import prepare_for_training
 from asdm.student.stock import name_in_original
 from asdm.units import stages as unet_blocks
 
 
-@dataclass(frozen=True)
-class TrainingSet:
-    """What is trained on: prepared latents and captions, and the empty caption's embedding."""
-
-    prepared: PreparedData
-    empty_caption: Conditioning
-
-    def __len__(self) -> int:
-        return len(self.prepared)
-
-    @property
-    def skipped(self) -> dict[str, str]:
-        """What of the data could not be used, by name, with the reason."""
-        return self.prepared.skipped
-
-
-Batch = tuple[Tensor, int]  # indices (batch,) into the training set, and the step
-WHOLE = Part()
-
-
-@dataclass(frozen=True)
-class _Noised:
-    """A batch as both networks see it."""
-
-    noisy: Tensor
-    timesteps: Tensor
-    target: Tensor
-    captions: Conditioning
-
-
-class _TeachingTask(TrainingTask):
-    """A student beside its frozen teacher, and the batches that both see."""
-
-    def __init__(
-        self,
-        teacher: UNet2DConditionModel,
-        student: UNet2DConditionModel,
-        schedule: DDPMScheduler,
-        examples: TrainingSet,
-        stage: Stage,
-    ):
-        super().__init__()
-        narrowed(student, stage.trained)
-        if stage.checkpointing:
-            student.enable_gradient_checkpointing()
-        else:
-            student.disable_gradient_checkpointing()
-        self.teacher, self.student = teacher.eval().requires_grad_(False), student
-        self.schedule, self.examples, self.stage = schedule, examples, stage
-
-    def train(self, mode: bool = True) -> _TeachingTask:
-        super().train(mode)
-        self.teacher.eval()
-        return self
-
-    def _noised(self, indices: Tensor, generator: torch.Generator, part: Part) -> _Noised:
-        """A part of a step's batch; what is drawn for the step does not depend on how it is parted."""
-        device, count = self.student.device, len(indices)
-        chosen = part.of(count)
-        latents, captions = self.examples.prepared.batch(indices[chosen])
-        latents = latents.to(device)
-        kept = torch.rand(count, generator=generator) >= self.stage.caption_dropout
-        captions = captions.where(kept[chosen], self.examples.empty_caption)
-        timesteps = stratified_timesteps(count, self.schedule, generator)[chosen].to(device)
-        noise = torch.randn(count, *latents.shape[1:], generator=generator)[chosen].to(latents)
-        noisy = self.schedule.add_noise(latents, noise, timesteps)
-        target = prediction_target(self.schedule, latents, noise, timesteps)
-        return _Noised(noisy, timesteps, target, captions.to(device, torch.float32))
-
-    def _teacher_pred(self, noised: _Noised) -> Tensor:
-        dtype = self.teacher.dtype
-        arguments = noised.captions.to(dtype).unet_arguments(noised.noisy.to(dtype))
-        return self.teacher(timestep=noised.timesteps, **arguments, return_dict=False)[0]
-
-    def _weighted(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
-        """With the total, and each term as it counts in it."""
-        weights = self.stage.losses.model_dump()
-        by_weight = {f"weighted/{name}": weights[name] * value for name, value in losses.items() if weights.get(name)}
-        return {"loss": weighted_sum(losses, weights), **losses, **by_weight}
-
-
-class DistillationTask(_TeachingTask):
+class DistillationTask(TeachingTask):
     """Task, output, per-block feature and semantic losses of a student that sees what its teacher sees.
 
     The teacher runs without gradient, once for each batch, and both read the same embeddings.
@@ -157,13 +72,13 @@ class DistillationTask(_TeachingTask):
 
     def forward(self, batch: Batch, generator: torch.Generator, part: Part = WHOLE) -> dict[str, Tensor]:
         indices, step = batch
-        noised = self._noised(indices, generator, part)
+        noised = self.noised(indices, generator, part)
         indices = indices[part.of(len(indices))]
         stage = self.stage
         with torch.no_grad(), capturing(self.teacher, list(self.teacher_blocks.values())) as teacher_features:
-            teacher_pred = self._teacher_pred(noised)
+            teacher_pred = self.teacher_pred(noised)
         with capturing(self.student, self.blocks) as student_features:
-            noise_pred = self._student_pred(noised)
+            noise_pred = self.student_pred(noised)
         expected = {name: teacher_features[block] for name, block in self.teacher_blocks.items()}
         by_block = feature_losses(student_features, expected, stage.relative)
         alphas = self.schedule.alphas_cumprod.to(noised.timesteps.device)[noised.timesteps]
@@ -176,29 +91,25 @@ class DistillationTask(_TeachingTask):
         }
         if self.encoder is not None and step % stage.semantics.every == 0:
             losses |= self._semantic_losses(self.encoder, noised, noise_pred, teacher_pred, alphas, indices)
-        return {**self._weighted(losses), **{f"feature/{name}": value for name, value in by_block.items()}}
+        return {**self.weighted(losses), **{f"feature/{name}": value for name, value in by_block.items()}}
 
-    def _student_pred(self, noised: _Noised) -> Tensor:
-        arguments = noised.captions.unet_arguments(noised.noisy)
-        return self.student(timestep=noised.timesteps, **arguments, return_dict=False)[0]
-
-    def _output_loss(self, noised: _Noised, noise_pred: Tensor, teacher_pred: Tensor, weights: Tensor | None) -> Tensor:
+    def _output_loss(self, noised: Noised, noise_pred: Tensor, teacher_pred: Tensor, weights: Tensor | None) -> Tensor:
         """Of the predictions, or of the guided ones (arXiv 2207.12598, Eq. 6), whose other branch is run here."""
         scale = self.stage.guidance_scale
         if scale is not None:
             empty = self.examples.empty_caption[[0] * len(noised.noisy)].to(noised.noisy.device, torch.float32)
             without = replace(noised, captions=replace(empty, masked=noised.captions.masked))
             with torch.no_grad():
-                unconditional = self._teacher_pred(without)
+                unconditional = self.teacher_pred(without)
             teacher_pred = unconditional + scale * (teacher_pred - unconditional)
-            own = self._student_pred(without)
+            own = self.student_pred(without)
             noise_pred = own + scale * (noise_pred - own)
         return output_loss(noise_pred, teacher_pred, weights, self.stage.relative)
 
     def _semantic_losses(
         self,
         encoder: SemanticEncoder,
-        noised: _Noised,
+        noised: Noised,
         noise_pred: Tensor,
         teacher_pred: Tensor,
         alphas: Tensor,
@@ -218,7 +129,7 @@ class DistillationTask(_TeachingTask):
         return losses
 
 
-class IncubationTask(_TeachingTask):
+class IncubationTask(TeachingTask):
     """Each edited block of the student alone: on what enters the teacher's block, to what leaves it.
 
     One teacher forward feeds all of them, and no block sees another's gradient (Deep Incubation, arXiv 2212.04129).
@@ -248,9 +159,9 @@ class IncubationTask(_TeachingTask):
         self.error = relative_error if stage.relative else squared_error
 
     def forward(self, batch: Batch, generator: torch.Generator, part: Part = WHOLE) -> dict[str, Tensor]:
-        noised = self._noised(batch[0], generator, part)
+        noised = self.noised(batch[0], generator, part)
         with torch.no_grad(), calls_of(self.teacher, self.blocks) as calls:
-            self._teacher_pred(noised)
+            self.teacher_pred(noised)
         losses = {}
         for name in self.blocks:
             args, kwargs, expected = convert_to_fp32(calls.pop(name))
@@ -359,6 +270,9 @@ def make_task(
     """What the loop trains in a stage; of the incubated blocks, this share."""
     if stage.scope == "incubate":
         return IncubationTask(teacher.unet, student, schedule, examples, stage, share)
+    if stage.scope == "consistency":
+        scale = default_guidance(teacher) if stage.guidance_scale is None else stage.guidance_scale
+        return ConsistencyTask(teacher.unet, student, schedule, examples, stage, scale)
     encoder = None
     if stage.losses.semantic or stage.losses.semantic_text:
         encoder = make_encoder(stage.semantics.encoder, teacher, schedule, stage.semantics.decoder)

@@ -23,6 +23,12 @@ def relative_error(student: Tensor, teacher: Tensor, weights: Tensor | None = No
     return squared_error(student, teacher, weights) / teacher.float().square().mean().clamp(min=1e-12)
 
 
+def pseudo_huber(student: Tensor, target: Tensor, c: float) -> Tensor:
+    """mean sqrt((student - target)^2 + c^2) - c, by element: square near zero, the distance beyond c
+    (arXiv 2310.14189, Sec. 3.3)."""
+    return (((student.float() - target.float()).square() + c**2).sqrt() - c).mean()
+
+
 def task_loss(noise_pred: Tensor, target: Tensor, weights: Tensor | None = None, relative: bool = True) -> Tensor:
     """The denoising loss (arXiv 2006.11239, Eq. 14), relative to the target's power or plain."""
     return (relative_error if relative else squared_error)(noise_pred, target, weights)

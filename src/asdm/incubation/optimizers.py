@@ -1,4 +1,5 @@
-"""Optimisers: AdamW, and Muon, which takes fewer steps for the price of some matrix products."""
+"""Optimisers: AdamW, the same with moments of 8 bits, and Muon, which takes fewer steps for the price of some matrix
+products."""
 
 from __future__ import annotations
 
@@ -9,7 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-OptimizerName = Literal["adamw", "muon"]
+from asdm.errors import needs_extra
+
+OptimizerName = Literal["adamw", "adamw8bit", "muon"]
 
 
 def make_optimizer(
@@ -24,6 +27,9 @@ def make_optimizer(
 
     `learning_rate_factors` slows down or speeds up the weights whose names start so; each group holds its
     factor as `factor`.
+
+    Raises:
+        AsdmError: bitsandbytes, whose AdamW keeps its moments in 8 bits (arXiv 2110.02861), is not installed.
     """
 
     def factor(weight: str) -> float:
@@ -38,6 +44,10 @@ def make_optimizer(
     ]
     if name == "muon":
         return Muon(groups, lr=learning_rate, betas=betas)
+    if name == "adamw8bit":
+        with needs_extra("8bit", "optimizer=adamw8bit"):
+            from bitsandbytes.optim import AdamW8bit
+        return AdamW8bit(groups, lr=learning_rate, betas=betas)
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
 

@@ -39,14 +39,26 @@ class Semantics(BaseModel):
     every: int = Field(1, ge=1)
 
 
+class Consistency(BaseModel):
+    """Latent consistency distillation (`asdm.incubation.consistency`): in how many steps the teacher's solver goes from
+    noise to image, and the distance of the two estimates, pseudo-Huber or squared."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    solver_steps: int = Field(50, ge=1)
+    loss: Literal["huber", "l2"] = "huber"
+    huber_c: float = Field(0.001, gt=0)
+
+
 class Stage(BaseModel):
     """One stage of a distillation: how long, how fast, what is trained, and on which losses.
 
     `scope` "incubate" trains each edited block of the UNet by itself, on the features that the teacher feeds it and
     expects behind it; "joint" trains the whole, or, with `assembled`, the student's blocks of these names inside the
-    otherwise frozen teacher. `trained` narrows what moves: the layers beside a cut, or the routers of CondConv banks.
+    otherwise frozen teacher; "consistency" teaches it to sample in a few steps, by `consistency` instead of the losses.
+    `trained` narrows what moves: the layers beside a cut, or the routers of CondConv banks.
     `relative` divides task, output and feature losses by the teacher's power. `guidance_scale` makes the output loss
-    one of guided predictions, conditional and unconditional branch. `min_snr_gamma` weighs time steps (Min-SNR).
+    one of guided predictions, conditional and unconditional branch; in a consistency stage it is the scale that the
+    student takes over, by default the teacher's usual one. `min_snr_gamma` weighs time steps (Min-SNR).
     `batch_size` is that of a step, of all processes together, taken in `accumulation` rounds; `checkpointing` computes
     the student's activations again in the backward pass, for less memory.
     """
@@ -67,17 +79,18 @@ class Stage(BaseModel):
     checkpoint_every: int = Field(100, ge=1)
     mixed_precision: Literal["no", "bf16", "fp16", "auto"] = "no"
     losses: LossWeights = LossWeights()
-    scope: Literal["joint", "incubate"] = "joint"
+    scope: Literal["joint", "incubate", "consistency"] = "joint"
     assembled: list[str] | None = None
     trained: Literal["all", "neighbours", "routers"] = "all"
     relative: bool = True
     guidance_scale: float | None = Field(None, gt=0)
     min_snr_gamma: float | None = Field(None, gt=0)
     semantics: Semantics = Semantics()
+    consistency: Consistency = Consistency()
 
     @model_validator(mode="after")
     def _assembled_is_joint(self) -> Stage:
-        if self.assembled is not None and self.scope == "incubate":
+        if self.assembled is not None and self.scope != "joint":
             raise ValueError("assembled goes with scope joint; blocks are incubated each by itself")
         return self
 

@@ -13,7 +13,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from asdm.errors import AsdmError
 from asdm.files import replacing_folder
 from asdm.incubation.optimizers import OptimizerName, make_optimizer
+from asdm.incubation.sharding import keep_in_host_memory, parted_as, sharded_twin, sharding_is_asked_for, whole
 from asdm.inference.runtime import fastest_precision
 
 Batch = Any
@@ -115,6 +116,8 @@ def train(
 ) -> bool:
     """Train `task` for `settings.steps` steps, resuming from the newest checkpoint in `folder`.
 
+    Where the launch asks for FSDP, the processes share what is trained (`asdm.incubation.sharding`).
+
     Args:
         batch_at: the batch of a step, for all processes together; must depend on the step alone.
         folder: gets `log.jsonl` (one line a step) and `checkpoint-*`; all processes must see it.
@@ -126,11 +129,23 @@ def train(
         Whether all steps are done. The task then holds the EMA weights, if `ema_decay` is set.
 
     Raises:
-        AsdmError: a loss is not finite, or explodes (`_Watch`); the last checkpoint before that is kept.
+        AsdmError: a loss is not finite, or explodes (`_Watch`), and the last checkpoint before that is kept; or the
+            optimiser cannot be had, or not with FSDP.
     """
     accelerator = accelerator or make_accelerator("cuda" if torch.cuda.is_available() else "cpu")
     folder.mkdir(parents=True, exist_ok=True)
-    weights = task.trained()
+    processes = 1 if alone else accelerator.num_processes
+    index, writes = (0, True) if alone else (accelerator.process_index, accelerator.is_main_process)
+    model: Any
+    if sharded := processes > 1 and sharding_is_asked_for():
+        if settings.optimizer != "adamw":
+            raise AsdmError(f"optimizer={settings.optimizer}: not under FSDP; use adamw, or launch without FSDP")
+        model, autocast = sharded_twin(task, accelerator.device), accelerator.autocast
+        weights = model.trained()
+        keep_in_host_memory(task.trained().values())
+    else:
+        model, autocast = accelerator.prepare_model(task, evaluation_mode=processes == 1), nullcontext
+        weights = task.trained()
     optimizer = make_optimizer(
         weights,
         settings.optimizer,
@@ -139,14 +154,12 @@ def train(
         settings.weight_decay,
         settings.learning_rate_factors,
     )
-    processes = 1 if alone else accelerator.num_processes
-    index, writes = (0, True) if alone else (accelerator.process_index, accelerator.is_main_process)
-    model = accelerator.prepare_model(task, evaluation_mode=processes == 1)
     optimizer = accelerator.prepare_optimizer(optimizer)
     parts = [
         Part(index * settings.accumulation + i, processes * settings.accumulation) for i in range(settings.accumulation)
     ]
-    ema = EMAModel(weights.values(), decay=settings.ema_decay, foreach=True) if settings.ema_decay else None
+    # Torch has no copy of many sharded tensors at once.
+    ema = EMAModel(weights.values(), decay=settings.ema_decay, foreach=not sharded) if settings.ema_decay else None
     state = _TrainingState(weights, optimizer, ema)
     step = state.load_newest(folder)
     log = _Log(folder / "log.jsonl", from_step=step) if writes else None
@@ -154,7 +167,7 @@ def train(
     started = time.monotonic()
 
     model.train()
-    whole = True
+    between_steps = True
     try:
         while step < settings.steps:
             before = time.monotonic()
@@ -163,32 +176,33 @@ def train(
             batch, rounds = batch_at(step), []
             for part in parts:
                 generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-                waiting = accelerator.no_sync(model) if processes > 1 and part is not parts[-1] else nullcontext()
-                with waiting:
+                unshared = processes > 1 and not sharded and part is not parts[-1]
+                with accelerator.no_sync(model) if unshared else nullcontext(), autocast():
                     rounds.append(model(batch, generator) if part.count == 1 else model(batch, generator, part))
                     accelerator.backward(rounds[-1]["loss"] / len(parts))
             losses = _mean(rounds, accelerator if processes > 1 else None)
             watch(losses, step)
             accelerator.clip_grad_norm_(weights.values(), settings.max_grad_norm)
-            whole = False
+            between_steps = False
             optimizer.step()
             optimizer.zero_grad()
             if ema is not None:
                 ema.step(weights.values())
-            step, whole = step + 1, True
+            step, between_steps = step + 1, True
             row = losses | {"step": step, "learning_rate": settings.learning_rate_at(step - 1)}
             if log is not None:
                 log.write(row)
             out_of_time = stop_after_seconds is not None and time.monotonic() - started > stop_after_seconds
             due = step % settings.checkpoint_every == 0 or step == settings.steps or out_of_time
-            if writes and due and not watch.steps_beyond:
-                state.save(folder, step)
+            if (writes or sharded) and due and not watch.steps_beyond:
+                state.save(folder, step, writes)
             if progress is not None and writes:
                 progress(row | {"steps": settings.steps, "seconds": time.monotonic() - before})
             if out_of_time:
                 break
     except KeyboardInterrupt:
-        if whole and writes:  # else the weights are between two steps, and the last checkpoint is the one to go on from
+        # Else the weights are between two steps, or in parts, and the last checkpoint is the one to go on from.
+        if between_steps and writes and not sharded:
             state.save(folder, step)
         raise
     finally:
@@ -196,6 +210,9 @@ def train(
             log.close()
     if step >= settings.steps and ema is not None:
         ema.copy_to(weights.values())
+    if sharded:
+        for name, parameter in task.trained().items():
+            parameter.data = whole(weights[name].detach())
     task.eval()
     return step >= settings.steps
 
@@ -236,21 +253,42 @@ class _TrainingState:
     def __init__(self, weights: dict[str, nn.Parameter], optimizer: Any, ema: EMAModel | None):
         self.weights, self.optimizer, self.ema = weights, optimizer, ema
 
-    def save(self, folder: Path, step: int) -> None:
+    def save(self, folder: Path, step: int, writes: bool = True) -> None:
+        """Write a checkpoint; where the weights are sharded, all processes call this, and one of them writes."""
+        files = {"weights": self._gathered(self.weights, writes), "optimizer": self._gathered(self._moments(), writes)}
+        if self.ema is not None:
+            averaged = dict(zip(self.weights, self.ema.shadow_params, strict=True))
+            files["ema"] = self._gathered(averaged, writes)
         target = folder / f"checkpoint-{step:07d}"
-        if target.exists():
+        if not writes or target.exists():
             return
-        optimizer = self.optimizer.state_dict()["state"]
-        moments = {f"{i}.{key}": value for i, s in optimizer.items() for key, value in s.items()}
         with replacing_folder(target) as partial:
-            save_file({n: p.detach().contiguous() for n, p in self.weights.items()}, partial / "weights.safetensors")
-            save_file({n: t.contiguous() for n, t in moments.items()}, partial / "optimizer.safetensors")
-            if self.ema is not None:
-                averaged = dict(zip(self.weights, self.ema.shadow_params, strict=True))
-                save_file({n: t.contiguous() for n, t in averaged.items()}, partial / "ema.safetensors")
+            for name, tensors in files.items():
+                save_file(tensors, partial / f"{name}.safetensors")
         for older in folder.glob("checkpoint-*[0-9]"):
             if older != target:
                 shutil.rmtree(older)
+
+    def _moments(self) -> dict[str, Tensor]:
+        """The optimiser's state, by parameter's number and key; a copy of what parameters share."""
+        moments, shared = {}, set()
+        for number, state in self.optimizer.state_dict()["state"].items():
+            for key, value in _flat(state):
+                tensor = value if isinstance(value, Tensor) else torch.tensor(value)
+                moments[f"{number}.{key}"] = tensor.clone() if id(tensor) in shared else tensor
+                shared.add(id(tensor))
+        return moments
+
+    @staticmethod
+    def _gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+        """Whole tensors; of sharded ones, on the host and one after another, so that one at a time is whole beside."""
+        gathered = {}
+        for name, tensor in tensors.items():
+            part = tensor.detach()
+            complete = whole(part)
+            if keep:
+                gathered[name] = (complete if complete is part else complete.cpu()).contiguous()
+        return gathered
 
     def load_newest(self, folder: Path) -> int:
         step = checkpoint_step(folder)
@@ -261,18 +299,33 @@ class _TrainingState:
         if weights.keys() != self.weights.keys():
             raise AsdmError(f"{path}: a checkpoint of another model; use another output folder")
         for name, parameter in self.weights.items():
-            parameter.data.copy_(weights[name])
-        state: dict[int, dict[str, Tensor]] = {}
+            parameter.data.copy_(parted_as(parameter, weights[name]))
+        state: dict[int, dict[str, Tensor | int]] = {}
+        numbered = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for name, value in load_file(path / "optimizer.safetensors").items():
             index, key = name.split(".", 1)
-            state.setdefault(int(index), {})[key] = value
+            parameter = numbered[int(index)]
+            # bitsandbytes counts its steps in an int.
+            counts = not value.ndim and not value.is_floating_point()
+            state.setdefault(int(index), {})[key] = int(value) if counts else parted_as(parameter, value)
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         if self.ema is not None:
             averaged = load_file(path / "ema.safetensors")
-            self.ema.shadow_params = [averaged[name].to(p.device, copy=True) for name, p in self.weights.items()]
+            self.ema.shadow_params = [
+                parted_as(p, averaged[name]).to(p.device, copy=True) for name, p in self.weights.items()
+            ]
             self.ema.optimization_step = step
         return step
+
+
+def _flat(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Keys and values; bitsandbytes keeps some of them in a dict of their own."""
+    for key, value in state.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value)
+        else:
+            yield key, value
 
 
 class _Log:

@@ -1,24 +1,30 @@
 """Feature inheritance: work whose result hardly changes between neighbouring steps is done at some steps only, and the
 others inherit it. No training; named in the abstract of arXiv 2406.00210, the rest is inferred.
 
-What is inherited is a copy, or an extrapolation over the time steps from the last results.
+What is inherited is a copy, or an extrapolation over the noise level from the last results. When to inherit follows
+from an interval, a speed-up, a budget, or a schedule that `inheritance_calibration` found.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 
 from asdm.errors import AsdmError
 from asdm.evaluation.latency import measure_interleaved, unet_call
+from asdm.files import write_text
 from asdm.student.surgery import set_module
-from asdm.units import layers, removable_units
+from asdm.units import fingerprint, layers, removable_units, stage_of, stages
 
 Granularity = Literal["block", "layer", "unit"]
 Spacing = Literal["uniform", "early", "late"]
@@ -33,13 +39,16 @@ def inherit_features(
     every: int | None = None,
     steps: Sequence[int] | None = None,
     budget: float | None = None,
+    schedule: InheritanceSchedule | str | Path | None = None,
     granularity: Granularity = "layer",
+    depth: int = 1,
     spacing: Spacing = "uniform",
-    order: int = 0,
+    order: int = 1,
+    damping: float = 1.0,
 ) -> Iterator[FeatureInheritance]:
     """Within the block, the pipeline's UNet computes itself wholly at some steps and inherits features at the others.
 
-    Exactly one of four says when it computes. Other pipelines that share the UNet, guidance, ControlNet residuals and
+    Exactly one of five says when it computes. Other pipelines that share the UNet, guidance, ControlNet residuals and
     any size go on working; a new call begins anew, also after one that an exception ended.
 
     Args:
@@ -48,21 +57,29 @@ def inherit_features(
         steps: indices of the steps that compute; the first always does.
         budget: adaptive: computes when the first layer's output has changed, relative and summed up over the steps
             since, by this much.
-        granularity: what inherits: "block", all blocks but the outermost ones; "layer", all layers but the first of
-            the first block and the last of the last; "unit", the residual branches of those layers, whose shortcuts
-            are computed.
+        schedule: what `calibrate_inheritance` found, or the file that it was saved to; also says depth, order and
+            damping.
+        granularity: what inherits: "block", all layers outside the outermost blocks; "layer", all but the last
+            `depth` layers of the way up and what their skip connections bring; "unit", the residual branches of all
+            layers but the first and the last, whose shortcuts are computed.
+        depth: of "layer": the more layers are computed at every step, the nearer and the slower.
         spacing: of the steps that `speedup` asks for: evenly, or denser early or late.
         order: 0 copies the last result; 1 and 2 extrapolate from the last two or three, which are kept in memory.
+        damping: how far the extrapolation goes from the last result; 0 is a copy, 1 the whole way.
 
     Raises:
-        AsdmError: not exactly one of the four, a value out of range, a speed-up out of reach, or a UNet within another
-            such block.
+        AsdmError: not exactly one of the five, a value out of range, a speed-up out of reach, a schedule of another
+            architecture, a UNet that is compiled as a whole, or one within another such block.
     """
     unet: UNet2DConditionModel = pipeline.unet
-    given = {"speedup": speedup, "every": every, "steps": steps, "budget": budget}
+    given = {"speedup": speedup, "every": every, "steps": steps, "budget": budget, "schedule": schedule}
     named = [name for name, value in given.items() if value is not None]
     if len(named) != 1:
-        raise AsdmError(f"give exactly one of speedup, every, steps, budget; got {', '.join(named) or 'none'}")
+        raise AsdmError(f"give exactly one of {', '.join(given)}; got {', '.join(named) or 'none'}")
+    if schedule is not None:
+        schedule = schedule if isinstance(schedule, InheritanceSchedule) else InheritanceSchedule.load(schedule)
+        schedule.require_fit(unet)
+        granularity, depth, order, damping = "layer", schedule.depth, schedule.order, schedule.damping
     least = {"speedup": 1, "every": 1, "budget": 0}
     if any((value := given[name]) is not None and value < low for name, low in least.items()):  # type: ignore[operator]
         raise AsdmError(f"{named[0]}={given[named[0]]}: out of range; every and speedup are at least 1, budget 0")
@@ -70,23 +87,104 @@ def inherit_features(
         raise AsdmError(f"order={order}: allowed are 0, 1 and 2")
     if any(isinstance(module, _Inheriting) for module in unet.modules()):
         raise AsdmError("this UNet inherits features already; leave the other block first")
-    session = FeatureInheritance(pipeline, order)
-    originals = {name: unet.get_submodule(name) for name in inheriting_modules(unet, granularity)}
+    if getattr(unet, "_compiled_call_impl", None) is not None or hasattr(unet, "_orig_mod"):
+        raise AsdmError(
+            "the UNet is compiled as a whole, which would be compiled anew at every step; compile its repeated blocks "
+            "(unet.compile_repeated_blocks())"
+        )
+    session = FeatureInheritance(pipeline, order, damping)
+    cut = cut_of(unet, granularity, depth, needed=layers(unet)[:1] if budget is not None else ())
+    originals = {name: unet.get_submodule(name) for name in cut.inheriting}
     handles = [unet.register_forward_pre_hook(session.before_call, with_kwargs=True)]
     try:
         for name, module in originals.items():
             kept = _shortcut_of(module) if granularity == "unit" else None
-            set_module(unet, name, _Inheriting(module, session, kept))
+            session.modules.append(_Inheriting(module, session, kept, read=name in cut.read))
+            set_module(unet, name, session.modules[-1])
         if budget is not None:
             first = unet.get_submodule(layers(unet)[0])
             handles.append(first.register_forward_hook(session.after_first_layer))
-        session.computes_at = _decision(session, unet, speedup, every, steps, budget, spacing)
+        if schedule is not None:
+            session.computes_at = schedule.computes_at
+        else:
+            session.computes_at = _decision(session, unet, speedup, every, steps, budget, spacing)
         yield session
     finally:
         for handle in handles:
             handle.remove()
         for name, module in originals.items():
             set_module(unet, name, module)
+        session.modules.clear()  # and what they remember
+
+
+class InheritanceSchedule(BaseModel):
+    """When to compute and how to inherit: what a calibration found for one architecture under a speed-up target.
+
+    `computed` are indices among `steps` sampling steps; `depth`, `order` and `damping` as in `inherit_features`.
+    `speedup` of all UNet calls together counts with the milliseconds of a whole call and of one that inherits.
+    `distance`: mean squared distance of the final latents to the full sampling's, relative to their mean square; where
+    it is known, `uniform_distance` is that of copies at the same number of evenly spaced steps.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    fingerprint: str
+    steps: int = Field(ge=1)
+    computed: tuple[int, ...]
+    depth: int = Field(ge=1)
+    order: int = Field(ge=0, le=2)
+    damping: float = 1.0
+    whole_ms: float
+    inheriting_ms: float
+    speedup: float
+    distance: float | None = None
+    uniform_distance: float | None = None
+
+    @model_validator(mode="after")
+    def _within_the_sampling(self) -> InheritanceSchedule:
+        if not self.computed or self.computed[0] != 0 or list(self.computed) != sorted(set(self.computed)):
+            raise ValueError("computed: rising indices that begin with 0")
+        if self.computed[-1] >= self.steps:
+            raise ValueError(f"computed: indices below steps={self.steps}")
+        return self
+
+    def save(self, path: str | Path) -> None:
+        write_text(Path(path), self.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> InheritanceSchedule:
+        try:
+            return cls.model_validate_json(Path(path).read_text("utf-8"))
+        except (OSError, UnicodeDecodeError):
+            raise AsdmError(f"{path}: no such file; `asdm analyze MODEL --inherit 2` writes one") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise AsdmError(
+                f"{path}: not a schedule of inheritance ({place or 'file'}: {first['msg']}); "
+                "write it anew by `asdm analyze MODEL --inherit 2`"
+            ) from None
+
+    def require_fit(self, unet: UNet2DConditionModel) -> None:
+        """Raise an AsdmError if it was found for another architecture."""
+        mine = fingerprint(unet)
+        if mine != self.fingerprint:
+            raise AsdmError(
+                f"this schedule is for the architecture {self.fingerprint}, the UNet's is {mine}; calibrate anew by "
+                "`asdm analyze MODEL --inherit 2`"
+            )
+
+    def steps_of(self, count: int) -> set[int]:
+        """The steps that compute in a sampling of `count`: as dense, at every part of it, as in the calibration."""
+        if count == self.steps:
+            return set(self.computed)
+        places = [step / self.steps for step in self.computed]
+        wanted = min(count, max(1, round(len(places) * count / self.steps)))
+        return _nearest_steps(
+            np.interp(np.arange(wanted) / wanted * len(places), range(len(places) + 1), [*places, 1]), count
+        )
+
+    def computes_at(self, index: int, count: int) -> bool:
+        return index in self.steps_of(count)
 
 
 class FeatureInheritance:
@@ -95,14 +193,16 @@ class FeatureInheritance:
     `computed` and `inherited` count the UNet's calls of each kind since the block was entered.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, order: int):
-        self.pipeline, self.order = pipeline, order
+    def __init__(self, pipeline: DiffusionPipeline, order: int, damping: float = 1.0):
+        self.pipeline, self.order, self.damping = pipeline, order, damping
         self.computes_at: Callable[[int, int], bool | None] = lambda index, count: True
         self.computed, self.inherited = 0, 0
+        self.modules: list[_Inheriting] = []
         self.inheriting = False
         self.budget: float | None = None
         self.generation = 0  # of the sampling that is under way: what was stored before is not inherited
         self.timestep = 0.0
+        self.sigma = 0.0
         self._timesteps: Any = None  # the scheduler's, made anew at the start of each sampling
         self._index = -1
         self._seen: tuple[Any, ...] = ()
@@ -120,12 +220,18 @@ class FeatureInheritance:
             self._forced = None
             self._timesteps = None
 
+    def answer_with(self, value: Tensor) -> None:
+        """Let the one border of the cut inherit this, whatever it answered; for calibration."""
+        (border,) = (module for module in self.modules if module.read)
+        border.remember(0.0, value)
+
     def before_call(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Decide for a call of the UNet (a forward pre-hook)."""
         sample = kwargs["sample"] if "sample" in kwargs else args[0]
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
         states = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[2]
         self.timestep = float(timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep)
+        self.sigma = noise_level(self.pipeline.scheduler, self.timestep)
         if self._forced is not None:
             self.generation += not self._forced
             self.inheriting = self._forced
@@ -177,14 +283,21 @@ class FeatureInheritance:
 class _Inheriting(nn.Module):
     """A module that answers with what it, or an extrapolation of what it, answered before.
 
-    With `kept`, a map of its input that is always computed, only the difference to it is inherited.
+    With `kept`, a map of its input that is always computed, only the difference to it is inherited. What no computed
+    module reads is not `read`: the last answer stands in for it, as only its shape matters.
     """
 
-    def __init__(self, module: nn.Module, session: FeatureInheritance, kept: Callable[[Tensor], Tensor] | None):
+    def __init__(
+        self,
+        module: nn.Module,
+        session: FeatureInheritance,
+        kept: Callable[[Tensor], Tensor] | None = None,
+        read: bool = True,
+    ):
         super().__init__()
-        self.module, self.kept = module, kept
+        self.module, self.kept, self.read = module, kept, read
         self._session = [session]  # not a submodule
-        self._past: list[tuple[float, Tensor]] = []
+        self._past: list[tuple[float, Any]] = []
         self._generation = -1
         self._in_tuple = False
 
@@ -200,53 +313,110 @@ class _Inheriting(nn.Module):
         if session.generation != self._generation:
             self._past, self._generation = [], session.generation
         if session.inheriting and self._past:
-            value = self._inherited(session.timestep)
-            if self.kept is not None:
-                value = value + self.kept(args[0])
-            return (value,) if self._in_tuple else value
+            return self._inherited(session, args)
         output = self.module(*args, **kwargs)
+        if not self.read:
+            self._past = [(session.sigma, output)]
+            return output
         self._in_tuple = isinstance(output, tuple)
         value = output[0] if self._in_tuple else output
         if self.kept is not None:
             value = value - self.kept(args[0])
-        self._past = [*self._past, (session.timestep, value)][-1 - session.order :]
+        self._past = [*self._past, (session.sigma, value)][-1 - session.order :]
         return output
 
-    def _inherited(self, timestep: float) -> Tensor:
-        """Lagrange's polynomial through the last results, at this time step."""
-        points = [t for t, _ in self._past]
-        if len(set(points)) < len(points):
+    def remember(self, sigma: float, value: Tensor) -> None:
+        """As if `value` was all that it answered in this sampling."""
+        self._past = [(sigma, value)]
+
+    def _inherited(self, session: FeatureInheritance, args: tuple[Any, ...]) -> Any:
+        if not self.read:
             return self._past[-1][1]
-        value: Tensor | None = None
-        for i, (_, result) in enumerate(self._past):
-            factor = math.prod((timestep - t) / (points[i] - t) for j, t in enumerate(points) if j != i)
-            value = factor * result if value is None else value + factor * result
-        assert value is not None
-        return value
+        value = extrapolated(self._past, session.sigma, session.damping)
+        if self.kept is not None:
+            value = value + self.kept(args[0])
+        return (value,) if self._in_tuple else value
 
 
-def inheriting_modules(unet: UNet2DConditionModel, granularity: Granularity) -> list[str]:
-    """The modules that inherit."""
+def extrapolated(past: Sequence[tuple[float, Tensor]], sigma: float, damping: float = 1.0) -> Tensor:
+    """Lagrange's polynomial through results at noise levels, oldest first, at `sigma`; `damping` scales how far it
+    goes from the last one."""
+    points = [point for point, _ in past]
+    last = past[-1][1]
+    if len(past) == 1 or len(set(points)) < len(points):
+        return last
+    value = (1 - damping) * last
+    for i, (_, result) in enumerate(past):
+        factor = math.prod((sigma - point) / (points[i] - point) for j, point in enumerate(points) if j != i)
+        value = value.add(result, alpha=damping * factor)
+    return value
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Which modules inherit, outermost first, and which of them what is computed reads."""
+
+    inheriting: list[str]
+    read: frozenset[str]
+
+
+def cut_of(unet: UNet2DConditionModel, granularity: Granularity, depth: int = 1, needed: Sequence[str] = ()) -> Cut:
+    """Where computed features meet inherited ones.
+
+    Args:
+        depth: of "layer": so many of the last layers are computed, and on the way down what their skip connections
+            bring, with the first of them the input convolution alone (as DeepCache's branch 0, arXiv 2312.00858).
+        needed: modules that are computed in any case.
+    """
     if granularity not in ("block", "layer", "unit"):
         raise AsdmError(f"granularity={granularity}: allowed are block, layer, unit")
-    last_block = f"up_blocks.{len(unet.up_blocks) - 1}"
-    order = layers(unet)
+    down, up = _items(unet, "down_blocks"), _items(unet, "up_blocks")
+    deepest = sum(".resnets." in item[0] for item in up) - 1
     if granularity == "block":
-        chosen = [name for name in order if not name.startswith(("down_blocks.0.", f"{last_block}."))]
-    else:
-        last = str(len(unet.up_blocks[-1].resnets) - 1)
-        ends = {f"down_blocks.0.{kind}.0" for kind in ("resnets", "attentions")}
-        ends |= {f"{last_block}.{kind}.{last}" for kind in ("resnets", "attentions")}
-        chosen = [name for name in order if name not in ends]
+        depth = len(unet.up_blocks[-1].resnets)
+    if not 1 <= depth <= deepest:
+        raise AsdmError(f"depth={depth}: this UNet's way up has {deepest + 1} layers; allowed are 1 to {deepest}")
     if granularity == "unit":
-        units = [unit for unit in removable_units(unet) if unit.layer in chosen]
-        return [unit.name for unit in units if unit.kind != "attention"]
-    for stage, block in [("down_blocks", unet.down_blocks), ("up_blocks", unet.up_blocks)]:
-        for index, each in enumerate(block):
-            for kind in ("downsamplers", "upsamplers"):
-                samplers = getattr(each, kind, None) or ()
-                chosen += [f"{stage}.{index}.{kind}.{i}" for i in range(len(samplers))]
-    return chosen
+        ends = {*down[0], *up[-1]}
+        units = [unit for unit in removable_units(unet) if unit.layer not in ends and unit.kind != "attention"]
+        return Cut([unit.name for unit in units], frozenset(unit.name for unit in units))
+    first = len(up)
+    for _ in range(depth):
+        first -= 1
+        while ".resnets." not in up[first][0]:
+            first -= 1
+    computed = {name for item in [*down[: depth - 1], *up[first:]] for name in item} | set(needed)
+    border = up[first - 1][-1]
+    chosen: list[str] = []
+    for stage in stages(unet):
+        inside = [name for name in _members(unet, stage) if name not in computed]
+        whole = inside == _members(unet, stage)
+        chosen += [stage] if whole else inside
+        if whole and border in inside:
+            border = stage
+    return Cut(chosen, frozenset([border]))
+
+
+def _items(unet: UNet2DConditionModel, side: str) -> list[list[str]]:
+    """The modules of each layer (a resnet and its attention) and of each sampler, in order of execution; those of the
+    way down make one skip connection each."""
+    items: list[list[str]] = []
+    for index in range(len(unet.get_submodule(side))):
+        for name in _members(unet, f"{side}.{index}"):
+            if ".attentions." in name and items and ".resnets." in items[-1][0]:
+                items[-1].append(name)
+            else:
+                items.append([name])
+    return items
+
+
+def _members(unet: UNet2DConditionModel, stage: str) -> list[str]:
+    """A block's resnets, attentions and samplers, in order of execution."""
+    block = unet.get_submodule(stage)
+    names = [name for name in layers(unet) if stage_of(name) == stage]
+    for kind in ("downsamplers", "upsamplers"):
+        names += [f"{stage}.{kind}.{i}" for i in range(len(getattr(block, kind, None) or ()))]
+    return names
 
 
 def _shortcut_of(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
@@ -279,7 +449,8 @@ def _decision(
     assert speedup is not None
     if spacing not in ("uniform", "early", "late"):
         raise AsdmError(f"spacing={spacing}: allowed are uniform, early, late")
-    part = _part_computed(session, unet, speedup)
+    whole, rest = timed_calls(session, unet)
+    part = part_computed(whole, rest, speedup)
     return lambda index, count: index in computed_steps(count, max(1, math.floor(part * count)), spacing)
 
 
@@ -290,6 +461,11 @@ def computed_steps(count: int, computed: int, spacing: Spacing) -> set[int]:
         places = [place**UNEVENNESS for place in places]
     elif spacing == "late":
         places = [1 - (1 - place) ** UNEVENNESS for place in places]
+    return _nearest_steps(places, count)
+
+
+def _nearest_steps(places: Iterable[float], count: int) -> set[int]:
+    """The steps nearest to rising places in [0, 1), no step twice."""
     chosen: set[int] = set()
     for place in places:
         free = [step for step in range(count) if step not in chosen]  # dense places meet
@@ -297,8 +473,20 @@ def computed_steps(count: int, computed: int, spacing: Spacing) -> set[int]:
     return chosen
 
 
-def _part_computed(session: FeatureInheritance, unet: UNet2DConditionModel, speedup: float) -> float:
-    """The part of the calls that may be whole ones, by a timed call of each kind."""
+def noise_level(scheduler: Any, timestep: float) -> float:
+    """Sigma, noise over signal, at a time step (between two of them for one that is not whole); the time step itself
+    for schedulers that have no cumulative alphas. Features are nearer to linear in sigma than in the time step."""
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if alphas is None:
+        return timestep
+    below = min(max(int(timestep), 0), len(alphas) - 1)
+    above = min(below + 1, len(alphas) - 1)
+    sigmas = [math.sqrt((1 - alpha) / max(alpha, 1e-6)) for alpha in (float(alphas[below]), float(alphas[above]))]
+    return sigmas[0] + min(max(timestep - below, 0.0), 1.0) * (sigmas[1] - sigmas[0])
+
+
+def timed_calls(session: FeatureInheritance, unet: UNet2DConditionModel, rounds: int = 3) -> tuple[float, float]:
+    """Milliseconds of a call that computes and of one that inherits."""
     call = unet_call(unet)
 
     def timed(inheriting: bool) -> Callable[[], Any]:
@@ -309,8 +497,16 @@ def _part_computed(session: FeatureInheritance, unet: UNet2DConditionModel, spee
         return run
 
     calls = {"computing": timed(False), "inheriting": timed(True)}
-    times = measure_interleaved(calls, rounds=3, warmup=1, device=unet.device)
-    whole, rest = times["computing"].median_ms, times["inheriting"].median_ms
+    times = measure_interleaved(calls, rounds=rounds, warmup=1, device=unet.device)
+    return times["computing"].median_ms, times["inheriting"].median_ms
+
+
+def part_computed(whole: float, rest: float, speedup: float) -> float:
+    """The part of the calls that may be whole ones, where a call takes `whole` or, inheriting, `rest`.
+
+    Raises:
+        AsdmError: the speed-up is out of reach.
+    """
     part = (whole / speedup - rest) / max(whole - rest, 1e-9)
     if part <= 0:
         raise AsdmError(

@@ -35,13 +35,15 @@ class PlanBase(BaseModel):
 
 
 class PlanFigures(BaseModel):
-    """What the planner aimed at and measured: ratios teacher / student; `sensitivity` as in the map."""
+    """What the planner aimed at and measured: ratios teacher / student; `predicted_sensitivity`, the sum of the map's
+    for the edits, and `measured_sensitivity`, that of all edits together (`repair_plan`)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     target: dict[str, float]
     predicted_sensitivity: float
     predicted_speedup: float
     measured_speedup: float | None = None
+    measured_sensitivity: float | None = None
 
 
 Edits = Annotated[

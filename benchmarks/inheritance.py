@@ -1,0 +1,139 @@
+"""What calibrated feature inheritance is worth beside DeepCache, PAB and ToMe: how far the final latents move at equal
+speed. Prints a table and writes its figures.
+
+    python benchmarks/inheritance.py                              # embedded pipeline
+    python benchmarks/inheritance.py --model MODEL --data DATA    # any other
+
+The speed counts the UNet calls of a sampling, each step's the fastest of some rounds, so that a busy machine matters
+little. The peers come from their own packages: pip install -e '.[benchmark]'.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import typer
+from diffusers import DiffusionPipeline
+from student import finish
+from torch import Tensor
+
+import asdm
+from asdm.evaluation.contestants import Contestant, attention_broadcast, deep_cache, inheriting, tome
+from asdm.evaluation.latency import synchronise
+from asdm.generation import default_guidance
+from asdm.incubation.data import open_data
+from asdm.inference.inheritance_calibration import observe_sampling
+
+LEAST_GAIN = 1.03  # of a peer that ours is to be compared with
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+@torch.no_grad()
+def main(
+    model: str = "demo", data: str = "demo", steps: int = 25, samples: int = 16, rounds: int = 3, target: float = 2.3
+) -> None:
+    """Distance of the final latents, on prompts that no calibration saw, against the counted speed-up."""
+    pipeline = asdm.load_pipeline(model)
+    prompts = [example.caption for example in open_data(data).sample(samples, seed=1)]
+    original = Contestant("original", "original", steps=steps)
+    peers = [
+        *(deep_cache(steps, interval) for interval in (2, 3, 5)),
+        *(attention_broadcast(steps, skip) for skip in (2, 4)),
+        *(tome(steps, ratio) for ratio in (0.25, 0.5, 0.75)),
+    ]
+    even = [
+        Contestant(f"even steps, every {every}, order {order}", "ours", inheriting(every=every, order=order), steps)
+        for every in (2, 3, 5)
+        for order in (0, 1, 2)
+    ]
+    times = counted(pipeline, [original, *peers, *even], steps, rounds)
+    speedups = {name: times["original"] / time for name, time in times.items()}
+    targets = {peer.name: speedups[peer.name] for peer in peers if speedups[peer.name] >= LEAST_GAIN}
+    observed = observe_sampling(pipeline, steps=steps, data=data)
+    limit = observed.costs[1][0] / observed.costs[1][1]
+    schedules = {
+        f"calibrated, as fast as {name}": observed.schedule(speedup)
+        for name, speedup in {f"{target:g}x": target, **targets}.items()
+        if speedup < limit
+    }
+    ours = [Contestant(name, "ours", inheriting(schedule=schedule), steps) for name, schedule in schedules.items()]
+    again = counted(pipeline, [original, *ours], steps, rounds)
+    speedups |= {name: again["original"] / time for name, time in again.items()}
+    whole = final_latents(pipeline, original, prompts, steps)
+    rows: list[dict[str, Any]] = []
+    for entry in [*peers, *even, *ours]:
+        moved = final_latents(pipeline, entry, prompts, steps) - whole
+        schedule = schedules.get(entry.name)
+        rows.append(
+            {
+                "name": entry.name,
+                "speedup": speedups[entry.name],
+                "distance": float(moved.square().mean() / whole.square().mean()),
+                "computed": " ".join(map(str, schedule.computed)) if schedule else "",
+                "depth": schedule.depth if schedule else "",
+                "order": schedule.order if schedule else "",
+                "damping": schedule.damping if schedule else "",
+            }
+        )
+    finish("inheritance", rows)
+
+
+def counted(pipeline: DiffusionPipeline, entries: Sequence[Contestant], steps: int, rounds: int) -> dict[str, float]:
+    """Seconds of all UNet calls of one image, each step's the fastest of the rounds."""
+    fastest: dict[str, list[float]] = {}
+    for _ in range(rounds + 1):  # the first warms up, and counts too: what is slow is not the fastest
+        for entry in entries:
+            with entry.prepared(pipeline) as ready:
+                seconds = seconds_of_steps(ready, steps)
+            fastest[entry.name] = [min(pair) for pair in zip(seconds, fastest.get(entry.name, seconds), strict=True)]
+    return {name: sum(seconds) for name, seconds in fastest.items()}
+
+
+def seconds_of_steps(pipeline: DiffusionPipeline, steps: int) -> list[float]:
+    started, seconds = [0.0], []
+
+    def before(*_: Any) -> None:
+        synchronise(pipeline.device)
+        started[0] = time.perf_counter()
+
+    def after(*_: Any) -> None:
+        synchronise(pipeline.device)
+        seconds.append(time.perf_counter() - started[0])
+
+    handles = [
+        pipeline.unet.register_forward_pre_hook(before, prepend=True),
+        pipeline.unet.register_forward_hook(after),
+    ]
+    try:
+        draw(pipeline, ["a photograph"], steps)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seconds
+
+
+def final_latents(pipeline: DiffusionPipeline, entry: Contestant, prompts: list[str], steps: int) -> Tensor:
+    at_once = 16 if pipeline.unet.config.sample_size <= 32 else 1
+    with entry.prepared(pipeline) as ready:
+        batches = [draw(ready, prompts[i : i + at_once], steps, i) for i in range(0, len(prompts), at_once)]
+    return torch.cat(batches).float()
+
+
+def draw(pipeline: DiffusionPipeline, prompts: list[str], steps: int, seed: int = 0) -> Tensor:
+    latents: Tensor = pipeline(
+        prompts,
+        num_inference_steps=steps,
+        guidance_scale=default_guidance(pipeline),
+        generator=[torch.Generator().manual_seed(seed + i) for i in range(len(prompts))],
+        output_type="latent",
+    ).images
+    return latents
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,200 @@
+"""What a distillation costs. Each command prints a table and writes its figures.
+
+python benchmarks/training_step.py step          # embedded pipeline: a step beside its necessary parts, measured
+python benchmarks/training_step.py estimate      # SD 1.5's and SDXL's shape: memory and time on a GPU, computed
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import asdm
+from asdm.conditioning import noise_schedule
+from asdm.evaluation.latency import Latency
+from asdm.evaluation.memory import peak_megabytes
+from asdm.files import write_text
+from asdm.incubation.data import ShuffledBatches
+from asdm.incubation.distillation import capturing, make_task, prepare
+from asdm.incubation.estimate import estimate as estimated
+from asdm.incubation.optimizers import OptimizerName
+from asdm.incubation.stages import Stage
+from asdm.incubation.trainer import Part, make_accelerator, train
+from asdm.inference.runtime import prepare_for_training
+from asdm.student.plan import PruningPlan, build_student
+from asdm.units import removable_units
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+console = Console()
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
+SETUPS: list[tuple[int, bool, OptimizerName, bool]] = [  # GPUs, FSDP, optimiser, gradient checkpointing
+    (1, False, "adamw", False),
+    (1, False, "adamw8bit", True),
+    (8, False, "adamw", False),
+    (8, True, "adamw", True),
+]
+
+
+@app.command()
+def step(rounds: int = 12, batch_size: int = 32) -> None:
+    """The loop's own steps beside the teacher's forward and the student's forward and backward alone, in turns; and
+    what lives at the peak of a step beside the sum of what it cannot do without."""
+    prepare_for_training()
+    pipeline = asdm.load_pipeline("demo")
+    student = build_student(pipeline.unet, without_second_layers(pipeline.unet))
+    stage = Stage(name="joint", steps=rounds + 1, batch_size=batch_size, checkpoint_every=rounds + 1)
+    shorter = stage.model_copy(update={"steps": 2})
+    with tempfile.TemporaryDirectory() as folder:
+        examples = prepare(pipeline, "demo", Path(folder) / "prepared")
+        task = make_task(pipeline, student, noise_schedule(pipeline), examples, stage)
+        run = partial(trained, task, ShuffledBatches(len(examples), batch_size, seed=0))
+        parts = Parts(task, batch_size)
+        rows = timed(partial(run, stage, Path(folder) / "timed"), parts)
+        rows += counted(partial(run, shorter, Path(folder) / "counted"), parts)
+    finish("training_step", rows, batch_size=batch_size, rounds=rounds)
+
+
+def trained(task: Any, order: ShuffledBatches, stage: Stage, folder: Path, **settings: Any) -> None:
+    accelerator = make_accelerator("cpu", stage.mixed_precision)
+    train(task, lambda number: (order(number), number), stage.loop(0), folder, accelerator=accelerator, **settings)
+
+
+class Parts:
+    """What a step cannot do without, each alone, on one batch."""
+
+    def __init__(self, task: Any, batch_size: int):
+        self.task = task
+        self.noised = task.noised(torch.arange(batch_size), torch.Generator().manual_seed(0), Part())
+
+    @torch.no_grad()
+    def teacher_forward(self) -> None:
+        self.task.teacher_pred(self.noised)
+
+    @torch.enable_grad()
+    def student_forward_and_backward(self) -> None:
+        F.mse_loss(self.task.student_pred(self.noised), self.noised.target).backward()
+        self.task.student.zero_grad()
+
+    def megabytes(self) -> dict[str, float]:
+        """Weights, gradients, AdamW's moments, the average, what the student's forward and backward keep at their peak
+        beside them, and the teacher's features."""
+        teacher, student = (
+            sum(p.numel() for p in unet.parameters()) for unet in (self.task.teacher, self.task.student)
+        )
+        counts = {"teacher": teacher, "student": student, "gradients": student, "moments": 2 * student}
+        found = {name: 4 * count / 1e6 for name, count in (counts | {"average": student}).items()}
+        handles = [
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+            for p in self.task.student.parameters()
+        ]
+        found["activations"] = peak_megabytes(self.student_forward_and_backward)
+        for handle in handles:
+            handle.remove()
+        with capturing(self.task.teacher, list(self.task.teacher_blocks.values())) as features:
+            self.teacher_forward()
+        return found | {"teacher's features": sum(tensor.nbytes for tensor in features.values()) / 1e6}
+
+
+def timed(run: Callable[..., None], parts: Parts) -> list[dict[str, Any]]:
+    seconds: dict[str, list[float]] = {"step": [], "teacher forward": [], "student forward and backward": []}
+
+    def measure(row: dict[str, float]) -> None:
+        alone = [elapsed(parts.teacher_forward), elapsed(parts.student_forward_and_backward)]
+        if row["step"] > 1:  # the first is the warm-up
+            for values, value in zip(seconds.values(), [row["seconds"], *alone], strict=True):
+                values.append(value)
+
+    run(progress=measure)
+    times = {name: Latency.of(values) for name, values in seconds.items()}
+    step, *alone = (t.median_ms for t in times.values())
+    rows: list[dict[str, Any]] = [
+        {"what": name, "median_ms": t.median_ms, "quartiles_ms": f"{t.lower_quartile_ms:.0f}-{t.upper_quartile_ms:.0f}"}
+        for name, t in times.items()
+    ]
+    return [*rows, {"what": "step / the two alone", "ratio": step / sum(alone)}]
+
+
+def counted(run: Callable[[], None], parts: Parts) -> list[dict[str, Any]]:
+    necessary = parts.megabytes()
+    peak = necessary["teacher"] + necessary["student"] + peak_megabytes(torch.enable_grad()(run))
+    together = sum(necessary.values())
+    return [
+        *({"what": name, "megabytes": size} for name, size in necessary.items()),
+        {"what": "sum of the parts", "megabytes": together},
+        {"what": "peak of a step", "megabytes": peak, "ratio": peak / together},
+    ]
+
+
+@app.command()
+def estimate(tflops: float = 100.0, steps: int = 50_000, batch_size: int = 64) -> None:
+    """Memory of each GPU and time of a joint distillation in bfloat16, eight images at a time, of a UNet without the
+    second layers of its stages; no weights are made."""
+    rows = []
+    for shape in ("sd15", "sdxl"):
+        with FakeTensorMode():
+            pipeline = asdm.load_pipeline(f"random:{shape}")
+            student = build_student(pipeline.unet, without_second_layers(pipeline.unet))
+        for gpus, sharded, optimizer, checkpointing in SETUPS:
+            stage = Stage(
+                name="joint",
+                steps=steps,
+                batch_size=batch_size,
+                accumulation=batch_size // (8 * gpus),
+                mixed_precision="bf16",
+                optimizer=optimizer,
+                checkpointing=checkpointing,
+            )
+            found = estimated(pipeline, student, [stage], teraflops=tflops, processes=gpus, sharded=sharded)[0]
+            setup = {"shape": shape, "gpus": gpus, "fsdp": sharded, "optimizer": optimizer}
+            costs = {"step_tflop": found.step_teraflops, "days": found.seconds / 86400, "gb": found.gigabytes}
+            memory = {part: size / 1e9 for part, size in found.memory.items()}
+            rows.append({**setup, "checkpointing": checkpointing, **costs, **memory})
+    finish("training_estimate", rows, tflops=tflops, steps=steps, batch_size=batch_size)
+
+
+def without_second_layers(unet: Any) -> PruningPlan:
+    """A plan that removes the second resnet and attention of every stage."""
+    names = [unit.name for unit in removable_units(unet) if unit.name.endswith((".resnets.1", ".attentions.1"))]
+    return PruningPlan.for_unet(unet, [asdm.Remove(unit=name) for name in names if not name.startswith("mid_block")])
+
+
+def elapsed(call: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def finish(name: str, rows: list[dict[str, Any]], **settings: Any) -> None:
+    about = {
+        "date": date.today().isoformat(),
+        "machine": f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads",
+        **settings,
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    write_text(RESULTS / f"{name}.json", json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    table = Table(title=f"{name} ({', '.join(f'{key} {value}' for key, value in about.items())})")
+    for column in columns:
+        table.add_column(column.replace("_", " "))
+    for row in rows:
+        values = [row.get(column, "") for column in columns]
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,401 @@
+"""Ways to make a pipeline faster, ours and our peers', as parts that can be put together to contestants.
+
+Peers come from their own packages, unmodified; those that patch a UNet patch a copy of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import nn
+
+from asdm.errors import AsdmError
+from asdm.evaluation.latency import unet_call
+from asdm.evaluation.macs import counting_macs
+from asdm.inference.export import Int8, export
+from asdm.inference.feature_inheritance import Granularity, InheritanceSchedule, Spacing, inherit_features
+from asdm.inference.inheritance_calibration import calibrate_inheritance
+from asdm.inference.openvino_graphs import with_openvino_graphs
+from asdm.inference.optimization import optimize
+from asdm.pipelines import is_sdxl, with_unet
+from asdm.planning import PRESETS, make_plan
+from asdm.redundancy import RedundancyMap, analyze
+from asdm.student.edits import GriAttention
+from asdm.student.plan import PruningPlan, build_student
+from asdm.units import removable_units, stages
+
+Prepared = Callable[[DiffusionPipeline], AbstractContextManager[DiffusionPipeline]]
+Maker = Callable[[DiffusionPipeline], DiffusionPipeline]
+Kinds = Callable[[int], str]
+
+
+def whole(_step: int) -> str:
+    """All steps compute the UNet wholly."""
+    return "whole"
+
+
+def unforeseen(step: int) -> str:
+    """What is drawn, or a measurement, decides which steps compute; the first does."""
+    return "mixed" if step else "whole"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A way to make a pipeline faster: `prepared` yields the pipeline to be called, and undoes what it did.
+
+    `kinds` names the kind of the UNet call at each step: where only parts are timed, a kind is timed once.
+    """
+
+    name: str
+    group: str
+    prepared: Prepared = nullcontext
+    steps: int = 25
+    kinds: Kinds = whole
+
+
+def combined(name: str, group: str, *parts: Prepared, steps: int, kinds: Kinds = whole) -> Contestant:
+    """The contestant that does all of these, in this order."""
+
+    @contextmanager
+    def prepared(pipeline: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
+        with ExitStack() as entered:
+            for part in parts:
+                pipeline = entered.enter_context(part(pipeline))
+            yield pipeline
+
+    return Contestant(name, group, prepared, steps, kinds)
+
+
+def anew(maker: Maker) -> Prepared:
+    """A pipeline that is made each time that it is needed: at SD 1.5's size a UNet takes 3.4 GB, and a benchmark's
+    contestants together would not fit into memory."""
+    return lambda pipeline: nullcontext(maker(pipeline))
+
+
+def kept(*makers: Maker) -> Prepared:
+    """A pipeline that takes minutes to make (measured, exported, compiled): made once, then kept in memory. These are
+    few, and in half precision or less. A failure is kept too, so that it is not waited for again."""
+    known: dict[int, DiffusionPipeline | Exception] = {}
+
+    def prepared(pipeline: DiffusionPipeline) -> AbstractContextManager[DiffusionPipeline]:
+        if id(pipeline) not in known:
+            try:
+                made = pipeline
+                for maker in makers:
+                    made = maker(made)
+                known[id(pipeline)] = made
+            except Exception as error:
+                known[id(pipeline)] = error.with_traceback(None)  # which would keep what had been made in memory
+        found = known[id(pipeline)]
+        if isinstance(found, Exception):
+            raise found
+        return nullcontext(found)
+
+    return prepared
+
+
+# -- the scheduler, and other pipelines beside the original -------------------------------------------------
+
+
+def with_dpm_solver(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """The pipeline with DPM-Solver++ (arXiv 2211.01095), with which all contestants sample: what saves computation must
+    not be credited with a better scheduler, and few steps deserve the best."""
+    if not isinstance(pipeline.scheduler, DPMSolverMultistepScheduler):
+        pipeline.register_modules(scheduler=DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config))
+    return pipeline
+
+
+def of(unet: UNet2DConditionModel) -> Maker:
+    """The pipeline with this UNet."""
+    return lambda pipeline: with_unet(pipeline, unet)
+
+
+def pruned(plan: PruningPlan) -> Maker:
+    """The pipeline with a plan's student."""
+    return lambda pipeline: with_unet(pipeline, build_student(pipeline.unet, plan))
+
+
+def with_gri(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """Global-regional attention in the outermost stages' self-attentions, untrained."""
+    outer = (f"{stages(pipeline.unet)[0]}.", f"{stages(pipeline.unet)[-1]}.")
+    units = [u.name for u in removable_units(pipeline.unet) if u.kind == "self_attention" and u.name.startswith(outer)]
+    if not units:
+        raise AsdmError("no self-attention in the outermost stages")
+    edits = [GriAttention(unit=unit, weighted=True) for unit in units]
+    return pruned(PruningPlan.for_unet(pipeline.unet, edits))(pipeline)
+
+
+def optimized(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """A copy, run as `asdm.optimize` finds it fastest on this machine."""
+    parts = {name: copy.deepcopy(part) for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    other = with_unet(pipeline, parts.pop("unet"))
+    other.register_modules(**parts)
+    optimize(other, rounds=2)
+    return other
+
+
+def in_openvino(int8: Int8 | None = None) -> Maker:
+    """The UNet and the VAE's decoder as `asdm.export` writes them, within the same pipeline."""
+
+    def made(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+        with tempfile.TemporaryDirectory(prefix="asdm-openvino-") as folder:
+            export(pipeline, Path(folder) / "graphs", "openvino", int8=int8, parts=("unet", "vae_decoder"))
+            other = with_openvino_graphs(pipeline, Path(folder) / "graphs")
+        with counting_macs(pipeline.unet) as count:
+            unet_call(pipeline.unet, batch_size=1)()
+        other.unet.gmacs = count.below() / 1e9
+        return other
+
+    return made
+
+
+def preset_students(pipeline: DiffusionPipeline) -> dict[str, Maker]:
+    """The students of the published presets and of ours, by name; their weights are only inherited, for speed alone."""
+
+    @cache
+    def redundancy() -> RedundancyMap:
+        return analyze(pipeline, sensitivity="taylor", compensate="none", timesteps=1, samples=1, latency_rounds=2)
+
+    def student(preset: str) -> Maker:
+        return lambda given: pruned(make_plan(redundancy(), preset=preset, unet=given.unet))(given)
+
+    return {preset: student(preset) for preset in PRESETS}
+
+
+# -- parts that last for a call -----------------------------------------------------------------------------
+
+
+def inheriting(**settings: Any) -> Prepared:
+    """Feature inheritance with these settings of `inherit_features`."""
+
+    @contextmanager
+    def prepared(pipeline: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
+        with inherit_features(pipeline, **settings):
+            yield pipeline
+
+    return prepared
+
+
+def at_every(interval: int) -> Kinds:
+    """The kinds of what computes at every n-th step."""
+    return lambda step: "whole" if step % interval == 0 else "reusing"
+
+
+def calibrated(speedup: float, steps: int, data: str | Path | None) -> Prepared:
+    """Feature inheritance by the schedule that a calibration finds for the pipeline, once."""
+    schedules: dict[int, InheritanceSchedule] = {}
+
+    @contextmanager
+    def prepared(pipeline: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
+        if id(pipeline) not in schedules:
+            schedules[id(pipeline)] = calibrate_inheritance(pipeline, speedup=speedup, steps=steps, data=data)
+        with inherit_features(pipeline, schedule=schedules[id(pipeline)]):
+            yield pipeline
+
+    return prepared
+
+
+def inherits(steps: int, every: int, granularity: Granularity = "layer", order: int = 0) -> Contestant:
+    name = f"inheritance, {granularity}, every {every}, order {order}"
+    part = inheriting(every=every, granularity=granularity, order=order)
+    return combined(name, "ours", part, steps=steps, kinds=at_every(every))
+
+
+def inherits_to(steps: int, speedup: float, spacing: Spacing) -> Contestant:
+    name = f"inheritance, layer, {spacing}, {speedup:g}x"
+    return combined(name, "ours", inheriting(speedup=speedup, spacing=spacing), steps=steps, kinds=unforeseen)
+
+
+def inherits_within(steps: int, budget: float) -> Contestant:
+    name = f"inheritance, layer, budget {budget:g}"
+    return combined(name, "ours", inheriting(budget=budget), steps=steps, kinds=unforeseen)
+
+
+def tome(steps: int, ratio: float) -> Contestant:
+    """Token merging (arXiv 2303.17604), package tomesd."""
+
+    @contextmanager
+    def prepared(pipeline: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
+        import tomesd
+
+        patched = with_unet(pipeline, copy.deepcopy(pipeline.unet))
+        tomesd.apply_patch(patched, ratio=ratio, max_downsample=1)
+        yield patched
+
+    return Contestant(f"ToMe, ratio {ratio:g}", "peer", prepared, steps)
+
+
+def deep_cache(steps: int, interval: int) -> Contestant:
+    """DeepCache (arXiv 2312.00858), package DeepCache."""
+
+    @contextmanager
+    def prepared(pipeline: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
+        from DeepCache import DeepCacheSDHelper
+
+        patched = with_unet(pipeline, copy.deepcopy(pipeline.unet))
+        helper = DeepCacheSDHelper(pipe=patched)
+        helper.set_params(cache_interval=interval, cache_branch_id=0)
+        helper.enable()
+        try:
+            yield patched
+        finally:
+            helper.disable()
+
+    return Contestant(f"DeepCache, interval {interval}", "peer", prepared, steps, at_every(interval))
+
+
+def attention_broadcast(steps: int, skip: int) -> Contestant:
+    """Pyramid attention broadcast (arXiv 2408.12588), of diffusers."""
+
+    @contextmanager
+    def prepared(pipeline: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
+        from diffusers import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
+
+        patched = with_unet(pipeline, copy.deepcopy(pipeline.unet))
+        timestep = {"now": 0}
+        handle = patched.unet.register_forward_pre_hook(
+            lambda _module, args, kwargs: timestep.update(now=int(kwargs.get("timestep", args[1] if args[1:] else 0))),
+            with_kwargs=True,
+        )
+        apply_pyramid_attention_broadcast(
+            patched.unet,
+            PyramidAttentionBroadcastConfig(
+                spatial_attention_block_skip_range=skip,
+                cross_attention_block_skip_range=skip,
+                spatial_attention_timestep_skip_range=(0, 1000),
+                cross_attention_timestep_skip_range=(0, 1000),
+                spatial_attention_block_identifiers=("down_blocks", "up_blocks", "mid_block"),
+                cross_attention_block_identifiers=("down_blocks", "up_blocks", "mid_block"),
+                current_timestep_callback=lambda: timestep["now"],
+            ),
+        )
+        try:
+            yield patched
+        finally:
+            handle.remove()
+
+    return Contestant(f"PAB, skip {skip}", "peer", prepared, steps, at_every(skip))
+
+
+class _GatedPipeline(StableDiffusionPipeline):
+    """Calls what T-GATE's loader adds to a pipeline beside its own call."""
+
+    gate_step: int
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.tgate(*args, gate_step=self.gate_step, **kwargs)
+
+
+def t_gate(steps: int, gate_step: int) -> Contestant:
+    """T-GATE (arXiv 2404.02747), package tgate, with its other settings as they come."""
+
+    @contextmanager
+    def prepared(pipeline: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
+        from tgate import TgateSDLoader
+
+        if is_sdxl(pipeline):
+            raise AsdmError("T-GATE's contestant is for SD 1.x and 2.x")
+        parts = {**pipeline.components, "unet": copy.deepcopy(pipeline.unet)}
+        patched = _GatedPipeline(**parts, requires_safety_checker=False)
+        patched.set_progress_bar_config(disable=True)
+        patched.gate_step = gate_step
+        yield TgateSDLoader(patched)
+
+    def kinds(step: int) -> str:
+        """As tgate_scheduler of that package decides, with sp_interval 5, fi_interval 1 and warm_up 2."""
+        if step >= gate_step:
+            return "gated"
+        return "reusing" if 2 < step < gate_step - 1 and step % 5 else "whole"
+
+    return Contestant(f"T-GATE, gate {gate_step}", "peer", prepared, steps, kinds)
+
+
+# -- who takes part -----------------------------------------------------------------------------------------
+
+
+def contestants(
+    steps: int = 25, students: dict[str, Maker] | None = None, *, data: str | Path | None = None
+) -> list[Contestant]:
+    """All of them; the unmodified pipeline first.
+
+    Args:
+        steps: sampling steps of all that do not sample in fewer.
+        students: by name; those whose names begin with "bk-" are peers.
+        data: what is drawn, and calibrated on; without it, of those that differ in quality alone one takes part, and of
+            those whose computed steps depend on what is drawn none.
+    """
+    students = students or {}
+    return [
+        Contestant("original", "original", steps=steps),
+        *(Contestant(f"{fewer} steps", "fewer steps", steps=fewer) for fewer in fewer_steps(steps, data is not None)),
+        *(tome(steps, ratio) for ratio in (0.25, 0.5, 0.75)),
+        *(deep_cache(steps, interval) for interval in (2, 3, 5)),
+        *(attention_broadcast(steps, skip) for skip in (2, 4)),
+        *(t_gate(steps, gate) for gate in sorted({round(part * steps) for part in (0.2, 0.4)}, reverse=True)),
+        *(combined(name, _group(name), anew(student), steps=steps) for name, student in students.items()),
+        combined("GRI attention", "ours", anew(with_gri), steps=steps),
+        *_inheritances(steps, data),
+        *_stacks(steps, {name: student for name, student in students.items() if _group(name) == "ours"}, data),
+    ]
+
+
+def fewer_steps(steps: int, draws: bool) -> list[int]:
+    """How many steps to take instead of `steps`."""
+    parts = (0.8, 0.64, 0.48, 0.4, 0.32) if draws else (0.48, 0.32)
+    return list(dict.fromkeys(round(part * steps) for part in parts))
+
+
+def _group(student: str) -> str:
+    return "peer" if student.startswith("bk-") else "ours"
+
+
+def _inheritances(steps: int, data: str | Path | None) -> list[Contestant]:
+    intervals = (2, 3, 5)
+    granularities: tuple[Granularity, ...] = ("layer", "block", "unit")
+    entries = [inherits(steps, every, kind) for kind in granularities for every in intervals]
+    if data is None:
+        return entries
+    for speedup in (1.5, 2.0, 2.5, 3.0):
+        part = calibrated(speedup, steps, data)
+        entries.append(combined(f"inheritance, calibrated, {speedup:g}x", "ours", part, steps=steps, kinds=unforeseen))
+    entries += [inherits(steps, every, kind, 1) for kind in ("layer", "unit") for every in intervals]  # type: ignore[arg-type]
+    entries += [inherits_to(steps, 2.0, spacing) for spacing in ("early", "late")]  # type: ignore[arg-type]
+    return entries + [inherits_within(steps, budget) for budget in (0.1, 0.3)]
+
+
+def _stacks(steps: int, students: dict[str, Maker], data: str | Path | None) -> list[Contestant]:
+    """Runtimes of the original; and of the students (the last alone where only speed is asked for; the original with
+    GRI attention where there is none), with fewer steps and feature inheritance, alone and together."""
+    openvino: dict[str, Int8 | None] = {"OpenVINO": None, "OpenVINO int8": "activations"}
+    entries = [
+        combined("best runtime", "runtime", kept(optimized), steps=steps),
+        *(combined(name, "runtime", kept(in_openvino(int8)), steps=steps) for name, int8 in openvino.items()),
+    ]
+    few = (steps, *fewer_steps(steps, draws=False))
+    bases = list(students.items()) or [("GRI", with_gri)]
+    for name, student in bases if data is not None else bases[-1:]:
+        fast = kept(student, optimized)
+        for count in few:
+            entries.append(combined(_stack(name, "runtime", steps, count), "stack", fast, steps=count))
+            rest = {f"every {every}": (inheriting(every=every), at_every(every)) for every in (2, 3)}
+            if data is not None:
+                rest["calibrated, 1.5x"] = (calibrated(1.5, count, data), unforeseen)
+            for how, (part, kinds) in rest.items():
+                made = _stack(name, f"runtime + inheritance, {how}", steps, count)
+                entries.append(combined(made, "stack", fast, part, steps=count, kinds=kinds))
+        for runtime, int8 in openvino.items():
+            graph = kept(student, in_openvino(int8))
+            entries += [combined(_stack(name, runtime, steps, count), "stack", graph, steps=count) for count in few]
+    return entries
+
+
+def _stack(student: str, rest: str, steps: int, count: int) -> str:
+    return f"{student} + {rest}" + (f", {count} steps" if count < steps else "")

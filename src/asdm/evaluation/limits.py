@@ -1,0 +1,65 @@
+"""What a machine's arithmetic can do at best: the yardstick for what a model achieves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from asdm.evaluation.latency import synchronise
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@torch.no_grad()
+def machine_limits(
+    device: torch.device | str = "cpu", dtypes: Sequence[torch.dtype] = DTYPES, repeats: int = 5, size: int = 2048
+) -> dict[str, dict[str, float]]:
+    """GFLOP/s (two for each multiply and add) of the best of some matrix products, and of some 3x3 convolutions, by
+    dtype.
+
+    Args:
+        size: rows and columns of the matrices; the convolutions do as much work.
+    """
+    limits = {}
+    for dtype in dtypes:
+        products = [_product(size, dtype, device)]
+        # As many channels and pixels as in Stable Diffusion's outer, middle and inner stages.
+        convolutions = [
+            _convolution(channels, max(1, round((size**3 / 9) ** 0.5 / channels)), dtype, device, memory_format)
+            for channels in (320, 640, 1280)
+            for memory_format in (torch.contiguous_format, torch.channels_last)
+        ]
+        limits[str(dtype).removeprefix("torch.")] = {
+            "matrix product": max(_gflops(*call, repeats, device) for call in products),
+            "3x3 convolution": max(_gflops(*call, repeats, device) for call in convolutions),
+        }
+    return limits
+
+
+def _product(size: int, dtype: torch.dtype, device: torch.device | str) -> tuple[Callable[[], Any], float]:
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return lambda: left @ right, size**3
+
+
+def _convolution(
+    channels: int, side: int, dtype: torch.dtype, device: torch.device | str, memory_format: torch.memory_format
+) -> tuple[Callable[[], Any], float]:
+    image = torch.randn(1, channels, side, side, device=device).to(dtype, memory_format=memory_format)
+    kernel = torch.randn(channels, channels, 3, 3, device=device).to(dtype, memory_format=memory_format)
+    return lambda: F.conv2d(image, kernel, padding=1), 9 * channels**2 * side**2
+
+
+def _gflops(call: Callable[[], Any], macs: float, repeats: int, device: torch.device | str) -> float:
+    call()
+    seconds = []
+    for _ in range(repeats):
+        synchronise(device)
+        start = time.perf_counter()
+        call()
+        synchronise(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * macs / min(seconds) / 1e9

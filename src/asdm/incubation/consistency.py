@@ -1,0 +1,125 @@
+"""Few-step students: latent consistency distillation (LCM, arXiv 2310.04378), and the scheduler that samples them.
+
+A consistency function maps a latent at any time step to the x0 where its guided trajectory ends; the student learns to
+give for a time step what it gives for the one before, to which the teacher's solver leads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, LCMScheduler, UNet2DConditionModel
+from torch import Tensor
+
+from asdm.conditioning import predicted_original
+from asdm.errors import AsdmError
+from asdm.incubation.losses import pseudo_huber, squared_error
+from asdm.incubation.stages import Stage
+from asdm.incubation.teaching import WHOLE, Batch, Noised, TeachingTask, TrainingSet
+from asdm.incubation.trainer import Part
+
+_NOISE_SCHEDULE = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "prediction_type",
+)
+
+
+def lcm_scheduler(config: Mapping[str, Any], solver_steps: int) -> LCMScheduler:
+    """The sampler of a consistency-distilled student: the noise schedule and the prediction type of the teacher's
+    scheduler, whose `config` is given; its time steps are among the `solver_steps` that were trained."""
+    kept = {name: config[name] for name in _NOISE_SCHEDULE if name in config}
+    return LCMScheduler(original_inference_steps=solver_steps, **kept)
+
+
+def ddim_step(schedule: DDPMScheduler, noise_pred: Tensor, noisy: Tensor, timesteps: Tensor, earlier: Tensor) -> Tensor:
+    """Latents (batch, 4, h, w) at time steps `earlier` (batch,), from a prediction for `noisy` at `timesteps`
+    (DDIM, arXiv 2010.02502, Eq. 12, without noise)."""
+    alphas = schedule.alphas_cumprod.to(noisy.device)
+    here, there = (alphas[t].view(-1, 1, 1, 1) for t in (timesteps, earlier))
+    original = predicted_original(schedule, noise_pred, noisy, timesteps)
+    noise = (noisy - here.sqrt() * original) / (1 - here).sqrt()
+    return there.sqrt() * original + (1 - there).sqrt() * noise
+
+
+def consistent_original(sampler: LCMScheduler, noise_pred: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
+    """The consistency function (batch, 4, h, w): c_skip x_t + c_out x0, x_t itself at time step 0 (LCM, Sec. 4.1)."""
+    scalings = sampler.get_scalings_for_boundary_condition_discrete(timesteps)
+    c_skip, c_out = (scaling.view(-1, 1, 1, 1) for scaling in scalings)
+    return c_skip * noisy + c_out * predicted_original(sampler, noise_pred, noisy, timesteps)
+
+
+class ConsistencyTask(TeachingTask):
+    """Latent consistency distillation with skipping steps (LCM, Sec. 4.3) and a fixed guidance scale, which the student
+    takes over: its samples need no guidance, hence one branch a step.
+
+    The target is the student itself without gradient, as in LCM-LoRA (arXiv 2311.05556) and after arXiv 2310.14189,
+    Sec. 3.2, not an average of its past: no third network, and nothing more to resume.
+
+    Raises:
+        AsdmError: more solver steps than the schedule has time steps.
+    """
+
+    def __init__(
+        self,
+        teacher: UNet2DConditionModel,
+        student: UNet2DConditionModel,
+        schedule: DDPMScheduler,
+        examples: TrainingSet,
+        stage: Stage,
+        guidance_scale: float,
+    ):
+        super().__init__(teacher, student, schedule, examples, stage)
+        total, solver_steps = schedule.config.num_train_timesteps, stage.consistency.solver_steps
+        if solver_steps > total:
+            raise AsdmError(f"solver_steps={solver_steps}: the schedule has {total} time steps; give as many at most")
+        self.guidance_scale = guidance_scale
+        self.skipped = total // solver_steps
+        self.sampler = lcm_scheduler(schedule.config, solver_steps)
+
+    def timesteps(self, count: int, generator: torch.Generator) -> Tensor:
+        """Of those that the solver stops at, as `LCMScheduler` counts them."""
+        drawn = super().timesteps(count, generator)
+        index = drawn * self.stage.consistency.solver_steps // self.schedule.config.num_train_timesteps
+        return (index + 1) * self.skipped - 1
+
+    def forward(self, batch: Batch, generator: torch.Generator, part: Part = WHOLE) -> dict[str, Tensor]:
+        noised = self.noised(batch[0], generator, part)
+        estimate = self._consistent(noised)
+        with torch.no_grad():
+            target = self._consistent(self._solved(noised))
+        settings = self.stage.consistency
+        if settings.loss == "huber":
+            loss = pseudo_huber(estimate, target, settings.huber_c)
+        else:
+            loss = squared_error(estimate, target)
+        return {"loss": loss, "consistency": loss}
+
+    def _consistent(self, noised: Noised) -> Tensor:
+        noise_pred = self.student_pred(noised).float()
+        return consistent_original(self.sampler, noise_pred, noised.noisy, noised.timesteps)
+
+    def _solved(self, noised: Noised) -> Noised:
+        """One step of the teacher's guided solver further, both branches in one call (LCM, Sec. 4.2)."""
+        count = len(noised.noisy)
+        rows = torch.arange(count, device=noised.noisy.device).repeat(2)
+        with_text = torch.arange(2 * count, device=rows.device) < count
+        empty = self.examples.empty_caption.to(rows.device, torch.float32)
+        both = replace(
+            noised,
+            noisy=noised.noisy[rows],
+            timesteps=noised.timesteps[rows],
+            captions=noised.captions[rows].where(with_text, empty),
+        )
+        conditional, unconditional = self.teacher_pred(both).float().chunk(2)
+        guided = unconditional + self.guidance_scale * (conditional - unconditional)
+        earlier = (noised.timesteps - self.skipped).clamp(min=0)
+        noisy = ddim_step(self.schedule, guided, noised.noisy, noised.timesteps, earlier)
+        return replace(noised, noisy=noisy, timesteps=earlier)

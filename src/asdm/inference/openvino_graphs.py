@@ -1,0 +1,113 @@
+"""An exported folder's OpenVINO graphs in a diffusers pipeline: OpenVINO computes, the pipeline's loop stays as it is.
+
+`optimum.intel` has pipelines of its own for such folders; these modules need neither it nor its versions of the rest.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from torch import Tensor, nn
+
+from asdm.errors import AsdmError, needs_extra
+from asdm.inference.export import FILES
+from asdm.pipelines import MARKER, with_unet
+
+
+def with_openvino_graphs(pipeline: DiffusionPipeline, folder: str | Path) -> DiffusionPipeline:
+    """A second pipeline whose UNet and VAE decoder are those that `asdm.export` wrote to `folder`, on the CPU.
+
+    The text encoder, which runs once for an image, stays torch's; so do the scheduler and the loop. It draws images
+    from text.
+
+    Raises:
+        AsdmError: OpenVINO is not installed, or the folder holds no such graphs.
+    """
+    folder = Path(folder)
+    marker = folder / MARKER
+    about = json.loads(marker.read_text("utf-8")) if marker.is_file() else {}
+    if about.get("format") != "openvino":
+        raise AsdmError(f"{folder}: holds no OpenVINO graphs; write them with `asdm export MODEL --to openvino`")
+    unet = OpenVinoUNet(folder / "unet" / FILES["openvino"], pipeline.unet.config, about.get("int8") == "activations")
+    other = with_unet(pipeline, unet)  # type: ignore[arg-type]
+    other.register_modules(vae=OpenVinoDecoder(folder / "vae_decoder" / FILES["openvino"], pipeline.vae.config))
+    return other
+
+
+class _Graph(nn.Module):
+    """A graph, compiled for the shapes that it was last called with."""
+
+    def __init__(self, path: Path, config: Any):
+        super().__init__()
+        with needs_extra("openvino", "OpenVINO graphs"):
+            import openvino
+        self.config = config
+        self.dtype, self.device = torch.float32, torch.device("cpu")
+        self.megabytes = path.with_suffix(".bin").stat().st_size / 1e6
+        self._core = openvino.Core()
+        self._model = self._core.read_model(path)
+        self._compiled: Any = None
+        self._shapes: dict[str, list[int]] = {}
+
+    def run(self, **inputs: Tensor) -> Tensor:
+        """The first output."""
+        shapes = {name: list(value.shape) for name, value in inputs.items()}
+        if shapes != self._shapes:
+            # Fixed shapes run faster than a free batch.
+            model = self._model.clone()
+            model.reshape(shapes)
+            options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+            self._compiled, self._shapes = self._core.compile_model(model, "CPU", options), shapes
+        arrays = {
+            name: value.numpy().astype(self._model.input(name).element_type.to_dtype(), copy=False)
+            for name, value in inputs.items()
+        }
+        return torch.from_numpy(self._compiled(arrays, share_inputs=True)[0].copy())
+
+    @property
+    def precision(self) -> str:
+        """In what it computes; known once it has been called."""
+        return {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}[
+            self._compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        ]
+
+
+class OpenVinoUNet(_Graph):
+    """In the place of a UNet2DConditionModel."""
+
+    def __init__(self, path: Path, config: Any, int8: bool = False):
+        super().__init__(path, config)
+        self.int8 = int8
+
+    @property
+    def precision(self) -> str:
+        return "int8" if self.int8 else super().precision
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+        return_dict: bool = True,
+        **others: Any,
+    ) -> Any:
+        unknown = [name for name, value in others.items() if value is not None]
+        if unknown:
+            raise AsdmError(f"{', '.join(unknown)}: not part of the exported graph; use the torch pipeline for that")
+        added = added_cond_kwargs or {}
+        inputs = {"sample": sample, "timestep": timestep, "encoder_hidden_states": encoder_hidden_states}
+        predicted = self.run(**inputs, **added)
+        return UNet2DConditionOutput(sample=predicted) if return_dict else (predicted,)
+
+
+class OpenVinoDecoder(_Graph):
+    """In the place of an AutoencoderKL that only decodes."""
+
+    def decode(self, latents: Tensor, **_: Any) -> tuple[Tensor]:
+        return (self.run(latent_sample=latents.float()),)

@@ -1,0 +1,80 @@
+"""Plans are bettered by what their edits do together."""
+
+from contextlib import ExitStack
+
+import pytest
+
+from asdm import AsdmError, CondConv, PruningPlan, Remove, analyze, build_student, fit_compensation, make_plan
+from asdm.calibration import calibration_calls
+from asdm.compensation import prediction_error
+from asdm.planning import least_sensitive, possible_edits
+from asdm.repair import _restored, repair_plan
+from conftest import predict, tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return tiny_pipeline()
+
+
+@pytest.fixture(scope="module")
+def redundancy(pipeline):
+    return analyze(pipeline, timesteps=2, samples=4, latency_rounds=1)
+
+
+def worst_plan(redundancy):
+    """Of a budget of MACs, the most sensitive edits."""
+    plan = make_plan(redundancy, macs=0.8)
+    turned = [unit.model_copy(update={"sensitivity": 1 / (1e-6 + unit.sensitivity)}) for unit in redundancy.units]
+    bad = make_plan(redundancy.model_copy(update={"units": turned}), macs=0.8)
+    return plan.model_copy(update={"edits": bad.edits})
+
+
+def macs_saved(redundancy, plan):
+    return sum(choice.macs for choice in possible_edits(redundancy, "linear") if choice.edit in plan.edits)
+
+
+def test_a_bad_plan_is_bettered_within_its_budget(pipeline, redundancy):
+    plan = worst_plan(redundancy)
+    before = repair_plan(pipeline, redundancy, plan, timesteps=2, samples=4, rounds=0)
+    after = repair_plan(pipeline, redundancy, plan, timesteps=2, samples=4, rounds=3)
+    assert before.edits == plan.edits
+    assert after.figures.measured_sensitivity < 0.8 * before.figures.measured_sensitivity
+    assert macs_saved(redundancy, after) >= macs_saved(redundancy, plan) * (1 - 1e-6)
+
+
+def test_the_measured_sensitivity_is_that_of_the_fitted_student(pipeline, redundancy):
+    plan = repair_plan(pipeline, redundancy, make_plan(redundancy, macs=0.8), timesteps=2, samples=4, rounds=0, seed=5)
+    student = build_student(pipeline.unet, plan)
+    fit_compensation(pipeline, student, timesteps=2, samples=4, seed=6)
+    calls = calibration_calls(pipeline, None, None, 2, 4, 5)
+    assert plan.figures.measured_sensitivity == pytest.approx(prediction_error(pipeline.unet, student, calls), rel=1e-5)
+
+
+def test_restoring_every_edit_gives_the_teacher_back(pipeline, redundancy):
+    plan = make_plan(redundancy, macs=0.7, compensate="none")
+    student = build_student(pipeline.unet, plan)
+    cut = predict(student)
+    with ExitStack() as stack:
+        for edit in plan.edits:
+            stack.enter_context(_restored(pipeline.unet, student, edit))
+        assert predict(student).equal(predict(pipeline.unet))
+    assert predict(student).equal(cut)
+
+
+def test_a_plan_near_another_differs_in_few_edits(redundancy):
+    choices = possible_edits(redundancy, "linear")
+    start = [choice for choice in choices if choice.edit in worst_plan(redundancy).edits]
+    savings = [choice.macs for choice in choices]
+    needed = sum(choice.macs for choice in start)
+    for changes in (0, 2, 4):
+        found = least_sensitive(choices, savings, needed, near=(start, changes))
+        assert len(set(found) ^ set(start)) <= changes
+        assert sum(choice.macs for choice in found) >= needed * (1 - 1e-6)
+
+
+def test_what_the_map_does_not_know_is_refused(pipeline, redundancy):
+    bank = CondConv(unit="up_blocks.3.resnets.2.conv2", experts=["up_blocks.3.resnets.1.conv2"])
+    plan = PruningPlan.for_unet(pipeline.unet, [Remove(unit="up_blocks.3.resnets.1"), bank])
+    with pytest.raises(AsdmError, match="does not know this edit"):
+        repair_plan(pipeline, redundancy, plan)
