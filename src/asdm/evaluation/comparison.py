@@ -118,7 +118,7 @@ def evaluate(
     steps: int = 25,
     guidance_scale: float | None = None,
     seed: int = 0,
-    rounds: int = 10,
+    rounds: int | None = None,
     quality: bool = True,
     clip: CLIPModel | None = None,
     images_folder: Path | None = None,
@@ -132,7 +132,8 @@ def evaluate(
         prompts: used where there is no `data`; without real images only the distance to the teacher's
             images is told.
         samples: at most so many prompts of each split.
-        rounds: timed rounds of the UNet call; the pipeline is timed for half as many.
+        rounds: timed rounds of the UNet call; by default 10 to 60, as many as take five seconds of the first one. The
+            pipeline is timed for half as many, at most 5.
         quality: False to measure speed alone.
         clip: a CLIPModel for retrieval figures; its tokenizer is the first pipeline's.
         images_folder: where to keep every image as `SPLIT/NAME/0000.png`.
@@ -158,14 +159,17 @@ def evaluate(
 
 
 def measure_speed(
-    pipelines: dict[str, DiffusionPipeline], *, steps: int, guidance_scale: float, rounds: int
+    pipelines: dict[str, DiffusionPipeline], *, steps: int, guidance_scale: float, rounds: int | None
 ) -> list[SpeedFigures]:
     """Latency of the UNet call and of the whole pipeline, each in interleaved rounds; parameters; MACs."""
     device = next(iter(pipelines.values())).device
     unets = {name: pipeline.unet for name, pipeline in pipelines.items()}
-    unet_times = measure_interleaved(
-        {name: unet_call(unet) for name, unet in unets.items()}, rounds=rounds, device=device
-    )
+    base = next(iter(pipelines))
+    calls = {name: unet_call(unet) for name, unet in unets.items()}
+    if rounds is None:
+        once = measure_interleaved({base: calls[base]}, rounds=1, warmup=1, device=device)[base].median_ms
+        rounds = max(10, min(60, round(5000 / once)))
+    unet_times = measure_interleaved(calls, rounds=rounds, device=device)
     slowest = max(time.median_ms for time in unet_times.values())
     short = steps if slowest * steps <= _LONGEST_TIMED_PIPELINE_MS else min(steps, 2)
     pipeline_times = measure_interleaved(
@@ -173,13 +177,12 @@ def measure_speed(
             name: partial(generate, pipeline, ["a photograph"], steps=short, guidance_scale=guidance_scale)
             for name, pipeline in pipelines.items()
         },
-        rounds=max(1, rounds // 2) if short == steps else 1,
+        rounds=max(1, min(5, rounds // 2)) if short == steps else 1,
         warmup=1,
         device=device,
     )
     for name, time in pipeline_times.items():
         pipeline_times[name] = _longer(time, (steps - short) * unet_times[name].median_ms)
-    base = next(iter(pipelines))
     rows = []
     for name, unet in unets.items():
         with counting_macs(unet) as count:
