@@ -23,7 +23,7 @@ from asdm.planning import PossibleEdit, least_sensitive, measured_speedup, possi
 from asdm.redundancy import RedundancyMap, ablate, trials_of
 from asdm.student.edits import CompensationKind, GriAttention, Remove, UnitEdit, compensated
 from asdm.student.plan import PlanFigures, PruningPlan, build_student
-from asdm.student.surgery import replaced_paths, set_module
+from asdm.student.surgery import replaced_paths, swapped
 from asdm.units import removable_units
 
 ROUNDS = 2
@@ -142,14 +142,8 @@ def _worth(
 def _restored(teacher: UNet2DConditionModel, student: UNet2DConditionModel, edit: UnitEdit) -> Iterator[None]:
     """For the length of the block, the teacher's modules in the place of what an edit left."""
     paths = [edit.unit] if isinstance(edit, GriAttention) else replaced_paths(teacher, edit)
-    ours = {path: student.get_submodule(path) for path in paths}
-    try:
-        for path in paths:
-            set_module(student, path, teacher.get_submodule(path))
+    with swapped(student, {path: teacher.get_submodule(path) for path in paths}):
         yield
-    finally:
-        for path, module in ours.items():
-            set_module(student, path, module)
 
 
 def _compensation_of(plan: PruningPlan) -> CompensationKind:

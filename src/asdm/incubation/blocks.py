@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from asdm.errors import AsdmError
 from asdm.student.edits import CondConv, Remove
-from asdm.student.surgery import set_module
+from asdm.student.surgery import swapped
 from asdm.student.unet import edits_of
 from asdm.units import is_stage, layers, stage_of
 from asdm.units import stages as unet_blocks
@@ -94,14 +94,9 @@ def assembled(
     for group in groups_of(student):
         if 0 < len(set(group) & set(blocks)) < len(group):
             raise AsdmError(f"assembled: {', '.join(group)} go together in this student; name all or none")
-    replaced = {name: student.get_submodule(name) for name in unet_blocks(teacher) if name not in blocks}
-    try:
-        for name in replaced:
-            set_module(student, name, teacher.get_submodule(name))
+    others = [name for name in unet_blocks(teacher) if name not in blocks]
+    with swapped(student, {name: teacher.get_submodule(name) for name in others}):
         yield
-    finally:
-        for name, block in replaced.items():
-            set_module(student, name, block)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from typing import Any
@@ -157,15 +157,21 @@ def apply_edits(unet: UNet2DConditionModel, edits: Sequence[UnitEdit]) -> None:
 @contextmanager
 def edited(unet: UNet2DConditionModel, edit: UnitEdit) -> Iterator[None]:
     """Apply one edit for the length of the block, then put the original modules back."""
-    replacements = _HANDLERS[type(edit)](unet, edit)
-    originals = {path: unet.get_submodule(path) for path in replacements}
+    with swapped(unet, _HANDLERS[type(edit)](unet, edit)):
+        yield
+
+
+@contextmanager
+def swapped(root: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put modules at dotted paths below `root` for the length of the block, then those back that were there."""
+    originals = {path: root.get_submodule(path) for path in replacements}
     try:
         for path, module in replacements.items():
-            set_module(unet, path, module)
+            set_module(root, path, module)
         yield
     finally:
         for path, module in originals.items():
-            set_module(unet, path, module)
+            set_module(root, path, module)
 
 
 def replaced_paths(unet: UNet2DConditionModel, edit: UnitEdit) -> list[str]:
