@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 import typer
+from common import finish
 from diffusers import DiffusionPipeline
-from student import finish
 from torch import Tensor
 
 import asdm

@@ -13,19 +13,14 @@ ToMe comes from its own package: pip install -e '.[benchmark]'.
 from __future__ import annotations
 
 import copy
-import json
-import platform
-from datetime import date
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tomesd
 import torch
 import typer
+from common import finish, without_second_layers
 from diffusers import UNet2DConditionModel
-from rich.console import Console
-from rich.table import Table
 from scipy.stats import spearmanr
 
 import asdm
@@ -39,8 +34,6 @@ from asdm.student.plan import PruningPlan, build_student
 from asdm.units import removable_units
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-console = Console()
-RESULTS = Path(__file__).parent.parent / "docs" / "results"
 KINDS = ("none", "bias", "diagonal", "linear")
 
 
@@ -133,11 +126,7 @@ def gri_speed(size: int = 64, rounds: int = 6) -> None:
 def cond_conv(rounds: int = 6) -> None:
     """Latency of SD 1.5's UNet (random weights) pruned to BK-SDM-Base, without banks and with them."""
     unet = random_unet(UNETS["sd15"]).eval()
-    removed = [
-        name for name in (u.name for u in removable_units(unet)) if name.endswith((".resnets.1", ".attentions.1"))
-    ]
-    removed = [name for name in removed if not name.startswith("mid_block")]
-    plan = PruningPlan.for_unet(unet, [{"edit": "remove", "unit": name} for name in removed])
+    plan = without_second_layers(unet)
     models = {"pruned": build_student(unet, plan)}
     for router in ("time", "input"):
         models[f"router {router}"] = build_student(unet, asdm.add_banks(plan, unet, router=router))
@@ -196,21 +185,6 @@ def timed(models: dict[str, UNet2DConditionModel], rounds: int) -> list[dict[str
         }
         for name, time in times.items()
     ]
-
-
-def finish(name: str, rows: list[dict[str, Any]]) -> None:
-    about = {
-        "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, torch {torch.__version__}, float32, {torch.get_num_threads()} threads",
-    }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-    table = Table(title=f"{name} ({about['machine']})")
-    for column in rows[0]:
-        table.add_column(column.replace("_", " "))
-    for row in rows:
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
-    console.print(table)
 
 
 if __name__ == "__main__":

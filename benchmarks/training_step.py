@@ -6,12 +6,9 @@ python benchmarks/training_step.py estimate      # SD 1.5's and SDXL's shape: me
 
 from __future__ import annotations
 
-import json
-import platform
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,15 +16,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import typer
-from rich.console import Console
-from rich.table import Table
+from common import finish, without_second_layers
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import asdm
 from asdm.conditioning import noise_schedule
 from asdm.evaluation.latency import Latency
 from asdm.evaluation.memory import peak_megabytes
-from asdm.files import write_text
 from asdm.incubation.data import ShuffledBatches
 from asdm.incubation.distillation import capturing, make_task, prepare
 from asdm.incubation.estimate import estimate as estimated
@@ -35,12 +30,9 @@ from asdm.incubation.optimizers import OptimizerName
 from asdm.incubation.stages import Stage
 from asdm.incubation.trainer import Part, make_accelerator, train
 from asdm.inference.runtime import prepare_for_training
-from asdm.student.plan import PruningPlan, build_student
-from asdm.units import removable_units
+from asdm.student.plan import build_student
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-console = Console()
-RESULTS = Path(__file__).parent.parent / "docs" / "results"
 SETUPS: list[tuple[int, bool, OptimizerName, bool]] = [  # GPUs, FSDP, optimiser, gradient checkpointing
     (1, False, "adamw", False),
     (1, False, "adamw8bit", True),
@@ -166,34 +158,10 @@ def estimate(tflops: float = 100.0, steps: int = 50_000, batch_size: int = 64) -
     finish("training_estimate", rows, tflops=tflops, steps=steps, batch_size=batch_size)
 
 
-def without_second_layers(unet: Any) -> PruningPlan:
-    """A plan that removes the second resnet and attention of every stage."""
-    names = [unit.name for unit in removable_units(unet) if unit.name.endswith((".resnets.1", ".attentions.1"))]
-    return PruningPlan.for_unet(unet, [asdm.Remove(unit=name) for name in names if not name.startswith("mid_block")])
-
-
 def elapsed(call: Callable[[], None]) -> float:
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
-
-
-def finish(name: str, rows: list[dict[str, Any]], **settings: Any) -> None:
-    about = {
-        "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads",
-        **settings,
-    }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    write_text(RESULTS / f"{name}.json", json.dumps({**about, "rows": rows}, indent=1) + "\n")
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    table = Table(title=f"{name} ({', '.join(f'{key} {value}' for key, value in about.items())})")
-    for column in columns:
-        table.add_column(column.replace("_", " "))
-    for row in rows:
-        values = [row.get(column, "") for column in columns]
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values))
-    console.print(table)
 
 
 if __name__ == "__main__":

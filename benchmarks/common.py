@@ -1,0 +1,49 @@
+"""What the benchmarks share: where figures go, and the plan that removes what most UNets can spare."""
+
+from __future__ import annotations
+
+import json
+import platform
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from rich.console import Console
+from rich.table import Table
+
+import asdm
+from asdm.files import write_text
+from asdm.student.plan import PruningPlan
+from asdm.units import removable_units
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
+console = Console()
+
+
+def machine() -> dict[str, str]:
+    """The date and what it was measured with."""
+    device = f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    return {"date": date.today().isoformat(), "machine": device}
+
+
+def finish(name: str, rows: list[dict[str, Any]], **settings: Any) -> None:
+    """Print the rows as a table and write them to the results."""
+    about = {**machine(), **settings}
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    write_text(RESULTS / f"{name}.json", json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    table = Table(title=f"{name} ({', '.join(f'{key} {value}' for key, value in about.items())})")
+    for column in columns:
+        table.add_column(column.replace("_", " "))
+    for row in rows:
+        values = [row.get(column, "") for column in columns]
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values))
+    console.print(table)
+
+
+def without_second_layers(unet: UNet2DConditionModel) -> PruningPlan:
+    """A plan that removes the second resnet and attention of every stage."""
+    names = [unit.name for unit in removable_units(unet) if unit.name.endswith((".resnets.1", ".attentions.1"))]
+    return PruningPlan.for_unet(unet, [asdm.Remove(unit=name) for name in names if not name.startswith("mid_block")])
