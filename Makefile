@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test benchmark slow lint clean
+.PHONY: demo test benchmark ablation slow lint clean
 demo: $(INSTALLED)
 	$(BIN)/asdm demo --out asdm-demo
 
@@ -16,6 +16,11 @@ ROUNDS ?= 3
 benchmark: $(INSTALLED)
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[benchmark]"
 	$(BIN)/asdm benchmark demo random:sd15 $(addprefix --student ,$(STUDENTS)) --rounds $(ROUNDS) --out docs/results
+
+# Goes on where it was: a finished run is not run again.
+ablation: $(INSTALLED)
+	$(BIN)/python benchmarks/ablation.py run
+	$(BIN)/python benchmarks/ablation.py show
 
 slow: $(INSTALLED)
 	$(BIN)/pytest -q -m slow

@@ -2,7 +2,7 @@
 
     python benchmarks/ablation.py run                       # all that is not in docs/results/ablation.json yet
     python benchmarks/ablation.py run --only bk-sdm,full --seeds 0
-    python benchmarks/ablation.py table                     # mean and spread over the seeds
+    python benchmarks/ablation.py show                      # mean and spread over the seeds: a table, docs/ablation.png
 
 The embedded pipeline; one plan of removals for each speed-up; each run trains for the same time, as steps whose cost
 was measured in turns, so that a busy minute of the machine falls on nobody. A finished run is not run again.
@@ -11,19 +11,17 @@ was measured in turns, so that a busy minute of the machine falls on nobody. A f
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 import statistics
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 import typer
+from common import RESULTS, console, machine
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from rich.console import Console
-from rich.table import Table
+from matplotlib.figure import Figure
 from torch import Tensor
 
 import asdm
@@ -45,8 +43,7 @@ from asdm.student.plan import PruningPlan, build_student
 from asdm.units import removable_units
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-console = Console()
-RESULTS = Path(__file__).parent.parent / "docs" / "results" / "ablation.json"
+ROWS = RESULTS / "ablation.json"
 WORK = Path("runs/ablation")
 COMPONENTS = ("normalised", "incubation", "cond-conv", "gri", "sas", "compensation", "muon")
 FAST_SPEEDUP = 2.0  # at which only BK-SDM's recipe and the full method are run
@@ -77,7 +74,7 @@ def run(
     examples = prepare(pipeline, "demo", WORK / "prepared")
     judged = _Judged(pipeline, samples)
     chosen = [name.strip() for name in only.split(",") if name.strip()]
-    rows = json.loads(RESULTS.read_text("utf-8"))["rows"] if RESULTS.is_file() else []
+    rows = _known()
     for seed in (int(part) for part in seeds.split(",")):
         for target in (float(part) for part in targets.split(",")):
             plan = _plan(pipeline, target)
@@ -87,33 +84,61 @@ def run(
                 if (chosen and name not in chosen) or any(key.items() <= row.items() for row in rows):
                     continue
                 row = key | _run(pipeline, examples, plan, components, steps.get(name, 0), seed, judged)
-                rows.append(row | {"seconds": seconds if components is not None else 0})
-                about = {
-                    "date": date.today().isoformat(),
-                    "machine": f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads",
-                }
-                write_text(RESULTS, json.dumps(about | {"rows": rows}, indent=1) + "\n")
-                console.print(row, highlight=False)
+                rows.append(row | {"seconds": seconds if components is not None else 0} | machine())
+                write_text(ROWS, json.dumps(rows, indent=1) + "\n")
+                console.print(rows[-1], highlight=False)
 
 
 @app.command()
-def table() -> None:
-    """Mean and deviation over the seeds, the teacher first."""
-    rows = json.loads(RESULTS.read_text("utf-8"))["rows"]
+def show() -> None:
+    """Mean and deviation over the seeds, the teacher first: a table in Markdown, and the plot."""
+    rows = _known()
     for target in sorted({row["target"] for row in rows}):
-        shown = Table(title=f"plan of {target:g}x")
-        for column in ("recipe", "seeds", "UNet speed-up", "steps", *METRICS):
-            shown.add_column(column.replace("_", " "))
-        of_target = [row for row in rows if row["target"] == target]
-        for name in dict.fromkeys(row["name"] for row in of_target):
-            mine = [row for row in of_target if row["name"] == name]
-            cells = [f"{statistics.mean(row['speedup'] for row in mine):.2f}x", str(mine[0]["steps"])]
-            for metric in METRICS:
-                values = [row[f"{metric}_heldout"] for row in mine]
-                spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-                cells.append(f"{statistics.mean(values):.3f}{spread}")
-            shown.add_row(name, str(len(mine)), *cells)
-        console.print(shown)
+        print(f"\n| plan of {target:g}x | seeds | UNet | steps | {' | '.join(m.replace('_', ' ') for m in METRICS)} |")
+        print("|" + "---|" * (4 + len(METRICS)))
+        for name, mine in _by_name(rows, target).items():
+            found = [_mean_and_deviation(mine, f"{metric}_heldout") for metric in METRICS]
+            cells = [f"{mean:.3f} ± {deviation:.3f}" for mean, deviation in found]
+            speed = statistics.mean(row["speedup"] for row in mine)
+            print(f"| {name} | {len(mine)} | {speed:.2f}x | {mine[0]['steps']} | {' | '.join(cells)} |")
+    _plot(rows).savefig(RESULTS.parent / "ablation.png", dpi=120)
+
+
+def _known() -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(ROWS.read_text("utf-8")) if ROWS.is_file() else []
+    return rows
+
+
+def _by_name(rows: list[dict[str, Any]], target: float) -> dict[str, list[dict[str, Any]]]:
+    """The rows of a target by recipe, in the recipes' order."""
+    names = ["teacher", *variants(target)]
+    found = {name: [row for row in rows if row["target"] == target and row["name"] == name] for name in names}
+    return {name: mine for name, mine in found.items() if mine}
+
+
+def _mean_and_deviation(rows: list[dict[str, Any]], key: str) -> tuple[float, float]:
+    values = [row[key] for row in rows]
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _plot(rows: list[dict[str, Any]]) -> Figure:
+    """Each recipe's distance to the teacher and held-out accuracy at the first target, with the seeds' deviation."""
+    by_name = _by_name(rows, min(row["target"] for row in rows))
+    panels = {"teacher_distance_heldout": "distance to the teacher's images", "concept_top5_heldout": "concept top-5"}
+    figure = Figure(figsize=(10, 0.3 * len(by_name) + 1.2), layout="constrained")
+    for axes, (key, title) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
+        for place, (name, mine) in enumerate(by_name.items()):
+            if name == "teacher" and key == "teacher_distance_heldout":
+                continue
+            mean, deviation = _mean_and_deviation(mine, key)
+            colour = {"teacher": "black", "bk-sdm": "tab:red", "full": "tab:blue"}.get(name, "tab:gray")
+            axes.errorbar(mean, place, xerr=deviation, fmt="o", color=colour, capsize=3)
+        axes.set_title(f"{title}, held out", fontsize=10)
+        axes.set_yticks(range(len(by_name)), list(by_name))
+        axes.grid(axis="x", color="gainsboro")
+        axes.set_axisbelow(True)
+    figure.axes[0].invert_yaxis()
+    return figure
 
 
 def _run(
