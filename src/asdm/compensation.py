@@ -73,7 +73,6 @@ def fit_compensation(
         AsdmError: the data folder cannot be used, or the fit gives numbers that are not finite.
     """
     teacher: UNet2DConditionModel = pipeline.unet
-    edits = _to_fit(teacher, student)
     was_training = teacher.training, student.training
     teacher.eval()
     student.eval()
@@ -82,16 +81,31 @@ def fit_compensation(
         seen = calibration_calls(pipeline, data, prompts, timesteps, samples, seed)
         unseen = calibration_calls(pipeline, data, prompts, timesteps, samples, seed + 1)
         before = prediction_error(teacher, student, unseen)
-        left = {}
-        for index, edit in enumerate(edits):
-            left[edit.unit] = _fit(teacher, student, edit, seen, ridge)
-            if progress is not None:
-                progress(index + 1, len(edits), edit.unit)
-        after = prediction_error(teacher, student, unseen) if edits else before
+        left = fit_to_calls(teacher, student, seen, ridge, progress)
+        after = prediction_error(teacher, student, unseen) if left else before
     finally:
         teacher.train(was_training[0])
         student.train(was_training[1])
     return CompensationReport(error_before=before, error_after=after, left_by_unit=left)
+
+
+@torch.no_grad()
+def fit_to_calls(
+    teacher: UNet2DConditionModel,
+    student: UNet2DConditionModel,
+    calls: Sequence[CalibrationCall],
+    ridge: float | None = None,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Fit every compensation of `student` in place, and nothing more: for each unit, the part of the missing power that
+    is left. Both UNets are in evaluation mode."""
+    edits = _to_fit(teacher, student)
+    left = {}
+    for index, edit in enumerate(edits):
+        left[edit.unit] = _fit(teacher, student, edit, calls, ridge)
+        if progress is not None:
+            progress(index + 1, len(edits), edit.unit)
+    return left
 
 
 @torch.no_grad()
