@@ -33,7 +33,7 @@ from asdm.files import write_text
 from asdm.incubation.data import ShuffledBatches, open_data
 from asdm.incubation.distillation import TrainingSet, make_task, prepare
 from asdm.incubation.optimizers import make_optimizer
-from asdm.incubation.recipes import SEMANTIC_WEIGHT, incubation_stages, pace
+from asdm.incubation.recipes import CAPTION_SPLICE, SEMANTIC_WEIGHT, incubation_stages, pace
 from asdm.incubation.stages import LossWeights, Stage
 from asdm.inference.runtime import prepare_for_training
 from asdm.pipelines import load_clip
@@ -45,7 +45,7 @@ from asdm.units import removable_units
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 ROWS = RESULTS / "ablation.json"
 WORK = Path("runs/ablation")
-COMPONENTS = ("normalised", "incubation", "cond-conv", "gri", "sas", "compensation", "muon")
+COMPONENTS = ("normalised", "incubation", "cond-conv", "gri", "sas", "compensation", "muon", "splice")
 FAST_SPEEDUP = 2.0  # at which only BK-SDM's recipe and the full method are run
 SECONDS = 150.0  # of training each
 METRICS = ("concept_top1", "concept_top5", "style", "kid", "retrieval_at_1", "teacher_distance")
@@ -189,7 +189,7 @@ def _with_components(unet: UNet2DConditionModel, plan: PruningPlan, components: 
         outer = [u.name for u in removable_units(unet) if u.kind == "self_attention"]
         outer = [name for name in outer if name.startswith(("down_blocks.0.", last))]
         kept = [name for name in outer if not any(name == unit or name.startswith(f"{unit}.") for unit in gone)]
-        edits += [GriAttention(unit=name, regions=2, pool=2) for name in kept]
+        edits += [GriAttention(unit=name, regions=2, pool=2, weighted=True) for name in kept]
     full = PruningPlan.for_unet(unet, edits)
     return asdm.add_banks(full, unet, params=0.15, router="time") if "cond-conv" in components else full
 
@@ -204,6 +204,9 @@ def _stages(student: UNet2DConditionModel, components: tuple[str, ...], steps: i
         stages = incubation_stages(student, steps)
     else:
         stages = [Stage(name="joint", **pace(student, steps))]
+    # While blocks are incubated or assembled, captions stay whole.
+    spliced = CAPTION_SPLICE if "splice" in components else 0.0
+    stages[-1] = stages[-1].model_copy(update={"caption_splice": spliced})
     return [stage.model_copy(update=changes) for stage in stages]
 
 

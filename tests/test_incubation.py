@@ -16,6 +16,8 @@ from asdm.incubation.losses import min_snr_weights, semantic_loss, squared_error
 from asdm.incubation.recipes import RECIPES, as_yaml, recipe_stages
 from asdm.incubation.semantics import UNetEncoder, VisionEncoder
 from asdm.incubation.stages import LossWeights, Semantics, parse_stages
+from asdm.incubation.teaching import WHOLE
+from asdm.incubation.trainer import Part
 from conftest import predict, tiny_pipeline, tiny_vae
 
 REMOVED = ("down_blocks.1.resnets.1", "mid_block.resnets.1", "up_blocks.2.attentions.1")
@@ -228,6 +230,26 @@ def test_guided_output_distillation_compares_guided_predictions(pipeline, exampl
     _, strong = losses_of(pipeline, student, examples, stage(caption_dropout=0, guidance_scale=5.0))
     assert one["output"] == pytest.approx(plain["output"], rel=1e-4)  # scale 1 is no guidance
     assert not math.isclose(strong["output"], plain["output"], rel_tol=1e-2)
+
+
+def test_a_spliced_caption_is_its_own_up_to_a_token_and_another_behind(pipeline, examples):
+    task = make_task(
+        pipeline,
+        pruned(pipeline.unet),
+        noise_schedule(pipeline),
+        examples,
+        stage(caption_dropout=0, caption_splice=1),
+    )
+    indices = torch.arange(4)
+    found = task.noised(indices, torch.Generator().manual_seed(0), WHOLE).captions.encoder_hidden_states
+    captions = examples.prepared.batch(indices)[1].encoder_hidden_states
+    assert not torch.equal(found, captions)
+    for own, mixed in zip(captions, found, strict=True):
+        place = int((own == mixed).all(1).int().cumprod(0).sum())  # the tokens that are its own
+        assert place >= 1
+        assert any(torch.equal(mixed[place:], other[place:]) for other in captions)
+    halves = [task.noised(indices, torch.Generator().manual_seed(0), Part(i, 2)).captions for i in range(2)]
+    assert torch.equal(torch.cat([half.encoder_hidden_states for half in halves]), found)  # however it is parted
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

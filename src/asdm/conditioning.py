@@ -59,6 +59,13 @@ class Conditioning:
             self.masked,
         )
 
+    def spliced(self, others: Conditioning, places: Tensor) -> Conditioning:
+        """With the tokens of `others` (prompts) from the `places` (prompts,) on."""
+        tokens = torch.arange(self.encoder_hidden_states.shape[1], device=places.device)
+        behind = (tokens >= places[:, None])[:, :, None]
+        hidden = torch.where(behind, others.encoder_hidden_states, self.encoder_hidden_states)
+        return replace(self, encoder_hidden_states=hidden)
+
     def without_text(self) -> Conditioning:
         """What SDXL's guidance takes for an empty prompt: zeros, at the same image size."""
         pooled = None if self.text_embeds is None else torch.zeros_like(self.text_embeds)

@@ -16,6 +16,7 @@ from asdm.units import stages as unet_blocks
 
 SMALL_MODEL_PARAMETERS = 50_000_000
 SEMANTIC_WEIGHT = 0.3
+CAPTION_SPLICE = 0.7
 
 
 def pace(student: UNet2DConditionModel, steps: int) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def pace(student: UNet2DConditionModel, steps: int) -> dict[str, Any]:
 
 def joint_stages(student: UNet2DConditionModel, steps: int) -> list[Stage]:
     """The whole student at once, on task, output and features, each relative to the teacher's power."""
-    return [Stage(name="joint", **pace(student, steps))]
+    return [Stage(name="joint", caption_splice=CAPTION_SPLICE, **pace(student, steps))]
 
 
 def bk_sdm_stages(student: UNet2DConditionModel, steps: int) -> list[Stage]:
@@ -65,7 +66,7 @@ def incubation_stages(student: UNet2DConditionModel, steps: int) -> list[Stage]:
             stages.append(Stage(name=f"assemble-{number}", assembled=list(blocks), **pace(student, each)))
     left = steps - sum(stage.steps for stage in stages)
     losses = LossWeights(semantic=SEMANTIC_WEIGHT)
-    return [*stages, Stage(name="joint", losses=losses, **pace(student, left))]
+    return [*stages, Stage(name="joint", losses=losses, caption_splice=CAPTION_SPLICE, **pace(student, left))]
 
 
 def lcm_stages(student: UNet2DConditionModel, steps: int) -> list[Stage]:

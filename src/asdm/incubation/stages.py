@@ -56,6 +56,8 @@ class Stage(BaseModel):
     expects behind it; "joint" trains the whole, or, with `assembled`, the student's blocks of these names inside the
     otherwise frozen teacher; "consistency" teaches it to sample in a few steps, by `consistency` instead of the losses.
     `trained` narrows what moves: the layers beside a cut, or the routers of CondConv banks.
+    `caption_splice` is the share of captions whose embeddings are another caption's from a random token on (inferred):
+    the late tokens of a caption have read all of it, and a student that learns images by them knows no new combination.
     `relative` divides task, output and feature losses by the teacher's power. `guidance_scale` makes the output loss
     one of guided predictions, conditional and unconditional branch; in a consistency stage it is the scale that the
     student takes over, by default the teacher's usual one. `min_snr_gamma` weighs time steps (Min-SNR).
@@ -76,6 +78,7 @@ class Stage(BaseModel):
     weight_decay: float = Field(0.01, ge=0)
     ema_decay: float = Field(0.999, ge=0, lt=1)
     caption_dropout: float = Field(0.1, ge=0, le=1)
+    caption_splice: float = Field(0.0, ge=0, le=1)
     checkpoint_every: int = Field(100, ge=1)
     mixed_precision: Literal["no", "bf16", "fp16", "auto"] = "no"
     losses: LossWeights = LossWeights()

@@ -82,6 +82,12 @@ class TeachingTask(TrainingTask):
         chosen = part.of(count)
         latents, captions = self.examples.prepared.batch(indices[chosen])
         latents = latents.to(device)
+        if self.stage.caption_splice:
+            others = indices[torch.randperm(count, generator=generator)][chosen]
+            captions = captions.spliced(
+                self.examples.prepared.batch(others)[1],
+                self._splices(count, captions.encoder_hidden_states.shape[1], generator)[chosen],
+            )
         kept = torch.rand(count, generator=generator) >= self.stage.caption_dropout
         captions = captions.where(kept[chosen], self.examples.empty_caption)
         timesteps = self.timesteps(count, generator)[chosen].to(device)
@@ -89,6 +95,11 @@ class TeachingTask(TrainingTask):
         noisy = self.schedule.add_noise(latents, noise, timesteps)
         target = prediction_target(self.schedule, latents, noise, timesteps)
         return Noised(noisy, timesteps, target, captions.to(device, torch.float32))
+
+    def _splices(self, count: int, tokens: int, generator: torch.Generator) -> Tensor:
+        """From which token (count,) on each caption is another's; behind the last where it stays whole."""
+        places = torch.randint(1, tokens, (count,), generator=generator)
+        return torch.where(torch.rand(count, generator=generator) < self.stage.caption_splice, places, tokens)
 
     def teacher_pred(self, noised: Noised) -> Tensor:
         dtype = self.teacher.dtype
