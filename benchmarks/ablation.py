@@ -47,7 +47,7 @@ ROWS = RESULTS / "ablation.json"
 WORK = Path("runs/ablation")
 COMPONENTS = ("normalised", "incubation", "cond-conv", "gri", "sas", "compensation", "muon", "splice")
 FAST_SPEEDUP = 2.0  # at which only BK-SDM's recipe and the full method are run
-SECONDS = 150.0  # of training each
+SECONDS = 240.0  # of training each
 METRICS = ("concept_top1", "concept_top5", "style", "kid", "retrieval_at_1", "teacher_distance")
 
 

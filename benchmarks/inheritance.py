@@ -10,7 +10,6 @@ little. The peers come from their own packages: pip install -e '.[benchmark]'.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor
 
 import asdm
 from asdm.evaluation.contestants import Contestant, attention_broadcast, deep_cache, inheriting, tome
-from asdm.evaluation.latency import synchronise
+from asdm.evaluation.latency import timing_modules
 from asdm.generation import default_guidance
 from asdm.incubation.data import open_data
 from asdm.inference.inheritance_calibration import observe_sampling
@@ -88,33 +87,11 @@ def counted(pipeline: DiffusionPipeline, entries: Sequence[Contestant], steps: i
     fastest: dict[str, list[float]] = {}
     for _ in range(rounds + 1):  # the first warms up, and counts too: what is slow is not the fastest
         for entry in entries:
-            with entry.prepared(pipeline) as ready:
-                seconds = seconds_of_steps(ready, steps)
+            with entry.prepared(pipeline) as ready, timing_modules(ready.unet, [""], ready.device) as times:
+                draw(ready, ["a photograph"], steps)
+            seconds = times[""]
             fastest[entry.name] = [min(pair) for pair in zip(seconds, fastest.get(entry.name, seconds), strict=True)]
     return {name: sum(seconds) for name, seconds in fastest.items()}
-
-
-def seconds_of_steps(pipeline: DiffusionPipeline, steps: int) -> list[float]:
-    started, seconds = [0.0], []
-
-    def before(*_: Any) -> None:
-        synchronise(pipeline.device)
-        started[0] = time.perf_counter()
-
-    def after(*_: Any) -> None:
-        synchronise(pipeline.device)
-        seconds.append(time.perf_counter() - started[0])
-
-    handles = [
-        pipeline.unet.register_forward_pre_hook(before, prepend=True),
-        pipeline.unet.register_forward_hook(after),
-    ]
-    try:
-        draw(pipeline, ["a photograph"], steps)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seconds
 
 
 def final_latents(pipeline: DiffusionPipeline, entry: Contestant, prompts: list[str], steps: int) -> Tensor:

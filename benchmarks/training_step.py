@@ -7,7 +7,6 @@ python benchmarks/training_step.py estimate      # SD 1.5's and SDXL's shape: me
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import asdm
 from asdm.conditioning import noise_schedule
-from asdm.evaluation.latency import Latency
+from asdm.evaluation.latency import Latency, seconds_of
 from asdm.evaluation.memory import peak_megabytes
 from asdm.incubation.data import ShuffledBatches
 from asdm.incubation.distillation import capturing, make_task, prepare
@@ -105,7 +104,7 @@ def timed(run: Callable[..., None], parts: Parts) -> list[dict[str, Any]]:
     seconds: dict[str, list[float]] = {"step": [], "teacher forward": [], "student forward and backward": []}
 
     def measure(row: dict[str, float]) -> None:
-        alone = [elapsed(parts.teacher_forward), elapsed(parts.student_forward_and_backward)]
+        alone = [seconds_of(parts.teacher_forward), seconds_of(parts.student_forward_and_backward)]
         if row["step"] > 1:  # the first is the warm-up
             for values, value in zip(seconds.values(), [row["seconds"], *alone], strict=True):
                 values.append(value)
@@ -156,12 +155,6 @@ def estimate(tflops: float = 100.0, steps: int = 50_000, batch_size: int = 64) -
             memory = {part: size / 1e9 for part, size in found.memory.items()}
             rows.append({**setup, "checkpointing": checkpointing, **costs, **memory})
     finish("training_estimate", rows, tflops=tflops, steps=steps, batch_size=batch_size)
-
-
-def elapsed(call: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from asdm.evaluation.comparison import EvaluationSet, RealImages, evaluation_sets, folder_name, save_images
 from asdm.evaluation.contestants import Contestant, unforeseen
-from asdm.evaluation.latency import synchronise, unet_call
+from asdm.evaluation.latency import seconds_of, synchronise, unet_call
 from asdm.evaluation.macs import counting_macs
 from asdm.evaluation.memory import peak_megabytes
 from asdm.evaluation.metrics import Judge, feature_distance
@@ -176,7 +176,7 @@ def contest_rows(
         longest: seconds that a timed image may take; where it would take longer, its parts are timed, and those whose
             steps are of unforeseen kinds take no part.
     """
-    extrapolated = _seconds_of(unet_call(pipeline.unet), pipeline.device) * entries[0].steps > longest
+    extrapolated = seconds_of(unet_call(pipeline.unet), pipeline.device) * entries[0].steps > longest
     if extrapolated:
         entries = [entry for entry in entries if entry.kinds is not unforeseen]
     faults: dict[str, str] = {}
@@ -253,7 +253,7 @@ def _timed(
 
 def _whole_image(ready: DiffusionPipeline, entry: Contestant) -> _Sample:
     with _watching(ready) as calls:
-        seconds = _seconds_of(
+        seconds = seconds_of(
             lambda: generate(ready, ["a photograph"], steps=entry.steps, guidance_scale=default_guidance(ready)),
             ready.device,
         )
@@ -275,7 +275,7 @@ def _decoding(ready: DiffusionPipeline, latents: Tensor, known: dict[int, float]
     """Seconds of the VAE's decoder; once in a turn (`known` by its identity), as many contestants share theirs."""
     if id(ready.vae) not in known:
         scaled = latents / ready.vae.config.scaling_factor
-        known[id(ready.vae)] = _seconds_of(lambda: ready.vae.decode(scaled, return_dict=False), ready.device)
+        known[id(ready.vae)] = seconds_of(lambda: ready.vae.decode(scaled, return_dict=False), ready.device)
     return known[id(ready.vae)]
 
 
@@ -351,14 +351,6 @@ def _watching(ready: DiffusionPipeline) -> Iterator[list[tuple[float, float]]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _seconds_of(call: Callable[[], Any], device: torch.device | str) -> float:
-    synchronise(device)
-    start = time.perf_counter()
-    call()
-    synchronise(device)
-    return time.perf_counter() - start
 
 
 def _judged(

@@ -45,12 +45,17 @@ def measure_interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            synchronise(device)
-            start = time.perf_counter()
-            call()
-            synchronise(device)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(seconds_of(call, device))
     return {name: Latency.of(values) for name, values in seconds.items()}
+
+
+def seconds_of(call: Callable[[], Any], device: torch.device | str = "cpu") -> float:
+    """How long one call takes, until the device is done with it."""
+    synchronise(device)
+    start = time.perf_counter()
+    call()
+    synchronise(device)
+    return time.perf_counter() - start
 
 
 def speedup(baseline: Latency, other: Latency) -> float:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from asdm.evaluation.latency import synchronise
+from asdm.evaluation.latency import seconds_of
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -55,11 +54,4 @@ def _convolution(
 
 def _gflops(call: Callable[[], Any], macs: float, repeats: int, device: torch.device | str) -> float:
     call()
-    seconds = []
-    for _ in range(repeats):
-        synchronise(device)
-        start = time.perf_counter()
-        call()
-        synchronise(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * macs / min(seconds) / 1e9
+    return 2 * macs / min(seconds_of(call, device) for _ in range(repeats)) / 1e9
