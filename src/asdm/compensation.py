@@ -64,7 +64,7 @@ def fit_compensation(
     Args:
         student: from `build_student` of the pipeline's UNet, before any training.
         data, prompts, timesteps, samples: the calibration, as for `analyze`; by default 32 samples at up to 32x32
-            latents, else 4: the innermost level has few positions in each.
+            latents, else 4.
         ridge: added to the inputs' covariance, as a part of its mean diagonal; by default the one, for each unit,
             with which one half of the samples tells the other best.
         progress: called with units done, units in all, and the unit's name.
@@ -77,7 +77,7 @@ def fit_compensation(
     teacher.eval()
     student.eval()
     try:
-        samples = samples or (32 if latent_shape(pipeline)[1] <= 32 else 4)
+        samples = samples or samples_to_fit(pipeline)
         seen = calibration_calls(pipeline, data, prompts, timesteps, samples, seed)
         unseen = calibration_calls(pipeline, data, prompts, timesteps, samples, seed + 1)
         before = prediction_error(teacher, student, unseen)
@@ -87,6 +87,11 @@ def fit_compensation(
         teacher.train(was_training[0])
         student.train(was_training[1])
     return CompensationReport(error_before=before, error_after=after, left_by_unit=left)
+
+
+def samples_to_fit(pipeline: DiffusionPipeline) -> int:
+    """How many samples a fit reads by default: the innermost level has few positions in each."""
+    return 32 if latent_shape(pipeline)[1] <= 32 else 4
 
 
 @torch.no_grad()

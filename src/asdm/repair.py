@@ -17,8 +17,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from asdm.calibration import CalibrationCall, calibration_calls
-from asdm.compensation import fit_to_calls, prediction_error, unit_maps
-from asdm.conditioning import latent_shape
+from asdm.compensation import fit_to_calls, prediction_error, samples_to_fit, unit_maps
 from asdm.errors import AsdmError
 from asdm.planning import PossibleEdit, least_sensitive, measured_speedup, possible_edits
 from asdm.redundancy import RedundancyMap, ablate, trials_of
@@ -70,9 +69,7 @@ def repair_plan(
     needed = sum(saved for choice, saved in zip(choices, savings, strict=True) if choice in chosen)
     calls = calibration_calls(pipeline, data, prompts, timesteps or len(redundancy.timesteps), samples, seed)
     references = [teacher(**call.arguments, return_dict=False)[0] for call in calls]
-    # Half of what a plan's final maps are fitted on: enough to tell plans apart.
-    enough = samples or (16 if latent_shape(pipeline)[1] <= 32 else 2)
-    seen = calibration_calls(pipeline, data, prompts, len(calls), enough, seed + 1)
+    seen = calibration_calls(pipeline, data, prompts, len(calls), samples or samples_to_fit(pipeline), seed + 1)
 
     def fitted(candidate: PruningPlan) -> tuple[UNet2DConditionModel, float]:
         student = build_student(teacher, candidate).eval()
