@@ -132,6 +132,7 @@ def test_a_peer_runs_and_leaves_the_pipeline_as_it_was(make, pipeline):
     assert torch.equal(generate(pipeline, ["a photograph"], steps=8), expected)
 
 
+@pytest.mark.slow
 def test_openvino_draws_the_same_within_the_same_loop(pipeline):
     pytest.importorskip("openvino")
     entry = combined("graph", "runtime", kept(in_openvino()), steps=4)

@@ -155,19 +155,17 @@ def test_compress_goes_on_where_it_was(model, data_folder, tmp_path, monkeypatch
     assert "distil" not in titles
 
 
-def test_compress_refuses_other_settings_and_missing_data(model, data_folder, tmp_path):
+def test_compress_refuses_other_settings_and_missing_data_and_says_what_it_missed(model, tmp_path):
     with pytest.raises(AsdmError, match="need data"):
         compress(model, tmp_path / "out", params=0.8, steps=5)
     assert not (tmp_path / "out").exists()
     with pytest.raises(AsdmError, match="no such data folder"):
         compress(model, tmp_path / "out", params=0.8, data=tmp_path / "absent")
     assert not (tmp_path / "out").exists()
-    compress(model, tmp_path / "out", params=0.8, repair=0, steps=0, samples=0)
+    short = {"repair": 0, "steps": 0, "samples": 0, "sampling_steps": 2}
+    made = compress(model, tmp_path / "out", params=0.8, **short)
     with pytest.raises(AsdmError, match=r"made with other settings \(budget\)"):
-        compress(model, tmp_path / "out", params=0.7, repair=0, steps=0, samples=0)
-
-
-def test_the_headline_says_when_the_target_was_missed(model, tmp_path):
-    made = compress(model, tmp_path / "out", params=0.8, repair=0, steps=0, samples=0)
+        compress(model, tmp_path / "out", params=0.7, **short)
+    # And says when the target was missed.
     assert "short of the 50x asked for" in headline_of(made.evaluation, 50)
     assert "short of" not in headline_of(made.evaluation, 0.01)

@@ -41,7 +41,7 @@ def test_onnx_gives_the_same(pipeline, tmp_path):
     assert (tmp_path / "out" / "unet" / "model.onnx").is_file()
 
 
-@pytest.mark.parametrize("router", ["time", "input"])
+@pytest.mark.parametrize("router", ["time", pytest.param("input", marks=pytest.mark.slow)])
 def test_a_student_with_all_kinds_of_edits(pipeline, tmp_path, router):
     student = student_of(pipeline, *EDITS[:3], EDITS[3] | {"router": router})
     made = export(student, tmp_path / "out")
@@ -62,6 +62,7 @@ def test_a_student_with_all_kinds_of_edits(pipeline, tmp_path, router):
     assert (tmp_path / "out" / "tokenizer").is_dir() and (tmp_path / "out" / "scheduler").is_dir()
 
 
+@pytest.mark.slow
 def test_sdxl_has_two_text_encoders_and_added_embeddings(tmp_path):
     made = export(tiny_sdxl_pipeline(), tmp_path / "out")
     assert "text_encoder_2" in made.differences
