@@ -27,6 +27,7 @@ from torch import Tensor
 import asdm
 from asdm.conditioning import noise_schedule
 from asdm.evaluation.comparison import RealImages, evaluation_sets
+from asdm.evaluation.contestants import outer_self_attentions
 from asdm.evaluation.latency import measure_interleaved, speedup, unet_call
 from asdm.evaluation.metrics import Judge, feature_distance
 from asdm.files import write_text
@@ -40,7 +41,6 @@ from asdm.pipelines import load_clip
 from asdm.redundancy import RedundancyMap
 from asdm.student.edits import GriAttention, Remove
 from asdm.student.plan import PruningPlan, build_student
-from asdm.units import removable_units
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 ROWS = RESULTS / "ablation.json"
@@ -184,10 +184,8 @@ def _with_components(unet: UNet2DConditionModel, plan: PruningPlan, components: 
     removals = [Remove(unit=edit.unit, compensate=kind) for edit in plan.edits if isinstance(edit, Remove)]
     edits: list[Any] = list(removals)
     if "gri" in components:
-        last = f"up_blocks.{len(unet.up_blocks) - 1}."
         gone = [edit.unit for edit in removals]
-        outer = [u.name for u in removable_units(unet) if u.kind == "self_attention"]
-        outer = [name for name in outer if name.startswith(("down_blocks.0.", last))]
+        outer = outer_self_attentions(unet)
         kept = [name for name in outer if not any(name == unit or name.startswith(f"{unit}.") for unit in gone)]
         edits += [GriAttention(unit=name, regions=2, pool=2, weighted=True) for name in kept]
     full = PruningPlan.for_unet(unet, edits)

@@ -26,12 +26,12 @@ from scipy.stats import spearmanr
 import asdm
 from asdm.calibration import calibration_calls
 from asdm.compensation import prediction_error
+from asdm.evaluation.contestants import outer_self_attentions
 from asdm.evaluation.latency import Latency, measure_interleaved, speedup, unet_call
 from asdm.evaluation.memory import peak_megabytes
 from asdm.planning import PRESETS
 from asdm.random_models import UNETS, random_unet
 from asdm.student.plan import PruningPlan, build_student
-from asdm.units import removable_units
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 KINDS = ("none", "bias", "diagonal", "linear")
@@ -151,11 +151,6 @@ def presets(rounds: int = 4, only: str = ",".join(PRESETS)) -> None:
         rows.append({"preset": preset, "parameters_m": size, **{k: v for k, v in row.items() if k != "model"}})
         del student
     finish("presets", rows)
-
-
-def outer_self_attentions(unet: UNet2DConditionModel) -> list[str]:
-    outer = ("down_blocks.0.", f"up_blocks.{len(unet.up_blocks) - 1}.")
-    return [u.name for u in removable_units(unet) if u.kind == "self_attention" and u.name.startswith(outer)]
 
 
 def with_gri(

@@ -125,12 +125,17 @@ def pruned(plan: PruningPlan) -> Maker:
 
 def with_gri(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     """Global-regional attention in the outermost stages' self-attentions, untrained."""
-    outer = (f"{stages(pipeline.unet)[0]}.", f"{stages(pipeline.unet)[-1]}.")
-    units = [u.name for u in removable_units(pipeline.unet) if u.kind == "self_attention" and u.name.startswith(outer)]
+    units = outer_self_attentions(pipeline.unet)
     if not units:
         raise AsdmError("no self-attention in the outermost stages")
     edits = [GriAttention(unit=unit, weighted=True) for unit in units]
     return pruned(PruningPlan.for_unet(pipeline.unet, edits))(pipeline)
+
+
+def outer_self_attentions(unet: UNet2DConditionModel) -> list[str]:
+    """The self-attentions of the outermost stages, where tokens are most."""
+    outer = (f"{stages(unet)[0]}.", f"{stages(unet)[-1]}.")
+    return [u.name for u in removable_units(unet) if u.kind == "self_attention" and u.name.startswith(outer)]
 
 
 def optimized(pipeline: DiffusionPipeline) -> DiffusionPipeline:
