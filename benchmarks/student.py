@@ -25,7 +25,7 @@ from scipy.stats import spearmanr
 
 import asdm
 from asdm.calibration import calibration_calls
-from asdm.compensation import prediction_error
+from asdm.compensation import prediction_error, predictions
 from asdm.evaluation.contestants import outer_self_attentions
 from asdm.evaluation.latency import Latency, measure_interleaved, speedup, unet_call
 from asdm.evaluation.memory import peak_megabytes
@@ -84,6 +84,7 @@ def gri() -> None:
     pipeline = asdm.load_pipeline("demo")
     unet = pipeline.unet
     calls = calibration_calls(pipeline, "demo", None, timesteps=8, samples=16, seed=1)
+    wanted = predictions(unet, calls)
     units = outer_self_attentions(unet)
     rows = []
     for regions in (2, 4):
@@ -95,13 +96,13 @@ def gri() -> None:
                         "attention": "GRI",
                         "settings": f"regions {regions}, pool {pool}" + (", weighted" if weighted else ""),
                         "keys_of_a_query": keys_of_a_query(student, units[0]),
-                        "error": prediction_error(unet, student, calls),
+                        "error": prediction_error(student, calls, wanted),
                     }
                 )
     for ratio in (0.3, 0.5, 0.7):
         patched = tomesd.apply_patch(copy.deepcopy(unet), ratio=ratio, max_downsample=1)
         tokens = round(unet.config.sample_size**2 * (1 - ratio))
-        error = prediction_error(unet, patched, calls)
+        error = prediction_error(patched, calls, wanted)
         rows.append({"attention": "ToMe", "settings": f"ratio {ratio}", "keys_of_a_query": tokens, "error": error})
     finish("gri", rows)
 

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 console = Console()
 errors = Console(stderr=True)
+SECONDS_BETWEEN_LINES = 15  # of progress, where no bar can be drawn
 
 MODEL = (
     "demo, a Hub id, a folder, a .safetensors file, or random:sd15 | random:sd15-inpainting | random:sd21 | random:sdxl"
@@ -720,8 +722,14 @@ def _progress(resumable: bool = False) -> Iterator[Any]:
     )
     try:
         with Progress(*columns, console=errors, disable=not _is_main_process()) as progress:
+            told = time.monotonic()
 
             def report(title: str, done: int, total: int, note: str) -> None:
+                nonlocal told
+                silent = errors.is_terminal or not _is_main_process()
+                if not silent and time.monotonic() - told > SECONDS_BETWEEN_LINES:
+                    told = time.monotonic()
+                    errors.print(f"{title} {done}/{total} {note}", highlight=False, markup=False, soft_wrap=True)
                 if title not in bars:
                     bars[title] = progress.add_task(title, total=total, note=note)
                 progress.update(bars[title], completed=done, total=total, note=note)

@@ -23,14 +23,16 @@ from torch.nn import functional as F
 from asdm.calibration import CalibrationCall, calibration_calls
 from asdm.conditioning import latent_shape
 from asdm.errors import AsdmError
+from asdm.replay import Replay, outputs_of, replay_order
 from asdm.student.compensation import Compensation
 from asdm.student.edits import CompensationKind, Remove, compensated
-from asdm.student.surgery import RemovedBranch, RemovedResnet, edited
+from asdm.student.surgery import RemovedBranch, RemovedResnet, edited, swapped
 from asdm.student.unet import edits_of
 from asdm.units import TRANSFORMER_BRANCHES, Unit, removable_units, shortcut_of
 
 Progress = Callable[[int, int, str], None]
 RIDGE = 1e-3
+KEPT_BYTES = 2**30  # of a UNet's features at most
 RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, math.inf)
 
 
@@ -59,7 +61,7 @@ def fit_compensation(
 ) -> CompensationReport:
     """Fit every compensation of `student` to the UNet of `pipeline`, in place.
 
-    Memory does not grow with the calibration set: only sums of products of channels are kept.
+    Memory does not grow with the time steps: sums of products of channels are kept, and features up to `KEPT_BYTES`.
 
     Args:
         student: from `build_student` of the pipeline's UNet, before any training.
@@ -80,9 +82,10 @@ def fit_compensation(
         samples = samples or samples_to_fit(pipeline)
         seen = calibration_calls(pipeline, data, prompts, timesteps, samples, seed)
         unseen = calibration_calls(pipeline, data, prompts, timesteps, samples, seed + 1)
-        before = prediction_error(teacher, student, unseen)
+        wanted = predictions(teacher, unseen)
+        before = prediction_error(student, unseen, wanted)
         left = fit_to_calls(teacher, student, seen, ridge, progress)
-        after = prediction_error(teacher, student, unseen) if left else before
+        after = prediction_error(student, unseen, wanted) if left else before
     finally:
         teacher.train(was_training[0])
         student.train(was_training[1])
@@ -106,24 +109,27 @@ def fit_to_calls(
     is left. Both UNets are in evaluation mode."""
     edits = _to_fit(teacher, student)
     left = {}
+    wanted, found = _Runs(teacher, calls), _Runs(student, calls)
     for index, edit in enumerate(edits):
-        left[edit.unit] = _fit(teacher, student, edit, calls, ridge)
+        left[edit.unit] = _fit(wanted, found, edit, ridge)
         if progress is not None:
             progress(index + 1, len(edits), edit.unit)
     return left
 
 
 @torch.no_grad()
+def predictions(unet: UNet2DConditionModel, calls: Sequence[CalibrationCall]) -> list[Tensor]:
+    """What a UNet predicts in each call."""
+    return [unet(**call.arguments, return_dict=False)[0] for call in calls]
+
+
 def prediction_error(
-    teacher: UNet2DConditionModel, student: UNet2DConditionModel, calls: Sequence[CalibrationCall]
+    student: UNet2DConditionModel, calls: Sequence[CalibrationCall], wanted: Sequence[Tensor]
 ) -> float:
-    """|student - teacher|^2 / |teacher|^2 of the prediction, the mean over the calls."""
+    """|student - teacher|^2 / |teacher|^2 of the prediction, the mean over the calls; `wanted` is the teacher's."""
     errors = []
-    for call in calls:
-        arguments = dict(call.arguments)
-        sample = arguments.pop("sample")
-        wanted, found = (unet(sample, **arguments, return_dict=False)[0].float() for unet in (teacher, student))
-        errors.append(float((found - wanted).square().sum() / wanted.square().sum()))
+    for found, right in zip(predictions(student, calls), wanted, strict=True):
+        errors.append(float((found.float() - right.float()).square().sum() / right.float().square().sum()))
     return sum(errors) / len(errors)
 
 
@@ -172,7 +178,7 @@ def unit_maps(
     def note(unit: Unit) -> Callable[..., None]:
         def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
             hidden_states = before_norm.pop(unit.name, args[0])
-            behind = output[0] if isinstance(output, tuple) else output
+            behind = _tensor(output)
             kept = behind.new_zeros(()) + shortcut_of(unit, module, args)
             scale = module.output_scale_factor if unit.kind == "resnet" else 1.0
             folds = unit.kind == "resnet" and module.conv_shortcut is not None
@@ -222,22 +228,16 @@ def _add_map(module: Any, weight: Tensor, bias: Tensor) -> None:
 # -- one unit ------------------------------------------------------------------------------------------
 
 
-def _fit(
-    teacher: UNet2DConditionModel,
-    student: UNet2DConditionModel,
-    edit: Remove,
-    calls: Sequence[CalibrationCall],
-    ridge: float | None,
-) -> float:
+def _fit(teacher: _Runs, student: _Runs, edit: Remove, ridge: float | None) -> float:
     """Fit one unit's compensation; returns the part of the missing power that is left."""
-    module = student.get_submodule(edit.unit)
+    module = student.unet.get_submodule(edit.unit)
     scale, folds = 1.0, False
     if isinstance(module, RemovedResnet):
         scale, folds = module.output_scale_factor, module.conv_shortcut is not None
     regression = _Regression(diagonal=edit.compensate == "diagonal")
-    for call in calls:
-        wanted = _hidden_states_behind(teacher, edit.unit, call)
-        (hidden_states, *others), found = _run_until(student, [edit.unit], call)[edit.unit]
+    for index in range(len(student.calls)):
+        wanted = _hidden_states_behind(teacher, edit.unit, index)
+        (hidden_states, *others), found = student.until([edit.unit], index)[edit.unit]
         missing = wanted - (hidden_states + found if isinstance(module, RemovedBranch) else found)
         missing = _positions(missing) * scale
         samples, positions = missing.shape[:2]
@@ -349,37 +349,60 @@ class _ReachedError(Exception):
     """Stops a UNet's call once everything wanted of it has been seen."""
 
 
-def _run_until(unet: UNet2DConditionModel, paths: list[str], call: CalibrationCall) -> dict[str, Any]:
-    """Inputs and output of the named modules; the call ends with the last of them."""
-    seen: dict[str, Any] = {}
+class _Runs:
+    """Calls of a UNet up to one module after another, in order of execution; what lies behind the UNet's call so far
+    is kept, up to `KEPT_BYTES`, and not computed again."""
 
-    def keep(path: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
-            seen[path] = args, output[0] if isinstance(output, tuple) else output
-            if path == paths[-1]:
-                raise _ReachedError
+    def __init__(self, unet: UNet2DConditionModel, calls: Sequence[CalibrationCall]):
+        self.unet, self.calls = unet, calls
+        self.order = replay_order(unet)
+        self.kept: list[dict[str, Replay]] = [{} for _ in calls]
+        self.bytes = 0
 
-        return hook
+    def until(self, paths: Sequence[str], index: int) -> dict[str, Any]:
+        """Inputs and output of the named modules in one of the calls, which ends with the last of them."""
+        seen: dict[str, Any] = {}
+        kept = self.kept[index]
+        wanted = paths[-1]
 
-    handles = [unet.get_submodule(path).register_forward_hook(keep(path)) for path in paths]
-    try:
-        unet(**call.arguments, return_dict=False)
-    except _ReachedError:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
+        def keep(path: str) -> Callable[..., None]:
+            def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+                seen[path] = args, _tensor(output)
+                if path == wanted:
+                    raise _ReachedError
+
+            return hook
+
+        new = [name for name in self.order if name not in kept and not wanted.startswith(name)]
+        with swapped(self.unet, kept), outputs_of(self.unet, new) as outputs:
+            handles = [self.unet.get_submodule(path).register_forward_hook(keep(path)) for path in paths]
+            try:
+                self.unet(**self.calls[index].arguments, return_dict=False)
+            except _ReachedError:
+                pass
+            finally:
+                for handle in handles:
+                    handle.remove()
+        for name, output in outputs.items():
+            size = _tensor(output).nbytes
+            if self.bytes + size <= KEPT_BYTES:
+                kept[name] = Replay(output)
+                self.bytes += size
+        return seen
 
 
-def _hidden_states_behind(teacher: UNet2DConditionModel, unit: str, call: CalibrationCall) -> Tensor:
+def _hidden_states_behind(teacher: _Runs, unit: str, index: int) -> Tensor:
     """What the teacher has behind a unit: its output, or for a transformer's branch the sum it enters."""
     block, _, branch = unit.rpartition(".")
     if branch not in TRANSFORMER_BRANCHES:
-        return _run_until(teacher, [unit], call)[unit][1]
+        return teacher.until([unit], index)[unit][1]
     norm = f"{block}.{TRANSFORMER_BRANCHES[branch][1]}"
-    seen = _run_until(teacher, [norm, unit], call)
+    seen = teacher.until([norm, unit], index)
     return seen[norm][0][0] + seen[unit][1]
+
+
+def _tensor(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _positions(hidden_states: Tensor) -> Tensor:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from asdm.errors import AsdmError
 from asdm.evaluation.latency import timing_modules, unet_call
 from asdm.evaluation.macs import counting_macs
 from asdm.files import write_text
+from asdm.replay import Replay, outputs_of, replay_order
 from asdm.student.edits import CompensationKind, GriAttention, Remove, UnitEdit
 from asdm.student.surgery import edited, replaced_paths, set_module
 from asdm.taylor import taylor_sensitivity
@@ -38,7 +40,6 @@ from asdm.units import (
     layers,
     removable_units,
     stage_of,
-    stages,
 )
 
 Progress = Callable[[int, int, str], None]
@@ -188,6 +189,8 @@ def analyze(
     was_training = unet.training
     unet.eval()
     try:
+        if progress is not None:
+            progress(0, len(units), "measuring what each unit costs")
         costs = _measure_costs(unet, units, latency_rounds)
         regional, stage_removals = _regional_attentions(unet, units, costs), _stage_removals(unet)
         other_edits: list[GriAttention | Remove] = [*regional, *stage_removals]
@@ -293,7 +296,7 @@ class _Costs:
 
 def _measure_costs(unet: UNet2DConditionModel, units: list[Unit], rounds: int) -> _Costs:
     """What removal of each unit saves: its own cost and its norm's, less its shortcut's, which stays."""
-    with counting_macs(unet) as count, _outputs(unet, layers(unet)) as outputs:
+    with counting_macs(unet) as count, outputs_of(unet, layers(unet)) as outputs:
         unet_call(unet, batch_size=1)()
     parts = {unit.name: _parts(unet, unit) for unit in units}
     timed = sorted({path for gone, kept in parts.values() for path in [*gone, *kept]})
@@ -388,7 +391,7 @@ def _measure_others(
                 gmacs_without_attention=(costs.plain_macs - count.below(with_attention=False)) / 1e9,
                 latency_ms=saved_ms,
                 channels=unet.config.block_out_channels[-1] if middle else 0,
-                positions=costs.positions[_first_layer(unet, edit)] if middle else 0,
+                positions=costs.positions[first_layer(unet, edit)] if middle else 0,
                 sensitivity=0.0,
                 sensitivity_by_timestep={},
             )
@@ -408,7 +411,7 @@ def _module_times(unet: UNet2DConditionModel, paths: list[str], rounds: int) -> 
     return {path: 1000 * _median(seconds[path]) if seconds[path] else 0.0 for path in paths}
 
 
-def _first_layer(unet: UNet2DConditionModel, edit: UnitEdit) -> str:
+def first_layer(unet: UNet2DConditionModel, edit: UnitEdit) -> str:
     """The first layer, in order of execution, that an edit changes."""
     unit = f"{edit.unit}."
     return next(name for name in layers(unet) if unit.startswith(f"{name}.") or name.startswith(unit))
@@ -439,31 +442,13 @@ def _median(values: list[float]) -> float:
 # -- sensitivity ---------------------------------------------------------------------------------------
 
 
-class _Replay(nn.Module):
-    """Answers with what a layer answered before, without computing it."""
-
-    def __init__(self, output: Any):
-        super().__init__()
-        self.output = output
-
-    def forward(self, *_: Any, **__: Any) -> Any:
-        return self.output
-
-
 @dataclass(frozen=True)
 class Trial:
-    """An edit to be tried, and the first layer that it changes."""
+    """A change of a UNet to be tried for the length of a block, and the first layer that it changes."""
 
     name: str
-    edit: UnitEdit
     layer: str
-    fitted: Map | None = None
-
-    def applied(self, unet: UNet2DConditionModel) -> AbstractContextManager[None]:
-        if self.fitted is None:
-            return edited(unet, self.edit)
-        assert isinstance(self.edit, Remove)
-        return compensating(unet, self.edit, self.fitted)
+    applied: Callable[[], AbstractContextManager[None]]
 
 
 def trials_of(
@@ -473,11 +458,15 @@ def trials_of(
     their place that `maps` has for the unit, or plain."""
     trials = []
     for edit in edits:
-        fitted = (maps or {}).get(edit.unit) if isinstance(edit, Remove) else None
-        if isinstance(edit, Remove) and fitted is None:
-            edit = Remove(unit=edit.unit)
         name = edit.unit if isinstance(edit, Remove) else str(edit)
-        trials.append(Trial(name, edit, _first_layer(unet, edit), fitted))
+        applied = partial(edited, unet, edit)
+        if isinstance(edit, Remove):
+            fitted = (maps or {}).get(edit.unit)
+            if fitted is not None:
+                applied = partial(compensating, unet, edit, fitted)
+            else:
+                applied = partial(edited, unet, Remove(unit=edit.unit))
+        trials.append(Trial(name, first_layer(unet, edit), applied))
     return trials
 
 
@@ -494,7 +483,7 @@ def ablate(
     against the UNet's own prediction, or against `references`, one for each call.
     """
     errors: dict[str, dict[int, float]] = {trial.name: {} for trial in trials}
-    order = _replay_order(unet)
+    order = replay_order(unet)
     done, spent, whole = 0, 0.0, 0.0
     for index, call in enumerate(calls):
         outputs, reference, seconds = _record(unet, order, call.arguments)
@@ -507,7 +496,7 @@ def ablate(
         try:
             for name in order:
                 for trial in [trial for trial in trials if trial.layer == name]:
-                    with trial.applied(unet):
+                    with trial.applied():
                         moved = unet(**call.arguments, return_dict=False)[0]
                     error = (moved.float() - reference.float()).square().sum() / power
                     errors[trial.name][call.timestep] = float(error)
@@ -517,7 +506,7 @@ def ablate(
                 if name not in outputs:  # a placeholder that is never called
                     continue
                 originals[name] = unet.get_submodule(name)
-                set_module(unet, name, _Replay(outputs.pop(name)))
+                set_module(unet, name, Replay(outputs.pop(name)))
         finally:
             for name, module in originals.items():
                 set_module(unet, name, module)
@@ -525,42 +514,14 @@ def ablate(
     return errors, (spent + whole) / (whole / len(calls))
 
 
-def _replay_order(unet: UNet2DConditionModel) -> list[str]:
-    """Module paths that can be replayed, in order of execution: each stage's layers, then its resampler."""
-    order: list[str] = []
-    for stage in stages(unet):
-        order += [name for name in layers(unet) if stage_of(name) == stage]
-        for kind in ("downsamplers", "upsamplers"):
-            samplers = getattr(unet.get_submodule(stage), kind, None) or ()
-            order += [f"{stage}.{kind}.{index}" for index in range(len(samplers))]
-    return order
-
-
 def _record(
     unet: UNet2DConditionModel, names: list[str], arguments: dict[str, Any]
 ) -> tuple[dict[str, Any], Tensor, float]:
     """Every named module's output in one call, the prediction, and the seconds that the call took."""
-    with _outputs(unet, names) as outputs:
+    with outputs_of(unet, names) as outputs:
         start = time.perf_counter()
         prediction = unet(**arguments, return_dict=False)[0]
         return outputs, prediction, time.perf_counter() - start
-
-
-@contextmanager
-def _outputs(unet: UNet2DConditionModel, names: list[str]) -> Iterator[dict[str, Any]]:
-    """What the named modules put out in the calls within the block, the last of each."""
-    outputs: dict[str, Any] = {}
-    handles = [
-        unet.get_submodule(name).register_forward_hook(
-            lambda _module, _args, output, name=name: outputs.__setitem__(name, output)
-        )
-        for name in names
-    ]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _tensor(output: Any) -> Tensor:

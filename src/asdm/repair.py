@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,10 +18,11 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from asdm.calibration import CalibrationCall, calibration_calls
-from asdm.compensation import fit_to_calls, prediction_error, samples_to_fit, unit_maps
+from asdm.compensation import fit_to_calls, prediction_error, predictions, samples_to_fit, unit_maps
 from asdm.errors import AsdmError
 from asdm.planning import PossibleEdit, least_sensitive, measured_speedup, possible_edits
-from asdm.redundancy import RedundancyMap, ablate, trials_of
+from asdm.redundancy import RedundancyMap, Trial, ablate, first_layer, trials_of
+from asdm.replay import replay_order
 from asdm.student.edits import CompensationKind, GriAttention, Remove, UnitEdit
 from asdm.student.plan import PlanFigures, PruningPlan, build_student
 from asdm.student.surgery import replaced_paths, swapped
@@ -68,13 +70,13 @@ def repair_plan(
     savings = _savings(plan, choices)
     needed = sum(saved for choice, saved in zip(choices, savings, strict=True) if choice in chosen)
     calls = calibration_calls(pipeline, data, prompts, timesteps or len(redundancy.timesteps), samples, seed)
-    references = [teacher(**call.arguments, return_dict=False)[0] for call in calls]
+    references = predictions(teacher, calls)
     seen = calibration_calls(pipeline, data, prompts, len(calls), samples or samples_to_fit(pipeline), seed + 1)
 
     def fitted(candidate: PruningPlan) -> tuple[UNet2DConditionModel, float]:
         student = build_student(teacher, candidate).eval()
         fit_to_calls(teacher, student, seen)
-        return student, prediction_error(teacher, student, calls)
+        return student, prediction_error(student, calls, references)
 
     was_training = teacher.training
     teacher.eval()
@@ -126,15 +128,22 @@ def _worth(
     kind = kinds[0] if kinds else "none"
     maps = unit_maps(student, units, calls, kind) if kind != "none" else {}
     trials = trials_of(student, [choice.edit for choice in free], maps)
-    errors, _ = ablate(student, trials, calls, None, references)
+    restored = [_restoring(teacher, student, choice.edit) for choice in chosen]
+    errors, _ = ablate(student, [*trials, *restored], calls, None, references)
     moved = {
         choice: sum(errors[trial.name].values()) / len(calls) - error
-        for choice, trial in zip(free, trials, strict=True)
+        for choice, trial in zip([*free, *chosen], [*trials, *restored], strict=True)
     }
-    for choice in chosen:
-        with _restored(teacher, student, choice.edit):
-            moved[choice] = error - prediction_error(teacher, student, calls)
+    moved |= {choice: -moved[choice] for choice in chosen}
     return [max(0.0, moved.get(choice, choice.sensitivity)) for choice in choices]
+
+
+def _restoring(teacher: UNet2DConditionModel, student: UNet2DConditionModel, edit: UnitEdit) -> Trial:
+    """A trial of the student without one of its edits."""
+    behind, left = replay_order(teacher), replay_order(student)
+    behind = behind[behind.index(first_layer(teacher, edit)) :]  # a stage that is gone has no layers left
+    first = next(name for name in behind if name in left)
+    return Trial(f"without {edit}", first, partial(_restored, teacher, student, edit))
 
 
 @contextmanager

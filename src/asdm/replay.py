@@ -1,0 +1,51 @@
+"""Calls of a UNet of which a part is known already and not computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from asdm.units import layers, stage_of, stages
+
+
+class Replay(nn.Module):
+    """Answers with what a module answered before, without computing it."""
+
+    def __init__(self, output: Any):
+        super().__init__()
+        self.output = output
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        return self.output
+
+
+def replay_order(unet: UNet2DConditionModel) -> list[str]:
+    """Module paths that can be replayed, in order of execution: each stage's layers, then its resampler."""
+    order: list[str] = []
+    for stage in stages(unet):
+        order += [name for name in layers(unet) if stage_of(name) == stage]
+        for kind in ("downsamplers", "upsamplers"):
+            samplers = getattr(unet.get_submodule(stage), kind, None) or ()
+            order += [f"{stage}.{kind}.{index}" for index in range(len(samplers))]
+    return order
+
+
+@contextmanager
+def outputs_of(unet: UNet2DConditionModel, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """What the named modules put out in the calls within the block, the last of each."""
+    outputs: dict[str, Any] = {}
+    handles = [
+        unet.get_submodule(name).register_forward_hook(
+            lambda _module, _args, output, name=name: outputs.__setitem__(name, output)
+        )
+        for name in names
+    ]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
