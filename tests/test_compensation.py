@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from asdm import AsdmError, PruningPlan, analyze, build_student, fit_compensation
+from asdm import AsdmError, PruningPlan, analyze, build_student, compensation, fit_compensation
 from asdm.calibration import calibration_calls
 from asdm.compensation import _Regression, fitted_tensors, prediction_error, predictions
 from asdm.student.unet import AsdmUNet2DConditionModel
@@ -196,3 +196,14 @@ def test_a_unit_is_tried_with_the_map_that_a_plan_of_it_alone_would_get(pipeline
     if kind == "linear":
         assert sum(by_name.values()) < 0.8 * sum(unit.sensitivity for unit in plain.units)
         assert (redundancy.compensate, plain.compensate) == ("linear", "none")
+
+
+def test_a_fit_that_can_keep_nothing_is_the_same(pipeline, monkeypatch):
+    fits = []
+    for kept in (compensation.KEPT_BYTES, 300_000, 0):
+        monkeypatch.setattr(compensation, "KEPT_BYTES", kept)
+        student = build_student(pipeline.unet, plan_of(pipeline.unet, compensate="linear"))
+        fit_compensation(pipeline, student, timesteps=2, samples=4)
+        fits.append(fitted_tensors(student))
+    for fit in fits[1:]:
+        assert all(torch.equal(tensor, fits[0][name]) for name, tensor in fit.items())
