@@ -165,15 +165,13 @@ def _run(
 
 
 def _plan(pipeline: DiffusionPipeline, target: float) -> PruningPlan:
-    """The removals of the plan; GRI is a component, and not the planner's choice here."""
+    """Removals of units alone: GRI is a component here, and not the planner's choice."""
     path = WORK / f"plan-{target:g}.json"
     if not path.is_file():
         known = WORK / "redundancy.json"
         if not known.is_file():
             asdm.analyze(pipeline, data="demo", compensate="linear").save(known)
-        redundancy = RedundancyMap.load(known)
-        removals = [other for other in redundancy.others if isinstance(other.edit, Remove)]
-        redundancy = redundancy.model_copy(update={"others": removals})
+        redundancy = RedundancyMap.load(known).model_copy(update={"others": []})
         asdm.make_plan(redundancy, speedup=target, unet=pipeline.unet).save(path)
     return PruningPlan.load(path)
 

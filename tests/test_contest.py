@@ -1,5 +1,6 @@
 """The benchmark times all in turns, draws the same prompts with each, and lets no contestant's failure hide."""
 
+import json
 import time
 from contextlib import contextmanager
 
@@ -92,6 +93,8 @@ def test_a_contest_measures_everyone_and_tells_failures(pipeline, data_folder, m
     made = Contest.of(found, device="cpu", rounds=2, seed=0, limits=limits)
     made.save(tmp_path / "made.json")
     assert Contest.load(tmp_path / "made.json") == made and "torch" in made.versions
+    rows = json.loads((tmp_path / "made.json").read_text())
+    assert [row["name"] for row in rows] == [row.name for row in found]
     figure = contest_plot(found)
     assert [axes.get_title() for axes in figure.axes] == ["seen prompts", "held-out prompts"]
     assert any("lean" in text.get_text() for text in figure.axes[0].texts)

@@ -5,6 +5,7 @@ Who takes part is in `contestants.py`. One that fails is a row with its error.
 
 from __future__ import annotations
 
+import json
 import platform
 import statistics
 import time
@@ -81,7 +82,10 @@ class ContestRow(BaseModel):
 
 
 class Contest(BaseModel):
-    """All rows of a run, with where and when it was; `limits` as `machine_limits` tells them, in GFLOP/s."""
+    """All rows of a run, with where and when it was; `limits` as `machine_limits` tells them, in GFLOP/s.
+
+    Saved as two files: NAME.json is the list of rows, NAME_run.json what they have in common.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     date: str
@@ -118,11 +122,20 @@ class Contest(BaseModel):
         return [row for row in self.rows if row.place == place]
 
     def save(self, path: str | Path) -> None:
-        write_text(Path(path), self.model_dump_json(indent=1, exclude_defaults=True) + "\n")
+        path = Path(path)
+        rows = [row.model_dump(exclude_defaults=True) for row in self.rows]
+        write_text(path, json.dumps(rows, indent=1) + "\n")
+        write_text(_run_of(path), self.model_dump_json(indent=1, exclude={"rows"}) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Contest:
-        return cls.model_validate_json(Path(path).read_text("utf-8"))
+        path = Path(path)
+        rows = json.loads(path.read_text("utf-8"))
+        return cls.model_validate(json.loads(_run_of(path).read_text("utf-8")) | {"rows": rows})
+
+
+def _run_of(path: Path) -> Path:
+    return path.with_name(f"{path.stem}_run.json")
 
 
 def _version(package: str) -> str | None:
