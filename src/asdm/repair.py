@@ -83,6 +83,8 @@ def repair_plan(
     student, error = fitted(plan)
     changes = CHANGES
     for attempt in range(1, rounds + 1):
+        if changes <= 1:
+            break
         worth = _worth(teacher, student, choices, chosen, calls, references, error)
         repriced = [replace(choice, sensitivity=price) for choice, price in zip(choices, worth, strict=True)]
         start = [choice for choice, old in zip(repriced, choices, strict=True) if old in chosen]
