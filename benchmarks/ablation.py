@@ -35,7 +35,7 @@ from asdm.incubation.data import ShuffledBatches, open_data
 from asdm.incubation.distillation import TrainingSet, make_task, prepare
 from asdm.incubation.optimizers import make_optimizer
 from asdm.incubation.recipes import CAPTION_SPLICE, SEMANTIC_WEIGHT, incubation_stages, pace
-from asdm.incubation.stages import LossWeights, Stage
+from asdm.incubation.stages import LossWeights, Semantics, Stage
 from asdm.inference.runtime import prepare_for_training
 from asdm.pipelines import load_clip
 from asdm.redundancy import RedundancyMap
@@ -195,6 +195,7 @@ def _stages(student: UNet2DConditionModel, components: tuple[str, ...], steps: i
         "relative": "normalised" in components,
         "optimizer": "muon" if "muon" in components else "adamw",
         "losses": LossWeights(semantic=SEMANTIC_WEIGHT if "sas" in components else 0.0),
+        "semantics": Semantics(every=4),
     }
     if "incubation" in components:
         stages = incubation_stages(student, steps)
@@ -220,10 +221,11 @@ def _steps(
         stages = _stages(student, components, 1000)
         for scope in dict.fromkeys(stage.scope for stage in stages):
             of_scope = [stage for stage in stages if stage.scope == scope]
-            call = f"{name}, {scope}"
-            calls[call] = _one_step(pipeline, student, examples, of_scope[-1])
-            shares.setdefault(name, []).append((call, sum(stage.steps for stage in of_scope) / 1000))
-    times = measure_interleaved(calls, rounds=4, warmup=1)
+            call, last = f"{name}, {scope}", of_scope[-1]
+            period = last.semantics.every if scope == "joint" and last.losses.semantic else 1
+            calls[call] = _steps_of(pipeline, student, examples, last, period)
+            shares.setdefault(name, []).append((call, sum(stage.steps for stage in of_scope) / 1000 / period))
+    times = measure_interleaved(calls, rounds=3, warmup=1)
     found = {
         name: round(seconds / sum(times[call].median_ms / 1000 * share for call, share in parts))
         for name, parts in shares.items()
@@ -232,25 +234,26 @@ def _steps(
     return found
 
 
-def _one_step(
-    pipeline: DiffusionPipeline, student: UNet2DConditionModel, examples: TrainingSet, stage: Stage
+def _steps_of(
+    pipeline: DiffusionPipeline, student: UNet2DConditionModel, examples: TrainingSet, stage: Stage, count: int
 ) -> Callable[[], None]:
-    """A training step of the stage: forward, backward, optimiser."""
+    """So many training steps of the stage: forward, backward, optimiser."""
     task = make_task(pipeline, student, noise_schedule(pipeline), examples, stage)
     wanted = set(task.trained())
     order = ShuffledBatches(len(examples), stage.batch_size, 0)
 
-    def step() -> None:
+    def steps() -> None:
         for name, parameter in task.named_parameters():
             parameter.requires_grad_(name in wanted)
         weights = task.trained()
         optimizer = make_optimizer(weights, stage.optimizer, 1e-9, (0.9, 0.99), 0.0, {})
-        with torch.enable_grad():
-            task((order(0), 0), torch.Generator().manual_seed(0))["loss"].backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        for number in range(count):
+            with torch.enable_grad():
+                task((order(number), number), torch.Generator().manual_seed(0))["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
-    return step
+    return steps
 
 
 class _Judged:

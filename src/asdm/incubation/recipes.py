@@ -11,12 +11,13 @@ from diffusers import UNet2DConditionModel
 
 from asdm.errors import AsdmError
 from asdm.incubation.blocks import groups_of, incubated_blocks
-from asdm.incubation.stages import LossWeights, Stage, parse_stages
+from asdm.incubation.stages import LossWeights, Semantics, Stage, parse_stages
 from asdm.units import stages as unet_blocks
 
 SMALL_MODEL_PARAMETERS = 50_000_000
 SEMANTIC_WEIGHT = 0.3
 CAPTION_SPLICE = 0.7
+SHORTEST_ASSEMBLY = 40
 
 
 def pace(student: UNet2DConditionModel, steps: int) -> dict[str, Any]:
@@ -51,22 +52,24 @@ def incubation_stages(student: UNet2DConditionModel, steps: int) -> list[Stage]:
     """Progressive incubation (inferred): the edited blocks each alone inside the teacher, then put in its place one
     after another with a short distillation, then the whole with semantic-aware supervision.
 
-    Three tenths of the steps incubate, two tenths assemble, half are joint.
+    Three twentieths of the steps incubate and as many assemble, unless that leaves a group less than
+    `SHORTEST_ASSEMBLY`, in which no optimiser gets going; the rest is joint. A semantic loss costs a second look of the
+    teacher, which every fourth step can afford.
     """
     groups = groups_of(student)
     stages = []
     if incubated_blocks(student):
-        stages.append(Stage(name="incubate", scope="incubate", **pace(student, round(0.3 * steps))))
-    each = round(0.2 * steps / max(1, len(groups) - 1))
+        stages.append(Stage(name="incubate", scope="incubate", **pace(student, round(0.15 * steps))))
+    each = round(0.15 * steps / max(1, len(groups) - 1))
     touched = {name for group in groups for name in group}
     blocks = [name for name in unet_blocks(student) if name not in touched]
     for number, group in enumerate(groups[:-1], start=1):  # with the last, it is the whole
         blocks = [*blocks, *group]
-        if each > 0:
+        if each >= SHORTEST_ASSEMBLY:
             stages.append(Stage(name=f"assemble-{number}", assembled=list(blocks), **pace(student, each)))
     left = steps - sum(stage.steps for stage in stages)
-    losses = LossWeights(semantic=SEMANTIC_WEIGHT)
-    return [*stages, Stage(name="joint", losses=losses, caption_splice=CAPTION_SPLICE, **pace(student, left))]
+    joint = {"losses": LossWeights(semantic=SEMANTIC_WEIGHT), "semantics": Semantics(every=4)}
+    return [*stages, Stage(name="joint", caption_splice=CAPTION_SPLICE, **joint, **pace(student, left))]
 
 
 def lcm_stages(student: UNet2DConditionModel, steps: int) -> list[Stage]:
