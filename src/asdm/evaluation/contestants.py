@@ -380,11 +380,11 @@ def _stacks(steps: int, students: dict[str, Maker], data: str | Path | None) -> 
     """Runtimes of the original; and of the students (the last alone where only speed is asked for; the original with
     GRI attention where there is none), with fewer steps and feature inheritance, alone and together."""
     openvino: dict[str, Int8 | None] = {"OpenVINO": None, "OpenVINO int8": "activations"}
-    entries = [
-        combined("best runtime", "runtime", kept(optimized), steps=steps),
-        *(combined(name, "runtime", kept(in_openvino(int8)), steps=steps) for name, int8 in openvino.items()),
-    ]
     few = (steps, *fewer_steps(steps, draws=False))
+    entries = [combined("best runtime", "runtime", kept(optimized), steps=steps)]
+    for name, int8 in openvino.items():
+        graph = kept(in_openvino(int8))
+        entries += [combined(_in_steps(name, steps, count), "runtime", graph, steps=count) for count in few]
     bases = list(students.items()) or [("GRI", with_gri)]
     for name, student in bases if data is not None else bases[-1:]:
         fast = kept(student, optimized)
@@ -403,4 +403,8 @@ def _stacks(steps: int, students: dict[str, Maker], data: str | Path | None) -> 
 
 
 def _stack(student: str, rest: str, steps: int, count: int) -> str:
-    return f"{student} + {rest}" + (f", {count} steps" if count < steps else "")
+    return _in_steps(f"{student} + {rest}", steps, count)
+
+
+def _in_steps(name: str, steps: int, count: int) -> str:
+    return name if count == steps else f"{name}, {count} steps"
