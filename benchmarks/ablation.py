@@ -98,7 +98,8 @@ def show() -> None:
         print("|" + "---|" * (4 + len(METRICS)))
         for name, mine in _by_name(rows, target).items():
             found = [_mean_and_deviation(mine, f"{metric}_heldout") for metric in METRICS]
-            cells = [f"{mean:.3f} ± {deviation:.3f}" for mean, deviation in found]
+            spread = len(mine) > 1
+            cells = [f"{mean:.3f} ± {deviation:.3f}" if spread else f"{mean:.3f}" for mean, deviation in found]
             speed = statistics.mean(row["speedup"] for row in mine)
             print(f"| {name} | {len(mine)} | {speed:.2f}x | {mine[0]['steps']} | {' | '.join(cells)} |")
     _plot(rows).savefig(RESULTS.parent / "ablation.png", dpi=120)
