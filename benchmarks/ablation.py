@@ -34,8 +34,8 @@ from asdm.files import write_text
 from asdm.incubation.data import ShuffledBatches, open_data
 from asdm.incubation.distillation import TrainingSet, make_task, prepare
 from asdm.incubation.optimizers import make_optimizer
-from asdm.incubation.recipes import CAPTION_SPLICE, SEMANTIC_WEIGHT, incubation_stages, pace
-from asdm.incubation.stages import LossWeights, Semantics, Stage
+from asdm.incubation.recipes import CAPTION_SPLICE, SEMANTIC_WEIGHT, SEMANTICS, incubation_stages, pace
+from asdm.incubation.stages import LossWeights, Stage
 from asdm.inference.runtime import prepare_for_training
 from asdm.pipelines import load_clip
 from asdm.redundancy import RedundancyMap
@@ -196,7 +196,7 @@ def _stages(student: UNet2DConditionModel, components: tuple[str, ...], steps: i
         "relative": "normalised" in components,
         "optimizer": "muon" if "muon" in components else "adamw",
         "losses": LossWeights(semantic=SEMANTIC_WEIGHT if "sas" in components else 0.0),
-        "semantics": Semantics(every=4),
+        "semantics": SEMANTICS,
     }
     if "incubation" in components:
         stages = incubation_stages(student, steps)

@@ -207,3 +207,11 @@ def test_a_fit_that_can_keep_nothing_is_the_same(pipeline, monkeypatch):
         fits.append(fitted_tensors(student))
     for fit in fits[1:]:
         assert all(torch.equal(tensor, fits[0][name]) for name, tensor in fit.items())
+
+
+def test_predictions_give_the_sample_by_its_place(pipeline):
+    calls, places = calibration_calls(pipeline, None, None, 2, 2, 0), []
+    handle = pipeline.unet.register_forward_pre_hook(lambda _module, args: places.append(args))
+    predictions(pipeline.unet, calls)
+    handle.remove()
+    assert [args[0] is call.arguments["sample"] for args, call in zip(places, calls, strict=True)] == [True, True]

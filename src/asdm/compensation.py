@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from asdm.calibration import CalibrationCall, calibration_calls
 from asdm.conditioning import latent_shape
 from asdm.errors import AsdmError
-from asdm.replay import Replay, outputs_of, replay_order
+from asdm.replay import Replay, outputs_of, replay_order, tensor_of
 from asdm.student.compensation import Compensation
 from asdm.student.edits import CompensationKind, Remove, compensated
 from asdm.student.surgery import RemovedBranch, RemovedResnet, edited, swapped
@@ -32,8 +32,8 @@ from asdm.units import TRANSFORMER_BRANCHES, Unit, removable_units, shortcut_of
 
 Progress = Callable[[int, int, str], None]
 RIDGE = 1e-3
-KEPT_BYTES = 2**30  # of a UNet's features at most
 RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, math.inf)
+KEPT_BYTES = 2**30  # of a UNet's features at most
 
 
 class CompensationReport(BaseModel):
@@ -119,8 +119,13 @@ def fit_to_calls(
 
 @torch.no_grad()
 def predictions(unet: UNet2DConditionModel, calls: Sequence[CalibrationCall]) -> list[Tensor]:
-    """What a UNet predicts in each call."""
-    return [unet(**call.arguments, return_dict=False)[0] for call in calls]
+    """What a UNet predicts in each call; the sample is given by its place, which what others patch into it rely on."""
+    found = []
+    for call in calls:
+        arguments = dict(call.arguments)
+        sample = arguments.pop("sample")
+        found.append(unet(sample, **arguments, return_dict=False)[0])
+    return found
 
 
 def prediction_error(
@@ -178,7 +183,7 @@ def unit_maps(
     def note(unit: Unit) -> Callable[..., None]:
         def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
             hidden_states = before_norm.pop(unit.name, args[0])
-            behind = _tensor(output)
+            behind = tensor_of(output)
             kept = behind.new_zeros(()) + shortcut_of(unit, module, args)
             scale = module.output_scale_factor if unit.kind == "resnet" else 1.0
             folds = unit.kind == "resnet" and module.conv_shortcut is not None
@@ -367,7 +372,7 @@ class _Runs:
 
         def keep(path: str) -> Callable[..., None]:
             def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
-                seen[path] = args, _tensor(output)
+                seen[path] = args, tensor_of(output)
                 if path == wanted:
                     raise _ReachedError
 
@@ -384,7 +389,7 @@ class _Runs:
                 for handle in handles:
                     handle.remove()
         for name, output in outputs.items():
-            size = _tensor(output).nbytes
+            size = tensor_of(output).nbytes
             if self.bytes + size <= KEPT_BYTES:
                 kept[name] = Replay(output)
                 self.bytes += size
@@ -399,10 +404,6 @@ def _hidden_states_behind(teacher: _Runs, unit: str, index: int) -> Tensor:
     norm = f"{block}.{TRANSFORMER_BRANCHES[branch][1]}"
     seen = teacher.until([norm, unit], index)
     return seen[norm][0][0] + seen[unit][1]
-
-
-def _tensor(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _positions(hidden_states: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from asdm.errors import AsdmError
 from asdm.evaluation.latency import timing_modules, unet_call
 from asdm.evaluation.macs import counting_macs
 from asdm.files import write_text
-from asdm.replay import Replay, outputs_of, replay_order
+from asdm.replay import Replay, outputs_of, replay_order, tensor_of
 from asdm.student.edits import CompensationKind, GriAttention, Remove, UnitEdit
 from asdm.student.surgery import edited, replaced_paths, set_module
 from asdm.taylor import taylor_sensitivity
@@ -336,7 +336,7 @@ def _measure_costs(unet: UNet2DConditionModel, units: list[Unit], rounds: int) -
             unit.name: int(saved(lambda path: count.below(path, with_attention=False), unit)) for unit in units
         },
         removed_ms=removed_ms,
-        positions={layer: _tensor(output).shape[2:].numel() for layer, output in outputs.items()},
+        positions={layer: tensor_of(output).shape[2:].numel() for layer, output in outputs.items()},
     )
 
 
@@ -522,7 +522,3 @@ def _record(
         start = time.perf_counter()
         prediction = unet(**arguments, return_dict=False)[0]
         return outputs, prediction, time.perf_counter() - start
-
-
-def _tensor(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output

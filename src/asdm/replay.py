@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from diffusers import UNet2DConditionModel
-from torch import nn
+from torch import Tensor, nn
 
 from asdm.units import layers, stage_of, stages
 
@@ -49,3 +49,8 @@ def outputs_of(unet: UNet2DConditionModel, names: Sequence[str]) -> Iterator[dic
     finally:
         for handle in handles:
             handle.remove()
+
+
+def tensor_of(output: Any) -> Tensor:
+    """The hidden states in what a module put out."""
+    return output[0] if isinstance(output, tuple) else output

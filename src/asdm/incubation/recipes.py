@@ -16,6 +16,7 @@ from asdm.units import stages as unet_blocks
 
 SMALL_MODEL_PARAMETERS = 50_000_000
 SEMANTIC_WEIGHT = 0.3
+SEMANTICS = Semantics(every=4)
 CAPTION_SPLICE = 0.7
 SHORTEST_ASSEMBLY = 40
 
@@ -68,7 +69,7 @@ def incubation_stages(student: UNet2DConditionModel, steps: int) -> list[Stage]:
         if each >= SHORTEST_ASSEMBLY:
             stages.append(Stage(name=f"assemble-{number}", assembled=list(blocks), **pace(student, each)))
     left = steps - sum(stage.steps for stage in stages)
-    joint = {"losses": LossWeights(semantic=SEMANTIC_WEIGHT), "semantics": Semantics(every=4)}
+    joint = {"losses": LossWeights(semantic=SEMANTIC_WEIGHT), "semantics": SEMANTICS}
     return [*stages, Stage(name="joint", caption_splice=CAPTION_SPLICE, **joint, **pace(student, left))]
 
 
