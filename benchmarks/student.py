@@ -13,6 +13,9 @@ ToMe comes from its own package: pip install -e '.[benchmark]'.
 from __future__ import annotations
 
 import copy
+import itertools
+import statistics
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -27,11 +30,12 @@ import asdm
 from asdm.calibration import calibration_calls
 from asdm.compensation import prediction_error, predictions
 from asdm.evaluation.contestants import outer_self_attentions
-from asdm.evaluation.latency import Latency, measure_interleaved, speedup, unet_call
+from asdm.evaluation.latency import Latency, measure_interleaved, speedup, timing_modules, unet_call
 from asdm.evaluation.memory import peak_megabytes
 from asdm.planning import PRESETS
 from asdm.random_models import UNETS, random_unet
 from asdm.student.plan import PruningPlan, build_student
+from asdm.units import stages
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 KINDS = ("none", "bias", "diagonal", "linear")
@@ -40,24 +44,28 @@ KINDS = ("none", "bias", "diagonal", "linear")
 @app.command()
 def compensation(target: float = 1.5) -> None:
     """The prediction's error, untrained, with each kind of map at one speed-up: between the plans on both sides of it,
-    each kind's by its own sensitivities."""
+    each kind's by its own sensitivities; as planned, and repaired."""
     pipeline = asdm.load_pipeline("demo")
-    rows, students = [], {}
+    rows, calls = [], {"original": unet_call(pipeline.unet)}
     for kind in KINDS:
         redundancy = asdm.analyze(pipeline, data="demo", compensate=kind)
-        for kept in (0.7, 0.6, 0.5):
-            plan = asdm.make_plan(redundancy, macs=kept, compensate=kind, unet=pipeline.unet)
-            student = students[kind, kept] = build_student(pipeline.unet, plan)
-            error = asdm.fit_compensation(pipeline, student, data="demo", timesteps=4, samples=16).error_after
-            rows.append({"compensate": kind, "macs_kept": kept, "removals": len(plan.edits), "error": error})
-    calls = {"original": unet_call(pipeline.unet)} | {str(key): unet_call(s) for key, s in students.items()}
+        for kept in (0.75, 0.65):
+            made = asdm.make_plan(redundancy, macs=kept, compensate=kind, unet=pipeline.unet)
+            for repair in (0, 2):
+                plan = asdm.repair_plan(pipeline, redundancy, made, data="demo", rounds=repair)
+                row = {"compensate": kind, "repair": repair, "macs_kept": kept, "edits": len(plan.edits)}
+                rows.append(row | {"error": plan.figures.measured_sensitivity})
+                calls[str(len(rows))] = unet_call(build_student(pipeline.unet, plan))
     times = measure_interleaved(calls, rounds=30)
-    for row in rows:
-        row["speedup"] = speedup(times["original"], times[str((row["compensate"], row["macs_kept"]))])
-    for kind in KINDS:
-        of_kind = sorted((row["speedup"], row["error"]) for row in rows if row["compensate"] == kind)
-        error = float(np.interp(target, *zip(*of_kind, strict=True)))
-        rows.append({"compensate": kind, "macs_kept": "between", "removals": "", "error": error, "speedup": target})
+    for number, row in enumerate(rows, start=1):
+        row["speedup"] = speedup(times["original"], times[str(number)])
+    for kind, repair in itertools.product(KINDS, (0, 2)):
+        on_both_sides = sorted(
+            (row["speedup"], row["error"]) for row in rows if (row["compensate"], row["repair"]) == (kind, repair)
+        )
+        error = float(np.interp(target, *zip(*on_both_sides, strict=True)))
+        between = {"compensate": kind, "repair": repair, "macs_kept": "between", "edits": ""}
+        rows.append(between | {"error": error, "speedup": target})
     finish("compensation", rows)
 
 
@@ -114,9 +122,8 @@ def gri_speed(size: int = 64, rounds: int = 6) -> None:
     unet = random_unet({**UNETS["sd15"], "sample_size": size}).eval()
     units = outer_self_attentions(unet)
     models = {"full attention": unet}
-    for pool, weighted in ((4, False), (4, True)):  # each model takes 3.4 GB
-        name = f"GRI, regions 4, pool {pool}" + (", weighted" if weighted else "")
-        models[name] = with_gri(unet, units, 4, pool, weighted)
+    for regions in (4, 8):  # each model takes 3.4 GB
+        models[f"GRI, regions {regions}, pool 4, weighted"] = with_gri(unet, units, regions, 4, weighted=True)
     models["ToMe, ratio 0.5"] = tomesd.apply_patch(copy.deepcopy(unet), ratio=0.5)
     removed = [asdm.Remove(unit=unit) for unit in units]
     models["none at all"] = build_student(unet, PruningPlan.for_unet(unet, removed))
@@ -125,13 +132,23 @@ def gri_speed(size: int = 64, rounds: int = 6) -> None:
 
 @app.command("cond-conv")
 def cond_conv(rounds: int = 6) -> None:
-    """Latency of SD 1.5's UNet (random weights) pruned to BK-SDM-Base, without banks and with them."""
+    """Latency of SD 1.5's UNet (random weights) pruned to BK-SDM-Base, without banks and with them; whole, and by
+    stage."""
     unet = random_unet(UNETS["sd15"]).eval()
     plan = without_second_layers(unet)
     models = {"pruned": build_student(unet, plan)}
     for router in ("time", "input"):
         models[f"router {router}"] = build_student(unet, asdm.add_banks(plan, unet, router=router))
-    finish("cond_conv_speed", timed(models, rounds))
+    with ExitStack() as entered:
+        seconds = {name: entered.enter_context(timing_modules(m, stages(m))) for name, m in models.items()}
+        rows = [{"stage": "all"} | row for row in timed(models, rounds)]
+    for stage in stages(unet):
+        measured = slice(1, rounds + 1)  # behind the warm-up
+        medians = {name: statistics.median(seconds[name][stage][measured]) for name in models}
+        for name, median in medians.items():
+            faster = medians["pruned"] / median
+            rows.append({"stage": stage, "model": name, "median_ms": 1000 * median, "speedup": faster})
+    finish("cond_conv_speed", rows)
 
 
 @app.command()

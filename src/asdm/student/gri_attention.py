@@ -7,6 +7,7 @@ projections are inherited, so it works before any training.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from math import ceil
 from typing import Any
@@ -49,7 +50,8 @@ class GriAttnProcessor:
         if self.pool:
             keys, values = (self._pooled(states).repeat_interleave(count, dim=0) for states in (key, value))
             if self.weighted:
-                mask = self._weights(where, query).repeat(batch, 1, 1, 1)
+                weights = _weights(self.height, self.width, self.regions, self.pool, str(query.device))
+                mask = weights.to(query.dtype).repeat(batch, 1, 1, 1)
             local_key, local_value = torch.cat([local_key, keys], dim=1), torch.cat([local_value, values], dim=1)
         by_head = (attn.heads, channels // attn.heads)
         mixed = dispatch_attention_fn(
@@ -71,23 +73,23 @@ class GriAttnProcessor:
         pooled = F.avg_pool2d(as_map, self.pool, ceil_mode=True, count_include_pad=False)
         return pooled.flatten(2).mT
 
-    def _weights(self, where: Tensor, query: Tensor) -> Tensor:
-        """What is added to each region's logits (regions, 1, 1, keys)."""
-        unseen = query.new_ones(len(where), self.height * self.width).scatter(1, where, 0)
-        as_map = unseen.view(-1, 1, self.height, self.width)
-        whole = F.pad(as_map, (0, -self.width % self.pool, 0, -self.height % self.pool))
-        counts = (F.avg_pool2d(whole, self.pool) * self.pool**2).flatten(1)
-        return torch.cat([torch.zeros_like(where, dtype=query.dtype), counts.log()], dim=1)[:, None, None]
+
+def _remembered(computed: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with a memory; but not of what an export computes, whose tensors are none, and of no tensor that
+    inference mode would keep from a later training."""
+    known = lru_cache(maxsize=64)(computed)
+
+    def found(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return computed(*args)
+        with torch.inference_mode(False):
+            return known(*args)
+
+    return found
 
 
+@_remembered
 def _places(height: int, width: int, regions: int, device: str) -> tuple[Tensor, Tensor]:
-    """`_computed_places`, remembered; but not what an export computes, whose tensors are none."""
-    if torch.compiler.is_compiling():
-        return _computed_places(height, width, regions, device)
-    return _known_places(height, width, regions, device)
-
-
-def _computed_places(height: int, width: int, regions: int, device: str) -> tuple[Tensor, Tensor]:
     """Which token stands at each place (regions, size) of each region of a map; and where among all those
     places each token (height * width,) is found again.
 
@@ -109,7 +111,16 @@ def _computed_places(height: int, width: int, regions: int, device: str) -> tupl
     return where.reshape(-1, size).to(device), back.flatten().to(device)
 
 
-_known_places = lru_cache(maxsize=64)(_computed_places)
+@_remembered
+def _weights(height: int, width: int, regions: int, pool: int, device: str) -> Tensor:
+    """What is added to each region's logits (regions, 1, 1, keys): zero for its own tokens, and for a global one the
+    logarithm of how many of its tokens the region does not see."""
+    where, _ = _places(height, width, regions, device)
+    unseen = torch.ones(len(where), height * width, device=device).scatter(1, where, 0)
+    as_map = unseen.view(-1, 1, height, width)
+    whole = F.pad(as_map, (0, -width % pool, 0, -height % pool))
+    counts = (F.avg_pool2d(whole, pool) * pool**2).flatten(1)
+    return torch.cat([torch.zeros(where.shape, device=device), counts.log()], dim=1)[:, None, None]
 
 
 class GriTransformer2DModel(Transformer2DModel):
