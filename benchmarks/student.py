@@ -1,7 +1,7 @@
 """What each part of a student's architecture is worth. Each command prints a table and writes its figures.
 
     python benchmarks/student.py compensation     # embedded pipeline: error after pruning, by kind of map
-    python benchmarks/student.py taylor           # embedded pipeline: the estimate beside the ablation
+    python benchmarks/student.py taylor           # the estimate beside the ablation: how near, and at what cost
     python benchmarks/student.py gri              # embedded pipeline: GRI's and ToMe's error, untrained
     python benchmarks/student.py gri-speed        # SD 1.5's shape: GRI and ToMe beside full attention
     python benchmarks/student.py cond-conv        # SD 1.5's shape: the banks' overhead
@@ -71,18 +71,24 @@ def compensation(target: float = 1.5) -> None:
 
 @app.command()
 def taylor() -> None:
-    """Spearman correlation of the Taylor estimate with the ablation, and what each took."""
+    """Spearman correlation of the Taylor estimate with the ablation on the embedded pipeline; and what each costs, there
+    and at SD 1.5's size (one time step, random weights), where the ablation's cost is the least that it needs."""
     pipeline = asdm.load_pipeline("demo")
     maps = {kind: asdm.analyze(pipeline, data="demo", sensitivity=kind) for kind in ("ablation", "taylor")}
     values = {kind: [unit.sensitivity for unit in found.units] for kind, found in maps.items()}
     rows = [
         {
+            "model": "embedded",
             "estimator": kind,
-            "unet_forwards": found.unet_forwards,
+            "unet_forwards": found.unet_forwards / len(found.timesteps),
             "spearman_with_ablation": float(spearmanr(values["ablation"], values[kind]).statistic),
         }
         for kind, found in maps.items()
     ]
+    pipeline = asdm.load_pipeline("random:sd15")
+    found = asdm.analyze(pipeline, sensitivity="taylor", compensate="none", timesteps=1, latency_rounds=2)
+    for kind, forwards in (("ablation", found.necessary_forwards), ("taylor", found.unet_forwards)):
+        rows.append({"model": "SD 1.5", "estimator": kind, "unet_forwards": forwards})
     finish("taylor", rows)
 
 

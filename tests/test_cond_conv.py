@@ -76,7 +76,7 @@ def test_a_fresh_student_is_the_plain_pruned_one(unet, router, activation):
 
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, 3, 9])  # one kernel, kernels of the samples, outputs of the experts
 def test_outputs_and_gradients_are_those_of_the_naive_sum(router, activation, batch):
     conv = bank(router, activation)
     hidden_states, conv.temb = torch.randn(batch, 6, 5, 7), torch.randn(batch, 10)

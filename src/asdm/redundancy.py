@@ -44,7 +44,7 @@ from asdm.units import (
 
 Progress = Callable[[int, int, str], None]
 Sensitivity = Literal["ablation", "taylor"]
-TAYLOR_PROBES = 3
+TAYLOR_PROBES = 2
 MANY_TOKENS = 256  # from here on global-regional attention can pay
 
 
@@ -171,8 +171,8 @@ def analyze(
             forward and backward passes, for UNets that are large or many.
         compensate: what a plan will fit in the place of the removed branches: an ablation then tries each unit with
             the map that stands best in its place. Taylor's estimate is of plain removal.
-        timesteps: at how many time steps, the middles of equal parts of the schedule; by default 4, and for
-            ablation at more than 32x32 latents 2.
+        timesteps: at how many time steps, the middles of equal parts of the schedule; by default 4, at more than
+            32x32 latents 2.
         samples: how many images or prompts; by default 16 at up to 32x32 latents, else 1.
         latency_rounds: timed UNet calls at batch 2 (one image with guidance).
         progress: called with units done, units in all, and the unit's name.
@@ -197,8 +197,7 @@ def analyze(
         others = _measure_others(unet, other_edits, costs, latency_rounds)
         other_trials = trials_of(unet, other_edits)
         everything = [*trials_of(unet, [Remove(unit=unit.name) for unit in units]), *other_trials]
-        large = latent_shape(pipeline)[1] > 32
-        timesteps = timesteps or (2 if large and sensitivity == "ablation" else 4)
+        timesteps = timesteps or (2 if latent_shape(pipeline)[1] > 32 else 4)
         calls = calibration_calls(pipeline, data, prompts, timesteps, samples, seed)
         if sensitivity == "taylor":
             forward = _record(unet, [], calls[0].arguments)[2]

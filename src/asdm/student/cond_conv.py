@@ -50,8 +50,10 @@ class CondConv2d(nn.Module):
         self.one_timestep = False
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """(batch, in, h, w) to (batch, out, h, w)."""
+        """(batch, in, h, w) to (batch, out, h, w): one convolution, whatever the number of experts."""
         routing = self.routing(hidden_states)
+        if len(routing) > 2 * routing.shape[1]:
+            return self._mixed_outputs(routing, hidden_states)
         weight = self._mixed(routing, self.weight, self.expert_weight)
         bias = self._mixed(routing, self.bias, self.expert_bias)
         if len(routing) == 1:
@@ -87,6 +89,14 @@ class CondConv2d(nn.Module):
             # The parts' sum is 1. Kernels are larger than caches, and this reads each but once.
             return torch.lerp(flat, experts[0], rows[0, 1]).view(1, *own.shape)
         return (rows[:, 1:] @ experts + rows[:, :1] * flat).view(-1, *own.shape)
+
+    def _mixed_outputs(self, routing: Tensor, hidden_states: Tensor) -> Tensor:
+        """The same by linearity, for a batch that would need more mixed kernels than there are experts: mixtures of
+        what each kernel gives."""
+        weight = torch.cat([self.weight.flatten()[None], self.expert_weight]).view(-1, *self.weight.shape[1:])
+        bias = torch.cat([self.bias, self.expert_bias.flatten()])
+        outputs = F.conv2d(hidden_states, weight, bias, self.stride, self.padding, self.dilation)
+        return torch.einsum("be,beohw->bohw", routing.to(outputs.dtype), outputs.unflatten(1, (routing.shape[1], -1)))
 
     def start(self, teacher: Mapping[str, Tensor], channels: Mapping[str, Channels], name: str) -> dict[str, Tensor]:
         """The tensors that a new bank has beside its own kernel's: experts inherited from `teacher`."""
