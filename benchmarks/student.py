@@ -101,7 +101,7 @@ def gri() -> None:
     wanted = predictions(unet, calls)
     units = outer_self_attentions(unet)
     rows = []
-    for regions in (2, 4):
+    for regions in (2, 4, 8):
         for pool in (0, 2, 4):
             for weighted in (False, True) if pool else (False,):
                 student = with_gri(unet, units, regions, pool, weighted)
@@ -128,8 +128,8 @@ def gri_speed(size: int = 64, rounds: int = 6) -> None:
     unet = random_unet({**UNETS["sd15"], "sample_size": size}).eval()
     units = outer_self_attentions(unet)
     models = {"full attention": unet}
-    for regions in (4, 8):  # each model takes 3.4 GB
-        models[f"GRI, regions {regions}, pool 4, weighted"] = with_gri(unet, units, regions, 4, weighted=True)
+    for count in (4, 8):  # each model takes 3.4 GB
+        models[f"GRI, regions {count}, pool {count}, weighted"] = with_gri(unet, units, count, count, weighted=True)
     models["ToMe, ratio 0.5"] = tomesd.apply_patch(copy.deepcopy(unet), ratio=0.5)
     removed = [asdm.Remove(unit=unit) for unit in units]
     models["none at all"] = build_student(unet, PruningPlan.for_unet(unet, removed))

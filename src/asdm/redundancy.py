@@ -201,14 +201,28 @@ def analyze(
         calls = calibration_calls(pipeline, data, prompts, timesteps, samples, seed)
         if sensitivity == "taylor":
             forward = _record(unet, [], calls[0].arguments)[2]
+            # What a whole stage does is not of the first order, and there are two of them.
+            stage_trials = other_trials[len(regional) :]
+            of_stages: dict[str, dict[int, float]] = {trial.name: {} for trial in stage_trials}
+
+            def stages_too(call: CalibrationCall, outputs: dict[str, Any], prediction: Tensor) -> None:
+                for name, error in _ablated(unet, stage_trials, call, outputs, prediction).items():
+                    of_stages[name][call.timestep] = error
+
             before = time.perf_counter()
             errors = taylor_sensitivity(
-                unet, units, calls, regional=regional, probes=TAYLOR_PROBES, seed=seed, progress=progress
+                unet,
+                units,
+                calls,
+                regional=regional,
+                probes=TAYLOR_PROBES,
+                seed=seed,
+                progress=progress,
+                recording=replay_order(unet),
+                recorded=stages_too,
             )
             forwards = (time.perf_counter() - before) / forward
-            # What a whole stage does is not of the first order, and there are two of them.
-            ablated, more = ablate(unet, other_trials[len(regional) :], calls, None)
-            errors, forwards = errors | ablated, forwards + more
+            errors |= of_stages
         else:
             forwards = 0.0
             if compensate != "none":
@@ -482,35 +496,54 @@ def ablate(
     against the UNet's own prediction, or against `references`, one for each call.
     """
     errors: dict[str, dict[int, float]] = {trial.name: {} for trial in trials}
-    order = replay_order(unet)
     done, spent, whole = 0, 0.0, 0.0
+
+    def tried(name: str) -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, len(trials) * len(calls), name)
+
     for index, call in enumerate(calls):
-        outputs, reference, seconds = _record(unet, order, call.arguments)
+        outputs, reference, seconds = _record(unet, replay_order(unet), call.arguments)
         whole += seconds
         if references is not None:
             reference = references[index]
-        originals: dict[str, nn.Module] = {}
-        power = reference.float().square().sum()
+
         start = time.perf_counter()
-        try:
-            for name in order:
-                for trial in [trial for trial in trials if trial.layer == name]:
-                    with trial.applied():
-                        moved = unet(**call.arguments, return_dict=False)[0]
-                    error = (moved.float() - reference.float()).square().sum() / power
-                    errors[trial.name][call.timestep] = float(error)
-                    done += 1
-                    if progress is not None:
-                        progress(done, len(trials) * len(calls), trial.name)
-                if name not in outputs:  # a placeholder that is never called
-                    continue
-                originals[name] = unet.get_submodule(name)
-                set_module(unet, name, Replay(outputs.pop(name)))
-        finally:
-            for name, module in originals.items():
-                set_module(unet, name, module)
+        for name, error in _ablated(unet, trials, call, outputs, reference, tried).items():
+            errors[name][call.timestep] = error
         spent += time.perf_counter() - start
     return errors, (spent + whole) / (whole / len(calls))
+
+
+def _ablated(
+    unet: UNet2DConditionModel,
+    trials: Sequence[Trial],
+    call: CalibrationCall,
+    outputs: dict[str, Any],
+    reference: Tensor,
+    tried: Callable[[str], None] = lambda _: None,
+) -> dict[str, float]:
+    """Each trial's error in one call, of which `outputs` are the layers' (used up)."""
+    errors: dict[str, float] = {}
+    originals: dict[str, nn.Module] = {}
+    power = reference.float().square().sum()
+    try:
+        for name in replay_order(unet):
+            for trial in [trial for trial in trials if trial.layer == name]:
+                with trial.applied():
+                    moved = unet(**call.arguments, return_dict=False)[0]
+                errors[trial.name] = float((moved.float() - reference.float()).square().sum() / power)
+                tried(trial.name)
+            if name not in outputs:  # a placeholder that is never called
+                continue
+            originals[name] = unet.get_submodule(name)
+            set_module(unet, name, Replay(outputs.pop(name)))
+    finally:
+        for name, module in originals.items():
+            set_module(unet, name, module)
+    return errors
 
 
 def _record(

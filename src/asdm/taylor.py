@@ -20,11 +20,13 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from asdm.calibration import CalibrationCall
+from asdm.replay import outputs_of
 from asdm.student.edits import GriAttention
 from asdm.student.gri_attention import GriAttnProcessor
 from asdm.units import Unit, shortcut_of
 
 Progress = Callable[[int, int, str], None]
+Recorded = Callable[[CalibrationCall, dict[str, Any], Tensor], None]
 
 
 def taylor_sensitivity(
@@ -36,6 +38,8 @@ def taylor_sensitivity(
     regional: Sequence[GriAttention] = (),
     seed: int = 0,
     progress: Progress | None = None,
+    recording: Sequence[str] = (),
+    recorded: Recorded | None = None,
 ) -> dict[str, dict[int, float]]:
     """First-order estimate of each unit's relative squared error, by time step.
 
@@ -43,6 +47,8 @@ def taylor_sensitivity(
         regional: global-regional attentions to estimate too, by what they change of the branch's output.
         probes: random projections for each call, which costs one forward pass and a backward pass for each.
         progress: called with calls done, calls in all, and what is done.
+        recorded: called with each call, what the modules named in `recording` put out in it, and the prediction, for
+            whom else they can serve.
     """
     errors: dict[str, dict[int, float]] = {name: {} for name in [*(u.name for u in units), *map(str, regional)]}
     generator = torch.Generator().manual_seed(seed)
@@ -50,10 +56,14 @@ def taylor_sensitivity(
     unet.requires_grad_(False)
     try:
         for index, call in enumerate(calls):
-            products, power = _projected(unet, units, regional, call, probes, generator)
+            with outputs_of(unet, recording) as outputs:
+                products, prediction = _projected(unet, units, regional, call, probes, generator)
+            power = prediction.float().square().sum()
             for name, by_timestep in errors.items():
                 moved = sum(product.square().sum() for product in products[name])
                 by_timestep[call.timestep] = float(moved / power) / probes
+            if recorded is not None:
+                recorded(call, outputs, prediction)
             if progress is not None:
                 progress(index + 1, len(calls), f"time step {call.timestep}")
     finally:
@@ -71,7 +81,7 @@ def _projected(
     probes: int,
     generator: torch.Generator,
 ) -> tuple[dict[str, list[Tensor]], Tensor]:
-    """<v, J b> (batch,) of each unit for each of some random v, and the prediction's power."""
+    """<v, J b> (batch,) of each unit for each of some random v; and the prediction."""
     products: dict[str, list[Tensor]] = defaultdict(list)
     arguments = {**call.arguments, "sample": call.arguments["sample"].detach().requires_grad_(True)}
     with _meeting_gradients(unet, units, regional, products):
@@ -79,7 +89,7 @@ def _projected(
         for probe in range(probes):
             directions = torch.randn(prediction.shape, generator=generator).to(prediction)
             prediction.backward(directions, retain_graph=probe < probes - 1)
-    return products, prediction.detach().float().square().sum()
+    return products, prediction.detach()
 
 
 @contextmanager

@@ -44,22 +44,22 @@ class GriAttnProcessor:
         batch, count, channels = query.shape[0], where.shape[0], query.shape[2]
 
         def by_region(states: Tensor) -> Tensor:
-            return states if count == 1 else states[:, where].flatten(0, 1)
+            return states[:, None] if count == 1 else states.index_select(1, where.flatten()).unflatten(1, where.shape)
 
         query, local_key, local_value, mask = by_region(query), by_region(key), by_region(value), None
         if self.pool:
-            keys, values = (self._pooled(states).repeat_interleave(count, dim=0) for states in (key, value))
+            keys, values = (self._pooled(states)[:, None].expand(-1, count, -1, -1) for states in (key, value))
+            local_key, local_value = torch.cat([local_key, keys], dim=2), torch.cat([local_value, values], dim=2)
             if self.weighted:
                 weights = _weights(self.height, self.width, self.regions, self.pool, str(query.device))
                 mask = weights.to(query.dtype).repeat(batch, 1, 1, 1)
-            local_key, local_value = torch.cat([local_key, keys], dim=1), torch.cat([local_value, values], dim=1)
         by_head = (attn.heads, channels // attn.heads)
         mixed = dispatch_attention_fn(
-            query.unflatten(2, by_head), local_key.unflatten(2, by_head), local_value.unflatten(2, by_head), mask
+            *(states.flatten(0, 1).unflatten(2, by_head) for states in (query, local_key, local_value)), mask
         )
         mixed = mixed.flatten(2)
         if count > 1:
-            mixed = mixed.unflatten(0, (-1, count)).flatten(1, 2)[:, back]
+            mixed = mixed.unflatten(0, (-1, count)).flatten(1, 2).index_select(1, back)
         return attn.to_out[1](attn.to_out[0](mixed.to(query.dtype))) / attn.rescale_output_factor
 
     def keys_per_query(self) -> int:
