@@ -71,8 +71,8 @@ def compensation(target: float = 1.5) -> None:
 
 @app.command()
 def taylor() -> None:
-    """Spearman correlation of the Taylor estimate with the ablation on the embedded pipeline; and what each costs, there
-    and at SD 1.5's size (one time step, random weights), where the ablation's cost is the least that it needs."""
+    """Spearman correlation of the Taylor estimate with the ablation on the embedded pipeline; and what a time step
+    costs, there and at SD 1.5's size (random weights), where the ablation's cost is the least that it needs."""
     pipeline = asdm.load_pipeline("demo")
     maps = {kind: asdm.analyze(pipeline, data="demo", sensitivity=kind) for kind in ("ablation", "taylor")}
     values = {kind: [unit.sensitivity for unit in found.units] for kind, found in maps.items()}

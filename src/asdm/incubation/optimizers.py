@@ -119,10 +119,11 @@ def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
     norms = torch.linalg.matrix_norm(wide, keepdim=True).clamp_min(1e-12)
     gram = wide @ wide.mT / norms.square()
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
-    product = identity
-    for _ in range(steps):
+    product = None
+    for step in range(steps):
         polynomial = torch.baddbmm(a * identity + b * gram, gram, gram, alpha=c)
-        product = polynomial @ product
-        gram = polynomial @ gram @ polynomial
+        product = polynomial if product is None else polynomial @ product
+        if step < steps - 1:
+            gram = polynomial @ gram @ polynomial
     result = (product / norms) @ wide
     return result if wide is matrices else result.mT
