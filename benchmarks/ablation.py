@@ -34,7 +34,7 @@ from asdm.files import write_text
 from asdm.incubation.data import ShuffledBatches, open_data
 from asdm.incubation.distillation import TrainingSet, make_task, prepare
 from asdm.incubation.optimizers import make_optimizer
-from asdm.incubation.recipes import CAPTION_SPLICE, SEMANTIC_WEIGHT, SEMANTICS, incubation_stages, pace
+from asdm.incubation.recipes import CAPTION_SPLICE, SEMANTIC_WEIGHT, SEMANTICS, WEIGHTS, incubation_stages, pace
 from asdm.incubation.stages import LossWeights, Stage
 from asdm.inference.runtime import prepare_for_training
 from asdm.pipelines import load_clip
@@ -192,10 +192,11 @@ def _with_components(unet: UNet2DConditionModel, plan: PruningPlan, components: 
 
 
 def _stages(student: UNet2DConditionModel, components: tuple[str, ...], steps: int) -> list[Stage]:
+    weights = WEIGHTS if "normalised" in components else LossWeights()
     changes: dict[str, Any] = {
         "relative": "normalised" in components,
         "optimizer": "muon" if "muon" in components else "adamw",
-        "losses": LossWeights(semantic=SEMANTIC_WEIGHT if "sas" in components else 0.0),
+        "losses": weights.model_copy(update={"semantic": SEMANTIC_WEIGHT if "sas" in components else 0.0}),
         "semantics": SEMANTICS,
     }
     if "incubation" in components:

@@ -18,6 +18,9 @@ SMALL_MODEL_PARAMETERS = 50_000_000
 SEMANTIC_WEIGHT = 0.3
 SEMANTICS = Semantics(every=4)
 CAPTION_SPLICE = 0.7
+# What the blocks' features say is heard over all else; the denoising task is left out, as its noise is not the
+# student's to learn, and the image of a spliced caption is another's.
+WEIGHTS = LossWeights(task=0.0, output=1.0, feature=10.0)
 SHORTEST_ASSEMBLY = 40
 
 
@@ -40,8 +43,8 @@ def pace(student: UNet2DConditionModel, steps: int) -> dict[str, Any]:
 
 
 def joint_stages(student: UNet2DConditionModel, steps: int) -> list[Stage]:
-    """The whole student at once, on task, output and features, each relative to the teacher's power."""
-    return [Stage(name="joint", caption_splice=CAPTION_SPLICE, **pace(student, steps))]
+    """The whole student at once, on the teacher's output and features, each relative to the teacher's power."""
+    return [Stage(name="joint", caption_splice=CAPTION_SPLICE, losses=WEIGHTS, **pace(student, steps))]
 
 
 def bk_sdm_stages(student: UNet2DConditionModel, steps: int) -> list[Stage]:
@@ -67,9 +70,11 @@ def incubation_stages(student: UNet2DConditionModel, steps: int) -> list[Stage]:
     for number, group in enumerate(groups[:-1], start=1):  # with the last, it is the whole
         blocks = [*blocks, *group]
         if each >= SHORTEST_ASSEMBLY:
-            stages.append(Stage(name=f"assemble-{number}", assembled=list(blocks), **pace(student, each)))
+            stages.append(
+                Stage(name=f"assemble-{number}", assembled=list(blocks), losses=WEIGHTS, **pace(student, each))
+            )
     left = steps - sum(stage.steps for stage in stages)
-    joint = {"losses": LossWeights(semantic=SEMANTIC_WEIGHT), "semantics": SEMANTICS}
+    joint = {"losses": WEIGHTS.model_copy(update={"semantic": SEMANTIC_WEIGHT}), "semantics": SEMANTICS}
     return [*stages, Stage(name="joint", caption_splice=CAPTION_SPLICE, **joint, **pace(student, left))]
 
 
