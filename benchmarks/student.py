@@ -39,6 +39,7 @@ from asdm.units import stages
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 KINDS = ("none", "bias", "diagonal", "linear")
+REPAIRS = (0, 2)  # rounds
 
 
 @app.command()
@@ -51,7 +52,7 @@ def compensation(target: float = 1.5) -> None:
         redundancy = asdm.analyze(pipeline, data="demo", compensate=kind)
         for kept in (0.75, 0.65):
             made = asdm.make_plan(redundancy, macs=kept, compensate=kind, unet=pipeline.unet)
-            for repair in (0, 2):
+            for repair in REPAIRS:
                 plan = asdm.repair_plan(pipeline, redundancy, made, data="demo", rounds=repair)
                 row = {"compensate": kind, "repair": repair, "macs_kept": kept, "edits": len(plan.edits)}
                 rows.append(row | {"error": plan.figures.measured_sensitivity})
@@ -59,7 +60,7 @@ def compensation(target: float = 1.5) -> None:
     times = measure_interleaved(calls, rounds=30)
     for number, row in enumerate(rows, start=1):
         row["speedup"] = speedup(times["original"], times[str(number)])
-    for kind, repair in itertools.product(KINDS, (0, 2)):
+    for kind, repair in itertools.product(KINDS, REPAIRS):
         on_both_sides = sorted(
             (row["speedup"], row["error"]) for row in rows if (row["compensate"], row["repair"]) == (kind, repair)
         )

@@ -509,7 +509,6 @@ def ablate(
         whole += seconds
         if references is not None:
             reference = references[index]
-
         start = time.perf_counter()
         for name, error in _ablated(unet, trials, call, outputs, reference, tried).items():
             errors[name][call.timestep] = error
