@@ -48,6 +48,7 @@ WORK = Path("runs/ablation")
 COMPONENTS = ("normalised", "incubation", "cond-conv", "gri", "sas", "compensation", "muon", "splice")
 FAST_SPEEDUP = 2.0  # at which only BK-SDM's recipe and the full method are run
 SECONDS = 240.0  # of training each
+REPAIR_ROUNDS = 4
 METRICS = ("concept_top1", "concept_top5", "style", "kid", "retrieval_at_1", "teacher_distance")
 
 
@@ -166,14 +167,15 @@ def _run(
 
 
 def _plan(pipeline: DiffusionPipeline, target: float) -> PruningPlan:
-    """Removals of units alone: GRI is a component here, and not the planner's choice."""
+    """Removals of units alone, repaired: GRI is a component here, and not the planner's choice."""
     path = WORK / f"plan-{target:g}.json"
     if not path.is_file():
         known = WORK / "redundancy.json"
         if not known.is_file():
             asdm.analyze(pipeline, data="demo", compensate="linear").save(known)
         redundancy = RedundancyMap.load(known).model_copy(update={"others": []})
-        asdm.make_plan(redundancy, speedup=target, unet=pipeline.unet).save(path)
+        made = asdm.make_plan(redundancy, speedup=target, unet=pipeline.unet)
+        asdm.repair_plan(pipeline, redundancy, made, data="demo", rounds=REPAIR_ROUNDS).save(path)
     return PruningPlan.load(path)
 
 

@@ -174,6 +174,16 @@ def many_tokens(monkeypatch):
     monkeypatch.setattr("asdm.redundancy.MANY_TOKENS", 64)  # the outer level of the tiny UNets
 
 
+@pytest.mark.parametrize(
+    ("even_more", "kinds"), [(64, [(4, 4), (8, 8)]), (65, [(4, 2), (4, 4)])], ids=["large map", "small map"]
+)
+def test_regions_are_smaller_where_tokens_are_more(pipeline, many_tokens, monkeypatch, even_more, kinds):
+    monkeypatch.setattr("asdm.redundancy.EVEN_MORE_TOKENS", even_more)
+    redundancy = analyze(pipeline, sensitivity="taylor", timesteps=1, samples=1, latency_rounds=1)
+    regional = [record.edit for record in redundancy.others if record.edit["edit"] == "gri_attention"]
+    assert [(edit.get("regions", 4), edit.get("pool", 2)) for edit in regional] == kinds * 5
+
+
 @pytest.mark.parametrize("sensitivity", ["ablation", "taylor"])
 def test_other_edits_cost_and_save_what_a_student_with_them_does(pipeline, many_tokens, sensitivity):
     unet = pipeline.unet

@@ -337,7 +337,7 @@ def _preset(redundancy: RedundancyMap, preset: str, choices: list[PossibleEdit])
 def _a_sdm(redundancy: RedundancyMap, choices: list[PossibleEdit], fast: bool) -> list[PossibleEdit]:
     """The presets of our own, for Stable Diffusion's UNets (inferred): the outermost self-attentions look at regions,
     and the second layers of the first and the last stage go; `fast`, that of every stage, with the innermost stage,
-    the mid block and the last attention."""
+    the mid block and the last attention, and the faster kind of GRI."""
     tokens = max((unit.positions for unit in redundancy.units if unit.kind == "self_attention"), default=0)
     last_stage = redundancy.units[-1].stage
     last_attention = [unit.name for unit in redundancy.units if unit.kind == "attention"][-1:]
@@ -356,18 +356,18 @@ def _a_sdm(redundancy: RedundancyMap, choices: list[PossibleEdit], fast: bool) -
             return True
         return middle and not edit.unit.startswith("mid_block")
 
+    def order(choice: PossibleEdit) -> tuple[float, float]:
+        """What covers most comes first: a stage, then layers, then what is left inside them."""
+        saved = choice.macs if isinstance(choice.edit, GriAttention) else 0.0
+        return -len(choice.covers), -saved if fast else saved
+
     chosen: list[PossibleEdit] = []
-    # What covers most comes first: a stage, then layers, then what is left inside them; of two kinds, the faster one.
-    for choice in sorted(filter(wanted, choices), key=lambda choice: (-len(choice.covers), -_keys_saved(choice))):
+    for choice in sorted(filter(wanted, choices), key=order):
         if not any(choice.covers & other.covers for other in chosen):
             chosen.append(choice)
     if not chosen:
         raise AsdmError("no such layers in this UNet as the preset removes; give a budget instead")
     return sorted(chosen, key=choices.index)
-
-
-def _keys_saved(choice: PossibleEdit) -> float:
-    return choice.macs if isinstance(choice.edit, GriAttention) else 0.0
 
 
 def _with_edits(plan: PruningPlan, edits: Sequence[Edit]) -> PruningPlan:

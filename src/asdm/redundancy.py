@@ -46,6 +46,7 @@ Progress = Callable[[int, int, str], None]
 Sensitivity = Literal["ablation", "taylor"]
 TAYLOR_PROBES = 2
 MANY_TOKENS = 256  # from here on global-regional attention can pay
+EVEN_MORE_TOKENS = 4096  # from here on with smaller regions and coarser global tokens
 
 
 class UnitRecord(BaseModel):
@@ -358,8 +359,9 @@ def _regional_attentions(unet: UNet2DConditionModel, units: list[Unit], costs: _
     edits = []
     for unit in units:
         if unit.kind == "self_attention" and costs.positions[unit.layer] >= MANY_TOKENS:
-            for pool in (2, 4):
-                edit = GriAttention(unit=unit.name, pool=pool, weighted=True)
+            kinds = ((4, 4), (8, 8)) if costs.positions[unit.layer] >= EVEN_MORE_TOKENS else ((4, 2), (4, 4))
+            for regions, pool in kinds:
+                edit = GriAttention(unit=unit.name, regions=regions, pool=pool, weighted=True)
                 with suppress(AsdmError), edited(unet, edit):
                     edits.append(edit)
     return edits
