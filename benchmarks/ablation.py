@@ -5,16 +5,17 @@
     python benchmarks/ablation.py show                      # mean and spread over the seeds: a table, docs/ablation.png
 
 The embedded pipeline; one plan of removals for each speed-up; each run trains for the same time, as steps whose cost
-was measured in turns, so that a busy minute of the machine falls on nobody. A finished run is not run again.
+was measured in turns, so that a busy minute of the machine falls on nobody. A finished run is not run again; two
+processes can share the work, each with its own --seeds or --only.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ from asdm.student.plan import PruningPlan, build_student
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 ROWS = RESULTS / "ablation.json"
+SETTLED = RESULTS / "ablation"  # plans and numbers of steps, which are the same for all runs, whenever they are made
 WORK = Path("runs/ablation")
 COMPONENTS = ("normalised", "incubation", "cond-conv", "gri", "sas", "compensation", "muon", "splice")
 FAST_SPEEDUP = 2.0  # at which only BK-SDM's recipe and the full method are run
@@ -75,19 +77,18 @@ def run(
     examples = prepare(pipeline, "demo", WORK / "prepared")
     judged = _Judged(pipeline, samples)
     chosen = [name.strip() for name in only.split(",") if name.strip()]
-    rows = _known()
     for seed in (int(part) for part in seeds.split(",")):
         for target in (float(part) for part in targets.split(",")):
             plan = _plan(pipeline, target)
             steps = _steps(pipeline, examples, plan, target, seconds)
             for name, components in {"teacher": None, **variants(target)}.items():
                 key = {"name": name, "seed": seed, "target": target}
-                if (chosen and name not in chosen) or any(key.items() <= row.items() for row in rows):
+                if (chosen and name not in chosen) or any(key.items() <= row.items() for row in _known()):
                     continue
                 row = key | _run(pipeline, examples, plan, components, steps.get(name, 0), seed, judged)
-                rows.append(row | {"seconds": seconds if components is not None else 0} | machine())
-                write_text(ROWS, json.dumps(rows, indent=1) + "\n")
-                console.print(rows[-1], highlight=False)
+                row |= {"seconds": seconds if components is not None else 0} | machine()
+                write_text(ROWS, json.dumps([*_known(), row], indent=1) + "\n")  # another process may have added some
+                console.print(row, highlight=False)
 
 
 @app.command()
@@ -157,10 +158,9 @@ def _run(
     student = build_student(pipeline.unet, _with_components(pipeline.unet, plan, components))
     if "compensation" in components:
         asdm.fit_compensation(pipeline, student, data="demo", seed=seed)
-    folder = WORK / "training"
-    shutil.rmtree(folder, ignore_errors=True)
     stages = _stages(student, components, steps)
-    asdm.distill(pipeline, student, WORK / "prepared", folder, stages=stages, seed=seed)
+    with TemporaryDirectory(dir=WORK) as folder:
+        asdm.distill(pipeline, student, WORK / "prepared", folder, stages=stages, seed=seed)
     times = measure_interleaved({"teacher": unet_call(pipeline.unet), "student": unet_call(student)}, rounds=20)
     found = {"speedup": speedup(times["teacher"], times["student"]), "steps": steps}
     return found | judged(asdm.with_unet(pipeline, student), seed)
@@ -168,13 +168,14 @@ def _run(
 
 def _plan(pipeline: DiffusionPipeline, target: float) -> PruningPlan:
     """Removals of units alone, repaired: GRI is a component here, and not the planner's choice."""
-    path = WORK / f"plan-{target:g}.json"
+    path = SETTLED / f"plan-{target:g}.json"
     if not path.is_file():
         known = WORK / "redundancy.json"
         if not known.is_file():
             asdm.analyze(pipeline, data="demo", compensate="linear").save(known)
         redundancy = RedundancyMap.load(known).model_copy(update={"others": []})
         made = asdm.make_plan(redundancy, speedup=target, unet=pipeline.unet)
+        SETTLED.mkdir(parents=True, exist_ok=True)
         asdm.repair_plan(pipeline, redundancy, made, data="demo", rounds=REPAIR_ROUNDS).save(path)
     return PruningPlan.load(path)
 
@@ -215,7 +216,7 @@ def _steps(
     pipeline: DiffusionPipeline, examples: TrainingSet, plan: PruningPlan, target: float, seconds: float
 ) -> dict[str, int]:
     """For each recipe, the steps that take so long: each of its stages' cost is measured in turns with all others'."""
-    path = WORK / f"steps-{target:g}-{seconds:g}.json"
+    path = SETTLED / f"steps-{target:g}-{seconds:g}.json"
     if path.is_file():
         return json.loads(path.read_text("utf-8"))
     calls: dict[str, Callable[[], Any]] = {}
