@@ -49,8 +49,9 @@ SETTLED = RESULTS / "ablation"  # plans and numbers of steps, which are the same
 WORK = Path("runs/ablation")
 COMPONENTS = ("normalised", "incubation", "cond-conv", "gri", "sas", "compensation", "muon", "splice")
 FAST_SPEEDUP = 2.0  # at which only BK-SDM's recipe and the full method are run
-SECONDS = 240.0  # of training each
+SECONDS = 600.0  # of training each
 REPAIR_ROUNDS = 4
+BANKS = 0.05  # of the teacher's parameters
 METRICS = ("concept_top1", "concept_top5", "style", "kid", "retrieval_at_1", "teacher_distance")
 
 
@@ -191,7 +192,7 @@ def _with_components(unet: UNet2DConditionModel, plan: PruningPlan, components: 
         kept = [name for name in outer if not any(name == unit or name.startswith(f"{unit}.") for unit in gone)]
         edits += [GriAttention(unit=name, regions=2, pool=2, weighted=True) for name in kept]
     full = PruningPlan.for_unet(unet, edits)
-    return asdm.add_banks(full, unet, params=0.15, router="time") if "cond-conv" in components else full
+    return asdm.add_banks(full, unet, params=BANKS, router="time") if "cond-conv" in components else full
 
 
 def _stages(student: UNet2DConditionModel, components: tuple[str, ...], steps: int) -> list[Stage]:

@@ -196,9 +196,11 @@ def test_our_parts_leave_the_pipeline_as_it_was():
     assert speed_alone < set(names) and not any("calibrated" in name for name in speed_alone)
 
 
-def test_gri_takes_the_place_of_the_outermost_self_attentions(pipeline):
-    edits = with_gri(pipeline).unet.config.edits
-    assert {edit["edit"] for edit in edits} == {"gri_attention"} and len(edits) == 5
+@pytest.mark.parametrize(("faster", "pool"), [(False, 2), (True, 4)])
+def test_gri_takes_the_place_of_the_outermost_self_attentions(pipeline, faster, pool):
+    edits = with_gri(pipeline, faster).unet.config.edits
+    assert [edit["edit"] for edit in edits] == ["gri_attention"] * 5
+    assert {edit.get("pool", 2) for edit in edits} == {pool}
 
 
 def test_the_front_holds_what_no_other_beats():

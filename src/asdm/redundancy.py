@@ -354,13 +354,17 @@ def _measure_costs(unet: UNet2DConditionModel, units: list[Unit], rounds: int) -
     )
 
 
+def gri_kinds(tokens: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Regions and pooling of GRI for a map of so many tokens: a nearer and a faster kind."""
+    return ((4, 4), (8, 8)) if tokens >= EVEN_MORE_TOKENS else ((4, 2), (4, 4))
+
+
 def _regional_attentions(unet: UNet2DConditionModel, units: list[Unit], costs: _Costs) -> list[GriAttention]:
     """GRI, a nearer and a faster kind, for the self-attentions that meet many tokens, where the edit is allowed."""
     edits = []
     for unit in units:
         if unit.kind == "self_attention" and costs.positions[unit.layer] >= MANY_TOKENS:
-            kinds = ((4, 4), (8, 8)) if costs.positions[unit.layer] >= EVEN_MORE_TOKENS else ((4, 2), (4, 4))
-            for regions, pool in kinds:
+            for regions, pool in gri_kinds(costs.positions[unit.layer]):
                 edit = GriAttention(unit=unit.name, regions=regions, pool=pool, weighted=True)
                 with suppress(AsdmError), edited(unet, edit):
                     edits.append(edit)

@@ -10,13 +10,14 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
+from asdm.conditioning import latent_shape
 from asdm.errors import AsdmError
 from asdm.evaluation.latency import unet_call
 from asdm.evaluation.macs import counting_macs
@@ -27,7 +28,7 @@ from asdm.inference.openvino_graphs import with_openvino_graphs
 from asdm.inference.optimization import optimize
 from asdm.pipelines import is_sdxl, with_unet
 from asdm.planning import PRESETS, make_plan
-from asdm.redundancy import RedundancyMap, analyze
+from asdm.redundancy import RedundancyMap, analyze, gri_kinds
 from asdm.student.edits import GriAttention
 from asdm.student.plan import PruningPlan, build_student
 from asdm.units import removable_units, stages
@@ -123,12 +124,15 @@ def pruned(plan: PruningPlan) -> Maker:
     return lambda pipeline: with_unet(pipeline, build_student(pipeline.unet, plan))
 
 
-def with_gri(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """Global-regional attention in the outermost stages' self-attentions, untrained."""
+def with_gri(pipeline: DiffusionPipeline, faster: bool = False) -> DiffusionPipeline:
+    """Global-regional attention in the outermost stages' self-attentions, untrained; of the nearer or the faster
+    kind."""
     units = outer_self_attentions(pipeline.unet)
     if not units:
         raise AsdmError("no self-attention in the outermost stages")
-    edits = [GriAttention(unit=unit, weighted=True) for unit in units]
+    _, height, width = latent_shape(pipeline)
+    regions, pool = gri_kinds(height * width)[faster]
+    edits = [GriAttention(unit=unit, regions=regions, pool=pool, weighted=True) for unit in units]
     return pruned(PruningPlan.for_unet(pipeline.unet, edits))(pipeline)
 
 
@@ -347,6 +351,7 @@ def contestants(
         *(t_gate(steps, gate) for gate in sorted({round(part * steps) for part in (0.2, 0.4)}, reverse=True)),
         *(combined(name, _group(name), anew(student), steps=steps) for name, student in students.items()),
         combined("GRI attention", "ours", anew(with_gri), steps=steps),
+        combined("GRI attention, faster kind", "ours", anew(partial(with_gri, faster=True)), steps=steps),
         *_inheritances(steps, data),
         *_stacks(steps, {name: student for name, student in students.items() if _group(name) == "ours"}, data),
     ]
