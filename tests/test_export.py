@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from asdm import AsdmError, PruningPlan, Remove, build_student, export, with_unet
+from asdm import AsdmError, PruningPlan, Remove, build_student, export, generate, inherit_features, with_unet
 from asdm.inference.openvino_graphs import with_openvino_graphs
+from asdm.units import fingerprint
 from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet, unet_inputs
 
 openvino = pytest.importorskip("openvino")
@@ -85,6 +86,38 @@ def test_int8_keeps_weights_in_8_bits_and_computes_in_them_where_asked(pipeline,
     quantised = [op for op in model.get_ops() if op.get_type_name() == "FakeQuantize"]
     assert bool(quantised) == (int8 == "activations")
     assert json.loads((tmp_path / "int8" / "asdm.json").read_text())["int8"] == int8
+
+
+def test_two_graphs_inherit_as_the_torch_unet_does(pipeline, tmp_path):
+    parts = ["unet_inner", "unet_outer", "vae_decoder"]
+    edits = [EDITS[0], EDITS[3] | {"router": "time"}, {"edit": "remove", "unit": "up_blocks.3.resnets.1"}]
+    student = student_of(pipeline, *edits)
+    export(student, tmp_path / "out", inherit=1, parts=parts)
+    ready = with_openvino_graphs(student, tmp_path / "out")
+    images = {}
+    for name, each in (("torch", student), ("graphs", ready)):
+        with inherit_features(each, every=2, order=1) as session:
+            images[name] = generate(each, ["a prompt"], steps=6, seed=3)
+        assert (session.computed, session.inherited) == (3, 3)
+    assert (images["graphs"] - images["torch"]).abs().max() < 0.05
+    assert (generate(ready, ["a prompt"], steps=6, seed=3) - images["torch"]).abs().max() > 0.01  # it did inherit
+    assert fingerprint(ready.unet) == fingerprint(student.unet)  # so a schedule that was found for one fits the other
+    for settings, message in (
+        ({"every": 2, "depth": 2}, "granularity layer and depth 1; export others with inherit=2"),
+        ({"budget": 0.1}, "is told by a layer"),
+    ):
+        with pytest.raises(AsdmError, match=message), inherit_features(ready, **settings):
+            pass
+    assert json.loads((tmp_path / "out" / "model_index.json").read_text()).get("unet_inner") is None
+
+
+def test_one_graph_inherits_nothing(pipeline, tmp_path):
+    export(pipeline, tmp_path / "out", parts=["unet", "vae_decoder"])
+    ready = with_openvino_graphs(pipeline, tmp_path / "out")
+    with pytest.raises(AsdmError, match="one graph, in which nothing"), inherit_features(ready, every=2):
+        pass
+    with pytest.raises(AsdmError, match="inherit=1, to=onnx"):
+        export(pipeline, tmp_path / "other", "onnx", inherit=1)
 
 
 def test_graphs_stand_in_only_for_what_they_can_do(pipeline, tmp_path):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from asdm.incubation.prepared import prepare_data as prepare_data
     from asdm.incubation.stages import Stage as Stage
     from asdm.inference.export import export as export
+    from asdm.inference.openvino_graphs import with_openvino_graphs as with_openvino_graphs
     from asdm.inference.feature_inheritance import InheritanceSchedule as InheritanceSchedule
     from asdm.inference.feature_inheritance import inherit_features as inherit_features
     from asdm.inference.inheritance_calibration import calibrate_inheritance as calibrate_inheritance
@@ -77,6 +78,7 @@ _HOME = {
     "repair_plan": "asdm.repair",
     "save_pipeline": "asdm.pipelines",
     "switch_unets": "asdm.inference.unet_switching",
+    "with_openvino_graphs": "asdm.inference.openvino_graphs",
     "with_unet": "asdm.pipelines",
 }
 __all__ = list(_HOME)

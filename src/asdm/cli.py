@@ -506,6 +506,15 @@ def export(
     ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Weights and the UNet's arithmetic in 8 bits.")] = False,
     weights_only: Annotated[bool, typer.Option("--weights-only", help="With --int8: only the weights.")] = False,
+    inherit: Annotated[
+        int | None,
+        typer.Option(
+            help="Also the UNet in two graphs, of which the inner one can be inherited (inherit_features); so many of "
+            "the last layers are in the outer one.",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Write a teacher or a student as OpenVINO or ONNX graphs, in a folder that optimum loads."""
     import asdm
@@ -520,6 +529,7 @@ def export(
             to,
             size=size,
             int8=("weights" if weights_only else "activations") if int8 else None,
+            inherit=inherit,
             progress=lambda name, done, total: report("export", done, total, name),
         )
     for name, difference in made.differences.items():

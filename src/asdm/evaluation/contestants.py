@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
@@ -151,12 +151,15 @@ def optimized(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     return other
 
 
-def in_openvino(int8: Int8 | None = None) -> Maker:
-    """The UNet and the VAE's decoder as `asdm.export` writes them, within the same pipeline."""
+def in_openvino(int8: Int8 | None = None, inherit: int | None = None) -> Maker:
+    """The UNet, with `inherit` in two graphs, and the VAE's decoder as `asdm.export` writes them, within the same
+    pipeline."""
+    unet = ("unet",) if inherit is None else ("unet_inner", "unet_outer")
 
     def made(pipeline: DiffusionPipeline) -> DiffusionPipeline:
         with tempfile.TemporaryDirectory(prefix="asdm-openvino-") as folder:
-            export(pipeline, Path(folder) / "graphs", "openvino", int8=int8, parts=("unet", "vae_decoder"))
+            parts = (*unet, "vae_decoder")
+            export(pipeline, Path(folder) / "graphs", "openvino", int8=int8, inherit=inherit, parts=parts)
             other = with_openvino_graphs(pipeline, Path(folder) / "graphs")
         with counting_macs(pipeline.unet) as count:
             unet_call(pipeline.unet, batch_size=1)()
@@ -382,14 +385,16 @@ def _inheritances(steps: int, data: str | Path | None) -> list[Contestant]:
 
 
 def _stacks(steps: int, students: dict[str, Maker], data: str | Path | None) -> list[Contestant]:
-    """Runtimes of the original; and of the students (the last alone where only speed is asked for; the original with
-    GRI attention where there is none), with fewer steps and feature inheritance, alone and together."""
+    """Runtimes of the original, with feature inheritance too; and of the students (the last alone where only speed is
+    asked for; the original with GRI attention where there is none), with fewer steps and feature inheritance, alone and
+    together."""
     openvino: dict[str, Int8 | None] = {"OpenVINO": None, "OpenVINO int8": "activations"}
     few = (steps, *fewer_steps(steps, draws=False))
     entries = [combined("best runtime", "runtime", kept(optimized), steps=steps)]
     for name, int8 in openvino.items():
         graph = kept(in_openvino(int8))
         entries += [combined(_in_steps(name, steps, count), "runtime", graph, steps=count) for count in few]
+    entries += _inheriting_graphs("", steps, few, kept(in_openvino(inherit=1)))
     bases = list(students.items()) or [("GRI", with_gri)]
     for name, student in bases if data is not None else bases[-1:]:
         fast = kept(student, optimized)
@@ -404,7 +409,24 @@ def _stacks(steps: int, students: dict[str, Maker], data: str | Path | None) -> 
         for runtime, int8 in openvino.items():
             graph = kept(student, in_openvino(int8))
             entries += [combined(_stack(name, runtime, steps, count), "stack", graph, steps=count) for count in few]
+        entries += _inheriting_graphs(f"{name} + ", steps, few, kept(student, in_openvino(inherit=1)))
     return entries
+
+
+def _inheriting_graphs(base: str, steps: int, few: Sequence[int], graphs: Prepared) -> list[Contestant]:
+    """OpenVINO with inherited features, which only our graphs can."""
+    return [
+        combined(
+            _in_steps(f"{base}OpenVINO + inheritance, every {every}", steps, count),
+            "stack",
+            graphs,
+            inheriting(every=every),
+            steps=count,
+            kinds=at_every(every),
+        )
+        for count in few
+        for every in (2, 3)
+    ]
 
 
 def _stack(student: str, rest: str, steps: int, count: int) -> str:

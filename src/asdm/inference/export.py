@@ -22,7 +22,11 @@ from asdm.conditioning import image_size, latent_shape
 from asdm.errors import AsdmError, needs_extra
 from asdm.evaluation.latency import random_inputs
 from asdm.files import replacing_folder
+from asdm.inference.feature_inheritance import Cut, cut_of
 from asdm.pipelines import MARKER, quiet, require_ours
+from asdm.replay import Replay, outputs_of, tensor_of
+from asdm.student.surgery import swapped
+from asdm.units import fingerprint
 
 Format = Literal["openvino", "onnx"]
 Int8 = Literal["weights", "activations"]
@@ -62,6 +66,7 @@ def export(
     *,
     size: int | None = None,
     int8: Int8 | None = None,
+    inherit: int | None = None,
     parts: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Exported:
@@ -76,7 +81,10 @@ def export(
         int8: for OpenVINO: "weights" keeps those of all parts in 8 bits, for memory; "activations" also computes the
             UNet's convolutions and linear layers in 8 bits, for speed, with ranges taken from latents that the pipeline
             itself makes (nncf's post-training quantisation).
-        parts: only the graphs of these names, for `with_openvino_graphs`; optimum needs all of them.
+        inherit: for `with_openvino_graphs` within `inherit_features`, the UNet also in two graphs that are called one
+            after the other: "unet_inner", whose features can be inherited, and "unet_outer", which is computed at
+            every step: the last so many layers of the way up (`depth` of `inherit_features`).
+        parts: only the graphs of these names, for `with_openvino_graphs`; optimum needs all but these two.
 
     Raises:
         AsdmError: the format's packages are not installed, `folder` is not ours, or a graph does not give what torch
@@ -89,10 +97,14 @@ def export(
     write = _openvino_writer(int8) if to == "openvino" else _onnx_writer()
     folder = Path(folder)
     require_ours(folder)
+    if inherit is not None and (to != "openvino" or int8 == "activations"):
+        raise AsdmError(
+            f"inherit={inherit}, to={to}, int8={int8}: two graphs are for openvino, without 8-bit activations"
+        )
     if pipeline.unet.dtype != torch.float32:
         raise AsdmError(f"a pipeline in {pipeline.unet.dtype} is not exported; load it in float32, on the CPU")
     size = size or image_size(pipeline)
-    graphs = _graphs(pipeline, size)
+    graphs = _graphs(pipeline, size, inherit)
     if int8 == "activations":
         calls = _calibration(pipeline, size)
         # Compared with torch on one of these, too: what lies beyond their ranges is cut off.
@@ -107,11 +119,12 @@ def export(
             run = write(graph, partial / graph.name / FILES[to])
             (partial / graph.name / "config.json").write_text(json.dumps(graph.config, indent=1, default=str), "utf-8")
             differences[graph.name] = _difference(graph, run, TOLERANCE if int8 is None else INT8_TOLERANCE)
-        _write_rest(pipeline, partial, [graph.name for graph in graphs], {"format": to, "int8": int8})
+        about = {"format": to, "int8": int8, "inherit": inherit, "fingerprint": fingerprint(pipeline.unet)}
+        _write_rest(pipeline, partial, [graph.name for graph in graphs if graph.name in _PART_CLASSES[to]], about)
     return Exported(folder, differences)
 
 
-def _graphs(pipeline: DiffusionPipeline, size: int) -> list[_Graph]:
+def _graphs(pipeline: DiffusionPipeline, size: int, inherit: int | None) -> list[_Graph]:
     channels, side = latent_shape(pipeline)[0], size // pipeline.vae_scale_factor
     generator = torch.Generator().manual_seed(0)
     arguments = random_inputs(pipeline.unet, batch_size=2)
@@ -135,7 +148,20 @@ def _graphs(pipeline: DiffusionPipeline, size: int) -> list[_Graph]:
             ids = torch.randint(0, encoder.config.vocab_size, (2, length), generator=generator)
             module = _Text(encoder)
             graphs.append(_Graph(name, module, {"input_ids": ids}, module.names(ids), encoder.config.to_dict()))
-    return graphs
+    return graphs if inherit is None else [*graphs, *_inheriting_graphs(graphs[0], inherit)]
+
+
+def _inheriting_graphs(whole: _Graph, depth: int) -> list[_Graph]:
+    unet: Any = whole.module.unet
+    cut = cut_of(unet, "layer", depth)
+    with outputs_of(unet, cut.inheriting) as outputs:
+        whole.module(**whole.inputs)
+    (border,) = cut.read
+    inputs = {**whole.inputs, "inherited": tensor_of(outputs[border])}
+    return [
+        replace(whole, name="unet_inner", module=_Inner(unet, border), outputs=["features"]),
+        replace(whole, name="unet_outer", module=_Outer(unet, cut, outputs), inputs=inputs),
+    ]
 
 
 def _calibration(pipeline: DiffusionPipeline, size: int) -> list[dict[str, Tensor]]:
@@ -169,6 +195,70 @@ class _UNet(nn.Module):
     ) -> tuple[Tensor, ...]:
         added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
         return self.unet(sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False)
+
+
+class _Inner(_UNet):
+    """The features at the border of a cut."""
+
+    def __init__(self, unet: nn.Module, border: str):
+        super().__init__(unet)
+        self.border = border
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        with outputs_of(self.unet, [self.border]) as outputs:
+            super().forward(sample, timestep, encoder_hidden_states, text_embeds, time_ids)
+        return (tensor_of(outputs[self.border]),)
+
+
+class _Outer(_UNet):
+    """The prediction, where the features at the border of a cut are given."""
+
+    def __init__(self, unet: nn.Module, cut: Cut, outputs: dict[str, Any]):
+        super().__init__(unet)
+        self.cut, self.outputs = cut, outputs  # an example of what each module puts out
+
+    def forward(  # type: ignore[override]
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        inherited: Tensor,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        def answer(output: Any, read: bool) -> Any:
+            """Of what no computed module reads, only the shape matters."""
+            if isinstance(output, tuple):
+                return tuple(answer(each, read) for each in output)
+            return inherited if read else inherited.new_zeros(inherited.shape[0], *output.shape[1:])
+
+        answers = {
+            name: _Answer(answer(output, name in self.cut.read), self.unet.get_submodule(name))
+            for name, output in self.outputs.items()
+        }
+        with swapped(self.unet, answers):
+            return super().forward(sample, timestep, encoder_hidden_states, text_embeds, time_ids)
+
+
+class _Answer(Replay):
+    """In the place of a block, whose attributes the UNet asks for."""
+
+    def __init__(self, output: Any, module: nn.Module):
+        super().__init__(output)
+        self._module = [module]  # not a submodule
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._module[0], name)
 
 
 class _Decoder(nn.Module):
@@ -229,7 +319,8 @@ def _openvino_writer(int8: Int8 | None) -> Callable[[_Graph, Path], Callable[[],
 
         def run() -> list[np.ndarray]:
             compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-            found = compiled({name: value.numpy() for name, value in graph.inputs.items()})
+            read = {name for each in compiled.inputs for name in each.names}
+            found = compiled({name: value.numpy() for name, value in graph.inputs.items() if name in read})
             return [found[name] for name in graph.outputs]
 
         return run

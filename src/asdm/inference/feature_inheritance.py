@@ -93,7 +93,13 @@ def inherit_features(
             "(unet.compile_repeated_blocks())"
         )
     session = FeatureInheritance(pipeline, order, damping)
-    cut = cut_of(unet, granularity, depth, needed=layers(unet)[:1] if budget is not None else ())
+    exported = getattr(unet, "cut", None)  # a UNet in graphs (asdm.inference.openvino_graphs)
+    if exported is not None and budget is not None:
+        raise AsdmError(f"budget={budget:g}: is told by a layer, which is hidden in a graph; give every or a schedule")
+    if exported is not None:
+        cut = exported(granularity, depth)
+    else:
+        cut = cut_of(unet, granularity, depth, needed=layers(unet)[:1] if budget is not None else ())
     originals = {name: unet.get_submodule(name) for name in cut.inheriting}
     handles = [unet.register_forward_pre_hook(session.before_call, with_kwargs=True)]
     try:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from asdm.errors import AsdmError, needs_extra
 from asdm.inference.export import FILES
+from asdm.inference.feature_inheritance import Cut, Granularity
 from asdm.pipelines import MARKER, with_unet
 
 
@@ -33,7 +34,7 @@ def with_openvino_graphs(pipeline: DiffusionPipeline, folder: str | Path) -> Dif
     about = json.loads(marker.read_text("utf-8")) if marker.is_file() else {}
     if about.get("format") != "openvino":
         raise AsdmError(f"{folder}: holds no OpenVINO graphs; write them with `asdm export MODEL --to openvino`")
-    unet = OpenVinoUNet(folder / "unet" / FILES["openvino"], pipeline.unet.config, about.get("int8") == "activations")
+    unet = OpenVinoUNet(folder, pipeline.unet.config, about)
     other = with_unet(pipeline, unet)  # type: ignore[arg-type]
     other.register_modules(vae=OpenVinoDecoder(folder / "vae_decoder" / FILES["openvino"], pipeline.vae.config))
     return other
@@ -42,20 +43,20 @@ def with_openvino_graphs(pipeline: DiffusionPipeline, folder: str | Path) -> Dif
 class _Graph(nn.Module):
     """A graph, compiled for the shapes that it was last called with."""
 
-    def __init__(self, path: Path, config: Any):
+    def __init__(self, path: Path):
         super().__init__()
         with needs_extra("openvino", "OpenVINO graphs"):
             import openvino
-        self.config = config
-        self.dtype, self.device = torch.float32, torch.device("cpu")
         self.megabytes = path.with_suffix(".bin").stat().st_size / 1e6
         self._core = openvino.Core()
         self._model = self._core.read_model(path)
+        self._read = {name for each in self._model.inputs for name in each.names}
         self._compiled: Any = None
         self._shapes: dict[str, list[int]] = {}
 
-    def run(self, **inputs: Tensor) -> Tensor:
-        """The first output."""
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """The first output; of the inputs, those that the graph reads."""
+        inputs = {name: value for name, value in inputs.items() if name in self._read}
         shapes = {name: list(value.shape) for name, value in inputs.items()}
         if shapes != self._shapes:
             # Fixed shapes run faster than a free batch.
@@ -77,16 +78,42 @@ class _Graph(nn.Module):
         ]
 
 
-class OpenVinoUNet(_Graph):
-    """In the place of a UNet2DConditionModel."""
+class OpenVinoUNet(nn.Module):
+    """In the place of a UNet2DConditionModel; exported in two graphs, it can inherit the inner one's features."""
 
-    def __init__(self, path: Path, config: Any, int8: bool = False):
-        super().__init__(path, config)
-        self.int8 = int8
+    def __init__(self, folder: Path, config: Any, about: dict[str, Any]):
+        super().__init__()
+        self.config, self.about = config, about
+        self.dtype, self.device = torch.float32, torch.device("cpu")
+        # Of the architecture, for a schedule of inheritance that was found for it.
+        self.fingerprint: str | None = about.get("fingerprint")
+        names = ("unet_inner", "unet_outer") if (folder / "unet_inner").is_dir() else ("unet",)
+        *inner, self.outer = (_Graph(folder / name / FILES["openvino"]) for name in names)
+        self.inner = inner[0] if inner else None
+
+    @property
+    def megabytes(self) -> float:
+        return self.outer.megabytes + (self.inner.megabytes if self.inner is not None else 0.0)
 
     @property
     def precision(self) -> str:
-        return "int8" if self.int8 else super().precision
+        return "int8" if self.about.get("int8") == "activations" else self.outer.precision
+
+    def cut(self, granularity: Granularity, depth: int) -> Cut:
+        """Where features can be inherited: as it was exported.
+
+        Raises:
+            AsdmError: it was exported in one graph, or for another cut.
+        """
+        mine = self.about.get("inherit")
+        if self.inner is None:
+            raise AsdmError("this UNet is one graph, in which nothing can be inherited; export it with inherit=1")
+        if (granularity, depth) != ("layer", mine):
+            raise AsdmError(
+                f"granularity={granularity}, depth={depth}: these graphs were exported for granularity layer and depth "
+                f"{mine}; export others with inherit={depth}"
+            )
+        return Cut(["inner"], frozenset(["inner"]))
 
     def forward(
         self,
@@ -100,14 +127,22 @@ class OpenVinoUNet(_Graph):
         unknown = [name for name, value in others.items() if value is not None]
         if unknown:
             raise AsdmError(f"{', '.join(unknown)}: not part of the exported graph; use the torch pipeline for that")
-        added = added_cond_kwargs or {}
         inputs = {"sample": sample, "timestep": timestep, "encoder_hidden_states": encoder_hidden_states}
-        predicted = self.run(**inputs, **added)
+        inputs |= added_cond_kwargs or {}
+        if self.inner is not None:
+            inputs["inherited"] = self.inner(**inputs)
+        predicted = self.outer(**inputs)
         return UNet2DConditionOutput(sample=predicted) if return_dict else (predicted,)
 
 
-class OpenVinoDecoder(_Graph):
+class OpenVinoDecoder(nn.Module):
     """In the place of an AutoencoderKL that only decodes."""
 
+    def __init__(self, path: Path, config: Any):
+        super().__init__()
+        self.config = config
+        self.dtype, self.device = torch.float32, torch.device("cpu")
+        self.graph = _Graph(path)
+
     def decode(self, latents: Tensor, **_: Any) -> tuple[Tensor]:
-        return (self.run(latent_sample=latents.float()),)
+        return (self.graph(latent_sample=latents.float()),)
