@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from asdm.incubation.prepared import prepare_data as prepare_data
     from asdm.incubation.stages import Stage as Stage
     from asdm.inference.export import export as export
-    from asdm.inference.openvino_graphs import with_openvino_graphs as with_openvino_graphs
     from asdm.inference.feature_inheritance import InheritanceSchedule as InheritanceSchedule
     from asdm.inference.feature_inheritance import inherit_features as inherit_features
     from asdm.inference.inheritance_calibration import calibrate_inheritance as calibrate_inheritance
+    from asdm.inference.openvino_graphs import with_openvino_graphs as with_openvino_graphs
     from asdm.inference.optimization import optimize as optimize
     from asdm.inference.unet_switching import switch_unets as switch_unets
     from asdm.pipelines import load_pipeline as load_pipeline
