@@ -20,6 +20,7 @@ benchmark: $(INSTALLED)
 # Goes on where it was: a finished run is not run again.
 ablation: $(INSTALLED)
 	$(BIN)/python benchmarks/ablation.py run
+	$(BIN)/python benchmarks/ablation.py time
 	$(BIN)/python benchmarks/ablation.py show
 
 slow: $(INSTALLED)

@@ -2,6 +2,7 @@
 
     python benchmarks/ablation.py run                       # all that is not in docs/results/ablation.json yet
     python benchmarks/ablation.py run --only bk-sdm,full --seeds 0
+    python benchmarks/ablation.py time                      # the UNets' speed-ups, when nothing else runs
     python benchmarks/ablation.py show                      # mean and spread over the seeds: a table, docs/ablation.png
 
 The embedded pipeline; one plan of removals for each speed-up; each run trains for the same time, as steps whose cost
@@ -93,6 +94,24 @@ def run(
 
 
 @app.command()
+def time(rounds: int = 40) -> None:
+    """The UNet's speed-up of each recipe, all students of a plan in turns; when nothing else runs."""
+    pipeline = asdm.load_pipeline("demo")
+    rows = _known()
+    for target in sorted({row["target"] for row in rows}):
+        students = {
+            name: build_student(pipeline.unet, _with_components(pipeline.unet, _plan(pipeline, target), components))
+            for name, components in variants(target).items()
+        }
+        calls = {name: unet_call(unet) for name, unet in {"teacher": pipeline.unet, **students}.items()}
+        times = measure_interleaved(calls, rounds=rounds)
+        for row in rows:
+            if row["target"] == target:
+                row["speedup"] = speedup(times["teacher"], times[row["name"]])
+    write_text(ROWS, json.dumps(rows, indent=1) + "\n")
+
+
+@app.command()
 def show() -> None:
     """Mean and deviation over the seeds, the teacher first: a table in Markdown, and the plot."""
     rows = _known()
@@ -155,16 +174,14 @@ def _run(
     judged: Callable[[DiffusionPipeline, int], dict[str, float]],
 ) -> dict[str, Any]:
     if components is None:
-        return {"speedup": 1.0, "steps": 0} | judged(pipeline, seed)
+        return {"steps": 0} | judged(pipeline, seed)
     student = build_student(pipeline.unet, _with_components(pipeline.unet, plan, components))
     if "compensation" in components:
         asdm.fit_compensation(pipeline, student, data="demo", seed=seed)
     stages = _stages(student, components, steps)
     with TemporaryDirectory(dir=WORK) as folder:
         asdm.distill(pipeline, student, WORK / "prepared", folder, stages=stages, seed=seed)
-    times = measure_interleaved({"teacher": unet_call(pipeline.unet), "student": unet_call(student)}, rounds=20)
-    found = {"speedup": speedup(times["teacher"], times["student"]), "steps": steps}
-    return found | judged(asdm.with_unet(pipeline, student), seed)
+    return {"steps": steps} | judged(asdm.with_unet(pipeline, student), seed)
 
 
 def _plan(pipeline: DiffusionPipeline, target: float) -> PruningPlan:
@@ -275,18 +292,19 @@ class _Judged:
         for each in self.sets:
             images = asdm.generate(pipeline, each.prompts, seed=1000 * seed)
             features = self.judge.features(images)
-            expected = features if pipeline is self.pipeline else self._teacher_features(each, seed)
+            expected = self._teacher_features(each, seed, features if pipeline is self.pipeline else None)
             found = self.real.figures(images, features, each.examples)
             found["teacher_distance"] = feature_distance(features, expected)
             split = each.split.replace("_", "")
             figures |= {f"{metric}_{split}": round(float(found[metric]), 4) for metric in METRICS}
         return figures
 
-    def _teacher_features(self, each: Any, seed: int) -> Tensor:
+    def _teacher_features(self, each: Any, seed: int, known: Tensor | None) -> Tensor:
         path = WORK / f"teacher-{each.split}-{seed}-{self.samples}.pt"
         if not path.is_file():
-            images = asdm.generate(self.pipeline, each.prompts, seed=1000 * seed)
-            torch.save(self.judge.features(images), path)
+            if known is None:
+                known = self.judge.features(asdm.generate(self.pipeline, each.prompts, seed=1000 * seed))
+            torch.save(known, path)
         return torch.load(path, weights_only=True)
 
 

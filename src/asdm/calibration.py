@@ -26,7 +26,7 @@ from asdm.errors import AsdmError
 from asdm.generation import nothing_to_keep
 from asdm.incubation.data import load_pixels, open_data
 from asdm.incubation.prepared import PreparedData, is_prepared
-from asdm.pipelines import is_inpainting
+from asdm.pipelines import is_inpainting, is_random
 
 # What a user's prompts are like, where no data says it.
 DEFAULT_PROMPTS = (
@@ -121,7 +121,7 @@ def _observed(
 
 def _own_latents(pipeline: DiffusionPipeline, prompts: list[str], generator: torch.Generator) -> Tensor:
     """Latents that the pipeline makes of the prompts in ten steps; noise where its weights are random."""
-    if str(pipeline.config.get("_name_or_path")).startswith("random:"):
+    if is_random(pipeline):
         return torch.randn(len(prompts), *latent_shape(pipeline), generator=generator)
     options = {"num_inference_steps": 10, "output_type": "latent", "generator": generator}
     return pipeline(prompts, **options, **nothing_to_keep(pipeline)).images

@@ -170,6 +170,11 @@ def is_sdxl(pipeline: DiffusionPipeline) -> bool:
     return hasattr(pipeline, "text_encoder_2")
 
 
+def is_random(pipeline: DiffusionPipeline) -> bool:
+    """Whether its weights are random: good for speed and memory alone."""
+    return str(pipeline.config.get("_name_or_path")).startswith("random:")
+
+
 def is_inpainting(pipeline: DiffusionPipeline) -> bool:
     """Whether the UNet also reads a mask and the latents of a masked image."""
     return pipeline.unet.config.in_channels == 2 * pipeline.vae.config.latent_channels + 1
