@@ -138,7 +138,7 @@ def test_a_peer_runs_and_leaves_the_pipeline_as_it_was(make, pipeline):
 @pytest.mark.slow
 def test_openvino_draws_the_same_within_the_same_loop(pipeline):
     pytest.importorskip("openvino")
-    entry = combined("graph", "runtime", kept(in_openvino()), steps=4)
+    entry = combined("graph", "runtime", in_openvino(), steps=4)
     expected = generate(pipeline, ["a photograph"], steps=4)
     (row,) = contest_rows(pipeline, [entry], place="tiny", data=None, rounds=1)
     assert row.error is None and row.dtype in ("float32", "bfloat16") and row.gmacs > 0

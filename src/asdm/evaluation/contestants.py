@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
@@ -21,6 +21,7 @@ from asdm.conditioning import latent_shape
 from asdm.errors import AsdmError
 from asdm.evaluation.latency import unet_call
 from asdm.evaluation.macs import counting_macs
+from asdm.generation import generate
 from asdm.inference.export import Int8, export
 from asdm.inference.feature_inheritance import Granularity, InheritanceSchedule, Spacing, inherit_features
 from asdm.inference.inheritance_calibration import calibrate_inheritance
@@ -36,6 +37,7 @@ from asdm.units import removable_units, stages
 Prepared = Callable[[DiffusionPipeline], AbstractContextManager[DiffusionPipeline]]
 Maker = Callable[[DiffusionPipeline], DiffusionPipeline]
 Kinds = Callable[[int], str]
+Made = TypeVar("Made")
 
 
 def whole(_step: int) -> str:
@@ -81,26 +83,35 @@ def anew(maker: Maker) -> Prepared:
     return lambda pipeline: nullcontext(maker(pipeline))
 
 
-def kept(*makers: Maker) -> Prepared:
-    """A pipeline that takes minutes to make (measured, exported, compiled): made once, then kept in memory. These are
-    few, and in half precision or less. A failure is kept too, so that it is not waited for again."""
-    known: dict[int, DiffusionPipeline | Exception] = {}
+def once(make: Callable[[DiffusionPipeline], Made]) -> Callable[[DiffusionPipeline], Made]:
+    """The function with a memory for each pipeline, of its failure too, so that it is not waited for again."""
+    known: dict[int, Made | Exception] = {}
 
-    def prepared(pipeline: DiffusionPipeline) -> AbstractContextManager[DiffusionPipeline]:
+    def made(pipeline: DiffusionPipeline) -> Made:
         if id(pipeline) not in known:
             try:
-                made = pipeline
-                for maker in makers:
-                    made = maker(made)
-                known[id(pipeline)] = made
+                known[id(pipeline)] = make(pipeline)
             except Exception as error:
                 known[id(pipeline)] = error.with_traceback(None)  # which would keep what had been made in memory
         found = known[id(pipeline)]
         if isinstance(found, Exception):
             raise found
-        return nullcontext(found)
+        return found
 
-    return prepared
+    return made
+
+
+def kept(*makers: Maker) -> Prepared:
+    """A pipeline that takes minutes to make (measured, compiled): made once, then kept in memory. These are few, and in
+    half precision or less."""
+
+    @once
+    def made(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+        for maker in makers:
+            pipeline = maker(pipeline)
+        return pipeline
+
+    return lambda pipeline: nullcontext(made(pipeline))
 
 
 # -- the scheduler, and other pipelines beside the original -------------------------------------------------
@@ -151,22 +162,39 @@ def optimized(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     return other
 
 
-def in_openvino(int8: Int8 | None = None, inherit: int | None = None) -> Maker:
+def in_openvino(maker: Maker | None = None, *, int8: Int8 | None = None, inherit: int | None = None) -> Prepared:
     """The UNet, with `inherit` in two graphs, and the VAE's decoder as `asdm.export` writes them, within the same
-    pipeline."""
-    unet = ("unet",) if inherit is None else ("unet_inner", "unet_outer")
+    pipeline: of the pipeline that `maker` makes.
 
-    def made(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-        with tempfile.TemporaryDirectory(prefix="asdm-openvino-") as folder:
-            parts = (*unet, "vae_decoder")
-            export(pipeline, Path(folder) / "graphs", "openvino", int8=int8, inherit=inherit, parts=parts)
-            other = with_openvino_graphs(pipeline, Path(folder) / "graphs")
-        with counting_macs(pipeline.unet) as count:
-            unet_call(pipeline.unet, batch_size=1)()
-        other.unet.gmacs = count.below() / 1e9
-        return other
+    They are exported once; of all graphs, those that were last asked for are in memory, compiled and called once.
+    """
+    parts = (*(("unet",) if inherit is None else ("unet_inner", "unet_outer")), "vae_decoder")
 
-    return made
+    @once
+    def exported(pipeline: DiffusionPipeline) -> tuple[tempfile.TemporaryDirectory[str], float]:
+        made = pipeline if maker is None else maker(pipeline)
+        _loaded.clear()
+        folder = tempfile.TemporaryDirectory(prefix="asdm-openvino-")
+        export(made, Path(folder.name) / "graphs", "openvino", int8=int8, inherit=inherit, parts=parts)
+        with counting_macs(made.unet) as count:
+            unet_call(made.unet, batch_size=1)()
+        return folder, count.below() / 1e9
+
+    @contextmanager
+    def prepared(pipeline: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
+        folder, gmacs = exported(pipeline)
+        if folder.name not in _loaded:
+            _loaded.clear()
+            ready = with_openvino_graphs(pipeline, Path(folder.name) / "graphs")
+            ready.unet.gmacs = gmacs
+            generate(ready, ["a photograph"], steps=2)
+            _loaded[folder.name] = ready
+        yield _loaded[folder.name]
+
+    return prepared
+
+
+_loaded: dict[str, DiffusionPipeline] = {}  # the graphs in memory, by their folder: one at most
 
 
 def preset_students(pipeline: DiffusionPipeline) -> dict[str, Maker]:
@@ -392,9 +420,9 @@ def _stacks(steps: int, students: dict[str, Maker], data: str | Path | None) -> 
     few = (steps, *fewer_steps(steps, draws=False))
     entries = [combined("best runtime", "runtime", kept(optimized), steps=steps)]
     for name, int8 in openvino.items():
-        graph = kept(in_openvino(int8))
+        graph = in_openvino(int8=int8)
         entries += [combined(_in_steps(name, steps, count), "runtime", graph, steps=count) for count in few]
-    entries += _inheriting_graphs("", steps, few, kept(in_openvino(inherit=1)))
+    entries += _inheriting_graphs("", steps, few, in_openvino(inherit=1))
     bases = list(students.items()) or [("GRI", with_gri)]
     for name, student in bases if data is not None else bases[-1:]:
         fast = kept(student, optimized)
@@ -407,9 +435,9 @@ def _stacks(steps: int, students: dict[str, Maker], data: str | Path | None) -> 
                 made = _stack(name, f"runtime + inheritance, {how}", steps, count)
                 entries.append(combined(made, "stack", fast, part, steps=count, kinds=kinds))
         for runtime, int8 in openvino.items():
-            graph = kept(student, in_openvino(int8))
+            graph = in_openvino(student, int8=int8)
             entries += [combined(_stack(name, runtime, steps, count), "stack", graph, steps=count) for count in few]
-        entries += _inheriting_graphs(f"{name} + ", steps, few, kept(student, in_openvino(inherit=1)))
+        entries += _inheriting_graphs(f"{name} + ", steps, few, in_openvino(student, inherit=1))
     return entries
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.configuration_utils import FrozenDict
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
@@ -24,7 +25,7 @@ def with_openvino_graphs(pipeline: DiffusionPipeline, folder: str | Path) -> Dif
     """A second pipeline whose UNet and VAE decoder are those that `asdm.export` wrote to `folder`, on the CPU.
 
     The text encoder, which runs once for an image, stays torch's; so do the scheduler and the loop. It draws images
-    from text.
+    from text. `pipeline` is the one that was exported, or for a student's graphs its teacher.
 
     Raises:
         AsdmError: OpenVINO is not installed, or the folder holds no such graphs.
@@ -34,10 +35,13 @@ def with_openvino_graphs(pipeline: DiffusionPipeline, folder: str | Path) -> Dif
     about = json.loads(marker.read_text("utf-8")) if marker.is_file() else {}
     if about.get("format") != "openvino":
         raise AsdmError(f"{folder}: holds no OpenVINO graphs; write them with `asdm export MODEL --to openvino`")
-    unet = OpenVinoUNet(folder, pipeline.unet.config, about)
-    other = with_unet(pipeline, unet)  # type: ignore[arg-type]
-    other.register_modules(vae=OpenVinoDecoder(folder / "vae_decoder" / FILES["openvino"], pipeline.vae.config))
+    other = with_unet(pipeline, OpenVinoUNet(folder, about))  # type: ignore[arg-type]
+    other.register_modules(vae=OpenVinoDecoder(folder / "vae_decoder"))
     return other
+
+
+def _config_of(folder: Path) -> FrozenDict:
+    return FrozenDict(json.loads((folder / "config.json").read_text("utf-8")))
 
 
 class _Graph(nn.Module):
@@ -81,15 +85,16 @@ class _Graph(nn.Module):
 class OpenVinoUNet(nn.Module):
     """In the place of a UNet2DConditionModel; exported in two graphs, it can inherit the inner one's features."""
 
-    def __init__(self, folder: Path, config: Any, about: dict[str, Any]):
+    def __init__(self, folder: Path, about: dict[str, Any]):
         super().__init__()
-        self.config, self.about = config, about
+        self.about = about
         self.dtype, self.device = torch.float32, torch.device("cpu")
         # Of the architecture, for a schedule of inheritance that was found for it.
         self.fingerprint: str | None = about.get("fingerprint")
         names = ("unet_inner", "unet_outer") if (folder / "unet_inner").is_dir() else ("unet",)
         *inner, self.outer = (_Graph(folder / name / FILES["openvino"]) for name in names)
         self.inner = inner[0] if inner else None
+        self.config = _config_of(folder / names[0])
 
     @property
     def megabytes(self) -> float:
@@ -138,11 +143,11 @@ class OpenVinoUNet(nn.Module):
 class OpenVinoDecoder(nn.Module):
     """In the place of an AutoencoderKL that only decodes."""
 
-    def __init__(self, path: Path, config: Any):
+    def __init__(self, folder: Path):
         super().__init__()
-        self.config = config
+        self.config = _config_of(folder)
         self.dtype, self.device = torch.float32, torch.device("cpu")
-        self.graph = _Graph(path)
+        self.graph = _Graph(folder / FILES["openvino"])
 
     def decode(self, latents: Tensor, **_: Any) -> tuple[Tensor]:
         return (self.graph(latent_sample=latents.float()),)
