@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from matplotlib import pyplot as plt
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
@@ -18,6 +18,7 @@ from asdm.evaluation.contestants import (
     anew,
     at_every,
     attention_broadcast,
+    by_lcm,
     combined,
     contestants,
     deep_cache,
@@ -62,6 +63,7 @@ def test_a_contest_measures_everyone_and_tells_failures(pipeline, data_folder, m
         Contestant("2 steps", "fewer steps", steps=2),
         inherits(4, 2),
         combined("lean stack", "stack", kept(lean), inheriting(every=2), steps=2, kinds=at_every(2)),
+        combined("few steps", "stack", by_lcm, steps=4),
         Contestant("broken", "peer", failing),
     ]
     limits = {"float32": {"matrix product": 1e-3, "3x3 convolution": 1e-4}}
@@ -89,6 +91,10 @@ def test_a_contest_measures_everyone_and_tells_failures(pipeline, data_folder, m
     assert original.gflops == pytest.approx(4 * original.gmacs / original.parts["UNet, whole"])
     assert original.limit_share == pytest.approx(original.gflops / 1e-3)
     assert original.peak_megabytes > 0
+    # Without guidance a call has one sample instead of two.
+    few = rows["few steps"]
+    assert few.gflops == pytest.approx(2 * original.gmacs / few.parts["UNet, whole"])
+    assert few.teacher_distance["seen"] > 0 and isinstance(pipeline.scheduler, DDIMScheduler)
     assert len(list((tmp_path / "images" / "seen" / "original").glob("*.png"))) == 2
     made = Contest.of(found, device="cpu", rounds=2, seed=0, limits=limits)
     made.save(tmp_path / "made.json")
@@ -103,17 +109,23 @@ def test_a_contest_measures_everyone_and_tells_failures(pipeline, data_folder, m
 
 def test_where_an_image_takes_long_its_time_is_put_together_from_parts(pipeline):
     slow = {"whole": 0.03, "reusing": 0.01}
+    entered = []
 
     @contextmanager
     def slowly(given):
+        entered.append(given)
         steps = iter(range(100))
         handle = given.unet.register_forward_hook(lambda *_: time.sleep(slow[at_every(3)(next(steps))]))
         yield given
         assert next(steps) == 2  # one call of each kind is enough
         handle.remove()
 
-    entries = [Contestant("original", "original"), Contestant("slow", "ours", slowly, 10, at_every(3))]
-    slow_row = contest_rows(pipeline, entries, place="tiny", data=None, rounds=1, longest=0)[1]
+    slowest = Contestant("slow", "ours", slowly, 10, at_every(3))
+    entries = [Contestant("original", "original"), *slowest.in_steps([10, 4])]
+    _, slow_row, fewer = contest_rows(pipeline, entries, place="tiny", data=None, rounds=1, longest=0)
+    assert len(entered) == 2  # for warming up and for timing: in fewer steps it has the same parts
+    assert (fewer.name, fewer.steps, fewer.parts) == ("slow, 4 steps", 4, slow_row.parts)
+    assert fewer.seconds < slow_row.seconds and fewer.peak_megabytes == slow_row.peak_megabytes
     assert slow_row.extrapolated and slow_row.error is None
     parts = slow_row.parts
     assert set(parts) == {"text encoder", "VAE decoder", "UNet, whole", "UNet, reusing"}
@@ -181,12 +193,15 @@ def test_our_parts_leave_the_pipeline_as_it_was():
     pipeline = tiny_pipeline()
     modules = dict(pipeline.unet.named_modules())
     students = {"bk-base": without_mid_block(pipeline.unet), "lean": without_mid_block(pipeline.unet)}
-    entries = contestants(8, students, data="demo")
+    entries = contestants(8, students, few_step={"quick": without_mid_block(pipeline.unet)}, data="demo")
     names = [entry.name for entry in entries]
     assert len(names) == len(set(names)) and names[0] == "original"
     groups = {entry.name: entry.group for entry in entries}
     assert (groups["bk-base"], groups["lean"]) == ("peer", "ours")
     assert "lean + runtime + inheritance, every 3, 3 steps" in names
+    assert {name for name in names if name.endswith("4 steps of LCM")} == {
+        f"{name}4 steps of LCM" for name in ("", "OpenVINO, ", "lean + OpenVINO, ", "quick, ", "quick + OpenVINO, ")
+    }
     for entry in entries:
         if entry.name.startswith("inheritance") and entry.kinds(1) != "mixed":
             with entry.prepared(pipeline) as ready:

@@ -12,7 +12,7 @@ from asdm.random_models import UNETS
 
 @pytest.mark.slow
 def test_sd15_is_analysed_within_10_gigabytes_and_near_the_necessary_calls():
-    redundancy = analyze(load_pipeline("random:sd15"), compensate="none", timesteps=2)
+    redundancy = analyze(load_pipeline("random:sd15"), sensitivity="ablation", timesteps=2)
     assert len(redundancy.units) == 86
     assert redundancy.unet_forwards < 1.25 * redundancy.necessary_forwards
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 10e6  # kilobytes

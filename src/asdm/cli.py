@@ -97,6 +97,14 @@ RepairOption = Annotated[
         show_default=False,
     ),
 ]
+SensitivityOption = Annotated[
+    Literal["ablation", "taylor"] | None,
+    typer.Option(
+        help="Remove each unit and compare (ablation, the default), or estimate all of them from a few backward passes "
+        "(taylor, the default for random weights).",
+        show_default=False,
+    ),
+]
 CompensateOption = Annotated[
     CompensationKind | None,
     typer.Option("--compensate", help="What is fitted in the place of removed branches; by default linear."),
@@ -149,10 +157,7 @@ def analyze(
     plot: Annotated[
         Path | None, typer.Option(help="Where to draw it (PNG).", callback=_not_a_folder, show_default=False)
     ] = None,
-    sensitivity: Annotated[
-        Literal["ablation", "taylor"],
-        typer.Option(help="Remove each unit and compare, or estimate all of them from a few backward passes."),
-    ] = "ablation",
+    sensitivity: SensitivityOption = None,
     compensate: CompensateOption = None,
     timesteps: Annotated[
         int | None,
@@ -176,7 +181,7 @@ def analyze(
             pipeline,
             data=data,
             sensitivity=sensitivity,
-            compensate=compensate or ("none" if model.startswith("random:") else "linear"),
+            compensate=compensate,
             timesteps=timesteps,
             samples=samples,
             seed=seed,
@@ -231,7 +236,7 @@ def plan(
             redundancy = asdm.analyze(
                 pipeline,
                 data=data,
-                compensate=compensate or "linear",
+                compensate=compensate,
                 seed=seed,
                 progress=lambda done, total, name: report("analyse", done, total, name),
             )
@@ -545,6 +550,7 @@ def compress(
     params: ParamsOption = None,
     macs: MacsOption = None,
     preset: PresetOption = None,
+    sensitivity: SensitivityOption = None,
     compensate: CompensateOption = None,
     repair: RepairOption = None,
     data: DataOption = None,
@@ -563,6 +569,7 @@ def compress(
         params=params,
         macs=macs,
         preset=preset,
+        sensitivity=sensitivity,
         compensate=compensate,
         repair=repair,
         data=data,
@@ -614,6 +621,7 @@ def benchmark(
     from asdm.evaluation.contestants import contestants, of, preset_students, with_dpm_solver
     from asdm.evaluation.limits import machine_limits
     from asdm.evaluation.report import save_figure
+    from asdm.generation import is_few_step
 
     models = models or ["demo"]
     limits = machine_limits(device or _fastest_device())
@@ -621,12 +629,12 @@ def benchmark(
     for place in models:
         pipeline = with_dpm_solver(_load(place, device))
         seen = "demo" if data is None and place == "demo" else None if place.startswith("random:") else data
-        if place.startswith("random:"):
-            taught = preset_students(pipeline)
-        else:
-            folders = students or () if place == models[0] else ()
-            taught = {folder.name: of(_load(str(folder), device).unet) for folder in folders}
-        entries = contestants(steps, taught, data=seen)
+        taught: dict[str, Any] = preset_students(pipeline) if place.startswith("random:") else {}
+        few_step: dict[str, Any] = {}
+        for folder in students or () if place == models[0] else ():
+            student = _load(str(folder), device)
+            (few_step if is_few_step(student) else taught)[folder.name] = of(student.unet)
+        entries = contestants(steps, taught, few_step=few_step, data=seen)
         if only is not None:
             entries = [entry for entry in entries if entry.group == "original" or only in entry.name]
         with _progress() as report:

@@ -27,7 +27,7 @@ from asdm.incubation.trainer import read_log
 from asdm.model_card import model_card
 from asdm.pipelines import MARKER, load_clip, load_pipeline, require_ours, save_pipeline_into, with_unet
 from asdm.planning import make_plan
-from asdm.redundancy import RedundancyMap, analyze
+from asdm.redundancy import RedundancyMap, Sensitivity, analyze
 from asdm.repair import ROUNDS, repair_plan
 from asdm.student.edits import CompensationKind
 from asdm.student.plan import PruningPlan, build_student
@@ -55,6 +55,7 @@ def compress(
     params: float | None = None,
     macs: float | None = None,
     preset: str | None = None,
+    sensitivity: Sensitivity | None = None,
     compensate: CompensationKind | None = None,
     repair: int | None = None,
     data: str | Path | None = None,
@@ -72,6 +73,7 @@ def compress(
     Args:
         model: as for `load_pipeline`.
         speedup, params, macs, preset: the budget, as for `make_plan`; exactly one.
+        sensitivity: how it is found what the units are worth, as for `analyze`.
         compensate: what to fit in the place of the removed branches, as for `make_plan`; nothing by default where
             the weights are random.
         repair: rounds in which the plan is bettered (`repair_plan`); none by default for a preset, and where the
@@ -103,6 +105,7 @@ def compress(
     settings: dict[str, Any] = {
         "model": model,
         "budget": {"speedup": speedup, "params": params, "macs": macs, "preset": preset},
+        "sensitivity": sensitivity,
         "compensate": compensate,
         "repair": repair,
         "data": None if data is None else str(data),
@@ -127,7 +130,7 @@ def compress(
     _claim(out, settings)
     work = out / "work"
 
-    redundancy = _analyzed(pipeline, data, compensate, seed, work / "redundancy.json", report)
+    redundancy = _analyzed(pipeline, data, sensitivity, compensate, seed, work / "redundancy.json", report)
     plan = _planned(redundancy, settings, pipeline, out / "plan.json", report)
     save_figure(redundancy_plot(redundancy, plan), out / "redundancy.png")
 
@@ -204,6 +207,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
 def _analyzed(
     pipeline: DiffusionPipeline,
     data: str | Path | None,
+    sensitivity: Sensitivity | None,
     compensate: CompensationKind,
     seed: int,
     path: Path,
@@ -214,6 +218,7 @@ def _analyzed(
     redundancy = analyze(
         pipeline,
         data=data,
+        sensitivity=sensitivity,
         compensate=compensate,
         seed=seed,
         progress=lambda done, total, name: report("analyse", done, total, name),

@@ -88,14 +88,19 @@ def nothing_to_keep(pipeline: DiffusionPipeline) -> dict[str, Any]:
     return {"image": Image.new("RGB", size, "gray"), "mask_image": Image.new("L", size, 255), "strength": 1.0}
 
 
+def is_few_step(pipeline: DiffusionPipeline) -> bool:
+    """Whether it is a consistency model, which its scheduler tells."""
+    return isinstance(pipeline.scheduler, LCMScheduler)
+
+
 def default_steps(pipeline: DiffusionPipeline) -> int:
-    """25, or 4 for a few-step pipeline, which is one whose scheduler is LCM's."""
-    return 4 if isinstance(pipeline.scheduler, LCMScheduler) else 25
+    """25, or 4 for a few-step pipeline."""
+    return 4 if is_few_step(pipeline) else 25
 
 
 def default_guidance(pipeline: DiffusionPipeline) -> float:
     """Stable Diffusion's usual 7.5; 3 for small latents, whose details a stronger one burns out; 1, none, for few-step
     UNets that have it baked in."""
-    if isinstance(pipeline.scheduler, LCMScheduler) and pipeline.unet.config.time_cond_proj_dim is None:
+    if is_few_step(pipeline) and pipeline.unet.config.time_cond_proj_dim is None:
         return 1.0
     return 3.0 if pipeline.unet.config.sample_size <= 32 else 7.5

@@ -27,6 +27,7 @@ from asdm.errors import AsdmError
 from asdm.evaluation.latency import timing_modules, unet_call
 from asdm.evaluation.macs import counting_macs
 from asdm.files import write_text
+from asdm.pipelines import is_random
 from asdm.replay import Replay, outputs_of, replay_order, tensor_of
 from asdm.student.edits import CompensationKind, GriAttention, Remove, UnitEdit
 from asdm.student.surgery import edited, replaced_paths, set_module
@@ -154,8 +155,8 @@ def analyze(
     *,
     data: str | Path | None = None,
     prompts: Sequence[str] | None = None,
-    sensitivity: Sensitivity = "ablation",
-    compensate: CompensationKind = "linear",
+    sensitivity: Sensitivity | None = None,
+    compensate: CompensationKind | None = None,
     timesteps: int | None = None,
     samples: int | None = None,
     latency_rounds: int = 5,
@@ -168,10 +169,12 @@ def analyze(
         data: images with captions to calibrate on (a folder, or "demo"); without it, latents that the
             pipeline itself makes from `prompts` (pure noise where its weights are random).
         prompts: captions; `DEFAULT_PROMPTS` where neither they nor `data` are given.
-        sensitivity: "ablation" removes each unit and compares, exactly; "taylor" estimates all units from a few
-            forward and backward passes, for UNets that are large or many.
-        compensate: what a plan will fit in the place of the removed branches: an ablation then tries each unit with
-            the map that stands best in its place. Taylor's estimate is of plain removal.
+        sensitivity: "ablation", the default, removes each unit and compares, exactly; "taylor" estimates all units from
+            a few forward and backward passes, for UNets that are large or many, and by default where the weights are
+            random.
+        compensate: what a plan will fit in the place of the removed branches, by default linear maps, and nothing where
+            the weights are random: an ablation then tries each unit with the map that stands best in its place.
+            Taylor's estimate is of plain removal.
         timesteps: at how many time steps, the middles of equal parts of the schedule; by default 4, at more than
             32x32 latents 2.
         samples: how many images or prompts; by default 16 at up to 32x32 latents, else 1.
@@ -185,6 +188,8 @@ def analyze(
         AsdmError: the data folder cannot be used.
     """
     started = time.perf_counter()
+    sensitivity = sensitivity or ("taylor" if is_random(pipeline) else "ablation")
+    compensate = compensate or ("none" if is_random(pipeline) else "linear")
     unet: UNet2DConditionModel = pipeline.unet
     units = removable_units(unet)
     was_training = unet.training

@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from asdm.evaluation.comparison import EvaluationSet, RealImages, evaluation_sets, folder_name, save_images
-from asdm.evaluation.contestants import Contestant, unforeseen
+from asdm.evaluation.contestants import Contestant, Way, unforeseen
 from asdm.evaluation.latency import seconds_of, synchronise, unet_call
 from asdm.evaluation.macs import counting_macs
 from asdm.evaluation.memory import peak_megabytes
@@ -51,7 +51,7 @@ class ContestRow(BaseModel):
     place's first contestant. Where `extrapolated`, an image's seconds are put together from measured parts: the text
     encoder, each kind of UNet call (with the scheduler's step) as often as it comes, and the VAE's decoder. `parts`:
     medians in seconds. `dtype`: in what the UNet computes; `gmacs` of a whole call per sample, with attention products;
-    `gflops`: what a whole call (batch 2) achieves, `limit_share` of the machine's best in that dtype. Megabytes: of the
+    `gflops`: what a whole call achieves, `limit_share` of the machine's best in that dtype. Megabytes: of the
     UNet's weights, and of the most that torch's tensors take beside all weights while latents are sampled. Qualities
     as in `QualityFigures`, by split.
     """
@@ -157,13 +157,27 @@ class _Sample:
 
 
 @dataclass(frozen=True)
+class _Parts:
+    """Seconds of what comes once for an image, and of each kind of UNet call, alone and with the scheduler's step."""
+
+    once: dict[str, float]
+    calls: dict[str, float]
+    steps: dict[str, float]
+
+    def put_together(self, entry: Contestant) -> _Sample:
+        sampling = sum(self.steps[f"UNet, {entry.kinds(step)}"] for step in range(entry.steps))
+        return _Sample(sum(self.once.values()) + sampling, self.once | self.calls)
+
+
+@dataclass(frozen=True)
 class _Cost:
-    """What a contestant needs whatever the machine's pace."""
+    """What a contestant needs whatever the machine's pace; `samples` in a UNet call: two with guidance."""
 
     dtype: str
     gmacs: float | None
     unet_megabytes: float
     peak_megabytes: float
+    samples: int
 
 
 @torch.no_grad()
@@ -200,7 +214,7 @@ def contest_rows(
     for entry in entries:
         found: dict[str, Any] = {"error": faults.get(entry.name)}
         if entry.name not in faults:
-            found |= _speed(times[entry.name], base) | _effort(costs[entry.name], times[entry.name], limits or {})
+            found |= _speed(times[entry.name], base) | _effort(costs[entry.way], times[entry.name], limits or {})
             found |= {"extrapolated": extrapolated, **figures.get(entry.name, {})}
         rows.append(ContestRow(place=place, name=entry.name, group=entry.group, steps=entry.steps, **found))
     return rows
@@ -220,9 +234,10 @@ def _speed(times: list[_Sample], base: list[_Sample] | None) -> dict[str, Any]:
 
 def _effort(cost: _Cost, times: list[_Sample], limits: dict[str, dict[str, float]]) -> dict[str, Any]:
     found: dict[str, Any] = vars(cost).copy()
+    samples = found.pop("samples")
     if cost.gmacs is not None:
         call = statistics.median(time.parts["UNet, whole"] for time in times)
-        found["gflops"] = 2 * 2 * cost.gmacs / call  # two operations a MAC, two samples with guidance
+        found["gflops"] = 2 * samples * cost.gmacs / call  # two operations a MAC
         if cost.dtype in limits:
             found["limit_share"] = found["gflops"] / max(limits[cost.dtype].values())
     return found
@@ -235,16 +250,18 @@ def _timed(
     extrapolated: bool,
     faults: dict[str, str],
     progress: Progress | None,
-) -> tuple[dict[str, list[_Sample]], dict[str, _Cost]]:
+) -> tuple[dict[str, list[_Sample]], dict[Way, _Cost]]:
     """One image by each, in turns; the first turn is the warm-up, and looks at what each needs.
 
-    Each is prepared anew in its turn and then let go, as their UNets do not fit into memory together.
+    Each is prepared anew in its turn and then let go, as their UNets do not fit into memory together. Those that differ
+    in the number of steps alone need the same, and where parts are timed have the same parts.
     """
     times: dict[str, list[_Sample]] = defaultdict(list)
-    costs: dict[str, _Cost] = {}
+    costs: dict[Way, _Cost] = {}
     done = 0
     for turn in range(rounds + 1):
         decoding: dict[int, float] = {}
+        timed: dict[Way, _Parts] = {}
         for entry in entries:
             done += 1
             if progress is not None:
@@ -252,12 +269,17 @@ def _timed(
             if entry.name in faults:
                 continue
             try:
-                with entry.prepared(pipeline) as ready:
-                    if turn == 0:
-                        costs[entry.name] = _cost(ready, entry, decoding)
-                    elif extrapolated:
-                        times[entry.name].append(_in_parts(ready, entry, decoding))
-                    else:
+                if turn == 0:
+                    if entry.way not in costs:
+                        with entry.prepared(pipeline) as ready:
+                            costs[entry.way] = _cost(ready, entry, decoding)
+                elif extrapolated:
+                    if entry.way not in timed:
+                        with entry.prepared(pipeline) as ready:
+                            timed[entry.way] = _parts(ready, entry, decoding)
+                    times[entry.name].append(timed[entry.way].put_together(entry))
+                else:
+                    with entry.prepared(pipeline) as ready:
                         times[entry.name].append(_whole_image(ready, entry))
             except Exception as error:
                 faults[entry.name] = _one_line(error)
@@ -273,15 +295,16 @@ def _whole_image(ready: DiffusionPipeline, entry: Contestant) -> _Sample:
     return _Sample(seconds, _by_kind([end - start for start, end in calls], entry))
 
 
-def _in_parts(ready: DiffusionPipeline, entry: Contestant, decoding: dict[int, float]) -> _Sample:
-    """An image's time from the steps until each kind of UNet call has come once, as the pipeline itself takes them."""
+def _parts(ready: DiffusionPipeline, entry: Contestant, decoding: dict[int, float]) -> _Parts:
+    """From the steps until each kind of UNet call has come once, as the pipeline itself takes them."""
     start = time.perf_counter()
     latents, calls, ends = _first_steps(ready, entry)
     begins = [calls[0][0], *ends]
-    steps = _by_kind([end - begin for begin, end in zip(begins, ends, strict=False)], entry)
-    parts = {"text encoder": calls[0][0] - start, "VAE decoder": _decoding(ready, latents, decoding)}
-    seconds = sum(parts.values()) + sum(steps[f"UNet, {entry.kinds(step)}"] for step in range(entry.steps))
-    return _Sample(seconds, parts | _by_kind([end - start for start, end in calls], entry))
+    return _Parts(
+        once={"text encoder": calls[0][0] - start, "VAE decoder": _decoding(ready, latents, decoding)},
+        calls=_by_kind([end - start for start, end in calls], entry),
+        steps=_by_kind([end - begin for begin, end in zip(begins, ends, strict=False)], entry),
+    )
 
 
 def _decoding(ready: DiffusionPipeline, latents: Tensor, known: dict[int, float]) -> float:
@@ -341,6 +364,7 @@ def _cost(ready: DiffusionPipeline, entry: Contestant, decoding: dict[int, float
         gmacs=macs[1] / 1e9 or getattr(unet, "gmacs", None),
         unet_megabytes=getattr(unet, "megabytes", weights),
         peak_megabytes=peak,
+        samples=1 if default_guidance(ready) == 1 else 2,
     )
 
 
@@ -410,7 +434,7 @@ def _judged(
 def _drawn(pipeline: DiffusionPipeline, entry: Contestant, each: EvaluationSet, seed: int) -> Tensor:
     with entry.prepared(pipeline) as ready:
         return generate(
-            ready, each.prompts, steps=entry.steps, guidance_scale=default_guidance(pipeline), seed=seed
+            ready, each.prompts, steps=entry.steps, guidance_scale=default_guidance(ready), seed=seed
         )  # fmt: skip
 
 

@@ -9,12 +9,17 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from torch import nn
 
 from asdm.conditioning import latent_shape
@@ -22,6 +27,8 @@ from asdm.errors import AsdmError
 from asdm.evaluation.latency import unet_call
 from asdm.evaluation.macs import counting_macs
 from asdm.generation import generate
+from asdm.incubation.consistency import lcm_scheduler
+from asdm.incubation.stages import Consistency
 from asdm.inference.export import Int8, export
 from asdm.inference.feature_inheritance import Granularity, InheritanceSchedule, Spacing, inherit_features
 from asdm.inference.inheritance_calibration import calibrate_inheritance
@@ -37,6 +44,7 @@ from asdm.units import removable_units, stages
 Prepared = Callable[[DiffusionPipeline], AbstractContextManager[DiffusionPipeline]]
 Maker = Callable[[DiffusionPipeline], DiffusionPipeline]
 Kinds = Callable[[int], str]
+Way = tuple[Prepared, Kinds]
 Made = TypeVar("Made")
 
 
@@ -62,6 +70,16 @@ class Contestant:
     prepared: Prepared = nullcontext
     steps: int = 25
     kinds: Kinds = whole
+
+    @property
+    def way(self) -> Way:
+        """What it shares with those that differ from it in the number of steps alone."""
+        return self.prepared, self.kinds
+
+    def in_steps(self, counts: Sequence[int]) -> list[Contestant]:
+        """It in each of so many steps."""
+        names = {count: self.name if count == self.steps else f"{self.name}, {count} steps" for count in counts}
+        return [replace(self, name=name, steps=count) for count, name in names.items()]
 
 
 def combined(name: str, group: str, *parts: Prepared, steps: int, kinds: Kinds = whole) -> Contestant:
@@ -151,6 +169,13 @@ def outer_self_attentions(unet: UNet2DConditionModel) -> list[str]:
     """The self-attentions of the outermost stages, where tokens are most."""
     outer = (f"{stages(unet)[0]}.", f"{stages(unet)[-1]}.")
     return [u.name for u in removable_units(unet) if u.kind == "self_attention" and u.name.startswith(outer)]
+
+
+def by_lcm(pipeline: DiffusionPipeline) -> AbstractContextManager[DiffusionPipeline]:
+    """The pipeline with LCM's scheduler (arXiv 2310.04378), hence without guidance."""
+    other = with_unet(pipeline, pipeline.unet)
+    other.register_modules(scheduler=lcm_scheduler(pipeline.scheduler.config, Consistency().solver_steps))
+    return nullcontext(other)
 
 
 def optimized(pipeline: DiffusionPipeline) -> DiffusionPipeline:
@@ -362,20 +387,30 @@ def t_gate(steps: int, gate_step: int) -> Contestant:
 
 
 def contestants(
-    steps: int = 25, students: dict[str, Maker] | None = None, *, data: str | Path | None = None
+    steps: int = 25,
+    students: dict[str, Maker] | None = None,
+    *,
+    few_step: dict[str, Maker] | None = None,
+    data: str | Path | None = None,
 ) -> list[Contestant]:
     """All of them; the unmodified pipeline first.
 
     Args:
         steps: sampling steps of all that do not sample in fewer.
         students: by name; those whose names begin with "bk-" are peers.
+        few_step: consistency-distilled students, by name.
         data: what is drawn, and calibrated on; without it, of those that differ in quality alone one takes part, and of
             those whose computed steps depend on what is drawn none.
     """
     students = students or {}
+    original = Contestant("original", "original", steps=steps)
     return [
-        Contestant("original", "original", steps=steps),
-        *(Contestant(f"{fewer} steps", "fewer steps", steps=fewer) for fewer in fewer_steps(steps, data is not None)),
+        original,
+        *(
+            replace(original, name=f"{fewer} steps", group="fewer steps", steps=fewer)
+            for fewer in fewer_steps(steps, data is not None)
+        ),
+        _by_lcm("", "fewer steps"),
         *(tome(steps, ratio) for ratio in (0.25, 0.5, 0.75)),
         *(deep_cache(steps, interval) for interval in (2, 3, 5)),
         *(attention_broadcast(steps, skip) for skip in (2, 4)),
@@ -385,6 +420,8 @@ def contestants(
         combined("GRI attention, faster kind", "ours", anew(partial(with_gri, faster=True)), steps=steps),
         *_inheritances(steps, data),
         *_stacks(steps, {name: student for name, student in students.items() if _group(name) == "ours"}, data),
+        *(_by_lcm(name, "stack", anew(student)) for name, student in (few_step or {}).items()),
+        *(_by_lcm(f"{name} + OpenVINO", "stack", in_openvino(student)) for name, student in (few_step or {}).items()),
     ]
 
 
@@ -416,50 +453,49 @@ def _stacks(steps: int, students: dict[str, Maker], data: str | Path | None) -> 
     """Runtimes of the original, with feature inheritance too; and of the students (the last alone where only speed is
     asked for; the original with GRI attention where there is none), with fewer steps and feature inheritance, alone and
     together."""
-    openvino: dict[str, Int8 | None] = {"OpenVINO": None, "OpenVINO int8": "activations"}
     few = (steps, *fewer_steps(steps, draws=False))
     entries = [combined("best runtime", "runtime", kept(optimized), steps=steps)]
-    for name, int8 in openvino.items():
-        graph = in_openvino(int8=int8)
-        entries += [combined(_in_steps(name, steps, count), "runtime", graph, steps=count) for count in few]
-    entries += _inheriting_graphs("", steps, few, in_openvino(inherit=1))
+    entries += _graphs("", None, steps, few, "runtime")
     bases = list(students.items()) or [("GRI", with_gri)]
     for name, student in bases if data is not None else bases[-1:]:
-        fast = kept(student, optimized)
-        for count in few:
-            entries.append(combined(_stack(name, "runtime", steps, count), "stack", fast, steps=count))
-            rest = {f"every {every}": (inheriting(every=every), at_every(every)) for every in (2, 3)}
-            if data is not None:
-                rest["calibrated, 1.5x"] = (calibrated(1.5, count, data), unforeseen)
-            for how, (part, kinds) in rest.items():
-                made = _stack(name, f"runtime + inheritance, {how}", steps, count)
-                entries.append(combined(made, "stack", fast, part, steps=count, kinds=kinds))
-        for runtime, int8 in openvino.items():
-            graph = in_openvino(student, int8=int8)
-            entries += [combined(_stack(name, runtime, steps, count), "stack", graph, steps=count) for count in few]
-        entries += _inheriting_graphs(f"{name} + ", steps, few, in_openvino(student, inherit=1))
+        entries += _fast(name, kept(student, optimized), steps, few, data)
+        entries += _graphs(f"{name} + ", student, steps, few, "stack")
     return entries
 
 
-def _inheriting_graphs(base: str, steps: int, few: Sequence[int], graphs: Prepared) -> list[Contestant]:
-    """OpenVINO with inherited features, which only our graphs can."""
-    return [
-        combined(
-            _in_steps(f"{base}OpenVINO + inheritance, every {every}", steps, count),
-            "stack",
-            graphs,
-            inheriting(every=every),
-            steps=count,
-            kinds=at_every(every),
-        )
-        for count in few
-        for every in (2, 3)
-    ]
+def _fast(name: str, fast: Prepared, steps: int, few: Sequence[int], data: str | Path | None) -> Iterator[Contestant]:
+    """A student in the best runtime, alone and with feature inheritance."""
+    base = combined(f"{name} + runtime", "stack", fast, steps=steps)
+    yield from base.in_steps(few)
+    for every in (2, 3):
+        yield from _every(base, every, few)
+    if data is not None:
+        for count in few:  # a calibration is for a number of steps
+            part = calibrated(1.5, count, data)
+            name = f"{base.name} + inheritance, calibrated, 1.5x"
+            yield from combined(name, "stack", fast, part, steps=steps, kinds=unforeseen).in_steps([count])
 
 
-def _stack(student: str, rest: str, steps: int, count: int) -> str:
-    return _in_steps(f"{student} + {rest}", steps, count)
+def _graphs(base: str, student: Maker | None, steps: int, few: Sequence[int], group: str) -> Iterator[Contestant]:
+    """In OpenVINO, in 8 bits, and with inherited features, which only our graphs can."""
+    runtimes: dict[str, Int8 | None] = {"OpenVINO": None, "OpenVINO int8": "activations"}
+    for runtime, int8 in runtimes.items():
+        graph = in_openvino(student, int8=int8)
+        yield from combined(f"{base}{runtime}", group, graph, steps=steps).in_steps(few)
+        if int8 is None:
+            yield _by_lcm(f"{base}{runtime}", group, graph)
+    inheriting_graphs = combined(f"{base}OpenVINO", "stack", in_openvino(student, inherit=1), steps=steps)
+    for every in (2, 3):
+        yield from _every(inheriting_graphs, every, few)
 
 
-def _in_steps(name: str, steps: int, count: int) -> str:
-    return name if count == steps else f"{name}, {count} steps"
+def _by_lcm(name: str, group: str, *parts: Prepared) -> Contestant:
+    """In the four steps of a consistency model, also where the UNet has not been made one."""
+    return combined(f"{name}, 4 steps of LCM" if name else "4 steps of LCM", group, *parts, by_lcm, steps=4)
+
+
+def _every(base: Contestant, every: int, few: Sequence[int]) -> list[Contestant]:
+    """It with features inherited but at every n-th step."""
+    name = f"{base.name} + inheritance, every {every}"
+    part = inheriting(every=every)
+    return combined(name, base.group, base.prepared, part, steps=base.steps, kinds=at_every(every)).in_steps(few)
