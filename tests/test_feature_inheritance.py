@@ -349,6 +349,9 @@ def test_a_calibrated_schedule_is_nearer_than_even_copies_and_draws_as_it_says(m
     assert observed.distance(schedule=tmp_path / "inheritance.json") == pytest.approx(schedule.distance)
     assert dict(pipeline.unet.named_modules()) == modules
     assert observed.distance(every=1) < 1e-9
+    deeper = observe_sampling(pipeline, steps=8, samples=1, depth=2)
+    assert list(deeper.costs) == [2]
+    assert replace(deeper, costs={2: (10.0, 2.0)}).schedule(2.0).depth == 2
 
 
 def made_schedule(unet, **changes):

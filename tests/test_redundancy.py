@@ -169,6 +169,13 @@ def test_taylor_map_says_how_it_was_made_and_what_it_cost():
     assert redundancy.unet_forwards < redundancy.necessary_forwards
 
 
+def test_random_weights_are_estimated_as_they_are_for_speed_alone():
+    pipeline = tiny_pipeline()
+    pipeline.register_to_config(_name_or_path="random:tiny")
+    redundancy = analyze(pipeline, timesteps=1, samples=1, latency_rounds=1)
+    assert (redundancy.estimator, redundancy.compensate) == ("taylor", "none")
+
+
 @pytest.fixture
 def many_tokens(monkeypatch):
     monkeypatch.setattr("asdm.redundancy.MANY_TOKENS", 64)  # the outer level of the tiny UNets

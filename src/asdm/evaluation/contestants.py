@@ -30,8 +30,8 @@ from asdm.generation import generate
 from asdm.incubation.consistency import lcm_scheduler
 from asdm.incubation.stages import Consistency
 from asdm.inference.export import Int8, export
-from asdm.inference.feature_inheritance import Granularity, InheritanceSchedule, Spacing, inherit_features
-from asdm.inference.inheritance_calibration import calibrate_inheritance
+from asdm.inference.feature_inheritance import Granularity, Spacing, inherit_features
+from asdm.inference.inheritance_calibration import Observations, observe_sampling
 from asdm.inference.openvino_graphs import with_openvino_graphs
 from asdm.inference.optimization import optimize
 from asdm.pipelines import is_sdxl, with_unet
@@ -45,6 +45,7 @@ Prepared = Callable[[DiffusionPipeline], AbstractContextManager[DiffusionPipelin
 Maker = Callable[[DiffusionPipeline], DiffusionPipeline]
 Kinds = Callable[[int], str]
 Way = tuple[Prepared, Kinds]
+Observing = Callable[[DiffusionPipeline], Observations]
 Made = TypeVar("Made")
 
 
@@ -254,16 +255,26 @@ def at_every(interval: int) -> Kinds:
     return lambda step: "whole" if step % interval == 0 else "reusing"
 
 
-def calibrated(speedup: float, steps: int, data: str | Path | None) -> Prepared:
-    """Feature inheritance by the schedule that a calibration finds for the pipeline, once."""
-    schedules: dict[int, InheritanceSchedule] = {}
+def observing(steps: int, data: str | Path | None, maker: Maker | None = None, depth: int | None = None) -> Observing:
+    """A sampling of the pipeline, or of the one that `maker` makes, recorded once: schedules for any speed-up follow
+    from it."""
+    return once(
+        lambda pipeline: observe_sampling(
+            pipeline if maker is None else maker(pipeline), steps=steps, data=data, depth=depth
+        )
+    )
+
+
+def calibrated(speedup: float, observed: Observing, graphs: Prepared | None = None) -> Prepared:
+    """Feature inheritance by the schedule that a calibration finds; in `graphs` of the pipeline, where they are
+    given."""
+    schedule = once(lambda pipeline: observed(pipeline).schedule(speedup))
 
     @contextmanager
     def prepared(pipeline: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
-        if id(pipeline) not in schedules:
-            schedules[id(pipeline)] = calibrate_inheritance(pipeline, speedup=speedup, steps=steps, data=data)
-        with inherit_features(pipeline, schedule=schedules[id(pipeline)]):
-            yield pipeline
+        found = schedule(pipeline)
+        with (graphs or nullcontext)(pipeline) as ready, inherit_features(ready, schedule=found):
+            yield ready
 
     return prepared
 
@@ -441,8 +452,9 @@ def _inheritances(steps: int, data: str | Path | None) -> list[Contestant]:
     entries = [inherits(steps, every, kind) for kind in granularities for every in intervals]
     if data is None:
         return entries
+    observed = observing(steps, data)
     for speedup in (1.5, 2.0, 2.5, 3.0):
-        part = calibrated(speedup, steps, data)
+        part = calibrated(speedup, observed)
         entries.append(combined(f"inheritance, calibrated, {speedup:g}x", "ours", part, steps=steps, kinds=unforeseen))
     entries += [inherits(steps, every, kind, 1) for kind in ("layer", "unit") for every in intervals]  # type: ignore[arg-type]
     entries += [inherits_to(steps, 2.0, spacing) for spacing in ("early", "late")]  # type: ignore[arg-type]
@@ -455,11 +467,11 @@ def _stacks(steps: int, students: dict[str, Maker], data: str | Path | None) -> 
     together."""
     few = (steps, *fewer_steps(steps, draws=False))
     entries = [combined("best runtime", "runtime", kept(optimized), steps=steps)]
-    entries += _graphs("", None, steps, few, "runtime")
+    entries += _graphs("", None, steps, few, "runtime", data)
     bases = list(students.items()) or [("GRI", with_gri)]
     for name, student in bases if data is not None else bases[-1:]:
         entries += _fast(name, kept(student, optimized), steps, few, data)
-        entries += _graphs(f"{name} + ", student, steps, few, "stack")
+        entries += _graphs(f"{name} + ", student, steps, few, "stack", data)
     return entries
 
 
@@ -471,12 +483,14 @@ def _fast(name: str, fast: Prepared, steps: int, few: Sequence[int], data: str |
         yield from _every(base, every, few)
     if data is not None:
         for count in few:  # a calibration is for a number of steps
-            part = calibrated(1.5, count, data)
+            part = calibrated(1.5, observing(count, data))
             name = f"{base.name} + inheritance, calibrated, 1.5x"
             yield from combined(name, "stack", fast, part, steps=steps, kinds=unforeseen).in_steps([count])
 
 
-def _graphs(base: str, student: Maker | None, steps: int, few: Sequence[int], group: str) -> Iterator[Contestant]:
+def _graphs(
+    base: str, student: Maker | None, steps: int, few: Sequence[int], group: str, data: str | Path | None
+) -> Iterator[Contestant]:
     """In OpenVINO, in 8 bits, and with inherited features, which only our graphs can."""
     runtimes: dict[str, Int8 | None] = {"OpenVINO": None, "OpenVINO int8": "activations"}
     for runtime, int8 in runtimes.items():
@@ -484,9 +498,15 @@ def _graphs(base: str, student: Maker | None, steps: int, few: Sequence[int], gr
         yield from combined(f"{base}{runtime}", group, graph, steps=steps).in_steps(few)
         if int8 is None:
             yield _by_lcm(f"{base}{runtime}", group, graph)
-    inheriting_graphs = combined(f"{base}OpenVINO", "stack", in_openvino(student, inherit=1), steps=steps)
+    graphs = in_openvino(student, inherit=1)
     for every in (2, 3):
-        yield from _every(inheriting_graphs, every, few)
+        yield from _every(combined(f"{base}OpenVINO", "stack", graphs, steps=steps), every, few)
+    if data is not None:
+        observed = observing(steps, data, student, depth=1)
+        for speedup in (1.5, 2.0, 2.5):
+            part = calibrated(speedup, observed, graphs)
+            name = f"{base}OpenVINO + inheritance, calibrated, {speedup:g}x"
+            yield combined(name, "stack", part, steps=steps, kinds=unforeseen)
 
 
 def _by_lcm(name: str, group: str, *parts: Prepared) -> Contestant:

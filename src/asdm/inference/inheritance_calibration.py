@@ -51,6 +51,7 @@ def calibrate_inheritance(
     data: str | Path | None = None,
     samples: int | None = None,
     guidance_scale: float | None = None,
+    depth: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> InheritanceSchedule:
@@ -63,6 +64,8 @@ def calibrate_inheritance(
         data: whose captions are drawn (as for `analyze`); by default some prompts of this package.
         samples: prompts; by default 4 at up to 32x32 latents, else 1.
         guidance_scale: the pipeline's recommended one by default (`default_guidance`).
+        depth: of the cut (`inherit_features`), where it is given, as by graphs that were exported for one; else the
+            best is chosen.
 
     Raises:
         AsdmError: the speed-up is out of reach, or there are fewer than four steps.
@@ -73,6 +76,7 @@ def calibrate_inheritance(
         data=data,
         samples=samples,
         guidance_scale=guidance_scale,
+        depth=depth,
         seed=seed,
         speedup=speedup,
         progress=progress,
@@ -88,6 +92,7 @@ def observe_sampling(
     data: str | Path | None = None,
     samples: int | None = None,
     guidance_scale: float | None = None,
+    depth: int | None = None,
     seed: int = 0,
     speedup: float = 1.0,
     progress: Progress | None = None,
@@ -95,15 +100,16 @@ def observe_sampling(
     """What schedules for any speed-up from `speedup` on follow from; arguments as for `calibrate_inheritance`."""
     if steps < 4:
         raise AsdmError(f"steps={steps}: too few to inherit anything; allowed are 4 and more")
-    outermost = len(pipeline.unet.up_blocks[-1].resnets)
-    costs = {depth: _costs(pipeline, depth) for depth in sorted({1, 2, outermost})}
-    part_computed(*costs[1], speedup)  # raises where it is out of reach
-    costs = {depth: cost for depth, cost in costs.items() if depth == 1 or speedup < cost[0] / cost[1]}
+    depths = sorted({1, 2, len(pipeline.unet.up_blocks[-1].resnets)}) if depth is None else [depth]
+    costs = {each: _costs(pipeline, each) for each in depths}
+    fastest = depths[0]
+    part_computed(*costs[fastest], speedup)  # raises where it is out of reach
+    costs = {each: cost for each, cost in costs.items() if each == fastest or speedup < cost[0] / cost[1]}
     sampling = _sampling(pipeline, steps, data, samples, guidance_scale, seed)
     count = len(sampling.timesteps)  # second-order schedulers visit a time step twice
     probes = _probes(count)
     report = _Report(progress, count + sum(count - 1 - probe for probe in probes))
-    recorded = _record(sampling, {depth: _border(pipeline, depth) for depth in costs}, report)
+    recorded = _record(sampling, {each: _border(pipeline, each) for each in costs}, report)
     weights = _weights(sampling, recorded, list(costs), probes, report)
     return Observations(sampling, recorded, weights, costs)
 
@@ -123,7 +129,7 @@ class Observations:
 
     def schedule(self, speedup: float) -> InheritanceSchedule:
         """The best at each depth, as estimated; of the best two of these the better one, as tried on the prompts."""
-        part_computed(*self.costs[1], speedup)
+        part_computed(*self.costs[min(self.costs)], speedup)
         best = []
         for depth, (whole, rest) in self.costs.items():
             if speedup < whole / rest:
