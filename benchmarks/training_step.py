@@ -23,12 +23,13 @@ from asdm.conditioning import noise_schedule
 from asdm.evaluation.latency import Latency, seconds_of
 from asdm.evaluation.memory import peak_megabytes
 from asdm.incubation.data import ShuffledBatches
-from asdm.incubation.distillation import capturing, make_task, prepare
+from asdm.incubation.distillation import make_task, prepare
 from asdm.incubation.estimate import estimate as estimated
 from asdm.incubation.optimizers import OptimizerName
 from asdm.incubation.stages import Stage
 from asdm.incubation.trainer import Part, make_accelerator, train
 from asdm.inference.runtime import prepare_for_training
+from asdm.replay import outputs_of, tensor_of
 from asdm.student.plan import build_student
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -95,9 +96,9 @@ class Parts:
         found["activations"] = peak_megabytes(self.student_forward_and_backward)
         for handle in handles:
             handle.remove()
-        with capturing(self.task.teacher, list(self.task.teacher_blocks.values())) as features:
+        with outputs_of(self.task.teacher, list(self.task.teacher_blocks.values())) as outputs:
             self.teacher_forward()
-        return found | {"teacher's features": sum(tensor.nbytes for tensor in features.values()) / 1e6}
+        return found | {"teacher's features": sum(tensor_of(output).nbytes for output in outputs.values()) / 1e6}
 
 
 def timed(run: Callable[..., None], parts: Parts) -> list[dict[str, Any]]:

@@ -133,6 +133,27 @@ def test_the_teacher_is_guided_in_one_call(pipeline, data_folder, tmp_path):
     assert torch.allclose(solved.noisy, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_teacher_steps_the_target_is_where_dpm_solver_comes_to(data_folder, tmp_path, kind):
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, prediction_type=kind)
+    student = pruned(pipeline.unet)
+    task = task_of(pipeline, student, data_folder, tmp_path, consistency=Consistency(teacher_steps=4))
+    noised = task.noised(torch.arange(2), torch.Generator().manual_seed(0), Part())
+    noised = replace(noised, timesteps=torch.tensor([999, 999]))
+    solver = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, final_sigmas_type="zero")
+    solver.set_timesteps(timesteps=[999, 648, 353, 124])
+    noisy = noised.noisy
+    with torch.no_grad():
+        for timestep in solver.timesteps:
+            guided = task._guided(replace(noised, noisy=noisy, timesteps=timestep.repeat(2)))
+            noisy = solver.step(guided, timestep, noisy).prev_sample
+        assert torch.allclose(task._end(noised), noisy, rtol=1e-3, atol=1e-3)
+        sizes = calls(student)
+        task((torch.arange(4), 0), torch.Generator().manual_seed(0))
+    assert sizes == [4]  # its own estimate is no target
+
+
 def test_the_guidance_that_is_taken_over_is_the_teachers_usual_one(pipeline, data_folder, tmp_path):
     assert task_of(pipeline, tiny_unet(), data_folder, tmp_path).guidance_scale == default_guidance(pipeline) == 3
     assert task_of(pipeline, tiny_unet(), data_folder, tmp_path, guidance_scale=2).guidance_scale == 2

@@ -20,12 +20,13 @@ from asdm.evaluation.latency import unet_call
 from asdm.evaluation.macs import counting_macs
 from asdm.evaluation.memory import peak_megabytes
 from asdm.incubation.data import ShuffledBatches
-from asdm.incubation.distillation import capturing, make_task, prepare
+from asdm.incubation.distillation import make_task, prepare
 from asdm.incubation.estimate import estimate
 from asdm.incubation.losses import feature_losses, output_loss, relative_error
 from asdm.incubation.optimizers import make_optimizer
 from asdm.incubation.stages import LossWeights, parse_stages
 from asdm.incubation.trainer import LoopSettings, TrainingTask, checkpoint_step, read_log, train
+from asdm.replay import outputs_of, tensor_of
 from asdm.units import removable_units
 from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline, unet_inputs
 
@@ -293,10 +294,10 @@ def test_a_cache_of_other_data_is_refused(pipeline, data_folder, tmp_path):
         prepare(pipeline, data_folder, tmp_path / "prepared")
 
 
-def test_capturing_takes_its_hooks_off_again(unet):
-    with pytest.raises(KeyError), capturing(unet, ["mid_block"]) as features:
+def test_what_modules_put_out_is_kept_by_hooks_that_are_taken_off_again(unet):
+    with pytest.raises(KeyError), outputs_of(unet, ["mid_block"]) as outputs:
         predict(unet)
-        assert features["mid_block"].shape[1] == 64
+        assert tensor_of(outputs["mid_block"]).shape[1] == 64
         raise KeyError
     assert not any(module._forward_hooks for module in unet.modules())
 

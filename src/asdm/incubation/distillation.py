@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -38,6 +36,7 @@ from asdm.incubation.teaching import WHOLE, Batch, Noised, TeachingTask
 from asdm.incubation.teaching import TrainingSet as TrainingSet
 from asdm.incubation.trainer import Part, Progress, TrainingTask, make_accelerator, train
 from asdm.inference.runtime import prepare_for_training
+from asdm.replay import outputs_of, tensor_of
 from asdm.student.stock import name_in_original
 from asdm.units import stages as unet_blocks
 
@@ -75,12 +74,13 @@ class DistillationTask(TeachingTask):
         noised = self.noised(indices, generator, part)
         indices = indices[part.of(len(indices))]
         stage = self.stage
-        with torch.no_grad(), capturing(self.teacher, list(self.teacher_blocks.values())) as teacher_features:
+        with torch.no_grad(), outputs_of(self.teacher, list(self.teacher_blocks.values())) as teacher_outputs:
             teacher_pred = self.teacher_pred(noised)
-        with capturing(self.student, self.blocks) as student_features:
+        with outputs_of(self.student, self.blocks) as student_outputs:
             noise_pred = self.student_pred(noised)
-        expected = {name: teacher_features[block] for name, block in self.teacher_blocks.items()}
-        by_block = feature_losses(student_features, expected, stage.relative)
+        features = {name: tensor_of(output) for name, output in student_outputs.items()}
+        expected = {name: tensor_of(teacher_outputs[block]) for name, block in self.teacher_blocks.items()}
+        by_block = feature_losses(features, expected, stage.relative)
         alphas = self.schedule.alphas_cumprod.to(noised.timesteps.device)[noised.timesteps]
         kind = self.schedule.config.prediction_type
         weights = None if stage.min_snr_gamma is None else min_snr_weights(alphas, kind, stage.min_snr_gamma)
@@ -168,25 +168,6 @@ class IncubationTask(TeachingTask):
             output = self.student.get_submodule(name)(*args, **kwargs)
             losses[f"block/{name}"] = block_error(output, expected, self.error)
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
-
-
-@contextmanager
-def capturing(unet: UNet2DConditionModel, blocks: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Collect the hidden states (batch, channels, h, w) that the named blocks put out in the block."""
-    features: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(_module: Any, _args: Any, output: Any) -> None:
-            features[name] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    handles = [unet.get_submodule(name).register_forward_hook(keep(name)) for name in blocks]
-    try:
-        yield features
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def distill(

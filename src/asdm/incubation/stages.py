@@ -41,12 +41,17 @@ class Semantics(BaseModel):
 
 class Consistency(BaseModel):
     """Latent consistency distillation (`asdm.incubation.consistency`): in how many steps the teacher's solver goes from
-    noise to image, and the distance of the two estimates, pseudo-Huber or squared."""
+    noise to image, and the distance of the two estimates, pseudo-Huber or squared.
+
+    With `teacher_steps` the target is no estimate of the student's, but what the solver comes to in so many steps, from
+    wherever it starts (arXiv 2101.02388, Sec. 3, from all time steps).
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     solver_steps: int = Field(50, ge=1)
     loss: Literal["huber", "l2"] = "huber"
     huber_c: float = Field(0.001, gt=0)
+    teacher_steps: int = Field(0, ge=0)
 
 
 class Stage(BaseModel):
