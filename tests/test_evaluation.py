@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from diffusers import LCMScheduler
 from PIL import Image
 
 from asdm import AsdmError, PruningPlan, build_student, compress, evaluate, load_pipeline, save_pipeline, with_unet
@@ -100,6 +101,20 @@ def test_evaluation_compares_on_the_same_prompts_and_seeds(data_folder, tmp_path
     assert figures.speed_of("pruned").gmacs < figures.speed_of("teacher").gmacs
     with Image.open(tmp_path / "images" / "held_out" / "pruned" / "0000.png") as image:
         assert image.size == (16, 16)
+
+
+def test_few_step_pipelines_sample_as_they_were_made_to():
+    teacher, few_step = tiny_pipeline(), tiny_pipeline()
+    few_step.scheduler = LCMScheduler.from_config(few_step.scheduler.config)
+    batches = {"teacher": [], "few": []}
+    for name, pipeline in {"teacher": teacher, "few": few_step}.items():
+        pipeline.unet.register_forward_pre_hook(
+            lambda _module, args, _kwargs, name=name: batches[name].append(len(args[0])), with_kwargs=True
+        )
+    figures = evaluate({"teacher": teacher, "few": few_step}, steps=6, rounds=2, quality=False)
+    assert [row.steps for row in figures.speed] == [6, 4]
+    assert batches["teacher"].count(1) == 1  # counting MACs
+    assert batches["few"].count(1) == 1 + 2 * 4  # without guidance, warming up and timed
 
 
 def test_without_the_judges_packages_the_extra_is_named(monkeypatch):

@@ -412,7 +412,7 @@ def evaluate(
     models: Annotated[list[str], typer.Argument(help=f"The teacher, then students: {MODEL}.", show_default=False)],
     data: DataOption = None,
     samples: Annotated[int, typer.Option(help="Images per split; 0 measures speed alone.", min=0)] = 128,
-    steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = 25,
+    steps: Annotated[int, typer.Option(help="Sampling steps, of all but few-step models.", min=1)] = 25,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default=False)] = None,
     rounds: Annotated[int, typer.Option(help="Timed rounds of the UNet call.", min=1)] = 10,
     out: FiguresFile = Path("evaluation.json"),
@@ -825,13 +825,14 @@ def _print_evaluation(figures: Evaluation) -> None:
     from asdm.evaluation.report import QUALITY_COLUMNS
 
     speed = Table(title=f"Speed ({figures.dtype}, {figures.threads} threads; median of interleaved rounds)")
-    for name in ("model", "UNet ms", "speed-up", "pipeline ms", "speed-up", "params M", "GMACs"):
+    for name in ("model", "UNet ms", "speed-up", "steps", "pipeline ms", "speed-up", "params M", "GMACs"):
         speed.add_column(name, justify="left" if name == "model" else "right")
     for row in figures.speed:
         speed.add_row(
             row.name,
             f"{row.unet.median_ms:.1f}",
             f"{row.unet_speedup:.2f}x",
+            str(row.steps),
             f"{row.pipeline.median_ms:.0f}",
             f"{row.pipeline_speedup:.2f}x",
             f"{row.unet_parameters / 1e6:.2f}",

@@ -25,7 +25,7 @@ from asdm.evaluation.latency import Latency, measure_interleaved, unet_call
 from asdm.evaluation.macs import counting_macs
 from asdm.evaluation.metrics import Judge, feature_distance, kid, recognition, retrieval_at_1
 from asdm.files import write_text
-from asdm.generation import default_guidance, generate
+from asdm.generation import default_guidance, default_steps, generate, is_few_step
 from asdm.images import to_images
 from asdm.incubation.data import Example, can_be_decoded, load_pixels, open_data
 
@@ -38,7 +38,8 @@ class _Record(BaseModel):
 
 
 class SpeedFigures(_Record):
-    """One pipeline's cost. UNet calls are at batch 2 (one image with guidance), GMACs per sample.
+    """One pipeline's cost; an image takes it `steps`. UNet calls are at batch 2 (one image with guidance), GMACs per
+    sample.
 
     `pipeline_extrapolated`: from a call of few steps and the UNet's latency, as a full one takes too long.
     """
@@ -53,6 +54,7 @@ class SpeedFigures(_Record):
     pipeline: Latency
     pipeline_speedup: float
     pipeline_extrapolated: bool
+    steps: int
 
 
 class QualityFigures(_Record):
@@ -132,6 +134,7 @@ def evaluate(
         prompts: used where there is no `data`; without real images only the distance to the teacher's
             images is told.
         samples: at most so many prompts of each split.
+        steps: of all but few-step pipelines, which sample as they were made to; so does `guidance_scale`.
         rounds: timed rounds of the UNet call; by default 10 to 60, as many as take five seconds of the first one. The
             pipeline is timed for half as many, at most 5.
         quality: False to measure speed alone.
@@ -171,18 +174,21 @@ def measure_speed(
         rounds = max(10, min(60, round(5000 / once)))
     unet_times = measure_interleaved(calls, rounds=rounds, device=device)
     slowest = max(time.median_ms for time in unet_times.values())
-    short = steps if slowest * steps <= _LONGEST_TIMED_PIPELINE_MS else min(steps, 2)
+    extrapolated = slowest * steps > _LONGEST_TIMED_PIPELINE_MS and steps > 2
+    sampling = {name: _sampling(pipeline, steps, guidance_scale) for name, pipeline in pipelines.items()}
+    timed = {
+        name: how | {"steps": 2} if extrapolated and not is_few_step(pipelines[name]) else how
+        for name, how in sampling.items()
+    }
     pipeline_times = measure_interleaved(
-        {
-            name: partial(generate, pipeline, ["a photograph"], steps=short, guidance_scale=guidance_scale)
-            for name, pipeline in pipelines.items()
-        },
-        rounds=max(1, min(5, rounds // 2)) if short == steps else 1,
+        {name: partial(generate, pipeline, ["a photograph"], **timed[name]) for name, pipeline in pipelines.items()},
+        rounds=1 if extrapolated else max(1, min(5, rounds // 2)),
         warmup=1,
         device=device,
     )
     for name, time in pipeline_times.items():
-        pipeline_times[name] = _longer(time, (steps - short) * unet_times[name].median_ms)
+        left = sampling[name]["steps"] - timed[name]["steps"]
+        pipeline_times[name] = _longer(time, left * unet_times[name].median_ms)
     rows = []
     for name, unet in unets.items():
         with counting_macs(unet) as count:
@@ -198,10 +204,18 @@ def measure_speed(
                 unet_speedup=unet_times[base].median_ms / unet_times[name].median_ms,
                 pipeline=pipeline_times[name],
                 pipeline_speedup=pipeline_times[base].median_ms / pipeline_times[name].median_ms,
-                pipeline_extrapolated=short != steps,
+                pipeline_extrapolated=timed[name] != sampling[name],
+                steps=sampling[name]["steps"],
             )
         )
     return rows
+
+
+def _sampling(pipeline: DiffusionPipeline, steps: int, guidance_scale: float) -> dict[str, Any]:
+    """How `generate` is called: few-step pipelines sample as they were made to."""
+    if is_few_step(pipeline):
+        return {"steps": default_steps(pipeline), "guidance_scale": default_guidance(pipeline)}
+    return {"steps": steps, "guidance_scale": guidance_scale}
 
 
 def evaluation_sets(
@@ -254,8 +268,7 @@ def _judge(
             images = generate(
                 pipeline,
                 evaluation_set.prompts,
-                steps=steps,
-                guidance_scale=guidance,
+                **_sampling(pipeline, steps, guidance),
                 seed=seed,
                 progress=drawn,
             )
