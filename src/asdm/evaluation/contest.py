@@ -5,6 +5,7 @@ Who takes part is in `contestants.py`. One that fails is a row with its error.
 
 from __future__ import annotations
 
+import gc
 import json
 import platform
 import statistics
@@ -29,7 +30,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from asdm.evaluation.comparison import EvaluationSet, RealImages, evaluation_sets, folder_name, save_images
-from asdm.evaluation.contestants import Contestant, Way, unforeseen
+from asdm.evaluation.contestants import Contestant, Way, forget_graphs, unforeseen
 from asdm.evaluation.latency import seconds_of, synchronise, unet_call
 from asdm.evaluation.macs import counting_macs
 from asdm.evaluation.memory import peak_megabytes
@@ -262,6 +263,7 @@ def _timed(
     for turn in range(rounds + 1):
         decoding: dict[int, float] = {}
         timed: dict[Way, _Parts] = {}
+        forget_graphs()  # of the last turn's end
         for entry in entries:
             done += 1
             if progress is not None:
@@ -283,6 +285,7 @@ def _timed(
                         times[entry.name].append(_whole_image(ready, entry))
             except Exception as error:
                 faults[entry.name] = _one_line(error)
+            gc.collect()  # patched UNets refer to themselves
     return times, costs
 
 

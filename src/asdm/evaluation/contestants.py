@@ -224,6 +224,11 @@ def in_openvino(maker: Maker | None = None, *, int8: Int8 | None = None, inherit
 _loaded: dict[str, DiffusionPipeline] = {}  # the graphs in memory, by their folder: one at most
 
 
+def forget_graphs() -> None:
+    """Let the graphs in memory go; they are read again when they are asked for."""
+    _loaded.clear()
+
+
 def preset_students(pipeline: DiffusionPipeline) -> dict[str, Maker]:
     """The students of the published presets and of ours, by name; their weights are only inherited, for speed alone."""
 
