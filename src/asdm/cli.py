@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from asdm.errors import AsdmError
 from asdm.student.edits import CompensationKind, compensated
@@ -622,6 +621,7 @@ def benchmark(
     from asdm.evaluation.limits import machine_limits
     from asdm.evaluation.report import save_figure
     from asdm.generation import is_few_step
+    from asdm.tables import contest_table
 
     models = models or ["demo"]
     limits = machine_limits(device or _fastest_device())
@@ -657,7 +657,7 @@ def benchmark(
         rows += found
         made = Contest.of(rows, device=pipeline.device, rounds=rounds, seed=seed, limits=limits)
         made.save(out / "benchmark.json")
-        _print_contest(found)
+        console.print(contest_table(found))
         if seen is not None:
             name = "benchmark" if place == models[0] else f"benchmark_{folder_name(place)}"
             title = f"{place}, {made.machine}, {made.threads} threads"
@@ -794,22 +794,9 @@ def _inheritance(text: str) -> dict[str, Any]:
 
 
 def _print_map(redundancy: RedundancyMap) -> None:
-    table = Table(title=f"{redundancy.model}: {len(redundancy.units)} removable units")
-    for name in ("unit", "kind"):
-        table.add_column(name, no_wrap=True, overflow="fold")
-    for name in ("params M", "GMACs", "w/o attention", "latency", "sensitivity"):
-        table.add_column(name, justify="right")
-    for unit in redundancy.units:
-        table.add_row(
-            unit.name.replace("transformer_blocks", "tb"),
-            unit.kind.replace("_", " "),
-            f"{unit.parameters / 1e6:.2f}",
-            f"{unit.gmacs:.3f}",
-            f"{unit.gmacs_without_attention:.3f}",
-            f"{100 * unit.latency_share:.1f}%",
-            f"{unit.sensitivity:.5f}",
-        )
-    console.print(table)
+    from asdm.tables import map_table
+
+    console.print(map_table(redundancy))
     console.print(
         f"UNet: {redundancy.parameters / 1e6:.1f}M parameters, {redundancy.gmacs:.2f} GMACs with attention products "
         f"({redundancy.gmacs_without_attention:.2f} without), {redundancy.latency_ms:.0f} ms at batch 2 "
@@ -822,36 +809,12 @@ def _print_map(redundancy: RedundancyMap) -> None:
 
 
 def _print_evaluation(figures: Evaluation) -> None:
-    from asdm.evaluation.report import QUALITY_COLUMNS
+    from asdm.tables import quality_table, speed_table
 
-    speed = Table(title=f"Speed ({figures.dtype}, {figures.threads} threads; median of interleaved rounds)")
-    for name in ("model", "UNet ms", "speed-up", "steps", "pipeline ms", "speed-up", "params M", "GMACs"):
-        speed.add_column(name, justify="left" if name == "model" else "right")
-    for row in figures.speed:
-        speed.add_row(
-            row.name,
-            f"{row.unet.median_ms:.1f}",
-            f"{row.unet_speedup:.2f}x",
-            str(row.steps),
-            f"{row.pipeline.median_ms:.0f}",
-            f"{row.pipeline_speedup:.2f}x",
-            f"{row.unet_parameters / 1e6:.2f}",
-            f"{row.gmacs:.3f}",
-        )
-    console.print(speed)
+    console.print(speed_table(figures))
     if not figures.quality:
         return
-    columns = [c for c in QUALITY_COLUMNS if any(getattr(q, c[0]) is not None for q in figures.quality)]
-    quality = Table(title=f"Quality ({figures.steps} steps, guidance {figures.guidance_scale:g}, seed {figures.seed})")
-    for name in ("model", "prompts", "images", *(short for _, _, short, _ in columns)):
-        quality.add_column(name, justify="left" if name in ("model", "prompts") else "right")
-    for judged in figures.quality:
-        cells = []
-        for key, _, _, kind in columns:
-            value = getattr(judged, key)
-            cells.append("-" if value is None else f"{100 * value:.1f}%" if kind == "percent" else f"{value:.3f}")
-        quality.add_row(judged.name, judged.split.replace("_", "-"), str(judged.images), *cells)
-    console.print(quality)
+    console.print(quality_table(figures))
     console.print(
         "Concept (top-1, top-5), style and KID by EfficientNet-Lite0 features; R@1 by the pipeline's own CLIP; "
         "distance to the first model's images of the same seeds.",
@@ -860,77 +823,22 @@ def _print_evaluation(figures: Evaluation) -> None:
     )
 
 
-def _print_contest(rows: list[Any]) -> None:
-    table = Table(title=rows[0].place + (" (extrapolated from parts)" if rows[0].extrapolated else ""))
-    splits = list(rows[0].teacher_distance)
-    titles = [f"{title}, {split.replace('_', ' ')}" for split in splits for title in ("distance", "top-5")]
-    for title in ("", "seconds", "faster", "UNet ms", "GFLOP/s", "of limit", "weights MB", "peak MB", *titles):
-        table.add_column(title, justify="left" if not title else "right")
-    for row in rows:
-        if row.error is not None:
-            table.add_row(row.name, row.error)
-            continue
-        low, high = row.seconds_quartiles
-        figures = [
-            f"{row.seconds:.2f} ({low:.2f}-{high:.2f})",
-            f"{row.speedup:.2f}x" if row.speedup is not None else "–",
-            f"{1000 * row.parts['UNet, whole']:.0f}",
-            f"{row.gflops:.0f}" if row.gflops is not None else "–",
-            f"{row.limit_share:.0%}" if row.limit_share is not None else "–",
-            f"{row.unet_megabytes:.0f}",
-            f"{row.peak_megabytes:.0f}",
-        ]
-        for split in splits:
-            top5 = row.concept_top5.get(split)
-            figures += [f"{row.teacher_distance[split]:.4f}", "–" if top5 is None else f"{100 * top5:.1f}%"]
-        table.add_row(row.name, *figures)
-    console.print(table)
-
-
 def _print_estimate(teaching: Any, student: Any, stages: Any, **devices: Any) -> None:
     from asdm.incubation.estimate import estimate
     from asdm.incubation.recipes import as_yaml
+    from asdm.tables import duration, estimate_tables
 
     rows = estimate(teaching, student, stages, **devices)
-    table = Table()
-    for title in ("stage", "trains", "parameters", "steps", "batch", "TFLOP a step", "about", "memory"):
-        table.add_column(title, justify="left" if title in ("stage", "trains") else "right")
-    parts = Table(title="GB in each process" if devices["processes"] > 1 else "GB")
-    kinds = list(dict.fromkeys(kind for row in rows for kind in row.memory))
-    for title in ("stage", *kinds):
-        parts.add_column(title, justify="left" if title == "stage" else "right")
-    for row in rows:
-        stage = row.stage
-        what: str = "edited blocks, each alone" if stage.scope == "incubate" else stage.trained
-        if stage.assembled is not None:
-            what += f" of {len(stage.assembled)} blocks in the teacher"
-        table.add_row(
-            stage.name,
-            what,
-            f"{row.trained_parameters / 1e6:.2f}M",
-            str(stage.steps),
-            str(stage.batch_size),
-            f"{row.step_teraflops:.3g}",
-            _duration(row.seconds),
-            f"{row.gigabytes:.1f} GB",
-        )
-        parts.add_row(stage.name, *(f"{row.memory.get(kind, 0) / 1e9:.2f}" for kind in kinds))
-    console.print(table)
-    console.print(parts)
+    for table in estimate_tables(rows, devices["processes"]):
+        console.print(table)
     tflops = devices["teraflops"]
     where = "on this machine" if tflops is None else f"at {tflops:g} TFLOP/s a device"
     console.print(
-        f"in all about {_duration(sum(row.seconds for row in rows))} {where}, without what devices exchange, and what "
+        f"in all about {duration(sum(row.seconds for row in rows))} {where}, without what devices exchange, and what "
         "their kernels and libraries hold. The recipe as a file:\n",
         highlight=False,
     )
     console.print(as_yaml(stages), highlight=False, markup=False)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _print_skipped(skipped: dict[str, str]) -> None:

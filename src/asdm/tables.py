@@ -1,0 +1,136 @@
+"""Figures as tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich.table import Table
+
+from asdm.evaluation.comparison import Evaluation
+from asdm.evaluation.contest import ContestRow
+from asdm.evaluation.report import QUALITY_COLUMNS
+from asdm.incubation.estimate import StageEstimate
+from asdm.redundancy import RedundancyMap
+
+
+def _table(title: str | None, words: Iterable[str], figures: Iterable[str]) -> Table:
+    """Columns of words, and behind them of figures."""
+    table = Table(title=title)
+    for name in words:
+        table.add_column(name)
+    for name in figures:
+        table.add_column(name, justify="right")
+    return table
+
+
+def map_table(redundancy: RedundancyMap) -> Table:
+    table = Table(title=f"{redundancy.model}: {len(redundancy.units)} removable units")
+    for name in ("unit", "kind"):
+        table.add_column(name, no_wrap=True, overflow="fold")
+    for name in ("params M", "GMACs", "w/o attention", "latency", "sensitivity"):
+        table.add_column(name, justify="right")
+    for unit in redundancy.units:
+        table.add_row(
+            unit.name.replace("transformer_blocks", "tb"),
+            unit.kind.replace("_", " "),
+            f"{unit.parameters / 1e6:.2f}",
+            f"{unit.gmacs:.3f}",
+            f"{unit.gmacs_without_attention:.3f}",
+            f"{100 * unit.latency_share:.1f}%",
+            f"{unit.sensitivity:.5f}",
+        )
+    return table
+
+
+def speed_table(figures: Evaluation) -> Table:
+    table = _table(
+        f"Speed ({figures.dtype}, {figures.threads} threads; median of interleaved rounds)",
+        ["model"],
+        ["UNet ms", "speed-up", "steps", "pipeline ms", "speed-up", "params M", "GMACs"],
+    )
+    for row in figures.speed:
+        table.add_row(
+            row.name,
+            f"{row.unet.median_ms:.1f}",
+            f"{row.unet_speedup:.2f}x",
+            str(row.steps),
+            f"{row.pipeline.median_ms:.0f}",
+            f"{row.pipeline_speedup:.2f}x",
+            f"{row.unet_parameters / 1e6:.2f}",
+            f"{row.gmacs:.3f}",
+        )
+    return table
+
+
+def quality_table(figures: Evaluation) -> Table:
+    columns = [c for c in QUALITY_COLUMNS if any(getattr(q, c[0]) is not None for q in figures.quality)]
+    title = f"Quality ({figures.steps} steps, guidance {figures.guidance_scale:g}, seed {figures.seed})"
+    table = _table(title, ["model", "prompts"], ["images", *(short for _, _, short, _ in columns)])
+    for judged in figures.quality:
+        cells = []
+        for key, _, _, kind in columns:
+            value = getattr(judged, key)
+            cells.append("-" if value is None else f"{100 * value:.1f}%" if kind == "percent" else f"{value:.3f}")
+        table.add_row(judged.name, judged.split.replace("_", "-"), str(judged.images), *cells)
+    return table
+
+
+def contest_table(rows: Sequence[ContestRow]) -> Table:
+    """The rows of one place."""
+    splits = list(rows[0].teacher_distance)
+    titles = [f"{title}, {split.replace('_', ' ')}" for split in splits for title in ("distance", "top-5")]
+    table = _table(
+        rows[0].place + (" (extrapolated from parts)" if rows[0].extrapolated else ""),
+        [""],
+        ["seconds", "faster", "UNet ms", "GFLOP/s", "of limit", "weights MB", "peak MB", *titles],
+    )
+    for row in rows:
+        if row.seconds is None or row.seconds_quartiles is None:
+            table.add_row(row.name, row.error)
+            continue
+        low, high = row.seconds_quartiles
+        figures = [
+            f"{row.seconds:.2f} ({low:.2f}-{high:.2f})",
+            f"{row.speedup:.2f}x" if row.speedup is not None else "–",
+            f"{1000 * row.parts['UNet, whole']:.0f}",
+            f"{row.gflops:.0f}" if row.gflops is not None else "–",
+            f"{row.limit_share:.0%}" if row.limit_share is not None else "–",
+            f"{row.unet_megabytes:.0f}",
+            f"{row.peak_megabytes:.0f}",
+        ]
+        for split in splits:
+            top5 = row.concept_top5.get(split)
+            figures += [f"{row.teacher_distance[split]:.4f}", "–" if top5 is None else f"{100 * top5:.1f}%"]
+        table.add_row(row.name, *figures)
+    return table
+
+
+def estimate_tables(rows: Sequence[StageEstimate], processes: int) -> tuple[Table, Table]:
+    """What each stage trains and takes, and what its memory is for."""
+    titles = ("parameters", "steps", "batch", "TFLOP a step", "about", "memory")
+    table = _table(None, ["stage", "trains"], titles)
+    kinds = list(dict.fromkeys(kind for row in rows for kind in row.memory))
+    parts = _table("GB in each process" if processes > 1 else "GB", ["stage"], kinds)
+    for row in rows:
+        stage = row.stage
+        what: str = "edited blocks, each alone" if stage.scope == "incubate" else stage.trained
+        if stage.assembled is not None:
+            what += f" of {len(stage.assembled)} blocks in the teacher"
+        table.add_row(
+            stage.name,
+            what,
+            f"{row.trained_parameters / 1e6:.2f}M",
+            str(stage.steps),
+            str(stage.batch_size),
+            f"{row.step_teraflops:.3g}",
+            duration(row.seconds),
+            f"{row.gigabytes:.1f} GB",
+        )
+        parts.add_row(stage.name, *(f"{row.memory.get(kind, 0) / 1e9:.2f}" for kind in kinds))
+    return table, parts
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
