@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from asdm.evaluation.comparison import Evaluation
@@ -14,8 +15,8 @@ from asdm.redundancy import RedundancyMap
 
 
 def _table(title: str | None, words: Iterable[str], figures: Iterable[str]) -> Table:
-    """Columns of words, and behind them of figures."""
-    table = Table(title=title)
+    """Columns of words, and behind them of figures; without frames, as a terminal may have 80 columns."""
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in words:
         table.add_column(name)
     for name in figures:
