@@ -38,7 +38,8 @@ def lcm_scheduler(config: Mapping[str, Any], solver_steps: int) -> LCMScheduler:
     """The sampler of a consistency-distilled student: the noise schedule and the prediction type of the teacher's
     scheduler, whose `config` is given; its time steps are among the `solver_steps` that were trained."""
     kept = {name: config[name] for name in _NOISE_SCHEDULE if name in config}
-    return LCMScheduler(original_inference_steps=solver_steps, **kept)
+    # The offset, which this scheduler does not read, is what Stable Diffusion pipelines ask for with a warning.
+    return LCMScheduler(original_inference_steps=solver_steps, steps_offset=1, **kept)
 
 
 def ddim_step(schedule: DDPMScheduler, noise_pred: Tensor, noisy: Tensor, timesteps: Tensor, earlier: Tensor) -> Tensor:
