@@ -85,10 +85,11 @@ def test_the_solvers_step_is_ddims(kind):
         assert torch.allclose(stepped[one], expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("solver_steps", [50, 30])
-def test_training_visits_the_time_steps_of_the_sampler(pipeline, data_folder, tmp_path, solver_steps):
-    task = task_of(pipeline, tiny_unet(), data_folder, tmp_path, consistency=Consistency(solver_steps=solver_steps))
-    task.sampler.set_timesteps(solver_steps)
+@pytest.mark.parametrize(("solver_steps", "student_steps"), [(50, 0), (30, 0), (50, 4)])
+def test_training_visits_the_time_steps_of_the_sampler(pipeline, data_folder, tmp_path, solver_steps, student_steps):
+    settings = Consistency(solver_steps=solver_steps, student_steps=student_steps)
+    task = task_of(pipeline, tiny_unet(), data_folder, tmp_path, consistency=settings)
+    task.sampler.set_timesteps(student_steps or solver_steps)
     visited = {int(t) for seed in range(20) for t in task.timesteps(64, torch.Generator().manual_seed(seed))}
     assert visited == set(task.sampler.timesteps.tolist())
 
@@ -186,6 +187,8 @@ def test_a_few_steps_lower_the_loss(data_folder, tmp_path, kind):
 def test_settings_out_of_range_are_told(pipeline, data_folder, tmp_path):
     with pytest.raises(AsdmError, match="solver_steps=1001: the schedule has 1000 time steps"):
         task_of(pipeline, tiny_unet(), data_folder, tmp_path, consistency=Consistency(solver_steps=1001))
+    with pytest.raises(AsdmError, match="student_steps=51: more than solver_steps=50"):
+        task_of(pipeline, tiny_unet(), data_folder, tmp_path, consistency=Consistency(student_steps=51))
     with pytest.raises(AsdmError, match="assembled goes with scope joint"):
         parse_stages([{"name": "a", "steps": 3, "scope": "consistency", "assembled": ["mid_block"]}])
     with pytest.raises(AsdmError, match=r"consistency\.loss='l1'"):

@@ -67,7 +67,7 @@ class ConsistencyTask(TeachingTask):
     Sec. 3.2, not an average of its past: no third network, and nothing more to resume.
 
     Raises:
-        AsdmError: more solver steps than the schedule has time steps.
+        AsdmError: more solver steps than the schedule has time steps, or more of the student's than of the solver's.
     """
 
     def __init__(
@@ -83,15 +83,21 @@ class ConsistencyTask(TeachingTask):
         total, solver_steps = schedule.config.num_train_timesteps, stage.consistency.solver_steps
         if solver_steps > total:
             raise AsdmError(f"solver_steps={solver_steps}: the schedule has {total} time steps; give as many at most")
+        student_steps = stage.consistency.student_steps
+        if student_steps > solver_steps:
+            raise AsdmError(
+                f"student_steps={student_steps}: more than solver_steps={solver_steps}; give as many at most"
+            )
         self.guidance_scale = guidance_scale
         self.skipped = total // solver_steps
         self.sampler = lcm_scheduler(schedule.config, solver_steps)
 
     def timesteps(self, count: int, generator: torch.Generator) -> Tensor:
-        """Of those that the solver stops at, as `LCMScheduler` counts them."""
-        drawn = super().timesteps(count, generator)
-        index = drawn * self.stage.consistency.solver_steps // self.schedule.config.num_train_timesteps
-        return (index + 1) * self.skipped - 1
+        """Of those that the solver stops at, or the sampler visits, as `LCMScheduler` counts them."""
+        settings = self.stage.consistency
+        self.sampler.set_timesteps(settings.student_steps or settings.solver_steps)
+        visited = self.sampler.timesteps.cpu()
+        return visited[super().timesteps(count, generator) * len(visited) // self.schedule.config.num_train_timesteps]
 
     def forward(self, batch: Batch, generator: torch.Generator, part: Part = WHOLE) -> dict[str, Tensor]:
         settings = self.stage.consistency

@@ -81,12 +81,12 @@ def incubation_stages(student: UNet2DConditionModel, steps: int) -> list[Stage]:
 
 def lcm_stages(student: UNet2DConditionModel, steps: int) -> list[Stage]:
     """A few-step student by latent consistency distillation, at the learning rate of LCM (arXiv 2310.04378, Sec. 5); a
-    small UNet, whose teacher can be asked often, learns what its solver comes to (inferred). Samples have no guidance,
-    hence no caption is dropped."""
+    small UNet, whose teacher can be asked often, learns what its solver comes to, at the time steps of four-step
+    sampling (inferred). Samples have no guidance, hence no caption is dropped."""
     if sum(p.numel() for p in student.parameters()) > SMALL_MODEL_PARAMETERS:
         changes: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 8e-6}
     else:
-        changes = {"consistency": Consistency(teacher_steps=6), "caption_splice": CAPTION_SPLICE}
+        changes = {"learning_rate": 2e-4, "consistency": Consistency(teacher_steps=6, student_steps=4)}
     return [Stage(name="lcm", scope="consistency", **pace(student, steps) | changes | {"caption_dropout": 0.0})]
 
 

@@ -44,7 +44,8 @@ class Consistency(BaseModel):
     noise to image, and the distance of the two estimates, pseudo-Huber or squared.
 
     With `teacher_steps` the target is no estimate of the student's, but what the solver comes to in so many steps, from
-    wherever it starts (arXiv 2101.02388, Sec. 3, from all time steps).
+    wherever it starts (arXiv 2101.02388, Sec. 3, from all time steps). With `student_steps` only those time steps are
+    trained that its sampler visits in so many steps.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -52,6 +53,7 @@ class Consistency(BaseModel):
     loss: Literal["huber", "l2"] = "huber"
     huber_c: float = Field(0.001, gt=0)
     teacher_steps: int = Field(0, ge=0)
+    student_steps: int = Field(0, ge=0)
 
 
 class Stage(BaseModel):
