@@ -91,13 +91,13 @@ class ConsistencyTask(TeachingTask):
         self.guidance_scale = guidance_scale
         self.skipped = total // solver_steps
         self.sampler = lcm_scheduler(schedule.config, solver_steps)
+        self.sampler.set_timesteps(student_steps or solver_steps)
+        self.visited = self.sampler.timesteps.cpu()
 
     def timesteps(self, count: int, generator: torch.Generator) -> Tensor:
         """Of those that the solver stops at, or the sampler visits, as `LCMScheduler` counts them."""
-        settings = self.stage.consistency
-        self.sampler.set_timesteps(settings.student_steps or settings.solver_steps)
-        visited = self.sampler.timesteps.cpu()
-        return visited[super().timesteps(count, generator) * len(visited) // self.schedule.config.num_train_timesteps]
+        drawn = super().timesteps(count, generator)
+        return self.visited[drawn * len(self.visited) // self.schedule.config.num_train_timesteps]
 
     def forward(self, batch: Batch, generator: torch.Generator, part: Part = WHOLE) -> dict[str, Tensor]:
         settings = self.stage.consistency
