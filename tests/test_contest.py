@@ -111,13 +111,16 @@ def test_where_an_image_takes_long_its_time_is_put_together_from_parts(pipeline)
     slow = {"whole": 0.03, "reusing": 0.01}
     entered = []
 
+    def slowness(step):
+        return slow[at_every(3)(step)] if step else 0.5  # the first call warms up
+
     @contextmanager
     def slowly(given):
         entered.append(given)
         steps = iter(range(100))
-        handle = given.unet.register_forward_hook(lambda *_: time.sleep(slow[at_every(3)(next(steps))]))
+        handle = given.unet.register_forward_hook(lambda *_: time.sleep(slowness(next(steps))))
         yield given
-        assert next(steps) == 2  # one call of each kind is enough
+        assert next(steps) == 4  # one call of each kind is enough, behind the first
         handle.remove()
 
     slowest = Contestant("slow", "ours", slowly, 10, at_every(3))
@@ -129,7 +132,7 @@ def test_where_an_image_takes_long_its_time_is_put_together_from_parts(pipeline)
     assert slow_row.extrapolated and slow_row.error is None
     parts = slow_row.parts
     assert set(parts) == {"text encoder", "VAE decoder", "UNet, whole", "UNet, reusing"}
-    assert parts["UNet, whole"] > slow["whole"] and parts["UNet, reusing"] > slow["reusing"]
+    assert 0.4 > parts["UNet, whole"] > slow["whole"] and parts["UNet, reusing"] > slow["reusing"]
     calls = 4 * parts["UNet, whole"] + 6 * parts["UNet, reusing"]
     assert slow_row.seconds >= parts["text encoder"] + parts["VAE decoder"] + calls
 

@@ -177,6 +177,11 @@ def test_compress_refuses_other_settings_and_missing_data_and_says_what_it_misse
     with pytest.raises(AsdmError, match="no such data folder"):
         compress(model, tmp_path / "out", params=0.8, data=tmp_path / "absent")
     assert not (tmp_path / "out").exists()
+    (tmp_path / "few-step.yaml").write_text("- {name: own, steps: 5, scope: consistency}")
+    for recipe, message in {"absent": "no such recipe", tmp_path / "few-step.yaml": "sample otherwise"}.items():
+        with pytest.raises(AsdmError, match=message):
+            compress(model, tmp_path / "out", params=0.8, data="demo", recipe=str(recipe))
+        assert not (tmp_path / "out").exists()
     short = {"repair": 0, "steps": 0, "samples": 0, "sampling_steps": 2}
     made = compress(model, tmp_path / "out", params=0.8, **short)
     with pytest.raises(AsdmError, match=r"made with other settings \(budget\)"):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from asdm import AsdmError, PruningPlan, Remove, build_student, export, generate, inherit_features, with_unet
+from asdm.evaluation.latency import Latency
 from asdm.inference.openvino_graphs import with_openvino_graphs
 from asdm.units import fingerprint
 from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet, unet_inputs
@@ -128,6 +129,21 @@ def test_graphs_stand_in_only_for_what_they_can_do(pipeline, tmp_path):
         ready.unet(**inputs, down_block_additional_residuals=())
     with pytest.raises(AsdmError, match="holds no OpenVINO graphs"):
         with_openvino_graphs(pipeline, tmp_path)
+
+
+def test_graphs_compute_in_the_faster_precision(pipeline, tmp_path, monkeypatch):
+    from asdm.inference import openvino_graphs
+
+    own = openvino.Core().get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name()
+    export(pipeline, tmp_path / "out", parts=["unet", "vae_decoder"])
+    for faster, expected in (("float32", "float32"), ("own", {"f32": "float32", "bf16": "bfloat16"}[own])):
+        times = {name: Latency(1.0 if name == faster else 2.0, 1.0, 2.0, 1) for name in ("own", "float32")}
+        monkeypatch.setattr(openvino_graphs, "measure_interleaved", lambda _, times=times: times)
+        openvino_graphs._options.cache_clear()
+        ready = with_openvino_graphs(pipeline, tmp_path / "out")
+        ready.unet(**unet_inputs(pipeline.unet, batch=1))
+        assert ready.unet.precision == expected
+    openvino_graphs._options.cache_clear()
 
 
 def test_what_cannot_be_exported_is_said_before_anything_is_written(pipeline, tmp_path):

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -235,6 +236,7 @@ def plan(
             redundancy = asdm.analyze(
                 pipeline,
                 data=data,
+                sensitivity=None if preset is None else "taylor",  # which chooses nothing in a preset
                 compensate=compensate,
                 seed=seed,
                 progress=lambda done, total, name: report("analyse", done, total, name),
@@ -865,6 +867,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", FutureWarning)  # of one library about another
 
 
 def _about_the_disk(error: Exception) -> str | None:

@@ -21,7 +21,7 @@ from asdm.evaluation.report import figures_section, headline_of, save_figure, wr
 from asdm.files import replacing_file, write_text
 from asdm.incubation.distillation import distill
 from asdm.incubation.prepared import require_usable
-from asdm.incubation.recipes import recipe_stages
+from asdm.incubation.recipes import RECIPES, read_stages, recipe_stages
 from asdm.incubation.stages import Stage
 from asdm.incubation.trainer import read_log
 from asdm.model_card import model_card
@@ -73,7 +73,8 @@ def compress(
     Args:
         model: as for `load_pipeline`.
         speedup, params, macs, preset: the budget, as for `make_plan`; exactly one.
-        sensitivity: how it is found what the units are worth, as for `analyze`.
+        sensitivity: how it is found what the units are worth, as for `analyze`; for a preset, whose edits it does not
+            choose, estimated by default.
         compensate: what to fit in the place of the removed branches, as for `make_plan`; nothing by default where
             the weights are random.
         repair: rounds in which the plan is bettered (`repair_plan`); none by default for a preset, and where the
@@ -92,11 +93,13 @@ def compress(
     out = Path(out)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise AsdmError("compress works in one process; launch prepare-data and distill in several")
+    if stages is None and recipe not in RECIPES:
+        stages = read_stages(recipe)
     if data is None and (steps > 0 or stages):
         raise AsdmError(f"steps={steps} of distillation need data: name a folder of captioned images, or give 0 steps")
     if recipe == "lcm" or any(stage.scope == "consistency" for stage in stages or ()):
         raise AsdmError(
-            "recipe=lcm: its students sample otherwise than the teacher they are compared with; compress "
+            f"recipe={recipe}: its students sample otherwise than the teacher they are compared with; compress "
             "by another recipe, then run asdm distill --recipe lcm on the result"
         )
     is_random = model.startswith("random:")
@@ -130,6 +133,7 @@ def compress(
     _claim(out, settings)
     work = out / "work"
 
+    sensitivity = sensitivity or (None if preset is None else "taylor")
     redundancy = _analyzed(pipeline, data, sensitivity, compensate, seed, work / "redundancy.json", report)
     plan = _planned(redundancy, settings, pipeline, out / "plan.json", report)
     save_figure(redundancy_plot(redundancy, plan), out / "redundancy.png")

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from pydantic import BaseModel, ConfigDict, ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 
 from asdm.calibration import CalibrationCall, calibration_calls
 from asdm.compensation import Map, compensating, unit_maps
@@ -30,7 +30,7 @@ from asdm.files import write_text
 from asdm.pipelines import is_random
 from asdm.replay import Replay, outputs_of, replay_order, tensor_of
 from asdm.student.edits import CompensationKind, GriAttention, Remove, UnitEdit
-from asdm.student.surgery import edited, replaced_paths, set_module
+from asdm.student.surgery import edited, replaced_paths, swapped
 from asdm.taylor import taylor_sensitivity
 from asdm.units import (
     TRANSFORMER_BRANCHES,
@@ -537,22 +537,16 @@ def _ablated(
 ) -> dict[str, float]:
     """Each trial's error in one call, of which `outputs` are the layers' (used up)."""
     errors: dict[str, float] = {}
-    originals: dict[str, nn.Module] = {}
     power = reference.float().square().sum()
-    try:
+    with ExitStack() as replayed:
         for name in replay_order(unet):
             for trial in [trial for trial in trials if trial.layer == name]:
                 with trial.applied():
                     moved = unet(**call.arguments, return_dict=False)[0]
                 errors[trial.name] = float((moved.float() - reference.float()).square().sum() / power)
                 tried(trial.name)
-            if name not in outputs:  # a placeholder that is never called
-                continue
-            originals[name] = unet.get_submodule(name)
-            set_module(unet, name, Replay(outputs.pop(name)))
-    finally:
-        for name, module in originals.items():
-            set_module(unet, name, module)
+            if name in outputs:  # all but a placeholder that is never called
+                replayed.enter_context(swapped(unet, {name: Replay(outputs.pop(name))}))
     return errors
 
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -299,14 +300,13 @@ def _whole_image(ready: DiffusionPipeline, entry: Contestant) -> _Sample:
 
 
 def _parts(ready: DiffusionPipeline, entry: Contestant, decoding: dict[int, float]) -> _Parts:
-    """From the steps until each kind of UNet call has come once, as the pipeline itself takes them."""
+    """From the steps until each kind of UNet call has come behind the first, as the pipeline itself takes them."""
     start = time.perf_counter()
     latents, calls, ends = _first_steps(ready, entry)
-    begins = [calls[0][0], *ends]
     return _Parts(
         once={"text encoder": calls[0][0] - start, "VAE decoder": _decoding(ready, latents, decoding)},
         calls=_by_kind([end - start for start, end in calls], entry),
-        steps=_by_kind([end - begin for begin, end in zip(begins, ends, strict=False)], entry),
+        steps=_by_kind([end - begin for begin, end in pairwise([calls[0][0], *ends])], entry),
     )
 
 
@@ -319,17 +319,20 @@ def _decoding(ready: DiffusionPipeline, latents: Tensor, known: dict[int, float]
 
 
 def _by_kind(seconds: list[float], entry: Contestant) -> dict[str, float]:
-    """The median of each kind of UNet call."""
+    """The median of each kind of UNet call, without the first call of all where its kind comes again: it warms up."""
     found = defaultdict(list)
     for step, spent in enumerate(seconds):
         found[f"UNet, {entry.kinds(step)}"].append(spent)
+    first = found[f"UNet, {entry.kinds(0)}"]
+    del first[: len(first) > 1]
     return {kind: statistics.median(values) for kind, values in found.items()}
 
 
 def _first_steps(ready: DiffusionPipeline, entry: Contestant) -> tuple[Tensor, list[tuple[float, float]], list[float]]:
-    """Latents after as many steps as show every kind of UNet call; when each call started and ended, and each step."""
+    """Latents after as many steps as show every kind of UNet call, behind the first step; when each call started and
+    ended, and each step."""
     kinds = [entry.kinds(step) for step in range(entry.steps)]
-    last = max(kinds.index(kind) for kind in set(kinds))
+    last = max((kinds.index(kind, 1) for kind in set(kinds[1:])), default=0)
     ends: list[float] = []
 
     def step_done(pipe: Any, step: int, _timestep: Any, _tensors: Any) -> dict[str, Any]:

@@ -105,8 +105,15 @@ def recipe_stages(recipe: str | Path, student: UNet2DConditionModel, steps: int)
     Raises:
         AsdmError: no such recipe or file, or one that is not a list of stages.
     """
-    if str(recipe) in RECIPES:
-        return RECIPES[str(recipe)](student, steps)
+    return RECIPES[str(recipe)](student, steps) if str(recipe) in RECIPES else read_stages(recipe)
+
+
+def read_stages(recipe: str | Path) -> list[Stage]:
+    """The stages in a recipe's file.
+
+    Raises:
+        AsdmError: no such file, or one that is not a list of stages.
+    """
     path = Path(recipe)
     if not path.is_file():
         raise AsdmError(f"{recipe}: no such recipe; it is {', '.join(RECIPES)} or a YAML file with a list of stages")
