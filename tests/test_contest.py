@@ -11,8 +11,8 @@ from matplotlib import pyplot as plt
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from asdm import PruningPlan
-from asdm.evaluation.contest import Contest, ContestRow, contest_plot, contest_rows, pareto_front
+from asdm import AsdmError, PruningPlan
+from asdm.evaluation.contest import Contest, ContestRow, ContestRun, contest_plot, contest_rows, pareto_front
 from asdm.evaluation.contestants import (
     Contestant,
     anew,
@@ -96,11 +96,19 @@ def test_a_contest_measures_everyone_and_tells_failures(pipeline, data_folder, m
     assert few.gflops == pytest.approx(2 * original.gmacs / few.parts["UNet, whole"])
     assert few.teacher_distance["seen"] > 0 and isinstance(pipeline.scheduler, DDIMScheduler)
     assert len(list((tmp_path / "images" / "seen" / "original").glob("*.png"))) == 2
-    made = Contest.of(found, device="cpu", rounds=2, seed=0, limits=limits)
+    run = ContestRun.now(device="cpu", rounds=2, seed=0, limits=limits)
+    made = Contest().with_place("other", run, [found[0].model_copy(update={"place": "other"})])
+    made = made.with_place("tiny", run, found[:1]).with_place("tiny", run, found)  # again, instead of the first
     made.save(tmp_path / "made.json")
-    assert Contest.load(tmp_path / "made.json") == made and "torch" in made.versions
+    assert Contest.load(tmp_path / "made.json") == made and "torch" in made.runs["other"].versions
     rows = json.loads((tmp_path / "made.json").read_text())
-    assert [row["name"] for row in rows] == [row.name for row in found]
+    assert [(row["place"], row["name"]) for row in rows] == [
+        ("other", "original"),
+        *(("tiny", row.name) for row in found),
+    ]
+    (tmp_path / "made_run.json").unlink()
+    with pytest.raises(AsdmError, match="not the results of a benchmark"):
+        Contest.load(tmp_path / "made.json")
     figure = contest_plot(found)
     assert [axes.get_title() for axes in figure.axes] == ["seen prompts", "held-out prompts"]
     assert any("lean" in text.get_text() for text in figure.axes[0].texts)

@@ -616,9 +616,12 @@ def benchmark(
     device: DeviceOption = None,
     seed: SeedOption = 0,
 ) -> None:
-    """Ways to make a pipeline faster, ours and our peers', in one run: speed and what it costs in quality."""
+    """Ways to make a pipeline faster, ours and our peers', in one run: speed and what it costs in quality.
+
+    Results of other models that are in the folder already stay there.
+    """
     from asdm.evaluation.comparison import folder_name
-    from asdm.evaluation.contest import Contest, contest_plot, contest_rows
+    from asdm.evaluation.contest import Contest, ContestRun, contest_plot, contest_rows
     from asdm.evaluation.contestants import contestants, of, preset_students, with_dpm_solver
     from asdm.evaluation.limits import machine_limits
     from asdm.evaluation.report import save_figure
@@ -626,8 +629,9 @@ def benchmark(
     from asdm.tables import contest_table
 
     models = models or ["demo"]
+    results = out / "benchmark.json"
+    made = Contest.load(results) if results.exists() else Contest()
     limits = machine_limits(device or _fastest_device())
-    rows: list[Any] = []
     for place in models:
         pipeline = with_dpm_solver(_load(place, device))
         seen = "demo" if data is None and place == "demo" else None if place.startswith("random:") else data
@@ -656,14 +660,13 @@ def benchmark(
                 images_folder=images,
                 progress=advanced,
             )
-        rows += found
-        made = Contest.of(rows, device=pipeline.device, rounds=rounds, seed=seed, limits=limits)
-        made.save(out / "benchmark.json")
+        run = ContestRun.now(device=pipeline.device, rounds=rounds, seed=seed, limits=limits)
+        made = made.with_place(place, run, found)
+        made.save(results)
         console.print(contest_table(found))
         if seen is not None:
-            name = "benchmark" if place == models[0] else f"benchmark_{folder_name(place)}"
-            title = f"{place}, {made.machine}, {made.threads} threads"
-            save_figure(contest_plot(found, title), out / f"{name}.png")
+            title = f"{place}, {run.machine}, {run.threads} threads"
+            save_figure(contest_plot(found, title), out / f"benchmark_{folder_name(place)}.png")
     for dtype, best in limits.items():
         figures = ", ".join(f"{what} {value:.0f}" for what, value in best.items())
         console.print(f"this machine's best in {dtype}, GFLOP/s: {figures}", highlight=False)

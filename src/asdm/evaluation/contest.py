@@ -30,6 +30,7 @@ from matplotlib.transforms import Bbox
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from asdm.errors import AsdmError
 from asdm.evaluation.comparison import EvaluationSet, RealImages, evaluation_sets, folder_name, save_images
 from asdm.evaluation.contestants import Contestant, Way, forget_graphs, unforeseen
 from asdm.evaluation.latency import seconds_of, synchronise, unet_call
@@ -83,11 +84,8 @@ class ContestRow(BaseModel):
     error: str | None = None
 
 
-class Contest(BaseModel):
-    """All rows of a run, with where and when it was; `limits` as `machine_limits` tells them, in GFLOP/s.
-
-    Saved as two files: NAME.json is the list of rows, NAME_run.json what they have in common.
-    """
+class ContestRun(BaseModel):
+    """Where and when the rows of a place were measured; `limits` as `machine_limits` tells them, in GFLOP/s."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     date: str
@@ -97,18 +95,11 @@ class Contest(BaseModel):
     rounds: int
     seed: int
     limits: dict[str, dict[str, float]]
-    rows: list[ContestRow]
 
     @classmethod
-    def of(
-        cls,
-        rows: list[ContestRow],
-        *,
-        device: torch.device | str,
-        rounds: int,
-        seed: int,
-        limits: dict[str, dict[str, float]],
-    ) -> Contest:
+    def now(
+        cls, *, device: torch.device | str, rounds: int, seed: int, limits: dict[str, dict[str, float]]
+    ) -> ContestRun:
         return cls(
             date=date.today().isoformat(),
             machine=f"{platform.machine()}, {device}",
@@ -117,23 +108,46 @@ class Contest(BaseModel):
             rounds=rounds,
             seed=seed,
             limits=limits,
-            rows=rows,
         )
 
-    def at(self, place: str) -> list[ContestRow]:
-        return [row for row in self.rows if row.place == place]
+
+class Contest(BaseModel):
+    """The rows of all places, and each place's run.
+
+    Saved as two files: NAME.json is the list of rows, NAME_run.json the runs by place.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    runs: dict[str, ContestRun] = {}
+    rows: list[ContestRow] = []
+
+    def with_place(self, place: str, run: ContestRun, rows: Sequence[ContestRow]) -> Contest:
+        """With this run instead of an earlier one at the same place."""
+        others = [row for row in self.rows if row.place != place]
+        return Contest(runs=self.runs | {place: run}, rows=[*others, *rows])
 
     def save(self, path: str | Path) -> None:
         path = Path(path)
         rows = [row.model_dump(exclude_defaults=True) for row in self.rows]
         write_text(path, json.dumps(rows, indent=1) + "\n")
-        write_text(_run_of(path), self.model_dump_json(indent=1, exclude={"rows"}) + "\n")
+        runs = {place: run.model_dump() for place, run in self.runs.items()}
+        write_text(_run_of(path), json.dumps(runs, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Contest:
+        """What `save` wrote.
+
+        Raises:
+            AsdmError: something else, or one of the two files is missing.
+        """
         path = Path(path)
-        rows = json.loads(path.read_text("utf-8"))
-        return cls.model_validate(json.loads(_run_of(path).read_text("utf-8")) | {"rows": rows})
+        try:
+            rows, runs = (json.loads(file.read_text("utf-8")) for file in (path, _run_of(path)))
+            return cls(rows=rows, runs=runs)
+        except (OSError, ValueError) as error:
+            raise AsdmError(
+                f"{path}: not the results of a benchmark ({_one_line(error)}); name another folder"
+            ) from None
 
 
 def _run_of(path: Path) -> Path:
