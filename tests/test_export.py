@@ -84,8 +84,13 @@ def test_int8_keeps_weights_in_8_bits_and_computes_in_them_where_asked(pipeline,
     half, small = (tmp_path / name / "unet" / "openvino_model.bin" for name in ("half", "int8"))
     assert small.stat().st_size < 0.7 * half.stat().st_size
     model = openvino.Core().read_model(tmp_path / "int8" / "unet" / "openvino_model.xml")
-    quantised = [op for op in model.get_ops() if op.get_type_name() == "FakeQuantize"]
-    assert bool(quantised) == (int8 == "activations")
+    readers = {
+        reader.get_node().get_type_name()
+        for op in model.get_ops()
+        if op.get_type_name() == "FakeQuantize"
+        for reader in op.output(0).get_target_inputs()
+    }
+    assert readers == ({"Convolution"} if int8 == "activations" else set())
     assert json.loads((tmp_path / "int8" / "asdm.json").read_text())["int8"] == int8
 
 
@@ -109,6 +114,17 @@ def test_two_graphs_inherit_as_the_torch_unet_does(pipeline, tmp_path):
         with pytest.raises(AsdmError, match=message), inherit_features(ready, **settings):
             pass
     assert json.loads((tmp_path / "out" / "model_index.json").read_text()).get("unet_inner") is None
+
+
+@pytest.mark.slow
+def test_two_graphs_in_8_bits(pipeline, tmp_path):
+    pytest.importorskip("nncf")
+    pipeline.register_modules(unet=tiny_unet(sample_size=16))
+    made = export(pipeline, tmp_path / "out", int8="activations", inherit=1, parts=["unet_inner", "unet_outer"])
+    assert set(made.differences) == {"unet_inner", "unet_outer"} and 0 < max(made.differences.values()) < 0.3
+    for name in made.differences:
+        model = openvino.Core().read_model(tmp_path / "out" / name / "openvino_model.xml")
+        assert any(op.get_type_name() == "FakeQuantize" for op in model.get_ops())
 
 
 def test_one_graph_inherits_nothing(pipeline, tmp_path):

@@ -510,7 +510,7 @@ def export(
     size: Annotated[
         int | None, typer.Option(help="Side of the images in pixels; by default the model's own.", show_default=False)
     ] = None,
-    int8: Annotated[bool, typer.Option("--int8", help="Weights and the UNet's arithmetic in 8 bits.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Weights, and the UNet's convolutions, in 8 bits.")] = False,
     weights_only: Annotated[bool, typer.Option("--weights-only", help="With --int8: only the weights.")] = False,
     inherit: Annotated[
         int | None,

@@ -504,14 +504,14 @@ def _graphs(
         yield from combined(f"{base}{runtime}", group, graph, steps=steps).in_steps(few)
         if int8 is None:
             yield _by_lcm(f"{base}{runtime}", group, graph)
-    graphs = in_openvino(student, inherit=1)
-    for every in (2, 3):
-        yield from _every(combined(f"{base}OpenVINO", "stack", graphs, steps=steps), every, few)
-    if data is not None:
-        observed = observing(steps, data, student, depth=1)
-        for speedup in (1.5, 2.0, 2.5):
+    observed = observing(steps, data, student, depth=1)
+    for runtime, int8 in runtimes.items():
+        graphs = in_openvino(student, int8=int8, inherit=1)
+        for every in (2, 3):
+            yield from _every(combined(f"{base}{runtime}", "stack", graphs, steps=steps), every, few)
+        for speedup in (1.5, 2.0, 2.5) if data is not None and int8 is None else ():
             part = calibrated(speedup, observed, graphs)
-            name = f"{base}OpenVINO + inheritance, calibrated, {speedup:g}x"
+            name = f"{base}{runtime} + inheritance, calibrated, {speedup:g}x"
             yield combined(name, "stack", part, steps=steps, kinds=unforeseen)
 
 

@@ -80,8 +80,8 @@ def export(
     Args:
         size: the side of the images in pixels, to which the graphs are fixed; by default the pipeline's own.
         int8: for OpenVINO: "weights" keeps those of all parts in 8 bits, for memory; "activations" also computes the
-            UNet's convolutions and linear layers in 8 bits, for speed, with ranges taken from latents that the pipeline
-            itself makes (nncf's post-training quantisation).
+            UNet's convolutions in 8 bits, for speed, with ranges taken from latents that the pipeline itself makes
+            (nncf's post-training quantisation); attention and the other linear layers in 8 bits move the images far.
         inherit: for `with_openvino_graphs` within `inherit_features`, the UNet also in two graphs that are called one
             after the other: "unet_inner", whose features can be inherited, and "unet_outer", which is computed at
             every step: the last so many layers of the way up (`depth` of `inherit_features`).
@@ -98,18 +98,12 @@ def export(
     write = _openvino_writer(int8) if to == "openvino" else _onnx_writer()
     folder = Path(folder)
     require_ours(folder)
-    if inherit is not None and (to != "openvino" or int8 == "activations"):
-        raise AsdmError(
-            f"inherit={inherit}, to={to}, int8={int8}: two graphs are for openvino, without 8-bit activations"
-        )
+    if inherit is not None and to != "openvino":
+        raise AsdmError(f"inherit={inherit}, to={to}: two graphs are for openvino")
     if pipeline.unet.dtype != torch.float32:
         raise AsdmError(f"a pipeline in {pipeline.unet.dtype} is not exported; load it in float32, on the CPU")
     size = size or image_size(pipeline)
-    graphs = _graphs(pipeline, size, inherit)
-    if int8 == "activations":
-        calls = _calibration(pipeline, size)
-        # Compared with torch on one of these, too: what lies beyond their ranges is cut off.
-        graphs[0] = replace(graphs[0], inputs=calls[len(calls) // 2], calibration=calls)
+    graphs = _graphs(pipeline, size, inherit, _calibration(pipeline, size) if int8 == "activations" else [])
     graphs = [graph for graph in graphs if parts is None or graph.name in parts]
     tolerance = TOLERANCE if int8 is None else INT8_TOLERANCE
     if int8 is not None and is_random(pipeline):
@@ -128,7 +122,9 @@ def export(
     return Exported(folder, differences)
 
 
-def _graphs(pipeline: DiffusionPipeline, size: int, inherit: int | None) -> list[_Graph]:
+def _graphs(
+    pipeline: DiffusionPipeline, size: int, inherit: int | None, calibration: list[dict[str, Tensor]]
+) -> list[_Graph]:
     channels, side = latent_shape(pipeline)[0], size // pipeline.vae_scale_factor
     generator = torch.Generator().manual_seed(0)
     arguments = random_inputs(pipeline.unet, batch_size=2)
@@ -140,8 +136,11 @@ def _graphs(pipeline: DiffusionPipeline, size: int, inherit: int | None) -> list
     latents = torch.randn(2, channels, side, side, generator=generator)
     images = torch.rand(2, 3, size, size, generator=generator) * 2 - 1
     vae = dict(pipeline.vae.config)
+    if calibration:  # compared with torch on one of these, too: what lies beyond their ranges is cut off
+        arguments = calibration[len(calibration) // 2]
+    unet = _Graph("unet", _UNet(pipeline.unet), arguments, ["out_sample"], dict(pipeline.unet.config), calibration)
     graphs = [
-        _Graph("unet", _UNet(pipeline.unet), arguments, ["out_sample"], dict(pipeline.unet.config)),
+        unet,
         _Graph("vae_decoder", _Decoder(pipeline.vae), {"latent_sample": latents}, ["sample"], vae),
         _Graph("vae_encoder", _Encoder(pipeline.vae), {"sample": images}, ["latent_parameters"], vae),
     ]
@@ -152,7 +151,7 @@ def _graphs(pipeline: DiffusionPipeline, size: int, inherit: int | None) -> list
             ids = torch.randint(0, encoder.config.vocab_size, (2, length), generator=generator)
             module = _Text(encoder)
             graphs.append(_Graph(name, module, {"input_ids": ids}, module.names(ids), encoder.config.to_dict()))
-    return graphs if inherit is None else [*graphs, *_inheriting_graphs(graphs[0], inherit)]
+    return graphs if inherit is None else [*graphs, *_inheriting_graphs(unet, inherit)]
 
 
 def _inheriting_graphs(whole: _Graph, depth: int) -> list[_Graph]:
@@ -161,10 +160,20 @@ def _inheriting_graphs(whole: _Graph, depth: int) -> list[_Graph]:
     with outputs_of(unet, cut.inheriting) as outputs:
         whole.module(**whole.inputs)
     (border,) = cut.read
-    inputs = {**whole.inputs, "inherited": tensor_of(outputs[border])}
+    inner = _Inner(unet, border)
+
+    def with_features(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {**inputs, "inherited": inner(**inputs)[0]}
+
     return [
-        replace(whole, name="unet_inner", module=_Inner(unet, border), outputs=["features"]),
-        replace(whole, name="unet_outer", module=_Outer(unet, cut, outputs), inputs=inputs),
+        replace(whole, name="unet_inner", module=inner, outputs=["features"]),
+        replace(
+            whole,
+            name="unet_outer",
+            module=_Outer(unet, cut, outputs),
+            inputs=with_features(whole.inputs),
+            calibration=[with_features(inputs) for inputs in whole.calibration],
+        ),
     ]
 
 
@@ -344,11 +353,15 @@ def _quantiser() -> Callable[[Any, list[dict[str, Tensor]]], Any]:
                 return nncf.compress_weights(model)
             # Bias correction would run the model once more for each of its hundreds of layers.
             without = nncf.AdvancedQuantizationParameters(disable_bias_correction=True)
+            convolutions, products = (
+                nncf.IgnoredScope(types=[kind], validate=False) for kind in ("Convolution", "MatMul")
+            )
             return nncf.quantize(
-                model,
+                nncf.compress_weights(model, ignored_scope=convolutions),
                 nncf.Dataset(calibration, lambda call: {name: value.numpy() for name, value in call.items()}),
                 subset_size=len(calibration),
                 model_type=nncf.ModelType.TRANSFORMER,
+                ignored_scope=products,
                 advanced_parameters=without,
             )
 
