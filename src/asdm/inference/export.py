@@ -161,18 +161,14 @@ def _inheriting_graphs(whole: _Graph, depth: int) -> list[_Graph]:
         whole.module(**whole.inputs)
     (border,) = cut.read
     inner = _Inner(unet, border)
-
-    def with_features(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {**inputs, "inherited": inner(**inputs)[0]}
-
     return [
         replace(whole, name="unet_inner", module=inner, outputs=["features"]),
         replace(
             whole,
             name="unet_outer",
             module=_Outer(unet, cut, outputs),
-            inputs=with_features(whole.inputs),
-            calibration=[with_features(inputs) for inputs in whole.calibration],
+            inputs={**whole.inputs, "inherited": tensor_of(outputs[border])},
+            calibration=[{**inputs, "inherited": inner(**inputs)[0]} for inputs in whole.calibration],
         ),
     ]
 
