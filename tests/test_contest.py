@@ -213,6 +213,9 @@ def test_our_parts_leave_the_pipeline_as_it_was():
     assert {name for name in names if name.endswith("4 steps of LCM")} == {
         f"{name}4 steps of LCM" for name in ("", "OpenVINO, ", "lean + OpenVINO, ", "quick, ", "quick + OpenVINO, ")
     }
+    (switched,) = (entry for entry in entries if entry.name == "lean, from 50% of the schedule on the original")
+    with switched.prepared(pipeline) as ready:
+        assert [unet is pipeline.unet for unet in ready.unet.unets] == [False, True]
     for entry in entries:
         if entry.name.startswith("inheritance") and entry.kinds(1) != "mixed":
             with entry.prepared(pipeline) as ready:

@@ -117,10 +117,14 @@ def test_two_graphs_inherit_as_the_torch_unet_does(pipeline, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_graphs_in_8_bits(pipeline, tmp_path):
+def test_two_graphs_in_8_bits_with_ranges_from_data(pipeline, data_folder, tmp_path):
     pytest.importorskip("nncf")
     pipeline.register_modules(unet=tiny_unet(sample_size=16))
-    made = export(pipeline, tmp_path / "out", int8="activations", inherit=1, parts=["unet_inner", "unet_outer"])
+    parts = ["unet_inner", "unet_outer"]
+    made = export(pipeline, tmp_path / "out", int8="activations", data=data_folder, inherit=1, parts=parts)
+    export(pipeline, tmp_path / "other", int8="activations", inherit=1, parts=parts)
+    weights = [(tmp_path / name / "unet_outer" / "openvino_model.bin").read_bytes() for name in ("out", "other")]
+    assert weights[0] != weights[1]
     assert set(made.differences) == {"unet_inner", "unet_outer"} and 0 < max(made.differences.values()) < 0.3
     for name in made.differences:
         model = openvino.Core().read_model(tmp_path / "out" / name / "openvino_model.xml")
@@ -167,6 +171,8 @@ def test_what_cannot_be_exported_is_said_before_anything_is_written(pipeline, tm
         export(pipeline, tmp_path / "out", "tflite")
     with pytest.raises(AsdmError, match="int8=weights, to=onnx: int8 is for openvino, and weights or activations"):
         export(pipeline, tmp_path / "out", "onnx", int8="weights")
+    with pytest.raises(AsdmError, match="data=demo, int8=weights: only int8 activations look at data"):
+        export(pipeline, tmp_path / "out", int8="weights", data="demo")
     with pytest.raises(AsdmError, match="load it in float32"):
         export(student_of(tiny_pipeline(), Remove(unit="mid_block")).to(torch.bfloat16), tmp_path / "out")
     (tmp_path / "mine").mkdir()

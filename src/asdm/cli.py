@@ -512,6 +512,10 @@ def export(
     ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Weights, and the UNet's convolutions, in 8 bits.")] = False,
     weights_only: Annotated[bool, typer.Option("--weights-only", help="With --int8: only the weights.")] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(help=f"With --int8, what the ranges of 8 bits are taken from. {DATA}", show_default=False),
+    ] = None,
     inherit: Annotated[
         int | None,
         typer.Option(
@@ -535,6 +539,7 @@ def export(
             to,
             size=size,
             int8=("weights" if weights_only else "activations") if int8 else None,
+            data=data,
             inherit=inherit,
             progress=lambda name, done, total: report("export", done, total, name),
         )

@@ -34,6 +34,7 @@ from asdm.inference.feature_inheritance import Granularity, Spacing, inherit_fea
 from asdm.inference.inheritance_calibration import Observations, observe_sampling
 from asdm.inference.openvino_graphs import with_openvino_graphs
 from asdm.inference.optimization import optimize
+from asdm.inference.unet_switching import switch_unets
 from asdm.pipelines import is_sdxl, with_unet
 from asdm.planning import PRESETS, make_plan
 from asdm.redundancy import RedundancyMap, analyze, gri_kinds
@@ -47,6 +48,7 @@ Kinds = Callable[[int], str]
 Way = tuple[Prepared, Kinds]
 Observing = Callable[[DiffusionPipeline], Observations]
 Made = TypeVar("Made")
+PEERS = "bk-"  # what the names of BK-SDM's students begin with
 
 
 def whole(_step: int) -> str:
@@ -166,6 +168,11 @@ def with_gri(pipeline: DiffusionPipeline, faster: bool = False) -> DiffusionPipe
     return pruned(PruningPlan.for_unet(pipeline.unet, edits))(pipeline)
 
 
+def switching(student: Maker, below: float) -> Prepared:
+    """The student where the noise is high, the original below this part of the schedule."""
+    return anew(lambda pipeline: switch_unets(pipeline, [student(pipeline).unet, pipeline.unet], below=[below]))
+
+
 def outer_self_attentions(unet: UNet2DConditionModel) -> list[str]:
     """The self-attentions of the outermost stages, where tokens are most."""
     outer = (f"{stages(unet)[0]}.", f"{stages(unet)[-1]}.")
@@ -189,7 +196,13 @@ def optimized(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     return other
 
 
-def in_openvino(maker: Maker | None = None, *, int8: Int8 | None = None, inherit: int | None = None) -> Prepared:
+def in_openvino(
+    maker: Maker | None = None,
+    *,
+    int8: Int8 | None = None,
+    data: str | Path | None = None,
+    inherit: int | None = None,
+) -> Prepared:
     """The UNet, with `inherit` in two graphs, and the VAE's decoder as `asdm.export` writes them, within the same
     pipeline: of the pipeline that `maker` makes.
 
@@ -202,7 +215,10 @@ def in_openvino(maker: Maker | None = None, *, int8: Int8 | None = None, inherit
         made = pipeline if maker is None else maker(pipeline)
         _loaded.clear()
         folder = tempfile.TemporaryDirectory(prefix="asdm-openvino-")
-        export(made, Path(folder.name) / "graphs", "openvino", int8=int8, inherit=inherit, parts=parts)
+        looked_at = data if int8 is not None else None
+        export(
+            made, Path(folder.name) / "graphs", "openvino", int8=int8, data=looked_at, inherit=inherit, parts=parts
+        )  # fmt: skip
         with counting_macs(made.unet) as count:
             unet_call(made.unet, batch_size=1)()
         return folder, count.below() / 1e9
@@ -414,12 +430,13 @@ def contestants(
 
     Args:
         steps: sampling steps of all that do not sample in fewer.
-        students: by name; those whose names begin with "bk-" are peers.
+        students: by name; those whose names begin with `PEERS` are peers.
         few_step: consistency-distilled students, by name.
         data: what is drawn, and calibrated on; without it, of those that differ in quality alone one takes part, and of
             those whose computed steps depend on what is drawn none.
     """
     students = students or {}
+    mine = {name: student for name, student in students.items() if not name.startswith(PEERS)}
     original = Contestant("original", "original", steps=steps)
     return [
         original,
@@ -432,11 +449,15 @@ def contestants(
         *(deep_cache(steps, interval) for interval in (2, 3, 5)),
         *(attention_broadcast(steps, skip) for skip in (2, 4)),
         *(t_gate(steps, gate) for gate in sorted({round(part * steps) for part in (0.2, 0.4)}, reverse=True)),
-        *(combined(name, _group(name), anew(student), steps=steps) for name, student in students.items()),
+        *(
+            combined(name, "ours" if name in mine else "peer", anew(student), steps=steps)
+            for name, student in students.items()
+        ),
+        *(each for name, student in mine.items() if data is not None for each in _switching(name, student, steps)),
         combined("GRI attention", "ours", anew(with_gri), steps=steps),
         combined("GRI attention, faster kind", "ours", anew(partial(with_gri, faster=True)), steps=steps),
         *_inheritances(steps, data),
-        *_stacks(steps, {name: student for name, student in students.items() if _group(name) == "ours"}, data),
+        *_stacks(steps, mine, data),
         *(_by_lcm(name, "stack", anew(student)) for name, student in (few_step or {}).items()),
         *(_by_lcm(f"{name} + OpenVINO", "stack", in_openvino(student)) for name, student in (few_step or {}).items()),
     ]
@@ -448,8 +469,11 @@ def fewer_steps(steps: int, draws: bool) -> list[int]:
     return list(dict.fromkeys(round(part * steps) for part in parts))
 
 
-def _group(student: str) -> str:
-    return "peer" if student.startswith("bk-") else "ours"
+def _switching(student: str, maker: Maker, steps: int) -> Iterator[Contestant]:
+    """The student early, the original late."""
+    for below in (0.75, 0.5, 0.25):
+        name = f"{student}, from {1 - below:.0%} of the schedule on the original"
+        yield combined(name, "ours", switching(maker, below), steps=steps, kinds=unforeseen)
 
 
 def _inheritances(steps: int, data: str | Path | None) -> list[Contestant]:
@@ -497,22 +521,23 @@ def _fast(name: str, fast: Prepared, steps: int, few: Sequence[int], data: str |
 def _graphs(
     base: str, student: Maker | None, steps: int, few: Sequence[int], group: str, data: str | Path | None
 ) -> Iterator[Contestant]:
-    """In OpenVINO, in 8 bits, and with inherited features, which only our graphs can."""
+    """In OpenVINO and in 8 bits, and with inherited features, which only our graphs can."""
     runtimes: dict[str, Int8 | None] = {"OpenVINO": None, "OpenVINO int8": "activations"}
     for runtime, int8 in runtimes.items():
-        graph = in_openvino(student, int8=int8)
-        yield from combined(f"{base}{runtime}", group, graph, steps=steps).in_steps(few)
+        name = f"{base}{runtime}"
+        graph = in_openvino(student, int8=int8, data=data)
+        yield from combined(name, group, graph, steps=steps).in_steps(few)
         if int8 is None:
-            yield _by_lcm(f"{base}{runtime}", group, graph)
-    observed = observing(steps, data, student, depth=1)
-    for runtime, int8 in runtimes.items():
-        graphs = in_openvino(student, int8=int8, inherit=1)
+            yield _by_lcm(name, group, graph)
+        inheriting_graphs = in_openvino(student, int8=int8, data=data, inherit=1)
         for every in (2, 3):
-            yield from _every(combined(f"{base}{runtime}", "stack", graphs, steps=steps), every, few)
-        for speedup in (1.5, 2.0, 2.5) if data is not None and int8 is None else ():
-            part = calibrated(speedup, observed, graphs)
-            name = f"{base}{runtime} + inheritance, calibrated, {speedup:g}x"
-            yield combined(name, "stack", part, steps=steps, kinds=unforeseen)
+            yield from _every(combined(name, "stack", inheriting_graphs, steps=steps), every, few)
+        for count in few if data is not None and int8 is None else ():  # a calibration is for a number of steps
+            observed = observing(count, data, student, depth=1)
+            for speedup in (1.5, 2.0, 2.5):
+                part = calibrated(speedup, observed, inheriting_graphs)
+                also = f"{name} + inheritance, calibrated, {speedup:g}x"
+                yield from combined(also, "stack", part, steps=steps, kinds=unforeseen).in_steps([count])
 
 
 def _by_lcm(name: str, group: str, *parts: Prepared) -> Contestant:

@@ -67,6 +67,7 @@ def export(
     *,
     size: int | None = None,
     int8: Int8 | None = None,
+    data: str | Path | None = None,
     inherit: int | None = None,
     parts: Sequence[str] | None = None,
     progress: Progress | None = None,
@@ -80,21 +81,25 @@ def export(
     Args:
         size: the side of the images in pixels, to which the graphs are fixed; by default the pipeline's own.
         int8: for OpenVINO: "weights" keeps those of all parts in 8 bits, for memory; "activations" also computes the
-            UNet's convolutions in 8 bits, for speed, with ranges taken from latents that the pipeline itself makes
-            (nncf's post-training quantisation); attention and the other linear layers in 8 bits move the images far.
+            UNet's convolutions in 8 bits, for speed (nncf's post-training quantisation); attention and the other linear
+            layers in 8 bits move the images far.
+        data: captioned images that the ranges of int8 are taken from, as for `analyze`; without it, latents that the
+            pipeline itself makes from general prompts.
         inherit: for `with_openvino_graphs` within `inherit_features`, the UNet also in two graphs that are called one
             after the other: "unet_inner", whose features can be inherited, and "unet_outer", which is computed at
             every step: the last so many layers of the way up (`depth` of `inherit_features`).
         parts: only the graphs of these names, for `with_openvino_graphs`; optimum needs all but these two.
 
     Raises:
-        AsdmError: the format's packages are not installed, `folder` is not ours, or a graph does not give what torch
-            gives.
+        AsdmError: the format's packages are not installed, `folder` is not ours, the data cannot be used, or a graph
+            does not give what torch gives.
     """
     if to not in FILES:
         raise AsdmError(f"to={to}: no such format; it is {' or '.join(FILES)}")
     if int8 is not None and (to != "openvino" or int8 not in get_args(Int8)):
         raise AsdmError(f"int8={int8}, to={to}: int8 is for openvino, and {' or '.join(get_args(Int8))}")
+    if data is not None and int8 != "activations":
+        raise AsdmError(f"data={data}, int8={int8}: only int8 activations look at data; leave it out")
     write = _openvino_writer(int8) if to == "openvino" else _onnx_writer()
     folder = Path(folder)
     require_ours(folder)
@@ -103,7 +108,7 @@ def export(
     if pipeline.unet.dtype != torch.float32:
         raise AsdmError(f"a pipeline in {pipeline.unet.dtype} is not exported; load it in float32, on the CPU")
     size = size or image_size(pipeline)
-    graphs = _graphs(pipeline, size, inherit, _calibration(pipeline, size) if int8 == "activations" else [])
+    graphs = _graphs(pipeline, size, inherit, _calibration(pipeline, size, data) if int8 == "activations" else [])
     graphs = [graph for graph in graphs if parts is None or graph.name in parts]
     tolerance = TOLERANCE if int8 is None else INT8_TOLERANCE
     if int8 is not None and is_random(pipeline):
@@ -173,10 +178,10 @@ def _inheriting_graphs(whole: _Graph, depth: int) -> list[_Graph]:
     ]
 
 
-def _calibration(pipeline: DiffusionPipeline, size: int) -> list[dict[str, Tensor]]:
+def _calibration(pipeline: DiffusionPipeline, size: int, data: str | Path | None) -> list[dict[str, Tensor]]:
     """Inputs of UNet calls over the whole schedule, brought to the size of the graph's latents."""
     calls = []
-    for call in calibration_calls(pipeline, None, None, CALIBRATION_STEPS, samples=2, seed=0):
+    for call in calibration_calls(pipeline, data, None, CALIBRATION_STEPS, samples=2, seed=0):
         given = call.arguments
         calls.append(
             {
