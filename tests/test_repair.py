@@ -4,7 +4,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from asdm import AsdmError, CondConv, PruningPlan, Remove, analyze, build_student, fit_compensation, make_plan
+from asdm import AsdmError, CondConv, PruningPlan, Remove, analyze, build_student, fit_compensation, make_plan, repair
 from asdm.calibration import calibration_calls
 from asdm.compensation import prediction_error, predictions
 from asdm.planning import least_sensitive, possible_edits
@@ -41,6 +41,29 @@ def test_a_bad_plan_is_bettered_within_its_budget(pipeline, redundancy):
     assert before.edits == plan.edits
     assert after.figures.measured_sensitivity < 0.8 * before.figures.measured_sensitivity
     assert macs_saved(redundancy, after) >= macs_saved(redundancy, plan) * (1 - 1e-6)
+
+
+def test_a_plan_that_is_faster_than_asked_for_gives_edits_back(pipeline, redundancy, monkeypatch):
+    plan = make_plan(redundancy, macs=0.6)
+
+    def told(measured):
+        figures = plan.figures.model_copy(update={"target": {"speedup": 1.2}, "measured_speedup": measured})
+        return plan.model_copy(update={"figures": figures})
+
+    def repaired(before, speeds):
+        left = iter(speeds)
+        monkeypatch.setattr(repair, "measured_speedup", lambda *_: next(left))
+        return repair_plan(pipeline, redundancy, before, timesteps=2, samples=4, rounds=1)
+
+    def ms_saved(plan):
+        return sum(choice.ms for choice in possible_edits(redundancy, "linear") if choice.edit in plan.edits)
+
+    fast = repaired(told(1.6), [1.25] * 9)
+    assert ms_saved(fast) < 0.95 * ms_saved(plan)
+    assert fast.figures.measured_speedup == 1.25
+    # What turns out to be too slow is not taken: as much is saved as before.
+    assert ms_saved(repaired(told(1.6), [1.1, *[1.25] * 9])) >= ms_saved(plan) * (1 - 1e-6)
+    assert ms_saved(repaired(told(1.21), [1.25] * 9)) >= ms_saved(plan) * (1 - 1e-6)
 
 
 def test_the_measured_sensitivity_is_that_of_the_fitted_student(pipeline, redundancy):

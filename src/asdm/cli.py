@@ -594,7 +594,7 @@ def demo(
     full: Annotated[bool, typer.Option("--full", help="Evaluate on all prompts, with a longer distillation.")] = False,
 ) -> None:
     """Compress the embedded Stable Diffusion pipeline 1.5x and show what that gains and loses."""
-    length = {"steps": 1500, "samples": 128} if full else {"steps": 400, "samples": 64}
+    length = {"steps": 1500, "samples": 128} if full else {"steps": 320, "samples": 64}
     _compress("demo", out, speedup=1.5, repair=4, data="demo", **length)
 
 

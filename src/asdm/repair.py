@@ -20,7 +20,7 @@ from torch import Tensor
 from asdm.calibration import CalibrationCall, calibration_calls
 from asdm.compensation import fit_to_calls, prediction_error, predictions, samples_to_fit, unit_maps
 from asdm.errors import AsdmError
-from asdm.planning import PossibleEdit, least_sensitive, measured_speedup, possible_edits
+from asdm.planning import MEASUREMENT_MARGIN, PossibleEdit, least_sensitive, measured_speedup, possible_edits
 from asdm.redundancy import RedundancyMap, Trial, ablate, first_layer, trials_of
 from asdm.replay import replay_order
 from asdm.student.edits import CompensationKind, GriAttention, Remove, UnitEdit
@@ -68,7 +68,7 @@ def repair_plan(
         strange = next(edit for edit in plan.edits if edit not in [choice.edit for choice in chosen])
         raise AsdmError(f"{strange}: the map does not know this edit; repair a plan as `make_plan` made it")
     savings = _savings(plan, choices)
-    needed = sum(saved for choice, saved in zip(choices, savings, strict=True) if choice in chosen)
+    needed = _needed(plan, redundancy, choices, savings, chosen)
     calls = calibration_calls(pipeline, data, prompts, timesteps or len(redundancy.timesteps), samples, seed)
     references = predictions(teacher, calls)
     seen = calibration_calls(pipeline, data, prompts, len(calls), samples or samples_to_fit(pipeline), seed + 1)
@@ -104,8 +104,13 @@ def repair_plan(
             if holds:
                 plan, student, error = _with_figures(candidate, measured_speedup=speed), better, moved
                 chosen = [choice for choice in choices if choice.edit in edits]
+                needed = _needed(plan, redundancy, choices, savings, chosen)
                 break
-            changes //= 2
+            saved = _saved(choices, savings, chosen)
+            if moved < error and needed < saved:
+                needed = saved  # it was nearer to the teacher, and too slow
+            else:
+                changes //= 2
     teacher.train(was_training)
     return _told(plan, redundancy, choices, error)
 
@@ -167,6 +172,27 @@ def _savings(plan: PruningPlan, choices: Sequence[PossibleEdit]) -> list[float]:
     if "params" in target:
         return [choice.parameters for choice in choices]
     return [choice.macs if "macs" in target else choice.ms for choice in choices]
+
+
+def _saved(choices: Sequence[PossibleEdit], savings: Sequence[float], chosen: Sequence[PossibleEdit]) -> float:
+    return sum(saved for choice, saved in zip(choices, savings, strict=True) if choice in chosen)
+
+
+def _needed(
+    plan: PruningPlan,
+    redundancy: RedundancyMap,
+    choices: Sequence[PossibleEdit],
+    savings: Sequence[float],
+    chosen: Sequence[PossibleEdit],
+) -> float:
+    """What a better plan must save: as much as this one, or less where this one was measured to be faster than asked
+    for."""
+    saved, target = _saved(choices, savings, chosen), _target(plan)
+    measured = None if plan.figures is None else plan.figures.measured_speedup
+    if not target or measured is None:
+        return saved
+    spare = max(1.0, measured / (target * MEASUREMENT_MARGIN))
+    return max(0.0, redundancy.latency_ms - (redundancy.latency_ms - saved) * spare)
 
 
 def _target(plan: PruningPlan) -> float:
