@@ -18,29 +18,37 @@ def _table(title: str | None, words: Iterable[str], figures: Iterable[str]) -> T
     """Columns of words, and behind them of figures; without frames, as a terminal may have 80 columns."""
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in words:
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     for name in figures:
         table.add_column(name, justify="right")
     return table
 
 
+def _legible(table: Table) -> Table:
+    """The filled table; where the terminal is narrow, names take more lines, and no figure is cut short."""
+    for column in table.columns:
+        if column.justify == "right":
+            words = [*str(column.header).split(), *map(str, column.cells)]
+            column.width = max(map(len, words), default=None)
+    return table
+
+
 def map_table(redundancy: RedundancyMap) -> Table:
-    table = Table(title=f"{redundancy.model}: {len(redundancy.units)} removable units")
-    for name in ("unit", "kind"):
-        table.add_column(name, no_wrap=True, overflow="fold")
-    for name in ("params M", "GMACs", "w/o attention", "latency", "sensitivity"):
-        table.add_column(name, justify="right")
+    table = _table(
+        f"{redundancy.model}: {len(redundancy.units)} removable units",
+        ["unit"],
+        ["params M", "GMACs", "w/o attn", "latency", "sensitivity"],
+    )
     for unit in redundancy.units:
         table.add_row(
             unit.name.replace("transformer_blocks", "tb"),
-            unit.kind.replace("_", " "),
             f"{unit.parameters / 1e6:.2f}",
             f"{unit.gmacs:.3f}",
             f"{unit.gmacs_without_attention:.3f}",
             f"{100 * unit.latency_share:.1f}%",
             f"{unit.sensitivity:.5f}",
         )
-    return table
+    return _legible(table)
 
 
 def speed_table(figures: Evaluation) -> Table:
@@ -60,7 +68,7 @@ def speed_table(figures: Evaluation) -> Table:
             f"{row.unet_parameters / 1e6:.2f}",
             f"{row.gmacs:.3f}",
         )
-    return table
+    return _legible(table)
 
 
 def quality_table(figures: Evaluation) -> Table:
@@ -73,37 +81,43 @@ def quality_table(figures: Evaluation) -> Table:
             value = getattr(judged, key)
             cells.append("-" if value is None else f"{100 * value:.1f}%" if kind == "percent" else f"{value:.3f}")
         table.add_row(judged.name, judged.split.replace("_", "-"), str(judged.images), *cells)
-    return table
+    return _legible(table)
 
 
 def contest_table(rows: Sequence[ContestRow]) -> Table:
-    """The rows of one place."""
+    """The rows of one place: seconds with half the distance of their quartiles; where images were judged, what the
+    speed costs, else what it comes from. The file that the benchmark writes has all figures."""
     splits = list(rows[0].teacher_distance)
     titles = [f"{title}, {split.replace('_', ' ')}" for split in splits for title in ("distance", "top-5")]
+    measured = ["UNet ms", "GFLOP/s", "of limit", "weights MB", "peak MB"] if not splits else []
     table = _table(
         rows[0].place + (" (extrapolated from parts)" if rows[0].extrapolated else ""),
         [""],
-        ["seconds", "faster", "UNet ms", "GFLOP/s", "of limit", "weights MB", "peak MB", *titles],
+        ["seconds", "faster", *measured, *titles],
     )
     for row in rows:
         if row.seconds is None or row.seconds_quartiles is None:
-            table.add_row(row.name, row.error)
+            table.add_row(f"{row.name}: {row.error}")
             continue
         low, high = row.seconds_quartiles
-        figures = [
-            f"{row.seconds:.2f} ({low:.2f}-{high:.2f})",
-            f"{row.speedup:.2f}x" if row.speedup is not None else "–",
-            f"{1000 * row.parts['UNet, whole']:.0f}",
-            f"{row.gflops:.0f}" if row.gflops is not None else "–",
-            f"{row.limit_share:.0%}" if row.limit_share is not None else "–",
-            f"{row.unet_megabytes:.0f}",
-            f"{row.peak_megabytes:.0f}",
-        ]
+        spread = f" ±{(high - low) / 2 / row.seconds:.0%}" if high > low else ""  # of a single round there is none
+        figures = [f"{row.seconds:.2f}{spread}", _or_dash(row.speedup, "{:.2f}x")]
+        if measured:
+            figures += [
+                f"{1000 * row.parts['UNet, whole']:.0f}",
+                _or_dash(row.gflops, "{:.0f}"),
+                _or_dash(row.limit_share, "{:.0%}"),
+                f"{row.unet_megabytes:.0f}",
+                f"{row.peak_megabytes:.0f}",
+            ]
         for split in splits:
-            top5 = row.concept_top5.get(split)
-            figures += [f"{row.teacher_distance[split]:.4f}", "–" if top5 is None else f"{100 * top5:.1f}%"]
+            figures += [f"{row.teacher_distance[split]:.4f}", _or_dash(row.concept_top5.get(split), "{:.0%}")]
         table.add_row(row.name, *figures)
-    return table
+    return _legible(table)
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)
 
 
 def estimate_tables(rows: Sequence[StageEstimate], processes: int) -> tuple[Table, Table]:
@@ -128,7 +142,7 @@ def estimate_tables(rows: Sequence[StageEstimate], processes: int) -> tuple[Tabl
             f"{row.gigabytes:.1f} GB",
         )
         parts.add_row(stage.name, *(f"{row.memory.get(kind, 0) / 1e9:.2f}" for kind in kinds))
-    return table, parts
+    return _legible(table), _legible(parts)
 
 
 def duration(seconds: float) -> str:

@@ -1,0 +1,52 @@
+"""Tables of figures that can be read in a terminal of 80 columns."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from asdm import analyze
+from asdm.evaluation.contest import ContestRow
+from asdm.tables import contest_table, map_table
+
+
+def printed(table):
+    console = Console(width=80, file=io.StringIO())
+    console.print(table)
+    return console.file.getvalue()
+
+
+def row(**figures):
+    return ContestRow(
+        place="demo",
+        name="a student + OpenVINO + inheritance, calibrated, 1.5x, 12 steps",
+        group="stack",
+        steps=12,
+        speedup=12.59,
+        seconds=174.29,
+        seconds_quartiles=(160.0, 180.0),
+        parts={"UNet, whole": 6.523},
+        gflops=246.4,
+        unet_megabytes=3438.0,
+        peak_megabytes=273.7,
+        **figures,
+    )
+
+
+@pytest.mark.parametrize("judged", [True, False])
+def test_no_figure_of_a_contest_is_cut_short(judged):
+    quality = {"teacher_distance": {"seen": 0.1276, "held_out": 0.1942}, "concept_top5": {"seen": 1.0}}
+    failed = ContestRow(place="demo", name="T-GATE", group="peer", steps=25, error="ImportError: no such thing here")
+    text = printed(contest_table([row(**(quality if judged else {})), failed]))
+    expected = ["0.1276", "0.1942", "100%", "–"] if judged else ["6523", "246", "–", "3438", "274"]
+    for figure in ["174.29", "±6%", "12.59x", *expected]:
+        assert figure in text
+    assert "…" not in text and "ImportError" in text
+
+
+def test_no_figure_of_a_map_is_cut_short(pipeline):
+    redundancy = analyze(pipeline, sensitivity="taylor", timesteps=1, samples=1, latency_rounds=1)
+    text = printed(map_table(redundancy))
+    assert "…" not in text
+    for unit in redundancy.units:
+        assert f"{unit.sensitivity:.5f}" in text
