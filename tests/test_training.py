@@ -361,6 +361,8 @@ def test_activations_are_estimated_as_a_step_needs_them(data_folder, tmp_path):
     assert row.memory["activations"] == pytest.approx(found, rel=0.1)
     assert estimated({"accumulation": 2})[2].memory["activations"] < 0.7 * found
     assert estimated({"checkpointing": True})[2].memory["activations"] < 0.7 * found
+    half = estimated({"mixed_precision": "bf16"})[2].memory["activations"]
+    assert estimated({"mixed_precision": "bf16", "checkpointing": True})[2].memory["activations"] < 0.7 * half < found
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "muon"])

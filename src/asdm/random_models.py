@@ -110,7 +110,9 @@ def randomly_filled(make: Any, dtype: torch.dtype) -> Any:
                 parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
             else:
                 parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-    return module.to(dtype).eval()
+    if dtype != torch.float32:  # tensors without memory, for estimates, stand no conversion
+        module.to(dtype)
+    return module.eval()
 
 
 def _vae(scaling_factor: float) -> AutoencoderKL:

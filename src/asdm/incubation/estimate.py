@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -128,8 +129,15 @@ def _weightless_task(
         stage.model_copy(update={"losses": losses}),
         share,
     )
-    if stage.checkpointing:  # there is no random state to keep
-        student.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
+    if stage.checkpointing:  # there is no random state to keep; what is computed again, is so outside of modes
+        student.enable_gradient_checkpointing(
+            partial(
+                checkpoint,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=lambda: (nullcontext(), _NormsAsOnCuda()),
+            )
+        )
     return task
 
 
