@@ -68,7 +68,8 @@ def repair_plan(
         strange = next(edit for edit in plan.edits if edit not in [choice.edit for choice in chosen])
         raise AsdmError(f"{strange}: the map does not know this edit; repair a plan as `make_plan` made it")
     savings = _savings(plan, choices)
-    needed = _needed(plan, redundancy, choices, savings, chosen)
+    saved = _saved(choices, savings, chosen)
+    needed = _needed(plan, saved, redundancy.latency_ms)
     calls = calibration_calls(pipeline, data, prompts, timesteps or len(redundancy.timesteps), samples, seed)
     references = predictions(teacher, calls)
     seen = calibration_calls(pipeline, data, prompts, len(calls), samples or samples_to_fit(pipeline), seed + 1)
@@ -104,9 +105,9 @@ def repair_plan(
             if holds:
                 plan, student, error = _with_figures(candidate, measured_speedup=speed), better, moved
                 chosen = [choice for choice in choices if choice.edit in edits]
-                needed = _needed(plan, redundancy, choices, savings, chosen)
+                saved = _saved(choices, savings, chosen)
+                needed = _needed(plan, saved, redundancy.latency_ms)
                 break
-            saved = _saved(choices, savings, chosen)
             if moved < error and needed < saved:
                 needed = saved  # it was nearer to the teacher, and too slow
             else:
@@ -178,21 +179,15 @@ def _saved(choices: Sequence[PossibleEdit], savings: Sequence[float], chosen: Se
     return sum(saved for choice, saved in zip(choices, savings, strict=True) if choice in chosen)
 
 
-def _needed(
-    plan: PruningPlan,
-    redundancy: RedundancyMap,
-    choices: Sequence[PossibleEdit],
-    savings: Sequence[float],
-    chosen: Sequence[PossibleEdit],
-) -> float:
+def _needed(plan: PruningPlan, saved: float, latency_ms: float) -> float:
     """What a better plan must save: as much as this one, or less where this one was measured to be faster than asked
     for."""
-    saved, target = _saved(choices, savings, chosen), _target(plan)
+    target = _target(plan)
     measured = None if plan.figures is None else plan.figures.measured_speedup
     if not target or measured is None:
         return saved
     spare = max(1.0, measured / (target * MEASUREMENT_MARGIN))
-    return max(0.0, redundancy.latency_ms - (redundancy.latency_ms - saved) * spare)
+    return max(0.0, latency_ms - (latency_ms - saved) * spare)
 
 
 def _target(plan: PruningPlan) -> float:

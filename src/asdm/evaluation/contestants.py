@@ -204,7 +204,7 @@ def in_openvino(
     inherit: int | None = None,
 ) -> Prepared:
     """The UNet, with `inherit` in two graphs, and the VAE's decoder as `asdm.export` writes them, within the same
-    pipeline: of the pipeline that `maker` makes.
+    pipeline: of the pipeline that `maker` makes. The ranges of `int8` are taken from `data`.
 
     They are exported once; of all graphs, those that were last asked for are in memory, compiled and called once.
     """
@@ -215,10 +215,8 @@ def in_openvino(
         made = pipeline if maker is None else maker(pipeline)
         _loaded.clear()
         folder = tempfile.TemporaryDirectory(prefix="asdm-openvino-")
-        looked_at = data if int8 is not None else None
-        export(
-            made, Path(folder.name) / "graphs", "openvino", int8=int8, data=looked_at, inherit=inherit, parts=parts
-        )  # fmt: skip
+        graphs, ranges = Path(folder.name) / "graphs", None if int8 is None else data
+        export(made, graphs, "openvino", int8=int8, data=ranges, inherit=inherit, parts=parts)
         with counting_macs(made.unet) as count:
             unet_call(made.unet, batch_size=1)()
         return folder, count.below() / 1e9
@@ -453,7 +451,7 @@ def contestants(
             combined(name, "ours" if name in mine else "peer", anew(student), steps=steps)
             for name, student in students.items()
         ),
-        *(each for name, student in mine.items() if data is not None for each in _switching(name, student, steps)),
+        *_switches(steps, mine, data),
         combined("GRI attention", "ours", anew(with_gri), steps=steps),
         combined("GRI attention, faster kind", "ours", anew(partial(with_gri, faster=True)), steps=steps),
         *_inheritances(steps, data),
@@ -469,11 +467,19 @@ def fewer_steps(steps: int, draws: bool) -> list[int]:
     return list(dict.fromkeys(round(part * steps) for part in parts))
 
 
-def _switching(student: str, maker: Maker, steps: int) -> Iterator[Contestant]:
-    """The student early, the original late."""
-    for below in (0.75, 0.5, 0.25):
-        name = f"{student}, from {1 - below:.0%} of the schedule on the original"
-        yield combined(name, "ours", switching(maker, below), steps=steps, kinds=unforeseen)
+def _switches(steps: int, students: dict[str, Maker], data: str | Path | None) -> list[Contestant]:
+    """A student early, the original late."""
+    return [
+        combined(
+            f"{name}, from {1 - below:.0%} of the schedule on the original",
+            "ours",
+            switching(student, below),
+            steps=steps,
+            kinds=unforeseen,
+        )
+        for name, student in (students.items() if data is not None else ())
+        for below in (0.75, 0.5, 0.25)
+    ]
 
 
 def _inheritances(steps: int, data: str | Path | None) -> list[Contestant]:

@@ -129,7 +129,8 @@ def _weightless_task(
         stage.model_copy(update={"losses": losses}),
         share,
     )
-    if stage.checkpointing:  # there is no random state to keep; what is computed again, is so outside of modes
+    if stage.checkpointing:
+        # There is no random state to keep; a backward pass leaves modes, so that of the norms is entered again.
         student.enable_gradient_checkpointing(
             partial(
                 checkpoint,
