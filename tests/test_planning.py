@@ -183,8 +183,14 @@ def test_our_presets_look_at_regions_and_drop_middle_layers(redundancy, monkeypa
     slow, fast = (make_plan(known, preset=preset, unet=unet) for preset in ("a-sdm", "a-sdm-fast"))
     names = [[edit.unit for edit in plan.edits] for plan in (slow, fast)]
     assert "up_blocks.3.resnets.1" in names[0] and "down_blocks.1.resnets.1" not in names[0]
-    assert {"down_blocks.0.resnets.1", "up_blocks.3.attentions.1", "mid_block", "down_blocks.3"} <= set(names[1])
-    for plan, regional in ((slow, [(4, 2)] * 3), (fast, [(4, 4)] * 2)):
+    assert {
+        "down_blocks.0.resnets.1",
+        "down_blocks.0.attentions.0",
+        "up_blocks.3.attentions.1",
+        "mid_block",
+        "down_blocks.3",
+    } <= set(names[1])
+    for plan, regional in ((slow, [(4, 2)] * 3), (fast, [(4, 4)])):
         build_student(unet, plan)
         assert [(edit.regions, edit.pool) for edit in plan.edits if edit.edit == "gri_attention"] == regional
         assert all(edit.compensate == "linear" for edit in plan.edits if edit.edit == "remove" and "." not in edit.unit)

@@ -337,10 +337,12 @@ def _preset(redundancy: RedundancyMap, preset: str, choices: list[PossibleEdit])
 def _a_sdm(redundancy: RedundancyMap, choices: list[PossibleEdit], fast: bool) -> list[PossibleEdit]:
     """The presets of our own, for Stable Diffusion's UNets (inferred): the outermost self-attentions look at regions,
     and the second layers of the first and the last stage go; `fast`, that of every stage, with the innermost stage,
-    the mid block and the last attention, and the faster kind of GRI."""
+    the mid block and the first and last attentions (SDXL has none in its outermost stages either), and the faster kind
+    of GRI."""
     tokens = max((unit.positions for unit in redundancy.units if unit.kind == "self_attention"), default=0)
     last_stage = redundancy.units[-1].stage
-    last_attention = [unit.name for unit in redundancy.units if unit.kind == "attention"][-1:]
+    attentions = [unit.name for unit in redundancy.units if unit.kind == "attention"]
+    outermost = [*attentions[:1], *attentions[-1:]]
 
     def wanted(choice: PossibleEdit) -> bool:
         edit = choice.edit
@@ -352,7 +354,7 @@ def _a_sdm(redundancy: RedundancyMap, choices: list[PossibleEdit], fast: bool) -
         middle = edit.unit.endswith((".resnets.1", ".attentions.1"))
         if not fast:
             return middle and edit.unit.startswith((redundancy.units[0].stage, last_stage))
-        if edit.unit == "mid_block" or is_stage(edit.unit) or edit.unit in last_attention:
+        if edit.unit == "mid_block" or is_stage(edit.unit) or edit.unit in outermost:
             return True
         return middle and not edit.unit.startswith("mid_block")
 
