@@ -5,9 +5,9 @@
     python benchmarks/ablation.py time                      # the UNets' speed-ups, when nothing else runs
     python benchmarks/ablation.py show                      # mean and spread over the seeds: a table, docs/ablation.png
 
-The embedded pipeline; one plan of removals for each speed-up; each run trains for the same time, as steps whose cost
-was measured in turns, so that a busy minute of the machine falls on nobody. A finished run is not run again; two
-processes can share the work, each with its own --seeds or --only.
+The embedded pipeline; one plan of removals for each speed-up; each run trains for the time of so many steps of
+BK-SDM's recipe, by the steps' cost as measured in turns, so that a busy minute of the machine falls on nobody. A
+finished run is not run again; two processes can share the work, each with its own --seeds or --only.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import asdm
 from asdm.conditioning import noise_schedule
 from asdm.evaluation.comparison import RealImages, evaluation_sets
 from asdm.evaluation.contestants import outer_self_attentions
-from asdm.evaluation.latency import measure_interleaved, speedup, unet_call
+from asdm.evaluation.latency import measure_interleaved, seconds_of, speedup, unet_call
 from asdm.evaluation.metrics import Judge, feature_distance
 from asdm.files import write_text
 from asdm.incubation.data import ShuffledBatches, open_data
@@ -48,10 +48,12 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 ROWS = RESULTS / "ablation.json"
 SETTLED = RESULTS / "ablation"  # plans, and what a step costs, which are the same for all runs, whenever they are made
 WORK = Path("runs/ablation")
-COMPONENTS = ("normalised", "incubation", "cond-conv", "gri", "sas", "compensation", "muon", "splice")
+METHOD = ("normalised", "incubation", "cond-conv", "gri", "sas")  # each is put to BK-SDM's recipe by itself, too
+COMPONENTS = (*METHOD, "compensation", "muon", "splice")
 FAST_SPEEDUP = 2.0  # at which only BK-SDM's recipe and the full method are run
 MARGIN = 1.05  # for what banks, GRI and linear maps cost: the plan is that much faster than the target
-SECONDS = 400.0  # of training each
+FIT = "fit of the compensation"
+LENGTH = 500  # steps of BK-SDM's recipe; the others take as many as cost the same
 REPAIR_ROUNDS = 4
 BANKS = 0.05  # of the teacher's parameters
 METRICS = ("concept_top1", "concept_top5", "style", "kid", "retrieval_at_1", "teacher_distance")
@@ -61,7 +63,7 @@ def variants(target: float) -> dict[str, tuple[str, ...]]:
     """The components of each named recipe."""
     found: dict[str, tuple[str, ...]] = {"bk-sdm": (), "full": COMPONENTS}
     if target < FAST_SPEEDUP:
-        found |= {f"bk-sdm + {name}": (name,) for name in COMPONENTS}
+        found |= {f"bk-sdm + {name}": (name,) for name in METHOD}
         found |= {f"full - {name}": tuple(c for c in COMPONENTS if c != name) for name in COMPONENTS}
     return found
 
@@ -87,7 +89,7 @@ def run(
                 key = {"name": name, "seed": seed, "target": target}
                 if (chosen and name not in chosen) or any(key.items() <= row.items() for row in _known()):
                     continue
-                steps = 0 if components is None else round(SECONDS / costs[name])
+                steps = 0 if components is None else _length(name, components, costs)
                 row = key | _run(pipeline, examples, plan, components, steps, seed, judged) | machine()
                 write_text(ROWS, json.dumps([*_known(), row], indent=1) + "\n")  # another process may have added some
                 console.print(row, highlight=False)
@@ -231,7 +233,8 @@ def _stages(student: UNet2DConditionModel, components: tuple[str, ...], steps: i
 
 
 def _costs(pipeline: DiffusionPipeline, examples: TrainingSet, plan: PruningPlan, target: float) -> dict[str, float]:
-    """Each recipe's seconds a step, over its stages: each of them was measured in turns with all others'."""
+    """Each recipe's seconds a step, over its stages, each of which was measured in turns with all others'; and those of
+    a fit of the compensation."""
     path = SETTLED / f"seconds-a-step-{target:g}.json"
     if path.is_file():
         return json.loads(path.read_text("utf-8"))
@@ -251,8 +254,16 @@ def _costs(pipeline: DiffusionPipeline, examples: TrainingSet, plan: PruningPlan
         name: round(sum(times[call].median_ms / 1000 * share for call, share in parts), 4)
         for name, parts in shares.items()
     }
+    student = build_student(pipeline.unet, _with_components(pipeline.unet, plan, COMPONENTS))
+    found[FIT] = round(seconds_of(lambda: asdm.fit_compensation(pipeline, student, data="demo")), 1)
     write_text(path, json.dumps(found, indent=1) + "\n")
     return found
+
+
+def _length(name: str, components: tuple[str, ...], costs: dict[str, float]) -> int:
+    """How many steps cost the same as `LENGTH` of BK-SDM's recipe; the fit before them counts, too."""
+    seconds = LENGTH * costs["bk-sdm"] - (costs[FIT] if "compensation" in components else 0.0)
+    return round(seconds / costs[name])
 
 
 def _steps_of(

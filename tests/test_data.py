@@ -1,12 +1,17 @@
 """Data folders: what is read, what is skipped and named, what is refused."""
 
 import json
+import zipfile
 
+import datasets
 import pytest
+import torch
 from PIL import Image
 
 from asdm import AsdmError
-from asdm.incubation.data import load_pixels, open_data
+from asdm.images import open_image, to_tensor
+from asdm.incubation import data as data_module
+from asdm.incubation.data import AT_HAND, Example, load_pixels, open_data
 
 
 def picture(path, size=(20, 12), mode="RGB"):
@@ -90,3 +95,74 @@ def test_pixels_are_square_and_in_range(tmp_path, mode):
     assert pixels.max() <= 1
     if mode == "RGBA":  # half transparent red on white
         assert pixels[1].mean() > -0.1
+
+
+def test_images_are_turned_as_their_exif_says(tmp_path):
+    image = Image.new("RGB", (8, 8), "blue")
+    image.paste("red", (0, 0, 8, 4))
+    turned = image.getexif()
+    turned[0x0112] = 3  # upside down
+    image.save(tmp_path / "a.png", exif=turned)
+    (tmp_path / "a.txt").write_text("a")
+    pixels = open_data(tmp_path).examples[0].pixels(8)
+    assert pixels[2, 0].mean() == 1 and pixels[0, -1].mean() == 1
+    assert open_image(tmp_path / "a.png").getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_what_is_odd_is_named_and_never_fatal(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # a bomb has twice as many
+    picture(tmp_path / "large.png", size=(20, 20))
+    picture(tmp_path / "good.png", size=(8, 8))
+    rows = [
+        {"file_name": "good.png", "text": "half a smile \ud83d"},
+        {"file_name": "large.png", "text": "large"},
+        {"file_name": 7, "text": "a number"},
+        {"file_name": 300 * "long", "text": "long"},
+        {"file_name": "good.png", "text": {"not": "text"}, "concept": ["x"]},
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = open_data(tmp_path)
+    assert [example.caption for example in data.examples] == ["half a smile ?"]
+    assert "decompression bomb" in data.skipped["large.png"]
+    assert "no text" in data.skipped["good.png"] and len(data.skipped) == 4
+
+
+def test_the_first_of_several_captions(tmp_path):
+    rows = {"image": [Image.new("RGB", (16, 16), "red")] * 2, "caption": [["one", "two"], []]}
+    dataset = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    dataset.save_to_disk(tmp_path / "set")
+    data = open_data(f"hf:{tmp_path / 'set'}")
+    assert [example.caption for example in data.examples] == ["one"] and len(data.skipped) == 1
+
+
+def test_a_dataset_whose_images_lie_elsewhere(tmp_path, monkeypatch):
+    """As those of image folders on the Hub do: the rows hold an address, not bytes."""
+    picture(tmp_path / "a.png", size=(16, 16))
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.write(tmp_path / "a.png", "a.png")
+    address = f"zip://a.png::{tmp_path / 'images.zip'}"
+    rows = {"image": [{"path": address, "bytes": None}, {"path": address + ".gone", "bytes": None}], "text": ["a", "b"]}
+    features = datasets.Features({"image": datasets.Image(decode=False), "text": datasets.Value("string")})
+    streamed = datasets.Dataset.from_dict(rows, features=features).to_iterable_dataset()
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: streamed)
+    data = open_data("hf:owner/images")
+    assert torch.equal(data.examples[0].pixels(16), to_tensor(Image.open(tmp_path / "a.png"), 16))
+    assert "cannot be read" in data.skipped["0/1"]
+
+
+def test_of_what_comes_from_afar_little_is_read(monkeypatch):
+    class Afar:
+        remote, identity, read_so_far = True, "afar", 0
+
+        def __len__(self):
+            return 1000
+
+        def read(self, piece):
+            for number in range(1000):
+                self.read_so_far += 1
+                yield Example(f"{piece}/{number}", "a caption", b"")
+
+    source = Afar()
+    monkeypatch.setattr(data_module, "open_source", lambda *_: source)
+    assert open_data("https://host/{000..999}.tar", "held_out").examples == []
+    assert source.read_so_far == AT_HAND

@@ -129,7 +129,7 @@ def test_blocks_are_incubated_by_different_processes(data_folder, tmp_path, alon
     found = distilled(data_folder, tmp_path / "two", stages, processes=2)
     expected = alone(stages)
     training = tmp_path / "two" / "out.training" / "00-incubate"
-    logs = [read_log(training / f"process-{number}" / "log.jsonl") for number in (0, 1)]
+    logs = [read_log(training / f"process-{number}-of-2" / "log.jsonl") for number in (0, 1)]
     of_one = read_log(tmp_path / "alone" / "00-incubate" / "log.jsonl")
     shares = [{name for name in rows[0] if name.startswith("block/")} for rows in logs]
     assert shares == [{"block/down_blocks.0", "block/up_blocks.2"}, {"block/mid_block"}]

@@ -5,12 +5,20 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from asdm import AsdmError, PruningPlan, Remove, build_student, export, generate, inherit_features, with_unet
 from asdm.evaluation.latency import Latency
 from asdm.inference.openvino_graphs import with_openvino_graphs
 from asdm.units import fingerprint
-from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet, unet_inputs
+from conftest import (
+    predict,
+    tiny_inpainting_pipeline,
+    tiny_pipeline,
+    tiny_sdxl_pipeline,
+    tiny_unet,
+    unet_inputs,
+)
 
 openvino = pytest.importorskip("openvino")
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
@@ -149,6 +157,38 @@ def test_graphs_stand_in_only_for_what_they_can_do(pipeline, tmp_path):
         ready.unet(**inputs, down_block_additional_residuals=())
     with pytest.raises(AsdmError, match="holds no OpenVINO graphs"):
         with_openvino_graphs(pipeline, tmp_path)
+
+
+def test_graphs_draw_from_images_in_half_precision_and_at_their_own_size(pipeline, tmp_path):
+    made = export(pipeline, tmp_path / "out", parts=["unet", "vae_decoder"], size=24)
+    ready = with_openvino_graphs(pipeline, made.folder)
+    assert generate(ready, ["octopus"], steps=2).shape == (1, 3, 24, 24)
+    image = Image.new("RGB", (24, 24), "red")
+    drawn = generate(ready, ["octopus"], steps=4, image=image, strength=0.5)
+    expected = generate(pipeline, ["octopus"], steps=4, image=image, strength=0.5)
+    assert (drawn - expected).abs().mean() < 0.05
+    halved = tiny_pipeline().to(torch.bfloat16)
+    assert generate(with_openvino_graphs(halved, made.folder), ["octopus"], steps=2).isfinite().all()
+    # Between two steps of the schedule, as some schedulers ask.
+    inputs = unet_inputs(pipeline.unet, batch=1, size=12)
+    several = [ready.unet(**inputs | {"timestep": timestep}).sample for timestep in (10, torch.tensor(10.5), 11)]
+    assert not torch.equal(several[0], several[1]) and not torch.equal(several[1], several[2])
+    for size in (0, -8, 25):
+        with pytest.raises(AsdmError, match=f"size={size}: must be a positive multiple of 2"):
+            export(pipeline, tmp_path / "other", size=size)
+
+
+@pytest.mark.slow
+def test_sdxl_and_inpainting_pipelines_draw_by_their_graphs(tmp_path):
+    for make, more in (
+        (tiny_sdxl_pipeline, {}),
+        (tiny_inpainting_pipeline, {"image": Image.new("RGB", (16, 16), "red"), "mask": Image.new("L", (16, 16), 255)}),
+    ):
+        pipeline = make()
+        export(pipeline, tmp_path / make.__name__, parts=["unet", "vae_decoder"])
+        drawn = generate(with_openvino_graphs(pipeline, tmp_path / make.__name__), ["octopus"], steps=2, **more)
+        expected = generate(pipeline, ["octopus"], steps=2, **more)
+        assert (drawn - expected).abs().mean() < 0.05
 
 
 def test_graphs_compute_in_the_faster_precision(pipeline, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from diffusers import (
     ControlNetModel,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    PNDMScheduler,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
@@ -34,7 +35,7 @@ from asdm.evaluation.macs import counting_macs
 from asdm.inference.feature_inheritance import _Inheriting, computed_steps, cut_of, noise_level
 from asdm.inference.inheritance_calibration import best_steps, extrapolation_errors, observe_sampling
 from asdm.units import fingerprint
-from conftest import tiny_inpainting_pipeline, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet
+from conftest import predict, tiny_inpainting_pipeline, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet, unet_inputs
 
 GRANULARITIES = ("block", "layer", "unit")
 
@@ -398,3 +399,53 @@ def test_the_command_line_calibrates_and_uses_a_schedule(pipeline, tmp_path):
     inherit = ["--inherit", str(model / "inheritance.json")]
     made = run(app, ["generate", str(model), "pear", "--steps", "4", "--out", str(drawn), *inherit])
     assert made.exit_code == 0 and len(list(drawn.iterdir())) == 1
+
+
+def test_a_sampling_begins_where_its_scheduler_says(pipeline):
+    """With second-order schedulers, image-to-image may begin with the second visit of a time step."""
+    pipeline.scheduler = HeunDiscreteScheduler.from_config(pipeline.scheduler.config)
+    other = StableDiffusionImg2ImgPipeline(**parts(pipeline))
+    image = Image.new("RGB", (16, 16), "red")
+    with inherit_features(pipeline, every=2):
+        first = draw(other, image=image, strength=0.5)
+        np.testing.assert_array_equal(draw(other, image=image, strength=0.5), first)
+
+
+def test_samplings_that_take_turns_inherit_nothing_from_each_other(pipeline):
+    """A loop of one's own over several latents, in the same prompt."""
+    inputs = unet_inputs(pipeline.unet)
+    several = [inputs["sample"], inputs["sample"].flip(0)]
+    states = {"encoder_hidden_states": inputs["encoder_hidden_states"]}
+
+    def predictions():
+        pipeline.scheduler.set_timesteps(6)
+        return [
+            predict(pipeline.unet, sample=sample, timestep=timestep, **states)
+            for timestep in pipeline.scheduler.timesteps
+            for sample in several
+        ]
+
+    expected = predictions()
+    with inherit_features(pipeline, every=3):
+        found = predictions()
+    # The second of the first step is the first that tells; what comes behind is computed.
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_calls_before_any_sampling_are_computed(pipeline):
+    pipeline.scheduler = PNDMScheduler.from_config(pipeline.scheduler.config)
+    expected = predict(pipeline.unet)
+    with inherit_features(pipeline, speedup=1.1) as session:
+        for _ in range(3):
+            assert torch.equal(predict(pipeline.unet), expected)
+        assert (session.computed, session.inherited) == (3, 0)
+
+
+def test_a_schedule_fits_with_adapters_and_fused_projections(pipeline):
+    before = fingerprint(pipeline.unet)
+    pipeline.unet.fuse_qkv_projections()
+    assert fingerprint(pipeline.unet) == before
+    pipeline.unet.unfuse_qkv_projections()
+    peft = pytest.importorskip("peft")
+    pipeline.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k"]))
+    assert fingerprint(pipeline.unet) == before != fingerprint(tiny_unet(layers_per_block=1))

@@ -60,6 +60,54 @@ def test_projections_of_regional_attention_are_left_alone(pipeline, gains):
     assert student.unet.get_submodule(unit).processor.regions == 2
 
 
+def test_what_other_pipelines_share_is_left_as_it_is(pipeline, gains):
+    gains(2.0)
+    other = with_unet(pipeline, pipeline.unet)
+    before = generate(other, ["octopus"], steps=2)
+    optimize(pipeline, max_error=1e-2)
+    assert pipeline.text_encoder.dtype == torch.bfloat16
+    assert torch.equal(generate(other, ["octopus"], steps=2), before)
+
+
+def test_a_lora_is_not_fused_away(pipeline, gains):
+    peft = pytest.importorskip("peft")
+    gains(2.0)
+    pipeline.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
+    found = optimize(pipeline, max_error=1e-2)
+    assert found.measures[-1].reason.startswith("not with a LoRA")
+
+
+def test_an_offloaded_unet_and_an_ip_adapter_are_named(pipeline, monkeypatch):
+    monkeypatch.setattr(pipeline.unet, "_hf_hook", object(), raising=False)
+    with pytest.raises(AsdmError, match="offloaded"):
+        optimize(pipeline)
+    monkeypatch.undo()
+    pipeline.unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
+    with pytest.raises(AsdmError, match="an IP-Adapter is loaded"):
+        optimize(pipeline)
+
+
+def test_threads_are_part_of_what_is_gained(pipeline, monkeypatch):
+    counts = {}
+
+    def measured(calls, **_):
+        for name, call in calls.items():
+            call()
+            counts[name] = torch.get_num_threads()
+        times = {"now": 2.0, "half": 1.0, "before": 2.0, "after": 1.0}
+        return {name: Latency.of([times.get(name, 2.0)] * 2) for name in calls}
+
+    monkeypatch.setattr("asdm.inference.optimization.measure_interleaved", measured)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        found = optimize(pipeline)
+        assert found.measures[-1].name == "2 threads" and found.measures[-1].kept
+        assert (counts["before"], counts["after"], torch.get_num_threads()) == (4, 2, 2)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_it_measures_for_real(pipeline):
     found = optimize(pipeline, rounds=2)
     assert found.before.median_ms > 0 and found.after.median_ms > 0

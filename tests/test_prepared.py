@@ -79,6 +79,39 @@ def test_a_shard_that_breaks_off_gives_what_it_has_and_is_named(shards):
     assert any(name.endswith("00000.tar") and "not read to its end" in why for name, why in data.skipped.items())
 
 
+def test_a_shard_that_does_not_come_is_asked_for_again(pipeline, shards, tmp_path):
+    whole = (shards / "00000.tar").read_bytes()
+    (shards / "00000.tar").write_bytes(whole[:2000])
+    url, folder = f"file://{shards}/{{00000..00001}}.tar", tmp_path / "prepared"
+    with pytest.raises(AsdmError, match=r"1 of 2 shards did not come \(.*00000.tar: not read to its end"):
+        prepare_data(pipeline, url, folder)
+    second = (folder / "00001.tar").stat().st_mtime_ns
+    (shards / "00000.tar").write_bytes(whole)
+    assert prepare_data(pipeline, url, folder).captions == ["a red house", "a blue house", "a fish"]
+    assert (folder / "00001.tar").stat().st_mtime_ns == second and not list(folder.glob("*.unread.txt"))
+    (shards / "00000.tar").write_bytes(whole[:2000])
+    without = prepare_data(pipeline, url, tmp_path / "without", skip_unread=True)
+    assert without.captions[-1] == "a fish" and any("not read to its end" in why for why in without.skipped.values())
+
+
+def test_where_nothing_can_be_decoded_nothing_is_prepared_however_often(pipeline, tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(buffer, "PNG", compress_level=0)
+    broken = buffer.getvalue()[:2000]
+    (tmp_path / "shards").mkdir()
+    write_shard(tmp_path / "shards" / "00000.tar", {"0": {"png": broken, "txt": b"red"}})
+    for _ in range(2):
+        with pytest.raises(AsdmError, match=r"no images with captions \(1 skipped"):
+            prepare_data(pipeline, tmp_path / "shards", tmp_path / "prepared")
+
+
+@pytest.mark.parametrize("about", [b"null", b"[1]", b'{"caption": 3}'])
+def test_a_shards_json_that_is_not_one_of_fields(shards, about):
+    write_shard(shards / "00002.tar", {"1": {"png": png(1), "json": about}, "2": {"png": png(1), "txt": b"last"}})
+    data = open_data(shards)
+    assert data.examples[-1].caption == "last" and "1" in data.skipped
+
+
 @pytest.mark.parametrize("kind", ["saved", "parquet"])
 def test_hugging_face_datasets(tmp_path, kind):
     rows = {"image": [Image.new("RGB", (16, 16), "red")] * 3, "text": ["one", "", "three"], "style": ["a", "b", "c"]}

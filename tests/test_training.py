@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from asdm.incubation.estimate import estimate
 from asdm.incubation.losses import feature_losses, output_loss, relative_error
 from asdm.incubation.optimizers import make_optimizer
 from asdm.incubation.stages import LossWeights, parse_stages
-from asdm.incubation.trainer import LoopSettings, TrainingTask, checkpoint_step, read_log, train
+from asdm.incubation.trainer import LoopSettings, TrainingTask, _TrainingState, checkpoint_step, read_log, train
 from asdm.replay import outputs_of, tensor_of
 from asdm.units import removable_units
 from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline, unet_inputs
@@ -138,6 +139,49 @@ def test_a_loss_that_explodes_stops_with_its_name_before_bad_weights_are_kept(tm
     assert checkpoint_step(tmp_path) == 5  # and not 10
     with pytest.raises(AsdmError, match=r"penalty explodes .* at step 12"):
         train(Regression(explodes_at=12), batch_at, SETTINGS, tmp_path / "last")
+
+
+@pytest.mark.parametrize("fault", [{"fault_at": 11}, {"explodes_at": 11}])
+def test_a_checkpoint_is_kept_once_a_loss_has_judged_it(tmp_path, fault):
+    """What ruins the weights may be the step before the tenth is saved."""
+    with pytest.raises(AsdmError, match="penalty"):
+        train(Regression(**fault), batch_at, SETTINGS, tmp_path)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-0000005"]
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path):
+    class Rootless(Regression):
+        def forward(self, batch, generator):
+            losses = super().forward(batch, generator)
+            if self.calls == 7:  # the root's derivative at 0 is infinite
+                losses["loss"] = losses["loss"] + (0 * self.layer.weight).abs().sum().sqrt()
+            return losses
+
+    task = Rootless()
+    with pytest.raises(AsdmError, match="the gradient is not finite at step 7"):
+        train(task, batch_at, SETTINGS, tmp_path)
+    assert torch.isfinite(task.layer.weight).all() and checkpoint_step(tmp_path) == 5
+
+
+def test_ctrl_c_keeps_no_weights_that_explode(tmp_path):
+    def interrupt(row):
+        if row["step"] == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(Regression(explodes_at=6), batch_at, replace(SETTINGS, checkpoint_every=3), tmp_path, progress=interrupt)
+    assert checkpoint_step(tmp_path) == 3
+
+
+def test_the_scale_of_float16s_losses_is_kept(tmp_path):
+    def state(scaler):
+        layer = nn.Linear(2, 2)
+        return _TrainingState(dict(layer.named_parameters()), torch.optim.AdamW(layer.parameters()), None, scaler)
+
+    scalers = [torch.amp.GradScaler("cpu", init_scale=scale) for scale in (2.0**7, 2.0**16)]
+    state(scalers[0]).save(tmp_path, 1)
+    state(scalers[1]).load_newest(tmp_path)
+    assert scalers[1].state_dict() == scalers[0].state_dict()
 
 
 def test_ctrl_c_saves_the_step_it_was_at(tmp_path):
@@ -282,6 +326,44 @@ def test_the_same_seed_gives_the_same_losses(data_folder, tmp_path):
     assert logs[0] == logs[1]
 
 
+@pytest.mark.parametrize(
+    ("changes", "seed", "message"),
+    [
+        ({"steps": 2}, 0, r"begun with other settings \(steps\)"),
+        ({"optimizer": "muon"}, 0, r"\(optimizer\)"),
+        ({"losses": LossWeights(task=0)}, 0, r"\(losses\)"),
+        ({}, 1, r"\(seed\)"),
+        ({"learning_rate": 1e-4, "steps": 5}, 0, None),
+    ],
+)
+def test_a_run_goes_on_with_its_own_settings_alone(pipeline, data_folder, tmp_path, changes, seed, message):
+    plan = PruningPlan.for_unet(pipeline.unet, [{"edit": "remove", "unit": "mid_block"}])
+
+    def run(stage, seed=0):
+        distill(pipeline, build_student(pipeline.unet, plan), data_folder, tmp_path, stages=[stage], seed=seed)
+
+    run(quick_stage(steps=4))
+    with pytest.raises(AsdmError, match=message) if message else nullcontext():
+        run(quick_stage(**{"steps": 4, **changes}), seed)
+    assert checkpoint_step(tmp_path / "00-joint") == (5 if message is None else 4)
+
+
+def test_a_teacher_of_another_kind_is_refused_before_anything_is_prepared(data_folder, tmp_path):
+    student = build_student(tiny_sdxl_pipeline().unet, PruningPlan.for_unet(tiny_sdxl_pipeline().unet))
+    with pytest.raises(AsdmError, match="the student's cross_attention_dim is 64, the teacher's 32"):
+        distill(tiny_pipeline(), student, data_folder, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_blocks_of_a_half_precision_teacher_are_not_assembled_in_float32(data_folder, tmp_path):
+    pipeline = tiny_pipeline()
+    plan = PruningPlan.for_unet(pipeline.unet, [{"edit": "remove", "unit": "mid_block"}])
+    student = build_student(pipeline.unet, plan)
+    with pytest.raises(AsdmError, match="the teacher is in torch"):
+        stage = quick_stage(steps=1, assembled=["mid_block"])
+        distill(pipeline.to(torch.bfloat16), student, data_folder, tmp_path, stages=[stage])
+
+
 def test_held_out_images_are_not_trained_on(pipeline, data_folder, tmp_path):
     assert len(prepare(pipeline, data_folder, tmp_path / "prepared")) == 5
 
@@ -311,6 +393,17 @@ def test_what_modules_put_out_is_kept_by_hooks_that_are_taken_off_again(unet):
         ([{"name": "a", "steps": 1, "rate": 2}], "rate=2"),
         ([{"name": "a", "steps": 1, "losses": {"task": 0, "output": 0, "feature": 0}}], "all weights are zero"),
         ([{"name": "a", "steps": 1}] * 2, "share a name"),
+        (
+            [
+                {
+                    "name": "a",
+                    "steps": 1,
+                    "losses": {"task": 0, "output": 0, "feature": 0, "semantic": 1},
+                    "semantics": {"every": 2},
+                }
+            ],
+            "leave the others nothing to learn",
+        ),
     ],
 )
 def test_wrong_stages_are_named(content, message):

@@ -5,7 +5,7 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
 
-from asdm import AsdmError, PruningPlan, build_student, generate, switch_unets, with_unet
+from asdm import AsdmError, PruningPlan, build_student, generate, inherit_features, switch_unets, with_unet
 from asdm.evaluation.latency import Latency
 from asdm.inference import unet_switching
 from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet, unet_inputs
@@ -39,6 +39,14 @@ def test_it_draws_from_text_and_from_images(pipeline):
     assert type(StableDiffusionImg2ImgPipeline(**switched.components, requires_safety_checker=False).unet) is type(
         switched.unet
     )
+
+
+def test_sdxl_draws_and_features_are_not_inherited_across_unets():
+    pipeline = tiny_sdxl_pipeline()
+    switched = switch_unets(pipeline, [lean(pipeline), pipeline.unet], below=[0.5])
+    assert generate(switched, ["octopus"], steps=4).isfinite().all()
+    with pytest.raises(AsdmError, match="has no blocks of its own"), inherit_features(switched, every=2):
+        pass
 
 
 def test_memory_counts_shared_tensors_once(pipeline):

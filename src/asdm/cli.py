@@ -296,7 +296,7 @@ def prune(
     import asdm
     from asdm.pipelines import require_ours
 
-    require_ours(out)
+    require_ours(out, "pipeline")
     made = asdm.PruningPlan.load(plan)
     pipeline = _load(model, device)
     student = asdm.build_student(pipeline.unet, made)
@@ -328,13 +328,18 @@ def prepare_data(
     out: Annotated[Path, typer.Option(help="The folder to write shards to.")],
     batch_size: Annotated[int, typer.Option(help="Images encoded at a time.", min=1)] = 16,
     steps: Annotated[int, typer.Option(help="Sampling steps, where MODEL draws images to captions.", min=1)] = 25,
+    skip_unread: Annotated[
+        bool, typer.Option("--skip-unread", help="Go without shards that cannot be loaded, or with what came of them.")
+    ] = False,
     device: DeviceOption = None,
     seed: SeedOption = 0,
 ) -> None:
     """Compute the latents and prompt embeddings of DATA once, for `distill --data`; run again to resume."""
     import asdm
     from asdm.incubation.prepared import require_usable
+    from asdm.pipelines import require_ours
 
+    require_ours(out, "prepared")
     require_usable(data)
     with _progress(resumable=True) as report:
         prepared = asdm.prepare_data(
@@ -344,6 +349,7 @@ def prepare_data(
             batch_size=batch_size,
             steps=steps,
             seed=seed,
+            skip_unread=skip_unread,
             progress=lambda done, total: report("prepare", done, total, "pieces"),
         )
     if _is_main_process():
@@ -380,7 +386,7 @@ def distill(
     from asdm.incubation.recipes import recipe_stages
     from asdm.pipelines import require_ours
 
-    require_ours(out)
+    require_ours(out, "pipeline")
     require_usable(data)
     teaching, learning = _load(teacher, device), _load(student, "cpu")
     learning.unet.to(teaching.device)  # its other parts are only saved

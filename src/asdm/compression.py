@@ -120,7 +120,7 @@ def compress(
         "seed": seed,
     }
     report = progress or (lambda *_: None)
-    require_ours(out)
+    require_ours(out, "compression")
     if (out / "report.html").is_file():
         _claim(out, settings)
         plan, evaluation = PruningPlan.load(out / "plan.json"), Evaluation.load(out / "evaluation.json")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from asdm.errors import AsdmError
@@ -19,7 +19,8 @@ def load_images(paths: Sequence[Path], size: int) -> Tensor:
 
 
 def to_tensor(image: Image.Image, size: int) -> Tensor:
-    """One image as (3, size, size) in [-1, 1], transparent parts on white."""
+    """One image as (3, size, size) in [-1, 1], turned as its EXIF says, transparent parts on white."""
+    image = ImageOps.exif_transpose(image)
     if image.mode in ("RGBA", "LA", "P", "PA"):
         rgba = image.convert("RGBA")
         image = Image.new("RGBA", rgba.size, "white")
@@ -43,15 +44,15 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
 
 
 def open_image(path: Path) -> Image.Image:
-    """A user's image file as RGB.
+    """A user's image file as RGB, turned as its EXIF says.
 
     Raises:
         AsdmError: no such file, or not an image.
     """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise AsdmError(f"{path}: no such image file") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # PIL's readers raise many kinds
         raise AsdmError(f"{path}: not an image that can be read ({error})") from None

@@ -96,10 +96,10 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path, about: dict[s
     `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`.
 
     Raises:
-        AsdmError: `folder` exists and was not written by this tool.
+        AsdmError: `folder` exists and is not a pipeline that this tool wrote.
     """
     folder = Path(folder)
-    require_ours(folder)
+    require_ours(folder, "pipeline")
     with replacing_folder(folder) as partial, quiet():
         pipeline.save_pretrained(partial)
         card = model_card(pipeline, folder.name, (about or {}).get("teacher"))
@@ -121,14 +121,31 @@ def save_pipeline_into(pipeline: DiffusionPipeline, folder: Path) -> None:
             os.replace(part, target)
 
 
-def require_ours(folder: Path) -> None:
-    """Raise an AsdmError if `folder` exists, is not empty, and was not written by this tool."""
+def require_ours(folder: Path, kind: str) -> None:
+    """Raise an AsdmError if `folder` exists, is not empty, and is not of this kind and written by this tool.
+
+    Args:
+        kind: as it stands in the folder's `MARKER`: pipeline, prepared, compression or export.
+    """
     if folder.is_file():
         raise AsdmError(f"{folder}: a file; name a folder that does not exist yet")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).is_file():
         raise AsdmError(
             f"{folder}: exists and was not written by asdm (it has no {MARKER}); name another folder or remove it"
         )
+    found = _kind_of(folder / MARKER)
+    if found not in (None, kind):
+        raise AsdmError(
+            f"{folder}: holds what asdm calls {found}, and would be replaced by {kind}; name another folder or remove "
+            "it"
+        )
+
+
+def _kind_of(marker: Path) -> str | None:
+    try:
+        return json.loads(marker.read_text("utf-8")).get("kind")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def image_to_image(pipeline: DiffusionPipeline, with_mask: bool = False) -> DiffusionPipeline:

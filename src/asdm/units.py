@@ -26,6 +26,8 @@ TRANSFORMER_BRANCHES: dict[str, tuple[UnitKind, str]] = {
     "attn2": ("cross_attention", "norm2"),
     "ff": ("feed_forward", "norm3"),
 }
+# In the names of tensors that adapters (LoRA, IP-Adapter) and fused projections add to a UNet.
+ADDED_LATER = ("lora_", ".to_qkv.", ".to_kv.", "_ip.", "encoder_hid_proj.")
 
 
 @dataclass(frozen=True)
@@ -137,10 +139,14 @@ def is_branch(block: nn.Module, branch: str) -> bool:
 
 
 def fingerprint(unet: UNet2DConditionModel) -> str:
-    """A digest of the architecture (tensor names and shapes): equal for fine-tunes of one model, and told by an
-    exported one."""
+    """A digest of the architecture (tensor names and shapes): equal for fine-tunes of one model, whatever adapters are
+    loaded or projections fused, and told by an exported one."""
     known = getattr(unet, "fingerprint", None)
     if isinstance(known, str):
         return known
-    shapes = {name: list(tensor.shape) for name, tensor in unet.state_dict().items()}
+    shapes = {
+        name.replace(".base_layer", ""): list(tensor.shape)
+        for name, tensor in unet.state_dict().items()
+        if not any(added in name for added in ADDED_LATER)
+    }
     return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:16]

@@ -20,7 +20,6 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from torch import nn
 
 from asdm.conditioning import latent_shape
 from asdm.errors import AsdmError
@@ -188,10 +187,8 @@ def by_lcm(pipeline: DiffusionPipeline) -> AbstractContextManager[DiffusionPipel
 
 
 def optimized(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """A copy, run as `asdm.optimize` finds it fastest on this machine."""
-    parts = {name: copy.deepcopy(part) for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-    other = with_unet(pipeline, parts.pop("unet"))
-    other.register_modules(**parts)
+    """A second pipeline, run as `asdm.optimize` finds it fastest on this machine."""
+    other = with_unet(pipeline, pipeline.unet)
     optimize(other, rounds=2)
     return other
 

@@ -13,6 +13,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from asdm.errors import AsdmError
+
 
 @dataclass(frozen=True)
 class Latency:
@@ -79,8 +81,14 @@ def unet_call(unet: UNet2DConditionModel, batch_size: int = 2, seed: int = 0) ->
 
 
 def random_inputs(unet: UNet2DConditionModel, batch_size: int, seed: int = 0) -> dict[str, Any]:
-    """Random arguments of a UNet call at its native size, 77 tokens (16 for the embedded default's width)."""
+    """Random arguments of a UNet call at its native size, 77 tokens (16 for the embedded default's width).
+
+    Raises:
+        AsdmError: an IP-Adapter is loaded, which asks for an image's embedding.
+    """
     config = unet.config
+    if config.encoder_hid_dim_type == "ip_image_proj":
+        raise AsdmError("an IP-Adapter is loaded, and a timed call has no image for it; unload it first")
     generator = torch.Generator().manual_seed(seed)
     size = config.sample_size
     height, width = (size, size) if isinstance(size, int) else size

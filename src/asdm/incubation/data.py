@@ -79,10 +79,16 @@ class Unusable:
     reason: str
 
 
+@dataclass(frozen=True)
+class Unread(Unusable):
+    """A piece that did not come, or not to its end, from afar: another time it may."""
+
+
 class Source(Protocol):
     """Where examples come from, piece by piece."""
 
     identity: str  # what tells this source from another one
+    remote: bool  # whether reading it means loading it
 
     def __len__(self) -> int:
         """How many pieces there are."""
@@ -110,7 +116,8 @@ class Data:
 
 
 def open_data(source: str | Path, split: Split = "train") -> Data:
-    """A source's examples, those of a stream up to `AT_HAND`; a folder's headers are checked, pixels are read later.
+    """A source's examples, up to `AT_HAND` unless it is a folder, whose headers are checked and pixels are read later;
+    of what has to be loaded from afar, those among the first `AT_HAND`.
 
     Rows of `metadata.jsonl` (or of a shard's `.json`, or columns of a dataset) may be marked `"held_out": true`: they
     are for evaluation, never in "train". They may also say `"concept"` and `"style"`, by which generated images are
@@ -120,12 +127,14 @@ def open_data(source: str | Path, split: Split = "train") -> Data:
         AsdmError: there is no such source, or none of it can be used.
     """
     found = open_source(source, split)
+    if found.remote:
+        found = open_source(source, "all")
     examples, skipped = [], {}
     rows = (row for piece in range(len(found)) for row in found.read(piece))
     for row in rows if isinstance(found, FolderSource) else islice(rows, AT_HAND):
         if isinstance(row, Unusable):
             skipped[row.name] = row.reason
-        else:
+        elif _in_split(row, split):
             examples.append(row)
     if not examples and split != "held_out":
         raise unusable(source, skipped)
@@ -169,6 +178,8 @@ def open_source(source: str | Path, split: Split = "train") -> Source:
 class FolderSource:
     """Images with captions in files beside them, or in `metadata.jsonl`."""
 
+    remote = False
+
     def __init__(self, folder: Path, split: Split):
         metadata = folder / "metadata.jsonl"
         rows = _from_metadata(metadata) if metadata.is_file() else _from_text_files(folder)
@@ -186,6 +197,8 @@ class FolderSource:
 
 class CaptionSource:
     """Captions without images: the teacher draws what it is taught by."""
+
+    remote = False
 
     def __init__(self, name: str, captions: list[str], split: Split):
         captions = [] if split == "held_out" else [" ".join(caption.split()) for caption in captions]
@@ -211,6 +224,7 @@ class ShardSource:
             from webdataset import shardlists
         self.urls = shardlists.expand_urls(urls) if isinstance(urls, str) else urls
         self.identity, self.split = json.dumps(self.urls), split
+        self.remote = any("://" in url for url in self.urls)
         absent = [url for url in self.urls if "://" not in url and not Path(url).is_file()]
         if absent:
             raise AsdmError(f"{absent[0]}: no such shard ({len(absent)} of {len(self.urls)}); DATA is {DATA_HELP}")
@@ -225,7 +239,8 @@ class ShardSource:
         faults: list[Unusable] = []
 
         def note(error: Exception) -> bool:
-            faults.append(Unusable(url, f"not read to its end: {_short(error)}"))
+            kind = Unread if "://" in url else Unusable
+            faults.append(kind(url, f"not read to its end: {_short(error)}"))
             return False
 
         for sample in tarfile_samples([{"url": url}], handler=note):
@@ -265,22 +280,39 @@ class DatasetSource:
             )
         self.column, self.caption = images[0], captions[0]
         self.dataset = found.cast_column(self.column, datasets.Image(decode=False))
-        self.streamed = isinstance(found, datasets.IterableDataset)
+        self.remote = isinstance(found, datasets.IterableDataset)
 
     def __len__(self) -> int:
-        return self.dataset.num_shards if self.streamed else -(-len(self.dataset) // PIECE)
+        return self.dataset.num_shards if self.remote else -(-len(self.dataset) // PIECE)
 
     def read(self, piece: int) -> Iterator[Example | Unusable]:
-        if self.streamed:
+        if self.remote:
             rows = self.dataset.shard(num_shards=self.dataset.num_shards, index=piece)
         else:
             rows = self.dataset.select(range(piece * PIECE, min((piece + 1) * PIECE, len(self.dataset))))
         for number, row in enumerate(rows):
-            content, name = row[self.column] or {}, f"{piece}/{number}"
-            file = content.get("bytes") or (Path(content["path"]) if content.get("path") else None)
+            name = f"{piece}/{number}"
+            try:
+                file = _file_of(row[self.column] or {})
+            except Exception as error:  # of whatever holds the file
+                yield Unusable(name, f"its image cannot be read: {_short(error)}")
+                continue
             found = _example(name, row[self.caption], file, row)
             if isinstance(found, Unusable) or _in_split(found, self.split):
                 yield found
+
+
+def _file_of(content: dict[str, Any]) -> Path | bytes | None:
+    """A dataset's image: its bytes, a file, or a file that lies elsewhere, as those of folders on the Hub do."""
+    path = content.get("path")
+    if content.get("bytes") or not path:
+        return content.get("bytes")
+    if "://" not in path:
+        return Path(path)
+    import fsspec  # by which datasets itself opens them
+
+    with fsspec.open(path, "rb") as file:
+        return file.read()
 
 
 def _from_sample(sample: dict[str, Any]) -> Example | Unusable:
@@ -291,23 +323,31 @@ def _from_sample(sample: dict[str, Any]) -> Example | Unusable:
         caption = sample["txt"].decode("utf-8", "replace") if "txt" in sample else None
     except (json.JSONDecodeError, UnicodeDecodeError):
         return Unusable(sample["__key__"], "its .json is damaged")
+    if not isinstance(about, dict):
+        return Unusable(sample["__key__"], "its .json has no fields")
     caption = caption or next((about[key] for key in _CAPTION_FIELDS if about.get(key)), "")
     return _example(sample["__key__"], caption, file, about)
 
 
 def _example(name: str, caption: Any, file: Path | bytes | None, about: dict[str, Any]) -> Example | Unusable:
-    caption = " ".join(str(caption or "").split())
+    if isinstance(caption, list):  # several people's; COCO and Flickr have five
+        caption = next((each for each in caption if isinstance(each, str) and each.strip()), "")
+    if caption is not None and not isinstance(caption, str):
+        return Unusable(name, f"its caption is no text: {_short(caption)}")
+    caption = " ".join((caption or "").encode("utf-8", "replace").decode().split())  # half an emoji is no character
     if not caption:
         return Unusable(name, "its caption is empty")
     if file is None:
         return Unusable(name, "it has no image")
-    labels = {key: about.get(key) for key in ("concept", "style")}
+    labels = {key: found if isinstance(found := about.get(key), str) else None for key in ("concept", "style")}
     return Example(name, caption, file, **labels, held_out=bool(about.get("held_out")))
 
 
 def _size_of(row: Example | Unusable) -> int | None:
-    file = getattr(row, "file", None)
-    return file.stat().st_size if isinstance(file, Path) and file.is_file() else None
+    try:
+        return row.file.stat().st_size  # type: ignore[union-attr]
+    except (AttributeError, OSError, ValueError):
+        return None  # why, is told when it is read
 
 
 def _digest(rows: Iterable[Any]) -> str:
@@ -325,10 +365,11 @@ def _from_metadata(path: Path) -> Iterator[Example | Unusable]:
         try:
             row = json.loads(line)
             name, caption = row["file_name"], row["text"]
+            file = path.parent / name
         except (json.JSONDecodeError, KeyError, TypeError):
             yield Unusable(f"{path.name}:{number}", 'not a row with "file_name" and "text"')
         else:
-            yield _example(name, caption, path.parent / name, row)
+            yield _example(name, caption, file, row)
 
 
 def _from_text_files(folder: Path) -> Iterator[Example | Unusable]:
@@ -342,17 +383,17 @@ def _from_text_files(folder: Path) -> Iterator[Example | Unusable]:
 
 def _fault(path: Path) -> str | None:
     """Why an image cannot be used; None where it can, as far as its header tells."""
-    if not path.is_file():
-        return "no such file"
     try:
         with Image.open(path) as image:
             image.verify()
-    except (OSError, SyntaxError, ValueError) as error:
+    except FileNotFoundError:
+        return "no such file"
+    except Exception as error:  # PIL's readers raise many kinds
         return f"not a readable image: {_short(error)}"
     return None
 
 
-def _short(error: BaseException) -> str:
+def _short(error: object) -> str:
     return (" ".join(str(error).split()) or type(error).__name__)[:120]
 
 
@@ -361,7 +402,7 @@ def can_be_decoded(example: Example) -> bool:
     try:
         with example.image() as image:
             image.load()
-    except (OSError, SyntaxError, ValueError):
+    except Exception:  # PIL's readers raise many kinds
         return False
     return True
 
@@ -372,7 +413,7 @@ def load_pixels(examples: Sequence[Example], size: int, skipped: dict[str, str])
     for example in examples:
         try:
             pixels.append(example.pixels(size))
-        except (OSError, SyntaxError, ValueError) as error:
+        except Exception as error:  # PIL's readers raise many kinds
             skipped[example.name] = f"cannot be decoded: {_short(error)}"
         else:
             kept.append(example)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from asdm.conditioning import embed_prompts, noise_schedule, predicted_original
 from asdm.errors import AsdmError
+from asdm.files import write_text
 from asdm.generation import default_guidance
 from asdm.incubation.blocks import assembled, block_error, calls_of, incubated_blocks
 from asdm.incubation.consistency import ConsistencyTask
@@ -39,6 +42,10 @@ from asdm.inference.runtime import prepare_for_training
 from asdm.replay import outputs_of, tensor_of
 from asdm.student.stock import name_in_original
 from asdm.units import stages as unet_blocks
+
+SHARED = ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type")  # by teacher and student
+# What may change between two sittings of a stage: it makes a run possible on another machine, or a lost one sound.
+CHANGEABLE = {"learning_rate", "warmup_steps", "checkpoint_every", "accumulation", "checkpointing", "mixed_precision"}
 
 
 class DistillationTask(TeachingTask):
@@ -198,9 +205,10 @@ def distill(
         What was trained on.
 
     Raises:
-        AsdmError: the data cannot be used, a loss is not finite, `folder` is of another run, or the student's
-            weights are not in float32.
+        AsdmError: the data cannot be used, a loss is not finite, `folder` is of another run, teacher and student do not
+            fit, or the student's weights are not in float32.
     """
+    _require_fit(teacher.unet, student)
     if student.dtype != torch.float32:
         raise AsdmError(
             f"a student in {student.dtype} cannot be trained; give it as student.float(), and choose the precision "
@@ -216,10 +224,19 @@ def distill(
     for index, stage in enumerate(stages):
         report = None if progress is None else partial(_reported, progress, before, total)
         order = ShuffledBatches(len(examples), stage.batch_size, seed)
-        accelerator = make_accelerator(teacher.device, stage.mixed_precision)
+        only_features = stage.scope == "joint" and not _asks_for_output(stage)
+        accelerator = make_accelerator(teacher.device, stage.mixed_precision, some_unused=only_features)
         spread = stage.scope == "incubate" and accelerator.num_processes > 1
         share = Part(accelerator.process_index, accelerator.num_processes) if spread else WHOLE
         place = folder / f"{index:02d}-{stage.name}"
+        if accelerator.is_main_process:
+            _claim(place, stage, seed, student, examples, is_newest=not any(folder.glob(f"{index + 1:02d}-*")))
+        accelerator.wait_for_everyone()
+        if stage.assembled is not None and teacher.unet.dtype != student.dtype and accelerator.mixed_precision == "no":
+            raise AsdmError(
+                f"stage {stage.name}: the teacher is in {teacher.unet.dtype}, and its blocks are assembled with the "
+                "student's in float32; load it in float32, or give the stage a mixed_precision"
+            )
         with assembled(student, teacher.unet, stage.assembled):
             task = make_task(teacher, student, schedule, examples, stage, share)
             if task.trained():  # there may be more processes than blocks
@@ -227,7 +244,7 @@ def distill(
                     task,
                     partial(_batch_of, order),
                     stage.loop(seed),
-                    place / f"process-{share.index}" if spread else place,
+                    place / f"process-{share.index}-of-{share.count}" if spread else place,
                     accelerator=accelerator,
                     alone=spread,
                     progress=report if accelerator.is_main_process else None,
@@ -258,6 +275,49 @@ def make_task(
     if stage.losses.semantic or stage.losses.semantic_text:
         encoder = make_encoder(stage.semantics.encoder, teacher, schedule, stage.semantics.decoder)
     return DistillationTask(teacher.unet, student, schedule, examples, stage, encoder)
+
+
+def _asks_for_output(stage: Stage) -> bool:
+    losses = stage.losses
+    return bool(losses.task or losses.output or losses.semantic or losses.semantic_text)
+
+
+def _require_fit(teacher: UNet2DConditionModel, student: UNet2DConditionModel) -> None:
+    for name in SHARED:
+        theirs, mine = teacher.config[name], student.config[name]
+        if theirs != mine:
+            raise AsdmError(
+                f"the student's {name} is {mine}, the teacher's {theirs}: it was not pruned from such a model; "
+                "name the teacher that it was pruned from"
+            )
+
+
+def _claim(
+    place: Path, stage: Stage, seed: int, student: UNet2DConditionModel, examples: TrainingSet, is_newest: bool
+) -> None:
+    """Write down beside a stage's checkpoints whose they are, or find that they are this run's; the newest stage may
+    be lengthened.
+
+    Raises:
+        AsdmError: they are another's.
+    """
+    captions = hashlib.sha256("\n".join(examples.prepared.captions).encode()).hexdigest()[:16]
+    run = {
+        "seed": seed,
+        "edits": student.config.get("edits") or [],
+        "data": [examples.prepared.made_by, captions],
+        **stage.model_dump(exclude=CHANGEABLE),
+    }
+    path = place / "run.json"
+    if path.is_file():
+        known = json.loads(path.read_text("utf-8"))
+        now = json.loads(json.dumps(run))
+        changed = [name for name in now if known.get(name) != now[name]]
+        if changed and not (changed == ["steps"] and is_newest and stage.steps > known["steps"]):
+            raise AsdmError(
+                f"{place}: begun with other settings ({', '.join(changed)}); repeat those, or use another output folder"
+            )
+    write_text(path, json.dumps(run, indent=1) + "\n")
 
 
 def _gather(student: UNet2DConditionModel, accelerator: Accelerator) -> None:

@@ -25,7 +25,8 @@ from asdm.conditioning import Conditioning, embed_prompts, encode_images, image_
 from asdm.errors import AsdmError
 from asdm.files import replacing_file, write_text
 from asdm.generation import default_guidance, nothing_to_keep
-from asdm.incubation.data import PIECE, PREPARED, Example, Source, Unusable, load_pixels, open_source, unusable
+from asdm.incubation.data import PIECE, PREPARED, Example, Source, Unread, Unusable, load_pixels, open_source, unusable
+from asdm.incubation.trainer import LONGEST_WAIT
 from asdm.pipelines import MARKER, is_inpainting, require_ours
 
 Progress = Callable[[int, int], None]
@@ -96,6 +97,7 @@ def prepare_data(
     batch_size: int = 16,
     steps: int = 25,
     seed: int = 0,
+    skip_unread: bool = False,
     progress: Progress | None = None,
 ) -> PreparedData:
     """Write latents and caption embeddings of a source's training examples, in float16, as shards into `folder`.
@@ -104,10 +106,12 @@ def prepare_data(
 
     Args:
         data: as for `open_source`; of captions alone the pipeline draws the images itself, in `steps` steps.
+        skip_unread: go without shards that cannot be loaded from afar, or with what came of them.
         progress: called with pieces done and in all.
 
     Raises:
-        AsdmError: the source cannot be used, or `folder` is not ours or holds another source's or another model's.
+        AsdmError: the source cannot be used, or some of it did not come, when all else is prepared; or `folder` is not
+            ours or holds another source's or another model's.
     """
     folder = Path(folder)
     made_by = fingerprint(pipeline)
@@ -117,8 +121,8 @@ def prepare_data(
     if is_prepared(folder):
         _require_same(folder, data, source, made_by)
         return PreparedData(folder)
-    require_ours(folder)
-    state = PartialState(cpu=pipeline.device.type == "cpu")
+    require_ours(folder, "prepared")
+    state = PartialState(cpu=pipeline.device.type == "cpu", timeout=LONGEST_WAIT)
     if state.is_main_process:
         _require_usable(source, data)
         if (folder / MARKER).is_file():
@@ -129,17 +133,14 @@ def prepare_data(
     mine = range(state.process_index, len(source), state.num_processes)
     for number in mine:
         if not _beside(folder, number).is_file():
-            _write_piece(pipeline, source, number, folder, batch_size, steps, seed)
+            _write_piece(pipeline, source, number, folder, batch_size, steps, seed, skip_unread)
         if progress is not None:
             progress(mine.index(number) + 1, len(mine))
     state.wait_for_everyone()
     if state.is_main_process:
-        write_text(folder / PREPARED, json.dumps({"pieces": len(source), "made_by": made_by}) + "\n")
+        _finish(folder, data, len(source), made_by)
     state.wait_for_everyone()
-    prepared = PreparedData(folder)
-    if not len(prepared):
-        raise unusable(data, prepared.skipped)
-    return prepared
+    return PreparedData(folder)
 
 
 def fingerprint(pipeline: DiffusionPipeline) -> str:
@@ -153,8 +154,34 @@ def fingerprint(pipeline: DiffusionPipeline) -> str:
     return digest.hexdigest()[:16]
 
 
+def _finish(folder: Path, data: str | Path, pieces: int, made_by: str) -> None:
+    """Write the index of a folder whose pieces are all there.
+
+    Raises:
+        AsdmError: one is not, or nothing in them can be used.
+    """
+    absent = [number for number in range(pieces) if not _beside(folder, number).is_file()]
+    if absent:
+        reason = _unread(folder, absent[0]).read_text("utf-8").strip()
+        raise AsdmError(
+            f"{data}: {len(absent)} of {pieces} shards did not come ({reason}); run again to go on with those, or "
+            "leave them out: asdm prepare-data --skip-unread"
+        )
+    about = [json.loads(_beside(folder, number).read_text("utf-8")) for number in range(pieces)]
+    if not any(piece["places"] for piece in about):
+        raise unusable(data, {name: reason for piece in about for name, reason in piece["skipped"].items()})
+    write_text(folder / PREPARED, json.dumps({"pieces": pieces, "made_by": made_by}) + "\n")
+
+
 def _write_piece(
-    pipeline: DiffusionPipeline, source: Source, number: int, folder: Path, batch_size: int, steps: int, seed: int
+    pipeline: DiffusionPipeline,
+    source: Source,
+    number: int,
+    folder: Path,
+    batch_size: int,
+    steps: int,
+    seed: int,
+    skip_unread: bool,
 ) -> None:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
     captions: list[str] = []
@@ -174,6 +201,9 @@ def _write_piece(
             batch.clear()
 
         for row in source.read(number):
+            if isinstance(row, Unread) and not skip_unread:
+                write_text(_unread(folder, number), f"{row.name}: {row.reason}\n")
+                return
             if isinstance(row, Unusable):
                 skipped[row.name] = row.reason
                 continue
@@ -184,6 +214,7 @@ def _write_piece(
             flush()
     about = {"captions": captions, "places": places, "skipped": skipped}
     write_text(_beside(folder, number), json.dumps(about) + "\n")
+    _unread(folder, number).unlink(missing_ok=True)
 
 
 def _tensors(
@@ -247,6 +278,11 @@ def _identity(source: Source) -> str:
 
 def _shard(folder: Path, number: int) -> Path:
     return folder / f"{number:05d}.tar"
+
+
+def _unread(folder: Path, number: int) -> Path:
+    """Why a piece is not there."""
+    return folder / f"{number:05d}.unread.txt"
 
 
 def _beside(folder: Path, number: int) -> Path:

@@ -104,6 +104,13 @@ class Stage(BaseModel):
             raise ValueError("assembled goes with scope joint; blocks are incubated each by itself")
         return self
 
+    @model_validator(mode="after")
+    def _every_step_learns(self) -> Stage:
+        losses = self.losses
+        if self.semantics.every > 1 and not (losses.task or losses.output or losses.feature):
+            raise ValueError("semantics at every k-th step alone leave the others nothing to learn; weigh another loss")
+        return self
+
     def loop(self, seed: int) -> LoopSettings:
         return LoopSettings(
             steps=self.steps,

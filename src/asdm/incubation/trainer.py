@@ -3,7 +3,8 @@
 What is trained and how the loss is made is the task's business; which tasks run in which order is
 `stages.py`'s. The batch and the noise of a step depend on the seed and the step alone, so a resumed
 run sees exactly what the uninterrupted one would have seen, and several processes, each with its part of
-the same batch and noise, do what one does. `kill -9` at any moment leaves the newest checkpoint whole.
+the same batch and noise, do what one does. `kill -9` at any moment leaves the newest checkpoint whole; the one before
+it goes when the next step's loss has shown that the newest is sound.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -34,6 +37,7 @@ from asdm.inference.runtime import fastest_precision
 
 Batch = Any
 Progress = Callable[[dict[str, float]], None]
+LONGEST_WAIT = timedelta(days=7)  # of a process for the others: one may draw images, or incubate a block, for hours
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,7 @@ def train(
     ]
     # Torch has no copy of many sharded tensors at once.
     ema = EMAModel(weights.values(), decay=settings.ema_decay, foreach=not sharded) if settings.ema_decay else None
-    state = _TrainingState(weights, optimizer, ema)
+    state = _TrainingState(weights, optimizer, ema, accelerator.scaler)
     step = state.load_newest(folder)
     log = _Log(folder / "log.jsonl", from_step=step) if writes else None
     watch = _Watch(folder, settings.steps)
@@ -182,7 +186,9 @@ def train(
                     accelerator.backward(rounds[-1]["loss"] / len(parts))
             losses = _mean(rounds, accelerator if processes > 1 else None)
             watch(losses, step)
-            accelerator.clip_grad_norm_(weights.values(), settings.max_grad_norm)
+            norm = accelerator.clip_grad_norm_(weights.values(), settings.max_grad_norm)
+            if accelerator.scaler is None:  # which passes over such steps itself
+                watch.require_finite(norm, step)
             between_steps = False
             optimizer.step()
             optimizer.zero_grad()
@@ -196,18 +202,21 @@ def train(
             due = step % settings.checkpoint_every == 0 or step == settings.steps or out_of_time
             if (writes or sharded) and due and not watch.steps_beyond:
                 state.save(folder, step, writes)
+                watch.unjudged = writes
             if progress is not None and writes:
                 progress(row | {"steps": settings.steps, "seconds": time.monotonic() - before})
             if out_of_time:
                 break
     except KeyboardInterrupt:
         # Else the weights are between two steps, or in parts, and the last checkpoint is the one to go on from.
-        if between_steps and writes and not sharded:
+        if between_steps and writes and not sharded and not watch.steps_beyond:
             state.save(folder, step)
         raise
     finally:
         if log is not None:
             log.close()
+    if step >= settings.steps and writes:
+        _keep_newest(folder)
     if step >= settings.steps and ema is not None:
         ema.copy_to(weights.values())
     if sharded:
@@ -217,18 +226,50 @@ def train(
     return step >= settings.steps
 
 
-def make_accelerator(device: torch.device | str, mixed_precision: str = "no") -> Accelerator:
+def make_accelerator(
+    device: torch.device | str, mixed_precision: str = "no", *, some_unused: bool = False
+) -> Accelerator:
     """An Accelerator of its own precision ("auto": the fastest of the device): Accelerate keeps one for the
-    whole process until it is reset."""
+    whole process until it is reset.
+
+    Args:
+        device: with an index, the one that is used.
+        some_unused: parts of what is trained have no share in the loss.
+    """
     if mixed_precision == "auto":
         mixed_precision = fastest_precision(device)
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # Accelerate takes the current one
     AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(cpu=torch.device(device).type == "cpu", mixed_precision=mixed_precision)
+    return Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision=mixed_precision,
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=LONGEST_WAIT),
+            DistributedDataParallelKwargs(find_unused_parameters=some_unused),
+        ],
+    )
 
 
 def checkpoint_step(folder: Path) -> int:
     """The step of the newest checkpoint in `folder`, 0 where there is none."""
-    return max((int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*[0-9]")), default=0)
+    return max(map(_step_of, _checkpoints(folder)), default=0)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return list(folder.glob("checkpoint-*[0-9]"))
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+def _keep_newest(folder: Path) -> None:
+    newest = checkpoint_step(folder)
+    for checkpoint in _checkpoints(folder):
+        if _step_of(checkpoint) != newest:
+            shutil.rmtree(checkpoint)
 
 
 def load_ema_weights(folder: Path, weights: dict[str, nn.Parameter]) -> int:
@@ -248,10 +289,17 @@ def load_ema_weights(folder: Path, weights: dict[str, nn.Parameter]) -> int:
 
 
 class _TrainingState:
-    """What a checkpoint holds: weights, their average, the optimiser's moments, the step."""
+    """What a checkpoint holds: weights, their average, the optimiser's moments, the scale of float16's losses, the
+    step."""
 
-    def __init__(self, weights: dict[str, nn.Parameter], optimizer: Any, ema: EMAModel | None):
-        self.weights, self.optimizer, self.ema = weights, optimizer, ema
+    def __init__(
+        self,
+        weights: dict[str, nn.Parameter],
+        optimizer: Any,
+        ema: EMAModel | None,
+        scaler: torch.amp.GradScaler | None = None,
+    ):
+        self.weights, self.optimizer, self.ema, self.scaler = weights, optimizer, ema, scaler
 
     def save(self, folder: Path, step: int, writes: bool = True) -> None:
         """Write a checkpoint; where the weights are sharded, all processes call this, and one of them writes."""
@@ -265,9 +313,8 @@ class _TrainingState:
         with replacing_folder(target) as partial:
             for name, tensors in files.items():
                 save_file(tensors, partial / f"{name}.safetensors")
-        for older in folder.glob("checkpoint-*[0-9]"):
-            if older != target:
-                shutil.rmtree(older)
+            if self.scaler is not None:
+                (partial / "scaler.json").write_text(json.dumps(self.scaler.state_dict()), "utf-8")
 
     def _moments(self) -> dict[str, Tensor]:
         """The optimiser's state, by parameter's number and key; a copy of what parameters share."""
@@ -316,6 +363,8 @@ class _TrainingState:
                 parted_as(p, averaged[name]).to(p.device, copy=True) for name, p in self.weights.items()
             ]
             self.ema.optimization_step = step
+        if self.scaler is not None and (path / "scaler.json").is_file():
+            self.scaler.load_state_dict(json.loads((path / "scaler.json").read_text("utf-8")))
         return step
 
 
@@ -384,11 +433,15 @@ def _mean(rounds: list[dict[str, Tensor]], accelerator: Accelerator | None) -> d
 
 
 class _Watch:
-    """Stops a run whose loss is not finite, or explodes: three steps in a row at more than a hundred times its lowest
-    mean so far and ten times its first value."""
+    """Stops a run whose loss or gradient is not finite, or whose loss explodes: three steps in a row at more than a
+    hundred times its lowest mean so far and ten times its first value.
+
+    A checkpoint is `unjudged` until the next loss is as it should be; a run that is stopped before goes on from the one
+    before it.
+    """
 
     def __init__(self, folder: Path, steps: int):
-        self.folder, self.steps, self.steps_beyond = folder, steps, 0
+        self.folder, self.steps, self.steps_beyond, self.unjudged = folder, steps, 0, False
         self.first = self.mean = self.lowest = math.inf
 
     def __call__(self, losses: dict[str, float], step: int) -> None:
@@ -411,9 +464,19 @@ class _Watch:
             self.steps_beyond = 0
             self.mean += 0.1 * (loss - self.mean)
             self.lowest = min(self.lowest, self.mean)
+            if self.unjudged:
+                _keep_newest(self.folder)
+                self.unjudged = False
+
+    def require_finite(self, norm: Any, step: int) -> None:
+        """Of the gradient, whose loss may be finite all the same."""
+        if isinstance(norm, Tensor) and not whole(norm).isfinite():
+            self._stop("the gradient is not finite", step)
 
     def _stop(self, what: str, step: int) -> None:
+        if self.unjudged:
+            shutil.rmtree(max(_checkpoints(self.folder), key=_step_of))
         raise AsdmError(
-            f"{what} at step {step + 1}; the last checkpoint in {self.folder} is kept: lower the learning rate and run "
-            "again"
+            f"{what} at step {step + 1}; the last good checkpoint in {self.folder} is kept: lower the learning rate "
+            "and run again"
         )

@@ -102,12 +102,14 @@ def export(
         raise AsdmError(f"data={data}, int8={int8}: only int8 activations look at data; leave it out")
     write = _openvino_writer(int8) if to == "openvino" else _onnx_writer()
     folder = Path(folder)
-    require_ours(folder)
+    require_ours(folder, "export")
     if inherit is not None and to != "openvino":
         raise AsdmError(f"inherit={inherit}, to={to}: two graphs are for openvino")
     if pipeline.unet.dtype != torch.float32:
         raise AsdmError(f"a pipeline in {pipeline.unet.dtype} is not exported; load it in float32, on the CPU")
-    size = size or image_size(pipeline)
+    size = image_size(pipeline) if size is None else size
+    if size <= 0 or size % pipeline.vae_scale_factor:
+        raise AsdmError(f"size={size}: must be a positive multiple of {pipeline.vae_scale_factor}, the VAE's factor")
     graphs = _graphs(pipeline, size, inherit, _calibration(pipeline, size, data) if int8 == "activations" else [])
     graphs = [graph for graph in graphs if parts is None or graph.name in parts]
     tolerance = TOLERANCE if int8 is None else INT8_TOLERANCE
@@ -134,6 +136,7 @@ def _graphs(
     generator = torch.Generator().manual_seed(0)
     arguments = random_inputs(pipeline.unet, batch_size=2)
     arguments |= arguments.pop("added_cond_kwargs", {})
+    arguments["timestep"] = torch.tensor(499.5)  # some schedulers ask between two steps
     arguments["sample"] = torch.randn(2, pipeline.unet.config.in_channels, side, side, generator=generator)
     arguments["encoder_hidden_states"] = arguments["encoder_hidden_states"][:, :1].repeat(
         1, pipeline.tokenizer.model_max_length, 1
@@ -143,7 +146,8 @@ def _graphs(
     vae = dict(pipeline.vae.config)
     if calibration:  # compared with torch on one of these, too: what lies beyond their ranges is cut off
         arguments = calibration[len(calibration) // 2]
-    unet = _Graph("unet", _UNet(pipeline.unet), arguments, ["out_sample"], dict(pipeline.unet.config), calibration)
+    config = {**pipeline.unet.config, "sample_size": side}
+    unet = _Graph("unet", _UNet(pipeline.unet), arguments, ["out_sample"], config, calibration)
     graphs = [
         unet,
         _Graph("vae_decoder", _Decoder(pipeline.vae), {"latent_sample": latents}, ["sample"], vae),
@@ -186,7 +190,7 @@ def _calibration(pipeline: DiffusionPipeline, size: int, data: str | Path | None
         calls.append(
             {
                 "sample": F.interpolate(given["sample"], size // pipeline.vae_scale_factor),
-                "timestep": torch.tensor(call.timestep),
+                "timestep": torch.tensor(float(call.timestep)),
                 "encoder_hidden_states": given["encoder_hidden_states"],
                 **given.get("added_cond_kwargs", {}),
             }

@@ -211,6 +211,7 @@ class FeatureInheritance:
         self.sigma = 0.0
         self._timesteps: Any = None  # the scheduler's, made anew at the start of each sampling
         self._index = -1
+        self._interleaved = False  # several samplings take turns, each step
         self._seen: tuple[Any, ...] = ()
         self._first: Tensor | None = None
         self._change = 0.0
@@ -242,16 +243,21 @@ class FeatureInheritance:
             self.generation += not self._forced
             self.inheriting = self._forced
             return
-        timesteps = getattr(self.pipeline.scheduler, "timesteps", None)
+        scheduler = self.pipeline.scheduler
+        timesteps: Any = getattr(scheduler, "timesteps", None)
+        begins = timesteps is not self._timesteps
+        if begins:  # image-to-image not with the first step
+            self._index, self._interleaved = (getattr(scheduler, "begin_index", None) or 0) - 1, False
         index = self._place(timesteps)
         seen = (sample.shape, sample.dtype, sample.device, states)
-        follows = timesteps is self._timesteps and index in (self._index, self._index + 1) and self._same(seen)
-        if not follows or index < 0:
+        self._interleaved |= index == self._index
+        follows = not begins and not self._interleaved and index == self._index + 1 and self._same(seen)
+        if not follows:
             self.generation += 1
             self._first, self._change = None, 0.0
         self._timesteps, self._index, self._seen = timesteps, index, seen
-        decision = self.computes_at(index, len(timesteps) if timesteps is not None else 0)
-        self._decide(decision is not False or not follows, known=decision is not None or not follows)
+        decision = self.computes_at(index, len(timesteps)) if follows else True
+        self._decide(decision is not False, known=decision is not None)
 
     def after_first_layer(self, _module: nn.Module, _args: Any, output: Any) -> None:
         """Adaptive: decide by how far the first layer's output has moved (a forward hook)."""
@@ -373,9 +379,14 @@ def cut_of(unet: UNet2DConditionModel, granularity: Granularity, depth: int = 1,
         depth: of "layer": so many of the last layers are computed, and on the way down what their skip connections
             bring, with the first of them the input convolution alone (as DeepCache's branch 0, arXiv 2312.00858).
         needed: modules that are computed in any case.
+
+    Raises:
+        AsdmError: an argument out of range, or a UNet without blocks (graphs, several UNets in one).
     """
     if granularity not in ("block", "layer", "unit"):
         raise AsdmError(f"granularity={granularity}: allowed are block, layer, unit")
+    if not hasattr(unet, "up_blocks"):
+        raise AsdmError(f"a {type(unet).__name__} has no blocks of its own; take a torch pipeline with one UNet")
     down, up = _items(unet, "down_blocks"), _items(unet, "up_blocks")
     deepest = sum(".resnets." in item[0] for item in up) - 1
     if granularity == "block":
@@ -503,7 +514,8 @@ def timed_calls(session: FeatureInheritance, unet: UNet2DConditionModel, rounds:
         return run
 
     calls = {"computing": timed(False), "inheriting": timed(True)}
-    times = measure_interleaved(calls, rounds=rounds, warmup=1, device=unet.device)
+    device = session.pipeline._execution_device  # the UNet's own, unless it is offloaded
+    times = measure_interleaved(calls, rounds=rounds, warmup=1, device=device)
     return times["computing"].median_ms, times["inheriting"].median_ms
 
 

@@ -370,8 +370,8 @@ def _record(sampling: _Sampling, borders: dict[int, str], report: _Report) -> _R
         report("record")
     recorded.final = latents
     for depth, vectors in parts.items():
-        features = torch.stack(vectors).double()
-        recorded.products[depth] = (features @ features.T / features.shape[1]).cpu().numpy()
+        features = torch.stack(vectors).cpu().double()  # which not all devices have
+        recorded.products[depth] = (features @ features.T / features.shape[1]).numpy()
     return recorded
 
 

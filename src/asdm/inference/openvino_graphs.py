@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,8 @@ from asdm.pipelines import MARKER, with_unet
 def with_openvino_graphs(pipeline: DiffusionPipeline, folder: str | Path) -> DiffusionPipeline:
     """A second pipeline whose UNet and VAE decoder are those that `asdm.export` wrote to `folder`, on the CPU.
 
-    The text encoder, which runs once for an image, stays torch's; so do the scheduler and the loop. It draws images
-    from text. `pipeline` is the one that was exported, or for a student's graphs its teacher. The graphs compute in
+    The text encoder and the VAE's encoder, which run once for an image, stay torch's; so do the scheduler and the loop.
+    `pipeline` is the one that was exported, or for a student's graphs its teacher. The graphs compute in
     bfloat16 where OpenVINO chooses that and it is measured to be faster than float32.
 
     Raises:
@@ -41,7 +42,7 @@ def with_openvino_graphs(pipeline: DiffusionPipeline, folder: str | Path) -> Dif
     if about.get("format") != "openvino":
         raise AsdmError(f"{folder}: holds no OpenVINO graphs; write them with `asdm export MODEL --to openvino`")
     other = with_unet(pipeline, OpenVinoUNet(folder, about))  # type: ignore[arg-type]
-    other.register_modules(vae=OpenVinoDecoder(folder / "vae_decoder"))
+    other.register_modules(vae=OpenVinoVae(folder / "vae_decoder", pipeline.vae))
     return other
 
 
@@ -87,7 +88,8 @@ class _Graph(nn.Module):
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """The first output; of the inputs, those that the graph reads."""
-        inputs = {name: value for name, value in inputs.items() if name in self._read}
+        inputs = {name: torch.as_tensor(value).cpu() for name, value in inputs.items() if name in self._read}
+        inputs = {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
         shapes = {name: list(value.shape) for name, value in inputs.items()}
         if shapes != self._shapes:
             # Fixed shapes run faster than a free batch.
@@ -122,6 +124,9 @@ class OpenVinoUNet(nn.Module):
         *inner, self.outer = (_Graph(folder / name / FILES["openvino"]) for name in names)
         self.inner = inner[0] if inner else None
         self.config = _config_of(folder / names[0])
+        # SDXL's pipelines ask it for its width.
+        width = self.config.get("projection_class_embeddings_input_dim")
+        self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
 
     @property
     def megabytes(self) -> float:
@@ -167,11 +172,12 @@ class OpenVinoUNet(nn.Module):
         return UNet2DConditionOutput(sample=predicted) if return_dict else (predicted,)
 
 
-class OpenVinoDecoder(nn.Module):
-    """In the place of an AutoencoderKL that only decodes."""
+class OpenVinoVae(nn.Module):
+    """In the place of an AutoencoderKL, which still encodes."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, original: Any):
         super().__init__()
+        self.encode = original.encode
         self.config = _config_of(folder)
         self.dtype, self.device = torch.float32, torch.device("cpu")
         self.graph = _Graph(folder / FILES["openvino"])

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from torch import nn
 
 from asdm.errors import AsdmError
 from asdm.evaluation.latency import Latency, measure_interleaved, random_inputs, speedup, unet_call
@@ -64,18 +65,22 @@ def optimize(
     `torch.compile`; keep what makes a UNet call at least 3% faster and moves its prediction by no more than
     `max_error`. Changes the pipeline in place.
 
+    What other pipelines share with it is left as it is. A LoRA is loaded before, or once projections are not fused any
+    longer (`pipeline.unet.unfuse_qkv_projections()`).
+
     Args:
         max_error: relative squared error of the prediction on random inputs against the pipeline as it came.
         compile: also compile the repeated blocks, which takes minutes at the first call.
 
     Raises:
-        AsdmError: `max_error` is negative.
+        AsdmError: `max_error` is negative, the UNet is offloaded, or an IP-Adapter is loaded.
     """
     if max_error < 0:
         raise AsdmError(f"max_error={max_error:g}: must not be negative")
     unet: UNet2DConditionModel = pipeline.unet.eval()
-    result = Optimization()
-    original = copy.deepcopy(unet)
+    if getattr(unet, "_hf_hook", None) is not None:
+        raise AsdmError("the UNet is offloaded; optimize the pipeline first, then enable offloading")
+    result, threads = Optimization(), torch.get_num_threads()
     reference = _prediction(unet)
     trials: list[tuple[str, Callable[[UNet2DConditionModel], Any]]] = [
         ("channels last", lambda model: model.to(memory_format=torch.channels_last)),
@@ -86,7 +91,7 @@ def optimize(
         trials.append(("compiled blocks", lambda model: model.compile_repeated_blocks()))
     current = unet
     for name, change in trials:
-        if name in ("bfloat16", "float16") and current.dtype != original.dtype:
+        if name in ("bfloat16", "float16") and current.dtype != unet.dtype:
             continue  # one of them is enough
         if progress is not None:
             progress(name)
@@ -106,12 +111,13 @@ def optimize(
         if kept:
             current = candidate
     result.measures += _threads(current, pipeline.device, rounds)
-    times = measure_interleaved(
-        {"before": unet_call(original), "after": unet_call(current)}, rounds=rounds, device=pipeline.device
-    )
+    chosen = torch.get_num_threads()
+    calls = {"before": _in_threads(threads, unet_call(unet)), "after": _in_threads(chosen, unet_call(current))}
+    times = measure_interleaved(calls, rounds=rounds, device=pipeline.device)
     result.before, result.after = times["before"], times["after"]
     if current is not unet:
-        pipeline.register_modules(unet=current)
+        others = [name for name, part in pipeline.components.items() if isinstance(part, nn.Module) and name != "unet"]
+        pipeline.register_modules(unet=current, **{name: copy.deepcopy(getattr(pipeline, name)) for name in others})
         pipeline.to(dtype=current.dtype)
         if any(measure.kept and measure.name == "channels last" for measure in result.measures):
             pipeline.vae.to(memory_format=torch.channels_last)
@@ -131,6 +137,8 @@ def _to(dtype: torch.dtype) -> Callable[[UNet2DConditionModel], Any]:
 def _fuse(model: UNet2DConditionModel) -> None:
     if any(isinstance(processor, GriAttnProcessor) for processor in model.attn_processors.values()):
         raise AsdmError("not with global-regional attention")
+    if getattr(model, "peft_config", None):
+        raise AsdmError("not with a LoRA, whose share would be left out")
     model.fuse_qkv_projections()
 
 
@@ -139,13 +147,19 @@ def _threads(unet: UNet2DConditionModel, device: torch.device, rounds: int) -> l
     now = torch.get_num_threads()
     if device.type != "cpu" or now < 4:
         return []
-    times = {}
-    for count in (now, now // 2):
-        torch.set_num_threads(count)
-        times[count] = measure_interleaved({"call": unet_call(unet)}, rounds=rounds)["call"]
-    gain = speedup(times[now], times[now // 2])
+    call = unet_call(unet)
+    times = measure_interleaved({"now": _in_threads(now, call), "half": _in_threads(now // 2, call)}, rounds=rounds)
+    gain = speedup(times["now"], times["half"])
     torch.set_num_threads(now // 2 if gain >= WORTH_IT else now)
     return [Measure(f"{now // 2} threads", gain, 0.0, gain >= WORTH_IT)]
+
+
+def _in_threads(count: int, call: Callable[[], Any]) -> Callable[[], Any]:
+    def run() -> Any:
+        torch.set_num_threads(count)
+        return call()
+
+    return run
 
 
 def _prediction(unet: UNet2DConditionModel) -> torch.Tensor:

@@ -57,6 +57,11 @@ class SwitchedUNet2DConditionModel(UNet2DConditionModel):
         return self.unets[place](sample, timestep, *args, **kwargs)
 
     @property
+    def add_embedding(self) -> Any:
+        """SDXL's pipelines ask it for its width."""
+        return self.unets[-1].add_embedding
+
+    @property
     def megabytes(self) -> float:
         """Memory of the weights of all UNets; tensors that they share count once."""
         tensors = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in self.parameters()}
