@@ -76,10 +76,9 @@ def quality_table(figures: Evaluation) -> Table:
     title = f"Quality ({figures.steps} steps, guidance {figures.guidance_scale:g}, seed {figures.seed})"
     table = _table(title, ["model", "prompts"], ["images", *(short for _, _, short, _ in columns)])
     for judged in figures.quality:
-        cells = []
-        for key, _, _, kind in columns:
-            value = getattr(judged, key)
-            cells.append("-" if value is None else f"{100 * value:.1f}%" if kind == "percent" else f"{value:.3f}")
+        cells = [
+            _or_dash(getattr(judged, key), "{:.1%}" if kind == "percent" else "{:.3f}") for key, _, _, kind in columns
+        ]
         table.add_row(judged.name, judged.split.replace("_", "-"), str(judged.images), *cells)
     return _legible(table)
 
