@@ -33,7 +33,7 @@ from asdm.evaluation.contestants import outer_self_attentions
 from asdm.evaluation.latency import measure_interleaved, seconds_of, speedup, unet_call
 from asdm.evaluation.metrics import Judge, feature_distance
 from asdm.files import write_text
-from asdm.incubation.data import ShuffledBatches, open_data
+from asdm.incubation.data import ShuffledBatches
 from asdm.incubation.distillation import TrainingSet, make_task, prepare
 from asdm.incubation.optimizers import make_optimizer
 from asdm.incubation.recipes import CAPTION_SPLICE, SEMANTIC_WEIGHT, SEMANTICS, WEIGHTS, incubation_stages, pace
@@ -301,7 +301,7 @@ class _Judged:
 
     def __init__(self, pipeline: DiffusionPipeline, samples: int):
         self.judge, self.sets = Judge(), evaluation_sets("demo", None, samples, 0)
-        self.real = RealImages(self.judge, pipeline, open_data("demo", "all").examples, load_clip(pipeline))
+        self.real = RealImages.of("demo", self.sets, self.judge, pipeline, load_clip(pipeline))
         self.pipeline, self.samples = pipeline, samples
 
     def __call__(self, pipeline: DiffusionPipeline, seed: int) -> dict[str, float]:

@@ -171,6 +171,13 @@ def test_diagonal_regression_is_one_line_for_each_channel():
     assert left == pytest.approx(0, abs=1e-6)
 
 
+def test_units_are_tried_in_the_unets_own_precision(data_folder):
+    pipeline = tiny_pipeline().to(torch.bfloat16)
+    redundancy = analyze(pipeline, data=data_folder, timesteps=1, samples=2, latency_rounds=1)
+    assert redundancy.compensate == "linear" and all(0 <= unit.sensitivity < 10 for unit in redundancy.units)
+    assert {tensor.dtype for tensor in pipeline.unet.state_dict().values()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("kind", ["bias", "diagonal", "linear"])
 def test_a_unit_is_tried_with_the_map_that_a_plan_of_it_alone_would_get(pipeline, data_folder, kind):
     """In an ablation with compensations, each unit's error is that of a student which lacks it alone."""

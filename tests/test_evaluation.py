@@ -5,12 +5,14 @@ import re
 
 import pytest
 import torch
-from diffusers import LCMScheduler
+from diffusers import HeunDiscreteScheduler, LCMScheduler
 from PIL import Image
 
 from asdm import AsdmError, PruningPlan, build_student, compress, evaluate, load_pipeline, save_pipeline, with_unet
 from asdm.demo import images_folder
-from asdm.evaluation.comparison import evaluation_sets
+from asdm.evaluation import comparison
+from asdm.evaluation.comparison import RealImages, evaluation_sets
+from asdm.evaluation.latency import Latency
 from asdm.evaluation.metrics import Judge, feature_distance, kid, psnr, recognition, retrieval_at_1
 from asdm.evaluation.report import headline_of
 from asdm.incubation.data import load_pixels, open_data
@@ -101,6 +103,26 @@ def test_evaluation_compares_on_the_same_prompts_and_seeds(data_folder, tmp_path
     assert figures.speed_of("pruned").gmacs < figures.speed_of("teacher").gmacs
     with Image.open(tmp_path / "images" / "held_out" / "pruned" / "0000.png") as image:
         assert image.size == (16, 16)
+
+
+def test_of_unlabelled_images_those_are_read_that_are_compared(data_folder, monkeypatch):
+    sets = evaluation_sets(data_folder, None, 2, 0)
+    judge, pipeline = Judge(), tiny_pipeline()
+    whole = RealImages.of(data_folder, sets, judge, pipeline, None)
+    assert len(whole.examples) == sum(len(each.examples) for each in sets) == 3
+    monkeypatch.setattr(comparison, "_READ_TOGETHER", 2)
+    torch.testing.assert_close(RealImages.of(data_folder, sets, judge, pipeline, None).features, whole.features)
+
+
+def test_an_extrapolated_image_has_all_its_unet_calls(monkeypatch):
+    """A second-order scheduler makes 2n - 1 in n steps."""
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = HeunDiscreteScheduler.from_config(pipeline.scheduler.config)
+    times = iter([{"it": Latency(10.0, 10.0, 10.0, 3)}, {"it": Latency(100.0, 100.0, 100.0, 1)}])
+    monkeypatch.setattr(comparison, "measure_interleaved", lambda *_, **__: next(times))
+    monkeypatch.setattr(comparison, "_LONGEST_TIMED_PIPELINE_MS", 50)
+    (row,) = comparison.measure_speed({"it": pipeline}, steps=25, guidance_scale=7.5, rounds=3)
+    assert row.pipeline_extrapolated and row.pipeline.median_ms == 100 + 10 * (49 - 3)
 
 
 def test_few_step_pipelines_sample_as_they_were_made_to():

@@ -6,14 +6,20 @@ import shutil
 
 import pytest
 import torch
-from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline
+from diffusers import (
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+)
 from PIL import Image
 from safetensors.torch import save_file
 
-from asdm import AsdmError, PruningPlan, build_student, generate, load_pipeline, save_pipeline, with_unet
+from asdm import AsdmError, PruningPlan, Remove, build_student, generate, load_pipeline, save_pipeline, with_unet
 from asdm.conditioning import embed_prompts, encode_images, image_size
+from asdm.model_card import model_card
 from asdm.pipelines import MARKER, save_pipeline_into
-from conftest import tiny_pipeline, tiny_unet
+from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet
 
 
 @pytest.fixture
@@ -145,6 +151,61 @@ def test_a_unet_for_edits_is_refused_with_its_channels(tmp_path):
     pipeline.save_pretrained(tmp_path)
     with pytest.raises(AsdmError, match=r"takes 8 channels.*text-to-image or inpainting"):
         load_pipeline(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline])
+def test_pipelines_from_images_come_back_as_text_to_image(kind, tmp_path):
+    pipeline = tiny_pipeline()
+    kind(**pipeline.components, requires_safety_checker=False).save_pretrained(tmp_path)
+    loaded = load_pipeline(tmp_path)
+    assert type(loaded) is type(pipeline)
+    assert torch.equal(generate(loaded, ["octopus"], steps=2), generate(pipeline, ["octopus"], steps=2))
+
+
+def test_what_is_no_base_model_is_refused(tmp_path):
+    refiner = tiny_sdxl_pipeline()
+    parts = {**refiner.components, "text_encoder": None, "tokenizer": None}
+    StableDiffusionXLImg2ImgPipeline(**parts, requires_aesthetics_score=True).save_pretrained(tmp_path / "refiner")
+    with pytest.raises(AsdmError, match="no first text encoder, as SDXL's refiner"):
+        load_pipeline(tmp_path / "refiner")
+    tiny_pipeline().save_pretrained(tmp_path / "other")
+    index = json.loads((tmp_path / "other" / "model_index.json").read_text())
+    for name, message in (("Nowhere", "cannot be loaded"), ("DDPMPipeline", "a DDPMPipeline; use SD 1.x")):
+        kept = index if name == "Nowhere" else {key: index[key] for key in ("unet", "scheduler")}
+        (tmp_path / "other" / "model_index.json").write_text(json.dumps({**kept, "_class_name": name}))
+        with pytest.raises(AsdmError, match=message):
+            load_pipeline(tmp_path / "other")
+
+
+def test_weights_in_half_precision_alone_are_found(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "stock", variant="fp16")
+    plan = PruningPlan.for_unet(pipeline.unet, [Remove(unit="mid_block")])
+    student = with_unet(pipeline, build_student(pipeline.unet, plan))
+    student.save_pretrained(tmp_path / "student", variant="fp16")
+    for name, unet in (("stock", pipeline.unet), ("student", student.unet)):
+        assert torch.equal(predict(load_pipeline(tmp_path / name).unet), predict(unet))
+
+
+def test_a_folder_is_named_not_meant(pipeline, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for folder in (".", ".."):
+        with pytest.raises(AsdmError, match="name a folder in it"):
+            save_pipeline(pipeline, folder)
+
+
+def test_sizes_that_are_not_square(pipeline):
+    wide = with_unet(pipeline, tiny_unet(sample_size=[8, 12]))
+    assert generate(wide, ["octopus"], steps=2).shape == (1, 3, 16, 24)
+
+
+def test_a_card_names_hub_ids_as_base_models_and_nothing_else(pipeline, tmp_path, monkeypatch):
+    for folder in ("models/mine", "a/b/c"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert "base_model: owner/name" in model_card(pipeline, "x", "owner/name")
+    for teacher in ("models/mine", "models/", "./name", "/name", "a/b/c", "demo"):
+        assert "base_model" not in model_card(pipeline, "x", teacher), teacher
 
 
 def test_a_unet_for_inpainting_gets_a_pipeline_for_inpainting(tmp_path):

@@ -144,6 +144,24 @@ def test_a_student_can_be_pruned_again(unet):
     assert torch.equal(predict(twice), predict(student_of(unet, "mid_block", "down_blocks.0.resnets.1")))
 
 
+def test_what_is_gone_already_is_neither_removed_nor_inherited_again(unet):
+    branch, resnet = "down_blocks.0.attentions.0.transformer_blocks.0.attn1", "up_blocks.3.resnets.1"
+    edits = [{"edit": "remove", "unit": branch, "compensate": "linear"}, {"edit": "remove", "unit": resnet}]
+    once = build_student(unet, PruningPlan.for_unet(unet, edits))
+    assert not {branch, resnet} & {unit.name for unit in removable_units(once)}
+    bank = {"edit": "cond_conv", "unit": "up_blocks.3.resnets.2.conv2", "experts": [f"{resnet}.conv2"]}
+    with pytest.raises(AsdmError, match=r"its expert up_blocks\.3\.resnets\.1\.conv2 is gone"):
+        build_student(once, PruningPlan.for_unet(once, [bank]))
+
+
+def test_a_unet_with_a_lora_is_refused_until_it_is_unloaded(unet):
+    peft = pytest.importorskip("peft")
+    plan = PruningPlan.for_unet(unet, [{"edit": "remove", "unit": "mid_block"}])
+    unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(AsdmError, match="a LoRA is loaded"):
+        build_student(unet, plan)
+
+
 @pytest.mark.parametrize("fault", ["missing", "unexpected", "mismatched"])
 def test_loading_is_strict_and_names_the_tensor(unet, tmp_path, fault):
     student_of(unet, "mid_block").save_pretrained(tmp_path)
@@ -180,6 +198,14 @@ def test_the_stock_class_does_not_mistake_a_student_for_its_own(unet, tmp_path):
             [{"edit": "remove", "unit": name} for name in ("mid_block", "mid_block.attentions.0")],
             "lies inside mid_block",
         ),
+        (
+            [{"edit": "remove", "unit": name} for name in ("up_blocks.0.resnets.1", "down_blocks.3")],
+            r"up_blocks.0.resnets.1: goes with down_blocks.3",
+        ),
+        (
+            [{"edit": "remove", "unit": name} for name in ("down_blocks.3", "up_blocks.0.resnets.1")],
+            r"up_blocks.0.resnets.1: goes with down_blocks.3",
+        ),
     ],
 )
 def test_a_wrong_edit_is_one_clear_line(unet, edits, message):
@@ -210,7 +236,8 @@ def test_a_plan_survives_its_file_and_says_what_is_wrong_with_a_bad_one(unet, tm
     (tmp_path / "cut.json").write_text((tmp_path / "plan.json").read_text()[:40])
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "none.json").write_text("{}")
-    for name in ("cut", "list", "none", "absent"):
+    (tmp_path / "null.json").write_text(json.dumps(content | {"edits": None}))
+    for name in ("cut", "list", "none", "null", "absent"):
         with pytest.raises(AsdmError, match=f"{name}.json"):
             PruningPlan.load(tmp_path / f"{name}.json")
 

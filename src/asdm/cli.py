@@ -33,6 +33,7 @@ app = typer.Typer(
 )
 console = Console()
 errors = Console(stderr=True)
+SAVED_TOGETHER = 8  # images that `generate` draws before it saves them
 SECONDS_BETWEEN_LINES = 15  # of progress, where no bar can be drawn
 
 MODEL = (
@@ -489,22 +490,28 @@ def generate(
         raise AsdmError(f"{mask}: {hole.size} pixels; it must be of the size of {image}, {start.size}")
     pipeline = _load(model, device)
     inheriting = nullcontext() if inherit is None else asdm.inherit_features(pipeline, **_inheritance(inherit))
-    with inheriting, _progress() as report:
-        pixels = asdm.generate(
-            pipeline,
-            prompts,
-            steps=steps,
-            guidance_scale=guidance,
-            seed=seed,
-            image=None if start is None else cropped(start, image_size(pipeline)),
-            mask=None if hole is None else cropped(hole, image_size(pipeline)),
-            strength=strength,
-            progress=lambda done, total: report("images", done, total, ""),
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    for prompt, drawn in zip(prompts, to_images(pixels), strict=True):
-        path = _free_name(out, prompt)
-        drawn.save(path)
+    if out.is_file():
+        raise AsdmError(f"{out}: a file; name a folder")
+    paths: list[Path] = []
+    with inheriting, _progress(otherwise=f"images that were done are in {out}") as report:
+        for first in range(0, len(prompts), SAVED_TOGETHER):
+            some = prompts[first : first + SAVED_TOGETHER]
+            pixels = asdm.generate(
+                pipeline,
+                some,
+                steps=steps,
+                guidance_scale=guidance,
+                seed=seed + first,
+                image=None if start is None else cropped(start, image_size(pipeline)),
+                mask=None if hole is None else cropped(hole, image_size(pipeline)),
+                strength=strength,
+                progress=lambda done, _, first=first: report("images", first + done, len(prompts), ""),  # type: ignore[misc]
+            )
+            out.mkdir(parents=True, exist_ok=True)
+            for prompt, drawn in zip(some, to_images(pixels), strict=True):
+                paths.append(_free_name(out, prompt))
+                drawn.save(paths[-1])
+    for path in paths:
         console.print(str(path), highlight=False, soft_wrap=True)
 
 
@@ -642,9 +649,10 @@ def benchmark(
     models = models or ["demo"]
     results = out / "benchmark.json"
     made = Contest.load(results) if results.exists() else Contest()
-    limits = machine_limits(device or _fastest_device())
+    limits: dict[str, dict[str, float]] = {}
     for place in models:
         pipeline = with_dpm_solver(_load(place, device))
+        limits = limits or machine_limits(pipeline.device)
         seen = "demo" if data is None and place == "demo" else None if place.startswith("random:") else data
         taught: dict[str, Any] = preset_students(pipeline) if place.startswith("random:") else {}
         few_step: dict[str, Any] = {}
@@ -654,7 +662,7 @@ def benchmark(
         entries = contestants(steps, taught, few_step=few_step, data=seen)
         if only is not None:
             entries = [entry for entry in entries if entry.group == "original" or only in entry.name]
-        with _progress() as report:
+        with _progress(otherwise=f"models that were done before are in {results}") as report:
 
             def advanced(title: str, done: int, total: int, place: str = place) -> None:
                 report(f"{title}, {place}", done, total, "")
@@ -745,8 +753,9 @@ def _compress(model: str, out: Path, **settings: Any) -> None:
 
 
 @contextmanager
-def _progress(resumable: bool = False) -> Iterator[Any]:
-    """A bar for each title, with time left; yields `report(title, done, total, note)`."""
+def _progress(resumable: bool = False, otherwise: str = "nothing was written") -> Iterator[Any]:
+    """A bar for each title, with time left; yields `report(title, done, total, note)`. When it is interrupted, it says
+    how to go on, or `otherwise`."""
     bars: dict[str, Any] = {}
     columns = (
         TextColumn("{task.description}"),
@@ -771,7 +780,7 @@ def _progress(resumable: bool = False) -> Iterator[Any]:
 
             yield report
     except KeyboardInterrupt:
-        advice = "run the same command again to go on from here" if resumable else "nothing was written"
+        advice = "run the same command again to go on from here" if resumable else otherwise
         errors.print(f"interrupted; {advice}", highlight=False)
         raise typer.Exit(130) from None
 

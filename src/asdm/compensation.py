@@ -218,6 +218,8 @@ def compensating(unet: UNet2DConditionModel, edit: Remove, fitted: Map) -> Itera
         module = unet.get_submodule(edit.unit)
         if isinstance(module, RemovedResnet) and module.conv_shortcut is not None:
             module.conv_shortcut = deepcopy(module.conv_shortcut)  # the original's own, in which the map folds
+        like = next(unet.parameters())
+        module.to(like.device, like.dtype)
         _add_map(module, *fitted)
         yield
 
@@ -226,7 +228,6 @@ def _add_map(module: Any, weight: Tensor, bias: Tensor) -> None:
     holder = module if isinstance(module, RemovedResnet) else module.compensation
     assert isinstance(holder, RemovedResnet | Compensation)
     like = next(holder.parameters())
-    holder.to(like.device)
     holder.add_map(weight.to(like.device, like.dtype), bias.to(like.device, like.dtype))
 
 

@@ -102,6 +102,7 @@ def compress(
             f"recipe={recipe}: its students sample otherwise than the teacher they are compared with; compress "
             "by another recipe, then run asdm distill --recipe lcm on the result"
         )
+    model = str(model)
     is_random = model.startswith("random:")
     compensate = compensate or ("none" if is_random else "linear")
     repair = (0 if is_random or preset is not None else ROUNDS) if repair is None else repair

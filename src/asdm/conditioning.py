@@ -113,7 +113,8 @@ def masked_latents(pipeline: DiffusionPipeline, images: Tensor, generator: torch
 
     Every fourth mask covers the whole image, the others a rectangle of at least a quarter of each side.
     """
-    _, height, width = latent_shape(pipeline)
+    images = images.cpu()
+    height, width = (side // pipeline.vae_scale_factor for side in images.shape[2:])
     masks = torch.zeros(len(images), 1, height, width)
     for number, mask in enumerate(masks):
         if number % 4 == 3:
@@ -151,7 +152,7 @@ def decode_latents(pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
     """Images (batch, 3, height, width) in about [-1, 1] of `latents` (batch, 4, h, w)."""
     vae = pipeline.vae
     shift = getattr(vae.config, "shift_factor", None) or 0.0
-    return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor + shift).sample
+    return vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + shift).sample
 
 
 def noise_schedule(pipeline: DiffusionPipeline) -> DDPMScheduler:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from diffusers import DiffusionPipeline, LCMScheduler
 from PIL import Image
 from torch import Tensor
 
-from asdm.conditioning import image_size
+from asdm.conditioning import image_size, latent_shape
 from asdm.errors import AsdmError
 from asdm.pipelines import image_to_image, is_inpainting
 
@@ -50,11 +51,10 @@ def generate(
     if image is not None and not (0 < strength <= 1 and int(steps * strength) >= 1):
         raise AsdmError(
             f"strength={strength:g}: must be in (0, 1] and leave at least one of the {steps} steps; "
-            f"raise it to {1 / steps:.2f} or more"
+            f"raise it to {math.ceil(100 / steps) / 100:g} or more"
         )
     guidance = default_guidance(pipeline) if guidance_scale is None else guidance_scale
-    small = pipeline.unet.config.sample_size <= 32
-    batch_size = batch_size or (32 if small else 1)
+    batch_size = batch_size or (32 if _is_small(pipeline) else 1)
     target, extra = pipeline, nothing_to_keep(pipeline)
     if image is not None:
         target = pipeline if is_inpainting(pipeline) else image_to_image(pipeline, with_mask=mask is not None)
@@ -103,4 +103,8 @@ def default_guidance(pipeline: DiffusionPipeline) -> float:
     UNets that have it baked in."""
     if is_few_step(pipeline) and pipeline.unet.config.time_cond_proj_dim is None:
         return 1.0
-    return 3.0 if pipeline.unet.config.sample_size <= 32 else 7.5
+    return 3.0 if _is_small(pipeline) else 7.5
+
+
+def _is_small(pipeline: DiffusionPipeline) -> bool:
+    return max(latent_shape(pipeline)[1:]) <= 32

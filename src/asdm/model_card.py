@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from diffusers import DiffusionPipeline, LCMScheduler
 from huggingface_hub import ModelCardData
 
@@ -45,7 +47,7 @@ def model_card(pipeline: DiffusionPipeline, title: str, teacher: str | None = No
     """
     edits = edits_of(pipeline.unet)
     parameters = sum(p.numel() for p in pipeline.unet.parameters()) / 1e6
-    base = teacher if teacher is not None and teacher.count("/") == 1 and not teacher.startswith((".", "/")) else None
+    base = teacher if teacher is not None and _is_hub_id(teacher) else None
     metadata = ModelCardData(
         library_name="diffusers", pipeline_tag="text-to-image", base_model=base, tags=["asdm", "stable-diffusion"]
     )
@@ -61,3 +63,8 @@ def model_card(pipeline: DiffusionPipeline, title: str, teacher: str | None = No
         figures=f"## Figures\n\n{figures.strip()}\n\n" if figures else "",
         plan="\n".join(f"- {edit}" for edit in edits) or "No edits: the UNet is a stock one, as its config says.",
     )
+
+
+def _is_hub_id(model: str) -> bool:
+    owner, _, name = model.partition("/")
+    return bool(owner.strip(".~") and name) and "/" not in name and not Path(model).exists()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers import (
     DiffusionPipeline,
+    LatentConsistencyModelPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
@@ -33,7 +34,15 @@ from asdm.random_models import UNETS, random_pipeline
 from asdm.student.unet import AsdmUNet2DConditionModel
 
 PICKLE_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth")
+VARIANT = "fp16"  # of weights that many checkpoints have alone
 MARKER = "asdm.json"  # in a folder that this tool wrote: what it is, and that it may be replaced
+KINDS_FROM_IMAGES = (
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+)
+KINDS = (StableDiffusionPipeline, StableDiffusionXLPipeline, LatentConsistencyModelPipeline, *KINDS_FROM_IMAGES)
 MODEL_HELP = f"demo, a Hub id, a folder, a .safetensors file, or {' | '.join(f'random:{shape}' for shape in UNETS)}"
 
 
@@ -49,6 +58,9 @@ def load_pipeline(
         model: "demo" (the embedded default), a Hub id, a folder, a single `.safetensors` file, or "random:sd15" and so
             on (`UNETS`: randomly initialised, full size, for speed).
         device: where to put it; CPU by default.
+
+    One for image-to-image, or for inpainting with a UNet that is not made for it, comes back as text-to-image. Weights
+    that are there in the variant fp16 alone are taken.
 
     Raises:
         AsdmError: there is no such model, or it is damaged, a pickle, or not a Stable Diffusion pipeline.
@@ -68,10 +80,12 @@ def load_pipeline(
         raise AsdmError(f"{name}: no such folder or file; MODEL is {MODEL_HELP}")
     else:
         pipeline = _load_from_hub(name, dtype)
-    if not isinstance(getattr(pipeline, "unet", None), UNet2DConditionModel):
+    if not isinstance(pipeline, KINDS) or not isinstance(pipeline.unet, UNet2DConditionModel):
         raise AsdmError(
-            f"{name}: a {type(pipeline).__name__}, which has no UNet2DConditionModel; use SD 1.x, 2.x or SDXL"
+            f"{name}: a {type(pipeline).__name__}; use SD 1.x, 2.x or SDXL, for text-to-image or inpainting"
         )
+    if pipeline.text_encoder is None:
+        raise AsdmError(f"{name}: has no first text encoder, as SDXL's refiner; use a base model")
     channels = pipeline.unet.config.in_channels
     if channels != pipeline.vae.config.latent_channels and not is_inpainting(pipeline):
         raise AsdmError(
@@ -80,6 +94,8 @@ def load_pipeline(
         )
     if is_inpainting(pipeline) and "Inpaint" not in type(pipeline).__name__:
         pipeline = image_to_image(pipeline, with_mask=True)
+    elif isinstance(pipeline, KINDS_FROM_IMAGES) and not is_inpainting(pipeline):
+        pipeline = _text_to_image(pipeline)
     pipeline.register_to_config(_name_or_path=name)
     pipeline.set_progress_bar_config(disable=True)
     try:
@@ -129,6 +145,8 @@ def require_ours(folder: Path, kind: str) -> None:
     """
     if folder.is_file():
         raise AsdmError(f"{folder}: a file; name a folder that does not exist yet")
+    if folder.name in ("", ".."):  # it could not be replaced as a whole
+        raise AsdmError(f"{folder}: name a folder in it, not itself")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).is_file():
         raise AsdmError(
             f"{folder}: exists and was not written by asdm (it has no {MARKER}); name another folder or remove it"
@@ -160,6 +178,13 @@ def image_to_image(pipeline: DiffusionPipeline, with_mask: bool = False) -> Diff
     other = kind(**pipeline.components, **_extra_arguments(pipeline))
     other.set_progress_bar_config(disable=True)
     return other
+
+
+def _text_to_image(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    kind = StableDiffusionXLPipeline if is_sdxl(pipeline) else StableDiffusionPipeline
+    arguments = _extra_arguments(pipeline)
+    arguments.pop("requires_aesthetics_score", None)  # of the refiner's
+    return kind(**pipeline.components, **arguments)
 
 
 def with_unet(pipeline: DiffusionPipeline, unet: UNet2DConditionModel) -> DiffusionPipeline:
@@ -218,7 +243,10 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
 def _load_from_hub(name: str, dtype: torch.dtype) -> DiffusionPipeline:
     try:
         with quiet():
-            folder = DiffusionPipeline.download(name, use_safetensors=True)
+            try:
+                folder = DiffusionPipeline.download(name, use_safetensors=True)
+            except OSError:  # also where the weights are there in this variant alone
+                folder = DiffusionPipeline.download(name, use_safetensors=True, variant=VARIANT)
         return _from_pretrained(str(folder), dtype)
     except (OSError, ValueError) as error:
         if isinstance(error, AsdmError):
@@ -229,18 +257,25 @@ def _load_from_hub(name: str, dtype: torch.dtype) -> DiffusionPipeline:
 
 
 def _from_pretrained(name: str, dtype: torch.dtype) -> DiffusionPipeline:
+    how = {"dtype": dtype, "use_safetensors": True, "variant": _variant(Path(name) / "unet")}
     with quiet():
         try:
             if not _is_student(Path(name) / "unet" / "config.json"):
-                return DiffusionPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True)
+                return DiffusionPipeline.from_pretrained(name, **how)
             # By the class of this package: code that lies in a model's folder is never run.
-            unet = AsdmUNet2DConditionModel.from_pretrained(Path(name) / "unet", dtype=dtype, use_safetensors=True)
-            pipeline = DiffusionPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True, unet=None)
+            unet = AsdmUNet2DConditionModel.from_pretrained(Path(name) / "unet", **how)
+            pipeline = DiffusionPipeline.from_pretrained(name, **how, unet=None)
             return with_unet(pipeline, unet)
-        except (SafetensorError, RuntimeError, KeyError, OSError, ValueError) as error:
+        except (SafetensorError, RuntimeError, KeyError, OSError, ValueError, AttributeError, TypeError) as error:
             if isinstance(error, AsdmError) or (isinstance(error, OSError | ValueError) and not Path(name).is_dir()):
                 raise
             raise AsdmError(f"{name}: cannot be loaded: {_first_line(error)}") from error
+
+
+def _variant(folder: Path) -> str | None:
+    """None where there are plain weights."""
+    weights = [path.name for path in folder.glob("*.safetensors")]
+    return VARIANT if weights and all(f".{VARIANT}" in name for name in weights) else None
 
 
 def _is_student(config: Path) -> bool:

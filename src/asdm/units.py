@@ -135,7 +135,8 @@ def goes_with(name: str, removed: Collection[str]) -> bool:
 def is_branch(block: nn.Module, branch: str) -> bool:
     """Whether `branch` is there in a transformer block, and not removed already."""
     module = getattr(block, branch, None)
-    return isinstance(block, BasicTransformerBlock) and isinstance(module, nn.Module) and any(module.children())
+    removed = hasattr(module, "compensation") or not any(module.children()) if isinstance(module, nn.Module) else True
+    return isinstance(block, BasicTransformerBlock) and not removed
 
 
 def fingerprint(unet: UNet2DConditionModel) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import platform
 import random
@@ -31,6 +32,7 @@ from asdm.incubation.data import Example, can_be_decoded, load_pixels, open_data
 
 Progress = Callable[[str, int, int], None]
 _LONGEST_TIMED_PIPELINE_MS = 10_000
+_READ_TOGETHER = 64  # images, whose pixels are let go once they are judged
 
 
 class _Record(BaseModel):
@@ -187,8 +189,11 @@ def measure_speed(
         device=device,
     )
     for name, time in pipeline_times.items():
-        left = sampling[name]["steps"] - timed[name]["steps"]
-        pipeline_times[name] = _longer(time, left * unet_times[name].median_ms)
+        if timed[name] != sampling[name]:
+            calls_in = partial(_unet_calls, pipelines[name])
+            left = calls_in(sampling[name]["steps"]) - calls_in(timed[name]["steps"])
+            call = unet_times[name] if guidance_scale > 1 else _without_guidance(unets[name], device)
+            pipeline_times[name] = _longer(time, left * call.median_ms)
     rows = []
     for name, unet in unets.items():
         with counting_macs(unet) as count:
@@ -209,6 +214,17 @@ def measure_speed(
             )
         )
     return rows
+
+
+def _unet_calls(pipeline: DiffusionPipeline, steps: int) -> int:
+    """Second-order schedulers make two in a step."""
+    scheduler = copy.deepcopy(pipeline.scheduler)
+    scheduler.set_timesteps(steps)
+    return len(scheduler.timesteps)
+
+
+def _without_guidance(unet: Any, device: torch.device) -> Latency:
+    return measure_interleaved({"call": unet_call(unet, batch_size=1)}, rounds=3, warmup=1, device=device)["call"]
 
 
 def _sampling(pipeline: DiffusionPipeline, steps: int, guidance_scale: float) -> dict[str, Any]:
@@ -255,7 +271,7 @@ def _judge(
     first = next(iter(pipelines.values()))
     pool = None
     if data is not None and any(evaluation_set.examples for evaluation_set in sets):
-        pool = RealImages(judge, first, open_data(data, "all").examples, clip)
+        pool = RealImages.of(data, sets, judge, first, clip)
     rows = []
     for evaluation_set in sets:
         teacher_features: Tensor | None = None
@@ -273,7 +289,7 @@ def _judge(
                 progress=drawn,
             )
             if images_folder is not None:
-                save_images(images, images_folder / evaluation_set.split / folder_name(name))
+                save_images(images, Path(images_folder) / evaluation_set.split / folder_name(name))
             features = judge.features(images)
             teacher_features = features if teacher_features is None else teacher_features
             rows.append(
@@ -289,11 +305,32 @@ def _judge(
 
 
 class RealImages:
-    """All real images of the data, seen and held out: what generated ones are compared with."""
+    """Real images, seen and held out: what generated ones are compared with."""
+
+    @classmethod
+    def of(
+        cls,
+        data: str | Path,
+        sets: Sequence[EvaluationSet],
+        judge: Judge,
+        pipeline: DiffusionPipeline,
+        clip: CLIPModel | None,
+    ) -> RealImages:
+        """All of the data's where all are looked at: by their labels, or their captions; else those of the sets."""
+        examples = open_data(data, "all").examples
+        if clip is None and not _are_labelled(examples):
+            examples = [example for each in sets for example in each.examples]
+        return cls(judge, pipeline, examples, clip)
 
     def __init__(self, judge: Judge, pipeline: DiffusionPipeline, examples: list[Example], clip: CLIPModel | None):
-        self.examples, pixels = load_pixels(examples, image_size(pipeline), {})
-        self.features = judge.features(torch.stack(pixels))
+        self.examples: list[Example] = []
+        features = []
+        for start in range(0, len(examples), _READ_TOGETHER):
+            some, pixels = load_pixels(examples[start : start + _READ_TOGETHER], image_size(pipeline), {})
+            if some:
+                self.examples += some
+                features.append(judge.features(torch.stack(pixels)))
+        self.features = torch.cat(features)
         self.clip = clip
         if clip is not None:
             self.text_embeds = text_embeds(clip, pipeline, [example.caption for example in self.examples])
@@ -304,13 +341,17 @@ class RealImages:
         figures: dict[str, Any] = {}
         if len(images) > 1:
             figures["kid"], figures["kid_deviation"] = kid(features, self.features[rows])
-        if all(example.concept and example.style for example in self.examples):
+        if _are_labelled(self.examples):
             labels = [(str(example.concept), str(example.style)) for example in self.examples]
             found = recognition(features, [labels[row] for row in rows], self.features, labels)
             figures |= asdict(found)
         if self.clip is not None:
             figures["retrieval_at_1"] = retrieval_at_1(image_embeds(self.clip, images), self.text_embeds, rows)
         return figures
+
+
+def _are_labelled(examples: Sequence[Example]) -> bool:
+    return all(example.concept and example.style for example in examples)
 
 
 @torch.no_grad()

@@ -39,7 +39,6 @@ from asdm.evaluation.memory import peak_megabytes
 from asdm.evaluation.metrics import Judge, feature_distance
 from asdm.files import write_text
 from asdm.generation import default_guidance, generate, nothing_to_keep
-from asdm.incubation.data import open_data
 
 Progress = Callable[[str, int, int], None]
 LONGEST_TIMED_IMAGE = 10.0  # seconds; where an image takes longer, its parts are timed
@@ -425,8 +424,8 @@ def _judged(
     progress: Progress | None,
 ) -> dict[str, dict[str, Any]]:
     judge = Judge()
-    real = RealImages(judge, pipeline, open_data(data, "all").examples, None)
     sets = evaluation_sets(data, None, samples, seed)
+    real = RealImages.of(data, sets, judge, pipeline, None)
     originals: dict[str, Tensor] = {}
     figures: dict[str, dict[str, Any]] = {}
     for done, entry in enumerate(entries, start=1):

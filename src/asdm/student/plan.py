@@ -19,7 +19,7 @@ from asdm.student.cond_conv import CondConv2d
 from asdm.student.edits import Edit, GriAttention, Shorten, UnitEdit, parse_edits
 from asdm.student.stock import name_in_original, shortened
 from asdm.student.unet import AsdmUNet2DConditionModel, edits_of
-from asdm.units import conv_channels, fingerprint
+from asdm.units import conv_channels, fingerprint, goes_with, is_stage
 
 
 class PlanBase(BaseModel):
@@ -95,7 +95,9 @@ class PruningPlan(BaseModel):
             raise AsdmError(f"{path}: not a plan: {error}; make one with `asdm plan`") from None
         try:
             if isinstance(content, dict):
-                content = {**content, "edits": parse_edits(content.get("edits", []))}
+                if not isinstance(content.get("edits"), list):
+                    raise AsdmError(f"{path}: not a plan: edits is not a list; make one with `asdm plan`")
+                content = {**content, "edits": parse_edits(content["edits"])}
             return cls.model_validate(content)
         except ValidationError as error:
             first = error.errors()[0]
@@ -122,6 +124,10 @@ def empty_student(unet: UNet2DConditionModel, plan: PruningPlan) -> UNet2DCondit
         return shortened(unet, shorter)
     config = {key: value for key, value in unet.config.items() if key != "edits"}
     new = [edit.unit for edit in plan.edits if not isinstance(edit, Shorten)]
+    for name in new:
+        innermost = next((other for other in new if is_stage(other) and not is_stage(name)), None)
+        if innermost is not None and goes_with(name, [innermost]):
+            raise AsdmError(f"{name}: goes with {innermost}, which the plan removes; drop one of them")
     earlier = [edit for edit in edits_of(unet) if not _gives_way(edit, new)]
     config["edits"] = [edit.to_dict() for edit in [*earlier, *plan.edits]]
     with init_empty_weights():
@@ -130,7 +136,7 @@ def empty_student(unet: UNet2DConditionModel, plan: PruningPlan) -> UNet2DCondit
 
 def _gives_way(edit: UnitEdit, removed: list[str]) -> bool:
     """Whether an earlier edit is void once `removed` goes."""
-    inside = any(edit.unit.startswith(f"{unit}.") for unit in removed)
+    inside = any(edit.unit != unit and goes_with(edit.unit, [unit]) for unit in removed)
     return inside or (isinstance(edit, GriAttention) and edit.unit in removed)
 
 
@@ -141,8 +147,10 @@ def build_student(unet: UNet2DConditionModel, plan: PruningPlan) -> UNet2DCondit
     gives bit-identical outputs. The teacher is not changed; device, dtype and mode are the teacher's.
 
     Raises:
-        AsdmError: a plan for another architecture, or with an edit that this UNet does not allow.
+        AsdmError: a plan for another architecture, or with an edit that this UNet does not allow; or a LoRA is loaded.
     """
+    if any(".base_layer." in name for name in unet.state_dict()):
+        raise AsdmError("a LoRA is loaded; keep it with fuse_lora(), then unload_lora_weights()")
     student = empty_student(unet, plan)
     inherit_weights(student, unet)
     return student.train(unet.training)
@@ -150,7 +158,11 @@ def build_student(unet: UNet2DConditionModel, plan: PruningPlan) -> UNet2DCondit
 
 def inherit_weights(student: UNet2DConditionModel, teacher: UNet2DConditionModel) -> None:
     """Copy every tensor that the student has from the teacher's tensor of the same name; what the student has
-    of its own starts where it changes nothing."""
+    of its own starts where it changes nothing.
+
+    Raises:
+        AsdmError: an expert of a new bank is not in the teacher.
+    """
     source = teacher.state_dict()
     like = next(iter(source.values()))
     own: dict[str, Tensor] = {}
@@ -159,6 +171,9 @@ def inherit_weights(student: UNet2DConditionModel, teacher: UNet2DConditionModel
         if isinstance(module, Compensation | TimeCompensation):
             started = module.start()
         elif isinstance(module, CondConv2d) and f"{path}.expert_weight" not in source:
+            gone = next((expert for expert in module.sources if f"{expert}.weight" not in source), None)
+            if gone is not None:
+                raise AsdmError(f"{path}: its expert {gone} is gone from this UNet; plan a bank with its removal")
             started = module.start(source, conv_channels(teacher), path)
         own |= {f"{path}.{name}": tensor.to(like.device, like.dtype) for name, tensor in started.items()}
     inherited = {}
