@@ -62,8 +62,9 @@ class AsdmUNet2DConditionModel(UNet2DConditionModel):
         ]
     )
 
+    @wraps(UNet2DConditionModel.save_pretrained)  # by the signature, a pipeline knows that a variant can be saved
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As `ModelMixin.save_pretrained`, and beside the weights the module file that loads them without asdm."""
+        # Beside the weights, the module file that loads them without asdm.
         super().save_pretrained(save_directory, *args, **kwargs)
         (Path(save_directory) / f"{MODULE_NAME}.py").write_text(module_source(), "utf-8")
 
