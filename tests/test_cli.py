@@ -131,7 +131,7 @@ def test_compress_interrupted_says_how_to_go_on(run, model, monkeypatch, tmp_pat
 
     monkeypatch.setattr(compression, "make_plan", interrupted)
     command = ["compress", model, "--out", "made", "--params", 0.8, "--sampling-steps", 2]
-    command += ["--repair", 0, "--steps", 0, "--samples", 0]
+    command += ["--sensitivity", "taylor", "--repair", 0, "--steps", 0, "--samples", 0]
     status, _, error = run(*command)
     assert status == 130
     assert "run the same command again" in error

@@ -179,15 +179,16 @@ def test_compress_goes_on_where_it_was(model, data_folder, tmp_path, monkeypatch
     def killed(*_, **__):
         raise KeyboardInterrupt
 
+    settings = SETTINGS | {"sensitivity": "taylor"}
     monkeypatch.setattr(compression, "evaluate", killed)
     with pytest.raises(KeyboardInterrupt):
-        compress(model, tmp_path / "out", data=data_folder, **SETTINGS)
+        compress(model, tmp_path / "out", data=data_folder, **settings)
     plan = (tmp_path / "out" / "plan.json").read_bytes()
     monkeypatch.undo()
     monkeypatch.setattr(compression, "analyze", killed)
     monkeypatch.setattr(compression, "make_plan", killed)
     titles = set()
-    compress(model, tmp_path / "out", data=data_folder, progress=lambda title, *_: titles.add(title), **SETTINGS)
+    compress(model, tmp_path / "out", data=data_folder, progress=lambda title, *_: titles.add(title), **settings)
     assert (tmp_path / "out" / "plan.json").read_bytes() == plan
     assert "distil" not in titles
 
@@ -204,7 +205,7 @@ def test_compress_refuses_other_settings_and_missing_data_and_says_what_it_misse
         with pytest.raises(AsdmError, match=message):
             compress(model, tmp_path / "out", params=0.8, data="demo", recipe=str(recipe))
         assert not (tmp_path / "out").exists()
-    short = {"repair": 0, "steps": 0, "samples": 0, "sampling_steps": 2}
+    short = {"sensitivity": "taylor", "repair": 0, "steps": 0, "samples": 0, "sampling_steps": 2}
     made = compress(model, tmp_path / "out", params=0.8, **short)
     with pytest.raises(AsdmError, match=r"made with other settings \(budget\)"):
         compress(model, tmp_path / "out", params=0.7, **short)

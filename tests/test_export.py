@@ -44,9 +44,17 @@ def run(path, **inputs):
     return next(iter(compiled({name: value.numpy() for name, value in inputs.items()}).values()))
 
 
+@pytest.fixture(scope="module")
+def drawing(tmp_path_factory):
+    """A pipeline, and the graphs that it needs for drawing, at one and a half times its own size."""
+    pipeline, folder = tiny_pipeline(), tmp_path_factory.mktemp("graphs") / "out"
+    export(pipeline, folder, parts=["unet", "vae_decoder"], size=24)
+    return pipeline, folder
+
+
 def test_onnx_gives_the_same(pipeline, tmp_path):
     pytest.importorskip("onnxscript")
-    made = export(student_of(pipeline, *EDITS), tmp_path / "out", "onnx")
+    made = export(student_of(pipeline, *EDITS), tmp_path / "out", "onnx", parts=["unet", "text_encoder"])
     assert max(made.differences.values()) < 1e-4
     assert (tmp_path / "out" / "unet" / "model.onnx").is_file()
 
@@ -139,18 +147,18 @@ def test_two_graphs_in_8_bits_with_ranges_from_data(pipeline, data_folder, tmp_p
         assert any(op.get_type_name() == "FakeQuantize" for op in model.get_ops())
 
 
-def test_one_graph_inherits_nothing(pipeline, tmp_path):
-    export(pipeline, tmp_path / "out", parts=["unet", "vae_decoder"])
-    ready = with_openvino_graphs(pipeline, tmp_path / "out")
+def test_one_graph_inherits_nothing(drawing, tmp_path):
+    pipeline, folder = drawing
+    ready = with_openvino_graphs(pipeline, folder)
     with pytest.raises(AsdmError, match="one graph, in which nothing"), inherit_features(ready, every=2):
         pass
     with pytest.raises(AsdmError, match="inherit=1, to=onnx"):
         export(pipeline, tmp_path / "other", "onnx", inherit=1)
 
 
-def test_graphs_stand_in_only_for_what_they_can_do(pipeline, tmp_path):
-    export(pipeline, tmp_path / "out", parts=["unet", "vae_decoder"])
-    ready = with_openvino_graphs(pipeline, tmp_path / "out")
+def test_graphs_stand_in_only_for_what_they_can_do(drawing, tmp_path):
+    pipeline, folder = drawing
+    ready = with_openvino_graphs(pipeline, folder)
     assert ready.text_encoder is pipeline.text_encoder and pipeline.unet is not ready.unet
     inputs = unet_inputs(pipeline.unet, batch=1)
     with pytest.raises(AsdmError, match="down_block_additional_residuals: not part of the exported graph"):
@@ -159,16 +167,16 @@ def test_graphs_stand_in_only_for_what_they_can_do(pipeline, tmp_path):
         with_openvino_graphs(pipeline, tmp_path)
 
 
-def test_graphs_draw_from_images_in_half_precision_and_at_their_own_size(pipeline, tmp_path):
-    made = export(pipeline, tmp_path / "out", parts=["unet", "vae_decoder"], size=24)
-    ready = with_openvino_graphs(pipeline, made.folder)
+def test_graphs_draw_from_images_in_half_precision_and_at_their_own_size(drawing, tmp_path):
+    pipeline, folder = drawing
+    ready = with_openvino_graphs(pipeline, folder)
     assert generate(ready, ["octopus"], steps=2).shape == (1, 3, 24, 24)
     image = Image.new("RGB", (24, 24), "red")
     drawn = generate(ready, ["octopus"], steps=4, image=image, strength=0.5)
     expected = generate(pipeline, ["octopus"], steps=4, image=image, strength=0.5)
     assert (drawn - expected).abs().mean() < 0.05
     halved = tiny_pipeline().to(torch.bfloat16)
-    assert generate(with_openvino_graphs(halved, made.folder), ["octopus"], steps=2).isfinite().all()
+    assert generate(with_openvino_graphs(halved, folder), ["octopus"], steps=2).isfinite().all()
     # Between two steps of the schedule, as some schedulers ask.
     inputs = unet_inputs(pipeline.unet, batch=1, size=12)
     several = [ready.unet(**inputs | {"timestep": timestep}).sample for timestep in (10, torch.tensor(10.5), 11)]
@@ -191,17 +199,17 @@ def test_sdxl_and_inpainting_pipelines_draw_by_their_graphs(tmp_path):
         assert (drawn - expected).abs().mean() < 0.05
 
 
-def test_graphs_compute_in_the_faster_precision(pipeline, tmp_path, monkeypatch):
+def test_graphs_compute_in_the_faster_precision(drawing, monkeypatch):
     from asdm.inference import openvino_graphs
 
+    pipeline, folder = drawing
     own = openvino.Core().get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name()
-    export(pipeline, tmp_path / "out", parts=["unet", "vae_decoder"])
     for faster, expected in (("float32", "float32"), ("own", {"f32": "float32", "bf16": "bfloat16"}[own])):
         times = {name: Latency(1.0 if name == faster else 2.0, 1.0, 2.0, 1) for name in ("own", "float32")}
         monkeypatch.setattr(openvino_graphs, "measure_interleaved", lambda _, times=times: times)
         openvino_graphs._options.cache_clear()
-        ready = with_openvino_graphs(pipeline, tmp_path / "out")
-        ready.unet(**unet_inputs(pipeline.unet, batch=1))
+        ready = with_openvino_graphs(pipeline, folder)
+        ready.unet(**unet_inputs(pipeline.unet, batch=1, size=12))
         assert ready.unet.precision == expected
     openvino_graphs._options.cache_clear()
 

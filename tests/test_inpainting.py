@@ -39,8 +39,8 @@ def test_it_is_observed_on_images_with_masks(data_folder):
 
 def test_the_whole_job(data_folder, tmp_path):
     save_pipeline(tiny_inpainting_pipeline(), tmp_path / "model")
-    settings = {"params": 0.8, "repair": 0, "data": data_folder, "steps": 2, "samples": 2, "sampling_steps": 2}
-    made = compress(str(tmp_path / "model"), tmp_path / "out", **settings)
+    settings = {"params": 0.8, "sensitivity": "taylor", "repair": 0, "steps": 2, "samples": 2, "sampling_steps": 2}
+    made = compress(str(tmp_path / "model"), tmp_path / "out", data=data_folder, **settings)
     assert {row.name for row in made.evaluation.quality} == {"teacher", "pruned", "distilled"}
     student = load_pipeline(tmp_path / "out")
     assert type(student) is StableDiffusionInpaintPipeline
