@@ -149,6 +149,19 @@ def test_a_checkpoint_is_kept_once_a_loss_has_judged_it(tmp_path, fault):
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-0000005"]
 
 
+def test_a_checkpoint_that_was_not_judged_when_the_run_was_killed_is_judged_then(tmp_path):
+    def kill(row):
+        if row["step"] == 10:
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        train(Regression(), batch_at, SETTINGS, tmp_path, progress=kill)
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 2
+    with pytest.raises(AsdmError, match="penalty"):
+        train(Regression(fault_at=1), batch_at, SETTINGS, tmp_path)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-0000005"]
+
+
 def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path):
     class Rootless(Regression):
         def forward(self, batch, generator):

@@ -168,6 +168,7 @@ def train(
     step = state.load_newest(folder)
     log = _Log(folder / "log.jsonl", from_step=step) if writes else None
     watch = _Watch(folder, settings.steps)
+    watch.unjudged = writes and len(_checkpoints(folder)) > 1  # the run was killed before its next loss
     started = time.monotonic()
 
     model.train()
