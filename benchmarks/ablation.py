@@ -49,19 +49,22 @@ ROWS = RESULTS / "ablation.json"
 SETTLED = RESULTS / "ablation"  # plans, and what a step costs, which are the same for all runs, whenever they are made
 WORK = Path("runs/ablation")
 METHOD = ("normalised", "incubation", "cond-conv", "gri", "sas")  # each is put to BK-SDM's recipe by itself, too
-COMPONENTS = (*METHOD, "compensation", "muon", "splice")
-FAST_SPEEDUP = 2.0  # at which only BK-SDM's recipe and the full method are run
-MARGIN = 1.03  # for what banks, GRI and linear maps cost: the plan is that much faster than the target
+EXTRAS = ("compensation", "muon", "splice")
+COMPONENTS = (*METHOD, *EXTRAS)
+DEFAULT = ("normalised", *EXTRAS)  # what `compress` and `distill` do if nothing else is asked for
+FAST_SPEEDUP = 2.0  # at which the components are not looked at one by one
+MARGIN = 1.02  # for what banks, GRI and linear maps cost: the plan is that much faster than the target
 FIT = "fit of the compensation"
 LENGTH = 450  # steps of BK-SDM's recipe; the others take as many as cost the same
 REPAIR_ROUNDS = 4
-BANKS = 0.02  # of the teacher's parameters
+BANKS = 0.005  # of the teacher's parameters
+COLOURS = {"teacher": "black", "bk-sdm": "tab:red", "joint": "tab:green", "full": "tab:blue"}
 METRICS = ("concept_top1", "concept_top5", "style", "kid", "retrieval_at_1", "teacher_distance")
 
 
 def variants(target: float) -> dict[str, tuple[str, ...]]:
     """The components of each named recipe."""
-    found: dict[str, tuple[str, ...]] = {"bk-sdm": (), "full": COMPONENTS}
+    found: dict[str, tuple[str, ...]] = {"bk-sdm": (), "joint": DEFAULT, "full": COMPONENTS}
     if target < FAST_SPEEDUP:
         found |= {f"bk-sdm + {name}": (name,) for name in METHOD}
         found |= {f"full - {name}": tuple(c for c in COMPONENTS if c != name) for name in COMPONENTS}
@@ -166,7 +169,7 @@ def _plot(rows: list[dict[str, Any]]) -> Figure:
             if name == "teacher" and key == "teacher_distance_heldout":
                 continue
             mean, deviation = _mean_and_deviation(mine, key)
-            colour = {"teacher": "black", "bk-sdm": "tab:red", "full": "tab:blue"}.get(name, "tab:gray")
+            colour = COLOURS.get(name, "tab:gray")
             axes.errorbar(mean, place, xerr=deviation, fmt="o", color=colour, capsize=3)
         axes.set_title(f"{title}, held out", fontsize=10)
         axes.set_yticks(range(len(by_name)), list(by_name))
