@@ -492,6 +492,10 @@ def generate(
     inheriting = nullcontext() if inherit is None else asdm.inherit_features(pipeline, **_inheritance(inherit))
     if out.is_file():
         raise AsdmError(f"{out}: a file; name a folder")
+    if start is not None:
+        start = cropped(start, image_size(pipeline))
+    if hole is not None:
+        hole = cropped(hole, image_size(pipeline))
     paths: list[Path] = []
     with inheriting, _progress(otherwise=f"images that were done are in {out}") as report:
         for first in range(0, len(prompts), SAVED_TOGETHER):
@@ -502,8 +506,8 @@ def generate(
                 steps=steps,
                 guidance_scale=guidance,
                 seed=seed + first,
-                image=None if start is None else cropped(start, image_size(pipeline)),
-                mask=None if hole is None else cropped(hole, image_size(pipeline)),
+                image=start,
+                mask=hole,
                 strength=strength,
                 progress=lambda done, _, first=first: report("images", first + done, len(prompts), ""),  # type: ignore[misc]
             )

@@ -151,19 +151,21 @@ def require_ours(folder: Path, kind: str) -> None:
         raise AsdmError(
             f"{folder}: exists and was not written by asdm (it has no {MARKER}); name another folder or remove it"
         )
-    found = _kind_of(folder / MARKER)
-    if found not in (None, kind):
+    found = read_marker(folder).get("kind", kind)
+    if found != kind:
         raise AsdmError(
             f"{folder}: holds what asdm calls {found}, and would be replaced by {kind}; name another folder or remove "
             "it"
         )
 
 
-def _kind_of(marker: Path) -> str | None:
+def read_marker(folder: Path) -> dict[str, Any]:
+    """What a folder's `MARKER` says of it; nothing where there is none, or a damaged one."""
     try:
-        return json.loads(marker.read_text("utf-8")).get("kind")
-    except (OSError, ValueError, AttributeError):
-        return None
+        about = json.loads((folder / MARKER).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return about if isinstance(about, dict) else {}
 
 
 def image_to_image(pipeline: DiffusionPipeline, with_mask: bool = False) -> DiffusionPipeline:

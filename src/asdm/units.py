@@ -135,8 +135,15 @@ def goes_with(name: str, removed: Collection[str]) -> bool:
 def is_branch(block: nn.Module, branch: str) -> bool:
     """Whether `branch` is there in a transformer block, and not removed already."""
     module = getattr(block, branch, None)
-    removed = hasattr(module, "compensation") or not any(module.children()) if isinstance(module, nn.Module) else True
-    return isinstance(block, BasicTransformerBlock) and not removed
+    if not isinstance(block, BasicTransformerBlock) or not isinstance(module, nn.Module):
+        return False
+    return any(module.children()) and not hasattr(module, "compensation")
+
+
+def unlike(unet: UNet2DConditionModel, other: UNet2DConditionModel) -> str | None:
+    """By which field of their configs two UNets read or write other things; None where one can stand for the other."""
+    fields = ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type")
+    return next((field for field in fields if unet.config[field] != other.config[field]), None)
 
 
 def fingerprint(unet: UNet2DConditionModel) -> str:

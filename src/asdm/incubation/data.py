@@ -89,6 +89,7 @@ class Source(Protocol):
 
     identity: str  # what tells this source from another one
     remote: bool  # whether reading it means loading it
+    split: Split  # which examples it gives
 
     def __len__(self) -> int:
         """How many pieces there are."""
@@ -128,7 +129,7 @@ def open_data(source: str | Path, split: Split = "train") -> Data:
     """
     found = open_source(source, split)
     if found.remote:
-        found = open_source(source, "all")
+        found.split = "all"  # and what is read is bounded, not what is found in it
     examples, skipped = [], {}
     rows = (row for piece in range(len(found)) for row in found.read(piece))
     for row in rows if isinstance(found, FolderSource) else islice(rows, AT_HAND):
@@ -184,6 +185,7 @@ class FolderSource:
         metadata = folder / "metadata.jsonl"
         rows = _from_metadata(metadata) if metadata.is_file() else _from_text_files(folder)
         self.rows = [row for row in rows if isinstance(row, Unusable) or _in_split(row, split)]
+        self.split = split
         self.identity = _digest([row.name, _size_of(row), getattr(row, "caption", None)] for row in self.rows)
 
     def __len__(self) -> int:
@@ -201,6 +203,7 @@ class CaptionSource:
     remote = False
 
     def __init__(self, name: str, captions: list[str], split: Split):
+        self.split = split
         captions = [] if split == "held_out" else [" ".join(caption.split()) for caption in captions]
         self.rows = [Example(f"{name}:{n}", caption) for n, caption in enumerate(captions, 1) if caption]
         self.identity = _digest([row.caption] for row in self.rows)

@@ -42,8 +42,8 @@ from asdm.inference.runtime import prepare_for_training
 from asdm.replay import outputs_of, tensor_of
 from asdm.student.stock import name_in_original
 from asdm.units import stages as unet_blocks
+from asdm.units import unlike
 
-SHARED = ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type")  # by teacher and student
 # What may change between two sittings of a stage: it makes a run possible on another machine, or a lost one sound.
 CHANGEABLE = {"learning_rate", "warmup_steps", "checkpoint_every", "accumulation", "checkpointing", "mixed_precision"}
 
@@ -283,13 +283,12 @@ def _asks_for_output(stage: Stage) -> bool:
 
 
 def _require_fit(teacher: UNet2DConditionModel, student: UNet2DConditionModel) -> None:
-    for name in SHARED:
-        theirs, mine = teacher.config[name], student.config[name]
-        if theirs != mine:
-            raise AsdmError(
-                f"the student's {name} is {mine}, the teacher's {theirs}: it was not pruned from such a model; "
-                "name the teacher that it was pruned from"
-            )
+    name = unlike(teacher, student)
+    if name is not None:
+        raise AsdmError(
+            f"the student's {name} is {student.config[name]}, the teacher's {teacher.config[name]}: it was not pruned "
+            "from such a model; name the teacher that it was pruned from"
+        )
 
 
 def _claim(

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from asdm.files import replacing_file, write_text
 from asdm.generation import default_guidance, nothing_to_keep
 from asdm.incubation.data import PIECE, PREPARED, Example, Source, Unread, Unusable, load_pixels, open_source, unusable
 from asdm.incubation.trainer import LONGEST_WAIT
-from asdm.pipelines import MARKER, is_inpainting, require_ours
+from asdm.pipelines import MARKER, is_inpainting, read_marker, require_ours
 
 Progress = Callable[[int, int], None]
 
@@ -167,9 +167,12 @@ def _finish(folder: Path, data: str | Path, pieces: int, made_by: str) -> None:
             f"{data}: {len(absent)} of {pieces} shards did not come ({reason}); run again to go on with those, or "
             "leave them out: asdm prepare-data --skip-unread"
         )
-    about = [json.loads(_beside(folder, number).read_text("utf-8")) for number in range(pieces)]
-    if not any(piece["places"] for piece in about):
-        raise unusable(data, {name: reason for piece in about for name, reason in piece["skipped"].items()})
+
+    def about() -> Iterator[dict[str, Any]]:
+        return (json.loads(_beside(folder, number).read_text("utf-8")) for number in range(pieces))
+
+    if not any(piece["places"] for piece in about()):
+        raise unusable(data, {name: reason for piece in about() for name, reason in piece["skipped"].items()})
     write_text(folder / PREPARED, json.dumps({"pieces": pieces, "made_by": made_by}) + "\n")
 
 
@@ -265,7 +268,7 @@ def _require_usable(source: Source, data: str | Path) -> None:
 
 
 def _require_same(folder: Path, data: str | Path, source: Source, made_by: str) -> None:
-    about = json.loads((folder / MARKER).read_text("utf-8"))
+    about = read_marker(folder)
     if about.get("source") != _identity(source):
         raise AsdmError(f"{folder}: prepared from other data than {data}; use another output folder")
     if about.get("made_by") != made_by:

@@ -255,21 +255,21 @@ def make_accelerator(
 
 def checkpoint_step(folder: Path) -> int:
     """The step of the newest checkpoint in `folder`, 0 where there is none."""
-    return max(map(_step_of, _checkpoints(folder)), default=0)
+    return max((int(path.name.split("-")[1]) for path in _checkpoints(folder)), default=0)
 
 
 def _checkpoints(folder: Path) -> list[Path]:
     return list(folder.glob("checkpoint-*[0-9]"))
 
 
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.split("-")[1])
+def _checkpoint(folder: Path, step: int) -> Path:
+    return folder / f"checkpoint-{step:07d}"
 
 
 def _keep_newest(folder: Path) -> None:
-    newest = checkpoint_step(folder)
+    newest = _checkpoint(folder, checkpoint_step(folder))
     for checkpoint in _checkpoints(folder):
-        if _step_of(checkpoint) != newest:
+        if checkpoint != newest:
             shutil.rmtree(checkpoint)
 
 
@@ -282,7 +282,7 @@ def load_ema_weights(folder: Path, weights: dict[str, nn.Parameter]) -> int:
     step = checkpoint_step(folder)
     if step == 0:
         raise AsdmError(f"{folder}: no checkpoint; run that stage first")
-    path = folder / f"checkpoint-{step:07d}"
+    path = _checkpoint(folder, step)
     averaged = load_file(path / ("ema.safetensors" if (path / "ema.safetensors").is_file() else "weights.safetensors"))
     for name, parameter in weights.items():
         parameter.data.copy_(averaged[name])
@@ -308,7 +308,7 @@ class _TrainingState:
         if self.ema is not None:
             averaged = dict(zip(self.weights, self.ema.shadow_params, strict=True))
             files["ema"] = self._gathered(averaged, writes)
-        target = folder / f"checkpoint-{step:07d}"
+        target = _checkpoint(folder, step)
         if not writes or target.exists():
             return
         with replacing_folder(target) as partial:
@@ -342,7 +342,7 @@ class _TrainingState:
         step = checkpoint_step(folder)
         if step == 0:
             return 0
-        path = folder / f"checkpoint-{step:07d}"
+        path = _checkpoint(folder, step)
         weights = load_file(path / "weights.safetensors")
         if weights.keys() != self.weights.keys():
             raise AsdmError(f"{path}: a checkpoint of another model; use another output folder")
@@ -476,7 +476,7 @@ class _Watch:
 
     def _stop(self, what: str, step: int) -> None:
         if self.unjudged:
-            shutil.rmtree(max(_checkpoints(self.folder), key=_step_of))
+            shutil.rmtree(_checkpoint(self.folder, checkpoint_step(self.folder)))
         raise AsdmError(
             f"{what} at step {step + 1}; the last good checkpoint in {self.folder} is kept: lower the learning rate "
             "and run again"

@@ -23,7 +23,7 @@ from asdm.errors import AsdmError, needs_extra
 from asdm.evaluation.latency import measure_interleaved
 from asdm.inference.export import FILES
 from asdm.inference.feature_inheritance import Cut, Granularity
-from asdm.pipelines import MARKER, with_unet
+from asdm.pipelines import read_marker, with_unet
 
 
 def with_openvino_graphs(pipeline: DiffusionPipeline, folder: str | Path) -> DiffusionPipeline:
@@ -37,8 +37,7 @@ def with_openvino_graphs(pipeline: DiffusionPipeline, folder: str | Path) -> Dif
         AsdmError: OpenVINO is not installed, or the folder holds no such graphs.
     """
     folder = Path(folder)
-    marker = folder / MARKER
-    about = json.loads(marker.read_text("utf-8")) if marker.is_file() else {}
+    about = read_marker(folder)
     if about.get("format") != "openvino":
         raise AsdmError(f"{folder}: holds no OpenVINO graphs; write them with `asdm export MODEL --to openvino`")
     other = with_unet(pipeline, OpenVinoUNet(folder, about))  # type: ignore[arg-type]

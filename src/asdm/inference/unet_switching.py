@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from asdm.errors import AsdmError
 from asdm.evaluation.latency import measure_interleaved, unet_call
 from asdm.pipelines import with_unet
+from asdm.units import unlike
 
 
 class SwitchedUNet2DConditionModel(UNet2DConditionModel):
@@ -36,11 +37,13 @@ class SwitchedUNet2DConditionModel(UNet2DConditionModel):
                 f"below={list(below)}: for {len(unets)} UNets give {len(unets) - 1} falling parts of the schedule "
                 "between 1 and 0"
             )
-        first = unets[0].config
+        first = unets[0]
         for unet in unets[1:]:
-            for name in ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type"):
-                if unet.config[name] != first[name]:
-                    raise AsdmError(f"{name}: {first[name]} and {unet.config[name]}; switch between UNets of one kind")
+            name = unlike(first, unet)
+            if name is not None:
+                raise AsdmError(
+                    f"{name}: {first.config[name]} and {unet.config[name]}; switch between UNets of one kind"
+                )
         config = {name: value for name, value in unets[-1].config.items() if name != "edits" and name[0] != "_"}
         with torch.device("meta"):
             super().__init__(**config)

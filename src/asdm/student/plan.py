@@ -124,9 +124,9 @@ def empty_student(unet: UNet2DConditionModel, plan: PruningPlan) -> UNet2DCondit
         return shortened(unet, shorter)
     config = {key: value for key, value in unet.config.items() if key != "edits"}
     new = [edit.unit for edit in plan.edits if not isinstance(edit, Shorten)]
+    innermost = next(filter(is_stage, new), None)
     for name in new:
-        innermost = next((other for other in new if is_stage(other) and not is_stage(name)), None)
-        if innermost is not None and goes_with(name, [innermost]):
+        if innermost is not None and not is_stage(name) and goes_with(name, [innermost]):
             raise AsdmError(f"{name}: goes with {innermost}, which the plan removes; drop one of them")
     earlier = [edit for edit in edits_of(unet) if not _gives_way(edit, new)]
     config["edits"] = [edit.to_dict() for edit in [*earlier, *plan.edits]]
