@@ -14,6 +14,8 @@ import asdm.incubation.data as data_module
 from asdm import AsdmError, evaluate
 from asdm.calibration import calibration_calls
 from asdm.conditioning import embed_prompts, encode_images
+from asdm.evaluation.comparison import RealImages, evaluation_sets
+from asdm.evaluation.metrics import Judge
 from asdm.incubation.data import open_data
 from asdm.incubation.prepared import PreparedData, prepare_data
 from conftest import tiny_pipeline
@@ -214,3 +216,26 @@ def test_what_another_model_prepared_is_refused(pipeline, shards, tmp_path):
     with pytest.raises(AsdmError, match="was not written by asdm"):
         prepare_data(pipeline, shards, tmp_path / "mine")
     assert json.loads((tmp_path / "prepared" / "asdm.json").read_text())["kind"] == "prepared"
+
+
+def test_labelled_shards_are_judged_wherever_their_samples_lie(tmp_path, monkeypatch):
+    """Held-out samples behind those that are looked at of all, and keys that two shards share."""
+    for shard in range(3):
+        about = {"concept": f"house {shard}", "style": "flat", "held_out": shard == 2}
+        samples = {
+            f"{number:04d}": {
+                "png": png(2 * shard + number), "txt": f"house {shard} {number}".encode(),
+                "json": json.dumps(about).encode(),
+            }
+            for number in range(2)
+        }  # fmt: skip
+        write_shard(tmp_path / f"{shard}.tar", samples)
+    monkeypatch.setattr(data_module, "AT_HAND", 4)
+    sets = evaluation_sets(tmp_path, None, 4, 0)
+    assert [len(each.examples) for each in sets] == [4, 2]
+    pipeline, judge = tiny_pipeline(), Judge()
+    real = RealImages.of(tmp_path, sets, judge, pipeline, None)
+    assert len(real.examples) == 6
+    for each in sets:
+        images = torch.stack([example.pixels(16) for example in each.examples])
+        assert real.figures(images, judge.features(images), each.examples)["concept_top1"] == 1.0

@@ -316,11 +316,13 @@ class RealImages:
         pipeline: DiffusionPipeline,
         clip: CLIPModel | None,
     ) -> RealImages:
-        """All of the data's where all are looked at: by their labels, or their captions; else those of the sets."""
-        examples = open_data(data, "all").examples
-        if clip is None and not _are_labelled(examples):
-            examples = [example for each in sets for example in each.examples]
-        return cls(judge, pipeline, examples, clip)
+        """Those of the sets; before them all others at hand where those are looked at, by label or by caption."""
+        compared = [example for each in sets for example in each.examples]
+        others = open_data(data, "all").examples
+        if clip is None and not _are_labelled(others):
+            others = []
+        among = set(compared)
+        return cls(judge, pipeline, [*(example for example in others if example not in among), *compared], clip)
 
     def __init__(self, judge: Judge, pipeline: DiffusionPipeline, examples: list[Example], clip: CLIPModel | None):
         self.examples: list[Example] = []
@@ -336,8 +338,8 @@ class RealImages:
             self.text_embeds = text_embeds(clip, pipeline, [example.caption for example in self.examples])
 
     def figures(self, images: Tensor, features: Tensor, examples: list[Example]) -> dict[str, Any]:
-        row_of = {example.name: row for row, example in enumerate(self.examples)}
-        rows = [row_of[example.name] for example in examples]
+        row_of = {example: row for row, example in enumerate(self.examples)}
+        rows = [row_of[example] for example in examples]
         figures: dict[str, Any] = {}
         if len(images) > 1:
             figures["kid"], figures["kid_deviation"] = kid(features, self.features[rows])
