@@ -17,7 +17,7 @@ from torch import nn
 
 from asdm import AsdmError, PruningPlan, Stage, build_student, distill
 from asdm.conditioning import noise_schedule
-from asdm.evaluation.latency import unet_call
+from asdm.evaluation.latency import Latency, unet_call
 from asdm.evaluation.macs import counting_macs
 from asdm.evaluation.memory import peak_megabytes
 from asdm.incubation.data import ShuffledBatches
@@ -26,7 +26,16 @@ from asdm.incubation.estimate import estimate
 from asdm.incubation.losses import feature_losses, output_loss, relative_error
 from asdm.incubation.optimizers import make_optimizer
 from asdm.incubation.stages import LossWeights, parse_stages
-from asdm.incubation.trainer import LoopSettings, TrainingTask, _TrainingState, checkpoint_step, read_log, train
+from asdm.incubation.trainer import (
+    LoopSettings,
+    TrainingTask,
+    _TrainingState,
+    checkpoint_step,
+    make_accelerator,
+    read_log,
+    train,
+)
+from asdm.inference import runtime
 from asdm.replay import outputs_of, tensor_of
 from asdm.units import removable_units
 from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline, unet_inputs
@@ -497,3 +506,23 @@ def test_processes_share_the_batch_and_where_asked_the_weights():
     assert two.memory["moments"] == one.memory["moments"] == 2 * sharing.memory["moments"]
     assert two.memory["gradients"] == 2 * one.memory["gradients"]  # with the buckets that are exchanged
     assert sharing.memory["teacher"] == one.memory["teacher"] and sharing.memory["gathered"] > 0
+
+
+@pytest.mark.parametrize(("in_bfloat16", "expected"), [(1.0, "bf16"), (3.0, "no")])
+def test_cpus_train_in_bfloat16_where_that_is_faster(monkeypatch, in_bfloat16, expected):
+    """Instructions for it do not tell: there are CPUs that are slower with them."""
+
+    def times(calls, **_):
+        for call in calls.values():
+            call()
+        return {name: Latency(ms, ms, ms, 1) for name, ms in zip(calls, (2.0, in_bfloat16), strict=True)}
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(runtime, "measure_interleaved", times)
+    runtime._bfloat16_trains_faster.cache_clear()
+    try:
+        assert make_accelerator("cpu", "auto").mixed_precision == expected
+    finally:
+        runtime._bfloat16_trains_faster.cache_clear()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert make_accelerator("cpu", "auto").mixed_precision == "no"

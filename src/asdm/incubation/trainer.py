@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -230,16 +230,17 @@ def train(
 def make_accelerator(
     device: torch.device | str, mixed_precision: str = "no", *, some_unused: bool = False
 ) -> Accelerator:
-    """An Accelerator of its own precision ("auto": the fastest of the device): Accelerate keeps one for the
-    whole process until it is reset.
+    """An Accelerator of its own precision ("auto": the fastest of the device, for all processes as the first finds
+    it): Accelerate keeps one for the whole process until it is reset.
 
     Args:
         device: with an index, the one that is used.
         some_unused: parts of what is trained have no share in the loss.
     """
-    if mixed_precision == "auto":
-        mixed_precision = fastest_precision(device)
     device = torch.device(device)
+    if mixed_precision == "auto":
+        found = [fastest_precision(device) if make_accelerator(device).is_main_process else None]
+        mixed_precision = broadcast_object_list(found)[0]
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # Accelerate takes the current one
     AcceleratorState._reset_state(reset_partial_state=True)
