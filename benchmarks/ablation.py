@@ -38,6 +38,7 @@ from asdm.incubation.distillation import TrainingSet, make_task, prepare
 from asdm.incubation.optimizers import make_optimizer
 from asdm.incubation.recipes import CAPTION_SPLICE, SEMANTIC_WEIGHT, SEMANTICS, WEIGHTS, incubation_stages, pace
 from asdm.incubation.stages import LossWeights, Stage
+from asdm.incubation.trainer import make_accelerator
 from asdm.inference.runtime import prepare_for_training
 from asdm.pipelines import load_clip
 from asdm.redundancy import RedundancyMap
@@ -57,6 +58,7 @@ MARGIN = 1.02  # for what banks, GRI and linear maps cost: the plan is that much
 FIT = "fit of the compensation"
 LENGTH = 450  # steps of BK-SDM's recipe; the others take as many as cost the same
 REPAIR_ROUNDS = 4
+COST_ROUNDS = 8
 BANKS = 0.005  # of the teacher's parameters
 COLOURS = {"teacher": "black", "bk-sdm": "tab:red", "joint": "tab:green", "full": "tab:blue"}
 METRICS = ("concept_top1", "concept_top5", "style", "kid", "retrieval_at_1", "teacher_distance")
@@ -250,19 +252,24 @@ def _costs(pipeline: DiffusionPipeline, examples: TrainingSet, plan: PruningPlan
     if path.is_file():
         return json.loads(path.read_text("utf-8"))
     calls: dict[str, Callable[[], Any]] = {}
-    shares: dict[str, list[tuple[str, float]]] = {}
+    shares: dict[str, dict[str, float]] = {}
     for name, components in variants(target).items():
         student = build_student(pipeline.unet, _with_components(pipeline.unet, plan, components))
         stages = _stages(student, components, 1000)
+        shares[name] = {}
         for scope in dict.fromkeys(stage.scope for stage in stages):
             of_scope = [stage for stage in stages if stage.scope == scope]
-            call, last = f"{name}, {scope}", of_scope[-1]
-            period = last.semantics.every if scope == "joint" and last.losses.semantic else 1
-            calls[call] = _steps_of(pipeline, student, examples, last, period)
-            shares.setdefault(name, []).append((call, sum(stage.steps for stage in of_scope) / 1000 / period))
-    times = measure_interleaved(calls, rounds=3, warmup=1)
+            share = sum(stage.steps for stage in of_scope) / 1000
+            weight = of_scope[-1].losses.semantic if scope == "joint" else 0.0
+            looks = 1 / SEMANTICS.every
+            for semantic, part in ({0.0: 1 - looks, weight: looks} if weight else {0.0: 1.0}).items():
+                losses = of_scope[-1].losses.model_copy(update={"semantic": semantic})
+                call = f"{name}, {scope}, {semantic:g}"
+                calls[call] = _step_of(pipeline, student, examples, of_scope[-1].model_copy(update={"losses": losses}))
+                shares[name][call] = share * part
+    times = measure_interleaved(calls, rounds=COST_ROUNDS, warmup=1)
     found = {
-        name: round(sum(times[call].median_ms / 1000 * share for call, share in parts), 4)
+        name: round(sum(times[call].median_ms / 1000 * share for call, share in parts.items()), 4)
         for name, parts in shares.items()
     }
     student = build_student(pipeline.unet, _with_components(pipeline.unet, plan, COMPONENTS))
@@ -277,26 +284,26 @@ def _length(name: str, components: tuple[str, ...], costs: dict[str, float]) -> 
     return round(seconds / costs[name])
 
 
-def _steps_of(
-    pipeline: DiffusionPipeline, student: UNet2DConditionModel, examples: TrainingSet, stage: Stage, count: int
+def _step_of(
+    pipeline: DiffusionPipeline, student: UNet2DConditionModel, examples: TrainingSet, stage: Stage
 ) -> Callable[[], None]:
-    """So many training steps of the stage: forward, backward, optimiser."""
+    """A training step of the stage: forward, backward, optimiser."""
     task = make_task(pipeline, student, noise_schedule(pipeline), examples, stage)
     wanted = set(task.trained())
-    order = ShuffledBatches(len(examples), stage.batch_size, 0)
+    indices = ShuffledBatches(len(examples), stage.batch_size, 0)(0)
+    accelerator = make_accelerator(pipeline.device, stage.mixed_precision)
 
-    def steps() -> None:
+    def step() -> None:
         for name, parameter in task.named_parameters():
             parameter.requires_grad_(name in wanted)
-        weights = task.trained()
-        optimizer = make_optimizer(weights, stage.optimizer, 1e-9, (0.9, 0.99), 0.0, {})
-        for number in range(count):
-            with torch.enable_grad():
-                task((order(number), number), torch.Generator().manual_seed(0))["loss"].backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        optimizer = make_optimizer(task.trained(), stage.optimizer, 1e-9, (0.9, 0.99), 0.0, {})
+        with torch.enable_grad(), accelerator.autocast():
+            loss = task((indices, 0), torch.Generator().manual_seed(0))["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
-    return steps
+    return step
 
 
 class _Judged:
