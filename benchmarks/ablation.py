@@ -231,6 +231,7 @@ def _stages(student: UNet2DConditionModel, components: tuple[str, ...], steps: i
     weights = WEIGHTS if "normalised" in components else LossWeights()
     changes: dict[str, Any] = {
         "relative": "normalised" in components,
+        "features_by": "area" if "normalised" in components else "block",
         "optimizer": "muon" if "muon" in components else "adamw",
         "losses": weights.model_copy(update={"semantic": SEMANTIC_WEIGHT if "sas" in components else 0.0}),
         "semantics": SEMANTICS,

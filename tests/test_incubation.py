@@ -9,6 +9,7 @@ from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
 from asdm import AsdmError, PruningPlan, Stage, build_student, distill
 from asdm.conditioning import noise_schedule, predicted_original, prediction_target
+from asdm.evaluation.latency import unet_call
 from asdm.incubation.blocks import assembled, groups_of, incubated_blocks, narrowed
 from asdm.incubation.distillation import DistillationTask, IncubationTask, make_task, prepare
 from asdm.incubation.estimate import estimate
@@ -18,6 +19,7 @@ from asdm.incubation.semantics import UNetEncoder, VisionEncoder
 from asdm.incubation.stages import LossWeights, Semantics, parse_stages
 from asdm.incubation.teaching import WHOLE
 from asdm.incubation.trainer import Part
+from asdm.replay import outputs_of, tensor_of
 from conftest import predict, tiny_pipeline, tiny_vae
 
 REMOVED = ("down_blocks.1.resnets.1", "mid_block.resnets.1", "up_blocks.2.attentions.1")
@@ -221,6 +223,21 @@ def test_plain_losses_are_mean_squared_errors(pipeline, examples):
     ratios = [plain[name] / relative[name] for name in plain if name.startswith("feature/") and relative[name] > 0]
     assert max(ratios) / min(ratios) > 2  # the blocks' powers differ
     assert plain["loss"] == pytest.approx(plain["task"] + plain["output"] + plain["feature"], rel=1e-5)
+
+
+def test_features_count_by_the_size_of_their_maps(pipeline, examples):
+    alike, by_area = (
+        losses_of(pipeline, pruned(pipeline.unet), examples, stage(features_by=kind))[1] for kind in ("block", "area")
+    )
+    blocks = [name for name in alike if name.startswith("feature/")]
+    assert alike["feature"] == pytest.approx(sum(alike[name] for name in blocks) / len(blocks), rel=1e-5)
+    with outputs_of(pipeline.unet, [name.partition("/")[2] for name in blocks]) as outputs:
+        unet_call(pipeline.unet)()
+    areas = {f"feature/{name}": tensor_of(output).shape[2:].numel() for name, output in outputs.items()}
+    assert len(set(areas.values())) > 1
+    expected = sum(areas[name] * by_area[name] for name in blocks) / sum(areas.values())
+    assert by_area["feature"] == pytest.approx(expected, rel=1e-5)
+    assert by_area["feature"] != pytest.approx(alike["feature"], rel=1e-2)
 
 
 def test_guided_output_distillation_compares_guided_predictions(pipeline, examples):

@@ -24,6 +24,7 @@ from asdm.incubation.consistency import ConsistencyTask
 from asdm.incubation.data import ShuffledBatches
 from asdm.incubation.losses import (
     feature_losses,
+    mean_by_area,
     min_snr_weights,
     output_loss,
     relative_error,
@@ -94,7 +95,9 @@ class DistillationTask(TeachingTask):
         losses = {
             "task": task_loss(noise_pred, noised.target, weights, stage.relative),
             "output": self._output_loss(noised, noise_pred, teacher_pred, weights),
-            "feature": torch.stack(list(by_block.values())).mean(),
+            "feature": mean_by_area(by_block, features)
+            if stage.features_by == "area"
+            else torch.stack(list(by_block.values())).mean(),
         }
         if self.encoder is not None and step % stage.semantics.every == 0:
             losses |= self._semantic_losses(self.encoder, noised, noise_pred, teacher_pred, alphas, indices)

@@ -56,6 +56,12 @@ def feature_losses(
     }
 
 
+def mean_by_area(losses: Mapping[str, Tensor], features: Mapping[str, Tensor]) -> Tensor:
+    """Mean of the blocks' losses, each weighted by the area of its features (batch, channels, h, w) (inferred)."""
+    areas = {name: features[name].shape[2:].numel() for name in losses}
+    return torch.stack([area * losses[name] for name, area in areas.items()]).sum() / sum(areas.values())
+
+
 def semantic_loss(features: Tensor, expected: Tensor, weights: Tensor) -> Tensor:
     """1 - cosine of features (batch, channels), a mean over samples weighted by `weights` (batch,) (inferred)."""
     cosine = F.cosine_similarity(features.float(), expected.float(), dim=1)

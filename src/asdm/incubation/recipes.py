@@ -49,8 +49,9 @@ def joint_stages(student: UNet2DConditionModel, steps: int) -> list[Stage]:
 
 
 def bk_sdm_stages(student: UNet2DConditionModel, steps: int) -> list[Stage]:
-    """The recipe that BK-SDM made common (arXiv 2305.15798, Sec. 3.2): the same losses, plain, all of weight 1."""
-    return [Stage(name="bk-sdm", relative=False, **pace(student, steps))]
+    """The recipe that BK-SDM made common (arXiv 2305.15798, Sec. 3.2): the same losses, plain, all of weight 1, all
+    blocks alike."""
+    return [Stage(name="bk-sdm", relative=False, features_by="block", **pace(student, steps))]
 
 
 def incubation_stages(student: UNet2DConditionModel, steps: int) -> list[Stage]:

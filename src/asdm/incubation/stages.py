@@ -65,9 +65,11 @@ class Stage(BaseModel):
     `trained` narrows what moves: the layers beside a cut, or the routers of CondConv banks.
     `caption_splice` is the share of captions whose embeddings are another caption's from a random token on (inferred):
     the late tokens of a caption have read all of it, and a student that learns images by them knows no new combination.
-    `relative` divides task, output and feature losses by the teacher's power. `guidance_scale` makes the output loss
-    one of guided predictions, conditional and unconditional branch; in a consistency stage it is the scale that the
-    student takes over, by default the teacher's usual one. `min_snr_gamma` weighs time steps (Min-SNR).
+    `relative` divides task, output and feature losses by the teacher's power. In the feature loss blocks count by the
+    area of their features, or, with `features_by` "block", all alike (inferred): a pruned student's small, deep maps
+    differ most from the teacher's, and the output depends on them least. `guidance_scale` makes the output loss one of
+    guided predictions, conditional and unconditional branch; in a consistency stage it is the scale that the student
+    takes over, by default the teacher's usual one. `min_snr_gamma` weighs time steps (Min-SNR).
     `batch_size` is that of a step, of all processes together, taken in `accumulation` rounds; `checkpointing` computes
     the student's activations again in the backward pass, for less memory.
     """
@@ -93,6 +95,7 @@ class Stage(BaseModel):
     assembled: list[str] | None = None
     trained: Literal["all", "neighbours", "routers"] = "all"
     relative: bool = True
+    features_by: Literal["area", "block"] = "area"
     guidance_scale: float | None = Field(None, gt=0)
     min_snr_gamma: float | None = Field(None, gt=0)
     semantics: Semantics = Semantics()
