@@ -449,3 +449,15 @@ def test_a_schedule_fits_with_adapters_and_fused_projections(pipeline):
     peft = pytest.importorskip("peft")
     pipeline.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k"]))
     assert fingerprint(pipeline.unet) == before != fingerprint(tiny_unet(layers_per_block=1))
+
+
+def test_what_changes_features_in_place_does_not_change_what_is_remembered(pipeline):
+    unet = pipeline.unet
+    pipeline.enable_freeu(s1=0.9, s2=0.2, b1=1.4, b2=1.6)
+    deepest = sum(len(block.resnets) for block in unet.up_blocks) - 1
+    with inherit_features(pipeline, every=2, depth=deepest) as session:
+        with session.forced(False):
+            computed = predict(unet)
+        with session.forced(True):
+            for _ in range(2):
+                assert torch.equal(predict(unet), computed)

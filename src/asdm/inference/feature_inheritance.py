@@ -332,8 +332,8 @@ class _Inheriting(nn.Module):
             return output
         self._in_tuple = isinstance(output, tuple)
         value = output[0] if self._in_tuple else output
-        if self.kept is not None:
-            value = value - self.kept(args[0])
+        # What reads it may change it in place, as FreeU does.
+        value = value.clone() if self.kept is None else value - self.kept(args[0])
         self._past = [*self._past, (session.sigma, value)][-1 - session.order :]
         return output
 
@@ -345,8 +345,7 @@ class _Inheriting(nn.Module):
         if not self.read:
             return self._past[-1][1]
         value = extrapolated(self._past, session.sigma, session.damping)
-        if self.kept is not None:
-            value = value + self.kept(args[0])
+        value = value.clone() if self.kept is None else value + self.kept(args[0])
         return (value,) if self._in_tuple else value
 
 
