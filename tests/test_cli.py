@@ -49,6 +49,8 @@ def mistakes(model, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.png").write_text("not an image")
     Image.new("RGB", (64, 64)).save(tmp_path / "real.png")
+    stages = tmp_path / "stages.yaml"
+    stages.write_text("- {name: a, steps: 2}")
     return [
         (["analyze", tmp_path / "absent"], "no such folder or file"),
         (["analyze", "random:sd99"], "no such shape"),
@@ -74,6 +76,10 @@ def mistakes(model, tmp_path):
         (["plan", model, "--speedup", "1.1", "--out", "theirs"], "is a folder; name a file"),
         (["generate", model, "x", "--image", tmp_path / "real.png", "--strength", "0.01"], "leave at least one"),
         (["generate", model, "x", "--inherit", "500"], "is the limit"),
+        (["analyze", model, "--inherit", "2", "--plot", "drawn.png"], "not at units"),
+        (["distill", model, model, "--data", "demo", "--out", "done", "--processes", "2"], "add --dry-run"),
+        (["distill", model, model, "--data", "demo", "--out", "done", "--recipe", stages, "--steps", "5"], "their own"),
+        (["compress", model, "--out", "made", "--speedup", "1.5", "--recipe", stages, "--steps", "5"], "their own"),
     ]
 
 

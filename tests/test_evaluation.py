@@ -5,8 +5,9 @@ import re
 
 import pytest
 import torch
-from diffusers import HeunDiscreteScheduler, LCMScheduler
+from diffusers import HeunDiscreteScheduler, LCMScheduler, StableDiffusionPipeline
 from PIL import Image
+from transformers import CLIPImageProcessor
 
 from asdm import AsdmError, PruningPlan, build_student, compress, evaluate, load_pipeline, save_pipeline, with_unet
 from asdm.demo import images_folder
@@ -15,6 +16,7 @@ from asdm.evaluation.comparison import RealImages, evaluation_sets
 from asdm.evaluation.latency import Latency
 from asdm.evaluation.metrics import Judge, feature_distance, kid, psnr, recognition, retrieval_at_1
 from asdm.evaluation.report import headline_of
+from asdm.generation import generate
 from asdm.incubation.data import load_pixels, open_data
 from conftest import tiny_pipeline
 
@@ -103,6 +105,23 @@ def test_evaluation_compares_on_the_same_prompts_and_seeds(data_folder, tmp_path
     assert figures.speed_of("pruned").gmacs < figures.speed_of("teacher").gmacs
     with Image.open(tmp_path / "images" / "held_out" / "pruned" / "0000.png") as image:
         assert image.size == (16, 16)
+
+
+def test_images_are_judged_as_drawn_not_as_a_safety_checker_gives_them_out():
+    class Suspicious(torch.nn.Module):
+        dtype, device = torch.float32, torch.device("cpu")
+
+        def forward(self, images, clip_input):
+            return images * 0, [True] * len(images)
+
+    plain = tiny_pipeline()
+    parts = {**plain.components, "safety_checker": Suspicious(), "feature_extractor": CLIPImageProcessor()}
+    checked = StableDiffusionPipeline(**parts)
+    drawn = {"prompts": ["a pear"], "steps": 2}
+    assert generate(checked, **drawn).eq(-1).all()
+    figures = evaluate({"teacher": plain, "checked": checked}, prompts=["a pear"], steps=2, rounds=2)
+    assert figures.quality_of("checked", "prompts").teacher_distance == pytest.approx(0.0, abs=1e-6)
+    assert generate(checked, **drawn).eq(-1).all()  # for others it is as it was
 
 
 def test_of_unlabelled_images_those_are_read_that_are_compared(data_folder, monkeypatch):

@@ -73,11 +73,19 @@ SpeedupOption = Annotated[
     float | None, typer.Option("--speedup", help="How many times faster the UNet must be, measured.")
 ]
 ParamsOption = Annotated[
-    float | None, typer.Option("--params", help="Parameters that may remain: a part, or a number.")
+    float | None,
+    typer.Option("--params", help="Parameters that may remain: a fraction of the original's (0.6), or a number."),
 ]
-MacsOption = Annotated[float | None, typer.Option("--macs", help="MACs that may remain: a part, or a number.")]
+MacsOption = Annotated[
+    float | None, typer.Option("--macs", help="MACs that may remain: a fraction of the original's (0.6), or a number.")
+]
 PresetOption = Annotated[
-    str | None, typer.Option("--preset", help="a-sdm, a-sdm-fast, bk-base, bk-small or bk-tiny, instead of a budget.")
+    str | None,
+    typer.Option(
+        "--preset",
+        help="Instead of a budget: a-sdm (mild), a-sdm-fast (2x at SD 1.5's size), or BK-SDM's bk-base, bk-small, "
+        "bk-tiny.",
+    ),
 ]
 RecipeOption = Annotated[
     str, typer.Option(help="joint, bk-sdm, incubation, or a YAML file with a list of stages (then without --steps).")
@@ -93,7 +101,8 @@ DistillRecipeOption = Annotated[
 RepairOption = Annotated[
     int | None,
     typer.Option(
-        help="Rounds in which the plan is bettered: what its edits do together is measured, and some are exchanged.",
+        help="Rounds of improvement: what the plan's edits do together is measured, and some are exchanged (2 by "
+        "default in compress).",
         min=0,
         show_default=False,
     ),
@@ -170,6 +179,11 @@ def analyze(
 ) -> None:
     """Find what each unit of the UNet costs, and how far the prediction moves without it."""
     if inherit is not None:
+        if plot or sensitivity or compensate or timesteps:
+            raise AsdmError(
+                "--inherit: looks at sampling steps, not at units; leave out --plot, --sensitivity, --compensate and "
+                "--timesteps"
+            )
         _calibrate_inheritance(model, inherit, out, data=data, steps=steps, samples=samples, device=device, seed=seed)
         return
     import asdm
@@ -222,7 +236,7 @@ def plan(
     device: DeviceOption = None,
     seed: SeedOption = 0,
 ) -> None:
-    """Choose the removals of least total sensitivity inside a budget, and measure it."""
+    """Choose the removals of least total sensitivity inside a budget; a speed-up is measured, on --device."""
     import asdm
 
     unet = None
@@ -230,6 +244,8 @@ def plan(
         if repair:
             raise AsdmError(f"--repair {repair}: a map has no weights to look at the plan with; name the model instead")
         redundancy = asdm.RedundancyMap.load(source)
+        if speedup is not None or experts is not None:
+            unet = _unet_of(redundancy, device)
     else:
         pipeline = _load(source, device)
         unet = pipeline.unet
@@ -264,10 +280,6 @@ def plan(
                 progress=lambda done, total, note: report("repair", done, total, note),
             )
     if experts is not None:
-        if unet is None:
-            from asdm.random_models import random_unet
-
-            unet = random_unet(redundancy.unet_config)
         made = asdm.add_banks(made, unet, params=experts, router=router)
     made.save(out)
     for edit in made.edits:
@@ -362,14 +374,14 @@ def prepare_data(
 def distill(
     teacher: ModelArgument,
     student: Annotated[
-        str, typer.Argument(help="A folder that `asdm prune` or `asdm distill` wrote, or the teacher again.")
+        str, typer.Argument(help="A folder that `asdm prune`, `compress` or `distill` wrote, or the teacher again.")
     ],
     data: Annotated[str, typer.Option("--data", help=DATA)],
     out: Annotated[Path, typer.Option(help="The folder to write the distilled pipeline to.")],
-    steps: Annotated[int, typer.Option(help="Training steps.", min=1)] = 1000,
+    steps: Annotated[int | None, typer.Option(help="Training steps, 1000 by default.", min=1)] = None,
     recipe: DistillRecipeOption = "joint",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what would be trained how long, and what it takes.")
+        bool, typer.Option("--dry-run", help="Print the stages with their time and memory; train nothing.")
     ] = False,
     device_tflops: Annotated[
         float | None,
@@ -387,11 +399,17 @@ def distill(
     from asdm.incubation.recipes import recipe_stages
     from asdm.pipelines import require_ours
 
+    length = _training_steps(steps, recipe)
+    if not dry_run and (device_tflops is not None or processes > 1 or fsdp):
+        raise AsdmError(
+            "--device-tflops, --processes and --fsdp only say what to estimate: add --dry-run, or start several "
+            "processes by accelerate launch"
+        )
     require_ours(out, "pipeline")
     require_usable(data)
     teaching, learning = _load(teacher, device), _load(student, "cpu")
     learning.unet.to(teaching.device)  # its other parts are only saved
-    chosen = recipe_stages(recipe, learning.unet, steps)
+    chosen = recipe_stages(recipe, learning.unet, length)
     if dry_run:
         _print_estimate(teaching, learning.unet, chosen, teraflops=device_tflops, processes=processes, sharded=fsdp)
         return
@@ -403,7 +421,6 @@ def distill(
             data,
             training,
             stages=chosen,
-            steps=steps,
             seed=seed,
             progress=lambda row: report("distil", int(row["done"]), int(row["total"]), f"loss {row['loss']:.3f}"),
         )
@@ -577,7 +594,9 @@ def compress(
     compensate: CompensateOption = None,
     repair: RepairOption = None,
     data: DataOption = None,
-    steps: Annotated[int, typer.Option(help="Distillation steps; 0 prunes only.", min=0)] = 1000,
+    steps: Annotated[
+        int | None, typer.Option(help="Distillation steps, 1000 by default; 0 prunes only.", min=0)
+    ] = None,
     recipe: RecipeOption = "joint",
     samples: Annotated[int, typer.Option(help="Images per split in the evaluation.", min=0)] = 128,
     sampling_steps: Annotated[int, typer.Option(help="Sampling steps in the evaluation.", min=1)] = 25,
@@ -596,7 +615,7 @@ def compress(
         compensate=compensate,
         repair=repair,
         data=data,
-        steps=steps,
+        steps=_training_steps(steps, recipe),
         recipe=recipe,
         samples=samples,
         sampling_steps=sampling_steps,
@@ -608,7 +627,9 @@ def compress(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="The folder to write everything to.")] = Path("asdm-demo"),
-    full: Annotated[bool, typer.Option("--full", help="Evaluate on all prompts, with a longer distillation.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Distil 1,500 steps, and judge 128 seen and all 102 held-out prompts.")
+    ] = False,
 ) -> None:
     """Compress the embedded Stable Diffusion pipeline 1.5x and show what that gains and loses."""
     length = {"steps": 1500, "samples": 128} if full else {"steps": 320, "samples": 64}
@@ -630,9 +651,7 @@ def benchmark(
     samples: Annotated[int, typer.Option(help="Images per split.", min=2)] = 64,
     steps: Annotated[int, typer.Option(help="Sampling steps.", min=4)] = 25,
     rounds: Annotated[int, typer.Option(help="Timed images of each.", min=1)] = 5,
-    only: Annotated[
-        str | None, typer.Option(help="A part of the names of those that take part.", show_default=False)
-    ] = None,
+    only: Annotated[str | None, typer.Option(help="Only those whose names contain this.", show_default=False)] = None,
     out: Annotated[Path, typer.Option(help="The folder to write figures and plots to.")] = Path("benchmark"),
     images: Annotated[Path | None, typer.Option(help="Where to keep the images.", show_default=False)] = None,
     device: DeviceOption = None,
@@ -648,6 +667,7 @@ def benchmark(
     from asdm.evaluation.limits import machine_limits
     from asdm.evaluation.report import save_figure
     from asdm.generation import is_few_step
+    from asdm.pipelines import without_safety_checker
     from asdm.tables import contest_table
 
     models = models or ["demo"]
@@ -655,7 +675,7 @@ def benchmark(
     made = Contest.load(results) if results.exists() else Contest()
     limits: dict[str, dict[str, float]] = {}
     for place in models:
-        pipeline = with_dpm_solver(_load(place, device))
+        pipeline = without_safety_checker(with_dpm_solver(_load(place, device)))
         limits = limits or machine_limits(pipeline.device)
         seen = "demo" if data is None and place == "demo" else None if place.startswith("random:") else data
         taught: dict[str, Any] = preset_students(pipeline) if place.startswith("random:") else {}
@@ -699,7 +719,7 @@ def benchmark(
 @app.command("demo-build")
 def demo_build(
     stage: Annotated[
-        str, typer.Argument(help="images, tokenizer, clip, vae, unet, assemble, check, or all of them.")
+        str, typer.Argument(help="images, tokenizer, clip, vae, unet, assemble, check; all is all of them but images.")
     ] = "all",
     folder: Annotated[Path, typer.Option(help="Where checkpoints and the result go.")] = Path("runs/demo-build"),
     minutes: Annotated[float | None, typer.Option(help="Save and stop after so long.", show_default=False)] = None,
@@ -731,6 +751,23 @@ def _load(model: str, device: str | None) -> Any:
     import asdm
 
     return asdm.load_pipeline(model, device=device or _fastest_device())
+
+
+def _unet_of(redundancy: Any, device: str | None) -> Any:
+    """A UNet to measure plans with, of the map's shape and precision, its weights random."""
+    import torch
+
+    from asdm.random_models import random_unet
+
+    return random_unet(redundancy.unet_config, getattr(torch, redundancy.dtype)).to(device or _fastest_device())
+
+
+def _training_steps(steps: int | None, recipe: str) -> int:
+    from asdm.incubation.recipes import RECIPES
+
+    if steps is not None and recipe not in RECIPES and Path(recipe).is_file():
+        raise AsdmError(f"--steps {steps}: {recipe} is a file, whose stages have their own; leave --steps out")
+    return 1000 if steps is None else steps
 
 
 def _fastest_device() -> str:

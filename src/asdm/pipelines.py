@@ -198,6 +198,17 @@ def with_unet(pipeline: DiffusionPipeline, unet: UNet2DConditionModel) -> Diffus
     return other
 
 
+def without_safety_checker(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """The pipeline, or where it has a safety checker a second one without: the black images that it gives out instead
+    of those that it suspects must not be judged as drawn ones."""
+    if getattr(pipeline, "safety_checker", None) is None:
+        return pipeline
+    other = with_unet(pipeline, pipeline.unet)
+    other.register_modules(safety_checker=None)
+    other.register_to_config(requires_safety_checker=False)
+    return other
+
+
 def load_clip(pipeline: DiffusionPipeline) -> CLIPModel | None:
     """The CLIPModel saved beside a pipeline (folder `clip`), where there is one."""
     from asdm.demo import pipeline_folder

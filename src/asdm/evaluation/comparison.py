@@ -29,6 +29,7 @@ from asdm.files import write_text
 from asdm.generation import default_guidance, default_steps, generate, is_few_step
 from asdm.images import to_images
 from asdm.incubation.data import Example, can_be_decoded, load_pixels, open_data
+from asdm.pipelines import without_safety_checker
 
 Progress = Callable[[str, int, int], None]
 _LONGEST_TIMED_PIPELINE_MS = 10_000
@@ -282,7 +283,7 @@ def _judge(
                     progress(f"{name}, {split}", done, total)
 
             images = generate(
-                pipeline,
+                without_safety_checker(pipeline),
                 evaluation_set.prompts,
                 **_sampling(pipeline, steps, guidance),
                 seed=seed,

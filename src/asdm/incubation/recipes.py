@@ -28,7 +28,7 @@ def pace(student: UNet2DConditionModel, steps: int) -> dict[str, Any]:
     """Fields of a stage of so many steps: BK-SDM's pace (arXiv 2305.15798, Sec. 4.1), or one for UNets of up to 50M
     parameters, which stand a faster one."""
     if sum(p.numel() for p in student.parameters()) > SMALL_MODEL_PARAMETERS:
-        return {"steps": steps, "batch_size": 8, "learning_rate": 5e-5}
+        return {"steps": steps, "batch_size": 8, "learning_rate": 5e-5, "mixed_precision": "auto"}
     return {
         "steps": steps,
         "batch_size": 32,
