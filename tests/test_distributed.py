@@ -64,12 +64,13 @@ def alone(data_folder, tmp_path):
 
 
 def assert_the_same(found, expected):
-    """But for rounding, which Adam makes larger: within a twentieth of what the weights moved."""
+    """But for rounding, which Adam makes larger where a gradient is nearly zero: each tensor within a hundredth of how
+    far it moved."""
     start = student_of(tiny_pipeline()).state_dict()
-    moved = max(float((tensor - start[name]).abs().max()) for name, tensor in expected.items())
-    assert moved > 1e-3
+    assert max(float((tensor - start[name]).abs().max()) for name, tensor in expected.items()) > 1e-3
     for name, tensor in found.items():
-        assert float((tensor - expected[name]).abs().max()) < 0.05 * moved, name
+        moved = (expected[name] - start[name]).norm()
+        assert (tensor - expected[name]).norm() <= 0.01 * moved, name
 
 
 def assert_the_same_losses(folder, other):
