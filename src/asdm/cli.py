@@ -244,8 +244,6 @@ def plan(
         if repair:
             raise AsdmError(f"--repair {repair}: a map has no weights to look at the plan with; name the model instead")
         redundancy = asdm.RedundancyMap.load(source)
-        if speedup is not None or experts is not None:
-            unet = _unet_of(redundancy, device)
     else:
         pipeline = _load(source, device)
         unet = pipeline.unet
@@ -266,6 +264,7 @@ def plan(
         preset=preset,
         compensate=compensate,
         unet=unet,
+        device=device or _fastest_device(),
         progress=lambda note: console.print(note, highlight=False),
     )
     if repair:
@@ -280,6 +279,10 @@ def plan(
                 progress=lambda done, total, note: report("repair", done, total, note),
             )
     if experts is not None:
+        if unet is None:
+            from asdm.random_models import random_unet
+
+            unet = random_unet(redundancy.unet_config)
         made = asdm.add_banks(made, unet, params=experts, router=router)
     made.save(out)
     for edit in made.edits:
@@ -751,15 +754,6 @@ def _load(model: str, device: str | None) -> Any:
     import asdm
 
     return asdm.load_pipeline(model, device=device or _fastest_device())
-
-
-def _unet_of(redundancy: Any, device: str | None) -> Any:
-    """A UNet to measure plans with, of the map's shape and precision, its weights random."""
-    import torch
-
-    from asdm.random_models import random_unet
-
-    return random_unet(redundancy.unet_config, getattr(torch, redundancy.dtype)).to(device or _fastest_device())
 
 
 def _training_steps(steps: int | None, recipe: str) -> int:

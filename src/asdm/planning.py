@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+import torch
 from diffusers import UNet2DConditionModel
 from scipy.optimize import Bounds, LinearConstraint, milp
 
@@ -36,6 +37,7 @@ def make_plan(
     preset: str | None = None,
     compensate: CompensationKind | None = None,
     unet: UNet2DConditionModel | None = None,
+    device: str | None = None,
     rounds: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> PruningPlan:
@@ -51,7 +53,8 @@ def make_plan(
             time), or BK-SDM's "bk-base", "bk-small", "bk-tiny".
         compensate: what to fit in the place of the removed branches (`fit_compensation`), by default "linear";
             "none" for plain removal. BK-SDM's presets drop whole layers, in whose place nothing is fitted.
-        unet: the UNet to measure; without it one of the same shape with random weights is made.
+        unet: the UNet to measure; without it one of the map's shape and precision with random weights is made.
+        device: where to make it; the CPU by default.
         rounds: timed rounds per measurement; by default 4 to 20, as many as take half a minute.
 
     Raises:
@@ -68,7 +71,7 @@ def make_plan(
         return _preset(redundancy, preset, choices)
     if speedup is not None:
         rounds = rounds or int(np.clip(15_000 / redundancy.latency_ms, 4, 20))
-        return _plan_for_speedup(redundancy, speedup, choices, unet, rounds, progress)
+        return _plan_for_speedup(redundancy, speedup, choices, unet, device, rounds, progress)
     if params is not None:
         chosen = _within("params", params, redundancy.parameters, choices, [c.parameters for c in choices])
         return _plan(redundancy, chosen, {"params": params})
@@ -249,6 +252,7 @@ def _plan_for_speedup(
     target: float,
     choices: list[PossibleEdit],
     unet: UNet2DConditionModel | None,
+    device: str | None,
     rounds: int,
     progress: Callable[[str], None] | None,
 ) -> PruningPlan:
@@ -258,7 +262,8 @@ def _plan_for_speedup(
     reachable = total / max(total - most_saved(choices, savings), 1e-9)
     if target <= 1:
         raise AsdmError(f"speedup={target:g}: must be above 1; up to about {reachable:.2f} can be reached")
-    original = unet if unet is not None else random_unet(redundancy.unet_config)
+    if unet is None:
+        unet = random_unet(redundancy.unet_config, getattr(torch, redundancy.dtype)).to(device or "cpu")
     needed = target * MEASUREMENT_MARGIN
     aim, too_little, enough = target, 1.0, np.inf
     best: PruningPlan | None = None
@@ -270,7 +275,7 @@ def _plan_for_speedup(
             enough, aim = aim, (too_little + min(aim, reachable)) / 2
             continue
         plan = _plan(redundancy, chosen, {"speedup": target})
-        measured = measured_speedup(original, plan, rounds)
+        measured = measured_speedup(unet, plan, rounds)
         most = max(most, measured)
         if progress is not None:
             progress(f"attempt {attempt}: {len(chosen)} edits, {measured:.3f}x measured, {target:g}x asked for")

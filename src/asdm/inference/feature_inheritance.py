@@ -345,17 +345,18 @@ class _Inheriting(nn.Module):
         if not self.read:
             return self._past[-1][1]
         value = extrapolated(self._past, session.sigma, session.damping)
-        value = value.clone() if self.kept is None else value + self.kept(args[0])
+        if self.kept is not None:
+            value = value + self.kept(args[0])
         return (value,) if self._in_tuple else value
 
 
 def extrapolated(past: Sequence[tuple[float, Tensor]], sigma: float, damping: float = 1.0) -> Tensor:
     """Lagrange's polynomial through results at noise levels, oldest first, at `sigma`; `damping` scales how far it
-    goes from the last one."""
+    goes from the last one. A tensor of its own, whatever is done to it."""
     points = [point for point, _ in past]
     last = past[-1][1]
     if len(past) == 1 or len(set(points)) < len(points):
-        return last
+        return last.clone()
     value = (1 - damping) * last
     for i, (_, result) in enumerate(past):
         factor = math.prod((sigma - point) / (points[i] - point) for j, point in enumerate(points) if j != i)
