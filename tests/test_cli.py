@@ -76,6 +76,7 @@ def mistakes(model, tmp_path):
         (["plan", model, "--speedup", "1.1", "--out", "theirs"], "is a folder; name a file"),
         (["generate", model, "x", "--image", tmp_path / "real.png", "--strength", "0.01"], "leave at least one"),
         (["generate", model, "x", "--inherit", "500"], "is the limit"),
+        (["generate", model, "x", "--size", "25"], "must be a positive multiple"),
         (["analyze", model, "--inherit", "2", "--plot", "drawn.png"], "not at units"),
         (["distill", model, model, "--data", "demo", "--out", "done", "--processes", "2"], "add --dry-run"),
         (["distill", model, model, "--data", "demo", "--out", "done", "--recipe", stages, "--steps", "5"], "their own"),
@@ -108,7 +109,8 @@ def test_main_job_by_its_single_commands(run, model, data_folder, tmp_path):
     status, _, _ = run("evaluate", model, "done", "--data", data_folder, "--samples", 2, "--steps", 2, "--rounds", 2)
     assert status == 0
     assert len(json.loads((tmp_path / "evaluation.json").read_text())["speed"]) == 2
-    status, _, _ = run("generate", "done", "octopus, noto", "pear", "--steps", 2, "--out", "drawn")
+    prompts = "octopus, noto", "pear"
+    status, _, _ = run("generate", "done", *prompts, "--steps", 2, "--dtype", "bfloat16", "--out", "drawn")
     assert status == 0
     assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["octopus__noto.png", "pear.png"]
     again = run(

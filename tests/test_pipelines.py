@@ -199,6 +199,14 @@ def test_sizes_that_are_not_square(pipeline):
     assert generate(wide, ["octopus"], steps=2).shape == (1, 3, 16, 24)
 
 
+def test_images_of_another_size(pipeline):
+    assert generate(pipeline, ["octopus"], steps=2, size=24).shape == (1, 3, 24, 24)
+    with pytest.raises(AsdmError, match="size=25: must be a positive multiple of 2"):
+        generate(pipeline, ["octopus"], steps=2, size=25)
+    with pytest.raises(AsdmError, match="size=24: image-to-image draws at the image's own size"):
+        generate(pipeline, ["octopus"], steps=2, size=24, image=Image.new("RGB", (16, 16)))
+
+
 def test_a_card_names_hub_ids_as_base_models_and_nothing_else(pipeline, tmp_path, monkeypatch):
     for folder in ("models/mine", "a/b/c"):
         (tmp_path / folder).mkdir(parents=True)

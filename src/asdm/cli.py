@@ -68,6 +68,10 @@ DataOption = Annotated[str | None, typer.Option("--data", help=DATA, show_defaul
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps; by default the fastest there is.")
 ]
+DtypeOption = Annotated[
+    Literal["float32", "float16", "bfloat16"],
+    typer.Option("--dtype", help="Precision to run in; float16 and bfloat16 are for GPUs."),
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 SpeedupOption = Annotated[
     float | None, typer.Option("--speedup", help="How many times faster the UNet must be, measured.")
@@ -446,13 +450,14 @@ def evaluate(
     out: FiguresFile = Path("evaluation.json"),
     images: Annotated[Path | None, typer.Option(help="Where to keep the images.", show_default=False)] = None,
     device: DeviceOption = None,
+    dtype: DtypeOption = "float32",
     seed: SeedOption = 0,
 ) -> None:
     """Measure speed and quality of a teacher and its students in one run."""
     import asdm
     from asdm.pipelines import load_clip
 
-    pipelines = {name: _load(name, device) for name in models}
+    pipelines = {name: _load(name, device, dtype) for name in models}
     with _progress() as report:
         figures = asdm.evaluate(
             pipelines,
@@ -484,6 +489,13 @@ def generate(
         Path | None, typer.Option(help="White where --image shall be drawn anew (inpainting).", show_default=False)
     ] = None,
     strength: Annotated[float, typer.Option(help="How far from --image to go.", min=0.01, max=1.0)] = 0.6,
+    size: Annotated[
+        int | None,
+        typer.Option(
+            help="Side of the images in pixels, to which --image is cropped; by default the model's own.",
+            show_default=False,
+        ),
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Sampling steps; by default 25, or 4 for few-step models.", min=1)
     ] = None,
@@ -497,25 +509,28 @@ def generate(
         ),
     ] = None,
     device: DeviceOption = None,
+    dtype: DtypeOption = "float32",
     seed: SeedOption = 0,
 ) -> None:
     """Draw images with a teacher or a student: text-to-image, image-to-image with --image, inpainting with --mask."""
     import asdm
-    from asdm.conditioning import image_size
+    from asdm.conditioning import image_size, require_size
     from asdm.images import cropped, open_image, to_images
 
     start = open_image(image) if image is not None else None
     hole = open_image(mask).convert("L") if mask is not None else None
     if start is not None and hole is not None and start.size != hole.size:
         raise AsdmError(f"{mask}: {hole.size} pixels; it must be of the size of {image}, {start.size}")
-    pipeline = _load(model, device)
+    pipeline = _load(model, device, dtype)
     inheriting = nullcontext() if inherit is None else asdm.inherit_features(pipeline, **_inheritance(inherit))
     if out.is_file():
         raise AsdmError(f"{out}: a file; name a folder")
+    side = image_size(pipeline) if size is None else size
+    require_size(pipeline, side)
     if start is not None:
-        start = cropped(start, image_size(pipeline))
+        start = cropped(start, side)
     if hole is not None:
-        hole = cropped(hole, image_size(pipeline))
+        hole = cropped(hole, side)
     paths: list[Path] = []
     with inheriting, _progress(otherwise=f"images that were done are in {out}") as report:
         for first in range(0, len(prompts), SAVED_TOGETHER):
@@ -529,6 +544,7 @@ def generate(
                 image=start,
                 mask=hole,
                 strength=strength,
+                size=size if start is None else None,
                 progress=lambda done, _, first=first: report("images", first + done, len(prompts), ""),  # type: ignore[misc]
             )
             out.mkdir(parents=True, exist_ok=True)
@@ -658,6 +674,7 @@ def benchmark(
     out: Annotated[Path, typer.Option(help="The folder to write figures and plots to.")] = Path("benchmark"),
     images: Annotated[Path | None, typer.Option(help="Where to keep the images.", show_default=False)] = None,
     device: DeviceOption = None,
+    dtype: DtypeOption = "float32",
     seed: SeedOption = 0,
 ) -> None:
     """Ways to make a pipeline faster, ours and our peers', in one run: speed and what it costs in quality.
@@ -678,13 +695,13 @@ def benchmark(
     made = Contest.load(results) if results.exists() else Contest()
     limits: dict[str, dict[str, float]] = {}
     for place in models:
-        pipeline = without_safety_checker(with_dpm_solver(_load(place, device)))
+        pipeline = without_safety_checker(with_dpm_solver(_load(place, device, dtype)))
         limits = limits or machine_limits(pipeline.device)
         seen = "demo" if data is None and place == "demo" else None if place.startswith("random:") else data
         taught: dict[str, Any] = preset_students(pipeline) if place.startswith("random:") else {}
         few_step: dict[str, Any] = {}
         for folder in students or () if place == models[0] else ():
-            student = _load(str(folder), device)
+            student = _load(str(folder), device, dtype)
             (few_step if is_few_step(student) else taught)[folder.name] = of(student.unet)
         entries = contestants(steps, taught, few_step=few_step, data=seen)
         if only is not None:
@@ -750,10 +767,12 @@ def demo_build(
         )
 
 
-def _load(model: str, device: str | None) -> Any:
+def _load(model: str, device: str | None, dtype: str = "float32") -> Any:
+    import torch
+
     import asdm
 
-    return asdm.load_pipeline(model, device=device or _fastest_device())
+    return asdm.load_pipeline(model, dtype=getattr(torch, dtype), device=device or _fastest_device())
 
 
 def _training_steps(steps: int | None, recipe: str) -> int:

@@ -10,6 +10,7 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from torch import Tensor
 
+from asdm.errors import AsdmError
 from asdm.pipelines import is_sdxl
 
 
@@ -132,6 +133,15 @@ def masked_latents(pipeline: DiffusionPipeline, images: Tensor, generator: torch
 def image_size(pipeline: DiffusionPipeline) -> int:
     """The side in pixels of the images that the pipeline was made for."""
     return latent_shape(pipeline)[1] * pipeline.vae_scale_factor
+
+
+def require_size(pipeline: DiffusionPipeline, size: int) -> None:
+    """
+    Raises:
+        AsdmError: the VAE has no latents for images of so many pixels a side.
+    """
+    if size <= 0 or size % pipeline.vae_scale_factor:
+        raise AsdmError(f"size={size}: must be a positive multiple of {pipeline.vae_scale_factor}, the VAE's factor")
 
 
 @torch.no_grad()

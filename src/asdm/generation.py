@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, LCMScheduler
 from PIL import Image
 from torch import Tensor
 
-from asdm.conditioning import image_size, latent_shape
+from asdm.conditioning import image_size, latent_shape, require_size
 from asdm.errors import AsdmError
 from asdm.pipelines import image_to_image, is_inpainting
 
@@ -28,6 +28,7 @@ def generate(
     image: Image.Image | None = None,
     mask: Image.Image | None = None,
     strength: float = 0.6,
+    size: int | None = None,
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
@@ -40,13 +41,17 @@ def generate(
         guidance_scale: the pipeline's recommended one by default (`default_guidance`).
         seed: the n-th prompt's noise is that of seed + n, whatever the batch.
         strength: how far from `image` the result may go, in (0, 1].
+        size: side of the images in pixels, by default what the pipeline was made for; with an image, its own counts.
         batch_size: prompts at a time; by default 32 at small sizes and 1 at 512 pixels or more.
 
     Raises:
-        AsdmError: `strength` is out of range, or so small that no step would be taken; a mask without an image.
+        AsdmError: `strength` is out of range, or so small that no step would be taken; a mask without an image; a size
+            that the VAE cannot draw, or that `image` decides.
     """
     if mask is not None and image is None:
         raise AsdmError("a mask says what of an image shall be drawn anew; give the image too")
+    if size is not None and image is not None:
+        raise AsdmError(f"size={size}: image-to-image draws at the image's own size; scale the image instead")
     steps = default_steps(pipeline) if steps is None else steps
     if image is not None and not (0 < strength <= 1 and int(steps * strength) >= 1):
         raise AsdmError(
@@ -55,12 +60,15 @@ def generate(
         )
     guidance = default_guidance(pipeline) if guidance_scale is None else guidance_scale
     batch_size = batch_size or (32 if _is_small(pipeline) else 1)
-    target, extra = pipeline, nothing_to_keep(pipeline)
+    if size is not None:
+        require_size(pipeline, size)
+    target, extra = pipeline, nothing_to_keep(pipeline, size)
     if image is not None:
         target = pipeline if is_inpainting(pipeline) else image_to_image(pipeline, with_mask=mask is not None)
         extra |= {"image": image, "strength": strength}
     if mask is not None:
         extra |= {"mask_image": mask}
+    sides = {} if size is None else {"height": size, "width": size}
     images = []
     for start in range(0, len(prompts), batch_size):
         batch = list(prompts[start : start + batch_size])
@@ -72,6 +80,7 @@ def generate(
             guidance_scale=guidance,
             generator=generators,
             output_type="np",
+            **sides,
             **given,
         ).images
         images.append(torch.from_numpy(np.asarray(result)).permute(0, 3, 1, 2).float() * 2 - 1)
@@ -80,12 +89,12 @@ def generate(
     return torch.cat(images)
 
 
-def nothing_to_keep(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """What a pipeline made for inpainting needs to draw from text alone; nothing for all others."""
+def nothing_to_keep(pipeline: DiffusionPipeline, size: int | None = None) -> dict[str, Any]:
+    """What a pipeline made for inpainting needs to draw from text alone, at this size; nothing for all others."""
     if not is_inpainting(pipeline):
         return {}
-    size = (image_size(pipeline),) * 2
-    return {"image": Image.new("RGB", size, "gray"), "mask_image": Image.new("L", size, 255), "strength": 1.0}
+    sides = (size or image_size(pipeline),) * 2
+    return {"image": Image.new("RGB", sides, "gray"), "mask_image": Image.new("L", sides, 255), "strength": 1.0}
 
 
 def is_few_step(pipeline: DiffusionPipeline) -> bool:

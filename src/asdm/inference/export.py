@@ -19,7 +19,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from asdm.calibration import calibration_calls
-from asdm.conditioning import image_size, latent_shape
+from asdm.conditioning import image_size, latent_shape, require_size
 from asdm.errors import AsdmError, needs_extra
 from asdm.evaluation.latency import random_inputs
 from asdm.files import replacing_folder
@@ -108,8 +108,7 @@ def export(
     if pipeline.unet.dtype != torch.float32:
         raise AsdmError(f"a pipeline in {pipeline.unet.dtype} is not exported; load it in float32, on the CPU")
     size = image_size(pipeline) if size is None else size
-    if size <= 0 or size % pipeline.vae_scale_factor:
-        raise AsdmError(f"size={size}: must be a positive multiple of {pipeline.vae_scale_factor}, the VAE's factor")
+    require_size(pipeline, size)
     graphs = _graphs(pipeline, size, inherit, _calibration(pipeline, size, data) if int8 == "activations" else [])
     graphs = [graph for graph in graphs if parts is None or graph.name in parts]
     tolerance = TOLERANCE if int8 is None else INT8_TOLERANCE
