@@ -232,6 +232,8 @@ def _stages(student: UNet2DConditionModel, components: tuple[str, ...], steps: i
     changes: dict[str, Any] = {
         "relative": "normalised" in components,
         "features_by": "area" if "normalised" in components else "block",
+        "timesteps": "angle" if "normalised" in components else "uniform",
+        "caption_splice": CAPTION_SPLICE if "splice" in components else 0.0,
         "optimizer": "muon" if "muon" in components else "adamw",
         "losses": weights.model_copy(update={"semantic": SEMANTIC_WEIGHT if "sas" in components else 0.0}),
         "semantics": SEMANTICS,
@@ -240,9 +242,6 @@ def _stages(student: UNet2DConditionModel, components: tuple[str, ...], steps: i
         stages = incubation_stages(student, steps)
     else:
         stages = [Stage(name="joint", **pace(student, steps))]
-    # While blocks are incubated or assembled, captions stay whole.
-    spliced = CAPTION_SPLICE if "splice" in components else 0.0
-    stages[-1] = stages[-1].model_copy(update={"caption_splice": spliced})
     return [stage.model_copy(update=changes) for stage in stages]
 
 

@@ -8,7 +8,7 @@ from diffusers import DDPMScheduler
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
 from asdm import AsdmError, PruningPlan, Stage, build_student, distill
-from asdm.conditioning import noise_schedule, predicted_original, prediction_target
+from asdm.conditioning import noise_schedule, predicted_original, prediction_target, stratified_timesteps
 from asdm.evaluation.latency import unet_call
 from asdm.incubation.blocks import assembled, groups_of, incubated_blocks, narrowed
 from asdm.incubation.distillation import DistillationTask, IncubationTask, make_task, prepare
@@ -238,6 +238,17 @@ def test_features_count_by_the_size_of_their_maps(pipeline, examples):
     expected = sum(areas[name] * by_area[name] for name in blocks) / sum(areas.values())
     assert by_area["feature"] == pytest.approx(expected, rel=1e-5)
     assert by_area["feature"] != pytest.approx(alike["feature"], rel=1e-2)
+
+
+def test_time_steps_by_angle_are_even_on_the_samplers_path(pipeline):
+    schedule = noise_schedule(pipeline)
+    drawn = stratified_timesteps(1000, schedule, torch.Generator().manual_seed(0), "angle")
+    angles = schedule.alphas_cumprod.sqrt().acos()
+    found = angles[drawn].sort().values
+    even = torch.linspace(0, float(angles[-1]), 1000)
+    assert (found - even).abs().max() < 0.05  # the schedule's first angle is 0.03
+    task = make_task(pipeline, pruned(pipeline.unet), schedule, None, stage(timesteps="angle"))
+    assert torch.equal(task.timesteps(1000, torch.Generator().manual_seed(0)), drawn)
 
 
 def test_guided_output_distillation_compares_guided_predictions(pipeline, examples):

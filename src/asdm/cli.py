@@ -730,9 +730,9 @@ def benchmark(
         if seen is not None:
             title = f"{place}, {run.machine}, {run.threads} threads"
             save_figure(contest_plot(found, title), out / f"benchmark_{folder_name(place)}.png")
-    for dtype, best in limits.items():
+    for precision, best in limits.items():
         figures = ", ".join(f"{what} {value:.0f}" for what, value in best.items())
-        console.print(f"this machine's best in {dtype}, GFLOP/s: {figures}", highlight=False)
+        console.print(f"this machine's best in {precision}, GFLOP/s: {figures}", highlight=False)
     console.print(f"written to {out}", highlight=False)
 
 

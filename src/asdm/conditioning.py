@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
@@ -170,12 +170,24 @@ def noise_schedule(pipeline: DiffusionPipeline) -> DDPMScheduler:
     return DDPMScheduler.from_config(pipeline.scheduler.config)
 
 
-def stratified_timesteps(count: int, schedule: DDPMScheduler, generator: torch.Generator) -> Tensor:
+TimestepDensity = Literal["uniform", "angle"]
+
+
+def stratified_timesteps(
+    count: int, schedule: DDPMScheduler, generator: torch.Generator, density: TimestepDensity = "uniform"
+) -> Tensor:
     """Training time steps (count,), one at random from each of `count` equal parts, in random order: the
-    loss varies less from batch to batch than with independent draws."""
+    loss varies less from batch to batch than with independent draws.
+
+    The parts are equal in time, or in the angle whose cosine is the signal's share of the noisy latents: the sampled
+    latents are the integral of the v-prediction over that (arXiv 2202.00512, App. D), and so is their error.
+    """
     total = schedule.config.num_train_timesteps
-    parts = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
-    return (parts / count * total).long().clamp(max=total - 1)
+    parts = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
+    if density == "angle":
+        angles = schedule.alphas_cumprod.sqrt().acos()
+        return torch.searchsorted(angles, parts * angles[-1]).clamp(max=total - 1)
+    return (parts * total).long().clamp(max=total - 1)
 
 
 def predicted_original(schedule: DDPMScheduler, noise_pred: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:

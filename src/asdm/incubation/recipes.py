@@ -18,10 +18,11 @@ SMALL_MODEL_PARAMETERS = 50_000_000
 SEMANTIC_WEIGHT = 0.3
 SEMANTICS = Semantics(every=4)
 CAPTION_SPLICE = 0.7
-# The blocks' features are heard over all else. Without the denoising task the prediction comes nearer to the teacher's,
-# but images of new combinations end farther from its own and are recognised less often.
-WEIGHTS = LossWeights(task=1.0, output=1.0, feature=10.0)
+# The blocks' features are heard over all else, and the denoising task least: its target does not know that a caption
+# was spliced.
+WEIGHTS = LossWeights(task=0.3, output=1.0, feature=10.0)
 SHORTEST_ASSEMBLY = 40
+BATCHES: dict[str, Any] = {"caption_splice": CAPTION_SPLICE, "timesteps": "angle"}
 
 
 def pace(student: UNet2DConditionModel, steps: int) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def pace(student: UNet2DConditionModel, steps: int) -> dict[str, Any]:
 def joint_stages(student: UNet2DConditionModel, steps: int) -> list[Stage]:
     """The whole student at once, on the task, the teacher's output and features, each relative to the power of what it
     is compared with."""
-    return [Stage(name="joint", caption_splice=CAPTION_SPLICE, losses=WEIGHTS, **pace(student, steps))]
+    return [Stage(name="joint", losses=WEIGHTS, **BATCHES, **pace(student, steps))]
 
 
 def bk_sdm_stages(student: UNet2DConditionModel, steps: int) -> list[Stage]:
@@ -65,19 +66,18 @@ def incubation_stages(student: UNet2DConditionModel, steps: int) -> list[Stage]:
     groups = groups_of(student)
     stages = []
     if incubated_blocks(student):
-        stages.append(Stage(name="incubate", scope="incubate", **pace(student, round(0.15 * steps))))
+        stages.append(Stage(name="incubate", scope="incubate", **BATCHES, **pace(student, round(0.15 * steps))))
     each = round(0.15 * steps / max(1, len(groups) - 1))
     touched = {name for group in groups for name in group}
     blocks = [name for name in unet_blocks(student) if name not in touched]
     for number, group in enumerate(groups[:-1], start=1):  # with the last, it is the whole
         blocks = [*blocks, *group]
         if each >= SHORTEST_ASSEMBLY:
-            stages.append(
-                Stage(name=f"assemble-{number}", assembled=list(blocks), losses=WEIGHTS, **pace(student, each))
-            )
+            assembled = {"assembled": list(blocks), "losses": WEIGHTS}
+            stages.append(Stage(name=f"assemble-{number}", **assembled, **BATCHES, **pace(student, each)))
     left = steps - sum(stage.steps for stage in stages)
     joint = {"losses": WEIGHTS.model_copy(update={"semantic": SEMANTIC_WEIGHT}), "semantics": SEMANTICS}
-    return [*stages, Stage(name="joint", caption_splice=CAPTION_SPLICE, **joint, **pace(student, left))]
+    return [*stages, Stage(name="joint", **joint, **BATCHES, **pace(student, left))]
 
 
 def lcm_stages(student: UNet2DConditionModel, steps: int) -> list[Stage]:

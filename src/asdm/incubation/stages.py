@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from asdm.conditioning import TimestepDensity
 from asdm.errors import AsdmError
 from asdm.incubation.optimizers import OptimizerName
 from asdm.incubation.trainer import LoopSettings
@@ -67,7 +68,8 @@ class Stage(BaseModel):
     the late tokens of a caption have read all of it, and a student that learns images by them knows no new combination.
     `relative` divides task, output and feature losses by the teacher's power. In the feature loss blocks count by the
     area of their features, or, with `features_by` "block", all alike (inferred): a pruned student's small, deep maps
-    differ most from the teacher's, and the output depends on them least. `guidance_scale` makes the output loss one of
+    differ most from the teacher's, and the output depends on them least. `timesteps` "angle" noises as much as the
+    sampler's own path does, more often little than "uniform" (inferred). `guidance_scale` makes the output loss one of
     guided predictions, conditional and unconditional branch; in a consistency stage it is the scale that the student
     takes over, by default the teacher's usual one. `min_snr_gamma` weighs time steps (Min-SNR).
     `batch_size` is that of a step, of all processes together, taken in `accumulation` rounds; `checkpointing` computes
@@ -96,6 +98,7 @@ class Stage(BaseModel):
     trained: Literal["all", "neighbours", "routers"] = "all"
     relative: bool = True
     features_by: Literal["area", "block"] = "area"
+    timesteps: TimestepDensity = "uniform"
     guidance_scale: float | None = Field(None, gt=0)
     min_snr_gamma: float | None = Field(None, gt=0)
     semantics: Semantics = Semantics()
