@@ -22,13 +22,22 @@ CAPTION_SPLICE = 0.7
 # was spliced.
 WEIGHTS = LossWeights(task=0.3, output=1.0, feature=10.0)
 SHORTEST_ASSEMBLY = 40
-BATCHES: dict[str, Any] = {"caption_splice": CAPTION_SPLICE, "timesteps": "angle"}
+
+
+def _is_small(student: UNet2DConditionModel) -> bool:
+    return sum(p.numel() for p in student.parameters()) <= SMALL_MODEL_PARAMETERS
+
+
+def _batches(student: UNet2DConditionModel) -> dict[str, Any]:
+    """Fields that say what a batch is made of. Time steps by angle are for v-prediction, which the small UNet was found
+    to learn better by; most large ones predict epsilon, whose errors near pure noise weigh more than they look."""
+    return {"caption_splice": CAPTION_SPLICE, "timesteps": "angle" if _is_small(student) else "uniform"}
 
 
 def pace(student: UNet2DConditionModel, steps: int) -> dict[str, Any]:
     """Fields of a stage of so many steps: BK-SDM's pace (arXiv 2305.15798, Sec. 4.1), or one for UNets of up to 50M
     parameters, which stand a faster one."""
-    if sum(p.numel() for p in student.parameters()) > SMALL_MODEL_PARAMETERS:
+    if not _is_small(student):
         return {"steps": steps, "batch_size": 8, "learning_rate": 5e-5, "mixed_precision": "auto"}
     return {
         "steps": steps,
@@ -46,7 +55,7 @@ def pace(student: UNet2DConditionModel, steps: int) -> dict[str, Any]:
 def joint_stages(student: UNet2DConditionModel, steps: int) -> list[Stage]:
     """The whole student at once, on the task, the teacher's output and features, each relative to the power of what it
     is compared with."""
-    return [Stage(name="joint", losses=WEIGHTS, **BATCHES, **pace(student, steps))]
+    return [Stage(name="joint", losses=WEIGHTS, **_batches(student), **pace(student, steps))]
 
 
 def bk_sdm_stages(student: UNet2DConditionModel, steps: int) -> list[Stage]:
@@ -63,10 +72,10 @@ def incubation_stages(student: UNet2DConditionModel, steps: int) -> list[Stage]:
     `SHORTEST_ASSEMBLY`, in which no optimiser gets going; the rest is joint. A semantic loss costs a second look of the
     teacher, which every fourth step can afford.
     """
-    groups = groups_of(student)
+    groups, batches = groups_of(student), _batches(student)
     stages = []
     if incubated_blocks(student):
-        stages.append(Stage(name="incubate", scope="incubate", **BATCHES, **pace(student, round(0.15 * steps))))
+        stages.append(Stage(name="incubate", scope="incubate", **batches, **pace(student, round(0.15 * steps))))
     each = round(0.15 * steps / max(1, len(groups) - 1))
     touched = {name for group in groups for name in group}
     blocks = [name for name in unet_blocks(student) if name not in touched]
@@ -74,20 +83,21 @@ def incubation_stages(student: UNet2DConditionModel, steps: int) -> list[Stage]:
         blocks = [*blocks, *group]
         if each >= SHORTEST_ASSEMBLY:
             assembled = {"assembled": list(blocks), "losses": WEIGHTS}
-            stages.append(Stage(name=f"assemble-{number}", **assembled, **BATCHES, **pace(student, each)))
+            stages.append(Stage(name=f"assemble-{number}", **assembled, **batches, **pace(student, each)))
     left = steps - sum(stage.steps for stage in stages)
     joint = {"losses": WEIGHTS.model_copy(update={"semantic": SEMANTIC_WEIGHT}), "semantics": SEMANTICS}
-    return [*stages, Stage(name="joint", **joint, **BATCHES, **pace(student, left))]
+    return [*stages, Stage(name="joint", **joint, **batches, **pace(student, left))]
 
 
 def lcm_stages(student: UNet2DConditionModel, steps: int) -> list[Stage]:
     """A few-step student by latent consistency distillation, at the learning rate of LCM (arXiv 2310.04378, Sec. 5); a
     small UNet, whose teacher can be asked often, learns what its solver comes to, at the time steps of four-step
     sampling (inferred). Samples have no guidance, hence no caption is dropped."""
-    if sum(p.numel() for p in student.parameters()) > SMALL_MODEL_PARAMETERS:
-        changes: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 8e-6}
+    if _is_small(student):
+        few = Consistency(teacher_steps=6, student_steps=4)
+        changes: dict[str, Any] = {"learning_rate": 2e-4, "consistency": few}
     else:
-        changes = {"learning_rate": 2e-4, "consistency": Consistency(teacher_steps=6, student_steps=4)}
+        changes = {"optimizer": "adamw", "learning_rate": 8e-6}
     return [Stage(name="lcm", scope="consistency", **pace(student, steps) | changes | {"caption_dropout": 0.0})]
 
 

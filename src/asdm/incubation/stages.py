@@ -68,10 +68,10 @@ class Stage(BaseModel):
     the late tokens of a caption have read all of it, and a student that learns images by them knows no new combination.
     `relative` divides task, output and feature losses by the teacher's power. In the feature loss blocks count by the
     area of their features, or, with `features_by` "block", all alike (inferred): a pruned student's small, deep maps
-    differ most from the teacher's, and the output depends on them least. `timesteps` "angle" noises as much as the
-    sampler's own path does, more often little than "uniform" (inferred). `guidance_scale` makes the output loss one of
-    guided predictions, conditional and unconditional branch; in a consistency stage it is the scale that the student
-    takes over, by default the teacher's usual one. `min_snr_gamma` weighs time steps (Min-SNR).
+    differ most from the teacher's, and the output depends on them least. `timesteps` "angle" draws them evenly on the
+    path of a v-prediction's sampler, little noise more often than "uniform" (inferred). `guidance_scale` makes the
+    output loss one of guided predictions, conditional and unconditional branch; in a consistency stage it is the scale
+    that the student takes over, by default the teacher's usual one. `min_snr_gamma` weighs time steps (Min-SNR).
     `batch_size` is that of a step, of all processes together, taken in `accumulation` rounds; `checkpointing` computes
     the student's activations again in the backward pass, for less memory.
     """
