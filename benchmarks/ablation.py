@@ -49,6 +49,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 ROWS = RESULTS / "ablation.json"
 SETTLED = RESULTS / "ablation"  # plans, and what a step costs, which are the same for all runs, whenever they are made
 WORK = Path("runs/ablation")
+# "normalised": losses by the teacher's power, features by area, the task for less, time steps by angle.
 METHOD = ("normalised", "incubation", "cond-conv", "gri", "sas")  # each is put to BK-SDM's recipe by itself, too
 EXTRAS = ("compensation", "muon", "splice")
 COMPONENTS = (*METHOD, *EXTRAS)
