@@ -44,6 +44,7 @@ from asdm.pipelines import load_clip
 from asdm.redundancy import RedundancyMap
 from asdm.student.edits import GriAttention, Remove
 from asdm.student.plan import PruningPlan, build_student
+from asdm.units import is_stage
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 ROWS = RESULTS / "ablation.json"
@@ -201,13 +202,16 @@ def _run(
 
 
 def _plan(pipeline: DiffusionPipeline, target: float) -> PruningPlan:
-    """Removals of units alone, repaired: GRI is a component here, and not the planner's choice."""
+    """Removals alone, repaired: GRI is a component here, and not the planner's choice. At 1.5x units are enough;
+    beyond, the mid block and the innermost stage may go whole."""
     path = SETTLED / f"plan-{target:g}.json"
     if not path.is_file():
         known = WORK / "redundancy.json"
         if not known.is_file():
             asdm.analyze(pipeline, data="demo", compensate="linear").save(known)
-        redundancy = RedundancyMap.load(known).model_copy(update={"others": []})
+        redundancy = RedundancyMap.load(known)
+        whole = [other for other in redundancy.others if target >= FAST_SPEEDUP and other.edit["edit"] == "remove"]
+        redundancy = redundancy.model_copy(update={"others": whole})
         made = asdm.make_plan(redundancy, speedup=MARGIN * target, unet=pipeline.unet)
         SETTLED.mkdir(parents=True, exist_ok=True)
         asdm.repair_plan(pipeline, redundancy, made, data="demo", rounds=REPAIR_ROUNDS).save(path)
@@ -217,7 +221,8 @@ def _plan(pipeline: DiffusionPipeline, target: float) -> PruningPlan:
 def _with_components(unet: UNet2DConditionModel, plan: PruningPlan, components: tuple[str, ...]) -> PruningPlan:
     """The plan's removals, and what the components add to them."""
     kind = "linear" if "compensation" in components else "none"
-    removals = [Remove(unit=edit.unit, compensate=kind) for edit in plan.edits if isinstance(edit, Remove)]
+    units = [edit.unit for edit in plan.edits if isinstance(edit, Remove)]
+    removals = [Remove(unit=unit, compensate="none" if is_stage(unit) else kind) for unit in units]
     edits: list[Any] = list(removals)
     if "gri" in components:
         gone = [edit.unit for edit in removals]
