@@ -44,7 +44,6 @@ from asdm.pipelines import load_clip
 from asdm.redundancy import RedundancyMap
 from asdm.student.edits import GriAttention, Remove
 from asdm.student.plan import PruningPlan, build_student
-from asdm.units import is_stage
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 ROWS = RESULTS / "ablation.json"
@@ -202,16 +201,13 @@ def _run(
 
 
 def _plan(pipeline: DiffusionPipeline, target: float) -> PruningPlan:
-    """Removals alone, repaired: GRI is a component here, and not the planner's choice. At 1.5x units are enough;
-    beyond, the mid block and the innermost stage may go whole."""
+    """Removals of units alone, repaired: GRI is a component here, and not the planner's choice."""
     path = SETTLED / f"plan-{target:g}.json"
     if not path.is_file():
         known = WORK / "redundancy.json"
         if not known.is_file():
             asdm.analyze(pipeline, data="demo", compensate="linear").save(known)
-        redundancy = RedundancyMap.load(known)
-        whole = [other for other in redundancy.others if target >= FAST_SPEEDUP and other.edit["edit"] == "remove"]
-        redundancy = redundancy.model_copy(update={"others": whole})
+        redundancy = RedundancyMap.load(known).model_copy(update={"others": []})
         made = asdm.make_plan(redundancy, speedup=MARGIN * target, unet=pipeline.unet)
         SETTLED.mkdir(parents=True, exist_ok=True)
         asdm.repair_plan(pipeline, redundancy, made, data="demo", rounds=REPAIR_ROUNDS).save(path)
@@ -221,8 +217,7 @@ def _plan(pipeline: DiffusionPipeline, target: float) -> PruningPlan:
 def _with_components(unet: UNet2DConditionModel, plan: PruningPlan, components: tuple[str, ...]) -> PruningPlan:
     """The plan's removals, and what the components add to them."""
     kind = "linear" if "compensation" in components else "none"
-    units = [edit.unit for edit in plan.edits if isinstance(edit, Remove)]
-    removals = [Remove(unit=unit, compensate="none" if is_stage(unit) else kind) for unit in units]
+    removals = [Remove(unit=edit.unit, compensate=kind) for edit in plan.edits if isinstance(edit, Remove)]
     edits: list[Any] = list(removals)
     if "gri" in components:
         gone = [edit.unit for edit in removals]
