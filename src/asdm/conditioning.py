@@ -185,7 +185,7 @@ def stratified_timesteps(
     total = schedule.config.num_train_timesteps
     parts = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
     if density == "angle":
-        angles = schedule.alphas_cumprod.sqrt().acos()
+        angles = schedule.alphas_cumprod.cpu().sqrt().acos()  # adding noise moves the schedule to the latents' device
         return torch.searchsorted(angles, parts * angles[-1]).clamp(max=total - 1)
     return (parts * total).long().clamp(max=total - 1)
 
