@@ -6,17 +6,18 @@
     python benchmarks/ablation.py show                      # mean and spread over the seeds: a table, docs/ablation.png
 
 The embedded pipeline; one plan of removals for each speed-up; each run trains for the time of so many steps of
-BK-SDM's recipe, by the steps' cost as measured in turns, so that a busy minute of the machine falls on nobody. A
-finished run is not run again; two processes can share the work, each with its own --seeds or --only.
+BK-SDM's recipe, by the steps' cost as measured in turns, so that a busy minute of the machine falls on nobody; the
+components one by one in short runs. A finished run is not run again, one that was stopped goes on; two processes can
+share the work, each with its own --seeds or --only.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -54,21 +55,25 @@ METHOD = ("normalised", "incubation", "cond-conv", "gri", "sas")  # each is put 
 EXTRAS = ("compensation", "muon", "splice")
 COMPONENTS = (*METHOD, *EXTRAS)
 DEFAULT = ("normalised", *EXTRAS)  # what `compress` and `distill` do if nothing else is asked for
+NAMED: dict[str, tuple[str, ...]] = {"bk-sdm": (), "joint": DEFAULT, "full": COMPONENTS}
 FAST_SPEEDUP = 2.0  # at which the components are not looked at one by one
+SHORT = " (short)"  # what a recipe is called in the runs of the components' length
 MARGIN = 1.02  # for what banks, GRI and linear maps cost: the plan is that much faster than the target
 FIT = "fit of the compensation"
-LENGTH = 450  # steps of BK-SDM's recipe; the others take as many as cost the same
+LENGTHS = {1.5: 1800, 2.0: 2700}  # steps of BK-SDM's recipe; the others take as many as cost the same
+SHORT_LENGTH = 450  # of the components one by one, and of the named recipes beside them
 REPAIR_ROUNDS = 4
-COST_ROUNDS = 8
+COST_ROUNDS = 5
 BANKS = 0.005  # of the teacher's parameters
 COLOURS = {"teacher": "black", "bk-sdm": "tab:red", "joint": "tab:green", "full": "tab:blue"}
 METRICS = ("concept_top1", "concept_top5", "style", "kid", "retrieval_at_1", "teacher_distance")
 
 
 def variants(target: float) -> dict[str, tuple[str, ...]]:
-    """The components of each named recipe."""
-    found: dict[str, tuple[str, ...]] = {"bk-sdm": (), "joint": DEFAULT, "full": COMPONENTS}
+    """The components of each recipe; below `FAST_SPEEDUP` those of short runs, too."""
+    found = dict(NAMED)
     if target < FAST_SPEEDUP:
+        found |= {f"{name}{SHORT}": components for name, components in NAMED.items()}
         found |= {f"bk-sdm + {name}": (name,) for name in METHOD}
         found |= {f"full - {name}": tuple(c for c in COMPONENTS if c != name) for name in COMPONENTS}
     return found
@@ -98,11 +103,14 @@ def run(
                 if components is None:
                     found = _known_teacher(seed) or {"steps": 0} | judged(pipeline, seed) | machine()
                 else:
-                    steps = _length(name, components, costs)
-                    figures = _run(pipeline, examples, plan, components, steps, seed, judged)
+                    steps = _steps(pipeline.unet, plan, name, target, costs)
+                    folder = WORK / f"{target:g}-{seed}-{name.replace(' ', '')}"
+                    figures = _run(pipeline, plan, components, steps, seed, folder, judged)
                     found = {"steps": steps} | figures | machine()
                 row = key | found | key
                 write_text(ROWS, json.dumps([*_known(), row], indent=1) + "\n")  # another process may have added some
+                if components is not None:
+                    shutil.rmtree(folder)
                 console.print(row, highlight=False)
 
 
@@ -184,19 +192,18 @@ def _plot(rows: list[dict[str, Any]]) -> Figure:
 
 def _run(
     pipeline: DiffusionPipeline,
-    examples: TrainingSet,
     plan: PruningPlan,
     components: tuple[str, ...],
     steps: int,
     seed: int,
+    folder: Path,
     judged: Callable[[DiffusionPipeline, int], dict[str, float]],
 ) -> dict[str, float]:
     student = build_student(pipeline.unet, _with_components(pipeline.unet, plan, components))
     if "compensation" in components:
         asdm.fit_compensation(pipeline, student, data="demo", seed=seed)
     stages = _stages(student, components, steps)
-    with TemporaryDirectory(dir=WORK) as folder:
-        asdm.distill(pipeline, student, WORK / "prepared", folder, stages=stages, seed=seed)
+    asdm.distill(pipeline, student, WORK / "prepared", folder, stages=stages, seed=seed)
     return judged(asdm.with_unet(pipeline, student), seed)
 
 
@@ -247,42 +254,48 @@ def _stages(student: UNet2DConditionModel, components: tuple[str, ...], steps: i
 
 
 def _costs(pipeline: DiffusionPipeline, examples: TrainingSet, plan: PruningPlan, target: float) -> dict[str, float]:
-    """Each recipe's seconds a step, over its stages, each of which was measured in turns with all others'; and those of
-    a fit of the compensation."""
+    """Seconds of each kind of step (`_kinds_of_step`), measured in turns with all others, and of a fit of the
+    compensation."""
     path = SETTLED / f"seconds-a-step-{target:g}.json"
     if path.is_file():
         return json.loads(path.read_text("utf-8"))
     calls: dict[str, Callable[[], Any]] = {}
-    shares: dict[str, dict[str, float]] = {}
     for name, components in variants(target).items():
-        student = build_student(pipeline.unet, _with_components(pipeline.unet, plan, components))
-        stages = _stages(student, components, 1000)
-        shares[name] = {}
-        for scope in dict.fromkeys(stage.scope for stage in stages):
-            of_scope = [stage for stage in stages if stage.scope == scope]
-            share = sum(stage.steps for stage in of_scope) / 1000
-            weight = of_scope[-1].losses.semantic if scope == "joint" else 0.0
-            looks = 1 / SEMANTICS.every
-            for semantic, part in ({0.0: 1 - looks, weight: looks} if weight else {0.0: 1.0}).items():
-                losses = of_scope[-1].losses.model_copy(update={"semantic": semantic})
-                call = f"{name}, {scope}, {semantic:g}"
-                calls[call] = _step_of(pipeline, student, examples, of_scope[-1].model_copy(update={"losses": losses}))
-                shares[name][call] = share * part
+        if not name.endswith(SHORT):
+            student = build_student(pipeline.unet, _with_components(pipeline.unet, plan, components))
+            for kind, (stage, _) in _kinds_of_step(name, _stages(student, components, 1000)).items():
+                calls[kind] = _step_of(pipeline, student, examples, stage)
     times = measure_interleaved(calls, rounds=COST_ROUNDS, warmup=1)
-    found = {
-        name: round(sum(times[call].median_ms / 1000 * share for call, share in parts.items()), 4)
-        for name, parts in shares.items()
-    }
     student = build_student(pipeline.unet, _with_components(pipeline.unet, plan, COMPONENTS))
+    found = {kind: round(times[kind].median_ms / 1000, 4) for kind in calls}
     found[FIT] = round(seconds_of(lambda: asdm.fit_compensation(pipeline, student, data="demo")), 1)
     write_text(path, json.dumps(found, indent=1) + "\n")
     return found
 
 
-def _length(name: str, components: tuple[str, ...], costs: dict[str, float]) -> int:
-    """How many steps cost the same as `LENGTH` of BK-SDM's recipe; the fit before them counts, too."""
-    seconds = LENGTH * costs["bk-sdm"] - (costs[FIT] if "compensation" in components else 0.0)
-    return round(seconds / costs[name])
+def _kinds_of_step(name: str, stages: list[Stage]) -> dict[str, tuple[Stage, float]]:
+    """The steps of a recipe that cost differently, by scope and whether the semantic loss is looked at: a stage of
+    that kind, and the kind's share of the steps."""
+    steps, looks = sum(stage.steps for stage in stages), 1 / SEMANTICS.every
+    found: dict[str, tuple[Stage, float]] = {}
+    for stage in stages:
+        semantic = stage.losses.semantic if stage.scope == "joint" else 0.0
+        for weight, part in ({0.0: 1 - looks, semantic: looks} if semantic else {0.0: 1.0}).items():
+            losses = stage.losses.model_copy(update={"semantic": weight})
+            kind = f"{name.removesuffix(SHORT)}, {stage.scope}{', semantic' if weight else ''}"
+            share = found[kind][1] if kind in found else 0.0
+            found[kind] = (stage.model_copy(update={"losses": losses}), share + part * stage.steps / steps)
+    return found
+
+
+def _steps(unet: UNet2DConditionModel, plan: PruningPlan, name: str, target: float, costs: dict[str, float]) -> int:
+    """How many steps cost the same as so many of BK-SDM's recipe; the fit before them counts, too."""
+    components = variants(target)[name]
+    length = LENGTHS[target] if name in NAMED else SHORT_LENGTH
+    seconds = length * costs["bk-sdm, joint"] - (costs[FIT] if "compensation" in components else 0.0)
+    student = build_student(unet, _with_components(unet, plan, components))
+    kinds = _kinds_of_step(name, _stages(student, components, length))
+    return round(seconds / sum(costs[kind] * share for kind, (_, share) in kinds.items()))
 
 
 def _step_of(

@@ -21,6 +21,7 @@ CAPTION_SPLICE = 0.7
 # The blocks' features are heard over all else, and the denoising task least: its target does not know that a caption
 # was spliced.
 WEIGHTS = LossWeights(task=0.3, output=1.0, feature=10.0)
+INCUBATING = 0.05  # of the steps, and again as many assemble: what a block can learn alone, it learns soon
 SHORTEST_ASSEMBLY = 40
 
 
@@ -68,15 +69,15 @@ def incubation_stages(student: UNet2DConditionModel, steps: int) -> list[Stage]:
     """Progressive incubation (inferred): the edited blocks each alone inside the teacher, then put in its place one
     after another with a short distillation, then the whole with semantic-aware supervision.
 
-    Three twentieths of the steps incubate and as many assemble, unless that leaves a group less than
-    `SHORTEST_ASSEMBLY`, in which no optimiser gets going; the rest is joint. A semantic loss costs a second look of the
-    teacher, which every fourth step can afford.
+    A twentieth of the steps incubate and as many assemble, unless that leaves a group less than `SHORTEST_ASSEMBLY`,
+    in which no optimiser gets going; the rest is joint. A semantic loss costs a second look of the teacher, which every
+    fourth step can afford.
     """
     groups, batches = groups_of(student), _batches(student)
     stages = []
     if incubated_blocks(student):
-        stages.append(Stage(name="incubate", scope="incubate", **batches, **pace(student, round(0.15 * steps))))
-    each = round(0.15 * steps / max(1, len(groups) - 1))
+        stages.append(Stage(name="incubate", scope="incubate", **batches, **pace(student, round(INCUBATING * steps))))
+    each = round(INCUBATING * steps / max(1, len(groups) - 1))
     touched = {name for group in groups for name in group}
     blocks = [name for name in unet_blocks(student) if name not in touched]
     for number, group in enumerate(groups[:-1], start=1):  # with the last, it is the whole
