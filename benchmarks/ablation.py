@@ -3,7 +3,7 @@
     python benchmarks/ablation.py run                       # all that is not in docs/results/ablation.json yet
     python benchmarks/ablation.py run --only bk-sdm,full --seeds 0
     python benchmarks/ablation.py time                      # the UNets' speed-ups, when nothing else runs
-    python benchmarks/ablation.py show                      # mean and spread over the seeds: a table, docs/ablation.png
+    python benchmarks/ablation.py show                      # mean and spread over the seeds: a table, plot and images
 
 The embedded pipeline; one plan of removals for each speed-up; each run trains for the time of so many steps of
 BK-SDM's recipe, by the steps' cost as measured in turns, so that a busy minute of the machine falls on nobody; the
@@ -25,15 +25,18 @@ import typer
 from common import RESULTS, console, machine
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 import asdm
 from asdm.conditioning import noise_schedule
-from asdm.evaluation.comparison import RealImages, evaluation_sets
+from asdm.evaluation.comparison import EvaluationSet, RealImages, evaluation_sets
 from asdm.evaluation.contestants import outer_self_attentions
 from asdm.evaluation.latency import measure_interleaved, seconds_of, speedup, unet_call
 from asdm.evaluation.metrics import Judge, feature_distance
+from asdm.evaluation.plots import image_sheet
 from asdm.files import write_text
+from asdm.images import to_images
 from asdm.incubation.data import ShuffledBatches
 from asdm.incubation.distillation import TrainingSet, make_task, prepare
 from asdm.incubation.optimizers import make_optimizer
@@ -62,6 +65,7 @@ MARGIN = 1.02  # for what banks, GRI and linear maps cost: the plan is that much
 FIT = "fit of the compensation"
 LENGTHS = {1.5: 1800, 2.0: 2700}  # steps of BK-SDM's recipe; the others take as many as cost the same
 SHORT_LENGTH = 450  # of the components one by one, and of the named recipes beside them
+SHOWN = 16  # held-out prompts, of each recipe's first seed
 REPAIR_ROUNDS = 4
 COST_ROUNDS = 5
 BANKS = 0.005  # of the teacher's parameters
@@ -100,13 +104,14 @@ def run(
                 key = {"name": name, "seed": seed, "target": target}
                 if (chosen and name not in chosen) or any(key.items() <= row.items() for row in _known()):
                     continue
+                strip = _strip(name, target) if seed == 0 and name in ("teacher", *NAMED) else None
                 if components is None:
-                    found = _known_teacher(seed) or {"steps": 0} | judged(pipeline, seed) | machine()
+                    found = _known_teacher(seed) or {"steps": 0} | judged(pipeline, seed, strip) | machine()
                 else:
                     steps = _steps(pipeline.unet, plan, name, target, costs)
                     folder = WORK / f"{target:g}-{seed}-{name.replace(' ', '')}"
-                    figures = _run(pipeline, plan, components, steps, seed, folder, judged)
-                    found = {"steps": steps} | figures | machine()
+                    trained = _trained(pipeline, plan, components, steps, seed, folder)
+                    found = {"steps": steps} | judged(trained, seed, strip) | machine()
                 row = key | found | key
                 write_text(ROWS, json.dumps([*_known(), row], indent=1) + "\n")  # another process may have added some
                 if components is not None:
@@ -146,11 +151,29 @@ def show() -> None:
             speed = statistics.mean(row["speedup"] for row in mine)
             print(f"| {name} | {len(mine)} | {speed:.2f}x | {mine[0]['steps']} | {' | '.join(cells)} |")
     _plot(rows).savefig(RESULTS.parent / "ablation.png", dpi=120)
+    captions = _held_out(SHOWN).prompts
+    strips = [_strip(name, target) for target in LENGTHS for name in ("teacher", *NAMED)]
+    images = [_cut(Image.open(path)) for path in dict.fromkeys(strips) if path.is_file()]
+    image_sheet(captions, images, across=SHOWN).save(RESULTS.parent / "ablation_images.png")
 
 
 def _known() -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = json.loads(ROWS.read_text("utf-8")) if ROWS.is_file() else []
     return rows
+
+
+def _held_out(count: int) -> EvaluationSet:
+    return next(each for each in evaluation_sets("demo", None, count, 0) if each.split == "held_out")
+
+
+def _strip(name: str, target: float) -> Path:
+    """The first images of a recipe's first seed, side by side."""
+    return SETTLED / ("teacher.png" if name == "teacher" else f"{name}-{target:g}.png")
+
+
+def _cut(strip: Image.Image) -> list[Image.Image]:
+    side = strip.height
+    return [strip.crop((left, 0, left + side, side)) for left in range(0, strip.width, side)]
 
 
 def _known_teacher(seed: int) -> dict[str, Any] | None:
@@ -190,21 +213,20 @@ def _plot(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _run(
+def _trained(
     pipeline: DiffusionPipeline,
     plan: PruningPlan,
     components: tuple[str, ...],
     steps: int,
     seed: int,
     folder: Path,
-    judged: Callable[[DiffusionPipeline, int], dict[str, float]],
-) -> dict[str, float]:
+) -> DiffusionPipeline:
     student = build_student(pipeline.unet, _with_components(pipeline.unet, plan, components))
     if "compensation" in components:
         asdm.fit_compensation(pipeline, student, data="demo", seed=seed)
     stages = _stages(student, components, steps)
     asdm.distill(pipeline, student, WORK / "prepared", folder, stages=stages, seed=seed)
-    return judged(asdm.with_unet(pipeline, student), seed)
+    return asdm.with_unet(pipeline, student)
 
 
 def _plan(pipeline: DiffusionPipeline, target: float) -> PruningPlan:
@@ -328,10 +350,12 @@ class _Judged:
         self.real = RealImages.of("demo", self.sets, self.judge, pipeline, load_clip(pipeline))
         self.pipeline, self.samples = pipeline, samples
 
-    def __call__(self, pipeline: DiffusionPipeline, seed: int) -> dict[str, float]:
+    def __call__(self, pipeline: DiffusionPipeline, seed: int, strip: Path | None) -> dict[str, float]:
         figures: dict[str, float] = {"images": self.samples}
         for each in self.sets:
             images = asdm.generate(pipeline, each.prompts, seed=1000 * seed)
+            if strip is not None and each.split == "held_out":
+                to_images(torch.cat(list(images[:SHOWN]), dim=2)[None])[0].save(strip)
             features = self.judge.features(images)
             expected = self._teacher_features(each, seed, features if pipeline is self.pipeline else None)
             found = self.real.figures(images, features, each.examples)
