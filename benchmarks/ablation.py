@@ -142,19 +142,28 @@ def show() -> None:
     """Mean and deviation over the seeds, the teacher first: a table in Markdown, and the plot."""
     rows = _known()
     for target in sorted({row["target"] for row in rows}):
-        print(f"\n| plan of {target:g}x | seeds | UNet | steps | {' | '.join(m.replace('_', ' ') for m in METRICS)} |")
-        print("|" + "---|" * (4 + len(METRICS)))
-        for name, mine in _by_name(rows, target).items():
-            found = [_mean_and_deviation(mine, f"{metric}_heldout") for metric in METRICS]
-            spread = len(mine) > 1
-            cells = [f"{mean:.3f} ± {deviation:.3f}" if spread else f"{mean:.3f}" for mean, deviation in found]
-            speed = statistics.mean(row["speedup"] for row in mine)
-            print(f"| {name} | {len(mine)} | {speed:.2f}x | {mine[0]['steps']} | {' | '.join(cells)} |")
+        by_name = _by_name(rows, target)
+        long = {name: mine for name, mine in by_name.items() if name in ("teacher", *NAMED)}
+        _print_table(f"plan of {target:g}x", long)
+        _print_table(f"plan of {target:g}x, short runs", {n: mine for n, mine in by_name.items() if n not in long})
     _plot(rows).savefig(RESULTS.parent / "ablation.png", dpi=120)
     captions = _held_out(SHOWN).prompts
     strips = [_strip(name, target) for target in LENGTHS for name in ("teacher", *NAMED)]
     images = [_cut(Image.open(path)) for path in dict.fromkeys(strips) if path.is_file()]
     image_sheet(captions, images, across=SHOWN).save(RESULTS.parent / "ablation_images.png")
+
+
+def _print_table(title: str, by_name: dict[str, list[dict[str, Any]]]) -> None:
+    if not by_name:
+        return
+    print(f"\n| {title} | seeds | UNet | steps | {' | '.join(m.replace('_', ' ') for m in METRICS)} |")
+    print("|" + "---|" * (4 + len(METRICS)))
+    for name, mine in by_name.items():
+        found = [_mean_and_deviation(mine, f"{metric}_heldout") for metric in METRICS]
+        spread = len(mine) > 1
+        cells = [f"{mean:.3f} ± {deviation:.3f}" if spread else f"{mean:.3f}" for mean, deviation in found]
+        speed = statistics.mean(row["speedup"] for row in mine)
+        print(f"| {name} | {len(mine)} | {speed:.2f}x | {mine[0]['steps']} | {' | '.join(cells)} |")
 
 
 def _known() -> list[dict[str, Any]]:
@@ -203,7 +212,7 @@ def _plot(rows: list[dict[str, Any]]) -> Figure:
             if name == "teacher" and key == "teacher_distance_heldout":
                 continue
             mean, deviation = _mean_and_deviation(mine, key)
-            colour = COLOURS.get(name, "tab:gray")
+            colour = COLOURS.get(name.removesuffix(SHORT), "tab:gray")
             axes.errorbar(mean, place, xerr=deviation, fmt="o", color=colour, capsize=3)
         axes.set_title(f"{title}, held out", fontsize=10)
         axes.set_yticks(range(len(by_name)), list(by_name))
