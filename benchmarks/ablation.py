@@ -3,7 +3,7 @@
     python benchmarks/ablation.py run                       # all that is not in docs/results/ablation.json yet
     python benchmarks/ablation.py run --only bk-sdm,full --seeds 0
     python benchmarks/ablation.py time                      # the UNets' speed-ups, when nothing else runs
-    python benchmarks/ablation.py show                      # mean and spread over the seeds: a table, plot and images
+    python benchmarks/ablation.py show                      # mean and spread over the seeds: tables, plot, images
 
 The embedded pipeline; one plan of removals for each speed-up; each run trains for the time of so many steps of
 BK-SDM's recipe, by the steps' cost as measured in turns, so that a busy minute of the machine falls on nobody; the
@@ -108,10 +108,11 @@ def run(
                 if components is None:
                     found = _known_teacher(seed) or {"steps": 0} | judged(pipeline, seed, strip) | machine()
                 else:
-                    steps = _steps(pipeline.unet, plan, name, target, costs)
+                    student = _student(pipeline.unet, plan, components)
+                    steps = _steps(student, name, components, LENGTHS[target] if name in NAMED else SHORT_LENGTH, costs)
                     folder = WORK / f"{target:g}-{seed}-{name.replace(' ', '')}"
-                    trained = _trained(pipeline, plan, components, steps, seed, folder)
-                    found = {"steps": steps} | judged(trained, seed, strip) | machine()
+                    _train(pipeline, student, components, steps, seed, folder)
+                    found = {"steps": steps} | judged(asdm.with_unet(pipeline, student), seed, strip) | machine()
                 row = key | found | key
                 write_text(ROWS, json.dumps([*_known(), row], indent=1) + "\n")  # another process may have added some
                 if components is not None:
@@ -126,20 +127,21 @@ def time(rounds: int = 40) -> None:
     rows = _known()
     for target in sorted({row["target"] for row in rows}):
         students = {
-            name: build_student(pipeline.unet, _with_components(pipeline.unet, _plan(pipeline, target), components))
+            name: _student(pipeline.unet, _plan(pipeline, target), components)
             for name, components in variants(target).items()
+            if not name.endswith(SHORT)
         }
         calls = {name: unet_call(unet) for name, unet in {"teacher": pipeline.unet, **students}.items()}
         times = measure_interleaved(calls, rounds=rounds)
         for row in rows:
             if row["target"] == target:
-                row["speedup"] = speedup(times["teacher"], times[row["name"]])
+                row["speedup"] = speedup(times["teacher"], times[row["name"].removesuffix(SHORT)])
     write_text(ROWS, json.dumps(rows, indent=1) + "\n")
 
 
 @app.command()
 def show() -> None:
-    """Mean and deviation over the seeds, the teacher first: a table in Markdown, and the plot."""
+    """Mean and deviation over the seeds, the teacher first: tables in Markdown, the plot, the sheet of images."""
     rows = _known()
     for target in sorted({row["target"] for row in rows}):
         by_name = _by_name(rows, target)
@@ -222,20 +224,18 @@ def _plot(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _trained(
+def _train(
     pipeline: DiffusionPipeline,
-    plan: PruningPlan,
+    student: UNet2DConditionModel,
     components: tuple[str, ...],
     steps: int,
     seed: int,
     folder: Path,
-) -> DiffusionPipeline:
-    student = build_student(pipeline.unet, _with_components(pipeline.unet, plan, components))
+) -> None:
     if "compensation" in components:
         asdm.fit_compensation(pipeline, student, data="demo", seed=seed)
     stages = _stages(student, components, steps)
     asdm.distill(pipeline, student, WORK / "prepared", folder, stages=stages, seed=seed)
-    return asdm.with_unet(pipeline, student)
 
 
 def _plan(pipeline: DiffusionPipeline, target: float) -> PruningPlan:
@@ -252,8 +252,8 @@ def _plan(pipeline: DiffusionPipeline, target: float) -> PruningPlan:
     return PruningPlan.load(path)
 
 
-def _with_components(unet: UNet2DConditionModel, plan: PruningPlan, components: tuple[str, ...]) -> PruningPlan:
-    """The plan's removals, and what the components add to them."""
+def _student(unet: UNet2DConditionModel, plan: PruningPlan, components: tuple[str, ...]) -> UNet2DConditionModel:
+    """The student of the plan's removals, and of what the components add to them."""
     kind = "linear" if "compensation" in components else "none"
     removals = [Remove(unit=edit.unit, compensate=kind) for edit in plan.edits if isinstance(edit, Remove)]
     edits: list[Any] = list(removals)
@@ -263,7 +263,9 @@ def _with_components(unet: UNet2DConditionModel, plan: PruningPlan, components: 
         kept = [name for name in outer if not any(name == unit or name.startswith(f"{unit}.") for unit in gone)]
         edits += [GriAttention(unit=name, regions=2, pool=2, weighted=True) for name in kept]
     full = PruningPlan.for_unet(unet, edits)
-    return asdm.add_banks(full, unet, params=BANKS, router="time") if "cond-conv" in components else full
+    if "cond-conv" in components:
+        full = asdm.add_banks(full, unet, params=BANKS, router="time")
+    return build_student(unet, full)
 
 
 def _stages(student: UNet2DConditionModel, components: tuple[str, ...], steps: int) -> list[Stage]:
@@ -293,11 +295,11 @@ def _costs(pipeline: DiffusionPipeline, examples: TrainingSet, plan: PruningPlan
     calls: dict[str, Callable[[], Any]] = {}
     for name, components in variants(target).items():
         if not name.endswith(SHORT):
-            student = build_student(pipeline.unet, _with_components(pipeline.unet, plan, components))
+            student = _student(pipeline.unet, plan, components)
             for kind, (stage, _) in _kinds_of_step(name, _stages(student, components, 1000)).items():
                 calls[kind] = _step_of(pipeline, student, examples, stage)
     times = measure_interleaved(calls, rounds=COST_ROUNDS, warmup=1)
-    student = build_student(pipeline.unet, _with_components(pipeline.unet, plan, COMPONENTS))
+    student = _student(pipeline.unet, plan, COMPONENTS)
     found = {kind: round(times[kind].median_ms / 1000, 4) for kind in calls}
     found[FIT] = round(seconds_of(lambda: asdm.fit_compensation(pipeline, student, data="demo")), 1)
     write_text(path, json.dumps(found, indent=1) + "\n")
@@ -319,12 +321,11 @@ def _kinds_of_step(name: str, stages: list[Stage]) -> dict[str, tuple[Stage, flo
     return found
 
 
-def _steps(unet: UNet2DConditionModel, plan: PruningPlan, name: str, target: float, costs: dict[str, float]) -> int:
-    """How many steps cost the same as so many of BK-SDM's recipe; the fit before them counts, too."""
-    components = variants(target)[name]
-    length = LENGTHS[target] if name in NAMED else SHORT_LENGTH
+def _steps(
+    student: UNet2DConditionModel, name: str, components: tuple[str, ...], length: int, costs: dict[str, float]
+) -> int:
+    """How many steps cost the same as `length` of BK-SDM's recipe; the fit before them counts, too."""
     seconds = length * costs["bk-sdm, joint"] - (costs[FIT] if "compensation" in components else 0.0)
-    student = build_student(unet, _with_components(unet, plan, components))
     kinds = _kinds_of_step(name, _stages(student, components, length))
     return round(seconds / sum(costs[kind] * share for kind, (_, share) in kinds.items()))
 
