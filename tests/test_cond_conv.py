@@ -137,12 +137,14 @@ def test_experts_are_the_teachers_kernels_on_the_channels_they_share(unet):
     student = build_student(unet, PruningPlan.for_unet(unet, edits_of()))
     name = "down_blocks.1.resnets.0.conv2"
     conv, state = student.get_submodule(name), unet.state_dict()
-    assert torch.equal(conv.expert_weight[0], state["down_blocks.1.resnets.1.conv2.weight"].flatten())
+    kernel = state["down_blocks.1.resnets.1.conv2.weight"].flatten(1)
+    assert conv.expert_weight.shape == (2 * len(kernel), kernel.shape[1])  # as optimisers for matrices take it
+    assert torch.equal(conv.expert_weight[: len(kernel)], kernel)
     assert torch.equal(conv.expert_bias[1], state["down_blocks.0.resnets.1.conv1.bias"])
     channels = conv_channels(unet)
     assert channels["up_blocks.2.resnets.0.conv1"] == (64, 32)
     assert channels["up_blocks.2.resnets.1.conv1"] == (32, 32)
-    bank = student.get_submodule("up_blocks.2.resnets.0.conv1").expert_weight[0].view(32, 96, 3, 3)
+    bank = student.get_submodule("up_blocks.2.resnets.0.conv1").expert_weight.view(32, 96, 3, 3)
     source = state["up_blocks.2.resnets.1.conv1.weight"]
     assert torch.equal(bank[:, :32], source[:, :32])  # hidden on hidden
     assert bank[:, 32:64].abs().sum() == 0

@@ -40,10 +40,11 @@ def examples(pipeline, data_folder, tmp_path):
     return prepare(pipeline, data_folder, tmp_path / "prepared")
 
 
-def losses_of(pipeline, student, examples, chosen, step=0):
+def losses_of(pipeline, student, examples, chosen, step=0, seed=0):
     torch.manual_seed(0)
     task = make_task(pipeline, student, noise_schedule(pipeline), examples, chosen)
-    losses = task((torch.tensor([0, 1]), step), torch.Generator().manual_seed(0))
+    indices = torch.arange(chosen.batch_size)
+    losses = task((indices, step), torch.Generator().manual_seed(seed))
     losses["loss"].backward()
     return task, {name: float(value.detach()) for name, value in losses.items()}
 
@@ -75,6 +76,19 @@ def test_incubated_blocks_learn(pipeline, data_folder, tmp_path):
     chosen = stage(scope="incubate", steps=30, batch_size=4)
     distill(pipeline, student, data_folder, tmp_path / "run", stages=[chosen], progress=rows.append)
     assert sum(row["loss"] for row in rows[-5:]) < 0.8 * sum(row["loss"] for row in rows[:5])
+
+
+def test_a_compensated_mid_block_is_incubated_as_others(pipeline, data_folder, tmp_path):
+    edits = [{"edit": "remove", "unit": "mid_block", "compensate": "linear"}]
+    student = build_student(pipeline.unet, PruningPlan.for_unet(pipeline.unet, edits))
+    before = {name: p.clone() for name, p in student.named_parameters()}
+    distill(pipeline, student, data_folder, tmp_path / "run", stages=[stage(scope="incubate")])
+    moved = {name for name, p in student.named_parameters() if not torch.equal(p, before[name])}
+    assert moved and all(name.startswith("mid_block.compensation.") for name in moved)
+    narrowed(student, "neighbours")
+    near = {name.split(".compensation")[0] for name, p in student.named_parameters() if p.requires_grad}
+    assert "mid_block" in near and any(name.startswith("down_blocks.3.resnets.1") for name in near)
+    narrowed(pruned(pipeline.unet, "mid_block"), "neighbours")
 
 
 def test_the_teachers_blocks_stand_in_for_those_not_assembled_yet(pipeline):
@@ -150,6 +164,7 @@ def test_semantic_loss_is_the_weighted_distance_of_directions():
     mine, theirs = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0, 0.0], [0.0, -1.0]])
     assert semantic_loss(mine, theirs, torch.tensor([1.0, 1.0])) == pytest.approx(1.0)
     assert semantic_loss(mine, theirs, torch.tensor([1.0, 0.0])) == pytest.approx(0.0)
+    assert semantic_loss(mine[1:], theirs[1:], torch.tensor([0.2])) == pytest.approx(0.4)
 
 
 def test_min_snr_weights_follow_the_paper():
@@ -159,8 +174,21 @@ def test_min_snr_weights_follow_the_paper():
     assert min_snr_weights(alphas, "epsilon", 5.0).tolist() == pytest.approx(expected)
     expected = [min(5.0, float(value)) / (float(value) + 1) for value in snr]
     assert min_snr_weights(alphas, "v_prediction", 5.0).tolist() == pytest.approx(expected)
-    error = squared_error(torch.ones(2, 3), torch.tensor([[0.0] * 3, [3.0] * 3]), torch.tensor([3.0, 1.0]))
-    assert error == pytest.approx((3 * 1 + 1 * 4) / 4)
+    assert min_snr_weights(torch.zeros(1), "epsilon", 5.0) == 1  # pure noise, where a schedule ends in it
+    error = squared_error(torch.ones(2, 3), torch.tensor([[0.0] * 3, [3.0] * 3]), torch.tensor([1.5, 0.5]))
+    assert error == pytest.approx((1.5 * 1 + 0.5 * 4) / 2)
+
+
+def test_weights_by_time_step_count_in_batches_of_one(pipeline, examples):
+    def output_loss(seed, **changes):
+        chosen = stage(batch_size=1, **changes)
+        return losses_of(pipeline, pruned(pipeline.unet), examples, chosen, seed=seed)[1]["output"]
+
+    by_snr = [output_loss(seed, min_snr_gamma=1.0) / output_loss(seed) for seed in range(4)]
+    assert max(by_snr) > 1.1 * min(by_snr)
+    chosen = stage(min_snr_gamma=1.0)
+    task = make_task(pipeline, pruned(pipeline.unet), noise_schedule(pipeline), examples, chosen)
+    assert task.snr_weights.mean() == pytest.approx(1, abs=0.01)
 
 
 def encoders(pipeline):

@@ -67,7 +67,7 @@ def counting_macs(model: nn.Module) -> Iterator[MacCount]:
         def hook(module: CondConv2d, _inputs: Any, output: Tensor) -> None:
             size = module.weight.numel()
             count.plain[name] += output.numel() // output.shape[0] * (size // module.out_channels)
-            count.plain[name] += len(module.expert_weight) * size  # the mixing
+            count.plain[name] += len(module.sources) * size  # the mixing
 
         return hook
 

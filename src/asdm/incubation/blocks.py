@@ -70,9 +70,17 @@ def _beside_cuts(student: UNet2DConditionModel) -> list[str]:
         if layer in order:
             index = order.index(layer)
             near |= set(order[max(0, index - 1) : index + 2])
-        elif isinstance(edit, Remove):
-            near |= {name for name in order if stage_of(name) == stage_of(edit.unit)} | {edit.unit}
+        elif isinstance(edit, Remove):  # a whole block
+            before = [name for name in order if _place(name) < _place(unit)]
+            behind = [name for name in order if _place(name) > _place(unit)]
+            near |= {unit, *before[-1:], *behind[:1]}
     return sorted(near)
+
+
+def _place(name: str) -> tuple[int, int]:
+    """By which blocks are in order of execution."""
+    side, _, index = stage_of(name).partition(".")
+    return ("down_blocks", "mid_block", "up_blocks").index(side), int(index or 0)
 
 
 @contextmanager
@@ -87,6 +95,9 @@ def assembled(
     if blocks is None:
         yield
         return
+    counted = ("layers_per_block", "block_out_channels", "mid_block_type")
+    if any(student.config[field] != teacher.config[field] for field in counted):
+        raise AsdmError("assembled: this student's blocks are not its teacher's; leave the stage's assembled out")
     known = {*unet_blocks(student), *unet_blocks(teacher)}
     for name in blocks:
         if name not in known:

@@ -15,7 +15,7 @@ from accelerate.utils import broadcast, convert_to_fp32
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from asdm.conditioning import embed_prompts, noise_schedule, predicted_original
+from asdm.conditioning import embed_prompts, noise_schedule, predicted_original, stratified_timesteps
 from asdm.errors import AsdmError
 from asdm.files import write_text
 from asdm.generation import default_guidance
@@ -67,6 +67,16 @@ class DistillationTask(TeachingTask):
         super().__init__(teacher, student, schedule, examples, stage)
         self.blocks = unet_blocks(student)
         self.teacher_blocks = {block: name_in_original(block, student, teacher) for block in self.blocks}
+        # Weights have a mean of 1 over the time steps that are drawn: of each batch, one sample's would cancel out.
+        drawn = stratified_timesteps(
+            schedule.config.num_train_timesteps, schedule, torch.Generator().manual_seed(0), stage.timesteps
+        )
+        alphas = schedule.alphas_cumprod.cpu()
+        self.alphas = alphas / alphas[drawn].mean()
+        self.snr_weights: Tensor | None = None
+        if stage.min_snr_gamma is not None:
+            weights = min_snr_weights(alphas, schedule.config.prediction_type, stage.min_snr_gamma)
+            self.snr_weights = weights / weights[drawn].mean()
         self.encoder = encoder
         self.text_features: Tensor | None = None
         if encoder is not None and stage.losses.semantic_text:
@@ -89,9 +99,7 @@ class DistillationTask(TeachingTask):
         features = {name: tensor_of(output) for name, output in student_outputs.items()}
         expected = {name: tensor_of(teacher_outputs[block]) for name, block in self.teacher_blocks.items()}
         by_block = feature_losses(features, expected, stage.relative)
-        alphas = self.schedule.alphas_cumprod.to(noised.timesteps.device)[noised.timesteps]
-        kind = self.schedule.config.prediction_type
-        weights = None if stage.min_snr_gamma is None else min_snr_weights(alphas, kind, stage.min_snr_gamma)
+        weights = None if self.snr_weights is None else _at(self.snr_weights, noised.timesteps)
         losses = {
             "task": task_loss(noise_pred, noised.target, weights, stage.relative),
             "output": self._output_loss(noised, noise_pred, teacher_pred, weights),
@@ -100,7 +108,7 @@ class DistillationTask(TeachingTask):
             else torch.stack(list(by_block.values())).mean(),
         }
         if self.encoder is not None and step % stage.semantics.every == 0:
-            losses |= self._semantic_losses(self.encoder, noised, noise_pred, teacher_pred, alphas, indices)
+            losses |= self._semantic_losses(self.encoder, noised, noise_pred, teacher_pred, indices)
         return {**self.weighted(losses), **{f"feature/{name}": value for name, value in by_block.items()}}
 
     def _output_loss(self, noised: Noised, noise_pred: Tensor, teacher_pred: Tensor, weights: Tensor | None) -> Tensor:
@@ -122,10 +130,10 @@ class DistillationTask(TeachingTask):
         noised: Noised,
         noise_pred: Tensor,
         teacher_pred: Tensor,
-        alphas: Tensor,
         indices: Tensor,
     ) -> dict[str, Tensor]:
         """By x0 estimates; those at high noise mean little, and weigh by the cumulative alpha."""
+        alphas = _at(self.alphas, noised.timesteps)
         mine, theirs = (
             predicted_original(self.schedule, pred.float(), noised.noisy, noised.timesteps)
             for pred in (noise_pred, teacher_pred)
@@ -137,6 +145,10 @@ class DistillationTask(TeachingTask):
         if self.text_features is not None:
             losses["semantic_text"] = semantic_loss(features, self.text_features[indices].to(features), alphas)
         return losses
+
+
+def _at(table: Tensor, timesteps: Tensor) -> Tensor:
+    return table.to(timesteps.device)[timesteps]
 
 
 class IncubationTask(TeachingTask):

@@ -10,9 +10,10 @@ from torch import Tensor
 
 
 def squared_error(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
-    """mean |student - teacher|^2; with `weights` (batch,), a weighted mean over the samples."""
+    """mean |student - teacher|^2; with `weights` (batch,), whose mean over the schedule is 1, each sample's times its
+    own."""
     error = (student.float() - teacher.float()).square()
-    return error.mean() if weights is None else (error.flatten(1).mean(1) * weights).sum() / weights.sum()
+    return error.mean() if weights is None else (error.flatten(1).mean(1) * weights).mean()
 
 
 def relative_error(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -63,15 +64,15 @@ def mean_by_area(losses: Mapping[str, Tensor], features: Mapping[str, Tensor]) -
 
 
 def semantic_loss(features: Tensor, expected: Tensor, weights: Tensor) -> Tensor:
-    """1 - cosine of features (batch, channels), a mean over samples weighted by `weights` (batch,) (inferred)."""
+    """mean of 1 - cosine of features (batch, channels), each sample's times its weight (batch,) (inferred)."""
     cosine = F.cosine_similarity(features.float(), expected.float(), dim=1)
-    return ((1 - cosine) * weights).sum() / weights.sum()
+    return ((1 - cosine) * weights).mean()
 
 
 def min_snr_weights(alphas_cumprod: Tensor, prediction_type: str, gamma: float) -> Tensor:
     """Weights (batch,) of samples at time steps with these cumulative alphas (batch,): Min-SNR-gamma
     (arXiv 2303.09556, Sec. 3.4), for what the UNet predicts."""
-    snr = alphas_cumprod / (1 - alphas_cumprod)
+    snr = (alphas_cumprod / (1 - alphas_cumprod)).clamp(min=1e-8)  # zero at the end of some schedules
     clipped = snr.clamp(max=gamma)
     return clipped / {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[prediction_type]
 

@@ -37,8 +37,9 @@ class CondConv2d(nn.Module):
         assert conv.bias is not None
         self.weight, self.bias = conv.weight, conv.bias
         experts = len(edit.experts)
-        # Rows, not kernels: `.to(memory_format=torch.channels_last)` refuses tensors of five dimensions.
-        self.expert_weight = nn.Parameter(torch.zeros(experts, conv.weight.numel()))
+        # A matrix of all experts' kernels, one below the other (experts * out, in * k * k), as optimisers for matrices
+        # take kernels; `.to(memory_format=torch.channels_last)` refuses tensors of five dimensions.
+        self.expert_weight = nn.Parameter(torch.zeros(experts * conv.out_channels, conv.weight[0].numel()))
         self.expert_bias = nn.Parameter(torch.zeros(experts, conv.out_channels))
         inputs = conv.in_channels * (edit.router != "time") + (time_channels or 0) * (edit.router != "input")
         self.router = nn.Linear(inputs, experts + 1)
@@ -85,6 +86,7 @@ class CondConv2d(nn.Module):
     def _mixed(self, routing: Tensor, own: Tensor, experts: Tensor) -> Tensor:
         """Mixtures (rows of routing, *own.shape) of tensors."""
         rows, flat = routing.to(own.dtype), own.flatten()
+        experts = experts.view(-1, len(flat))
         if len(rows) == 1 and len(experts) == 1 and self.activation == "softmax":
             # The parts' sum is 1. Kernels are larger than caches, and this reads each but once.
             return torch.lerp(flat, experts[0], rows[0, 1]).view(1, *own.shape)
@@ -93,7 +95,7 @@ class CondConv2d(nn.Module):
     def _mixed_outputs(self, routing: Tensor, hidden_states: Tensor) -> Tensor:
         """The same by linearity, for a batch that would need more mixed kernels than there are experts: mixtures of
         what each kernel gives."""
-        weight = torch.cat([self.weight.flatten()[None], self.expert_weight]).view(-1, *self.weight.shape[1:])
+        weight = torch.cat([self.weight, self.expert_weight.view(-1, *self.weight.shape[1:])])
         bias = torch.cat([self.bias, self.expert_bias.flatten()])
         outputs = F.conv2d(hidden_states, weight, bias, self.stride, self.padding, self.dilation)
         return torch.einsum("be,beohw->bohw", routing.to(outputs.dtype), outputs.unflatten(1, (routing.shape[1], -1)))
@@ -104,7 +106,7 @@ class CondConv2d(nn.Module):
         like = teacher[f"{name}.weight"]
         router = torch.zeros(self.router.weight.shape, device=like.device, dtype=like.dtype)
         return {
-            "expert_weight": torch.stack(kernels).flatten(1),
+            "expert_weight": torch.cat(kernels).flatten(1),
             "expert_bias": torch.stack([teacher[f"{source}.bias"] for source in self.sources]),
             "router.weight": router,
             "router.bias": router.new_zeros(len(router)),

@@ -105,7 +105,7 @@ class RemovedMidBlock(nn.Module):
         super().__init__()
         self.compensation = compensation
 
-    def forward(self, hidden_states: Tensor, temb: Tensor | None = None) -> Tensor:
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden_states if self.compensation is None else self.compensation(hidden_states)
 
 
@@ -118,7 +118,7 @@ class RemovedDownBlock(nn.Module):
         super().__init__()
         self.skips = skips
 
-    def forward(self, hidden_states: Tensor, temb: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
         return hidden_states, (hidden_states,) * self.skips
 
 
