@@ -6,7 +6,8 @@ from PIL import Image
 
 from asdm import PruningPlan, Remove, build_student, compress, distill, generate, load_pipeline, save_pipeline
 from asdm.calibration import calibration_calls
-from asdm.conditioning import encode_images, masked_latents
+from asdm.conditioning import decode_latents, encode_images, masked_latents
+from asdm.incubation.prepared import prepare_data
 from asdm.incubation.recipes import joint_stages
 from asdm.pipelines import with_unet
 from conftest import tiny_inpainting_pipeline, tiny_pipeline
@@ -35,6 +36,17 @@ def test_it_is_observed_on_images_with_masks(data_folder):
         assert first.shape == (2, 9, 8, 8)
         assert torch.equal(first[:, 4:], second[:, 4:])
         assert first[:, 4].any() and set(first[:, 4].unique().tolist()) <= {0.0, 1.0}
+
+
+def test_captions_alone_are_drawn_and_masked(tmp_path):
+    (tmp_path / "captions.txt").write_text("a house\na fish\n")
+    pipeline = tiny_inpainting_pipeline()
+    latents, captions = prepare_data(pipeline, tmp_path / "captions.txt", tmp_path / "prepared", steps=2).batch([0, 1])
+    pictures = decode_latents(pipeline, latents)
+    expected = masked_latents(pipeline, pictures, torch.Generator())[:, 1:]
+    gray = masked_latents(pipeline, torch.zeros_like(pictures), torch.Generator())[:, 1:]
+    assert captions.masked.shape == (2, 5, 8, 8)
+    assert (captions.masked[:, 1:] - expected).square().mean() < (captions.masked[:, 1:] - gray).square().mean()
 
 
 def test_the_whole_job(data_folder, tmp_path):

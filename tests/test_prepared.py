@@ -87,6 +87,7 @@ def test_a_shard_that_does_not_come_is_asked_for_again(pipeline, shards, tmp_pat
     url, folder = f"file://{shards}/{{00000..00001}}.tar", tmp_path / "prepared"
     with pytest.raises(AsdmError, match=r"1 of 2 shards did not come \(.*00000.tar: not read to its end"):
         prepare_data(pipeline, url, folder)
+    assert not (folder / "00000.tar").exists()
     second = (folder / "00001.tar").stat().st_mtime_ns
     (shards / "00000.tar").write_bytes(whole)
     assert prepare_data(pipeline, url, folder).captions == ["a red house", "a blue house", "a fish"]
@@ -186,8 +187,9 @@ def test_an_interrupted_preparation_goes_on_at_the_next_piece(pipeline, data_fol
 
     with pytest.raises(KeyboardInterrupt):
         prepare_data(pipeline, data_folder, tmp_path / "twice", progress=interrupt)
-    with pytest.raises(AsdmError, match="not prepared to its end"):
-        PreparedData(tmp_path / "twice")
+    for opened in (PreparedData, open_data):
+        with pytest.raises(AsdmError, match="not prepared to its end"):
+            opened(tmp_path / "twice")
     first = (tmp_path / "twice" / "00000.tar").stat().st_mtime_ns
     resumed = prepare_data(pipeline, data_folder, tmp_path / "twice")
     assert (tmp_path / "twice" / "00000.tar").stat().st_mtime_ns == first
@@ -206,11 +208,15 @@ def test_prepared_folders_are_calibrated_on_and_judged_by_their_captions(pipelin
 
 def test_what_another_model_prepared_is_refused(pipeline, shards, tmp_path):
     prepare_data(pipeline, shards, tmp_path / "prepared")
-    other = tiny_pipeline()
-    with torch.no_grad():
-        next(other.vae.parameters()).add_(1)
-    with pytest.raises(AsdmError, match="prepared by another model"):
-        prepare_data(other, shards, tmp_path / "prepared")
+    for part in ("vae", "text_encoder"):
+        other = tiny_pipeline()
+        with torch.no_grad():
+            list(getattr(other, part).parameters())[-3].add_(1)
+        with pytest.raises(AsdmError, match="prepared by another model"):
+            prepare_data(other, shards, tmp_path / "prepared")
+        with pytest.raises(AsdmError, match="prepared by another model"):
+            calibration_calls(other, tmp_path / "prepared", None, timesteps=2, samples=2, seed=0)
+    assert len(prepare_data(tiny_pipeline().to(torch.float16), shards, tmp_path / "prepared")) == 3
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(AsdmError, match="was not written by asdm"):

@@ -456,6 +456,11 @@ def test_a_step_is_estimated_by_its_operations():
     # A backward pass takes two forward ones, but for the first layers, and attention's, which computes scores again.
     assert row.step_teraflops == pytest.approx(4 * 2 * (macs[0] + 3 * macs[1]) / 1e12, rel=0.08)
     assert row.seconds == pytest.approx(10 * row.step_teraflops)
+    with_sas, seldom = (
+        estimated({"losses": LossWeights(semantic=1), "semantics": {"every": every}})[2].step_teraflops
+        for every in (1, 4)
+    )
+    assert seldom - row.step_teraflops == pytest.approx((with_sas - row.step_teraflops) / 4)
     again = estimated({"checkpointing": True})[2]
     assert again.step_teraflops > 1.1 * row.step_teraflops
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from asdm.evaluation.comparison import Evaluation as Evaluation
     from asdm.evaluation.comparison import evaluate as evaluate
     from asdm.generation import generate as generate
+    from asdm.incubation.consistency import lcm_scheduler as lcm_scheduler
     from asdm.incubation.distillation import distill as distill
     from asdm.incubation.prepared import prepare_data as prepare_data
     from asdm.incubation.stages import Stage as Stage
@@ -71,6 +72,7 @@ _HOME = {
     "fit_compensation": "asdm.compensation",
     "generate": "asdm.generation",
     "inherit_features": "asdm.inference.feature_inheritance",
+    "lcm_scheduler": "asdm.incubation.consistency",
     "load_pipeline": "asdm.pipelines",
     "make_plan": "asdm.planning",
     "optimize": "asdm.inference.optimization",

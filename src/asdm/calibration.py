@@ -23,9 +23,9 @@ from asdm.conditioning import (
     noise_schedule,
 )
 from asdm.errors import AsdmError
-from asdm.generation import nothing_to_keep
+from asdm.generation import default_guidance, nothing_to_keep
 from asdm.incubation.data import load_pixels, open_data
-from asdm.incubation.prepared import PreparedData, is_prepared
+from asdm.incubation.prepared import is_prepared, open_prepared
 from asdm.pipelines import is_inpainting, is_random
 
 # What a user's prompts are like, where no data says it.
@@ -67,7 +67,7 @@ def calibration_calls(
         samples: how many images or prompts; by default 16 at up to 32x32 latents, else 1.
 
     Raises:
-        AsdmError: the data folder cannot be used.
+        AsdmError: the data cannot be used, or was prepared by another model.
     """
     generator = torch.Generator().manual_seed(seed)
     side = latent_shape(pipeline)[1]
@@ -97,7 +97,7 @@ def _observed(
 ) -> tuple[Tensor, Conditioning]:
     """Latents (samples, 4, h, w) and their prompts."""
     if data is not None and is_prepared(data):
-        prepared = PreparedData(data)
+        prepared = open_prepared(pipeline, data)
         return prepared.batch(random.Random(seed).choices(range(len(prepared)), k=samples))
     drawn = [] if data is None else open_data(data).sample(samples, seed)
     images = None
@@ -123,5 +123,5 @@ def _own_latents(pipeline: DiffusionPipeline, prompts: list[str], generator: tor
     """Latents that the pipeline makes of the prompts in ten steps; noise where its weights are random."""
     if is_random(pipeline):
         return torch.randn(len(prompts), *latent_shape(pipeline), generator=generator)
-    options = {"num_inference_steps": 10, "output_type": "latent", "generator": generator}
-    return pipeline(prompts, **options, **nothing_to_keep(pipeline)).images
+    options = {"num_inference_steps": 10, "guidance_scale": default_guidance(pipeline), "output_type": "latent"}
+    return pipeline(prompts, generator=generator, **options, **nothing_to_keep(pipeline)).images

@@ -401,7 +401,6 @@ def distill(
 ) -> None:
     """Train a student to do as its teacher does, or what it does in a few steps; run again to resume."""
     import asdm
-    from asdm.incubation.consistency import lcm_scheduler
     from asdm.incubation.prepared import require_usable
     from asdm.incubation.recipes import recipe_stages
     from asdm.pipelines import require_ours
@@ -415,6 +414,12 @@ def distill(
     require_ours(out, "pipeline")
     require_usable(data)
     teaching, learning = _load(teacher, device), _load(student, "cpu")
+    kinds = [pipeline.scheduler.config.prediction_type for pipeline in (learning, teaching)]
+    if kinds[0] != kinds[1]:
+        raise AsdmError(
+            f"{student}: predicts {kinds[0]}, {teacher} {kinds[1]}: it was not pruned from such a model; name the "
+            "teacher that it was pruned from"
+        )
     learning.unet.to(teaching.device)  # its other parts are only saved
     chosen = recipe_stages(recipe, learning.unet, length)
     if dry_run:
@@ -433,7 +438,7 @@ def distill(
         )
     if _is_main_process():
         if chosen[-1].scope == "consistency":
-            learning.scheduler = lcm_scheduler(teaching.scheduler.config, chosen[-1].consistency.solver_steps)
+            learning.scheduler = asdm.lcm_scheduler(teaching.scheduler.config, chosen[-1].consistency.solver_steps)
         asdm.save_pipeline(learning, out, {"teacher": teacher})
         _print_skipped(examples.skipped)
         console.print(f"written to {out}; log and checkpoints in {training}", highlight=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -267,10 +268,11 @@ def _compensated(
     work: Path,
     report: Progress,
 ) -> CompensationReport | None:
-    """Fit the student's compensations, or take up what was fitted before."""
+    """Fit the student's compensations, or take up what was fitted before for the same edits."""
     if not fitted_tensors(student):
         return None
-    tensors, figures = work / "compensation.safetensors", work / "compensation.json"
+    edits = hashlib.sha256(json.dumps(student.config["edits"]).encode()).hexdigest()[:8]
+    tensors, figures = (work / f"compensation-{edits}.{suffix}" for suffix in ("safetensors", "json"))
     if not figures.is_file():
         fitted = fit_compensation(
             pipeline,

@@ -86,7 +86,7 @@ def quality_table(figures: Evaluation) -> Table:
 def contest_table(rows: Sequence[ContestRow]) -> Table:
     """The rows of one place: seconds with half the distance of their quartiles; where images were judged, what the
     speed costs, else what it comes from. The file that the benchmark writes has all figures."""
-    splits = list(rows[0].teacher_distance)
+    splits = list(dict.fromkeys(split for row in rows for split in row.teacher_distance))
     titles = [f"{title}, {split.replace('_', ' ')}" for split in splits for title in ("distance", "top-5")]
     measured = ["UNet ms", "GFLOP/s", "of limit", "weights MB", "peak MB"] if not splits else []
     table = _table(

@@ -425,7 +425,7 @@ def _judged(
 ) -> dict[str, dict[str, Any]]:
     judge = Judge()
     sets = evaluation_sets(data, None, samples, seed)
-    real = RealImages.of(data, sets, judge, pipeline, None)
+    real = RealImages.of(data, sets, judge, pipeline, None) if any(each.examples for each in sets) else None
     originals: dict[str, Tensor] = {}
     figures: dict[str, dict[str, Any]] = {}
     for done, entry in enumerate(entries, start=1):
@@ -440,10 +440,12 @@ def _judged(
                 if images_folder is not None:
                     save_images(images, images_folder / each.split / folder_name(entry.name))
                 features = judge.features(images)
-                first = originals.setdefault(each.split, features)
+                if entry is entries[0]:
+                    originals[each.split] = features
                 found["images"] += len(images)
-                told = real.figures(images, features, each.examples)
-                told["teacher_distance"] = feature_distance(features, first)
+                told = {} if real is None else real.figures(images, features, each.examples)
+                if each.split in originals:
+                    told["teacher_distance"] = feature_distance(features, originals[each.split])
                 for key in QUALITIES:
                     if key in told:
                         found.setdefault(key, {})[each.split] = told[key]

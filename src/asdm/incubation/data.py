@@ -22,6 +22,7 @@ from torch import Tensor
 
 from asdm.errors import AsdmError, needs_extra
 from asdm.images import to_tensor
+from asdm.pipelines import read_marker
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 DATA_HELP = (
@@ -171,6 +172,8 @@ def open_source(source: str | Path, split: Split = "train") -> Source:
     if (path / PREPARED).is_file():
         pieces = [json.loads(beside.read_text("utf-8")) for beside in sorted(path.glob("[0-9]*.json"))]
         return CaptionSource(path.name, [caption for piece in pieces for caption in piece["captions"]], split)
+    if read_marker(path).get("kind") == "prepared":
+        raise AsdmError(f"{path}: not prepared to its end; run prepare-data again")
     if any(path.glob("*.tar")):
         return ShardSource(sorted(str(shard) for shard in path.glob("*.tar")), split)
     return FolderSource(path, split)

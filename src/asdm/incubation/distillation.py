@@ -32,8 +32,8 @@ from asdm.incubation.losses import (
     squared_error,
     task_loss,
 )
-from asdm.incubation.prepared import PreparedData, fingerprint, is_prepared, prepare_data
-from asdm.incubation.recipes import joint_stages
+from asdm.incubation.prepared import is_prepared, open_prepared, prepare_data
+from asdm.incubation.recipes import recipe_stages
 from asdm.incubation.semantics import SemanticEncoder, make_encoder
 from asdm.incubation.stages import Stage
 from asdm.incubation.teaching import WHOLE, Batch, Noised, TeachingTask
@@ -198,8 +198,9 @@ def distill(
     data: str | Path,
     folder: str | Path,
     *,
-    stages: Sequence[Stage] | None = None,
+    recipe: str | Path = "joint",
     steps: int | None = None,
+    stages: Sequence[Stage] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> TrainingSet:
@@ -211,8 +212,9 @@ def distill(
         data: images with captions, as for `open_source`, or what `prepare_data` made of them.
         folder: gets the prepared latents and, for each stage, `log.jsonl`, TensorBoard events and the
             newest checkpoint; a run killed at any moment loses the steps since that checkpoint at most.
-        stages: what to train how long; by default one joint stage of `steps` steps (1000). Recipes are in
-            `asdm.incubation.stages`.
+        recipe: by name (`asdm.incubation.recipes`), of `steps` steps (1000 by default), or a YAML file, whose stages
+            have their own. A few-step student samples by `lcm_scheduler`.
+        stages: the recipe in detail, instead of `recipe` and `steps`.
         progress: called after each step, in the first process, with `done` and `total` of all stages' steps, the
             losses and the `seconds` it took.
 
@@ -224,6 +226,8 @@ def distill(
             fit, or the student's weights are not in float32.
     """
     _require_fit(teacher.unet, student)
+    if student is teacher.unet:
+        raise AsdmError("the student is the teacher's own UNet, which stays as it is; give a copy of it")
     if student.dtype != torch.float32:
         raise AsdmError(
             f"a student in {student.dtype} cannot be trained; give it as student.float(), and choose the precision "
@@ -232,7 +236,7 @@ def distill(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     prepare_for_training()
-    stages = list(stages) if stages is not None else joint_stages(student, 1000 if steps is None else steps)
+    stages = recipe_stages(recipe, student, 1000 if steps is None else steps) if stages is None else list(stages)
     examples = prepare(teacher, data, folder / "prepared")
     schedule = noise_schedule(teacher)
     total, before = sum(stage.steps for stage in stages), 0
@@ -355,12 +359,7 @@ def prepare(pipeline: DiffusionPipeline, data: str | Path, folder: Path) -> Trai
     Raises:
         AsdmError: the source cannot be used, or was prepared by another model.
     """
-    if is_prepared(data):
-        prepared = PreparedData(data)
-        if prepared.made_by != fingerprint(pipeline):
-            raise AsdmError(f"{data}: prepared by another model, or at another image size; prepare it with this one")
-    else:
-        prepared = prepare_data(pipeline, data, folder)
+    prepared = open_prepared(pipeline, data) if is_prepared(data) else prepare_data(pipeline, data, folder)
     with torch.no_grad():
         empty_caption = embed_prompts(pipeline, [""]).to("cpu")
     if pipeline.config.get("force_zeros_for_empty_prompt"):

@@ -30,7 +30,7 @@ from asdm.incubation.distillation import make_task
 from asdm.incubation.optimizers import OptimizerName
 from asdm.incubation.sharding import GATHERED_TOGETHER
 from asdm.incubation.stages import Stage
-from asdm.incubation.teaching import TrainingSet
+from asdm.incubation.teaching import Batch, TrainingSet
 from asdm.incubation.trainer import Part, TrainingTask
 from asdm.inference.runtime import fastest_precision
 from asdm.pipelines import with_unet
@@ -49,7 +49,7 @@ ATTENTION = {
 class StageEstimate:
     """A stage's cost.
 
-    `step_teraflops` are the floating-point operations of one step in all processes together (two for each
+    `step_teraflops` are the floating-point operations of one step in all processes together, on average (two for each
     multiply-accumulate, in 10^12), `seconds` those of all its steps. `memory` is what each process holds at most, in
     bytes by part: the frozen `teacher`, the pipeline's other networks (`encoders`); the `student`, its `gradients` (and
     their buckets, where processes exchange them), the optimiser's `moments`, the weights' `average`; `activations`,
@@ -84,25 +84,30 @@ def estimate(
         processes: how many share a step's batch.
         sharded: whether they share what is trained, too (FSDP).
     """
-    rate = 1e12 * teraflops if teraflops is not None else _measured_rate(teacher.unet)
+    rates: dict[torch.dtype | None, float] = {}
     rows = []
     for stage in stages:
         alone = stage.scope == "incubate"  # each process has blocks of its own, and the whole batch
         sharing = 1 if alone else processes
         part = Part(0, sharing * stage.accumulation)
+        precision = _precision(stage, teacher.device if teraflops is None else None)
+        if precision not in rates:
+            rates[precision] = _measured_rate(teacher.unet, precision) if teraflops is None else 1e12 * teraflops
         with FakeTensorMode(allow_non_fake_inputs=True):
             pipeline, learning = with_unet(teacher, _weightless(teacher.unet)), _weightless(student)
             with assembled(learning, pipeline.unet, stage.assembled):
                 task = _weightless_task(pipeline, learning, stage, Part(0, processes) if alone else Part())
-                precision = _precision(stage, teacher.device if teraflops is None else None)
-                flops, activations = _round_cost(task, stage.batch_size, part, precision)
+                flops, activations = _round_cost(task, (torch.arange(stage.batch_size), 0), part, precision)
+                if stage.semantics.every > 1:  # the first step looks at what images mean, the second does not
+                    usual, _ = _round_cost(task, (torch.arange(stage.batch_size), 1), part, precision)
+                    flops = usual + (flops - usual) / stage.semantics.every
                 trained = list(task.trained().values())
         rows.append(
             StageEstimate(
                 stage=stage,
                 trained_parameters=sum(p.numel() for p in trained),
                 step_teraflops=flops * stage.accumulation * processes / 1e12,
-                seconds=stage.steps * flops * stage.accumulation / rate,
+                seconds=stage.steps * flops * stage.accumulation / rates[precision],
                 memory={
                     "teacher": _size(teacher.unet.parameters()),
                     "encoders": _size(p for name, p in _parameters(teacher) if name != "unet"),
@@ -179,7 +184,7 @@ def _moments(parameter: nn.Parameter, optimizer: OptimizerName) -> int:
     return FLOAT32 * count * (1 if optimizer == "muon" and parameter.ndim > 1 else 2)
 
 
-def _round_cost(task: TrainingTask, batch_size: int, part: Part, dtype: torch.dtype | None) -> tuple[int, int]:
+def _round_cost(task: TrainingTask, batch: Batch, part: Part, dtype: torch.dtype | None) -> tuple[float, int]:
     """Floating-point operations of a round of a step in one process, forward and backward, and the bytes of what lives
     at its peak, without the gradients. In a FakeTensorMode."""
     trained = task.trained().values()
@@ -188,7 +193,7 @@ def _round_cost(task: TrainingTask, batch_size: int, part: Part, dtype: torch.dt
     for parameter in trained:  # gradients are counted apart
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
-    batch, generator = (torch.arange(batch_size), 0), torch.Generator()
+    generator = torch.Generator()
 
     def one_round() -> None:
         with torch.enable_grad(), counter, _NormsAsOnCuda():
@@ -237,15 +242,16 @@ def _weightless(module: Module) -> Module:
     return copy.deepcopy(module, shapes)
 
 
-def _measured_rate(unet: UNet2DConditionModel) -> float:
-    """Floating-point operations a second in a call of the UNet here."""
+def _measured_rate(unet: UNet2DConditionModel, precision: torch.dtype | None) -> float:
+    """Floating-point operations a second in a call of the UNet here, its products in this precision."""
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter,
         torch.no_grad(),
     ):
         unet_call(_weightless(unet), batch_size=1)()
-    times = measure_interleaved({"unet": unet_call(unet, batch_size=1)}, rounds=3, warmup=1, device=unet.device)
+    with torch.autocast(unet.device.type, precision, enabled=precision is not None):
+        times = measure_interleaved({"unet": unet_call(unet, batch_size=1)}, rounds=3, warmup=1, device=unet.device)
     return counter.get_total_flops() / (times["unet"].median_ms / 1000)
 
 

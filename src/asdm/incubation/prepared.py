@@ -21,7 +21,7 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from asdm.conditioning import Conditioning, embed_prompts, encode_images, image_size, masked_latents
+from asdm.conditioning import Conditioning, decode_latents, embed_prompts, encode_images, image_size, masked_latents
 from asdm.errors import AsdmError
 from asdm.files import replacing_file, write_text
 from asdm.generation import default_guidance, nothing_to_keep
@@ -30,6 +30,7 @@ from asdm.incubation.trainer import LONGEST_WAIT
 from asdm.pipelines import MARKER, is_inpainting, read_marker, require_ours
 
 Progress = Callable[[int, int], None]
+VALUES = 64  # of each parameter, that tell pipelines apart
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,18 @@ def is_prepared(data: str | Path) -> bool:
     return (Path(data) / PREPARED).is_file()
 
 
+def open_prepared(pipeline: DiffusionPipeline, data: str | Path) -> PreparedData:
+    """What `prepare_data` made of a source with this pipeline.
+
+    Raises:
+        AsdmError: it was not prepared to its end, or with another model.
+    """
+    prepared = PreparedData(data)
+    if prepared.made_by != fingerprint(pipeline):
+        raise AsdmError(f"{data}: prepared by another model, or at another image size; prepare it with this one")
+    return prepared
+
+
 def require_usable(data: str | Path) -> None:
     """Raise an AsdmError unless `data` names a source with at least one example that looks usable."""
     _require_usable(open_source(data), data)
@@ -133,7 +146,10 @@ def prepare_data(
     mine = range(state.process_index, len(source), state.num_processes)
     for number in mine:
         if not _beside(folder, number).is_file():
-            _write_piece(pipeline, source, number, folder, batch_size, steps, seed, skip_unread)
+            try:
+                _write_piece(pipeline, source, number, folder, batch_size, steps, seed, skip_unread)
+            except _UnreadError as error:
+                write_text(_unread(folder, number), f"{error}\n")
         if progress is not None:
             progress(mine.index(number) + 1, len(mine))
     state.wait_for_everyone()
@@ -144,13 +160,17 @@ def prepare_data(
 
 
 def fingerprint(pipeline: DiffusionPipeline) -> str:
-    """What tells the latents and embeddings of one pipeline from another's: its VAE, text encoders and image size."""
+    """What tells the latents and embeddings of one pipeline from another's: its VAE, text encoders and image size.
+
+    Of each parameter some values from all over it, in float16, so that a teacher in half precision is the same one.
+    """
     digest = hashlib.sha256(json.dumps([image_size(pipeline), is_inpainting(pipeline)]).encode())
     for name in ("vae", "text_encoder", "text_encoder_2"):
         part = getattr(pipeline, name, None)
-        if part is not None:
-            first = next(part.parameters()).detach().flatten()[:4096]
-            digest.update(first.to("cpu", torch.float16).numpy().tobytes())
+        for parameter in [] if part is None else part.parameters():
+            values = parameter.detach().flatten()
+            some = values[:: max(1, len(values) // VALUES)][:VALUES]
+            digest.update(some.to("cpu", torch.float16).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -174,6 +194,10 @@ def _finish(folder: Path, data: str | Path, pieces: int, made_by: str) -> None:
     if not any(piece["places"] for piece in about()):
         raise unusable(data, {name: reason for piece in about() for name, reason in piece["skipped"].items()})
     write_text(folder / PREPARED, json.dumps({"pieces": pieces, "made_by": made_by}) + "\n")
+
+
+class _UnreadError(Exception):
+    """A piece did not come."""
 
 
 def _write_piece(
@@ -205,8 +229,7 @@ def _write_piece(
 
         for row in source.read(number):
             if isinstance(row, Unread) and not skip_unread:
-                write_text(_unread(folder, number), f"{row.name}: {row.reason}\n")
-                return
+                raise _UnreadError(f"{row.name}: {row.reason}")
             if isinstance(row, Unusable):
                 skipped[row.name] = row.reason
                 continue
@@ -241,8 +264,7 @@ def _tensors(
         latents = encode_images(pipeline.vae, images)
     conditioning = embed_prompts(pipeline, [example.caption for example in batch])
     if is_inpainting(pipeline):
-        size = (image_size(pipeline),) * 2
-        given = images if images is not None else torch.zeros(len(batch), 3, *size)
+        given = decode_latents(pipeline, latents) if images is None else images
         conditioning = replace(conditioning, masked=masked_latents(pipeline, given, generator))
     named = {"latents": latents} | {name: value for name, value in vars(conditioning).items() if value is not None}
     arrays = {name: value.to("cpu", torch.float16).numpy() for name, value in named.items()}
