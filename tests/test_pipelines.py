@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
 )
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from asdm import AsdmError, PruningPlan, Remove, build_student, generate, load_pipeline, save_pipeline, with_unet
 from asdm.conditioning import embed_prompts, encode_images, image_size
+from asdm.files import replacing_folder
 from asdm.model_card import model_card
 from asdm.pipelines import MARKER, save_pipeline_into
 from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet
@@ -66,8 +68,69 @@ def test_saving_into_a_folder_of_ours_keeps_its_other_files(pipeline, tmp_path):
     assert not list(tmp_path.glob(".saving-*"))
 
 
+def test_what_else_was_put_beside_a_pipeline_is_kept(pipeline, model):
+    (model / "clip").mkdir()
+    (model / "clip" / "config.json").write_text("{}")
+    (model / "inheritance.json").write_text("[]")
+    (model / "unet" / "old.safetensors").write_text("of the one before")
+    save_pipeline(pipeline, model)
+    assert (model / "clip" / "config.json").read_text() == "{}" and (model / "inheritance.json").is_file()
+    assert not (model / "unet" / "old.safetensors").exists()
+
+
+def test_a_linked_folder_is_written_where_it_points_to(pipeline, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    for _ in range(2):
+        save_pipeline(pipeline, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and load_pipeline(tmp_path / "disk")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+
+
+def test_writers_of_one_folder_do_not_mix_and_the_killed_leave_nothing(tmp_path):
+    other = subprocess.Popen(["sleep", "60"])
+    theirs, stale = (tmp_path / f".made.{number}.partial" for number in (other.pid, 4_000_000))
+    theirs.mkdir()
+    stale.mkdir()
+    (tmp_path / ".made.4000000.previous").mkdir()  # killed between its two renames
+    try:
+        with pytest.raises(OSError, match="full"), replacing_folder(tmp_path / "made"):
+            assert (tmp_path / "made").is_dir()
+            raise OSError("the disk is full")
+        assert sorted(path.name for path in tmp_path.iterdir()) == [theirs.name, "made"]
+    finally:
+        other.kill()
+
+
+def test_a_lora_is_refused_before_anything_is_replaced(pipeline, model):
+    import peft
+
+    pipeline.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(AsdmError, match="a LoRA is loaded"):
+        save_pipeline(pipeline, model)
+    load_pipeline(model)
+
+
+def test_tools_on_older_transformers_find_weights_and_words(pipeline, model):
+    names = load_file(model / "text_encoder" / "model.safetensors")
+    assert all(name.startswith("text_model.") for name in names)
+    weights = pipeline.text_encoder.state_dict()
+    assert all(
+        torch.equal(tensor, weights[name]) for name, tensor in load_pipeline(model).text_encoder.state_dict().items()
+    )
+    words = json.loads((model / "tokenizer" / "vocab.json").read_text("utf-8"))
+    assert words == pipeline.tokenizer.get_vocab()
+    merges = (model / "tokenizer" / "merges.txt").read_text("utf-8").splitlines()
+    assert merges[0].startswith("#version") and all("".join(pair.split(" ")) in words for pair in merges[1:])
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-1000])
+
+
+def without(path, name):
+    tensors = load_file(path)
+    save_file({key: tensor for key, tensor in tensors.items() if name not in key}, path, {"format": "pt"})
 
 
 def pickle_over(path):
@@ -84,6 +147,9 @@ def pickle_over(path):
         (lambda model: truncate(model / "unet" / "diffusion_pytorch_model.safetensors"), "truncated or damaged"),
         (lambda model: truncate(model / "vae" / "diffusion_pytorch_model.safetensors"), "truncated or damaged"),
         (lambda model: pickle_over(model / "unet" / "diffusion_pytorch_model.safetensors"), "a pickle named"),
+        (lambda model: without(model / "unet" / "diffusion_pytorch_model.safetensors", "attn1.to_q"), "its unet lacks"),
+        (lambda model: without(model / "vae" / "diffusion_pytorch_model.safetensors", "conv_out"), "its vae lacks"),
+        (lambda model: without(model / "text_encoder" / "model.safetensors", "layers.1"), "its text_encoder lacks"),
         (lambda model: (model / "unet" / "config.json").write_text('{"_class_name": "UNet2D'), "cannot be loaded"),
     ],
 )

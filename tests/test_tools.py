@@ -1,5 +1,6 @@
 """What people use with a Stable Diffusion pipeline works with a student in it."""
 
+import inspect
 import logging
 
 import numpy as np
@@ -7,10 +8,13 @@ import pytest
 import torch
 from diffusers import (
     ControlNetModel,
+    StableDiffusionAdapterPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
+    T2IAdapter,
 )
+from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
 
 from asdm import PruningPlan, build_student, with_unet
@@ -75,6 +79,48 @@ def test_a_stock_controlnet_guides_a_student(pipeline, student):
     expected = draw(StableDiffusionControlNetPipeline(**parts(pipeline, controlnet=controlnet)), image=image)
     again = draw(StableDiffusionControlNetPipeline(**parts(pipeline, unet=same, controlnet=controlnet)), image=image)
     assert np.array_equal(expected, again)
+
+
+@pytest.mark.parametrize("side", [16, 32, 56])
+def test_controlnets_and_adapters_guide_a_student_without_its_innermost_stage(pipeline, side):
+    edits = [{"edit": "remove", "unit": "down_blocks.3"}]
+    student = with_unet(pipeline, build_student(pipeline.unet, PruningPlan.for_unet(pipeline.unet, edits)))
+    torch.manual_seed(0)
+    controlnet = ControlNetModel.from_unet(pipeline.unet, conditioning_embedding_out_channels=(16, 32))
+    controlnet.controlnet_mid_block.weight.data.normal_()
+    adapter = T2IAdapter(channels=[32, 32, 64, 64], num_res_blocks=1, downscale_factor=2, adapter_type="full_adapter")
+    image = Image.new("RGB", (side, side), "blue")
+    for kind, part in (
+        (StableDiffusionControlNetPipeline, {"controlnet": controlnet}),
+        (StableDiffusionAdapterPipeline, {"adapter": adapter}),
+    ):
+        taken = inspect.signature(kind).parameters
+        guided = kind(**{name: value for name, value in parts(student, **part).items() if name in taken})
+        scale = f"{next(iter(part))}_conditioning_scale"
+        without, drawn = (
+            draw(guided, image=image, height=side, width=side, **{scale: strength}) for strength in (0.0, 1.0)
+        )
+        assert np.allclose(without, draw(student, height=side, width=side), atol=1e-5)
+        assert np.abs(drawn - without).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pipe: pipe.enable_attention_slicing(),
+        lambda pipe: pipe.enable_attention_slicing(1),
+        lambda pipe: pipe.unet.fuse_qkv_projections(),
+        lambda pipe: pipe.unet.set_default_attn_processor(),
+        lambda pipe: pipe.unet.set_attn_processor(AttnProcessor2_0()),
+    ],
+)
+def test_regional_attention_stays_whatever_else_computes_attention(student, change):
+    before = draw(student)
+    change(student)
+    processors = student.unet.attn_processors
+    assert isinstance(processors[f"{OUTER}.attn1.processor"], GriAttnProcessor)
+    assert sum(isinstance(each, GriAttnProcessor) for each in processors.values()) == 1
+    assert np.allclose(draw(student), before, atol=1e-4)
 
 
 def test_a_lora_of_the_teacher_fills_what_is_there_and_names_the_rest(pipeline, student, caplog):
@@ -146,3 +192,5 @@ def test_an_ip_adapter_of_the_teacher_meets_the_same_cross_attentions(pipeline, 
         assert torch.equal(mine.to_k_ip[0].weight, theirs.to_k_ip[0].weight), name
     assert isinstance(student.unet.get_submodule(f"{OUTER}.attn1").processor, GriAttnProcessor)
     assert np.abs(draw(student, ip_adapter_image_embeds=embeds) - before).max() > 1e-3
+    student.unload_ip_adapter()
+    assert np.allclose(draw(student), before, atol=1e-5)

@@ -1,40 +1,43 @@
-"""Writing so that an interrupted run leaves nothing half-written."""
+"""Writing so that an interrupted run leaves nothing half-written, and two runs at once nothing mixed."""
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
+PARTIAL, PREVIOUS = "partial", "previous"
+
 
 @contextmanager
 def replacing_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `target` that takes its place when the block ends without error."""
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    """Yield an empty folder beside `target` that takes its place when the block ends without error; what a link points
+    to, where `target` is one."""
+    target = Path(os.path.realpath(target))
+    partial, previous = _name_beside(target, PARTIAL), _name_beside(target, PREVIOUS)
     partial.mkdir(parents=True)
     try:
         yield partial
+        if target.exists():
+            os.replace(target, previous)
+        os.replace(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    if target.exists():
-        previous = target.with_name(f".{target.name}.previous")
-        shutil.rmtree(previous, ignore_errors=True)
-        os.replace(target, previous)
-        os.replace(partial, target)
-        shutil.rmtree(previous, ignore_errors=True)
-    else:
-        os.replace(partial, target)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 @contextmanager
 def replacing_file(target: Path) -> Iterator[Path]:
     """Yield a temporary name beside `target` that is renamed to it when the block ends without error."""
+    target = Path(os.path.realpath(target))
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
+    partial = _name_beside(target, PARTIAL)
     try:
         yield partial
         os.replace(partial, target)
@@ -46,3 +49,19 @@ def write_text(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old text or the new, never a part."""
     with replacing_file(path) as partial:
         partial.write_text(text, "utf-8")
+
+
+def _name_beside(target: Path, kind: str) -> Path:
+    """A name of this process's own. What killed ones have left there is removed; but where one was killed as it put the
+    new folder in the old one's place, the old one is put back."""
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.{kind}"):
+        number = left.name.split(".")[-2]
+        if number.isdecimal() and int(number) != os.getpid() and psutil.pid_exists(int(number)):
+            continue
+        if kind == PREVIOUS and not target.exists():
+            os.replace(left, target)
+        elif left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+    return target.with_name(f".{target.name}.{os.getpid()}.{kind}")

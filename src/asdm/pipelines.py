@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -24,7 +25,9 @@ from diffusers import (
 from diffusers import logging as diffusers_logging
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError, safe_open
-from transformers import CLIPModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 from transformers.utils import logging as transformers_logging
 
 from asdm.errors import AsdmError
@@ -32,9 +35,11 @@ from asdm.files import replacing_folder
 from asdm.model_card import model_card
 from asdm.random_models import UNETS, random_pipeline
 from asdm.student.unet import AsdmUNet2DConditionModel
+from asdm.units import require_plain
 
 PICKLE_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth")
 VARIANT = "fp16"  # of weights that many checkpoints have alone
+_OF_TEXT = re.compile("^text_model[.]")  # which only some versions of transformers have before a text encoder's names
 MARKER = "asdm.json"  # in a folder that this tool wrote: what it is, and that it may be replaced
 KINDS_FROM_IMAGES = (
     StableDiffusionImg2ImgPipeline,
@@ -111,13 +116,17 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path, about: dict[s
     carries the code of its UNet, and loads without this package by
     `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`.
 
+    Where there is one already, what else was put into it (a `clip` folder, a schedule) is kept.
+
     Raises:
-        AsdmError: `folder` exists and is not a pipeline that this tool wrote.
+        AsdmError: `folder` exists and is not a pipeline that this tool wrote, or a LoRA is loaded.
     """
     folder = Path(folder)
     require_ours(folder, "pipeline")
+    require_plain(pipeline.unet)
     with replacing_folder(folder) as partial, quiet():
-        pipeline.save_pretrained(partial)
+        _save_parts(pipeline, partial)
+        _keep_others(folder, partial)
         card = model_card(pipeline, folder.name, (about or {}).get("teacher"))
         (partial / "README.md").write_text(card, "utf-8")
         (partial / MARKER).write_text(json.dumps({"kind": "pipeline", **(about or {})}, indent=1) + "\n", "utf-8")
@@ -126,8 +135,9 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path, about: dict[s
 
 def save_pipeline_into(pipeline: DiffusionPipeline, folder: Path) -> None:
     """Put a pipeline's parts into a folder of ours that holds other things too; what makes it load comes last."""
+    require_plain(pipeline.unet)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary, quiet():
-        pipeline.save_pretrained(temporary)
+        _save_parts(pipeline, Path(temporary))
         (folder / "model_index.json").unlink(missing_ok=True)
         parts = sorted(Path(temporary).iterdir(), key=lambda path: path.name == "model_index.json")
         for part in parts:
@@ -135,6 +145,43 @@ def save_pipeline_into(pipeline: DiffusionPipeline, folder: Path) -> None:
             if target.is_dir():
                 shutil.rmtree(target)
             os.replace(part, target)
+
+
+def _save_parts(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """Save the parts so that tools on transformers 4, too, find every weight and the tokenizers' words."""
+    pipeline.save_pretrained(folder)
+    for weights in folder.glob("text_encoder/*.safetensors"):
+        with safe_open(weights, "pt") as tensors:
+            names = list(tensors.keys())
+        if all(name.startswith(("embeddings.", "encoder.", "final_layer_norm.")) for name in names):
+            # A CLIPTextModel that transformers 5 has made; 4 takes such names for none of its own, and goes on without.
+            renamed = {f"text_model.{name}": tensor for name, tensor in load_file(weights).items()}
+            save_file(renamed, weights, {"format": "pt"})
+    write_vocabularies(folder)
+
+
+def _keep_others(folder: Path, partial: Path) -> None:
+    """Copy what is in `folder`, and no part of the pipeline that was saved there."""
+    try:
+        parts = json.loads((folder / "model_index.json").read_text("utf-8")).keys()
+    except (OSError, ValueError, AttributeError):
+        return
+    for entry in folder.iterdir():
+        if entry.name not in (*parts, "model_index.json") and not (partial / entry.name).exists():
+            shutil.copytree(entry, partial / entry.name) if entry.is_dir() else shutil.copy2(entry, partial)
+
+
+def write_vocabularies(folder: Path) -> None:
+    """Beside each `tokenizer.json` in a pipeline's folder the two files that transformers 4 reads instead."""
+    for path in folder.glob("tokenizer*/tokenizer.json"):
+        words = json.loads(path.read_text("utf-8"))
+        model = words["model"]
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+        (path.parent / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), "utf-8")
+        (path.parent / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), "utf-8")
+        added = {token["content"]: token["id"] for token in words["added_tokens"]}
+        if added := {word: number for word, number in added.items() if word not in model["vocab"]}:
+            (path.parent / "added_tokens.json").write_text(json.dumps(added, ensure_ascii=False), "utf-8")
 
 
 def require_ours(folder: Path, kind: str) -> None:
@@ -274,15 +321,40 @@ def _from_pretrained(name: str, dtype: torch.dtype) -> DiffusionPipeline:
     with quiet():
         try:
             if not _is_student(Path(name) / "unet" / "config.json"):
-                return DiffusionPipeline.from_pretrained(name, **how)
+                pipeline = DiffusionPipeline.from_pretrained(name, **how)
+                _require_whole(pipeline, name)
+                return pipeline
             # By the class of this package: code that lies in a model's folder is never run.
             unet = AsdmUNet2DConditionModel.from_pretrained(Path(name) / "unet", **how)
             pipeline = DiffusionPipeline.from_pretrained(name, **how, unet=None)
+            _require_whole(pipeline, name)
             return with_unet(pipeline, unet)
         except (SafetensorError, RuntimeError, KeyError, OSError, ValueError, AttributeError, TypeError) as error:
             if isinstance(error, AsdmError) or (isinstance(error, OSError | ValueError) and not Path(name).is_dir()):
                 raise
             raise AsdmError(f"{name}: cannot be loaded: {_first_line(error)}") from error
+
+
+def _require_whole(pipeline: DiffusionPipeline, name: str) -> None:
+    """Raise an AsdmError where a tensor was not there to be loaded: the libraries warn, and go on with what memory
+    holds, or with random numbers."""
+    for part, module in pipeline.components.items():
+        absent = _absent(module, Path(name) / part) if isinstance(module, nn.Module) else []
+        if absent:
+            more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+            raise AsdmError(f"{name}: its {part} lacks {absent[0]}{more}; download or convert it again")
+
+
+def _absent(module: nn.Module, folder: Path) -> list[str]:
+    absent = [name for name, parameter in module.named_parameters() if parameter.is_meta]
+    if absent or not isinstance(module, CLIPTextModel | CLIPTextModelWithProjection):
+        return absent
+    known: set[str] = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as tensors:
+            known.update(_OF_TEXT.sub("", name) for name in tensors.keys())  # noqa: SIM118
+    names = [name for name, _ in module.named_parameters()]
+    return [name for name in names if _OF_TEXT.sub("", name) not in known] if known else []
 
 
 def _variant(folder: Path) -> str | None:
@@ -307,12 +379,14 @@ def _load_single_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
     kind = StableDiffusionXLPipeline if is_xl else StableDiffusionPipeline
     try:
         with quiet():
-            return kind.from_single_file(str(path), dtype=dtype)
+            pipeline = kind.from_single_file(str(path), dtype=dtype)
     except (OSError, ValueError, RuntimeError, KeyError, SingleFileComponentError) as error:
         raise AsdmError(
             f"{path}: not a whole Stable Diffusion checkpoint, or its configuration, which diffusers takes from "
             f"the Hub, is out of reach ({_first_line(error)})"
         ) from error
+    _require_whole(pipeline, str(path))
+    return pipeline
 
 
 def require_safetensors(path: Path) -> None:

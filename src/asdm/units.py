@@ -18,6 +18,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
+from asdm.errors import AsdmError
+
 UnitKind = Literal["resnet", "attention", "self_attention", "cross_attention", "feed_forward"]
 
 # Branch of a BasicTransformerBlock -> (kind, the norm that feeds it alone)
@@ -144,6 +146,17 @@ def unlike(unet: UNet2DConditionModel, other: UNet2DConditionModel) -> str | Non
     """By which field of their configs two UNets read or write other things; None where one can stand for the other."""
     fields = ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type")
     return next((field for field in fields if unet.config[field] != other.config[field]), None)
+
+
+def require_plain(unet: UNet2DConditionModel) -> None:
+    """Raise an AsdmError where a UNet's weights are not its own alone, or not there."""
+    names = unet.state_dict().keys()
+    if any(".base_layer." in name for name in names):
+        raise AsdmError("a LoRA is loaded; keep it with fuse_lora(), then unload_lora_weights()")
+    if any(name.startswith("_orig_mod.") for name in names):
+        raise AsdmError("the UNet is compiled; give the original of it, unet._orig_mod")
+    if any(parameter.is_meta for parameter in unet.parameters()):
+        raise AsdmError("the UNet's weights are offloaded, one module at a time; load it without that")
 
 
 def fingerprint(unet: UNet2DConditionModel) -> str:

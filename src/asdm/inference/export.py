@@ -24,7 +24,7 @@ from asdm.errors import AsdmError, needs_extra
 from asdm.evaluation.latency import random_inputs
 from asdm.files import replacing_folder
 from asdm.inference.feature_inheritance import Cut, cut_of
-from asdm.pipelines import MARKER, is_random, quiet, require_ours
+from asdm.pipelines import MARKER, is_random, quiet, require_ours, write_vocabularies
 from asdm.replay import Replay, outputs_of, tensor_of
 from asdm.student.surgery import swapped
 from asdm.units import fingerprint
@@ -412,6 +412,7 @@ def _write_rest(pipeline: DiffusionPipeline, folder: Path, graphs: list[str], ab
         part = getattr(pipeline, name, None)
         if part is not None:
             part.save_pretrained(folder / name)
+    write_vocabularies(folder)
     to = about["format"]
     package = "intel.openvino" if to == "openvino" else "onnxruntime"
     module = f"optimum.{package}.modeling_diffusion"

@@ -24,7 +24,8 @@ class GriAttnProcessor:
     """A diffusers attention processor for self-attention over a map of tokens.
 
     Args:
-        regions: how many regions along each side; 1 is the whole map.
+        regions: how many regions along each side; 1 is the whole map. 0, as diffusers makes processors anew, is none
+            that attends: a student's `set_attn_processor` puts the one that was there in its place.
         pool: side of the squares of tokens whose keys and values are averaged to a global one; 0 for none.
         weighted: a global token counts for as many of those it was averaged from as the region does not see itself, by
             a term on its logit (as merged tokens do in ToMe, arXiv 2210.09461, Eq. 1).
@@ -32,7 +33,7 @@ class GriAttnProcessor:
     With one region and no pooling it is full attention, exactly.
     """
 
-    def __init__(self, regions: int, pool: int, weighted: bool = False):
+    def __init__(self, regions: int = 0, pool: int = 0, weighted: bool = False):
         self.regions, self.pool, self.weighted = regions, pool, weighted
         # Sides of the map of tokens, which the transformer tells before each call.
         self.height, self.width = 0, 0

@@ -19,7 +19,7 @@ from asdm.student.cond_conv import CondConv2d
 from asdm.student.edits import Edit, GriAttention, Shorten, UnitEdit, parse_edits
 from asdm.student.stock import name_in_original, shortened
 from asdm.student.unet import AsdmUNet2DConditionModel, edits_of
-from asdm.units import conv_channels, fingerprint, goes_with, is_stage
+from asdm.units import conv_channels, fingerprint, goes_with, is_stage, require_plain
 
 
 class PlanBase(BaseModel):
@@ -147,10 +147,10 @@ def build_student(unet: UNet2DConditionModel, plan: PruningPlan) -> UNet2DCondit
     gives bit-identical outputs. The teacher is not changed; device, dtype and mode are the teacher's.
 
     Raises:
-        AsdmError: a plan for another architecture, or with an edit that this UNet does not allow; or a LoRA is loaded.
+        AsdmError: a plan for another architecture, or with an edit that this UNet does not allow; or a LoRA is loaded,
+            the UNet compiled or its weights offloaded.
     """
-    if any(".base_layer." in name for name in unet.state_dict()):
-        raise AsdmError("a LoRA is loaded; keep it with fuse_lora(), then unload_lora_weights()")
+    require_plain(unet)
     student = empty_student(unet, plan)
     inherit_weights(student, unet)
     return student.train(unet.training)

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
 from asdm.errors import AsdmError
@@ -19,7 +20,7 @@ from asdm.student.cond_conv import CondConv2d
 from asdm.student.edits import Shorten, parse_edits
 from asdm.student.gri_attention import GriAttnProcessor
 from asdm.student.standalone import MODULE_NAME, module_source
-from asdm.student.surgery import apply_edits
+from asdm.student.surgery import RemovedDownBlock, apply_edits
 
 # On disk the block types carry this prefix: the stock class would otherwise accept the folder, ignore the
 # edits and fill the missing weights at random; so it stops with "asdm.CrossAttnDownBlock2D does not exist".
@@ -53,6 +54,9 @@ class AsdmUNet2DConditionModel(UNet2DConditionModel):
         one = not isinstance(timestep, Tensor) or timestep.numel() == 1
         for bank in self._banks:
             bank.one_timestep = one and self._only_time_is_embedded
+        innermost = self.down_blocks[-1]
+        if isinstance(innermost, RemovedDownBlock):
+            kwargs |= _for_what_is_left(kwargs, innermost.skips)
         return super().forward(sample, timestep, *args, **kwargs)
 
     __init__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -78,11 +82,33 @@ class AsdmUNet2DConditionModel(UNet2DConditionModel):
             [name for name in unet.attn_processors if name.endswith("attn2.processor")] for unet in (original, self)
         )
         renumbered = {2 * numbers.index(name) + 1: 2 * index + 1 for index, name in enumerate(kept)}
-        regional = {name: old for name, old in self.attn_processors.items() if isinstance(old, GriAttnProcessor)}
-        # Loading makes each self-attention's processor anew, without arguments.
-        self.set_attn_processor({**self.attn_processors, **{name: AttnProcessor2_0() for name in regional}})
         super()._load_ip_adapter_weights([_with_numbers(each, renumbered) for each in state_dicts], **kwargs)
-        self.set_attn_processor({**self.attn_processors, **regional})
+
+    def set_attn_processor(self, processor: Any) -> None:
+        """As the stock UNet; but regional attention is the student's architecture, and gives way to its kind alone."""
+        given = processor if isinstance(processor, dict) else dict.fromkeys(self.attn_processors, processor)
+        kept = {name: old for name, old in self._regional().items() if not getattr(given.get(name), "regions", 0)}
+        super().set_attn_processor({**given, **kept})
+
+    def set_default_attn_processor(self) -> None:
+        self.set_attn_processor(AttnProcessor())
+
+    def set_attention_slice(self, slice_size: Any = "auto") -> None:
+        regional = self._regional()
+        super().set_attention_slice(slice_size)
+        self._set_regional(regional)
+
+    def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: Any = None) -> None:
+        regional = self._regional()
+        super().set_use_memory_efficient_attention_xformers(valid, attention_op)
+        self._set_regional(regional)
+
+    def _regional(self) -> dict[str, GriAttnProcessor]:
+        return {name: each for name, each in self.attn_processors.items() if isinstance(each, GriAttnProcessor)}
+
+    def _set_regional(self, processors: dict[str, GriAttnProcessor]) -> None:
+        for name, processor in processors.items():
+            self.get_submodule(name.removesuffix(".processor")).set_processor(processor)  # type: ignore[operator]
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -128,6 +154,23 @@ class AsdmUNet2DConditionModel(UNet2DConditionModel):
 
 # By this name a pipeline's index finds the class: in the file beside the weights, or in this package.
 AsdmUNet2DConditionModel.__module__ = MODULE_NAME
+
+
+def _for_what_is_left(kwargs: dict[str, Any], skips: int) -> dict[str, Any]:
+    """What a ControlNet or T2I-Adapter made for the original adds, where the innermost stage is gone: what met it meets
+    the stage around it, at that one's size; the skip connections into it go nowhere."""
+    fitted: dict[str, Any] = {}
+    down = kwargs.get("down_block_additional_residuals")
+    middle = kwargs.get("mid_block_additional_residual")
+    within = kwargs.get("down_intrablock_additional_residuals")
+    if down is not None and middle is not None:
+        kept, gone = down[: -skips - 1], down[-skips - 1 :]
+        fitted["down_block_additional_residuals"] = (*kept, *(residual.new_zeros(1) for residual in gone))
+        fitted["mid_block_additional_residual"] = F.interpolate(middle, size=kept[-1].shape[2:])
+    if within:
+        inner = F.interpolate(within[-1], size=within[-2].shape[2:])
+        fitted["down_intrablock_additional_residuals"] = [*within[:-1], inner]
+    return fitted
 
 
 def _with_numbers(state_dict: dict[str, Any], renumbered: dict[int, int]) -> dict[str, Any]:
