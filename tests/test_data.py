@@ -4,6 +4,7 @@ import json
 import zipfile
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -11,7 +12,7 @@ from PIL import Image
 from asdm import AsdmError
 from asdm.images import open_image, to_tensor
 from asdm.incubation import data as data_module
-from asdm.incubation.data import AT_HAND, Example, load_pixels, open_data
+from asdm.incubation.data import AT_HAND, Example, load_pixels, open_data, open_source
 
 
 def picture(path, size=(20, 12), mode="RGB"):
@@ -166,3 +167,44 @@ def test_of_what_comes_from_afar_little_is_read(monkeypatch):
     monkeypatch.setattr(data_module, "open_source", lambda *_: source)
     assert open_data("https://host/{000..999}.tar", "held_out").examples == []
     assert source.read_so_far == AT_HAND
+
+
+def test_pixels_of_16_bits_and_of_any_transparency(tmp_path):
+    ramp = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    Image.new("L", (8, 8), 0).save(tmp_path / "gray.png", transparency=0)
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    deep = to_tensor(Image.open(tmp_path / "deep.png"), 8)
+    assert deep.min() == -1 and deep.max() == 1 and deep.mean().abs() < 0.01
+    for name in ("gray", "clear"):
+        assert to_tensor(Image.open(tmp_path / f"{name}.png"), 8).min() == 1
+        assert open_image(tmp_path / f"{name}.png").getpixel((0, 0)) == (255, 255, 255)
+    Image.new("F", (8, 8), 3.0).save(tmp_path / "float.tiff")
+    with pytest.raises(AsdmError, match="floating-point numbers"):
+        open_image(tmp_path / "float.tiff")
+
+
+def test_captions_as_editors_write_them(tmp_path):
+    (tmp_path / "far").mkdir()
+    for name, text in (("a", "\ufeffa cat\r\n".encode()), ("b", "a dog".encode("utf-16"))):
+        picture(tmp_path / "far" / f"{name}.png")
+        (tmp_path / "far" / f"{name}.txt").write_bytes(text)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "linked").symlink_to(tmp_path / "far")
+    data = open_data(tmp_path / "set")
+    assert [(example.name, example.caption) for example in data.examples] == [("linked/a.png", "a cat")]
+    assert data.skipped == {"linked/b.png": "its caption is not text in UTF-8"}
+    rows = [{"file_name": "a.png", "text": "one\u2028line"}, {"file_name": "b.png", "text": "two"}]
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "far" / "metadata.jsonl").write_text("\ufeff" + lines, "utf-8")
+    (tmp_path / "far" / "backup.tar").write_bytes(b"not of the data")
+    assert [example.caption for example in open_data(tmp_path / "far").examples] == ["one line", "two"]
+
+
+def test_shards_that_were_written_anew_are_other_data(tmp_path, monkeypatch):
+    (tmp_path / "0.tar").write_bytes(b"x" * 1024)
+    monkeypatch.chdir(tmp_path)
+    before = open_source("0.tar").identity
+    assert open_source(tmp_path / "0.tar").identity == before
+    (tmp_path / "0.tar").write_bytes(b"x" * 2048)
+    assert open_source("0.tar").identity != before

@@ -7,12 +7,12 @@ import pytest
 import torch
 from diffusers import HeunDiscreteScheduler, LCMScheduler, StableDiffusionPipeline
 from PIL import Image
-from transformers import CLIPImageProcessor
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from asdm import AsdmError, PruningPlan, build_student, compress, evaluate, load_pipeline, save_pipeline, with_unet
 from asdm.demo import images_folder
 from asdm.evaluation import comparison
-from asdm.evaluation.comparison import RealImages, evaluation_sets
+from asdm.evaluation.comparison import RealImages, evaluation_sets, image_embeds
 from asdm.evaluation.latency import Latency
 from asdm.evaluation.metrics import Judge, feature_distance, kid, psnr, recognition, retrieval_at_1
 from asdm.evaluation.report import headline_of
@@ -231,3 +231,15 @@ def test_compress_refuses_other_settings_and_missing_data_and_says_what_it_misse
     # And says when the target was missed.
     assert "short of the 50x asked for" in headline_of(made.evaluation, 50)
     assert "short of" not in headline_of(made.evaluation, 0.01)
+
+
+def test_a_clip_of_another_size_sees_the_images_at_its_own(tmp_path):
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    clip = CLIPModel(CLIPConfig(text_config=size, vision_config=size | {"image_size": 32, "patch_size": 8})).eval()
+    clip.save_pretrained(tmp_path)
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    clip = CLIPModel.from_pretrained(tmp_path)
+    plain = image_embeds(clip, images)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]}')
+    assert plain.shape == (2, clip.config.projection_dim)
+    assert not torch.allclose(image_embeds(clip, images), plain, atol=1e-3)

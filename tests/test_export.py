@@ -223,6 +223,9 @@ def test_what_cannot_be_exported_is_said_before_anything_is_written(pipeline, tm
         export(pipeline, tmp_path / "out", int8="weights", data="demo")
     with pytest.raises(AsdmError, match="load it in float32"):
         export(student_of(tiny_pipeline(), Remove(unit="mid_block")).to(torch.bfloat16), tmp_path / "out")
+    guided = with_unet(tiny_pipeline(), tiny_unet(time_cond_proj_dim=32))
+    with pytest.raises(AsdmError, match="guidance by an embedding"):
+        export(guided, tmp_path / "out")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(AsdmError, match="was not written by asdm"):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
+from transformers import CLIPConfig, CLIPModel, ConvNextConfig, ConvNextModel, ViTConfig, ViTModel
 
 from asdm import AsdmError, PruningPlan, Stage, build_student, distill
 from asdm.conditioning import noise_schedule, predicted_original, prediction_target, stratified_timesteps
@@ -199,21 +199,23 @@ def encoders(pipeline):
     vision = {"image_size": 16, "patch_size": 8}
     clip = CLIPModel(CLIPConfig(text_config=size | text, vision_config=size | vision, projection_dim=8))
     vit = ViTModel(ViTConfig(**size, **vision))
+    convolutional = ConvNextModel(ConvNextConfig(hidden_sizes=[8, 8, 8, 16], depths=[1, 1, 1, 1]))
     return {
         "unet": UNetEncoder(pipeline.unet, noise_schedule(pipeline)),
         "clip": VisionEncoder(clip, tiny_vae().requires_grad_(False), pipeline.tokenizer),
         "vit": VisionEncoder(vit, tiny_vae().requires_grad_(False)),
+        "convnext": VisionEncoder(convolutional, tiny_vae().requires_grad_(False), size=32),
     }
 
 
-@pytest.mark.parametrize("name", ["unet", "clip", "vit"])
+@pytest.mark.parametrize("name", ["unet", "clip", "vit", "convnext"])
 def test_encoders_tell_latents_apart_and_pass_gradients(pipeline, examples, name):
     encoder = encoders(pipeline)[name]
     pipeline.unet.requires_grad_(False)
     latents, captions = examples.prepared.batch([0, 1])
     latents.requires_grad_(True)
     features = encoder(latents, captions)
-    assert features.ndim == 2 and torch.equal(features, encoder(latents, captions))
+    assert features.shape[0] == 2 and features.ndim == 2 and torch.equal(features, encoder(latents, captions))
     assert not torch.allclose(features[0], features[1])
     features.square().sum().backward()
     assert latents.grad.abs().sum() > 0

@@ -60,6 +60,29 @@ def test_sdxl_is_shortened_too():
         shorter(unet, levels=2)
 
 
+def test_layers_of_different_depths_keep_their_own_blocks():
+    depths = {
+        "transformer_layers_per_block": [1, [2, 2], [3, 3]],
+        "reverse_transformer_layers_per_block": [[3, 3, 5], [2, 1, 1], 1],
+    }
+    unet = tiny_unet(
+        block_out_channels=(32, 64, 64),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        mid_block_type="UNetMidBlock2D",
+        **depths,
+    )
+    for levels, expected in ((None, [[3, 5], [2, 1]]), (2, [[2, 1]])):
+        student = shorter(unet, mid_block=True, levels=levels)
+        found = [
+            [len(layer.transformer_blocks) for layer in block.attentions]
+            for block in student.up_blocks
+            if getattr(block, "attentions", None)
+        ]
+        assert found == expected
+        predict(student)
+
+
 def test_it_loads_with_diffusers_alone(tmp_path):
     pipeline = tiny_pipeline()
     student = shorter(pipeline.unet)

@@ -142,6 +142,15 @@ def test_a_loss_that_is_not_finite_stops_with_its_name_and_keeps_the_checkpoint(
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
 
 
+def test_a_student_that_begins_as_its_teacher_does_not_explode(tmp_path):
+    class FromZero(Regression):
+        def forward(self, batch, generator):
+            losses = super().forward(batch, generator)
+            return losses | {"loss": losses["loss"] * (0 if self.calls < 2 else 1e-4)}
+
+    assert train(FromZero(), batch_at, SETTINGS, tmp_path)
+
+
 def test_a_loss_that_explodes_stops_with_its_name_before_bad_weights_are_kept(tmp_path):
     with pytest.raises(AsdmError, match=r"penalty explodes \(the loss is .* and was .*\) at step 11"):
         train(Regression(explodes_at=9), batch_at, SETTINGS, tmp_path)
@@ -368,6 +377,22 @@ def test_a_run_goes_on_with_its_own_settings_alone(pipeline, data_folder, tmp_pa
     with pytest.raises(AsdmError, match=message) if message else nullcontext():
         run(quick_stage(**{"steps": 4, **changes}), seed)
     assert checkpoint_step(tmp_path / "00-joint") == (5 if message is None else 4)
+
+
+def test_checkpoints_of_another_teacher_or_student_are_not_gone_on_from(pipeline, data_folder, tmp_path):
+    plan = PruningPlan.for_unet(pipeline.unet, [{"edit": "remove", "unit": "mid_block"}])
+    distill(pipeline, build_student(pipeline.unet, plan), data_folder, tmp_path / "run", stages=[quick_stage()])
+    distill(pipeline, build_student(pipeline.unet, plan), data_folder, tmp_path / "run", stages=[quick_stage()])
+    fine_tune, other = tiny_pipeline(), build_student(pipeline.unet, plan)
+    with torch.no_grad():
+        fine_tune.unet.conv_out.weight.add_(0.1)
+        other.conv_in.weight.add_(0.1)
+    with pytest.raises(AsdmError, match=r"begun with other settings \(teacher\)"):
+        distill(fine_tune, build_student(pipeline.unet, plan), data_folder, tmp_path / "run", stages=[quick_stage()])
+    with pytest.raises(AsdmError, match=r"begun with other settings \(student\)"):
+        distill(pipeline, other, data_folder, tmp_path / "run", stages=[quick_stage()])
+    with pytest.raises(AsdmError, match="the teacher's own UNet"):
+        distill(pipeline, pipeline.unet, data_folder, tmp_path / "other", stages=[quick_stage()])
 
 
 def test_a_teacher_of_another_kind_is_refused_before_anything_is_prepared(data_folder, tmp_path):

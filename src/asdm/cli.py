@@ -72,7 +72,7 @@ DtypeOption = Annotated[
     Literal["float32", "float16", "bfloat16"],
     typer.Option("--dtype", help="Precision to run in; float16 and bfloat16 are for GPUs."),
 ]
-SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.", min=0, max=2**32 - 1)]
 SpeedupOption = Annotated[
     float | None, typer.Option("--speedup", help="How many times faster the UNet must be, measured.")
 ]
@@ -177,7 +177,9 @@ def analyze(
         int | None,
         typer.Option(help="At how many time steps; by default 4, or 2 for large models.", min=1, show_default=False),
     ] = None,
-    samples: Annotated[int | None, typer.Option(help="Images or prompts to calibrate on.", show_default=False)] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Images or prompts to calibrate on.", min=1, show_default=False)
+    ] = None,
     device: DeviceOption = None,
     seed: SeedOption = 0,
 ) -> None:
@@ -414,7 +416,7 @@ def distill(
     require_ours(out, "pipeline")
     require_usable(data)
     teaching, learning = _load(teacher, device), _load(student, "cpu")
-    kinds = [pipeline.scheduler.config.prediction_type for pipeline in (learning, teaching)]
+    kinds = [pipeline.scheduler.config.get("prediction_type", "epsilon") for pipeline in (learning, teaching)]
     if kinds[0] != kinds[1]:
         raise AsdmError(
             f"{student}: predicts {kinds[0]}, {teacher} {kinds[1]}: it was not pruned from such a model; name the "
@@ -952,13 +954,18 @@ def _quiet_libraries() -> None:
     warnings.simplefilter("ignore", FutureWarning)  # of one library about another
 
 
+_OF_THE_DISK = (
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EIO,
+    errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
+
+
 def _about_the_disk(error: Exception) -> str | None:
     """What to tell of an error that the disk or a path caused; None for any other."""
-    expected = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
-    if isinstance(error, OSError) and error.errno in expected:
+    if isinstance(error, OSError) and (isinstance(error, PermissionError) or error.errno in _OF_THE_DISK):
         return f"{error.filename or 'output'}: {error.strerror}"
     # safetensors tells a full disk by an exception of its own
-    if "No space left on device" in str(error):
+    if any(words in str(error) for words in ("No space left on device", "Disk quota exceeded")):
         return " ".join(str(error).split())[:200]
     return None
 

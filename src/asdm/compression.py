@@ -123,7 +123,7 @@ def compress(
     }
     report = progress or (lambda *_: None)
     require_ours(out, "compression")
-    if (out / "report.html").is_file():
+    if all((out / name).is_file() for name in ("report.html", "plan.json", "evaluation.json")):
         _claim(out, settings)
         plan, evaluation = PruningPlan.load(out / "plan.json"), Evaluation.load(out / "evaluation.json")
         return Compression(out, out / "report.html", headline_of(evaluation, speedup), plan, evaluation, {})

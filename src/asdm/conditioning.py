@@ -166,7 +166,16 @@ def decode_latents(pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
 
 
 def noise_schedule(pipeline: DiffusionPipeline) -> DDPMScheduler:
-    """The forward process that the pipeline's scheduler assumes: adds noise, makes training targets."""
+    """The forward process that the pipeline's scheduler assumes: adds noise, makes training targets.
+
+    Raises:
+        AsdmError: it has none that a DDPM has (EDM's, of Playground v2.5).
+    """
+    if not {"beta_schedule", "trained_betas"} & pipeline.scheduler.config.keys():
+        raise AsdmError(
+            f"{type(pipeline.scheduler).__name__}: its noise levels are not those of Stable Diffusion's training; use "
+            "a checkpoint with a DDPM's schedule"
+        )
     return DDPMScheduler.from_config(pipeline.scheduler.config)
 
 

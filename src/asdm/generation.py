@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from asdm.pipelines import image_to_image, is_inpainting
 @torch.no_grad()
 def generate(
     pipeline: DiffusionPipeline,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     *,
     steps: int | None = None,
     guidance_scale: float | None = None,
@@ -42,7 +43,7 @@ def generate(
         seed: the n-th prompt's noise is that of seed + n, whatever the batch.
         strength: how far from `image` the result may go, in (0, 1].
         size: side of the images in pixels, by default what the pipeline was made for; with an image, its own counts.
-        batch_size: prompts at a time; by default 32 at small sizes and 1 at 512 pixels or more.
+        batch_size: prompts at a time; by default 32 for latents of up to 32x32, else 1.
 
     Raises:
         AsdmError: `strength` is out of range, or so small that no step would be taken; a mask without an image; a size
@@ -52,6 +53,7 @@ def generate(
         raise AsdmError("a mask says what of an image shall be drawn anew; give the image too")
     if size is not None and image is not None:
         raise AsdmError(f"size={size}: image-to-image draws at the image's own size; scale the image instead")
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     steps = default_steps(pipeline) if steps is None else steps
     if image is not None and not (0 < strength <= 1 and int(steps * strength) >= 1):
         raise AsdmError(
@@ -82,8 +84,11 @@ def generate(
             output_type="np",
             **sides,
             **given,
-        ).images
-        images.append(torch.from_numpy(np.asarray(result)).permute(0, 3, 1, 2).float() * 2 - 1)
+        )
+        blacked_out = sum(getattr(result, "nsfw_content_detected", None) or [])
+        if blacked_out:
+            warnings.warn(f"the safety checker blacked out {blacked_out} of {len(batch)} images", stacklevel=3)
+        images.append(torch.from_numpy(np.asarray(result.images)).permute(0, 3, 1, 2).float() * 2 - 1)
         if progress is not None:
             progress(min(start + batch_size, len(prompts)), len(prompts))
     return torch.cat(images)

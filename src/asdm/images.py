@@ -19,14 +19,27 @@ def load_images(paths: Sequence[Path], size: int) -> Tensor:
 
 
 def to_tensor(image: Image.Image, size: int) -> Tensor:
-    """One image as (3, size, size) in [-1, 1], turned as its EXIF says, transparent parts on white."""
+    """One image as (3, size, size) in [-1, 1], as `as_rgb` has it."""
+    pixels = torch.from_numpy(np.array(cropped(as_rgb(image), size))).permute(2, 0, 1)
+    return pixels.float() / 127.5 - 1
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An image in 8 bits a channel, turned as its EXIF says, transparent parts on white.
+
+    Raises:
+        OSError: its pixels are floating-point numbers, of which nothing tells the range.
+    """
     image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGBA", "LA", "P", "PA"):
+    if image.mode == "F":
+        raise OSError("its pixels are floating-point numbers; convert it to 8 bits")
+    if image.mode.startswith("I"):  # 16 bits, which PIL would cut off at 255
+        image = Image.fromarray((np.array(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.new("RGBA", rgba.size, "white")
         image.alpha_composite(rgba)
-    pixels = torch.from_numpy(np.array(cropped(image.convert("RGB"), size))).permute(2, 0, 1)
-    return pixels.float() / 127.5 - 1
+    return image.convert("RGB")
 
 
 def cropped(image: Image.Image, size: int) -> Image.Image:
@@ -44,14 +57,14 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
 
 
 def open_image(path: Path) -> Image.Image:
-    """A user's image file as RGB, turned as its EXIF says.
+    """A user's image file, as `as_rgb` has it.
 
     Raises:
         AsdmError: no such file, or not an image.
     """
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return as_rgb(image)
     except FileNotFoundError:
         raise AsdmError(f"{path}: no such image file") from None
     except Exception as error:  # PIL's readers raise many kinds

@@ -77,9 +77,9 @@ def load_pipeline(
         pipeline = _load_folder(pipeline_folder(), dtype)
     elif name.startswith("random:"):
         pipeline = _random_pipeline(name.removeprefix("random:"), dtype)
-    elif Path(name).is_dir():
+    elif os.path.isdir(name):
         pipeline = _load_folder(Path(name), dtype)
-    elif Path(name).is_file():
+    elif os.path.isfile(name):
         pipeline = _load_single_file(Path(name), dtype)
     elif _looks_like_path(name):
         raise AsdmError(f"{name}: no such folder or file; MODEL is {MODEL_HELP}")
@@ -91,6 +91,8 @@ def load_pipeline(
         )
     if pipeline.text_encoder is None:
         raise AsdmError(f"{name}: has no first text encoder, as SDXL's refiner; use a base model")
+    if pipeline.unet.config.sample_size is None:
+        raise AsdmError(f"{name}: its UNet does not say for which size it is; write sample_size into unet/config.json")
     channels = pipeline.unet.config.in_channels
     if channels != pipeline.vae.config.latent_channels and not is_inpainting(pipeline):
         raise AsdmError(
@@ -268,6 +270,13 @@ def load_clip(pipeline: DiffusionPipeline) -> CLIPModel | None:
         return CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
 
 
+def clip_statistics(clip: CLIPModel) -> tuple[list[float], list[float]]:
+    """Mean and deviation by which a CLIP that was loaded from a folder wants pixels in [0, 1] to be normalised."""
+    path = Path(clip.name_or_path) / "preprocessor_config.json"
+    about = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return about.get("image_mean", [0.5] * 3), about.get("image_std", [0.5] * 3)
+
+
 def is_sdxl(pipeline: DiffusionPipeline) -> bool:
     return hasattr(pipeline, "text_encoder_2")
 
@@ -317,7 +326,7 @@ def _load_from_hub(name: str, dtype: torch.dtype) -> DiffusionPipeline:
 
 
 def _from_pretrained(name: str, dtype: torch.dtype) -> DiffusionPipeline:
-    how = {"dtype": dtype, "use_safetensors": True, "variant": _variant(Path(name) / "unet")}
+    how = {"dtype": dtype, "use_safetensors": True, "variant": _variant(Path(name))}
     with quiet():
         try:
             if not _is_student(Path(name) / "unet" / "config.json"):
@@ -358,9 +367,12 @@ def _absent(module: nn.Module, folder: Path) -> list[str]:
 
 
 def _variant(folder: Path) -> str | None:
-    """None where there are plain weights."""
-    weights = [path.name for path in folder.glob("*.safetensors")]
-    return VARIANT if weights and all(f".{VARIANT}" in name for name in weights) else None
+    """None where all parts have plain weights."""
+    by_part: dict[Path, list[str]] = {}
+    for path in folder.glob("*/*.safetensors"):
+        by_part.setdefault(path.parent, []).append(path.name)
+    alone = any(all(f".{VARIANT}" in name for name in names) for names in by_part.values())
+    return VARIANT if alone else None
 
 
 def _is_student(config: Path) -> bool:

@@ -263,7 +263,11 @@ def _plan_for_speedup(
     if target <= 1:
         raise AsdmError(f"speedup={target:g}: must be above 1; up to about {reachable:.2f} can be reached")
     if unet is None:
-        unet = random_unet(redundancy.unet_config, getattr(torch, redundancy.dtype)).to(device or "cpu")
+        unet = random_unet(redundancy.unet_config, getattr(torch, redundancy.dtype))
+        try:
+            unet = unet.to(device or "cpu")
+        except (RuntimeError, AssertionError) as error:
+            raise AsdmError(f"device {device}: not to be had ({str(error).splitlines()[0]}); use cpu") from None
     needed = target * MEASUREMENT_MARGIN
     aim, too_little, enough = target, 1.0, np.inf
     best: PruningPlan | None = None

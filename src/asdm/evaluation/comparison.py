@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
@@ -29,7 +30,7 @@ from asdm.files import write_text
 from asdm.generation import default_guidance, default_steps, generate, is_few_step
 from asdm.images import to_images
 from asdm.incubation.data import Example, can_be_decoded, load_pixels, open_data
-from asdm.pipelines import without_safety_checker
+from asdm.pipelines import clip_statistics, without_safety_checker
 
 Progress = Callable[[str, int, int], None]
 _LONGEST_TIMED_PIPELINE_MS = 10_000
@@ -359,8 +360,13 @@ def _are_labelled(examples: Sequence[Example]) -> bool:
 
 @torch.no_grad()
 def image_embeds(clip: CLIPModel, images: Tensor) -> Tensor:
-    """Embeddings (images, channels) of `images` (images, 3, h, w) in [-1, 1] by the image tower."""
-    pooled = clip.vision_model(pixel_values=images.to(clip.dtype)).pooler_output
+    """Embeddings (images, channels) of `images` (images, 3, h, w) in [-1, 1] by the image tower, at its size."""
+    size = clip.config.vision_config.image_size
+    if images.shape[2:] != (size, size):
+        images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True)
+    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in clip_statistics(clip))
+    pixels = (images / 2 + 0.5 - mean) / deviation
+    pooled = clip.vision_model(pixel_values=pixels.to(clip.dtype)).pooler_output
     return clip.visual_projection(pooled)
 
 

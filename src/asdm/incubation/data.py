@@ -6,9 +6,11 @@ them and an interrupted reading goes on at the next one. What cannot be used is 
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
 import json
+import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +32,7 @@ DATA_HELP = (
     "URL pattern of .tar files), hf:DATASET, a .txt file of captions, what prepare-data wrote, or demo"
 )
 PREPARED = "prepared.json"  # the index of a folder that prepare-data wrote
+METADATA = "metadata.jsonl"
 PIECE = 1024  # examples of a folder, a dataset or a file of captions that are read at a time
 AT_HAND = 2048  # examples of a stream that calibration and evaluation choose from
 
@@ -165,16 +168,16 @@ def open_source(source: str | Path, split: Split = "train") -> Source:
     if name.endswith(".tar") or "://" in name:
         return ShardSource(name, split)
     path = Path(name)
-    if path.suffix == ".txt" and path.is_file():
-        return CaptionSource(path.name, path.read_text("utf-8", errors="replace").splitlines(), split)
-    if not path.is_dir():
+    if path.suffix == ".txt" and os.path.isfile(path):
+        return CaptionSource(path.name, _text_of(path).splitlines(), split)
+    if not os.path.isdir(path):  # also of a name that is too long for one
         raise AsdmError(f"{path}: no such data folder; DATA is {DATA_HELP}")
     if (path / PREPARED).is_file():
         pieces = [json.loads(beside.read_text("utf-8")) for beside in sorted(path.glob("[0-9]*.json"))]
         return CaptionSource(path.name, [caption for piece in pieces for caption in piece["captions"]], split)
     if read_marker(path).get("kind") == "prepared":
         raise AsdmError(f"{path}: not prepared to its end; run prepare-data again")
-    if any(path.glob("*.tar")):
+    if not (path / METADATA).is_file() and any(path.glob("*.tar")):
         return ShardSource(sorted(str(shard) for shard in path.glob("*.tar")), split)
     return FolderSource(path, split)
 
@@ -185,7 +188,7 @@ class FolderSource:
     remote = False
 
     def __init__(self, folder: Path, split: Split):
-        metadata = folder / "metadata.jsonl"
+        metadata = folder / METADATA
         rows = _from_metadata(metadata) if metadata.is_file() else _from_text_files(folder)
         self.rows = [row for row in rows if isinstance(row, Unusable) or _in_split(row, split)]
         self.split = split
@@ -229,11 +232,12 @@ class ShardSource:
         with needs_extra("data", "WebDataset shards"):
             from webdataset import shardlists
         self.urls = shardlists.expand_urls(urls) if isinstance(urls, str) else urls
-        self.identity, self.split = json.dumps(self.urls), split
+        self.split = split
         self.remote = any("://" in url for url in self.urls)
         absent = [url for url in self.urls if "://" not in url and not Path(url).is_file()]
         if absent:
             raise AsdmError(f"{absent[0]}: no such shard ({len(absent)} of {len(self.urls)}); DATA is {DATA_HELP}")
+        self.identity = json.dumps([url if "://" in url else _state_of(Path(url)) for url in self.urls])
 
     def __len__(self) -> int:
         return len(self.urls)
@@ -266,7 +270,7 @@ class DatasetSource:
         with needs_extra("data", "Hugging Face datasets"):
             import datasets
         self.identity, self.split = f"hf:{name}", split
-        path, _, part = name.partition("@")
+        path, _, part = (name, "", "") if os.path.exists(name) else name.partition("@")
         part = part or "train"
         try:
             if (Path(path) / "state.json").is_file() or (Path(path) / "dataset_dict.json").is_file():
@@ -326,7 +330,7 @@ def _from_sample(sample: dict[str, Any]) -> Example | Unusable:
     file = next((value for key, value in sample.items() if key in _IMAGE_FIELDS), None)
     try:
         about = json.loads(sample.get("json") or b"{}")
-        caption = sample["txt"].decode("utf-8", "replace") if "txt" in sample else None
+        caption = sample["txt"].decode("utf-8-sig", "replace") if "txt" in sample else None
     except (json.JSONDecodeError, UnicodeDecodeError):
         return Unusable(sample["__key__"], "its .json is damaged")
     if not isinstance(about, dict):
@@ -340,6 +344,8 @@ def _example(name: str, caption: Any, file: Path | bytes | None, about: dict[str
         caption = next((each for each in caption if isinstance(each, str) and each.strip()), "")
     if caption is not None and not isinstance(caption, str):
         return Unusable(name, f"its caption is no text: {_short(caption)}")
+    if "\0" in (caption or ""):
+        return Unusable(name, "its caption is not text in UTF-8")
     caption = " ".join((caption or "").encode("utf-8", "replace").decode().split())  # half an emoji is no character
     if not caption:
         return Unusable(name, "its caption is empty")
@@ -347,6 +353,12 @@ def _example(name: str, caption: Any, file: Path | bytes | None, about: dict[str
         return Unusable(name, "it has no image")
     labels = {key: found if isinstance(found := about.get(key), str) else None for key in ("concept", "style")}
     return Example(name, caption, file, **labels, held_out=bool(about.get("held_out")))
+
+
+def _state_of(path: Path) -> list[Any]:
+    """A local shard, and what tells whether it is still the same."""
+    about = path.stat()
+    return [str(path.resolve()), about.st_size, about.st_mtime_ns]
 
 
 def _size_of(row: Example | Unusable) -> int | None:
@@ -365,7 +377,7 @@ def _in_split(example: Example, split: Split) -> bool:
 
 
 def _from_metadata(path: Path) -> Iterator[Example | Unusable]:
-    for number, line in enumerate(path.read_text("utf-8", errors="replace").splitlines(), start=1):
+    for number, line in enumerate(_text_of(path).split("\n"), start=1):  # other breaks may stand within a string
         if not line.strip():
             continue
         try:
@@ -379,12 +391,19 @@ def _from_metadata(path: Path) -> Iterator[Example | Unusable]:
 
 
 def _from_text_files(folder: Path) -> Iterator[Example | Unusable]:
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES):
-        name, text = str(path.relative_to(folder)), path.with_suffix(".txt")
+    for name in sorted(glob.glob("**", root_dir=folder, recursive=True)):  # through links, too
+        path = folder / name
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
+            continue
+        text = path.with_suffix(".txt")
         if text.is_file():
-            yield _example(name, text.read_text("utf-8", errors="replace"), path, {})
+            yield _example(name, _text_of(text), path, {})
         else:
             yield Unusable(name, "it has no caption")
+
+
+def _text_of(path: Path) -> str:
+    return path.read_text("utf-8-sig", errors="replace")
 
 
 def _fault(path: Path) -> str | None:

@@ -32,7 +32,7 @@ from asdm.incubation.losses import (
     squared_error,
     task_loss,
 )
-from asdm.incubation.prepared import is_prepared, open_prepared, prepare_data
+from asdm.incubation.prepared import digest_of, is_prepared, open_prepared, prepare_data
 from asdm.incubation.recipes import recipe_stages
 from asdm.incubation.semantics import SemanticEncoder, make_encoder
 from asdm.incubation.stages import Stage
@@ -240,6 +240,7 @@ def distill(
     examples = prepare(teacher, data, folder / "prepared")
     schedule = noise_schedule(teacher)
     total, before = sum(stage.steps for stage in stages), 0
+    networks = {"teacher": digest_of(teacher.unet), "student": digest_of(student)}
     for index, stage in enumerate(stages):
         report = None if progress is None else partial(_reported, progress, before, total)
         order = ShuffledBatches(len(examples), stage.batch_size, seed)
@@ -249,7 +250,9 @@ def distill(
         share = Part(accelerator.process_index, accelerator.num_processes) if spread else WHOLE
         place = folder / f"{index:02d}-{stage.name}"
         if accelerator.is_main_process:
-            _claim(place, stage, seed, student, examples, is_newest=not any(folder.glob(f"{index + 1:02d}-*")))
+            _claim(
+                place, stage, seed, student, networks, examples, is_newest=not any(folder.glob(f"{index + 1:02d}-*"))
+            )
         accelerator.wait_for_everyone()
         if stage.assembled is not None and teacher.unet.dtype != student.dtype and accelerator.mixed_precision == "no":
             raise AsdmError(
@@ -311,7 +314,13 @@ def _require_fit(teacher: UNet2DConditionModel, student: UNet2DConditionModel) -
 
 
 def _claim(
-    place: Path, stage: Stage, seed: int, student: UNet2DConditionModel, examples: TrainingSet, is_newest: bool
+    place: Path,
+    stage: Stage,
+    seed: int,
+    student: UNet2DConditionModel,
+    networks: dict[str, str],
+    examples: TrainingSet,
+    is_newest: bool,
 ) -> None:
     """Write down beside a stage's checkpoints whose they are, or find that they are this run's; the newest stage may
     be lengthened.
@@ -323,6 +332,7 @@ def _claim(
     run = {
         "seed": seed,
         "edits": student.config.get("edits") or [],
+        **networks,
         "data": [examples.prepared.made_by, captions],
         **stage.model_dump(exclude=CHANGEABLE),
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from asdm.conditioning import Conditioning, decode_latents, embed_prompts, encode_images, image_size, masked_latents
 from asdm.errors import AsdmError
@@ -81,7 +82,7 @@ class PreparedData:
 
 def is_prepared(data: str | Path) -> bool:
     """Whether `data` names a folder that `prepare_data` wrote."""
-    return (Path(data) / PREPARED).is_file()
+    return os.path.isfile(Path(data) / PREPARED)
 
 
 def open_prepared(pipeline: DiffusionPipeline, data: str | Path) -> PreparedData:
@@ -160,17 +161,19 @@ def prepare_data(
 
 
 def fingerprint(pipeline: DiffusionPipeline) -> str:
-    """What tells the latents and embeddings of one pipeline from another's: its VAE, text encoders and image size.
+    """What tells the latents and embeddings of one pipeline from another's: its VAE, text encoders and image size."""
+    parts = [getattr(pipeline, name, None) for name in ("vae", "text_encoder", "text_encoder_2")]
+    about = [image_size(pipeline), is_inpainting(pipeline), *(digest_of(part) for part in parts if part is not None)]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
-    Of each parameter some values from all over it, in float16, so that a teacher in half precision is the same one.
-    """
-    digest = hashlib.sha256(json.dumps([image_size(pipeline), is_inpainting(pipeline)]).encode())
-    for name in ("vae", "text_encoder", "text_encoder_2"):
-        part = getattr(pipeline, name, None)
-        for parameter in [] if part is None else part.parameters():
-            values = parameter.detach().flatten()
-            some = values[:: max(1, len(values) // VALUES)][:VALUES]
-            digest.update(some.to("cpu", torch.float16).numpy().tobytes())
+
+def digest_of(module: nn.Module) -> str:
+    """Of some values from all over each parameter, in float16, so that a network in half precision is the same one."""
+    digest = hashlib.sha256()
+    for parameter in module.parameters():
+        values = parameter.detach().flatten()
+        some = values[:: max(1, len(values) // VALUES)][:VALUES]
+        digest.update(some.to("cpu", torch.float16).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

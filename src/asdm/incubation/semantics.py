@@ -75,12 +75,13 @@ class _Seen(Exception):
 
 class VisionEncoder:
     """A vision model of transformers on decoded images: CLIP's image features, else the mean of the last hidden
-    states.
+    states, over tokens or over a map.
 
     Args:
         decoder: a VAE with `decode`; a tiny one (AutoencoderTiny) is enough.
         tokenizer: of the model's text tower, where it has one.
         mean, deviation: by which the model wants pixels in [0, 1] to be normalised.
+        size: the side of the images that it reads, by default as its config has it.
     """
 
     def __init__(
@@ -90,11 +91,16 @@ class VisionEncoder:
         tokenizer: Any = None,
         mean: Sequence[float] = (0.5, 0.5, 0.5),
         deviation: Sequence[float] = (0.5, 0.5, 0.5),
+        size: int | None = None,
     ):
         self.model, self.decoder, self.tokenizer = model.eval().requires_grad_(False), decoder, tokenizer
         config: Any = model.config
-        vision = getattr(config, "vision_config", config)
-        self.size = vision.image_size
+        own = size or getattr(getattr(config, "vision_config", config), "image_size", None)
+        if own is None:
+            raise AsdmError(
+                f"semantics: {config.model_type}: does not say what size of images it reads; choose another"
+            )
+        self.size: int = own
         self.is_clip = hasattr(model, "get_image_features")
         self.mean, self.deviation = (torch.tensor(values).view(3, 1, 1) for values in (mean, deviation))
 
@@ -106,7 +112,8 @@ class VisionEncoder:
         pixels = (images - self.mean.to(images)) / self.deviation.to(images)
         if self.is_clip:
             return _tensor(self.model.get_image_features(pixel_values=pixels))  # type: ignore[operator]
-        return self.model(pixel_values=pixels).last_hidden_state.mean(dim=1)
+        states = self.model(pixel_values=pixels).last_hidden_state
+        return states.mean(dim=(2, 3)) if states.ndim == 4 else states.mean(dim=1)
 
     @torch.no_grad()
     def text_features(self, prompts: list[str]) -> Tensor | None:
@@ -120,6 +127,11 @@ class VisionEncoder:
         parts = tokens.input_ids.split(256)
         features = [_tensor(self.model.get_text_features(input_ids=part.to(device))) for part in parts]  # type: ignore[operator]
         return torch.cat(features)
+
+
+def _side(size: Any) -> int | None:
+    """The side of the images that a processor makes."""
+    return size.get("height") or size.get("shortest_edge")
 
 
 def _tensor(output: Any) -> Tensor:
@@ -144,7 +156,7 @@ def make_encoder(
     from diffusers import AutoencoderTiny
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-    from asdm.pipelines import load_clip
+    from asdm.pipelines import clip_statistics, load_clip
 
     try:
         vae = pipeline.vae if decoder is None else AutoencoderTiny.from_pretrained(decoder).eval()
@@ -155,11 +167,11 @@ def make_encoder(
                 raise AsdmError(
                     "semantics: no clip folder beside this pipeline; choose the encoder unet, or name a vision model"
                 )
-            return VisionEncoder(clip.to(pipeline.device), vae, pipeline.tokenizer)
-        model = AutoModel.from_pretrained(name).to(pipeline.device)
+            return VisionEncoder(clip.to(pipeline.device), vae, pipeline.tokenizer, *clip_statistics(clip))
+        model = AutoModel.from_pretrained(name, dtype=torch.float32).to(pipeline.device)
         tokenizer = AutoTokenizer.from_pretrained(name) if hasattr(model, "get_text_features") else None
         processor = AutoImageProcessor.from_pretrained(name)
-        return VisionEncoder(model, vae, tokenizer, processor.image_mean, processor.image_std)
+        return VisionEncoder(model, vae, tokenizer, processor.image_mean, processor.image_std, _side(processor.size))
     except (OSError, ValueError) as error:
         if isinstance(error, AsdmError):
             raise

@@ -434,6 +434,9 @@ def _mean(rounds: list[dict[str, Tensor]], accelerator: Accelerator | None) -> d
     return dict(zip(rounds[0], means.tolist(), strict=True))
 
 
+NEGLIGIBLE = 0.1  # a loss that does not explode, from whatever it began at: a student may be its teacher at first
+
+
 class _Watch:
     """Stops a run whose loss or gradient is not finite, or whose loss explodes: three steps in a row at more than a
     hundred times its lowest mean so far and ten times its first value.
@@ -454,7 +457,7 @@ class _Watch:
         loss = losses["loss"]
         if math.isinf(self.first):
             self.first = self.mean = self.lowest = loss
-        if loss > max(100 * self.lowest, 10 * self.first):
+        if loss > max(100 * self.lowest, 10 * self.first, NEGLIGIBLE):
             self.steps_beyond += 1
             if self.steps_beyond == 3 or step + 1 == self.steps:
                 parts = {name: value for name, value in losses.items() if name.startswith("weighted/")} or {

@@ -105,6 +105,8 @@ def export(
     require_ours(folder, "export")
     if inherit is not None and to != "openvino":
         raise AsdmError(f"inherit={inherit}, to={to}: two graphs are for openvino")
+    if pipeline.unet.config.time_cond_proj_dim is not None:
+        raise AsdmError("export: this UNet is told its guidance by an embedding, which the graphs have no input for")
     if pipeline.unet.dtype != torch.float32:
         raise AsdmError(f"a pipeline in {pipeline.unet.dtype} is not exported; load it in float32, on the CPU")
     size = image_size(pipeline) if size is None else size
@@ -293,7 +295,11 @@ class _Encoder(nn.Module):
         self.vae = vae
 
     def forward(self, sample: Tensor) -> tuple[Tensor, ...]:
-        return (self.vae.encode(sample).latent_dist.parameters,)
+        encoded = self.vae.encode(sample)
+        if hasattr(encoded, "latent_dist"):
+            return (encoded.latent_dist.parameters,)
+        no_variance = torch.full_like(encoded.latents, -30.0)  # of a tiny one
+        return (torch.cat([encoded.latents, no_variance], dim=1),)
 
 
 class _Text(nn.Module):

@@ -15,6 +15,8 @@ from diffusers import UNet2DConditionModel
 from asdm.errors import AsdmError
 from asdm.student.edits import Edit, Remove, Shorten
 
+_ON_THE_WAY_UP = ("up_block_types", "reverse_transformer_layers_per_block")
+
 
 def shortened(unet: UNet2DConditionModel, edit: Shorten) -> UNet2DConditionModel:
     """The shorter UNet, without weights (on the meta device).
@@ -40,9 +42,20 @@ def shortened(unet: UNet2DConditionModel, edit: Shorten) -> UNet2DConditionModel
     config["layers_per_block"] = edit.layers_per_block
     if not edit.mid_block:
         config["mid_block_type"] = None
+    # By level, from the outermost inwards, or on the way up; of a level, some by layer.
     for name, value in config.items():
         if isinstance(value, list | tuple) and len(value) == levels:
-            config[name] = value[levels - kept :] if name == "up_block_types" else value[:kept]
+            config[name] = value[levels - kept :] if name in _ON_THE_WAY_UP else value[:kept]
+    short = edit.layers_per_block
+    for name, fewer in (
+        ("transformer_layers_per_block", lambda counts: counts[:short]),
+        ("reverse_transformer_layers_per_block", lambda counts: [*counts[:short], counts[-1]]),
+    ):
+        by_layer = isinstance(config.get(name), list | tuple) and any(
+            isinstance(each, list | tuple) for each in config[name]
+        )
+        if by_layer:
+            config[name] = [fewer(each) if isinstance(each, list | tuple) else each for each in config[name]]
     with init_empty_weights():
         return UNet2DConditionModel.from_config(config)
 

@@ -122,6 +122,13 @@ class RemovedDownBlock(nn.Module):
         return hidden_states, (hidden_states,) * self.skips
 
 
+class RemovedDownsampler(nn.Module):
+    """The identity in place of what halves the map for the innermost stage: a convolution, or a resnet."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
+
+
 class RemovedUpBlock(nn.Module):
     """The identity in place of the innermost up block; takes as many skip connections and leaves them."""
 
@@ -239,7 +246,7 @@ def _remove_innermost_stage(unet: UNet2DConditionModel) -> dict[str, nn.Module]:
     return {
         f"down_blocks.{last}": RemovedDownBlock(len(unet.down_blocks[last].resnets)),
         "up_blocks.0": RemovedUpBlock(len(unet.up_blocks[0].resnets)),
-        f"down_blocks.{last - 1}.downsamplers": nn.ModuleList([nn.Identity()]),
+        f"down_blocks.{last - 1}.downsamplers": nn.ModuleList([RemovedDownsampler()]),
     }
 
 

@@ -196,5 +196,11 @@ def _one_line(error: Exception) -> str:
 
 
 def edits_of(unet: UNet2DConditionModel) -> list[Any]:
-    """The edits already applied to a UNet; none for a stock one."""
+    """The edits already applied to a UNet; none for a stock one.
+
+    Raises:
+        AsdmError: a student's class that was loaded from its folder, whose modules this package does not know.
+    """
+    if type(unet).__name__ == AsdmUNet2DConditionModel.__name__ and not isinstance(unet, AsdmUNet2DConditionModel):
+        raise AsdmError("a student that was loaded by the code in its folder; load it by asdm.load_pipeline")
     return parse_edits(unet.config.get("edits") or [])
