@@ -12,7 +12,8 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from asdm import AsdmError, PruningPlan
-from asdm.evaluation.contest import Contest, ContestRow, ContestRun, contest_plot, contest_rows, pareto_front
+from asdm.evaluation.contest import Contest, ContestRow, ContestRun, contest_rows
+from asdm.evaluation.contest_plot import contest_plot, pareto_front
 from asdm.evaluation.contestants import (
     Contestant,
     anew,

@@ -314,6 +314,18 @@ def test_distillation_brings_the_student_nearer_to_its_teacher(make, data_folder
     assert not any(module._forward_hooks for module in student.modules())
 
 
+def test_a_teacher_is_as_it_was_after_its_student_has_learnt(pipeline, data_folder, tmp_path):
+    pipeline.unet.train().requires_grad_(True)
+    pipeline.unet.conv_in.requires_grad_(False)
+    plan = PruningPlan.for_unet(pipeline.unet, [{"edit": "remove", "unit": "mid_block"}])
+    stage = quick_stage(steps=2, assembled=["down_blocks.1", "mid_block"], checkpointing=True)
+    distill(pipeline, build_student(pipeline.unet, plan), data_folder, tmp_path / "run", stages=[stage])
+    assert all(module.training for module in pipeline.unet.modules())
+    assert not pipeline.unet.is_gradient_checkpointing
+    frozen = {name for name, p in pipeline.unet.named_parameters() if not p.requires_grad}
+    assert frozen == {"conv_in.weight", "conv_in.bias"}
+
+
 def test_an_untouched_student_has_nothing_to_learn_from_the_teacher(pipeline, data_folder, tmp_path):
     student = build_student(pipeline.unet, PruningPlan.for_unet(pipeline.unet))
     distill(pipeline, student, data_folder, tmp_path, stages=[quick_stage(steps=1)])

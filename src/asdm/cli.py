@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from asdm.errors import AsdmError
+from asdm.errors import AsdmError, one_line
 from asdm.student.edits import CompensationKind, compensated
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ errors = Console(stderr=True)
 SAVED_TOGETHER = 8  # images that `generate` draws before it saves them
 SECONDS_BETWEEN_LINES = 15  # of progress, where no bar can be drawn
 
+# As MODEL_HELP and DATA_HELP, which are not imported for --help: torch and diffusers take seconds.
 MODEL = (
     "demo, a Hub id, a folder, a .safetensors file, or random:sd15 | random:sd15-inpainting | random:sd21 | random:sdxl"
 )
@@ -209,8 +210,8 @@ def analyze(
             progress=lambda done, total, name: report("analyse", done, total, name),
         )
     out = out or Path("redundancy.json")
+    _print_map(redundancy)  # before it is saved, should that fail
     redundancy.save(out)
-    _print_map(redundancy)
     console.print(f"written to {out}", highlight=False)
     if plot is not None:
         save_figure(redundancy_plot(redundancy), plot)
@@ -479,8 +480,8 @@ def evaluate(
             images_folder=images,
             progress=lambda title, done, total: report(f"images: {title}", done, total, ""),
         )
+    _print_evaluation(figures)  # before they are saved, should that fail
     figures.save(out)
-    _print_evaluation(figures)
     console.print(f"written to {out}", highlight=False)
 
 
@@ -689,7 +690,8 @@ def benchmark(
     Results of other models that are in the folder already stay there.
     """
     from asdm.evaluation.comparison import folder_name
-    from asdm.evaluation.contest import Contest, ContestRun, contest_plot, contest_rows
+    from asdm.evaluation.contest import Contest, ContestRun, contest_rows
+    from asdm.evaluation.contest_plot import contest_plot
     from asdm.evaluation.contestants import contestants, of, preset_students, with_dpm_solver
     from asdm.evaluation.limits import machine_limits
     from asdm.evaluation.report import save_figure
@@ -966,7 +968,7 @@ def _about_the_disk(error: Exception) -> str | None:
         return f"{error.filename or 'output'}: {error.strerror}"
     # safetensors tells a full disk by an exception of its own
     if any(words in str(error) for words in ("No space left on device", "Disk quota exceeded")):
-        return " ".join(str(error).split())[:200]
+        return one_line(error)
     return None
 
 

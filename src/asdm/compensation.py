@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from asdm.calibration import CalibrationCall, calibration_calls
 from asdm.conditioning import latent_shape
 from asdm.errors import AsdmError
-from asdm.replay import Replay, outputs_of, replay_order, tensor_of
+from asdm.replay import Replay, as_they_were, outputs_of, replay_order, tensor_of
 from asdm.student.compensation import Compensation
 from asdm.student.edits import CompensationKind, Remove, compensated
 from asdm.student.surgery import RemovedBranch, RemovedResnet, edited, swapped
@@ -75,10 +75,9 @@ def fit_compensation(
         AsdmError: the data folder cannot be used, or the fit gives numbers that are not finite.
     """
     teacher: UNet2DConditionModel = pipeline.unet
-    was_training = teacher.training, student.training
-    teacher.eval()
-    student.eval()
-    try:
+    with as_they_were(teacher, student):
+        teacher.eval()
+        student.eval()
         samples = samples or samples_to_fit(pipeline)
         seen = calibration_calls(pipeline, data, prompts, timesteps, samples, seed)
         unseen = calibration_calls(pipeline, data, prompts, timesteps, samples, seed + 1)
@@ -86,9 +85,6 @@ def fit_compensation(
         before = prediction_error(student, unseen, wanted)
         left = fit_to_calls(teacher, student, seen, ridge, progress)
         after = prediction_error(student, unseen, wanted) if left else before
-    finally:
-        teacher.train(was_training[0])
-        student.train(was_training[1])
     return CompensationReport(error_before=before, error_after=after, left_by_unit=left)
 
 

@@ -80,7 +80,7 @@ def compress(
             the weights are random.
         repair: rounds in which the plan is bettered (`repair_plan`); none by default for a preset, and where the
             weights are random.
-        data: images with captions to calibrate, train and evaluate on: a folder, or "demo".
+        data: images with captions to calibrate, train and evaluate on, as for `open_data`.
         steps: of distillation; 0 prunes only, and then needs no data.
         recipe: of the distillation (`asdm.incubation.recipes`): by name, or a YAML file.
         stages: the distillation in detail, instead of `steps` and `recipe`.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -150,9 +151,10 @@ def encode_images(vae: Any, images: Tensor) -> Tensor:
     (images, 3, height, width) in [-1, 1]; as many at a time as make a 512x512 pixel image."""
     at_once = max(1, 512 * 512 // images.shape[2:].numel())
     latents = []
-    for batch in images.split(at_once):
-        posterior = vae.encode(batch.to(vae.device, vae.dtype))
-        latents.append(posterior.latents if hasattr(posterior, "latents") else posterior.latent_dist.mode())
+    with _without_overflow(vae):
+        for batch in images.split(at_once):
+            posterior = vae.encode(batch.to(vae.device, vae.dtype))
+            latents.append(posterior.latents if hasattr(posterior, "latents") else posterior.latent_dist.mode())
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     return (torch.cat(latents) - shift) * vae.config.scaling_factor
 
@@ -162,7 +164,22 @@ def decode_latents(pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
     """Images (batch, 3, height, width) in about [-1, 1] of `latents` (batch, 4, h, w)."""
     vae = pipeline.vae
     shift = getattr(vae.config, "shift_factor", None) or 0.0
-    return vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + shift).sample
+    with _without_overflow(vae):
+        return vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + shift).sample
+
+
+@contextmanager
+def _without_overflow(vae: Any) -> Iterator[None]:
+    """In float32, where a VAE's activations are known to be too large for half precision: SDXL's."""
+    dtype = vae.dtype
+    upcast = dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+    if upcast:
+        vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        if upcast:
+            vae.to(dtype)
 
 
 def noise_schedule(pipeline: DiffusionPipeline) -> DDPMScheduler:

@@ -13,6 +13,11 @@ class AsdmError(ValueError):
     """
 
 
+def one_line(error: object, length: int = 160) -> str:
+    """What an error of another's says, for a message of ours."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:length]
+
+
 @contextmanager
 def needs_extra(extra: str, what: str) -> Iterator[None]:
     """Import in the block what an extra brings; where it is missing, say which one."""

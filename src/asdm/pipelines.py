@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from torch import nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 from transformers.utils import logging as transformers_logging
 
-from asdm.errors import AsdmError
+from asdm.errors import AsdmError, one_line
 from asdm.files import replacing_folder
 from asdm.model_card import model_card
 from asdm.random_models import UNETS, random_pipeline
@@ -108,7 +110,7 @@ def load_pipeline(
     try:
         return pipeline.to(device) if device is not None else pipeline
     except (RuntimeError, AssertionError) as error:
-        raise AsdmError(f"device {device}: not to be had ({_first_line(error)}); use cpu") from None
+        raise AsdmError(f"device {device}: not to be had ({one_line(error)}); use cpu") from None
 
 
 def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path, about: dict[str, Any] | None = None) -> Path:
@@ -320,9 +322,7 @@ def _load_from_hub(name: str, dtype: torch.dtype) -> DiffusionPipeline:
     except (OSError, ValueError) as error:
         if isinstance(error, AsdmError):
             raise
-        raise AsdmError(
-            f"{name}: not found, here or on the Hub ({_first_line(error)}); MODEL is {MODEL_HELP}"
-        ) from error
+        raise AsdmError(f"{name}: not found, here or on the Hub ({one_line(error)}); MODEL is {MODEL_HELP}") from error
 
 
 def _from_pretrained(name: str, dtype: torch.dtype) -> DiffusionPipeline:
@@ -341,7 +341,7 @@ def _from_pretrained(name: str, dtype: torch.dtype) -> DiffusionPipeline:
         except (SafetensorError, RuntimeError, KeyError, OSError, ValueError, AttributeError, TypeError) as error:
             if isinstance(error, AsdmError) or (isinstance(error, OSError | ValueError) and not Path(name).is_dir()):
                 raise
-            raise AsdmError(f"{name}: cannot be loaded: {_first_line(error)}") from error
+            raise AsdmError(f"{name}: cannot be loaded: {one_line(error)}") from error
 
 
 def _require_whole(pipeline: DiffusionPipeline, name: str) -> None:
@@ -395,7 +395,7 @@ def _load_single_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
     except (OSError, ValueError, RuntimeError, KeyError, SingleFileComponentError) as error:
         raise AsdmError(
             f"{path}: not a whole Stable Diffusion checkpoint, or its configuration, which diffusers takes from "
-            f"the Hub, is out of reach ({_first_line(error)})"
+            f"the Hub, is out of reach ({one_line(error)})"
         ) from error
     _require_whole(pipeline, str(path))
     return pipeline
@@ -410,7 +410,7 @@ def require_safetensors(path: Path) -> None:
         with path.open("rb") as file:
             start = file.read(4)
         pickled = start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-        why = "a pickle named .safetensors" if pickled else f"truncated or damaged ({_first_line(error)})"
+        why = "a pickle named .safetensors" if pickled else f"truncated or damaged ({one_line(error)})"
         raise AsdmError(f"{path}: not a safetensors file: {why}; download or convert it again") from None
 
 
@@ -428,20 +428,17 @@ def _random_pipeline(shape: str, dtype: torch.dtype) -> DiffusionPipeline:
     return random_pipeline(shape, dtype)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-class quiet:
+@contextmanager
+def quiet() -> Iterator[None]:
     """No progress bars and no advice from the libraries while a pipeline is loaded or saved."""
-
-    def __enter__(self) -> None:
-        self.level = diffusers_logging.get_verbosity()
-        diffusers_logging.set_verbosity_error()
-        diffusers_logging.disable_progress_bar()
-        transformers_logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        diffusers_logging.set_verbosity(self.level)
-        diffusers_logging.enable_progress_bar()
-        transformers_logging.enable_progress_bar()
+    level = diffusers_logging.get_verbosity()
+    with_bars = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
+    diffusers_logging.set_verbosity_error()
+    for log in with_bars:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(level)
+        for log in with_bars:
+            log.enable_progress_bar()

@@ -11,10 +11,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from asdm.errors import AsdmError
+from asdm.errors import AsdmError, one_line
 from asdm.evaluation.latency import measure_interleaved, speedup, unet_call
 from asdm.random_models import random_unet
 from asdm.redundancy import EditRecord, RedundancyMap, UnitRecord
+from asdm.replay import as_they_were
 from asdm.student.edits import CompensationKind, CondConv, Edit, GriAttention, Remove, Shorten, UnitEdit, parse_edits
 from asdm.student.plan import PlanBase, PlanFigures, PruningPlan, build_student
 from asdm.student.stock import dropped
@@ -65,7 +66,7 @@ def make_plan(
     named = [name for name, value in given.items() if value is not None]
     if len(named) != 1:
         raise AsdmError(f"give exactly one of speedup, params, macs, preset; got {', '.join(named) or 'none'}")
-    compensate = compensate or "linear"
+    compensate = compensate or (redundancy.compensate if redundancy.estimator == "ablation" else "linear")
     choices = possible_edits(redundancy, compensate)
     if preset is not None:
         return _preset(redundancy, preset, choices)
@@ -267,7 +268,7 @@ def _plan_for_speedup(
         try:
             unet = unet.to(device or "cpu")
         except (RuntimeError, AssertionError) as error:
-            raise AsdmError(f"device {device}: not to be had ({str(error).splitlines()[0]}); use cpu") from None
+            raise AsdmError(f"device {device}: not to be had ({one_line(error)}); use cpu") from None
     needed = target * MEASUREMENT_MARGIN
     aim, too_little, enough = target, 1.0, np.inf
     best: PruningPlan | None = None
@@ -301,13 +302,10 @@ def _plan_for_speedup(
 
 def measured_speedup(unet: UNet2DConditionModel, plan: PruningPlan, rounds: int = 10) -> float:
     """How many times faster a UNet call (batch 2) is with the plan's edits, timed in turns."""
-    was_training = unet.training
-    unet.eval()
-    student = build_student(unet, plan)
-    times = measure_interleaved(
-        {"original": unet_call(unet), "pruned": unet_call(student)}, rounds=rounds, device=unet.device
-    )
-    unet.train(was_training)
+    with as_they_were(unet):
+        student = build_student(unet.eval(), plan)
+        calls = {"original": unet_call(unet), "pruned": unet_call(student)}
+        times = measure_interleaved(calls, rounds=rounds, device=unet.device)
     return speedup(times["original"], times["pruned"])
 
 

@@ -7,6 +7,7 @@ Changes no model: edits are made for the length of one call and taken back.
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
@@ -23,12 +24,12 @@ from torch import Tensor
 from asdm.calibration import CalibrationCall, calibration_calls
 from asdm.compensation import Map, compensating, unit_maps
 from asdm.conditioning import latent_shape
-from asdm.errors import AsdmError
-from asdm.evaluation.latency import timing_modules, unet_call
+from asdm.errors import AsdmError, one_line
+from asdm.evaluation.latency import seconds_of, timing_modules, unet_call
 from asdm.evaluation.macs import counting_macs
 from asdm.files import write_text
 from asdm.pipelines import is_random
-from asdm.replay import Replay, outputs_of, replay_order, tensor_of
+from asdm.replay import Replay, as_they_were, outputs_of, replay_order, tensor_of
 from asdm.student.edits import CompensationKind, GriAttention, Remove, UnitEdit
 from asdm.student.surgery import edited, replaced_paths, swapped
 from asdm.taylor import taylor_sensitivity
@@ -82,7 +83,8 @@ class UnitRecord(BaseModel):
 
 
 class EditRecord(BaseModel):
-    """What an edit other than a unit's removal saves and costs; fields as a UnitRecord's.
+    """What an edit other than a unit's removal saves and costs; fields as a UnitRecord's, `sensitivity` without a map
+    in its place.
 
     `covers`: the units that it takes away or changes, so that no other edit of a plan can.
     """
@@ -145,8 +147,7 @@ class RedundancyMap(BaseModel):
         try:
             return cls.model_validate_json(path.read_text("utf-8"))
         except (ValidationError, UnicodeDecodeError) as error:
-            first = " ".join(str(error).split())[:160]
-            raise AsdmError(f"{path}: not a redundancy map: {first}; make one with `asdm analyze`") from None
+            raise AsdmError(f"{path}: not a redundancy map: {one_line(error)}; make one with `asdm analyze`") from None
 
 
 @torch.no_grad()
@@ -166,7 +167,7 @@ def analyze(
     """Cost and sensitivity of every removable unit of the pipeline's UNet.
 
     Args:
-        data: images with captions to calibrate on (a folder, or "demo"); without it, latents that the
+        data: images with captions to calibrate on (as for `open_data`); without it, latents that the
             pipeline itself makes from `prompts` (pure noise where its weights are random).
         prompts: captions; `DEFAULT_PROMPTS` where neither they nor `data` are given.
         sensitivity: "ablation", the default, removes each unit and compares, exactly; "taylor" estimates all units from
@@ -192,9 +193,8 @@ def analyze(
     compensate = compensate or ("none" if is_random(pipeline) else "linear")
     unet: UNet2DConditionModel = pipeline.unet
     units = removable_units(unet)
-    was_training = unet.training
-    unet.eval()
-    try:
+    with as_they_were(unet):
+        unet.eval()
         if progress is not None:
             progress(0, len(units), "measuring what each unit costs")
         costs = _measure_costs(unet, units, latency_rounds)
@@ -238,8 +238,6 @@ def analyze(
                 everything = [*trials_of(unet, removals, maps), *other_trials]
             errors, more = ablate(unet, everything, calls, progress)
             forwards += more
-    finally:
-        unet.train(was_training)
     total_ms = costs.latency_ms
     records = [
         UnitRecord(
@@ -324,11 +322,9 @@ def _measure_costs(unet: UNet2DConditionModel, units: list[Unit], rounds: int) -
     totals = []
     with timing_modules(unet, timed, unet.device) as seconds:
         for _ in range(rounds):
-            start = time.perf_counter()
-            call()
-            totals.append(time.perf_counter() - start)
-    middle = {path: _median(values) * 1000 for path, values in seconds.items()}
-    total_ms = _median(totals) * 1000
+            totals.append(seconds_of(call, unet.device))
+    middle = {path: statistics.median(values) * 1000 for path, values in seconds.items()}
+    total_ms = statistics.median(totals) * 1000
 
     def saved(measure: Callable[[str], float], unit: Unit) -> float:
         gone, kept = parts[unit.name]
@@ -432,7 +428,7 @@ def _module_times(unet: UNet2DConditionModel, paths: list[str], rounds: int) -> 
     with timing_modules(unet, paths, unet.device) as seconds:
         for _ in range(rounds):
             call()
-    return {path: 1000 * _median(seconds[path]) if seconds[path] else 0.0 for path in paths}
+    return {path: 1000 * statistics.median(seconds[path]) if seconds[path] else 0.0 for path in paths}
 
 
 def first_layer(unet: UNet2DConditionModel, edit: UnitEdit) -> str:
@@ -457,10 +453,6 @@ def _parts(unet: UNet2DConditionModel, unit: Unit) -> tuple[list[str], list[str]
         return [unit.name], []
     block, _, branch = unit.name.rpartition(".")
     return [unit.name, f"{block}.{TRANSFORMER_BRANCHES[branch][1]}"], []
-
-
-def _median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
 
 
 # -- sensitivity ---------------------------------------------------------------------------------------
@@ -555,6 +547,6 @@ def _record(
 ) -> tuple[dict[str, Any], Tensor, float]:
     """Every named module's output in one call, the prediction, and the seconds that the call took."""
     with outputs_of(unet, names) as outputs:
-        start = time.perf_counter()
-        prediction = unet(**arguments, return_dict=False)[0]
-        return outputs, prediction, time.perf_counter() - start
+        answers: list[Tensor] = []
+        seconds = seconds_of(lambda: answers.append(unet(**arguments, return_dict=False)[0]), unet.device)
+        return outputs, answers[0], seconds

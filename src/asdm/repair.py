@@ -22,7 +22,7 @@ from asdm.compensation import fit_to_calls, prediction_error, predictions, sampl
 from asdm.errors import AsdmError
 from asdm.planning import MEASUREMENT_MARGIN, PossibleEdit, least_sensitive, measured_speedup, possible_edits
 from asdm.redundancy import RedundancyMap, Trial, ablate, first_layer, trials_of
-from asdm.replay import replay_order
+from asdm.replay import as_they_were, replay_order
 from asdm.student.edits import CompensationKind, GriAttention, Remove, UnitEdit
 from asdm.student.plan import PlanFigures, PruningPlan, build_student
 from asdm.student.surgery import replaced_paths, swapped
@@ -70,49 +70,50 @@ def repair_plan(
     savings = _savings(plan, choices)
     saved = _saved(choices, savings, chosen)
     needed = _needed(plan, saved, redundancy.latency_ms)
-    calls = calibration_calls(pipeline, data, prompts, timesteps or len(redundancy.timesteps), samples, seed)
-    references = predictions(teacher, calls)
-    seen = calibration_calls(pipeline, data, prompts, len(calls), samples or samples_to_fit(pipeline), seed + 1)
+    with as_they_were(teacher):
+        teacher.eval()
+        calls = calibration_calls(pipeline, data, prompts, timesteps or len(redundancy.timesteps), samples, seed)
+        references = predictions(teacher, calls)
+        seen = calibration_calls(pipeline, data, prompts, len(calls), samples or samples_to_fit(pipeline), seed + 1)
 
-    def fitted(candidate: PruningPlan) -> tuple[UNet2DConditionModel, float]:
-        student = build_student(teacher, candidate).eval()
-        fit_to_calls(teacher, student, seen)
-        return student, prediction_error(student, calls, references)
+        def fitted(candidate: PruningPlan) -> tuple[UNet2DConditionModel, float]:
+            student = build_student(teacher, candidate).eval()
+            fit_to_calls(teacher, student, seen)
+            return student, prediction_error(student, calls, references)
 
-    was_training = teacher.training
-    teacher.eval()
-    student, error = fitted(plan)
-    changes = CHANGES
-    for attempt in range(1, rounds + 1):
-        if changes <= 1:
-            break
-        worth = _worth(teacher, student, choices, chosen, calls, references, error)
-        repriced = [replace(choice, sensitivity=price) for choice, price in zip(choices, worth, strict=True)]
-        start = [choice for choice, old in zip(repriced, choices, strict=True) if old in chosen]
-        while changes > 1:
-            found = least_sensitive(repriced, savings, needed * (1 - 1e-9), near=(start, changes))
-            edits = [choice.edit for choice in found or start]
-            if set(edits) == set(plan.edits):
-                changes = 0
+        student, error = fitted(plan)
+        changes = CHANGES
+        for attempt in range(1, rounds + 1):
+            if changes <= 1:
                 break
-            candidate = plan.model_copy(update={"edits": edits})
-            better, moved = fitted(candidate)
-            speed = measured_speedup(teacher, candidate) if moved < error and _target(plan) else None
-            holds = moved < error and (speed is None or speed >= _target(plan))
-            if progress is not None:
-                verdict = "kept" if holds else "not kept"
-                progress(attempt, rounds, f"{_exchanged(plan, candidate)}: error {error:.4f} to {moved:.4f}, {verdict}")
-            if holds:
-                plan, student, error = _with_figures(candidate, measured_speedup=speed), better, moved
-                chosen = [choice for choice in choices if choice.edit in edits]
-                saved = _saved(choices, savings, chosen)
-                needed = _needed(plan, saved, redundancy.latency_ms)
-                break
-            if moved < error and needed < saved:
-                needed = saved  # it was nearer to the teacher, and too slow
-            else:
-                changes //= 2
-    teacher.train(was_training)
+            worth = _worth(teacher, student, choices, chosen, calls, references, error)
+            repriced = [replace(choice, sensitivity=price) for choice, price in zip(choices, worth, strict=True)]
+            start = [choice for choice, old in zip(repriced, choices, strict=True) if old in chosen]
+            while changes > 1:
+                found = least_sensitive(repriced, savings, needed * (1 - 1e-9), near=(start, changes))
+                edits = [choice.edit for choice in found or start]
+                if set(edits) == set(plan.edits):
+                    changes = 0
+                    break
+                candidate = plan.model_copy(update={"edits": edits})
+                better, moved = fitted(candidate)
+                speed = measured_speedup(teacher, candidate) if moved < error and _target(plan) else None
+                holds = moved < error and (speed is None or speed >= _target(plan))
+                if progress is not None:
+                    verdict = "kept" if holds else "not kept"
+                    progress(
+                        attempt, rounds, f"{_exchanged(plan, candidate)}: error {error:.4f} to {moved:.4f}, {verdict}"
+                    )
+                if holds:
+                    plan, student, error = _with_figures(candidate, measured_speedup=speed), better, moved
+                    chosen = [choice for choice in choices if choice.edit in edits]
+                    saved = _saved(choices, savings, chosen)
+                    needed = _needed(plan, saved, redundancy.latency_ms)
+                    break
+                if moved < error and needed < saved:
+                    needed = saved  # it was nearer to the teacher, and too slow
+                else:
+                    changes //= 2
     return _told(plan, redundancy, choices, error)
 
 

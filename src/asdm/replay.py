@@ -1,4 +1,4 @@
-"""Calls of a UNet of which a part is known already and not computed again."""
+"""Calls of a UNet that are looked into, or of which a part is known already and not computed again."""
 
 from __future__ import annotations
 
@@ -54,3 +54,23 @@ def outputs_of(unet: UNet2DConditionModel, names: Sequence[str]) -> Iterator[dic
 def tensor_of(output: Any) -> Tensor:
     """The hidden states in what a module put out."""
     return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def as_they_were(*modules: nn.Module) -> Iterator[None]:
+    """After the block the modules' modes and wishes for gradients are those of before, however it ends."""
+    modes = [
+        (module, module.training, getattr(module, "gradient_checkpointing", None))
+        for whole in modules
+        for module in whole.modules()
+    ]
+    wanted = [(parameter, parameter.requires_grad) for whole in modules for parameter in whole.parameters()]
+    try:
+        yield
+    finally:
+        for module, training, checkpointing in modes:
+            module.training = training
+            if checkpointing is not None:
+                module.gradient_checkpointing = checkpointing
+        for parameter, wants in wanted:
+            parameter.requires_grad_(wants)

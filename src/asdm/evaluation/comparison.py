@@ -133,7 +133,7 @@ def evaluate(
     """Measure speed and quality of several pipelines in one run; the first is the teacher.
 
     Args:
-        data: where prompts and real images come from: a folder, or "demo". Its held-out rows are a
+        data: where prompts and real images come from, as for `open_data`. Its held-out rows are a
             split of their own.
         prompts: used where there is no `data`; without real images only the distance to the teacher's
             images is told.

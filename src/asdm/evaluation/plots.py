@@ -151,25 +151,34 @@ def _draw_scatter(axes: plt.Axes, redundancy: RedundancyMap, removed: set[str]) 
     axes.legend(handles=handles, fontsize=8, frameon=False)
 
 
+_LOSS_COLOURS = {
+    "task": "#4477aa",
+    "output": "#ee6677",
+    "feature": "#228833",
+    "semantic": "#ccbb44",
+    "semantic_text": "#aa3377",
+}
+
+
 def loss_plot(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
-    """Every loss term against the step, one line each; stages one after another."""
+    """Each stage's loss terms against the step, one line each, or its loss where it has no other; stages one after
+    another."""
     figure, axes = plt.subplots(figsize=(9, 3.4), layout="constrained")
     offset = 0
-    colours = {"task": "#4477aa", "output": "#ee6677", "feature": "#228833"}
     for name, rows in logs.items():
-        for term, colour in colours.items():
-            values = np.array([row[term] for row in rows if term in row])
-            if len(values) == 0:
-                continue
-            steps = offset + np.arange(1, len(values) + 1)
-            axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
+        terms = [term for term in _LOSS_COLOURS if any(term in row for row in rows)]
+        for term in terms or ["loss"]:
+            found = [(row["step"], row[term]) for row in rows if term in row]
+            steps, values = np.array(found).T
+            colour = _LOSS_COLOURS.get(term, "black")
+            axes.plot(offset + steps, values, color=colour, alpha=0.2, linewidth=0.8)
             window = max(1, len(values) // 25)
             smooth = np.convolve(values, np.ones(window) / window, mode="valid")
-            axes.plot(steps[window - 1 :], smooth, color=colour, label=f"{term} ({name})")
+            axes.plot(offset + steps[window - 1 :], smooth, color=colour, label=f"{term} ({name})")
         offset += len(rows)
     axes.set_yscale("log")
     axes.set_xlabel("step")
-    axes.set_ylabel("loss, relative to the teacher's power")
+    axes.set_ylabel("loss")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False)

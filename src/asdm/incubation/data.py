@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from asdm.errors import AsdmError, needs_extra
+from asdm.errors import AsdmError, needs_extra, one_line
 from asdm.images import to_tensor
 from asdm.pipelines import read_marker
 
@@ -250,7 +250,7 @@ class ShardSource:
 
         def note(error: Exception) -> bool:
             kind = Unread if "://" in url else Unusable
-            faults.append(kind(url, f"not read to its end: {_short(error)}"))
+            faults.append(kind(url, f"not read to its end: {one_line(error)}"))
             return False
 
         for sample in tarfile_samples([{"url": url}], handler=note):
@@ -279,7 +279,7 @@ class DatasetSource:
             else:
                 found = datasets.load_dataset(path, split=part, streaming=not Path(path).exists())
         except Exception as error:
-            raise AsdmError(f"hf:{name}: no such dataset or split ({_short(error)}); DATA is {DATA_HELP}") from None
+            raise AsdmError(f"hf:{name}: no such dataset or split ({one_line(error)}); DATA is {DATA_HELP}") from None
         features = found.features or {}
         images = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
         captions = [column for column in _CAPTION_FIELDS if column in features]
@@ -305,7 +305,7 @@ class DatasetSource:
             try:
                 file = _file_of(row[self.column] or {})
             except Exception as error:  # of whatever holds the file
-                yield Unusable(name, f"its image cannot be read: {_short(error)}")
+                yield Unusable(name, f"its image cannot be read: {one_line(error)}")
                 continue
             found = _example(name, row[self.caption], file, row)
             if isinstance(found, Unusable) or _in_split(found, self.split):
@@ -343,7 +343,7 @@ def _example(name: str, caption: Any, file: Path | bytes | None, about: dict[str
     if isinstance(caption, list):  # several people's; COCO and Flickr have five
         caption = next((each for each in caption if isinstance(each, str) and each.strip()), "")
     if caption is not None and not isinstance(caption, str):
-        return Unusable(name, f"its caption is no text: {_short(caption)}")
+        return Unusable(name, f"its caption is no text: {one_line(caption)}")
     if "\0" in (caption or ""):
         return Unusable(name, "its caption is not text in UTF-8")
     caption = " ".join((caption or "").encode("utf-8", "replace").decode().split())  # half an emoji is no character
@@ -414,12 +414,8 @@ def _fault(path: Path) -> str | None:
     except FileNotFoundError:
         return "no such file"
     except Exception as error:  # PIL's readers raise many kinds
-        return f"not a readable image: {_short(error)}"
+        return f"not a readable image: {one_line(error)}"
     return None
-
-
-def _short(error: object) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:120]
 
 
 def can_be_decoded(example: Example) -> bool:
@@ -439,7 +435,7 @@ def load_pixels(examples: Sequence[Example], size: int, skipped: dict[str, str])
         try:
             pixels.append(example.pixels(size))
         except Exception as error:  # PIL's readers raise many kinds
-            skipped[example.name] = f"cannot be decoded: {_short(error)}"
+            skipped[example.name] = f"cannot be decoded: {one_line(error)}"
         else:
             kept.append(example)
     return kept, pixels

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -40,7 +40,7 @@ from asdm.incubation.teaching import WHOLE, Batch, Noised, TeachingTask
 from asdm.incubation.teaching import TrainingSet as TrainingSet
 from asdm.incubation.trainer import Part, Progress, TrainingTask, make_accelerator, train
 from asdm.inference.runtime import prepare_for_training
-from asdm.replay import outputs_of, tensor_of
+from asdm.replay import as_they_were, outputs_of, tensor_of
 from asdm.student.stock import name_in_original
 from asdm.units import stages as unet_blocks
 from asdm.units import unlike
@@ -241,42 +241,66 @@ def distill(
     schedule = noise_schedule(teacher)
     total, before = sum(stage.steps for stage in stages), 0
     networks = {"teacher": digest_of(teacher.unet), "student": digest_of(student)}
-    for index, stage in enumerate(stages):
-        report = None if progress is None else partial(_reported, progress, before, total)
-        order = ShuffledBatches(len(examples), stage.batch_size, seed)
-        only_features = stage.scope == "joint" and not _asks_for_output(stage)
-        accelerator = make_accelerator(teacher.device, stage.mixed_precision, some_unused=only_features)
-        spread = stage.scope == "incubate" and accelerator.num_processes > 1
-        share = Part(accelerator.process_index, accelerator.num_processes) if spread else WHOLE
-        place = folder / f"{index:02d}-{stage.name}"
-        if accelerator.is_main_process:
-            _claim(
-                place, stage, seed, student, networks, examples, is_newest=not any(folder.glob(f"{index + 1:02d}-*"))
-            )
-        accelerator.wait_for_everyone()
-        if stage.assembled is not None and teacher.unet.dtype != student.dtype and accelerator.mixed_precision == "no":
-            raise AsdmError(
-                f"stage {stage.name}: the teacher is in {teacher.unet.dtype}, and its blocks are assembled with the "
-                "student's in float32; load it in float32, or give the stage a mixed_precision"
-            )
-        with assembled(student, teacher.unet, stage.assembled):
-            task = make_task(teacher, student, schedule, examples, stage, share)
-            if task.trained():  # there may be more processes than blocks
-                train(
-                    task,
-                    partial(_batch_of, order),
-                    stage.loop(seed),
-                    place / f"process-{share.index}-of-{share.count}" if spread else place,
-                    accelerator=accelerator,
-                    alone=spread,
-                    progress=report if accelerator.is_main_process else None,
-                )
-            if spread:
-                _gather(student, accelerator)
-        before += stage.steps
+    with as_they_were(teacher.unet, teacher.vae):
+        for index, stage in enumerate(stages):
+            report = None if progress is None else partial(_reported, progress, before, total)
+            is_newest = not any(folder.glob(f"{index + 1:02d}-*"))
+            run = _Run(folder / f"{index:02d}-{stage.name}", stage, seed, networks, is_newest)
+            _train_stage(teacher, student, schedule, examples, run, report)
+            before += stage.steps
     student.eval().requires_grad_(False)
     student.disable_gradient_checkpointing()
     return examples
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A stage as it is trained in a folder; `networks` are digests of the teacher and the student that it began with,
+    and no later stage has begun where it is the newest."""
+
+    folder: Path
+    stage: Stage
+    seed: int
+    networks: dict[str, str]
+    is_newest: bool
+
+
+def _train_stage(
+    teacher: DiffusionPipeline,
+    student: UNet2DConditionModel,
+    schedule: DDPMScheduler,
+    examples: TrainingSet,
+    run: _Run,
+    report: Progress | None,
+) -> None:
+    stage = run.stage
+    order = ShuffledBatches(len(examples), stage.batch_size, run.seed)
+    only_features = stage.scope == "joint" and not _asks_for_output(stage)
+    accelerator = make_accelerator(teacher.device, stage.mixed_precision, some_unused=only_features)
+    spread = stage.scope == "incubate" and accelerator.num_processes > 1
+    share = Part(accelerator.process_index, accelerator.num_processes) if spread else WHOLE
+    if accelerator.is_main_process:
+        _claim(run, student, examples)
+    accelerator.wait_for_everyone()
+    if stage.assembled is not None and teacher.unet.dtype != student.dtype and accelerator.mixed_precision == "no":
+        raise AsdmError(
+            f"stage {stage.name}: the teacher is in {teacher.unet.dtype}, and its blocks are assembled with the "
+            "student's in float32; load it in float32, or give the stage a mixed_precision"
+        )
+    with assembled(student, teacher.unet, stage.assembled):
+        task = make_task(teacher, student, schedule, examples, stage, share)
+        if task.trained():  # there may be more processes than blocks
+            train(
+                task,
+                partial(_batch_of, order),
+                stage.loop(run.seed),
+                run.folder / f"process-{share.index}-of-{share.count}" if spread else run.folder,
+                accelerator=accelerator,
+                alone=spread,
+                progress=report if accelerator.is_main_process else None,
+            )
+        if spread:
+            _gather(student, accelerator)
 
 
 def make_task(
@@ -313,15 +337,7 @@ def _require_fit(teacher: UNet2DConditionModel, student: UNet2DConditionModel) -
         )
 
 
-def _claim(
-    place: Path,
-    stage: Stage,
-    seed: int,
-    student: UNet2DConditionModel,
-    networks: dict[str, str],
-    examples: TrainingSet,
-    is_newest: bool,
-) -> None:
+def _claim(run: _Run, student: UNet2DConditionModel, examples: TrainingSet) -> None:
     """Write down beside a stage's checkpoints whose they are, or find that they are this run's; the newest stage may
     be lengthened.
 
@@ -329,23 +345,24 @@ def _claim(
         AsdmError: they are another's.
     """
     captions = hashlib.sha256("\n".join(examples.prepared.captions).encode()).hexdigest()[:16]
-    run = {
-        "seed": seed,
+    settings = {
+        "seed": run.seed,
         "edits": student.config.get("edits") or [],
-        **networks,
         "data": [examples.prepared.made_by, captions],
-        **stage.model_dump(exclude=CHANGEABLE),
+        **run.networks,
+        **run.stage.model_dump(exclude=CHANGEABLE),
     }
-    path = place / "run.json"
+    path = run.folder / "run.json"
     if path.is_file():
         known = json.loads(path.read_text("utf-8"))
-        now = json.loads(json.dumps(run))
+        now = json.loads(json.dumps(settings))
         changed = [name for name in now if known.get(name) != now[name]]
-        if changed and not (changed == ["steps"] and is_newest and stage.steps > known["steps"]):
+        if changed and not (changed == ["steps"] and run.is_newest and run.stage.steps > known["steps"]):
             raise AsdmError(
-                f"{place}: begun with other settings ({', '.join(changed)}); repeat those, or use another output folder"
+                f"{run.folder}: begun with other settings ({', '.join(changed)}); repeat those, or use another output "
+                "folder"
             )
-    write_text(path, json.dumps(run, indent=1) + "\n")
+    write_text(path, json.dumps(settings, indent=1) + "\n")
 
 
 def _gather(student: UNet2DConditionModel, accelerator: Accelerator) -> None:

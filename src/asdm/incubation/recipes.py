@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from diffusers import UNet2DConditionModel
 
-from asdm.errors import AsdmError
+from asdm.errors import AsdmError, one_line
 from asdm.incubation.blocks import groups_of, incubated_blocks
 from asdm.incubation.stages import Consistency, LossWeights, Semantics, Stage, parse_stages
 from asdm.units import stages as unet_blocks
@@ -132,7 +132,7 @@ def read_stages(recipe: str | Path) -> list[Stage]:
     try:
         return parse_stages(yaml.safe_load(path.read_text("utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise AsdmError(f"{path}: not a list of stages in YAML: {' '.join(str(error).split())[:160]}") from None
+        raise AsdmError(f"{path}: not a list of stages in YAML: {one_line(error)}") from None
 
 
 def as_yaml(stages: list[Stage]) -> str:

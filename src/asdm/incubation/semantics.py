@@ -15,7 +15,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from asdm.conditioning import Conditioning
-from asdm.errors import AsdmError
+from asdm.errors import AsdmError, one_line
 
 UNET_NOISE = 0.2  # part of the schedule at which the UNet encoder looks: little noise, so that meaning shows
 
@@ -175,4 +175,4 @@ def make_encoder(
     except (OSError, ValueError) as error:
         if isinstance(error, AsdmError):
             raise
-        raise AsdmError(f"semantics: {name}: no such encoder ({str(error).splitlines()[0][:120]})") from None
+        raise AsdmError(f"semantics: {name}: no such encoder ({one_line(error)})") from None

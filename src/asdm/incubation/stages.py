@@ -73,7 +73,10 @@ class Stage(BaseModel):
     output loss one of guided predictions, conditional and unconditional branch; in a consistency stage it is the scale
     that the student takes over, by default the teacher's usual one. `min_snr_gamma` weighs time steps (Min-SNR).
     `batch_size` is that of a step, of all processes together, taken in `accumulation` rounds; `checkpointing` computes
-    the student's activations again in the backward pass, for less memory.
+    the student's activations again in the backward pass, for less memory. `caption_dropout` is the share of captions
+    that are left out, for guidance. `learning_rate` rises in `warmup_steps` and then follows `schedule`; `weight_decay`
+    is of matrices alone; the student becomes the average of its weights that `ema_decay` keeps, unless that is 0. A
+    checkpoint is written each `checkpoint_every` steps. `mixed_precision` "auto" is the device's fastest.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

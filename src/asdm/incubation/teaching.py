@@ -83,11 +83,11 @@ class TeachingTask(TrainingTask):
         latents, captions = self.examples.prepared.batch(indices[chosen])
         latents = latents.to(device)
         if self.stage.caption_splice:
-            others = indices[torch.randperm(count, generator=generator)][chosen]
-            captions = captions.spliced(
-                self.examples.prepared.batch(others)[1],
-                self._splices(count, captions.encoder_hidden_states.shape[1], generator)[chosen],
-            )
+            order = torch.randperm(count, generator=generator)
+            # Those of the same batch; a part of it has to read what others have.
+            others = captions[order] if part.count == 1 else self.examples.prepared.batch(indices[order][chosen])[1]
+            places = self._splices(count, captions.encoder_hidden_states.shape[1], generator)
+            captions = captions.spliced(others, places[chosen])
         kept = torch.rand(count, generator=generator) >= self.stage.caption_dropout
         captions = captions.where(kept[chosen], self.examples.empty_caption)
         timesteps = self.timesteps(count, generator)[chosen].to(device)

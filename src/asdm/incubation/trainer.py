@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from asdm.errors import AsdmError
-from asdm.files import replacing_folder
+from asdm.files import replacing_folder, write_text
 from asdm.incubation.optimizers import OptimizerName, make_optimizer
 from asdm.incubation.sharding import keep_in_host_memory, parted_as, sharded_twin, sharding_is_asked_for, whole
 from asdm.inference.runtime import fastest_precision
@@ -387,7 +387,7 @@ class _Log:
 
     def __init__(self, path: Path, from_step: int):
         kept = [row for row in read_log(path) if row["step"] <= from_step]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.file = path.open("a", encoding="utf-8")
         self.board = _tensorboard(path.parent / "tensorboard", from_step)
 

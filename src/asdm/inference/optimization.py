@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
-from asdm.errors import AsdmError
+from asdm.errors import AsdmError, one_line
 from asdm.evaluation.latency import Latency, measure_interleaved, random_inputs, speedup, unet_call
 from asdm.student.gri_attention import GriAttnProcessor
 
@@ -103,7 +103,7 @@ def optimize(
                 {"now": unet_call(current), "changed": unet_call(candidate)}, rounds=rounds, device=pipeline.device
             )
         except (RuntimeError, AsdmError, ValueError, NotImplementedError) as problem:
-            result.measures.append(Measure(name, None, None, False, " ".join(str(problem).split())[:100]))
+            result.measures.append(Measure(name, None, None, False, one_line(problem, 100)))
             continue
         gain = speedup(times["now"], times["changed"])
         kept = gain >= WORTH_IT and error <= max_error

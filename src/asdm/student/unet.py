@@ -15,7 +15,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
-from asdm.errors import AsdmError
+from asdm.errors import AsdmError, one_line
 from asdm.student.cond_conv import CondConv2d
 from asdm.student.edits import Shorten, parse_edits
 from asdm.student.gri_attention import GriAttnProcessor
@@ -46,7 +46,7 @@ class AsdmUNet2DConditionModel(UNet2DConditionModel):
         apply_edits(self, records)
         self.register_to_config(edits=[record.to_dict() for record in records])
         self._banks = [module for module in self.modules() if isinstance(module, CondConv2d)]
-        embedded = ("addition_embed_type", "class_embed_type", "num_class_embeds")
+        embedded = ("addition_embed_type", "class_embed_type", "num_class_embeds", "time_cond_proj_dim")
         self._only_time_is_embedded = all(self.config.get(name) is None for name in embedded)
 
     @wraps(UNet2DConditionModel.forward)
@@ -137,7 +137,7 @@ class AsdmUNet2DConditionModel(UNet2DConditionModel):
         except (RuntimeError, ValueError) as error:
             if isinstance(error, AsdmError):
                 raise
-            raise AsdmError(f"{pretrained_model_name_or_path}: {_one_line(error)}") from error
+            raise AsdmError(f"{pretrained_model_name_or_path}: {one_line(error, 300)}") from error
         for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info[fault]:
                 names = sorted(str(name) for name in info[fault])
@@ -189,10 +189,6 @@ def _block_keys(config: dict[str, Any]) -> list[str]:
 
 def _without_prefix(kinds: Sequence[str]) -> list[str]:
     return [kind.removeprefix(_BLOCK_PREFIX) for kind in kinds]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).split(". ")[0][:300]
 
 
 def edits_of(unet: UNet2DConditionModel) -> list[Any]:
