@@ -13,6 +13,7 @@ share the work, each with its own --seeds or --only.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import statistics
@@ -63,7 +64,7 @@ FAST_SPEEDUP = 2.0  # at which the components are not looked at one by one
 SHORT = " (short)"  # what a recipe is called in the runs of the components' length
 MARGIN = 1.02  # for what banks, GRI and linear maps cost: the plan is that much faster than the target
 FIT = "fit of the compensation"
-LENGTHS = {1.5: 1800, 2.0: 2700}  # steps of BK-SDM's recipe; the others take as many as cost the same
+LENGTHS = {1.5: 1800, 2.0: 5400}  # steps of BK-SDM's recipe; the others take as many as cost the same
 SHORT_LENGTH = 450  # of the components one by one, and of the named recipes beside them
 SHOWN = 16  # held-out prompts, of each recipe's first seed
 REPAIR_ROUNDS = 4
@@ -114,7 +115,7 @@ def run(
                     _train(pipeline, student, components, steps, seed, folder)
                     found = {"steps": steps} | judged(asdm.with_unet(pipeline, student), seed, strip) | machine()
                 row = key | found | key
-                write_text(ROWS, json.dumps([*_known(), row], indent=1) + "\n")  # another process may have added some
+                _add(row)
                 if components is not None:
                     shutil.rmtree(folder)
                 console.print(row, highlight=False)
@@ -166,6 +167,13 @@ def _print_table(title: str, by_name: dict[str, list[dict[str, Any]]]) -> None:
         cells = [f"{mean:.3f} ± {deviation:.3f}" if spread else f"{mean:.3f}" for mean, deviation in found]
         speed = statistics.mean(row["speedup"] for row in mine)
         print(f"| {name} | {len(mine)} | {speed:.2f}x | {mine[0]['steps']} | {' | '.join(cells)} |")
+
+
+def _add(row: dict[str, Any]) -> None:
+    """To the results, to which another process may be adding, too."""
+    with (WORK / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        write_text(ROWS, json.dumps([*_known(), row], indent=1) + "\n")
 
 
 def _known() -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import json
 import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,6 @@ Progress = Callable[[int, int], None]
 VALUES = 64  # of each parameter, that tell pipelines apart
 
 
-@dataclass(frozen=True)
-class _Sample:
-    shard: Path
-    start: int
-    size: int
-
-
 class PreparedData:
     """Samples that were prepared: their captions, and their tensors on demand.
 
@@ -57,26 +50,29 @@ class PreparedData:
         self.made_by: str = index["made_by"]
         self.captions: list[str] = []
         self.skipped: dict[str, str] = {}
-        self.samples: list[_Sample] = []
+        self.folder, places = folder, [np.empty((0, 3), np.int64)]
         for number in range(index["pieces"]):
             piece = json.loads(_beside(folder, number).read_text("utf-8"))
             self.captions += piece["captions"]
             self.skipped |= piece["skipped"]
-            self.samples += [_Sample(_shard(folder, number), *place) for place in piece["places"]]
+            places.append(np.array([(number, *place) for place in piece["places"]], np.int64).reshape(-1, 3))
+        self.places = np.concatenate(
+            places
+        )  # (samples, 3): the shard's number, where the sample begins in it, its size
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.places)
 
     def batch(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Conditioning]:
         """Latents (batch, 4, h, w) and the captions' embeddings of these samples, in float32."""
-        rows = [self._read(self.samples[int(index)]) for index in indices]
+        rows = [self._read(*self.places[int(index)]) for index in indices]
         tensors = {name: torch.from_numpy(np.stack([row[name] for row in rows])).float() for name in rows[0]}
         return tensors.pop("latents"), Conditioning(**tensors)
 
-    def _read(self, sample: _Sample) -> dict[str, np.ndarray]:
-        with sample.shard.open("rb") as file:
-            file.seek(sample.start)
-            with np.load(io.BytesIO(file.read(sample.size))) as arrays:
+    def _read(self, number: int, start: int, size: int) -> dict[str, np.ndarray]:
+        with _shard(self.folder, number).open("rb") as file:
+            file.seek(start)
+            with np.load(io.BytesIO(file.read(size))) as arrays:
                 return dict(arrays)
 
 
