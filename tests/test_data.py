@@ -191,9 +191,13 @@ def test_captions_as_editors_write_them(tmp_path):
         (tmp_path / "far" / f"{name}.txt").write_bytes(text)
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "linked").symlink_to(tmp_path / "far")
+    (tmp_path / "set" / "itself").symlink_to(tmp_path / "set")
     data = open_data(tmp_path / "set")
     assert [(example.name, example.caption) for example in data.examples] == [("linked/a.png", "a cat")]
     assert data.skipped == {"linked/b.png": "its caption is not text in UTF-8"}
+    (tmp_path / "captions.txt").write_bytes("a dog\na cat".encode("utf-16"))
+    with pytest.raises(AsdmError, match="not text in UTF-8"):
+        open_data(tmp_path / "captions.txt")
     rows = [{"file_name": "a.png", "text": "one\u2028line"}, {"file_name": "b.png", "text": "two"}]
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (tmp_path / "far" / "metadata.jsonl").write_text("\ufeff" + lines, "utf-8")

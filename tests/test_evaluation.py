@@ -18,6 +18,7 @@ from asdm.evaluation.metrics import Judge, feature_distance, kid, psnr, recognit
 from asdm.evaluation.report import headline_of
 from asdm.generation import generate
 from asdm.incubation.data import load_pixels, open_data
+from asdm.pipelines import clip_statistics
 from conftest import tiny_pipeline
 
 
@@ -240,6 +241,11 @@ def test_a_clip_of_another_size_sees_the_images_at_its_own(tmp_path):
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     clip = CLIPModel.from_pretrained(tmp_path)
     plain = image_embeds(clip, images)
-    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]}')
     assert plain.shape == (2, clip.config.projection_dim)
+    CLIPImageProcessor(image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.4]).save_pretrained(tmp_path)
+    found = clip_statistics(clip)
+    (tmp_path / "preprocessor_config.json").rename(tmp_path / "older.json")
+    about = json.loads((tmp_path / "older.json").read_text())
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": about}))  # as a CLIPProcessor's
+    assert clip_statistics(clip) == found == ([0.4, 0.5, 0.6], [0.2, 0.3, 0.4])
     assert not torch.allclose(image_embeds(clip, images), plain, atol=1e-3)

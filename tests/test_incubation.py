@@ -7,7 +7,7 @@ import torch
 from diffusers import DDPMScheduler
 from transformers import CLIPConfig, CLIPModel, ConvNextConfig, ConvNextModel, ViTConfig, ViTModel
 
-from asdm import AsdmError, PruningPlan, Stage, build_student, distill
+from asdm import AsdmError, AsdmUNet2DConditionModel, PruningPlan, Stage, build_student, distill
 from asdm.conditioning import noise_schedule, predicted_original, prediction_target, stratified_timesteps
 from asdm.evaluation.latency import unet_call
 from asdm.incubation.blocks import assembled, groups_of, incubated_blocks, narrowed
@@ -88,7 +88,23 @@ def test_a_compensated_mid_block_is_incubated_as_others(pipeline, data_folder, t
     narrowed(student, "neighbours")
     near = {name.split(".compensation")[0] for name, p in student.named_parameters() if p.requires_grad}
     assert "mid_block" in near and any(name.startswith("down_blocks.3.resnets.1") for name in near)
-    narrowed(pruned(pipeline.unet, "mid_block"), "neighbours")
+    lean = pruned(pipeline.unet, "mid_block", "down_blocks.3")
+    narrowed(lean, "neighbours")
+    near = {".".join(name.split(".")[:4]) for name, p in lean.named_parameters() if p.requires_grad}
+    assert near == {"down_blocks.2.attentions.1", "up_blocks.1.resnets.0"}
+
+
+def test_blocks_are_assembled_of_what_was_loaded_from_disk(pipeline, tmp_path):
+    pruned(pipeline.unet).save_pretrained(tmp_path)
+    student = AsdmUNet2DConditionModel.from_pretrained(tmp_path)
+    assert isinstance(student.config.block_out_channels, list)  # and the teacher's is a tuple
+    with assembled(student, pipeline.unet, []):
+        assert torch.equal(predict(student), predict(pipeline.unet))
+    short = build_student(
+        pipeline.unet, PruningPlan.for_unet(pipeline.unet, [{"edit": "shorten", "layers_per_block": 1}])
+    )
+    with pytest.raises(AsdmError, match="blocks are not its teacher's"), assembled(short, pipeline.unet, []):
+        pass
 
 
 def test_the_teachers_blocks_stand_in_for_those_not_assembled_yet(pipeline):

@@ -72,8 +72,10 @@ def test_what_else_was_put_beside_a_pipeline_is_kept(pipeline, model):
     (model / "clip").mkdir()
     (model / "clip" / "config.json").write_text("{}")
     (model / "inheritance.json").write_text("[]")
+    (model / "lost").symlink_to("nowhere")
     (model / "unet" / "old.safetensors").write_text("of the one before")
     save_pipeline(pipeline, model)
+    assert (model / "lost").is_symlink()
     assert (model / "clip" / "config.json").read_text() == "{}" and (model / "inheritance.json").is_file()
     assert not (model / "unet" / "old.safetensors").exists()
 
@@ -92,12 +94,13 @@ def test_writers_of_one_folder_do_not_mix_and_the_killed_leave_nothing(tmp_path)
     theirs, stale = (tmp_path / f".made.{number}.partial" for number in (other.pid, 4_000_000))
     theirs.mkdir()
     stale.mkdir()
+    (tmp_path / ".made.v2.4000000.previous").mkdir()  # another's
     (tmp_path / ".made.4000000.previous").mkdir()  # killed between its two renames
     try:
         with pytest.raises(OSError, match="full"), replacing_folder(tmp_path / "made"):
             assert (tmp_path / "made").is_dir()
             raise OSError("the disk is full")
-        assert sorted(path.name for path in tmp_path.iterdir()) == [theirs.name, "made"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == [theirs.name, ".made.v2.4000000.previous", "made"]
     finally:
         other.kill()
 
@@ -109,6 +112,10 @@ def test_a_lora_is_refused_before_anything_is_replaced(pipeline, model):
     with pytest.raises(AsdmError, match="a LoRA is loaded"):
         save_pipeline(pipeline, model)
     load_pipeline(model)
+    other = tiny_pipeline()
+    other.text_encoder.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(AsdmError, match="a LoRA is loaded in the text_encoder"):
+        save_pipeline(other, model)
 
 
 def test_tools_on_older_transformers_find_weights_and_words(pipeline, model):

@@ -19,6 +19,7 @@ from PIL import Image
 
 from asdm import PruningPlan, build_student, with_unet
 from asdm.student.gri_attention import GriAttnProcessor
+from conftest import unet_inputs
 
 OUTER = "down_blocks.0.attentions.0.transformer_blocks.0"
 LEAN = [
@@ -102,6 +103,22 @@ def test_controlnets_and_adapters_guide_a_student_without_its_innermost_stage(pi
         )
         assert np.allclose(without, draw(student, height=side, width=side), atol=1e-5)
         assert np.abs(drawn - without).max() > 1e-3
+
+
+def test_what_an_adapter_adds_innermost_stays_out_of_the_skip_connections(pipeline):
+    edits = [{"edit": "remove", "unit": "down_blocks.3"}]
+    student = build_student(pipeline.unet, PruningPlan.for_unet(pipeline.unet, edits))
+    inputs = unet_inputs(student)
+    within = [torch.zeros(2, 32, 8, 8), torch.zeros(2, 32, 4, 4), torch.zeros(2, 64, 2, 2), torch.ones(2, 64, 1, 1)]
+    seen = []
+    handle = student.up_blocks[1].register_forward_pre_hook(
+        lambda _module, _args, kwargs: seen.append(kwargs["res_hidden_states_tuple"][-1]), with_kwargs=True
+    )
+    with torch.no_grad():
+        student(**inputs)
+        student(**inputs, down_intrablock_additional_residuals=within)
+    handle.remove()
+    assert torch.equal(*seen)
 
 
 @pytest.mark.parametrize(

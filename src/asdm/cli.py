@@ -122,7 +122,11 @@ SensitivityOption = Annotated[
 ]
 CompensateOption = Annotated[
     CompensationKind | None,
-    typer.Option("--compensate", help="What is fitted in the place of removed branches; by default linear."),
+    typer.Option(
+        "--compensate",
+        help="What is fitted in the place of removed branches; by default linear, none for random weights, and for a "
+        "map by ablation what it was made with.",
+    ),
 ]
 
 
@@ -246,6 +250,8 @@ def plan(
     """Choose the removals of least total sensitivity inside a budget; a speed-up is measured, on --device."""
     import asdm
 
+    if compensate is None and source.startswith("random:"):
+        compensate = "none"
     unet = None
     if source.endswith(".json"):
         if repair:

@@ -161,11 +161,14 @@ def encode_images(vae: Any, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decode_latents(pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
-    """Images (batch, 3, height, width) in about [-1, 1] of `latents` (batch, 4, h, w)."""
+    """Images (batch, 3, height, width) in about [-1, 1] of `latents` (batch, 4, h, w); as many at a time as make a
+    512x512 pixel image."""
     vae = pipeline.vae
     shift = getattr(vae.config, "shift_factor", None) or 0.0
+    at_once = max(1, 64 * 64 // latents.shape[2:].numel())
     with _without_overflow(vae):
-        return vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + shift).sample
+        scaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + shift
+        return torch.cat([vae.decode(batch).sample for batch in scaled.split(at_once)])
 
 
 @contextmanager

@@ -55,9 +55,9 @@ def _name_beside(target: Path, kind: str) -> Path:
     """A name of this process's own. What killed ones have left there is removed; but where one was killed as it put the
     new folder in the old one's place, the old one is put back."""
     for left in target.parent.glob(f".{glob.escape(target.name)}.*.{kind}"):
-        number = left.name.split(".")[-2]
-        if number.isdecimal() and int(number) != os.getpid() and psutil.pid_exists(int(number)):
-            continue
+        number = left.name.removeprefix(f".{target.name}.").removesuffix(f".{kind}")
+        if not number.isdecimal() or (int(number) != os.getpid() and psutil.pid_exists(int(number))):
+            continue  # of another target, or of a process at work
         if kind == PREVIOUS and not target.exists():
             os.replace(left, target)
         elif left.is_dir():

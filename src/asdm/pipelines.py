@@ -127,7 +127,7 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path, about: dict[s
     """
     folder = Path(folder)
     require_ours(folder, "pipeline")
-    require_plain(pipeline.unet)
+    _require_savable(pipeline)
     with replacing_folder(folder) as partial, quiet():
         _save_parts(pipeline, partial)
         _keep_others(folder, partial)
@@ -139,7 +139,7 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path, about: dict[s
 
 def save_pipeline_into(pipeline: DiffusionPipeline, folder: Path) -> None:
     """Put a pipeline's parts into a folder of ours that holds other things too; what makes it load comes last."""
-    require_plain(pipeline.unet)
+    _require_savable(pipeline)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary, quiet():
         _save_parts(pipeline, Path(temporary))
         (folder / "model_index.json").unlink(missing_ok=True)
@@ -151,14 +151,21 @@ def save_pipeline_into(pipeline: DiffusionPipeline, folder: Path) -> None:
             os.replace(part, target)
 
 
+def _require_savable(pipeline: DiffusionPipeline) -> None:
+    require_plain(pipeline.unet)
+    for name in ("text_encoder", "text_encoder_2"):
+        if getattr(getattr(pipeline, name, None), "peft_config", None):
+            raise AsdmError(f"a LoRA is loaded in the {name}; keep it with fuse_lora(), then unload_lora_weights()")
+
+
 def _save_parts(pipeline: DiffusionPipeline, folder: Path) -> None:
     """Save the parts so that tools on transformers 4, too, find every weight and the tokenizers' words."""
     pipeline.save_pretrained(folder)
     for weights in folder.glob("text_encoder/*.safetensors"):
         with safe_open(weights, "pt") as tensors:
             names = list(tensors.keys())
-        if all(name.startswith(("embeddings.", "encoder.", "final_layer_norm.")) for name in names):
-            # A CLIPTextModel that transformers 5 has made; 4 takes such names for none of its own, and goes on without.
+        if isinstance(pipeline.text_encoder, CLIPTextModel) and not any(map(_OF_TEXT.match, names)):
+            # Made by transformers 5; 4 takes such names for none of its own, and goes on without.
             renamed = {f"text_model.{name}": tensor for name, tensor in load_file(weights).items()}
             save_file(renamed, weights, {"format": "pt"})
     write_vocabularies(folder)
@@ -172,7 +179,10 @@ def _keep_others(folder: Path, partial: Path) -> None:
         return
     for entry in folder.iterdir():
         if entry.name not in (*parts, "model_index.json") and not (partial / entry.name).exists():
-            shutil.copytree(entry, partial / entry.name) if entry.is_dir() else shutil.copy2(entry, partial)
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.copytree(entry, partial / entry.name, symlinks=True)
+            else:
+                shutil.copy2(entry, partial / entry.name, follow_symlinks=False)
 
 
 def write_vocabularies(folder: Path) -> None:
@@ -180,6 +190,8 @@ def write_vocabularies(folder: Path) -> None:
     for path in folder.glob("tokenizer*/tokenizer.json"):
         words = json.loads(path.read_text("utf-8"))
         model = words["model"]
+        if model.get("type") != "BPE":
+            continue
         merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
         (path.parent / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), "utf-8")
         (path.parent / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), "utf-8")
@@ -274,8 +286,12 @@ def load_clip(pipeline: DiffusionPipeline) -> CLIPModel | None:
 
 def clip_statistics(clip: CLIPModel) -> tuple[list[float], list[float]]:
     """Mean and deviation by which a CLIP that was loaded from a folder wants pixels in [0, 1] to be normalised."""
-    path = Path(clip.name_or_path) / "preprocessor_config.json"
-    about = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    about: dict[str, Any] = {}
+    for name in ("preprocessor_config.json", "processor_config.json"):  # of transformers 4, and of 5
+        path = Path(clip.name_or_path) / name
+        if path.is_file():
+            found = json.loads(path.read_text("utf-8"))
+            about |= found.get("image_processor", found)
     return about.get("image_mean", [0.5] * 3), about.get("image_std", [0.5] * 3)
 
 
@@ -326,16 +342,20 @@ def _load_from_hub(name: str, dtype: torch.dtype) -> DiffusionPipeline:
 
 
 def _from_pretrained(name: str, dtype: torch.dtype) -> DiffusionPipeline:
-    how = {"dtype": dtype, "use_safetensors": True, "variant": _variant(Path(name))}
+    how = {"dtype": dtype, "use_safetensors": True}
     with quiet():
         try:
+            parts = DiffusionPipeline.load_config(name)
+            variant = VARIANT if any(_has_variant_alone(Path(name) / part) for part in parts) else None
             if not _is_student(Path(name) / "unet" / "config.json"):
-                pipeline = DiffusionPipeline.from_pretrained(name, **how)
+                pipeline = DiffusionPipeline.from_pretrained(name, **how, variant=variant)
                 _require_whole(pipeline, name)
                 return pipeline
             # By the class of this package: code that lies in a model's folder is never run.
-            unet = AsdmUNet2DConditionModel.from_pretrained(Path(name) / "unet", **how)
-            pipeline = DiffusionPipeline.from_pretrained(name, **how, unet=None)
+            folder = Path(name) / "unet"
+            own = VARIANT if _has_variant_alone(folder) else None
+            unet = AsdmUNet2DConditionModel.from_pretrained(folder, **how, variant=own)
+            pipeline = DiffusionPipeline.from_pretrained(name, **how, variant=variant, unet=None)
             _require_whole(pipeline, name)
             return with_unet(pipeline, unet)
         except (SafetensorError, RuntimeError, KeyError, OSError, ValueError, AttributeError, TypeError) as error:
@@ -366,13 +386,9 @@ def _absent(module: nn.Module, folder: Path) -> list[str]:
     return [name for name in names if _OF_TEXT.sub("", name) not in known] if known else []
 
 
-def _variant(folder: Path) -> str | None:
-    """None where all parts have plain weights."""
-    by_part: dict[Path, list[str]] = {}
-    for path in folder.glob("*/*.safetensors"):
-        by_part.setdefault(path.parent, []).append(path.name)
-    alone = any(all(f".{VARIANT}" in name for name in names) for names in by_part.values())
-    return VARIANT if alone else None
+def _has_variant_alone(folder: Path) -> bool:
+    names = [path.name for path in folder.glob("*.safetensors")]
+    return bool(names) and all(f".{VARIANT}" in name for name in names)
 
 
 def _is_student(config: Path) -> bool:

@@ -52,8 +52,9 @@ def make_plan(
             or of MACs (attention products counted).
         preset: instead of a budget "a-sdm" (the paper's 22% less time, for SD 1.5's shape), "a-sdm-fast" (half the
             time), or BK-SDM's "bk-base", "bk-small", "bk-tiny".
-        compensate: what to fit in the place of the removed branches (`fit_compensation`), by default "linear";
-            "none" for plain removal. BK-SDM's presets drop whole layers, in whose place nothing is fitted.
+        compensate: what to fit in the place of the removed branches (`fit_compensation`), by default "linear", or what
+            a map by ablation was made with; "none" for plain removal. BK-SDM's presets drop whole layers, in whose
+            place nothing is fitted.
         unet: the UNet to measure; without it one of the map's shape and precision with random weights is made.
         device: where to make it; the CPU by default.
         rounds: timed rounds per measurement; by default 4 to 20, as many as take half a minute.

@@ -144,8 +144,17 @@ def is_branch(block: nn.Module, branch: str) -> bool:
 
 def unlike(unet: UNet2DConditionModel, other: UNet2DConditionModel) -> str | None:
     """By which field of their configs two UNets read or write other things; None where one can stand for the other."""
-    fields = ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type")
-    return next((field for field in fields if unet.config[field] != other.config[field]), None)
+    return unlike_in(unet, other, "in_channels", "out_channels", "cross_attention_dim", "addition_embed_type")
+
+
+def unlike_in(unet: UNet2DConditionModel, other: UNet2DConditionModel, *fields: str) -> str | None:
+    """The first of these fields that two UNets' configs differ in; what was a tuple is a list once it was saved."""
+
+    def value(of: UNet2DConditionModel, field: str) -> Any:
+        found = of.config[field]
+        return list(found) if isinstance(found, tuple) else found
+
+    return next((field for field in fields if value(unet, field) != value(other, field)), None)
 
 
 def require_plain(unet: UNet2DConditionModel) -> None:

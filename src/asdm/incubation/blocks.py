@@ -17,7 +17,7 @@ from asdm.errors import AsdmError
 from asdm.student.edits import CondConv, Remove
 from asdm.student.surgery import swapped
 from asdm.student.unet import edits_of
-from asdm.units import is_stage, layers, stage_of
+from asdm.units import goes_with, is_stage, layers, stage_of, unlike_in
 from asdm.units import stages as unet_blocks
 
 
@@ -62,18 +62,23 @@ def narrowed(student: UNet2DConditionModel, trained: str) -> None:
 
 def _beside_cuts(student: UNet2DConditionModel) -> list[str]:
     """The layers before and behind each edit, and what is left of the edited one."""
-    order = layers(student)
+    edits = edits_of(student)
+    removed = [edit.unit for edit in edits if isinstance(edit, Remove)]
+    blocks = [unit for unit in removed if unit in unet_blocks(student)]
+    order = [name for name in layers(student) if not goes_with(name, blocks)]
     near: set[str] = set()
-    for edit in edits_of(student):
+    for edit in edits:
         unit = edit.unit.rpartition(".")[0] if isinstance(edit, CondConv) else edit.unit
         layer = unit.partition(".transformer_blocks.")[0]
         if layer in order:
             index = order.index(layer)
             near |= set(order[max(0, index - 1) : index + 2])
-        elif isinstance(edit, Remove):  # a whole block
+        elif unit in blocks:
             before = [name for name in order if _place(name) < _place(unit)]
             behind = [name for name in order if _place(name) > _place(unit)]
             near |= {unit, *before[-1:], *behind[:1]}
+            if is_stage(unit):  # which also goes from the way up
+                near |= {*[name for name in order if _place(name) > _place("up_blocks.0")][:1]}
     return sorted(near)
 
 
@@ -95,8 +100,7 @@ def assembled(
     if blocks is None:
         yield
         return
-    counted = ("layers_per_block", "block_out_channels", "mid_block_type")
-    if any(student.config[field] != teacher.config[field] for field in counted):
+    if unlike_in(student, teacher, "layers_per_block", "block_out_channels", "mid_block_type"):
         raise AsdmError("assembled: this student's blocks are not its teacher's; leave the stage's assembled out")
     known = {*unet_blocks(student), *unet_blocks(teacher)}
     for name in blocks:

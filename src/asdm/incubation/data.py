@@ -6,7 +6,6 @@ them and an interrupted reading goes on at the next one. What cannot be used is 
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import io
 import json
@@ -169,7 +168,10 @@ def open_source(source: str | Path, split: Split = "train") -> Source:
         return ShardSource(name, split)
     path = Path(name)
     if path.suffix == ".txt" and os.path.isfile(path):
-        return CaptionSource(path.name, _text_of(path).splitlines(), split)
+        text = _text_of(path)
+        if "\0" in text:
+            raise AsdmError(f"{path}: not text in UTF-8; save it as that")
+        return CaptionSource(path.name, text.splitlines(), split)
     if not os.path.isdir(path):  # also of a name that is too long for one
         raise AsdmError(f"{path}: no such data folder; DATA is {DATA_HELP}")
     if (path / PREPARED).is_file():
@@ -270,8 +272,9 @@ class DatasetSource:
         with needs_extra("data", "Hugging Face datasets"):
             import datasets
         self.identity, self.split = f"hf:{name}", split
-        path, _, part = (name, "", "") if os.path.exists(name) else name.partition("@")
-        part = part or "train"
+        path, _, part = name.rpartition("@")
+        if os.path.exists(name) or not path or "/" in part:
+            path, part = name, "train"
         try:
             if (Path(path) / "state.json").is_file() or (Path(path) / "dataset_dict.json").is_file():
                 found: Any = datasets.load_from_disk(path)
@@ -391,15 +394,24 @@ def _from_metadata(path: Path) -> Iterator[Example | Unusable]:
 
 
 def _from_text_files(folder: Path) -> Iterator[Example | Unusable]:
-    for name in sorted(glob.glob("**", root_dir=folder, recursive=True)):  # through links, too
-        path = folder / name
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
-            continue
-        text = path.with_suffix(".txt")
+    for path in sorted(path for path in _files_of(folder) if path.suffix.lower() in IMAGE_SUFFIXES):
+        name, text = str(path.relative_to(folder)), path.with_suffix(".txt")
         if text.is_file():
             yield _example(name, _text_of(text), path, {})
         else:
             yield Unusable(name, "it has no caption")
+
+
+def _files_of(folder: Path) -> Iterator[Path]:
+    """All files below a folder, through links too, but each folder once."""
+    known: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in known:
+            folders.clear()
+            continue
+        known.add(real)
+        yield from (Path(place) / name for name in names)
 
 
 def _text_of(path: Path) -> str:

@@ -31,7 +31,7 @@ from asdm.incubation.trainer import LONGEST_WAIT
 from asdm.pipelines import MARKER, is_inpainting, read_marker, require_ours
 
 Progress = Callable[[int, int], None]
-VALUES = 64  # of each parameter, that tell pipelines apart
+VALUES = 256  # of each parameter, that tell pipelines apart
 
 
 class PreparedData:
@@ -56,9 +56,8 @@ class PreparedData:
             self.captions += piece["captions"]
             self.skipped |= piece["skipped"]
             places.append(np.array([(number, *place) for place in piece["places"]], np.int64).reshape(-1, 3))
-        self.places = np.concatenate(
-            places
-        )  # (samples, 3): the shard's number, where the sample begins in it, its size
+        # (samples, 3): the number of its shard, where it begins there, its size
+        self.places = np.concatenate(places)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -164,12 +163,13 @@ def fingerprint(pipeline: DiffusionPipeline) -> str:
 
 
 def digest_of(module: nn.Module) -> str:
-    """Of some values from all over each parameter, in float16, so that a network in half precision is the same one."""
+    """Of the signs of values from all over each parameter: they are the same in half precision, and what is trained
+    turns some."""
     digest = hashlib.sha256()
     for parameter in module.parameters():
         values = parameter.detach().flatten()
         some = values[:: max(1, len(values) // VALUES)][:VALUES]
-        digest.update(some.to("cpu", torch.float16).numpy().tobytes())
+        digest.update(torch.signbit(some).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

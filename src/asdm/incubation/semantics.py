@@ -81,7 +81,7 @@ class VisionEncoder:
         decoder: a VAE with `decode`; a tiny one (AutoencoderTiny) is enough.
         tokenizer: of the model's text tower, where it has one.
         mean, deviation: by which the model wants pixels in [0, 1] to be normalised.
-        size: the side of the images that it reads, by default as its config has it.
+        size: the side of the images that it reads, where its config does not say.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class VisionEncoder:
     ):
         self.model, self.decoder, self.tokenizer = model.eval().requires_grad_(False), decoder, tokenizer
         config: Any = model.config
-        own = size or getattr(getattr(config, "vision_config", config), "image_size", None)
+        own = getattr(getattr(config, "vision_config", config), "image_size", None) or size
         if own is None:
             raise AsdmError(
                 f"semantics: {config.model_type}: does not say what size of images it reads; choose another"
@@ -129,8 +129,10 @@ class VisionEncoder:
         return torch.cat(features)
 
 
-def _side(size: Any) -> int | None:
+def _side(processor: Any) -> int | None:
     """The side of the images that a processor makes."""
+    size = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
+    size = size or processor.size
     return size.get("height") or size.get("shortest_edge")
 
 
@@ -171,7 +173,7 @@ def make_encoder(
         model = AutoModel.from_pretrained(name, dtype=torch.float32).to(pipeline.device)
         tokenizer = AutoTokenizer.from_pretrained(name) if hasattr(model, "get_text_features") else None
         processor = AutoImageProcessor.from_pretrained(name)
-        return VisionEncoder(model, vae, tokenizer, processor.image_mean, processor.image_std, _side(processor.size))
+        return VisionEncoder(model, vae, tokenizer, processor.image_mean, processor.image_std, _side(processor))
     except (OSError, ValueError) as error:
         if isinstance(error, AsdmError):
             raise

@@ -126,7 +126,8 @@ class RemovedDownsampler(nn.Module):
     """The identity in place of what halves the map for the innermost stage: a convolution, or a resnet."""
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        return hidden_states
+        # What follows may be added to in place (by a T2I-Adapter), and what came in is a skip connection.
+        return hidden_states.clone()
 
 
 class RemovedUpBlock(nn.Module):
