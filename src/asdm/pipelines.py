@@ -107,8 +107,17 @@ def load_pipeline(
         pipeline = _text_to_image(pipeline)
     pipeline.register_to_config(_name_or_path=name)
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline if device is None else on_device(pipeline, device)
+
+
+def on_device(part: Any, device: str | torch.device) -> Any:
+    """A pipeline or a network, moved there.
+
+    Raises:
+        AsdmError: there is no such device here.
+    """
     try:
-        return pipeline.to(device) if device is not None else pipeline
+        return part.to(device)
     except (RuntimeError, AssertionError) as error:
         raise AsdmError(f"device {device}: not to be had ({one_line(error)}); use cpu") from None
 

@@ -11,8 +11,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from asdm.errors import AsdmError, one_line
+from asdm.errors import AsdmError
 from asdm.evaluation.latency import measure_interleaved, speedup, unet_call
+from asdm.pipelines import on_device
 from asdm.random_models import random_unet
 from asdm.redundancy import EditRecord, RedundancyMap, UnitRecord
 from asdm.replay import as_they_were
@@ -265,11 +266,7 @@ def _plan_for_speedup(
     if target <= 1:
         raise AsdmError(f"speedup={target:g}: must be above 1; up to about {reachable:.2f} can be reached")
     if unet is None:
-        unet = random_unet(redundancy.unet_config, getattr(torch, redundancy.dtype))
-        try:
-            unet = unet.to(device or "cpu")
-        except (RuntimeError, AssertionError) as error:
-            raise AsdmError(f"device {device}: not to be had ({one_line(error)}); use cpu") from None
+        unet = on_device(random_unet(redundancy.unet_config, getattr(torch, redundancy.dtype)), device or "cpu")
     needed = target * MEASUREMENT_MARGIN
     aim, too_little, enough = target, 1.0, np.inf
     best: PruningPlan | None = None

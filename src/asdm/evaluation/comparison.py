@@ -271,9 +271,7 @@ def _judge(
 ) -> list[QualityFigures]:
     judge = Judge()
     first = next(iter(pipelines.values()))
-    pool = None
-    if data is not None and any(evaluation_set.examples for evaluation_set in sets):
-        pool = RealImages.of(data, sets, judge, first, clip)
+    pool = None if data is None else RealImages.of(data, sets, judge, first, clip)
     rows = []
     for evaluation_set in sets:
         teacher_features: Tensor | None = None
@@ -317,9 +315,12 @@ class RealImages:
         judge: Judge,
         pipeline: DiffusionPipeline,
         clip: CLIPModel | None,
-    ) -> RealImages:
-        """Those of the sets; before them all others at hand where those are looked at, by label or by caption."""
+    ) -> RealImages | None:
+        """Those of the sets; before them all others at hand where those are looked at, by label or by caption. None of
+        captions alone."""
         compared = [example for each in sets for example in each.examples]
+        if not compared:
+            return None
         others = open_data(data, "all").examples
         if clip is None and not _are_labelled(others):
             others = []

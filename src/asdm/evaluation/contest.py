@@ -418,7 +418,7 @@ def _judged(
 ) -> dict[str, dict[str, Any]]:
     judge = Judge()
     sets = evaluation_sets(data, None, samples, seed)
-    real = RealImages.of(data, sets, judge, pipeline, None) if any(each.examples for each in sets) else None
+    real = RealImages.of(data, sets, judge, pipeline, None)
     originals: dict[str, Tensor] = {}
     figures: dict[str, dict[str, Any]] = {}
     for done, entry in enumerate(entries, start=1):
