@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -94,19 +95,21 @@ class AsdmUNet2DConditionModel(UNet2DConditionModel):
         self.set_attn_processor(AttnProcessor())
 
     def set_attention_slice(self, slice_size: Any = "auto") -> None:
-        regional = self._regional()
-        super().set_attention_slice(slice_size)
-        self._set_regional(regional)
+        with self._regional_kept():
+            super().set_attention_slice(slice_size)
 
     def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: Any = None) -> None:
-        regional = self._regional()
-        super().set_use_memory_efficient_attention_xformers(valid, attention_op)
-        self._set_regional(regional)
+        with self._regional_kept():
+            super().set_use_memory_efficient_attention_xformers(valid, attention_op)
 
     def _regional(self) -> dict[str, GriAttnProcessor]:
         return {name: each for name, each in self.attn_processors.items() if isinstance(each, GriAttnProcessor)}
 
-    def _set_regional(self, processors: dict[str, GriAttnProcessor]) -> None:
+    @contextmanager
+    def _regional_kept(self) -> Iterator[None]:
+        """Through what sets each attention's processor by itself."""
+        processors = self._regional()
+        yield
         for name, processor in processors.items():
             self.get_submodule(name.removesuffix(".processor")).set_processor(processor)  # type: ignore[operator]
 
