@@ -7,7 +7,8 @@
 
 The embedded pipeline; one plan of removals for each speed-up; each run trains for the time of so many steps of
 BK-SDM's recipe, by the steps' cost as measured in turns, so that a busy minute of the machine falls on nobody; the
-components one by one in short runs. A finished run is not run again, one that was stopped goes on; two processes can
+components one by one in short runs, and students of the faster plan that leave the last steps of an image to the
+original. A finished run is not run again, one that was stopped goes on; two processes can
 share the work, each with its own --seeds or --only.
 """
 
@@ -37,6 +38,7 @@ from asdm.evaluation.latency import measure_interleaved, seconds_of, speedup, un
 from asdm.evaluation.metrics import Judge, feature_distance
 from asdm.evaluation.plots import image_sheet
 from asdm.files import write_text
+from asdm.generation import default_steps
 from asdm.images import to_images
 from asdm.incubation.data import ShuffledBatches
 from asdm.incubation.distillation import TrainingSet, make_task, prepare
@@ -62,11 +64,14 @@ DEFAULT = ("normalised", *EXTRAS)  # what `compress` and `distill` do if nothing
 NAMED: dict[str, tuple[str, ...]] = {"bk-sdm": (), "joint": DEFAULT, "full": COMPONENTS}
 FAST_SPEEDUP = 2.0  # at which the components are not looked at one by one
 SHORT = " (short)"  # what a recipe is called in the runs of the components' length
+SWITCHING = " + switching"  # and where the student is of the faster plan, and the original draws the last steps
+LAST_STEPS = 8  # of 25: with a student of twice the speed they leave 1.5x
 MARGIN = 1.02  # for what banks, GRI and linear maps cost: the plan is that much faster than the target
 FIT = "fit of the compensation"
 LENGTHS = {1.5: 1800, 2.0: 5400}  # steps of BK-SDM's recipe; the others take as many as cost the same
 SHORT_LENGTH = 450  # of the components one by one, and of the named recipes beside them
-SHOWN = 16  # held-out prompts, of each recipe's first seed
+SHOWN = 16  # held-out prompts, of the first seed of the recipes in `DRAWN`
+DRAWN = ("teacher", *NAMED, f"full{SWITCHING}")
 REPAIR_ROUNDS = 4
 COST_ROUNDS = 5
 BANKS = 0.005  # of the teacher's parameters
@@ -78,7 +83,7 @@ def variants(target: float) -> dict[str, tuple[str, ...]]:
     """The components of each recipe; below `FAST_SPEEDUP` those of short runs, too."""
     found = dict(NAMED)
     if target < FAST_SPEEDUP:
-        found |= {f"{name}{SHORT}": components for name, components in NAMED.items()}
+        found |= {f"{name}{kind}": components for kind in (SHORT, SWITCHING) for name, components in NAMED.items()}
         found |= {f"bk-sdm + {name}": (name,) for name in METHOD}
         found |= {f"full - {name}": tuple(c for c in COMPONENTS if c != name) for name in COMPONENTS}
     return found
@@ -99,21 +104,19 @@ def run(
     chosen = [name.strip() for name in only.split(",") if name.strip()]
     for seed in (int(part) for part in seeds.split(",")):
         for target in (float(part) for part in targets.split(",")):
-            plan = _plan(pipeline, target)
-            costs = _costs(pipeline, examples, plan, target)
             for name, components in {"teacher": None, **variants(target)}.items():
                 key = {"name": name, "seed": seed, "target": target}
                 if (chosen and name not in chosen) or any(key.items() <= row.items() for row in _known()):
                     continue
-                strip = _strip(name, target) if seed == 0 and name in ("teacher", *NAMED) else None
+                strip = _strip(name, target) if seed == 0 and name in DRAWN else None
                 if components is None:
                     found = _known_teacher(seed) or {"steps": 0} | judged(pipeline, seed, strip) | machine()
                 else:
-                    student = _student(pipeline.unet, plan, components)
-                    steps = _steps(student, name, components, LENGTHS[target] if name in NAMED else SHORT_LENGTH, costs)
+                    student = _student(pipeline.unet, _plan(pipeline, _planned(name, target)), components)
+                    steps = _steps(pipeline, examples, student, name, components, target)
                     folder = WORK / f"{target:g}-{seed}-{name.replace(' ', '')}"
                     _train(pipeline, student, components, steps, seed, folder)
-                    found = {"steps": steps} | judged(asdm.with_unet(pipeline, student), seed, strip) | machine()
+                    found = {"steps": steps} | judged(_drawing(pipeline, student, name), seed, strip) | machine()
                 row = key | found | key
                 _add(row)
                 if components is not None:
@@ -123,12 +126,12 @@ def run(
 
 @app.command()
 def time(rounds: int = 40) -> None:
-    """The UNet's speed-up of each recipe, all students of a plan in turns; when nothing else runs."""
+    """The UNet's speed-up of each recipe, all students of a target in turns; when nothing else runs."""
     pipeline = asdm.load_pipeline("demo")
     rows = _known()
     for target in sorted({row["target"] for row in rows}):
         students = {
-            name: _student(pipeline.unet, _plan(pipeline, target), components)
+            name: _student(pipeline.unet, _plan(pipeline, _planned(name, target)), components)
             for name, components in variants(target).items()
             if not name.endswith(SHORT)
         }
@@ -136,7 +139,8 @@ def time(rounds: int = 40) -> None:
         times = measure_interleaved(calls, rounds=rounds)
         for row in rows:
             if row["target"] == target:
-                row["speedup"] = speedup(times["teacher"], times[row["name"].removesuffix(SHORT)])
+                faster = speedup(times["teacher"], times[row["name"].removesuffix(SHORT)])
+                row["speedup"] = _of_all_steps(row["name"], faster, default_steps(pipeline))
     write_text(ROWS, json.dumps(rows, indent=1) + "\n")
 
 
@@ -151,7 +155,7 @@ def show() -> None:
         _print_table(f"plan of {target:g}x, short runs", {n: mine for n, mine in by_name.items() if n not in long})
     _plot(rows).savefig(RESULTS.parent / "ablation.png", dpi=120)
     captions = _held_out(SHOWN).prompts
-    strips = [_strip(name, target) for target in LENGTHS for name in ("teacher", *NAMED)]
+    strips = [_strip(name, target) for target in LENGTHS for name in DRAWN]
     images = [_cut(Image.open(path)) for path in dict.fromkeys(strips) if path.is_file()]
     image_sheet(captions, images, across=SHOWN).save(RESULTS.parent / "ablation_images.png")
 
@@ -187,7 +191,7 @@ def _held_out(count: int) -> EvaluationSet:
 
 def _strip(name: str, target: float) -> Path:
     """The first images of a recipe's first seed, side by side."""
-    return SETTLED / ("teacher.png" if name == "teacher" else f"{name}-{target:g}.png")
+    return SETTLED / ("teacher.png" if name == "teacher" else f"{name.replace(' ', '')}-{target:g}.png")
 
 
 def _cut(strip: Image.Image) -> list[Image.Image]:
@@ -222,7 +226,7 @@ def _plot(rows: list[dict[str, Any]]) -> Figure:
             if name == "teacher" and key == "teacher_distance_heldout":
                 continue
             mean, deviation = _mean_and_deviation(mine, key)
-            colour = COLOURS.get(name.removesuffix(SHORT), "tab:gray")
+            colour = COLOURS.get(_recipe(name), "tab:gray")
             axes.errorbar(mean, place, xerr=deviation, fmt="o", color=colour, capsize=3)
         axes.set_title(f"{title}, held out", fontsize=10)
         axes.set_yticks(range(len(by_name)), list(by_name))
@@ -294,15 +298,39 @@ def _stages(student: UNet2DConditionModel, components: tuple[str, ...], steps: i
     return [stage.model_copy(update=changes) for stage in stages]
 
 
-def _costs(pipeline: DiffusionPipeline, examples: TrainingSet, plan: PruningPlan, target: float) -> dict[str, float]:
+def _recipe(name: str) -> str:
+    """A recipe's name without the length of the run, and what draws."""
+    return name.removesuffix(SHORT).removesuffix(SWITCHING)
+
+
+def _planned(name: str, target: float) -> float:
+    """The speed-up of the student's plan, where the target is that of all steps."""
+    return FAST_SPEEDUP if name.endswith(SWITCHING) else target
+
+
+def _drawing(pipeline: DiffusionPipeline, student: UNet2DConditionModel, name: str) -> DiffusionPipeline:
+    if not name.endswith(SWITCHING):
+        return asdm.with_unet(pipeline, student)
+    below = (LAST_STEPS + 0.5) / default_steps(pipeline)
+    return asdm.switch_unets(pipeline, [student, pipeline.unet], below=[below])
+
+
+def _of_all_steps(name: str, faster: float, steps: int) -> float:
+    """The speed-up of all UNet calls of an image, where the student's is `faster`."""
+    originals = LAST_STEPS if name.endswith(SWITCHING) else 0
+    return round(steps / ((steps - originals) / faster + originals), 3)
+
+
+def _costs(pipeline: DiffusionPipeline, examples: TrainingSet, target: float) -> dict[str, float]:
     """Seconds of each kind of step (`_kinds_of_step`), measured in turns with all others, and of a fit of the
     compensation."""
     path = SETTLED / f"seconds-a-step-{target:g}.json"
     if path.is_file():
         return json.loads(path.read_text("utf-8"))
     calls: dict[str, Callable[[], Any]] = {}
+    plan = _plan(pipeline, target)
     for name, components in variants(target).items():
-        if not name.endswith(SHORT):
+        if not name.endswith((SHORT, SWITCHING)):
             student = _student(pipeline.unet, plan, components)
             for kind, (stage, _) in _kinds_of_step(name, _stages(student, components, 1000)).items():
                 calls[kind] = _step_of(pipeline, student, examples, stage)
@@ -323,17 +351,25 @@ def _kinds_of_step(name: str, stages: list[Stage]) -> dict[str, tuple[Stage, flo
         semantic = stage.losses.semantic if stage.scope == "joint" else 0.0
         for weight, part in ({0.0: 1 - looks, semantic: looks} if semantic else {0.0: 1.0}).items():
             losses = stage.losses.model_copy(update={"semantic": weight})
-            kind = f"{name.removesuffix(SHORT)}, {stage.scope}{', semantic' if weight else ''}"
+            kind = f"{_recipe(name)}, {stage.scope}{', semantic' if weight else ''}"
             share = found[kind][1] if kind in found else 0.0
             found[kind] = (stage.model_copy(update={"losses": losses}), share + part * stage.steps / steps)
     return found
 
 
 def _steps(
-    student: UNet2DConditionModel, name: str, components: tuple[str, ...], length: int, costs: dict[str, float]
+    pipeline: DiffusionPipeline,
+    examples: TrainingSet,
+    student: UNet2DConditionModel,
+    name: str,
+    components: tuple[str, ...],
+    target: float,
 ) -> int:
-    """How many steps cost the same as `length` of BK-SDM's recipe; the fit before them counts, too."""
-    seconds = length * costs["bk-sdm, joint"] - (costs[FIT] if "compensation" in components else 0.0)
+    """How many steps cost the same as those of BK-SDM's recipe at the target; the fit before them counts, too."""
+    length = LENGTHS[target] if name in NAMED else SHORT_LENGTH
+    seconds = length * _costs(pipeline, examples, target)["bk-sdm, joint"]
+    costs = _costs(pipeline, examples, _planned(name, target))
+    seconds -= costs[FIT] if "compensation" in components else 0.0
     kinds = _kinds_of_step(name, _stages(student, components, length))
     return round(seconds / sum(costs[kind] * share for kind, (_, share) in kinds.items()))
 
