@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import defaultdict
 from contextlib import contextmanager
 
 import pytest
@@ -23,6 +24,7 @@ from asdm.evaluation.contestants import (
     combined,
     contestants,
     deep_cache,
+    guided_until,
     in_openvino,
     inheriting,
     inherits,
@@ -145,6 +147,20 @@ def test_where_an_image_takes_long_its_time_is_put_together_from_parts(pipeline)
     assert 0.4 > parts["UNet, whole"] > slow["whole"] and parts["UNet, reusing"] > slow["reusing"]
     calls = 4 * parts["UNet, whole"] + 6 * parts["UNet, reusing"]
     assert slow_row.seconds >= parts["text encoder"] + parts["VAE decoder"] + calls
+
+
+@pytest.mark.parametrize("longest", [0, 100])
+def test_steps_without_guidance_are_timed_apart(pipeline, longest):
+    entries = [Contestant("original", "original", steps=10), guided_until(10, 0.6)]
+    batches = defaultdict(int)
+    handle = pipeline.unet.register_forward_pre_hook(
+        lambda _, args, kwargs: batches.update({len(args[0]): batches[len(args[0])] + 1}), with_kwargs=True
+    )
+    original, guided = contest_rows(pipeline, entries, place="tiny", data=None, rounds=1, longest=longest)
+    handle.remove()
+    kinds = {part for part in guided.parts if part.startswith("UNet")}
+    assert kinds == {"UNet, whole", "UNet, without guidance"} and guided.error is None
+    assert batches[1] > 0 and {part for part in original.parts if part.startswith("UNet")} == {"UNet, whole"}
 
 
 @pytest.mark.parametrize("make", [tome, deep_cache, attention_broadcast, t_gate])

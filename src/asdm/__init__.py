@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from asdm.inference.export import export as export
     from asdm.inference.feature_inheritance import InheritanceSchedule as InheritanceSchedule
     from asdm.inference.feature_inheritance import inherit_features as inherit_features
+    from asdm.inference.guidance_end import GuidanceEnd as GuidanceEnd
     from asdm.inference.inheritance_calibration import calibrate_inheritance as calibrate_inheritance
     from asdm.inference.openvino_graphs import with_openvino_graphs as with_openvino_graphs
     from asdm.inference.optimization import optimize as optimize
@@ -56,6 +57,7 @@ _HOME = {
     "CondConv": "asdm.student.edits",
     "Evaluation": "asdm.evaluation.comparison",
     "GriAttention": "asdm.student.edits",
+    "GuidanceEnd": "asdm.inference.guidance_end",
     "InheritanceSchedule": "asdm.inference.feature_inheritance",
     "PruningPlan": "asdm.student.plan",
     "RedundancyMap": "asdm.redundancy",

@@ -514,6 +514,10 @@ def generate(
         int | None, typer.Option(help="Sampling steps; by default 25, or 4 for few-step models.", min=1)
     ] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default=False)] = None,
+    guidance_end: Annotated[
+        float,
+        typer.Option(help="Part of the steps that are guided; each of the others is half the work.", max=1.0),
+    ] = 1.0,
     inherit: Annotated[
         str | None,
         typer.Option(
@@ -554,6 +558,7 @@ def generate(
                 some,
                 steps=steps,
                 guidance_scale=guidance,
+                guidance_end=guidance_end,
                 seed=seed + first,
                 image=start,
                 mask=hole,

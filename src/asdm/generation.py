@@ -15,6 +15,7 @@ from torch import Tensor
 
 from asdm.conditioning import image_size, latent_shape, require_size
 from asdm.errors import AsdmError
+from asdm.inference.guidance_end import GuidanceEnd
 from asdm.pipelines import image_to_image, is_inpainting
 
 
@@ -25,6 +26,7 @@ def generate(
     *,
     steps: int | None = None,
     guidance_scale: float | None = None,
+    guidance_end: float = 1.0,
     seed: int = 0,
     image: Image.Image | None = None,
     mask: Image.Image | None = None,
@@ -40,14 +42,15 @@ def generate(
             with any other, what it leaves of the image is put back after each step.
         steps: the pipeline's recommended ones by default (`default_steps`).
         guidance_scale: the pipeline's recommended one by default (`default_guidance`).
+        guidance_end: part of the steps, in (0, 1], that are guided; the others take half the work (`GuidanceEnd`).
         seed: the n-th prompt's noise is that of seed + n, whatever the batch.
         strength: how far from `image` the result may go, in (0, 1].
         size: side of the images in pixels, by default what the pipeline was made for; with an image, its own counts.
         batch_size: prompts at a time; by default 32 for latents of up to 32x32, else 1.
 
     Raises:
-        AsdmError: `strength` is out of range, or so small that no step would be taken; a mask without an image; a size
-            that the VAE cannot draw, or that `image` decides.
+        AsdmError: `strength` or `guidance_end` is out of range, or `strength` so small that no step would be taken; a
+            mask without an image; a size that the VAE cannot draw, or that `image` decides.
     """
     if mask is not None and image is None:
         raise AsdmError("a mask says what of an image shall be drawn anew; give the image too")
@@ -70,6 +73,8 @@ def generate(
         extra |= {"image": image, "strength": strength}
     if mask is not None:
         extra |= {"mask_image": mask}
+    if guidance_end != 1:
+        extra |= {"callback_on_step_end": GuidanceEnd(target, guidance_end)}
     sides = {} if size is None else {"height": size, "width": size}
     images = []
     for start in range(0, len(prompts), batch_size):

@@ -34,6 +34,7 @@ from asdm.evaluation.memory import peak_megabytes
 from asdm.evaluation.metrics import Judge, feature_distance
 from asdm.files import write_text
 from asdm.generation import default_guidance, generate, nothing_to_keep
+from asdm.inference.guidance_end import GuidanceEnd
 
 Progress = Callable[[str, int, int], None]
 LONGEST_TIMED_IMAGE = 10.0  # seconds; where an image takes longer, its parts are timed
@@ -299,8 +300,7 @@ def _timed(
 def _whole_image(ready: DiffusionPipeline, entry: Contestant) -> _Sample:
     with _watching(ready) as calls:
         seconds = seconds_of(
-            lambda: generate(ready, ["a photograph"], steps=entry.steps, guidance_scale=default_guidance(ready)),
-            ready.device,
+            lambda: generate(ready, ["a photograph"], steps=entry.steps, guidance_end=entry.guidance_end), ready.device
         )
     return _Sample(seconds, _by_kind([end - start for start, end in calls], entry))
 
@@ -344,12 +344,13 @@ def _first_steps(
         steps_of[entry.kinds(step)].append(step)
     last = max((steps[:times][-1] for steps in steps_of.values()), default=0)
     ends: list[float] = []
+    guidance = None if entry.guidance_end == 1 else GuidanceEnd(ready, entry.guidance_end)
 
-    def step_done(pipe: Any, step: int, _timestep: Any, _tensors: Any) -> dict[str, Any]:
+    def step_done(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         synchronise(ready.device)
         ends.append(time.perf_counter())
         pipe._interrupt = step >= last  # diffusers' own way to end a sampling early
-        return {}
+        return {} if guidance is None else guidance(pipe, step, timestep, tensors)
 
     with _watching(ready) as calls:
         latents = ready(
@@ -359,6 +360,7 @@ def _first_steps(
             generator=torch.Generator().manual_seed(0),
             output_type="latent",
             callback_on_step_end=step_done,
+            callback_on_step_end_tensor_inputs=["latents"] if guidance is None else guidance.tensor_inputs,
             **nothing_to_keep(ready),
         ).images
     return latents, calls, ends
@@ -451,9 +453,7 @@ def _judged(
 
 def _drawn(pipeline: DiffusionPipeline, entry: Contestant, each: EvaluationSet, seed: int) -> Tensor:
     with entry.prepared(pipeline) as ready:
-        return generate(
-            ready, each.prompts, steps=entry.steps, guidance_scale=default_guidance(ready), seed=seed
-        )  # fmt: skip
+        return generate(ready, each.prompts, steps=entry.steps, guidance_end=entry.guidance_end, seed=seed)
 
 
 def _fault(error: Exception) -> str:

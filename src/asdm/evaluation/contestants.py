@@ -6,6 +6,7 @@ Peers come from their own packages, unmodified; those that patch a UNet patch a 
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -65,6 +66,7 @@ class Contestant:
     """A way to make a pipeline faster: `prepared` yields the pipeline to be called, and undoes what it did.
 
     `kinds` names the kind of the UNet call at each step: where only parts are timed, a kind is timed once.
+    `guidance_end` is the part of the steps that are guided.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Contestant:
     prepared: Prepared = nullcontext
     steps: int = 25
     kinds: Kinds = whole
+    guidance_end: float = 1.0
 
     @property
     def way(self) -> Way:
@@ -439,6 +442,7 @@ def contestants(
             replace(original, name=f"{fewer} steps", group="fewer steps", steps=fewer)
             for fewer in fewer_steps(steps, data is not None)
         ),
+        *(guided_until(steps, part) for part in (0.8, 0.6)),
         _by_lcm("", "fewer steps"),
         *(tome(steps, ratio) for ratio in (0.25, 0.5, 0.75)),
         *(deep_cache(steps, interval) for interval in (2, 3, 5)),
@@ -462,6 +466,16 @@ def fewer_steps(steps: int, draws: bool) -> list[int]:
     """How many steps to take instead of `steps`."""
     parts = (0.8, 0.64, 0.48, 0.4, 0.32) if draws else (0.48, 0.32)
     return list(dict.fromkeys(round(part * steps) for part in parts))
+
+
+def guided_until(steps: int, part: float) -> Contestant:
+    """The original, which leaves guidance out of its last steps."""
+
+    def kinds(step: int) -> str:
+        return "whole" if step < math.ceil(part * steps) else "without guidance"
+
+    name = f"guidance in {part:.0%} of the steps"
+    return Contestant(name, "fewer steps", steps=steps, kinds=kinds, guidance_end=part)
 
 
 def _switches(steps: int, students: dict[str, Maker], data: str | Path | None) -> list[Contestant]:
