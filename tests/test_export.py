@@ -9,6 +9,7 @@ from PIL import Image
 
 from asdm import AsdmError, PruningPlan, Remove, build_student, export, generate, inherit_features, with_unet
 from asdm.evaluation.latency import Latency
+from asdm.inference import openvino_graphs
 from asdm.inference.openvino_graphs import with_openvino_graphs
 from asdm.units import fingerprint
 from conftest import (
@@ -165,6 +166,20 @@ def test_graphs_stand_in_only_for_what_they_can_do(drawing, tmp_path):
         ready.unet(**inputs, down_block_additional_residuals=())
     with pytest.raises(AsdmError, match="holds no OpenVINO graphs"):
         with_openvino_graphs(pipeline, tmp_path)
+
+
+def test_graphs_are_compiled_once_for_both_parts_of_a_guidance_that_ends(drawing, monkeypatch):
+    pipeline, folder = drawing
+    ready, compiled = with_openvino_graphs(pipeline, folder), []
+    options = openvino_graphs._options
+    monkeypatch.setattr(openvino_graphs, "_options", lambda threads: compiled.append(threads) or options(threads))
+    drawn = [generate(ready, "octopus", steps=4, guidance_end=0.5) for _ in range(2)]
+    assert len(compiled) == 3  # the UNet for two samples and for one, the decoder
+    assert torch.equal(*drawn)
+    torch.testing.assert_close(
+        drawn[0], generate(pipeline, "octopus", steps=4, guidance_end=0.5, size=24), atol=0.05, rtol=0
+    )
+    assert ready.unet.precision in ("float32", "bfloat16")
 
 
 def test_graphs_draw_from_images_in_half_precision_and_at_their_own_size(drawing, tmp_path):

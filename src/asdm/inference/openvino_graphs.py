@@ -72,7 +72,7 @@ def _options(threads: int) -> dict[str, Any]:
 
 
 class _Graph(nn.Module):
-    """A graph, compiled for the shapes that it was last called with."""
+    """A graph, compiled for the shapes that it was last called with: two, as guidance may end within each image."""
 
     def __init__(self, path: Path):
         super().__init__()
@@ -82,31 +82,37 @@ class _Graph(nn.Module):
         self._core = openvino.Core()
         self._model = self._core.read_model(path)
         self._read = {name for each in self._model.inputs for name in each.names}
-        self._compiled: Any = None
-        self._shapes: dict[str, list[int]] = {}
+        self._compiled: dict[str, Any] = {}  # by shapes, the last used behind
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """The first output; of the inputs, those that the graph reads."""
         inputs = {name: torch.as_tensor(value).cpu() for name, value in inputs.items() if name in self._read}
         inputs = {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
-        shapes = {name: list(value.shape) for name, value in inputs.items()}
-        if shapes != self._shapes:
-            # Fixed shapes run faster than a free batch.
-            model = self._model.clone()
-            model.reshape(shapes)
-            options = _options(torch.get_num_threads())
-            self._compiled, self._shapes = self._core.compile_model(model, "CPU", options), shapes
+        compiled = self._for({name: list(value.shape) for name, value in inputs.items()})
         arrays = {
             name: value.numpy().astype(self._model.input(name).element_type.to_dtype(), copy=False)
             for name, value in inputs.items()
         }
-        return torch.from_numpy(self._compiled(arrays, share_inputs=True)[0].copy())
+        return torch.from_numpy(compiled(arrays, share_inputs=True)[0].copy())
+
+    def _for(self, shapes: dict[str, list[int]]) -> Any:
+        """Compiled for these shapes: fixed ones run faster than a free batch."""
+        key = str(shapes)
+        compiled = self._compiled.pop(key, None)
+        if compiled is None:
+            if len(self._compiled) == 2:
+                del self._compiled[next(iter(self._compiled))]
+            model = self._model.clone()
+            model.reshape(shapes)
+            compiled = self._core.compile_model(model, "CPU", _options(torch.get_num_threads()))
+        self._compiled[key] = compiled
+        return compiled
 
     @property
     def precision(self) -> str:
         """In what it computes; known once it has been called."""
         return {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}[
-            self._compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+            next(reversed(self._compiled.values())).get_property("INFERENCE_PRECISION_HINT").get_type_name()
         ]
 
 
