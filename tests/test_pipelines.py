@@ -232,7 +232,9 @@ def test_pipelines_from_images_come_back_as_text_to_image(kind, tmp_path):
     kind(**pipeline.components, requires_safety_checker=False).save_pretrained(tmp_path)
     loaded = load_pipeline(tmp_path)
     assert type(loaded) is type(pipeline)
-    assert torch.equal(generate(loaded, ["octopus"], steps=2), generate(pipeline, ["octopus"], steps=2))
+    # Some CPUs round a product by where its weights lie, and those of a stock UNet lie in the mapped file.
+    drawn, expected = (generate(each, ["octopus"], steps=2) for each in (loaded, pipeline))
+    torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_what_is_no_base_model_is_refused(tmp_path):
