@@ -258,7 +258,8 @@ def test_weights_in_half_precision_alone_are_found(pipeline, tmp_path):
     student = with_unet(pipeline, build_student(pipeline.unet, plan))
     student.save_pretrained(tmp_path / "student", variant="fp16")
     for name, unet in (("stock", pipeline.unet), ("student", student.unet)):
-        assert torch.equal(predict(load_pipeline(tmp_path / name).unet), predict(unet))
+        loaded = load_pipeline(tmp_path / name).unet.state_dict()
+        assert all(torch.equal(loaded[key], tensor) for key, tensor in unet.state_dict().items())
 
 
 def test_a_folder_is_named_not_meant(pipeline, tmp_path, monkeypatch):
