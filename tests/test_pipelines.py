@@ -21,7 +21,7 @@ from asdm.conditioning import embed_prompts, encode_images, image_size
 from asdm.files import replacing_folder
 from asdm.model_card import model_card
 from asdm.pipelines import MARKER, save_pipeline_into
-from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet
+from conftest import tiny_pipeline, tiny_sdxl_pipeline, tiny_unet
 
 
 @pytest.fixture
