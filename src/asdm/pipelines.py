@@ -36,7 +36,7 @@ from asdm.errors import AsdmError, one_line
 from asdm.files import replacing_folder
 from asdm.model_card import model_card
 from asdm.random_models import UNETS, random_pipeline
-from asdm.student.unet import AsdmUNet2DConditionModel
+from asdm.student.unet import AsdmUNet2DConditionModel, align_weights
 from asdm.units import require_plain
 
 PICKLE_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth")
@@ -107,6 +107,9 @@ def load_pipeline(
         pipeline = _text_to_image(pipeline)
     pipeline.register_to_config(_name_or_path=name)
     pipeline.set_progress_bar_config(disable=True)
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            align_weights(part)
     return pipeline if device is None else on_device(pipeline, device)
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from torch import Tensor
+from torch import Tensor, nn
 
 from asdm.errors import AsdmError, one_line
 from asdm.student.cond_conv import CondConv2d
@@ -149,14 +149,19 @@ class AsdmUNet2DConditionModel(UNet2DConditionModel):
                     f"{pretrained_model_name_or_path}: {fault.replace('_keys', '')} tensors for the edits in its "
                     f"config: {', '.join(names[:3])}{more}; save the student again"
                 )
-        for parameter in unet.parameters():
-            if parameter.device.type == "cpu" and parameter.data_ptr() % _ALIGNMENT:
-                parameter.data = parameter.data.clone()
+        align_weights(unet)
         return (unet, info) if wants_info else unet
 
 
 # By this name a pipeline's index finds the class: in the file beside the weights, or in this package.
 AsdmUNet2DConditionModel.__module__ = MODULE_NAME
+
+
+def align_weights(network: nn.Module) -> None:
+    """Copy weights that lie oddly in a mapped file to where others lie: some CPUs round by the address."""
+    for parameter in network.parameters():
+        if parameter.device.type == "cpu" and parameter.data_ptr() % _ALIGNMENT:
+            parameter.data = parameter.data.clone()
 
 
 def _for_what_is_left(kwargs: dict[str, Any], skips: int) -> dict[str, Any]:
