@@ -85,6 +85,12 @@ def test_the_solvers_step_is_ddims(kind):
         assert torch.allclose(stepped[one], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_training_above_a_time_step_visits_those_of_the_sampler_there(pipeline, data_folder, tmp_path):
+    task = task_of(pipeline, tiny_unet(), data_folder, tmp_path, timesteps_above=0.5)
+    visited = {int(t) for seed in range(20) for t in task.timesteps(64, torch.Generator().manual_seed(seed))}
+    assert visited == {t for t in task.sampler.timesteps.tolist() if t >= 500}
+
+
 @pytest.mark.parametrize(("solver_steps", "student_steps"), [(50, 0), (30, 0), (50, 4)])
 def test_training_visits_the_time_steps_of_the_sampler(pipeline, data_folder, tmp_path, solver_steps, student_steps):
     settings = Consistency(solver_steps=solver_steps, student_steps=student_steps)

@@ -297,6 +297,22 @@ def test_time_steps_by_angle_are_even_on_the_samplers_path(pipeline):
     assert torch.equal(task.timesteps(1000, torch.Generator().manual_seed(0)), drawn)
 
 
+@pytest.mark.parametrize("density", ["uniform", "angle"])
+def test_a_student_that_draws_above_a_time_step_alone_is_not_trained_below_it(pipeline, density):
+    def drawn(above):
+        fields = {"timesteps": density, "timesteps_above": above}
+        task = make_task(pipeline, pruned(pipeline.unet), noise_schedule(pipeline), None, stage(**fields))
+        return task.timesteps(1000, torch.Generator().manual_seed(0)).sort().values
+
+    whole, part = drawn(0.0), drawn(0.34)
+    assert whole[0] < 5
+    assert 340 <= part[0] < 345
+    assert part[-1] >= 995
+    above = whole[whole >= 340]
+    same_share = above[torch.linspace(0, len(above) - 1, 1000).long()]
+    assert (part - same_share).abs().max() < 10  # as dense there as before, relative to each other
+
+
 def test_guided_output_distillation_compares_guided_predictions(pipeline, examples):
     student = pruned(pipeline.unet)
     _, plain = losses_of(pipeline, student, examples, stage(caption_dropout=0))

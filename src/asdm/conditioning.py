@@ -203,20 +203,26 @@ TimestepDensity = Literal["uniform", "angle"]
 
 
 def stratified_timesteps(
-    count: int, schedule: DDPMScheduler, generator: torch.Generator, density: TimestepDensity = "uniform"
+    count: int,
+    schedule: DDPMScheduler,
+    generator: torch.Generator,
+    density: TimestepDensity = "uniform",
+    above: float = 0.0,
 ) -> Tensor:
     """Training time steps (count,), one at random from each of `count` equal parts, in random order: the
-    loss varies less from batch to batch than with independent draws.
+    loss varies less from batch to batch than with independent draws; none from below the part `above` of the schedule.
 
     The parts are equal in time, or in the angle whose cosine is the signal's share of the noisy latents: the sampled
     latents are the integral of the v-prediction over that (arXiv 2202.00512, App. D), and so is their error.
     """
     total = schedule.config.num_train_timesteps
     parts = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
+    first = round(above * total)
     if density == "angle":
         angles = schedule.alphas_cumprod.cpu().sqrt().acos()  # adding noise moves the schedule to the latents' device
-        return torch.searchsorted(angles, parts * angles[-1]).clamp(max=total - 1)
-    return (parts * total).long().clamp(max=total - 1)
+        least = angles[first] if first else 0.0
+        return torch.searchsorted(angles, least + parts * (angles[-1] - least)).clamp(max=total - 1)
+    return (first + parts * (total - first)).long().clamp(max=total - 1)
 
 
 def predicted_original(schedule: DDPMScheduler, noise_pred: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:

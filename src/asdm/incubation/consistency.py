@@ -92,7 +92,7 @@ class ConsistencyTask(TeachingTask):
         self.skipped = total // solver_steps
         self.sampler = lcm_scheduler(schedule.config, solver_steps)
         self.sampler.set_timesteps(student_steps or solver_steps)
-        self.visited = self.sampler.timesteps.cpu()
+        self.visited = self.sampler.timesteps.cpu().flip(0)  # rising, as what is drawn
 
     def timesteps(self, count: int, generator: torch.Generator) -> Tensor:
         """Of those that the solver stops at, or the sampler visits, as `LCMScheduler` counts them."""

@@ -15,7 +15,7 @@ from accelerate.utils import broadcast, convert_to_fp32
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from asdm.conditioning import embed_prompts, noise_schedule, predicted_original, stratified_timesteps
+from asdm.conditioning import embed_prompts, noise_schedule, predicted_original
 from asdm.errors import AsdmError
 from asdm.files import write_text
 from asdm.generation import default_guidance
@@ -68,9 +68,7 @@ class DistillationTask(TeachingTask):
         self.blocks = unet_blocks(student)
         self.teacher_blocks = {block: name_in_original(block, student, teacher) for block in self.blocks}
         # Weights have a mean of 1 over the time steps that are drawn: of each batch, one sample's would cancel out.
-        drawn = stratified_timesteps(
-            schedule.config.num_train_timesteps, schedule, torch.Generator().manual_seed(0), stage.timesteps
-        )
+        drawn = self.timesteps(schedule.config.num_train_timesteps, torch.Generator().manual_seed(0))
         alphas = schedule.alphas_cumprod.cpu()
         self.alphas = alphas / alphas[drawn].mean()
         self.snr_weights: Tensor | None = None

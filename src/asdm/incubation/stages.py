@@ -69,9 +69,11 @@ class Stage(BaseModel):
     `relative` divides task, output and feature losses by the teacher's power. In the feature loss blocks count by the
     area of their features, or, with `features_by` "block", all alike (inferred): a pruned student's small, deep maps
     differ most from the teacher's, and the output depends on them least. `timesteps` "angle" draws them evenly on the
-    path of a v-prediction's sampler, little noise more often than "uniform" (inferred). `guidance_scale` makes the
-    output loss one of guided predictions, conditional and unconditional branch; in a consistency stage it is the scale
-    that the student takes over, by default the teacher's usual one. `min_snr_gamma` weighs time steps (Min-SNR).
+    path of a v-prediction's sampler, little noise more often than "uniform" (inferred); `timesteps_above` leaves out
+    those below this part of the schedule, for a student that draws above it alone (`asdm.switch_unets`).
+    `guidance_scale` makes the output loss one of guided predictions, conditional and unconditional branch; in a
+    consistency stage it is the scale that the student takes over, by default the teacher's usual one. `min_snr_gamma`
+    weighs time steps (Min-SNR).
     `batch_size` is that of a step, of all processes together, taken in `accumulation` rounds; `checkpointing` computes
     the student's activations again in the backward pass, for less memory. `caption_dropout` is the share of captions
     that are left out, for guidance. `learning_rate` rises in `warmup_steps` and then follows `schedule`; `weight_decay`
@@ -102,6 +104,7 @@ class Stage(BaseModel):
     relative: bool = True
     features_by: Literal["area", "block"] = "area"
     timesteps: TimestepDensity = "uniform"
+    timesteps_above: float = Field(0.0, ge=0, lt=1)
     guidance_scale: float | None = Field(None, gt=0)
     min_snr_gamma: float | None = Field(None, gt=0)
     semantics: Semantics = Semantics()

@@ -74,7 +74,8 @@ class TeachingTask(TrainingTask):
 
     def timesteps(self, count: int, generator: torch.Generator) -> Tensor:
         """At which time steps (count,) a step's batch is noised."""
-        return stratified_timesteps(count, self.schedule, generator, self.stage.timesteps)
+        stage = self.stage
+        return stratified_timesteps(count, self.schedule, generator, stage.timesteps, stage.timesteps_above)
 
     def noised(self, indices: Tensor, generator: torch.Generator, part: Part) -> Noised:
         """A part of a step's batch; what is drawn for the step does not depend on how it is parted."""
