@@ -81,6 +81,7 @@ def mistakes(model, tmp_path):
         (["generate", model, "x", "--image", tmp_path / "real.png", "--strength", "0.01"], "leave at least one"),
         (["generate", model, "x", "--inherit", "500"], "is the limit"),
         (["generate", model, "x", "--size", "25"], "must be a positive multiple"),
+        (["generate", model, "x", "--finish-with", model, "--finish-below", "1"], "falling parts of the schedule"),
         (["analyze", model, "--inherit", "2", "--plot", "drawn.png"], "not at units"),
         (["distill", model, model, "--data", "demo", "--out", "done", "--processes", "2"], "add --dry-run"),
         (["distill", model, model, "--data", "demo", "--out", "done", "--recipe", stages, "--steps", "5"], "their own"),
@@ -136,6 +137,19 @@ def test_main_job_by_its_single_commands(run, model, data_folder, tmp_path):
     assert again[0] == 0
     with Image.open(tmp_path / "drawn" / "pear-1.png") as image:
         assert image.size == (16, 16)
+    drawn = {}
+    for name, finish in {
+        "student": [],
+        "both": ["--finish-with", model],
+        "original": ["--finish-with", model, "--finish-below", 0.9999],
+    }.items():
+        assert run("generate", "done", "pear", "--steps", 4, "--out", name, *finish)[0] == 0
+        with Image.open(tmp_path / name / "pear.png") as image:
+            drawn[name] = image.tobytes()
+    assert run("generate", model, "pear", "--steps", 4, "--out", "alone")[0] == 0
+    with Image.open(tmp_path / "alone" / "pear.png") as image:
+        assert image.tobytes() == drawn["original"]
+    assert len(set(drawn.values())) == 3
 
 
 def test_compress_interrupted_says_how_to_go_on(run, model, monkeypatch, tmp_path):

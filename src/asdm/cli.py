@@ -526,6 +526,16 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    finish_with: Annotated[
+        str | None,
+        typer.Option(
+            help="The original, whose UNet takes over from the student's for the last steps; memory holds both.",
+            show_default=False,
+        ),
+    ] = None,
+    finish_below: Annotated[
+        float, typer.Option(help="The part of the schedule below which --finish-with takes over.")
+    ] = 0.34,
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
     seed: SeedOption = 0,
@@ -540,6 +550,9 @@ def generate(
     if start is not None and hole is not None and start.size != hole.size:
         raise AsdmError(f"{mask}: {hole.size} pixels; it must be of the size of {image}, {start.size}")
     pipeline = _load(model, device, dtype)
+    if finish_with is not None:
+        unets = [pipeline.unet, _load(finish_with, device, dtype).unet]
+        pipeline = asdm.switch_unets(pipeline, unets, below=[finish_below])
     inheriting = nullcontext() if inherit is None else asdm.inherit_features(pipeline, **_inheritance(inherit))
     if out.is_file():
         raise AsdmError(f"{out}: a file; name a folder")
