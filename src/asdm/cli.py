@@ -17,8 +17,30 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from asdm.cli_options import (
+    DATA,
+    MODEL,
+    CompensateOption,
+    DataOption,
+    DeviceOption,
+    DistillRecipeOption,
+    DtypeOption,
+    FiguresFile,
+    MacsOption,
+    MapFile,
+    ModelArgument,
+    ParamsOption,
+    PlanFile,
+    PresetOption,
+    RecipeOption,
+    RepairOption,
+    SeedOption,
+    SensitivityOption,
+    SpeedupOption,
+    not_a_folder,
+)
 from asdm.errors import AsdmError, one_line
-from asdm.student.edits import CompensationKind, compensated
+from asdm.student.edits import compensated
 
 if TYPE_CHECKING:
     from asdm.evaluation.comparison import Evaluation
@@ -35,99 +57,6 @@ console = Console()
 errors = Console(stderr=True)
 SAVED_TOGETHER = 8  # images that `generate` draws before it saves them
 SECONDS_BETWEEN_LINES = 15  # of progress, where no bar can be drawn
-
-# As MODEL_HELP and DATA_HELP, which are not imported for --help: torch and diffusers take seconds.
-MODEL = (
-    "demo, a Hub id, a folder, a .safetensors file, or random:sd15 | random:sd15-inpainting | random:sd21 | random:sdxl"
-)
-DATA = (
-    "Captioned images: a folder (name.txt beside each, or metadata.jsonl), WebDataset shards (.tar), hf:DATASET, a "
-    ".txt file of captions, what prepare-data wrote, or demo."
-)
-
-
-def _not_a_folder(path: Path | None) -> Path | None:
-    """Told before the work, not after it."""
-    if path is not None and path.is_dir():
-        raise AsdmError(f"{path}: is a folder; name a file to write")
-    return path
-
-
-MapFile = Annotated[
-    Path | None,
-    typer.Option(
-        help="Where to write the map, by default redundancy.json; with --inherit the schedule, by default "
-        "inheritance.json in MODEL's folder.",
-        callback=_not_a_folder,
-        show_default=False,
-    ),
-]
-PlanFile = Annotated[Path, typer.Option(help="Where to write the plan.", callback=_not_a_folder)]
-FiguresFile = Annotated[Path, typer.Option(help="Where to write the figures.", callback=_not_a_folder)]
-ModelArgument = Annotated[str, typer.Argument(help=f"The model: {MODEL}.", show_default=False)]
-DataOption = Annotated[str | None, typer.Option("--data", help=DATA, show_default=False)]
-DeviceOption = Annotated[
-    str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps; by default the fastest there is.")
-]
-DtypeOption = Annotated[
-    Literal["float32", "float16", "bfloat16"],
-    typer.Option("--dtype", help="Precision to run in; float16 and bfloat16 are for GPUs."),
-]
-SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.", min=0, max=2**32 - 1)]
-SpeedupOption = Annotated[
-    float | None, typer.Option("--speedup", help="How many times faster the UNet must be, measured.")
-]
-ParamsOption = Annotated[
-    float | None,
-    typer.Option("--params", help="Parameters that may remain: a fraction of the original's (0.6), or a number."),
-]
-MacsOption = Annotated[
-    float | None, typer.Option("--macs", help="MACs that may remain: a fraction of the original's (0.6), or a number.")
-]
-PresetOption = Annotated[
-    str | None,
-    typer.Option(
-        "--preset",
-        help="Instead of a budget: a-sdm (mild), a-sdm-fast (2x at SD 1.5's size), or BK-SDM's bk-base, bk-small, "
-        "bk-tiny.",
-    ),
-]
-RecipeOption = Annotated[
-    str, typer.Option(help="joint, bk-sdm, incubation, or a YAML file with a list of stages (then without --steps).")
-]
-DistillRecipeOption = Annotated[
-    str,
-    typer.Option(
-        "--recipe",
-        help="joint, bk-sdm, incubation, lcm (samples in 4 steps), or a YAML file with a list of stages (then without "
-        "--steps).",
-    ),
-]
-RepairOption = Annotated[
-    int | None,
-    typer.Option(
-        help="Rounds of improvement: what the plan's edits do together is measured, and some are exchanged (2 by "
-        "default in compress).",
-        min=0,
-        show_default=False,
-    ),
-]
-SensitivityOption = Annotated[
-    Literal["ablation", "taylor"] | None,
-    typer.Option(
-        help="Remove each unit and compare (ablation, the default), or estimate all of them from a few backward passes "
-        "(taylor, the default for random weights).",
-        show_default=False,
-    ),
-]
-CompensateOption = Annotated[
-    CompensationKind | None,
-    typer.Option(
-        "--compensate",
-        help="What is fitted in the place of removed branches; by default linear, none for random weights, and for a "
-        "map by ablation what it was made with.",
-    ),
-]
 
 
 def main() -> None:
@@ -174,7 +103,7 @@ def analyze(
     ] = None,
     steps: Annotated[int, typer.Option(help="Sampling steps, for --inherit.", min=4)] = 25,
     plot: Annotated[
-        Path | None, typer.Option(help="Where to draw it (PNG).", callback=_not_a_folder, show_default=False)
+        Path | None, typer.Option(help="Where to draw it (PNG).", callback=not_a_folder, show_default=False)
     ] = None,
     sensitivity: SensitivityOption = None,
     compensate: CompensateOption = None,

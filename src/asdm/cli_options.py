@@ -1,0 +1,104 @@
+"""Options that several commands share, with their help; what is left to the commands is theirs alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from asdm.errors import AsdmError
+from asdm.student.edits import CompensationKind
+
+# As MODEL_HELP and DATA_HELP, which are not imported for --help: torch and diffusers take seconds.
+MODEL = (
+    "demo, a Hub id, a folder, a .safetensors file, or random:sd15 | random:sd15-inpainting | random:sd21 | random:sdxl"
+)
+DATA = (
+    "Captioned images: a folder (name.txt beside each, or metadata.jsonl), WebDataset shards (.tar), hf:DATASET, a "
+    ".txt file of captions, what prepare-data wrote, or demo."
+)
+
+
+def not_a_folder(path: Path | None) -> Path | None:
+    """Told before the work, not after it."""
+    if path is not None and path.is_dir():
+        raise AsdmError(f"{path}: is a folder; name a file to write")
+    return path
+
+
+MapFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="Where to write the map, by default redundancy.json; with --inherit the schedule, by default "
+        "inheritance.json in MODEL's folder.",
+        callback=not_a_folder,
+        show_default=False,
+    ),
+]
+PlanFile = Annotated[Path, typer.Option(help="Where to write the plan.", callback=not_a_folder)]
+FiguresFile = Annotated[Path, typer.Option(help="Where to write the figures.", callback=not_a_folder)]
+ModelArgument = Annotated[str, typer.Argument(help=f"The model: {MODEL}.", show_default=False)]
+DataOption = Annotated[str | None, typer.Option("--data", help=DATA, show_default=False)]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps; by default the fastest there is.")
+]
+DtypeOption = Annotated[
+    Literal["float32", "float16", "bfloat16"],
+    typer.Option("--dtype", help="Precision to run in; float16 and bfloat16 are for GPUs."),
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.", min=0, max=2**32 - 1)]
+SpeedupOption = Annotated[
+    float | None, typer.Option("--speedup", help="How many times faster the UNet must be, measured.")
+]
+ParamsOption = Annotated[
+    float | None,
+    typer.Option("--params", help="Parameters that may remain: a fraction of the original's (0.6), or a number."),
+]
+MacsOption = Annotated[
+    float | None, typer.Option("--macs", help="MACs that may remain: a fraction of the original's (0.6), or a number.")
+]
+PresetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--preset",
+        help="Instead of a budget: a-sdm (mild), a-sdm-fast (2x at SD 1.5's size), or BK-SDM's bk-base, bk-small, "
+        "bk-tiny.",
+    ),
+]
+RecipeOption = Annotated[
+    str, typer.Option(help="joint, bk-sdm, incubation, or a YAML file with a list of stages (then without --steps).")
+]
+DistillRecipeOption = Annotated[
+    str,
+    typer.Option(
+        "--recipe",
+        help="joint, bk-sdm, incubation, lcm (samples in 4 steps), or a YAML file with a list of stages (then without "
+        "--steps).",
+    ),
+]
+RepairOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Rounds of improvement: what the plan's edits do together is measured, and some are exchanged (2 by "
+        "default in compress).",
+        min=0,
+        show_default=False,
+    ),
+]
+SensitivityOption = Annotated[
+    Literal["ablation", "taylor"] | None,
+    typer.Option(
+        help="Remove each unit and compare (ablation, the default), or estimate all of them from a few backward passes "
+        "(taylor, the default for random weights).",
+        show_default=False,
+    ),
+]
+CompensateOption = Annotated[
+    CompensationKind | None,
+    typer.Option(
+        "--compensate",
+        help="What is fitted in the place of removed branches; by default linear, none for random weights, and for a "
+        "map by ablation what it was made with.",
+    ),
+]
