@@ -82,6 +82,7 @@ def mistakes(model, tmp_path):
         (["generate", model, "x", "--inherit", "500"], "is the limit"),
         (["generate", model, "x", "--size", "25"], "must be a positive multiple"),
         (["generate", model, "x", "--finish-with", model, "--finish-below", "1"], "falling parts of the schedule"),
+        (["generate", model, "x", "--finish-with", other_kind], "predicts epsilon, .* v_prediction"),
         (["analyze", model, "--inherit", "2", "--plot", "drawn.png"], "not at units"),
         (["distill", model, model, "--data", "demo", "--out", "done", "--processes", "2"], "add --dry-run"),
         (["distill", model, model, "--data", "demo", "--out", "done", "--recipe", stages, "--steps", "5"], "their own"),

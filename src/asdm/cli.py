@@ -352,12 +352,7 @@ def distill(
     require_ours(out, "pipeline")
     require_usable(data)
     teaching, learning = _load(teacher, device), _load(student, "cpu")
-    kinds = [pipeline.scheduler.config.get("prediction_type", "epsilon") for pipeline in (learning, teaching)]
-    if kinds[0] != kinds[1]:
-        raise AsdmError(
-            f"{student}: predicts {kinds[0]}, {teacher} {kinds[1]}: it was not pruned from such a model; name the "
-            "teacher that it was pruned from"
-        )
+    _require_same_prediction(student, learning, teacher, teaching)
     learning.unet.to(teaching.device)  # its other parts are only saved
     chosen = recipe_stages(recipe, learning.unet, length)
     if dry_run:
@@ -480,8 +475,9 @@ def generate(
         raise AsdmError(f"{mask}: {hole.size} pixels; it must be of the size of {image}, {start.size}")
     pipeline = _load(model, device, dtype)
     if finish_with is not None:
-        unets = [pipeline.unet, _load(finish_with, device, dtype).unet]
-        pipeline = asdm.switch_unets(pipeline, unets, below=[finish_below])
+        original = _load(finish_with, device, dtype)
+        _require_same_prediction(model, pipeline, finish_with, original)
+        pipeline = asdm.switch_unets(pipeline, [pipeline.unet, original.unet], below=[finish_below])
     inheriting = nullcontext() if inherit is None else asdm.inherit_features(pipeline, **_inheritance(inherit))
     if out.is_file():
         raise AsdmError(f"{out}: a file; name a folder")
@@ -735,6 +731,15 @@ def _load(model: str, device: str | None, dtype: str = "float32") -> Any:
     import asdm
 
     return asdm.load_pipeline(model, dtype=getattr(torch, dtype), device=device or _fastest_device())
+
+
+def _require_same_prediction(student: str, learning: Any, original: str, teaching: Any) -> None:
+    kinds = [pipeline.scheduler.config.get("prediction_type", "epsilon") for pipeline in (learning, teaching)]
+    if kinds[0] != kinds[1]:
+        raise AsdmError(
+            f"{student}: predicts {kinds[0]}, {original} {kinds[1]}: it was not pruned from such a model; name the "
+            "one that it was pruned from"
+        )
 
 
 def _training_steps(steps: int | None, recipe: str) -> int:
