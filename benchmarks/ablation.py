@@ -38,7 +38,6 @@ from asdm.evaluation.latency import measure_interleaved, seconds_of, speedup, un
 from asdm.evaluation.metrics import Judge, feature_distance
 from asdm.evaluation.plots import image_sheet
 from asdm.files import write_text
-from asdm.generation import default_steps
 from asdm.images import to_images
 from asdm.incubation.data import ShuffledBatches
 from asdm.incubation.distillation import TrainingSet, make_task, prepare
@@ -60,12 +59,14 @@ WORK = Path("runs/ablation")
 METHOD = ("normalised", "incubation", "cond-conv", "gri", "sas")  # each is put to BK-SDM's recipe by itself, too
 EXTRAS = ("compensation", "muon", "splice")
 COMPONENTS = (*METHOD, *EXTRAS)
+EARLY = "early"  # our students are not trained for the steps that the original draws
 DEFAULT = ("normalised", *EXTRAS)  # what `compress` and `distill` do if nothing else is asked for
 NAMED: dict[str, tuple[str, ...]] = {"bk-sdm": (), "joint": DEFAULT, "full": COMPONENTS}
 FAST_SPEEDUP = 2.0  # at which the components are not looked at one by one
 SHORT = " (short)"  # what a recipe is called in the runs of the components' length
 SWITCHING = " + switching"  # and where the student is of the faster plan, and the original draws the last steps
-LAST_STEPS = 8  # of 25: with a student of twice the speed they leave 1.5x
+STEPS, LAST_STEPS = 25, 8  # with a student of twice the speed they leave 1.5x
+SWITCHED_BELOW = (LAST_STEPS + 0.5) / STEPS  # of the schedule
 MARGIN = 1.02  # for what banks, GRI and linear maps cost: the plan is that much faster than the target
 FIT = "fit of the compensation"
 LENGTHS = {1.5: 1800, 2.0: 5400}  # steps of BK-SDM's recipe; the others take as many as cost the same
@@ -83,7 +84,8 @@ def variants(target: float) -> dict[str, tuple[str, ...]]:
     """The components of each recipe; below `FAST_SPEEDUP` those of short runs, too."""
     found = dict(NAMED)
     if target < FAST_SPEEDUP:
-        found |= {f"{name}{kind}": components for kind in (SHORT, SWITCHING) for name, components in NAMED.items()}
+        found |= {f"{name}{SHORT}": components for name, components in NAMED.items()}
+        found |= {f"{name}{SWITCHING}": (*parts, EARLY) if parts else () for name, parts in NAMED.items()}
         found |= {f"bk-sdm + {name}": (name,) for name in METHOD}
         found |= {f"full - {name}": tuple(c for c in COMPONENTS if c != name) for name in COMPONENTS}
     return found
@@ -140,7 +142,7 @@ def time(rounds: int = 40) -> None:
         for row in rows:
             if row["target"] == target:
                 faster = speedup(times["teacher"], times[row["name"].removesuffix(SHORT)])
-                row["speedup"] = _of_all_steps(row["name"], faster, default_steps(pipeline))
+                row["speedup"] = _of_all_steps(row["name"], faster)
     write_text(ROWS, json.dumps(rows, indent=1) + "\n")
 
 
@@ -286,6 +288,7 @@ def _stages(student: UNet2DConditionModel, components: tuple[str, ...], steps: i
         "relative": "normalised" in components,
         "features_by": "area" if "normalised" in components else "block",
         "timesteps": "angle" if "normalised" in components else "uniform",
+        "timesteps_above": SWITCHED_BELOW if EARLY in components else 0.0,
         "caption_splice": CAPTION_SPLICE if "splice" in components else 0.0,
         "optimizer": "muon" if "muon" in components else "adamw",
         "losses": weights.model_copy(update={"semantic": SEMANTIC_WEIGHT if "sas" in components else 0.0}),
@@ -311,14 +314,13 @@ def _planned(name: str, target: float) -> float:
 def _drawing(pipeline: DiffusionPipeline, student: UNet2DConditionModel, name: str) -> DiffusionPipeline:
     if not name.endswith(SWITCHING):
         return asdm.with_unet(pipeline, student)
-    below = (LAST_STEPS + 0.5) / default_steps(pipeline)
-    return asdm.switch_unets(pipeline, [student, pipeline.unet], below=[below])
+    return asdm.switch_unets(pipeline, [student, pipeline.unet], below=[SWITCHED_BELOW])
 
 
-def _of_all_steps(name: str, faster: float, steps: int) -> float:
+def _of_all_steps(name: str, faster: float) -> float:
     """The speed-up of all UNet calls of an image, where the student's is `faster`."""
     originals = LAST_STEPS if name.endswith(SWITCHING) else 0
-    return round(steps / ((steps - originals) / faster + originals), 3)
+    return round(STEPS / ((STEPS - originals) / faster + originals), 3)
 
 
 def _costs(pipeline: DiffusionPipeline, examples: TrainingSet, target: float) -> dict[str, float]:
@@ -407,7 +409,7 @@ class _Judged:
     def __call__(self, pipeline: DiffusionPipeline, seed: int, strip: Path | None) -> dict[str, float]:
         figures: dict[str, float] = {"images": self.samples}
         for each in self.sets:
-            images = asdm.generate(pipeline, each.prompts, seed=1000 * seed)
+            images = asdm.generate(pipeline, each.prompts, steps=STEPS, seed=1000 * seed)
             if strip is not None and each.split == "held_out":
                 to_images(torch.cat(list(images[:SHOWN]), dim=2)[None])[0].save(strip)
             features = self.judge.features(images)
