@@ -308,6 +308,7 @@ def test_a_student_that_draws_above_a_time_step_alone_is_not_trained_below_it(pi
     assert whole[0] < 5
     assert 340 <= part[0] < 345
     assert part[-1] >= 995
+    assert drawn(0.9999).unique().tolist() == [999]  # the last time step is left, however little is
     above = whole[whole >= 340]
     same_share = above[torch.linspace(0, len(above) - 1, 1000).long()]
     assert (part - same_share).abs().max() < 10  # as dense there as before, relative to each other

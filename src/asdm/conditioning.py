@@ -217,7 +217,7 @@ def stratified_timesteps(
     """
     total = schedule.config.num_train_timesteps
     parts = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
-    first = round(above * total)
+    first = int(above * total)
     if density == "angle":
         angles = schedule.alphas_cumprod.cpu().sqrt().acos()  # adding noise moves the schedule to the latents' device
         least = angles[first] if first else 0.0
