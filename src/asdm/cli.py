@@ -475,9 +475,8 @@ def generate(
         raise AsdmError(f"{mask}: {hole.size} pixels; it must be of the size of {image}, {start.size}")
     pipeline = _load(model, device, dtype)
     if finish_with is not None:
-        original = _load(finish_with, device, dtype)
-        _require_same_prediction(model, pipeline, finish_with, original)
-        pipeline = asdm.switch_unets(pipeline, [pipeline.unet, original.unet], below=[finish_below])
+        original = _original_unet(finish_with, model, pipeline, dtype)
+        pipeline = asdm.switch_unets(pipeline, [pipeline.unet, original], below=[finish_below])
     inheriting = nullcontext() if inherit is None else asdm.inherit_features(pipeline, **_inheritance(inherit))
     if out.is_file():
         raise AsdmError(f"{out}: a file; name a folder")
@@ -731,6 +730,13 @@ def _load(model: str, device: str | None, dtype: str = "float32") -> Any:
     import asdm
 
     return asdm.load_pipeline(model, dtype=getattr(torch, dtype), device=device or _fastest_device())
+
+
+def _original_unet(original: str, student: str, drawing: Any, dtype: str) -> Any:
+    """Of the original's pipeline its UNet alone, on the student's device; memory need not hold the rest twice."""
+    teaching = _load(original, "cpu", dtype)
+    _require_same_prediction(student, drawing, original, teaching)
+    return teaching.unet.to(drawing.device)
 
 
 def _require_same_prediction(student: str, learning: Any, original: str, teaching: Any) -> None:
