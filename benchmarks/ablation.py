@@ -19,6 +19,8 @@ import json
 import shutil
 import statistics
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -97,33 +99,72 @@ def run(
     seeds: str = typer.Option("0,1,2", help="Seeds, separated by commas."),
     targets: str = typer.Option("1.5,2.0", help="UNet speed-ups of the plans, separated by commas."),
     samples: int = typer.Option(102, help="Images of each split; 102 are all held-out pairs."),
+    device: str = typer.Option("cpu", help="Where to train and draw; what a step costs is measured on the CPU."),
+    jobs: int = typer.Option(1, help="Runs at a time, each in its own process."),
 ) -> None:
     """Train and judge what is not in the results yet; each run is kept as soon as it is done."""
-    prepare_for_training()
-    pipeline = asdm.load_pipeline("demo")
-    examples = prepare(pipeline, "demo", WORK / "prepared")
-    judged = _Judged(pipeline, samples)
     chosen = [name.strip() for name in only.split(",") if name.strip()]
-    for seed in (int(part) for part in seeds.split(",")):
-        for target in (float(part) for part in targets.split(",")):
-            for name, components in {"teacher": None, **variants(target)}.items():
-                key = {"name": name, "seed": seed, "target": target}
-                if (chosen and name not in chosen) or any(key.items() <= row.items() for row in _known()):
-                    continue
-                strip = _strip(name, target) if seed == 0 and name in DRAWN else None
-                if components is None:
-                    found = _known_teacher(seed) or {"steps": 0} | judged(pipeline, seed, strip) | machine()
-                else:
-                    student = _student(pipeline.unet, _plan(pipeline, _planned(name, target)), components)
-                    steps = _steps(pipeline, examples, student, name, components, target)
-                    folder = WORK / f"{target:g}-{seed}-{name.replace(' ', '')}"
-                    _train(pipeline, student, components, steps, seed, folder)
-                    found = {"steps": steps} | judged(_drawing(pipeline, student, name), seed, strip) | machine()
-                row = key | found | key
-                _add(row)
-                if components is not None:
-                    shutil.rmtree(folder)
-                console.print(row, highlight=False)
+    wanted = [
+        (name, seed, target)
+        for seed in map(int, seeds.split(","))
+        for target in map(float, targets.split(","))
+        for name in ("teacher", *variants(target))
+        if not chosen or name in chosen
+    ]
+    bench = _Bench(device, samples)
+    for run_of in wanted:
+        if jobs == 1 or run_of[0] == "teacher":
+            bench.run(*run_of)
+    if jobs == 1:
+        return
+    others = [run_of for run_of in wanted if run_of[0] != "teacher"]
+    for target in {target for _, _, target in others} | {FAST_SPEEDUP}:
+        _costs(bench.pipeline, bench.examples, target)
+    for seed in {seed for _, seed, _ in others}:
+        bench.judged.see_teacher(seed)
+    others.sort(key=lambda run_of: run_of[0] in NAMED and LENGTHS[run_of[2]], reverse=True)
+    threads = max(1, torch.get_num_threads() // jobs)
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _begin, (device, samples, threads)) as pool:
+        list(pool.map(_run_in_worker, *zip(*others, strict=True)))
+
+
+class _Bench:
+    """The teacher, what is trained on, and the judge."""
+
+    def __init__(self, device: str, samples: int):
+        prepare_for_training()
+        self.pipeline = asdm.load_pipeline("demo", device=device)
+        self.examples = prepare(self.pipeline, "demo", WORK / "prepared")
+        self.judged = _Judged(self.pipeline, samples)
+
+    def run(self, name: str, seed: int, target: float) -> None:
+        """One row, if it is not there yet."""
+        key = {"name": name, "seed": seed, "target": target}
+        if any(key.items() <= row.items() for row in _known()):
+            return
+        pipeline = self.pipeline
+        strip = _strip(name, target) if seed == 0 and name in DRAWN else None
+        about = machine(pipeline.device)
+        if name == "teacher":
+            _add(key | (_known_teacher(seed) or {"steps": 0} | self.judged(pipeline, seed, strip) | about) | key)
+            return
+        components = variants(target)[name]
+        student = _student(pipeline.unet, _plan(pipeline, _planned(name, target)), components)
+        steps = _steps(pipeline, self.examples, student, name, components, target)
+        folder = WORK / f"{target:g}-{seed}-{name.replace(' ', '')}"
+        _train(pipeline, student, components, steps, seed, folder)
+        _add(key | {"steps": steps} | self.judged(_drawing(pipeline, student, name), seed, strip) | about)
+        shutil.rmtree(folder)
+
+
+def _begin(device: str, samples: int, threads: int) -> None:
+    global _bench
+    torch.set_num_threads(threads)
+    _bench = _Bench(device, samples)
+
+
+def _run_in_worker(name: str, seed: int, target: float) -> None:
+    _bench.run(name, seed, target)
 
 
 @app.command()
@@ -180,6 +221,7 @@ def _add(row: dict[str, Any]) -> None:
     with (WORK / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         write_text(ROWS, json.dumps([*_known(), row], indent=1) + "\n")
+    console.print(row, highlight=False)
 
 
 def _known() -> list[dict[str, Any]]:
@@ -402,7 +444,7 @@ class _Judged:
     """Figures of a pipeline's images on the fixed prompts, beside the teacher's of the same seeds."""
 
     def __init__(self, pipeline: DiffusionPipeline, samples: int):
-        self.judge, self.sets = Judge(), evaluation_sets("demo", None, samples, 0)
+        self.judge, self.sets = Judge(pipeline.device), evaluation_sets("demo", None, samples, 0)
         self.real = RealImages.of("demo", self.sets, self.judge, pipeline, load_clip(pipeline))
         self.pipeline, self.samples = pipeline, samples
 
@@ -419,6 +461,11 @@ class _Judged:
             split = each.split.replace("_", "")
             figures |= {f"{metric}_{split}": round(float(found[metric]), 4) for metric in METRICS}
         return figures
+
+    def see_teacher(self, seed: int) -> None:
+        """Draw the teacher's images now, of which all processes keep the features."""
+        for each in self.sets:
+            self._teacher_features(each, seed, None)
 
     def _teacher_features(self, each: Any, seed: int, known: Tensor | None) -> Tensor:
         path = WORK / f"teacher-{each.split}-{seed}-{self.samples}.pt"

@@ -22,15 +22,17 @@ RESULTS = Path(__file__).parent.parent / "docs" / "results"
 console = Console()
 
 
-def machine() -> dict[str, str]:
+def machine(device: torch.device | str = "cpu") -> dict[str, str]:
     """The date and what it was measured with."""
-    device = f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
-    return {"date": date.today().isoformat(), "machine": device}
+    is_gpu = torch.device(device).type == "cuda"
+    place = torch.cuda.get_device_name(device) if is_gpu else f"{torch.get_num_threads()} threads"
+    about = f"{platform.machine()}, torch {torch.__version__}, {place}"
+    return {"date": date.today().isoformat(), "machine": about}
 
 
-def finish(name: str, rows: list[dict[str, Any]], **settings: Any) -> None:
+def finish(name: str, rows: list[dict[str, Any]], device: torch.device | str = "cpu", **settings: Any) -> None:
     """Print the rows as a table and write them to the results."""
-    about = {**machine(), **settings}
+    about = {**machine(device), **settings}
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_text(RESULTS / f"{name}.json", json.dumps({**about, "rows": rows}, indent=1) + "\n")
     columns = list(dict.fromkeys(column for row in rows for column in row))

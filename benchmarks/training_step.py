@@ -2,10 +2,12 @@
 
 python benchmarks/training_step.py step          # embedded pipeline: a step beside its necessary parts, measured
 python benchmarks/training_step.py estimate      # SD 1.5's and SDXL's shape: memory and time on a GPU, computed
+python benchmarks/training_step.py compare       # on a GPU: what is computed beside what is so
 """
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +18,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from common import finish, without_second_layers
+from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import asdm
@@ -60,8 +63,10 @@ def step(rounds: int = 12, batch_size: int = 32) -> None:
     finish("training_step", rows, batch_size=batch_size, rounds=rounds)
 
 
-def trained(task: Any, order: ShuffledBatches, stage: Stage, folder: Path, **settings: Any) -> None:
-    accelerator = make_accelerator("cpu", stage.mixed_precision)
+def trained(
+    task: Any, order: ShuffledBatches, stage: Stage, folder: Path, device: str = "cpu", **settings: Any
+) -> None:
+    accelerator = make_accelerator(device, stage.mixed_precision)
     train(task, lambda number: (order(number), number), stage.loop(0), folder, accelerator=accelerator, **settings)
 
 
@@ -156,6 +161,58 @@ def estimate(tflops: float = 100.0, steps: int = 50_000, batch_size: int = 64) -
             memory = {part: size / 1e9 for part, size in found.memory.items()}
             rows.append({**setup, "checkpointing": checkpointing, **costs, **memory})
     finish("training_estimate", rows, tflops=tflops, steps=steps, batch_size=batch_size)
+
+
+@app.command()
+def compare(models: str = "random:sd15,random:sdxl", steps: int = 6, batch_size: int = 64, images: int = 64) -> None:
+    """Memory and time of a step of `estimate`'s stages as they are on this GPU, beside what is computed of them, by the
+    rate of a call of the teacher's UNet here. The first step, which warms up, is not counted."""
+    rows: list[dict[str, Any]] = []
+    for model in models.split(","):
+        pipeline = asdm.load_pipeline(model, device="cuda")
+        student = build_student(pipeline.unet, without_second_layers(pipeline.unet))
+        with tempfile.TemporaryDirectory() as folder:
+            examples = prepare(pipeline, noise_images(Path(folder) / "images", images), Path(folder) / "prepared")
+            for checkpointing in (False, True):
+                stage = Stage(
+                    name="joint",
+                    steps=steps,
+                    batch_size=batch_size,
+                    accumulation=batch_size // 8,
+                    mixed_precision="bf16",
+                    checkpointing=checkpointing,
+                    checkpoint_every=steps + 1,
+                )
+                (expected,) = estimated(pipeline, student, [stage])
+                torch.cuda.reset_peak_memory_stats()
+                task = make_task(pipeline, student, noise_schedule(pipeline), examples, stage)
+                seconds: list[float] = []
+                trained(
+                    task,
+                    ShuffledBatches(len(examples), batch_size, seed=0),
+                    stage,
+                    Path(folder) / f"{checkpointing}",
+                    device="cuda",
+                    progress=lambda row, seconds=seconds: seconds.append(row["seconds"]),
+                    stop_after_seconds=120,
+                )
+                del task
+                peak = torch.cuda.max_memory_allocated() / 1e9
+                times = {"seconds": statistics.median(seconds[1:]), "expected_seconds": expected.seconds / steps}
+                memory = {"gb": peak, "expected_gb": expected.gigabytes, "gb_ratio": peak / expected.gigabytes}
+                ratio = times["seconds"] / times["expected_seconds"]
+                sustained = {"tflops": expected.step_teraflops / times["seconds"], "seconds_ratio": ratio}
+                rows.append({"model": model, "checkpointing": checkpointing, **times, **sustained, **memory})
+    finish("training_compared", rows, torch.device("cuda"), steps=steps, batch_size=batch_size)
+
+
+def noise_images(folder: Path, count: int) -> Path:
+    """A folder of images with captions."""
+    folder.mkdir(parents=True)
+    for number in range(count):
+        Image.effect_noise((64, 64), 64).convert("RGB").save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"noise, number {number}", "utf-8")
+    return folder
 
 
 if __name__ == "__main__":

@@ -660,7 +660,8 @@ def benchmark(
         for folder in students or () if place == models[0] else ():
             student = _load(str(folder), device, dtype)
             (few_step if is_few_step(student) else taught)[folder.name] = of(student.unet)
-        entries = contestants(steps, taught, few_step=few_step, data=seen)
+        on_cpu = pipeline.device.type == "cpu"
+        entries = contestants(steps, taught, few_step=few_step, data=seen, graphs=on_cpu)
         if only is not None:
             entries = [entry for entry in entries if entry.group == "original" or only in entry.name]
         with _progress(otherwise=f"models that were done before are in {results}") as report:

@@ -269,8 +269,8 @@ def _judge(
     images_folder: Path | None,
     progress: Progress | None,
 ) -> list[QualityFigures]:
-    judge = Judge()
     first = next(iter(pipelines.values()))
+    judge = Judge(first.device)
     pool = None if data is None else RealImages.of(data, sets, judge, first, clip)
     rows = []
     for evaluation_set in sets:

