@@ -7,6 +7,8 @@ python benchmarks/training_step.py compare       # on a GPU: what is computed be
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import typer
-from common import finish, without_second_layers
+from common import RESULTS, finish, without_second_layers
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -146,15 +148,7 @@ def estimate(tflops: float = 100.0, steps: int = 50_000, batch_size: int = 64) -
             pipeline = asdm.load_pipeline(f"random:{shape}")
             student = build_student(pipeline.unet, without_second_layers(pipeline.unet))
         for gpus, sharded, optimizer, checkpointing in SETUPS:
-            stage = Stage(
-                name="joint",
-                steps=steps,
-                batch_size=batch_size,
-                accumulation=batch_size // (8 * gpus),
-                mixed_precision="bf16",
-                optimizer=optimizer,
-                checkpointing=checkpointing,
-            )
+            stage = estimated_stage(optimizer, checkpointing, steps, batch_size, gpus)
             found = estimated(pipeline, student, [stage], teraflops=tflops, processes=gpus, sharded=sharded)[0]
             setup = {"shape": shape, "gpus": gpus, "fsdp": sharded, "optimizer": optimizer}
             costs = {"step_tflop": found.step_teraflops, "days": found.seconds / 86400, "gb": found.gigabytes}
@@ -164,46 +158,55 @@ def estimate(tflops: float = 100.0, steps: int = 50_000, batch_size: int = 64) -
 
 
 @app.command()
-def compare(models: str = "random:sd15,random:sdxl", steps: int = 6, batch_size: int = 64, images: int = 64) -> None:
-    """Memory and time of a step of `estimate`'s stages as they are on this GPU, beside what is computed of them, by the
-    rate of a call of the teacher's UNet here. The first step, which warms up, is not counted."""
+def compare(model: str = "sd15", steps: int = 6, images: int = 64) -> None:
+    """Memory and time of a step on this GPU beside what `estimate` computed for one GPU; the first step, which warms
+    up, is not counted."""
+    known = json.loads((RESULTS / "training_estimate.json").read_text("utf-8"))
+    pipeline = asdm.load_pipeline(f"random:{model}", device="cuda")
+    student = build_student(pipeline.unet, without_second_layers(pipeline.unet))
     rows: list[dict[str, Any]] = []
-    for model in models.split(","):
-        pipeline = asdm.load_pipeline(model, device="cuda")
-        student = build_student(pipeline.unet, without_second_layers(pipeline.unet))
-        with tempfile.TemporaryDirectory() as folder:
-            examples = prepare(pipeline, noise_images(Path(folder) / "images", images), Path(folder) / "prepared")
-            for checkpointing in (False, True):
-                stage = Stage(
-                    name="joint",
-                    steps=steps,
-                    batch_size=batch_size,
-                    accumulation=batch_size // 8,
-                    mixed_precision="bf16",
-                    checkpointing=checkpointing,
-                    checkpoint_every=steps + 1,
-                )
-                (expected,) = estimated(pipeline, student, [stage])
-                torch.cuda.reset_peak_memory_stats()
-                task = make_task(pipeline, student, noise_schedule(pipeline), examples, stage)
-                seconds: list[float] = []
-                trained(
-                    task,
-                    ShuffledBatches(len(examples), batch_size, seed=0),
-                    stage,
-                    Path(folder) / f"{checkpointing}",
-                    device="cuda",
-                    progress=lambda row, seconds=seconds: seconds.append(row["seconds"]),
-                    stop_after_seconds=120,
-                )
-                del task
-                peak = torch.cuda.max_memory_allocated() / 1e9
-                times = {"seconds": statistics.median(seconds[1:]), "expected_seconds": expected.seconds / steps}
-                memory = {"gb": peak, "expected_gb": expected.gigabytes, "gb_ratio": peak / expected.gigabytes}
-                ratio = times["seconds"] / times["expected_seconds"]
-                sustained = {"tflops": expected.step_teraflops / times["seconds"], "seconds_ratio": ratio}
-                rows.append({"model": model, "checkpointing": checkpointing, **times, **sustained, **memory})
-    finish("training_compared", rows, torch.device("cuda"), steps=steps, batch_size=batch_size)
+    with tempfile.TemporaryDirectory() as folder:
+        examples = prepare(pipeline, noise_images(Path(folder) / "images", images), Path(folder) / "prepared")
+        for expected in known["rows"]:
+            if expected["shape"] != model or expected["gpus"] > 1 or not installed(expected["optimizer"]):
+                continue
+            stage = estimated_stage(expected["optimizer"], expected["checkpointing"], steps, known["batch_size"])
+            task = make_task(pipeline, student, noise_schedule(pipeline), examples, stage)
+            order = ShuffledBatches(len(examples), stage.batch_size, seed=0)
+            torch.cuda.reset_peak_memory_stats()
+            seconds: list[float] = []
+            trained(
+                task,
+                order,
+                stage,
+                Path(folder) / f"{len(rows)}",
+                device="cuda",
+                progress=lambda row, seconds=seconds: seconds.append(row["seconds"]),
+            )
+            peak = torch.cuda.max_memory_allocated() / 1e9
+            step = statistics.median(seconds[1:])
+            setup = {name: expected[name] for name in ("shape", "optimizer", "checkpointing")}
+            found = {"gb": peak, "estimated_gb": expected["gb"], "step_seconds": step}
+            rows.append({**setup, **found, "tflops": expected["step_tflop"] / step})
+    finish("training_compared", rows, torch.device("cuda"), steps=steps, batch_size=known["batch_size"])
+
+
+def installed(optimizer: str) -> bool:
+    return optimizer != "adamw8bit" or importlib.util.find_spec("bitsandbytes") is not None
+
+
+def estimated_stage(optimizer: OptimizerName, checkpointing: bool, steps: int, batch_size: int, gpus: int = 1) -> Stage:
+    """In bfloat16, eight images at a time."""
+    return Stage(
+        name="joint",
+        steps=steps,
+        batch_size=batch_size,
+        accumulation=batch_size // (8 * gpus),
+        mixed_precision="bf16",
+        optimizer=optimizer,
+        checkpointing=checkpointing,
+        checkpoint_every=steps,
+    )
 
 
 def noise_images(folder: Path, count: int) -> Path:

@@ -626,7 +626,10 @@ def benchmark(
     samples: Annotated[int, typer.Option(help="Images per split.", min=2)] = 64,
     steps: Annotated[int, typer.Option(help="Sampling steps.", min=4)] = 25,
     rounds: Annotated[int, typer.Option(help="Timed images of each.", min=1)] = 5,
-    only: Annotated[str | None, typer.Option(help="Only those whose names contain this.", show_default=False)] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Only those whose names contain this, or one of several.", show_default=False),
+    ] = None,
     out: Annotated[Path, typer.Option(help="The folder to write figures and plots to.")] = Path("benchmark"),
     images: Annotated[Path | None, typer.Option(help="Where to keep the images.", show_default=False)] = None,
     device: DeviceOption = None,
@@ -662,8 +665,8 @@ def benchmark(
             (few_step if is_few_step(student) else taught)[folder.name] = of(student.unet)
         on_cpu = pipeline.device.type == "cpu"
         entries = contestants(steps, taught, few_step=few_step, data=seen, graphs=on_cpu)
-        if only is not None:
-            entries = [entry for entry in entries if entry.group == "original" or only in entry.name]
+        if only:
+            entries = [e for e in entries if e.group == "original" or any(part in e.name for part in only)]
         with _progress(otherwise=f"models that were done before are in {results}") as report:
 
             def advanced(title: str, done: int, total: int, place: str = place) -> None:

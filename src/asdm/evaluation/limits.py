@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from asdm.evaluation.latency import seconds_of
 
 
-
 @torch.no_grad()
 def machine_limits(
     device: torch.device | str = "cpu",

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from asdm.errors import needs_extra
 
@@ -92,20 +93,29 @@ class Muon(torch.optim.Optimizer):
                 parameter.add_(update.view(parameter.shape), alpha=-group["lr"] * scale)
 
     def _adamw_step(self, group: dict[str, Any]) -> None:
+        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        for parameter in parameters:
+            if not self.state[parameter]:
+                zeros = {"mean": torch.zeros_like(parameter), "square": torch.zeros_like(parameter)}
+                self.state[parameter] |= {"step": torch.tensor(0.0), **zeros}
+        states = [self.state[parameter] for parameter in parameters]
         first, second = group["betas"]
-        for parameter in group["params"]:
-            if parameter.grad is None:
-                continue
-            state = self.state[parameter]
-            if not state:
-                state["step"] = torch.tensor(0.0)
-                state["mean"], state["square"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-            state["step"] += 1
-            step = float(state["step"])
-            mean = state["mean"].lerp_(parameter.grad, 1 - first) / (1 - first**step)
-            square = state["square"].lerp_(parameter.grad.square(), 1 - second) / (1 - second**step)
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.sub_(group["lr"] * mean / (square.sqrt() + 1e-8))
+        adamw(
+            parameters,
+            [parameter.grad for parameter in parameters],
+            [state["mean"] for state in states],
+            [state["square"] for state in states],
+            [],
+            [state["step"] for state in states],
+            foreach=True,
+            amsgrad=False,
+            beta1=first,
+            beta2=second,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=1e-8,
+            maximize=False,
+        )
 
 
 def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:

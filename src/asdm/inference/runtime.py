@@ -62,9 +62,11 @@ def _bfloat16_trains_faster() -> bool:
 
 
 def prepare_for_training() -> None:
-    """Settings that make training on CPUs faster and change no result that matters.
+    """Settings that make training faster and change no result that matters.
 
-    Denormal numbers, which an optimiser's moments of nearly silent layers consist of, count as zero.
+    On CPUs denormal numbers, which an optimiser's moments of nearly silent layers consist of, count as zero; on GPUs
+    products in float32 read 10 bits of their mantissas (TF32), as convolutions do anyway.
     """
     keep_freed_memory()
     torch.set_flush_denormal(True)
+    torch.backends.cuda.matmul.allow_tf32 = True
