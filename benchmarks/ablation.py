@@ -67,6 +67,7 @@ NAMED: dict[str, tuple[str, ...]] = {"bk-sdm": (), "joint": DEFAULT, "full": COM
 FAST_SPEEDUP = 2.0  # at which the components are not looked at one by one
 SHORT = " (short)"  # what a recipe is called in the runs of the components' length
 SWITCHING = " + switching"  # and where the student is of the faster plan, and the original draws the last steps
+UNTRAINED = f"untrained{SWITCHING}"  # pruned and compensated, no more
 STEPS, LAST_STEPS = 25, 8  # with a student of twice the speed they leave 1.5x
 SWITCHED_BELOW = (LAST_STEPS + 0.5) / STEPS  # of the schedule
 MARGIN = 1.02  # for what banks, GRI and linear maps cost: the plan is that much faster than the target
@@ -87,6 +88,7 @@ def variants(target: float) -> dict[str, tuple[str, ...]]:
     found = dict(NAMED)
     if target < FAST_SPEEDUP:
         found |= {f"{name}{SHORT}": components for name, components in NAMED.items()}
+        found |= {UNTRAINED: ("compensation",)}
         found |= {f"{name}{SWITCHING}": (*parts, EARLY) if parts else () for name, parts in NAMED.items()}
         found |= {f"bk-sdm + {name}": (name,) for name in METHOD}
         found |= {f"full - {name}": tuple(c for c in COMPONENTS if c != name) for name in COMPONENTS}
@@ -154,7 +156,7 @@ class _Bench:
         folder = WORK / f"{target:g}-{seed}-{name.replace(' ', '')}"
         _train(pipeline, student, components, steps, seed, folder)
         _add(key | {"steps": steps} | self.judged(_drawing(pipeline, student, name), seed, strip) | about)
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # none where nothing was trained
 
 
 def _begin(device: str, samples: int, threads: int) -> None:
@@ -290,6 +292,8 @@ def _train(
 ) -> None:
     if "compensation" in components:
         asdm.fit_compensation(pipeline, student, data="demo", seed=seed)
+    if not steps:
+        return
     stages = _stages(student, components, steps)
     asdm.distill(pipeline, student, WORK / "prepared", folder, stages=stages, seed=seed)
 
@@ -410,6 +414,8 @@ def _steps(
     target: float,
 ) -> int:
     """How many steps cost the same as those of BK-SDM's recipe at the target; the fit before them counts, too."""
+    if name == UNTRAINED:
+        return 0
     length = LENGTHS[target] if name in NAMED else SHORT_LENGTH
     seconds = length * _costs(pipeline, examples, target)["bk-sdm, joint"]
     costs = _costs(pipeline, examples, _planned(name, target))
