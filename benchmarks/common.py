@@ -15,6 +15,7 @@ from rich.table import Table
 
 import asdm
 from asdm.files import write_text
+from asdm.inference.runtime import device_name
 from asdm.student.plan import PruningPlan
 from asdm.units import removable_units
 
@@ -24,10 +25,12 @@ console = Console()
 
 def machine(device: torch.device | str = "cpu") -> dict[str, str]:
     """The date and what it was measured with."""
-    is_gpu = torch.device(device).type == "cuda"
-    place = torch.cuda.get_device_name(device) if is_gpu else f"{torch.get_num_threads()} threads"
-    about = f"{platform.machine()}, torch {torch.__version__}, {place}"
-    return {"date": date.today().isoformat(), "machine": about}
+    name = device_name(device)
+    place = f"{torch.get_num_threads()} threads" if name == "cpu" else name
+    return {
+        "date": date.today().isoformat(),
+        "machine": f"{platform.machine()}, torch {torch.__version__}, {place}",
+    }
 
 
 def finish(name: str, rows: list[dict[str, Any]], device: torch.device | str = "cpu", **settings: Any) -> None:

@@ -81,6 +81,8 @@ def mistakes(model, tmp_path):
         (["generate", model, "x", "--image", tmp_path / "real.png", "--strength", "0.01"], "leave at least one"),
         (["generate", model, "x", "--inherit", "500"], "is the limit"),
         (["generate", model, "x", "--size", "25"], "must be a positive multiple"),
+        (["generate", model, "x", "--strength", "0.5"], "0.5: has no effect without --image"),
+        (["generate", model, "x", "--finish-below", "0.5"], "0.5: has no effect without --finish-with"),
         (["generate", model, "x", "--finish-with", model, "--finish-below", "1"], "falling parts of the schedule"),
         (["generate", model, "x", "--finish-with", other_kind], "predicts epsilon, .* v_prediction"),
         (["analyze", model, "--inherit", "2", "--plot", "drawn.png"], "not at units"),

@@ -426,7 +426,10 @@ def generate(
     mask: Annotated[
         Path | None, typer.Option(help="White where --image shall be drawn anew (inpainting).", show_default=False)
     ] = None,
-    strength: Annotated[float, typer.Option(help="How far from --image to go.", min=0.01, max=1.0)] = 0.6,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="How far from --image to go (0.6 by default).", min=0.01, max=1.0, show_default=False),
+    ] = None,
     size: Annotated[
         int | None,
         typer.Option(
@@ -458,8 +461,11 @@ def generate(
         ),
     ] = None,
     finish_below: Annotated[
-        float, typer.Option(help="The part of the schedule below which --finish-with takes over.")
-    ] = 0.34,
+        float | None,
+        typer.Option(
+            help="The part of the schedule below which --finish-with takes over (0.34 by default).", show_default=False
+        ),
+    ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
     seed: SeedOption = 0,
@@ -469,6 +475,10 @@ def generate(
     from asdm.conditioning import image_size, require_size
     from asdm.images import cropped, open_image, to_images
 
+    if strength is not None and image is None:
+        raise AsdmError(f"--strength {strength:g}: has no effect without --image; name one, or leave it out")
+    if finish_below is not None and finish_with is None:
+        raise AsdmError(f"--finish-below {finish_below:g}: has no effect without --finish-with; name a model there")
     start = open_image(image) if image is not None else None
     hole = open_image(mask).convert("L") if mask is not None else None
     if start is not None and hole is not None and start.size != hole.size:
@@ -476,7 +486,8 @@ def generate(
     pipeline = _load(model, device, dtype)
     if finish_with is not None:
         original = _original_unet(finish_with, model, pipeline, dtype)
-        pipeline = asdm.switch_unets(pipeline, [pipeline.unet, original], below=[finish_below])
+        below = 0.34 if finish_below is None else finish_below
+        pipeline = asdm.switch_unets(pipeline, [pipeline.unet, original], below=[below])
     inheriting = nullcontext() if inherit is None else asdm.inherit_features(pipeline, **_inheritance(inherit))
     if out.is_file():
         raise AsdmError(f"{out}: a file; name a folder")
@@ -499,7 +510,7 @@ def generate(
                 seed=seed + first,
                 image=start,
                 mask=hole,
-                strength=strength,
+                strength=0.6 if strength is None else strength,
                 size=size if start is None else None,
                 progress=lambda done, _, first=first: report("images", first + done, len(prompts), ""),  # type: ignore[misc]
             )

@@ -35,6 +35,7 @@ from asdm.evaluation.metrics import Judge, feature_distance
 from asdm.files import write_text
 from asdm.generation import default_guidance, generate, nothing_to_keep
 from asdm.inference.guidance_end import GuidanceEnd
+from asdm.inference.runtime import device_name
 
 Progress = Callable[[str, int, int], None]
 LONGEST_TIMED_IMAGE = 10.0  # seconds; where an image takes longer, its parts are timed
@@ -97,7 +98,7 @@ class ContestRun(BaseModel):
     ) -> ContestRun:
         return cls(
             date=date.today().isoformat(),
-            machine=f"{platform.machine()}, {device}",
+            machine=f"{platform.machine()}, {device_name(device)}",
             versions={name: found for name in PACKAGES if (found := _version(name))},
             threads=torch.get_num_threads(),
             rounds=rounds,
@@ -212,7 +213,9 @@ def contest_rows(
         longest: seconds that a timed image may take; where it would take longer, its parts are timed, and those whose
             steps are of unforeseen kinds take no part.
     """
-    extrapolated = seconds_of(unet_call(pipeline.unet), pipeline.device) * entries[0].steps > longest
+    call = unet_call(pipeline.unet)
+    call()  # a GPU's first one takes seconds
+    extrapolated = seconds_of(call, pipeline.device) * entries[0].steps > longest
     if extrapolated:
         entries = [entry for entry in entries if entry.kinds is not unforeseen]
     faults: dict[str, str] = {}

@@ -30,6 +30,12 @@ def keep_freed_memory() -> bool:
         return False
 
 
+def device_name(device: torch.device | str) -> str:
+    """What a figure was measured on: a GPU's name, else the device's kind."""
+    kind = torch.device(device).type
+    return torch.cuda.get_device_name(device) if kind == "cuda" else kind
+
+
 def fastest_precision(device: torch.device | str) -> Literal["no", "bf16", "fp16"]:
     """The mixed precision to train with on `device`.
 
