@@ -391,6 +391,21 @@ def test_a_run_goes_on_with_its_own_settings_alone(pipeline, data_folder, tmp_pa
     assert checkpoint_step(tmp_path / "00-joint") == (5 if message is None else 4)
 
 
+def test_two_runs_do_not_train_in_one_folder(pipeline, data_folder, tmp_path):
+    plan = PruningPlan.for_unet(pipeline.unet, [{"edit": "remove", "unit": "mid_block"}])
+
+    def run(progress=None):
+        student = build_student(pipeline.unet, plan)
+        distill(pipeline, student, data_folder, tmp_path, stages=[quick_stage(steps=2)], progress=progress)
+
+    def meanwhile(row):
+        with pytest.raises(AsdmError, match="another run is at work there"):
+            run()
+
+    run(meanwhile)
+    run()  # the first one's lock is gone with it
+
+
 def test_checkpoints_of_another_teacher_or_student_are_not_gone_on_from(pipeline, data_folder, tmp_path):
     plan = PruningPlan.for_unet(pipeline.unet, [{"edit": "remove", "unit": "mid_block"}])
     distill(pipeline, build_student(pipeline.unet, plan), data_folder, tmp_path / "run", stages=[quick_stage()])

@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+from filelock import FileLock, Timeout
+
+from asdm.errors import AsdmError
 
 PARTIAL, PREVIOUS = "partial", "previous"
 
@@ -43,6 +46,26 @@ def replacing_file(target: Path) -> Iterator[Path]:
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder until the block ends, or the process, however it does.
+
+    Raises:
+        AsdmError: another run is at work there.
+    """
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise AsdmError(f"{folder}: another run is at work there; wait for it, or name another folder") from None
+    except NotImplementedError:
+        pass  # there are file systems without locks
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from asdm.conditioning import embed_prompts, noise_schedule, predicted_original
 from asdm.errors import AsdmError
-from asdm.files import write_text
+from asdm.files import alone_in, write_text
 from asdm.generation import default_guidance
 from asdm.incubation.blocks import assembled, block_error, calls_of, incubated_blocks
 from asdm.incubation.consistency import ConsistencyTask
@@ -220,8 +222,8 @@ def distill(
         What was trained on.
 
     Raises:
-        AsdmError: the data cannot be used, a loss is not finite, `folder` is of another run, teacher and student do not
-            fit, or the student's weights are not in float32.
+        AsdmError: the data cannot be used, a loss is not finite, `folder` is of another run or one is at work there,
+            teacher and student do not fit, or the student's weights are not in float32.
     """
     _require_fit(teacher.unet, student)
     if student is teacher.unet:
@@ -239,7 +241,8 @@ def distill(
     schedule = noise_schedule(teacher)
     total, before = sum(stage.steps for stage in stages), 0
     networks = {"teacher": digest_of(teacher.unet), "student": digest_of(student)}
-    with as_they_were(teacher.unet, teacher.vae):
+    first = int(os.environ.get("RANK", "0")) == 0
+    with alone_in(folder) if first else nullcontext(), as_they_were(teacher.unet, teacher.vae):
         for index, stage in enumerate(stages):
             report = None if progress is None else partial(_reported, progress, before, total)
             is_newest = not any(folder.glob(f"{index + 1:02d}-*"))
