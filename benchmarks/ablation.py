@@ -2,6 +2,7 @@
 
     python benchmarks/ablation.py run                       # all that is not in docs/results/ablation.json yet
     python benchmarks/ablation.py run --only bk-sdm,full --seeds 0
+    python benchmarks/ablation.py run --device cuda --jobs 12
     python benchmarks/ablation.py time                      # the UNets' speed-ups, when nothing else runs
     python benchmarks/ablation.py show                      # mean and spread over the seeds: tables, plot, images
 
@@ -124,7 +125,7 @@ def run(
         _costs(bench.pipeline, bench.examples, target)
     for seed in {seed for _, seed, _ in others}:
         bench.judged.see_teacher(seed)
-    others.sort(key=lambda run_of: run_of[0] in NAMED and LENGTHS[run_of[2]], reverse=True)
+    others.sort(key=lambda run_of: run_of[0] in NAMED and LENGTHS[run_of[2]], reverse=True)  # the longest first
     threads = max(1, torch.get_num_threads() // jobs)
     with ProcessPoolExecutor(jobs, get_context("spawn"), _begin, (device, samples, threads)) as pool:
         list(pool.map(_run_in_worker, *zip(*others, strict=True)))
