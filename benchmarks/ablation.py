@@ -15,7 +15,6 @@ share the work, each with its own --seeds or --only.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 import statistics
@@ -29,6 +28,7 @@ import torch
 import typer
 from common import RESULTS, console, machine
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from filelock import FileLock
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -112,7 +112,7 @@ def run(
         for seed in map(int, seeds.split(","))
         for target in map(float, targets.split(","))
         for name in ("teacher", *variants(target))
-        if not chosen or name in chosen
+        if (not chosen or name in chosen) and not _is_known(name, seed, target)
     ]
     bench = _Bench(device, samples)
     for run_of in wanted:
@@ -122,7 +122,7 @@ def run(
         return
     others = [run_of for run_of in wanted if run_of[0] != "teacher"]
     for target in {target for _, _, target in others} | {FAST_SPEEDUP}:
-        _costs(bench.pipeline, bench.examples, target)
+        _costs(bench.examples, target)
     for seed in {seed for _, seed, _ in others}:
         bench.judged.see_teacher(seed)
     others.sort(key=lambda run_of: run_of[0] in NAMED and LENGTHS[run_of[2]], reverse=True)  # the longest first
@@ -141,10 +141,8 @@ class _Bench:
         self.judged = _Judged(self.pipeline, samples)
 
     def run(self, name: str, seed: int, target: float) -> None:
-        """One row, if it is not there yet."""
+        """Add one row."""
         key = {"name": name, "seed": seed, "target": target}
-        if any(key.items() <= row.items() for row in _known()):
-            return
         pipeline = self.pipeline
         strip = _strip(name, target) if seed == 0 and name in DRAWN else None
         about = machine(pipeline.device)
@@ -153,7 +151,7 @@ class _Bench:
             return
         components = variants(target)[name]
         student = _student(pipeline.unet, _plan(pipeline, _planned(name, target)), components)
-        steps = _steps(pipeline, self.examples, student, name, components, target)
+        steps = _steps(self.examples, student, name, components, target)
         folder = WORK / f"{target:g}-{seed}-{name.replace(' ', '')}"
         _train(pipeline, student, components, steps, seed, folder)
         _add(key | {"steps": steps} | self.judged(_drawing(pipeline, student, name), seed, strip) | about)
@@ -215,14 +213,14 @@ def _print_table(title: str, by_name: dict[str, list[dict[str, Any]]]) -> None:
         found = [_mean_and_deviation(mine, f"{metric}_heldout") for metric in METRICS]
         spread = len(mine) > 1
         cells = [f"{mean:.3f} ± {deviation:.3f}" if spread else f"{mean:.3f}" for mean, deviation in found]
-        speed = statistics.mean(row["speedup"] for row in mine)
-        print(f"| {name} | {len(mine)} | {speed:.2f}x | {mine[0]['steps']} | {' | '.join(cells)} |")
+        speeds = [row["speedup"] for row in mine if "speedup" in row]  # which `time` adds
+        speed = f"{statistics.mean(speeds):.2f}x" if speeds else ""
+        print(f"| {name} | {len(mine)} | {speed} | {mine[0]['steps']} | {' | '.join(cells)} |")
 
 
 def _add(row: dict[str, Any]) -> None:
     """To the results, to which another process may be adding, too."""
-    with (WORK / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(WORK / "lock"):
         write_text(ROWS, json.dumps([*_known(), row], indent=1) + "\n")
     console.print(row, highlight=False)
 
@@ -230,6 +228,10 @@ def _add(row: dict[str, Any]) -> None:
 def _known() -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = json.loads(ROWS.read_text("utf-8")) if ROWS.is_file() else []
     return rows
+
+
+def _is_known(name: str, seed: int, target: float) -> bool:
+    return any((row["name"], row["seed"], row["target"]) == (name, seed, target) for row in _known())
 
 
 def _held_out(count: int) -> EvaluationSet:
@@ -370,12 +372,13 @@ def _of_all_steps(name: str, faster: float) -> float:
     return round(STEPS / ((STEPS - originals) / faster + originals), 3)
 
 
-def _costs(pipeline: DiffusionPipeline, examples: TrainingSet, target: float) -> dict[str, float]:
-    """Seconds of each kind of step (`_kinds_of_step`), measured in turns with all others, and of a fit of the
-    compensation."""
+def _costs(examples: TrainingSet, target: float) -> dict[str, float]:
+    """Seconds of each kind of step (`_kinds_of_step`) on the CPU, measured in turns with all others, and of a fit of
+    the compensation."""
     path = SETTLED / f"seconds-a-step-{target:g}.json"
     if path.is_file():
         return json.loads(path.read_text("utf-8"))
+    pipeline = asdm.load_pipeline("demo")
     calls: dict[str, Callable[[], Any]] = {}
     plan = _plan(pipeline, target)
     for name, components in variants(target).items():
@@ -407,7 +410,6 @@ def _kinds_of_step(name: str, stages: list[Stage]) -> dict[str, tuple[Stage, flo
 
 
 def _steps(
-    pipeline: DiffusionPipeline,
     examples: TrainingSet,
     student: UNet2DConditionModel,
     name: str,
@@ -418,8 +420,8 @@ def _steps(
     if name == UNTRAINED:
         return 0
     length = LENGTHS[target] if name in NAMED else SHORT_LENGTH
-    seconds = length * _costs(pipeline, examples, target)["bk-sdm, joint"]
-    costs = _costs(pipeline, examples, _planned(name, target))
+    seconds = length * _costs(examples, target)["bk-sdm, joint"]
+    costs = _costs(examples, _planned(name, target))
     seconds -= costs[FIT] if "compensation" in components else 0.0
     kinds = _kinds_of_step(name, _stages(student, components, length))
     return round(seconds / sum(costs[kind] * share for kind, (_, share) in kinds.items()))

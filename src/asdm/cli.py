@@ -55,6 +55,8 @@ app = typer.Typer(
 )
 console = Console()
 errors = Console(stderr=True)
+STRENGTH = 0.6  # of image-to-image
+FINISH_BELOW = 0.34  # of the schedule; most of what a student loses is lost in the last third
 SAVED_TOGETHER = 8  # images that `generate` draws before it saves them
 SECONDS_BETWEEN_LINES = 15  # of progress, where no bar can be drawn
 
@@ -428,7 +430,9 @@ def generate(
     ] = None,
     strength: Annotated[
         float | None,
-        typer.Option(help="How far from --image to go (0.6 by default).", min=0.01, max=1.0, show_default=False),
+        typer.Option(
+            help=f"How far from --image to go, {STRENGTH:g} by default.", min=0.01, max=1.0, show_default=False
+        ),
     ] = None,
     size: Annotated[
         int | None,
@@ -463,7 +467,8 @@ def generate(
     finish_below: Annotated[
         float | None,
         typer.Option(
-            help="The part of the schedule below which --finish-with takes over (0.34 by default).", show_default=False
+            help=f"The part of the schedule below which --finish-with takes over, {FINISH_BELOW:g} by default.",
+            show_default=False,
         ),
     ] = None,
     device: DeviceOption = None,
@@ -486,7 +491,7 @@ def generate(
     pipeline = _load(model, device, dtype)
     if finish_with is not None:
         original = _original_unet(finish_with, model, pipeline, dtype)
-        below = 0.34 if finish_below is None else finish_below
+        below = FINISH_BELOW if finish_below is None else finish_below
         pipeline = asdm.switch_unets(pipeline, [pipeline.unet, original], below=[below])
     inheriting = nullcontext() if inherit is None else asdm.inherit_features(pipeline, **_inheritance(inherit))
     if out.is_file():
@@ -510,7 +515,7 @@ def generate(
                 seed=seed + first,
                 image=start,
                 mask=hole,
-                strength=0.6 if strength is None else strength,
+                strength=STRENGTH if strength is None else strength,
                 size=size if start is None else None,
                 progress=lambda done, _, first=first: report("images", first + done, len(prompts), ""),  # type: ignore[misc]
             )

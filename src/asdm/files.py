@@ -50,17 +50,19 @@ def replacing_file(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder until the block ends, or the process, however it does.
+    """Keep other runs out of a folder until the block ends, or the process, however it does. Of a launch of several
+    processes the first one sees to it.
 
     Raises:
         AsdmError: another run is at work there.
     """
     lock = FileLock(folder / ".lock", timeout=0)
     try:
-        lock.acquire()
+        if int(os.environ.get("RANK", "0")) == 0:
+            lock.acquire()
     except Timeout:
         raise AsdmError(f"{folder}: another run is at work there; wait for it, or name another folder") from None
-    except NotImplementedError:
+    except (OSError, NotImplementedError):
         pass  # there are file systems without locks
     try:
         yield

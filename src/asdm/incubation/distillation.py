@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -237,12 +235,11 @@ def distill(
     folder.mkdir(parents=True, exist_ok=True)
     prepare_for_training()
     stages = recipe_stages(recipe, student, 1000 if steps is None else steps) if stages is None else list(stages)
-    examples = prepare(teacher, data, folder / "prepared")
     schedule = noise_schedule(teacher)
     total, before = sum(stage.steps for stage in stages), 0
     networks = {"teacher": digest_of(teacher.unet), "student": digest_of(student)}
-    first = int(os.environ.get("RANK", "0")) == 0
-    with alone_in(folder) if first else nullcontext(), as_they_were(teacher.unet, teacher.vae):
+    with alone_in(folder), as_they_were(teacher.unet, teacher.vae):
+        examples = prepare(teacher, data, folder / "prepared")
         for index, stage in enumerate(stages):
             report = None if progress is None else partial(_reported, progress, before, total)
             is_newest = not any(folder.glob(f"{index + 1:02d}-*"))

@@ -262,7 +262,12 @@ def _measured_rate(unet: UNet2DConditionModel, precision: torch.dtype | None, sa
         return batch_size * counter.get_total_flops() / (times["unet"].median_ms / 1000)
 
     alone = rate(1)
-    return rate(samples) if samples > 1 and counter.get_total_flops() / alone < QUICK else alone
+    if samples == 1 or counter.get_total_flops() / alone > QUICK:
+        return alone
+    try:
+        return rate(samples)
+    except torch.OutOfMemoryError:  # as the training may be: it is asked whether it fits
+        return alone
 
 
 def _parameters(pipeline: DiffusionPipeline) -> Iterable[tuple[str, nn.Parameter]]:

@@ -33,7 +33,7 @@ from asdm.errors import AsdmError
 from asdm.files import replacing_folder, write_text
 from asdm.incubation.optimizers import OptimizerName, make_optimizer
 from asdm.incubation.sharding import keep_in_host_memory, parted_as, sharded_twin, sharding_is_asked_for, whole
-from asdm.inference.runtime import fastest_precision
+from asdm.inference.runtime import fast_products, fastest_precision
 
 Batch = Any
 Progress = Callable[[dict[str, float]], None]
@@ -107,6 +107,7 @@ class LoopSettings:
         return self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * cosine
 
 
+@fast_products()
 def train(
     task: TrainingTask,
     batch_at: Callable[[int], Batch],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Literal
 
@@ -68,11 +70,21 @@ def _bfloat16_trains_faster() -> bool:
 
 
 def prepare_for_training() -> None:
-    """Settings that make training faster and change no result that matters.
+    """Settings that make training on CPUs faster and change no result that matters.
 
-    On CPUs denormal numbers, which an optimiser's moments of nearly silent layers consist of, count as zero; on GPUs
-    products in float32 read 10 bits of their mantissas (TF32), as convolutions do anyway.
+    Denormal numbers, which an optimiser's moments of nearly silent layers consist of, count as zero.
     """
     keep_freed_memory()
     torch.set_flush_denormal(True)
+
+
+@contextmanager
+def fast_products() -> Iterator[None]:
+    """On GPUs, within the block, products in float32 read 10 bits of their factors' mantissas (TF32), as torch's
+    convolutions always do."""
+    before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
