@@ -107,27 +107,37 @@ def run(
 ) -> None:
     """Train and judge what is not in the results yet; each run is kept as soon as it is done."""
     chosen = [name.strip() for name in only.split(",") if name.strip()]
-    wanted = [
+    missing = (  # looked up one by one, as another process may be adding rows, too
         (name, seed, target)
         for seed in map(int, seeds.split(","))
         for target in map(float, targets.split(","))
         for name in ("teacher", *variants(target))
         if (not chosen or name in chosen) and not _is_known(name, seed, target)
-    ]
+    )
     bench = _Bench(device, samples)
-    for run_of in wanted:
-        if jobs == 1 or run_of[0] == "teacher":
-            bench.run(*run_of)
     if jobs == 1:
+        for run_of in missing:
+            bench.run(*run_of)
+    else:
+        _run_side_by_side(bench, list(missing), jobs)
+
+
+def _run_side_by_side(bench: _Bench, missing: list[tuple[str, int, float]], jobs: int) -> None:
+    """The teacher's rows here, then all others in processes of their own; what these share is made before."""
+    for run_of in missing:
+        if run_of[0] == "teacher":
+            bench.run(*run_of)
+    others = [run_of for run_of in missing if run_of[0] != "teacher"]
+    if not others:
         return
-    others = [run_of for run_of in wanted if run_of[0] != "teacher"]
     for target in {target for _, _, target in others} | {FAST_SPEEDUP}:
         _costs(bench.examples, target)
     for seed in {seed for _, seed, _ in others}:
         bench.judged.see_teacher(seed)
     others.sort(key=lambda run_of: run_of[0] in NAMED and LENGTHS[run_of[2]], reverse=True)  # the longest first
     threads = max(1, torch.get_num_threads() // jobs)
-    with ProcessPoolExecutor(jobs, get_context("spawn"), _begin, (device, samples, threads)) as pool:
+    given = (str(bench.pipeline.device), bench.judged.samples, threads)
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _begin, given) as pool:
         list(pool.map(_run_in_worker, *zip(*others, strict=True)))
 
 
