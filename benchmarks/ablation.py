@@ -37,7 +37,7 @@ import asdm
 from asdm.conditioning import noise_schedule
 from asdm.evaluation.comparison import EvaluationSet, RealImages, evaluation_sets
 from asdm.evaluation.contestants import outer_self_attentions
-from asdm.evaluation.latency import measure_interleaved, seconds_of, speedup, unet_call
+from asdm.evaluation.latency import unet_call
 from asdm.evaluation.metrics import Judge, feature_distance
 from asdm.evaluation.plots import image_sheet
 from asdm.files import write_text
@@ -49,6 +49,7 @@ from asdm.incubation.recipes import CAPTION_SPLICE, SEMANTIC_WEIGHT, SEMANTICS, 
 from asdm.incubation.stages import LossWeights, Stage
 from asdm.incubation.trainer import make_accelerator
 from asdm.inference.runtime import prepare_for_training
+from asdm.measure.latency import measure_interleaved, seconds_of
 from asdm.pipelines import load_clip
 from asdm.redundancy import RedundancyMap
 from asdm.student.edits import GriAttention, Remove
@@ -193,7 +194,7 @@ def time(rounds: int = 40) -> None:
         times = measure_interleaved(calls, rounds=rounds)
         for row in rows:
             if row["target"] == target:
-                faster = speedup(times["teacher"], times[row["name"].removesuffix(SHORT)])
+                faster = times.speedup("teacher", row["name"].removesuffix(SHORT)).value
                 row["speedup"] = _of_all_steps(row["name"], faster)
     write_text(ROWS, json.dumps(rows, indent=1) + "\n")
 
@@ -398,7 +399,7 @@ def _costs(examples: TrainingSet, target: float) -> dict[str, float]:
                 calls[kind] = _step_of(pipeline, student, examples, stage)
     times = measure_interleaved(calls, rounds=COST_ROUNDS, warmup=1)
     student = _student(pipeline.unet, plan, COMPONENTS)
-    found = {kind: round(times[kind].median_ms / 1000, 4) for kind in calls}
+    found = {kind: round(times[kind].ms / 1000, 4) for kind in calls}
     found[FIT] = round(seconds_of(lambda: asdm.fit_compensation(pipeline, student, data="demo")), 1)
     write_text(path, json.dumps(found, indent=1) + "\n")
     return found

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import statistics
 from contextlib import ExitStack
 from typing import Any
 
@@ -30,10 +29,12 @@ import asdm
 from asdm.calibration import calibration_calls
 from asdm.compensation import prediction_error, predictions
 from asdm.evaluation.contestants import outer_self_attentions
-from asdm.evaluation.latency import Latency, measure_interleaved, speedup, timing_modules, unet_call
+from asdm.evaluation.latency import timing_modules, unet_call
 from asdm.evaluation.memory import peak_megabytes
+from asdm.measure.latency import Latency, Ratio, measure_interleaved
 from asdm.planning import PRESETS
 from asdm.random_models import UNETS, random_unet
+from asdm.redundancy import structure_map
 from asdm.student.plan import PruningPlan, build_student
 from asdm.units import stages
 
@@ -59,7 +60,7 @@ def compensation(target: float = 1.5) -> None:
                 calls[str(len(rows))] = unet_call(build_student(pipeline.unet, plan))
     times = measure_interleaved(calls, rounds=30)
     for number, row in enumerate(rows, start=1):
-        row["speedup"] = speedup(times["original"], times[str(number)])
+        row["speedup"] = times.speedup("original", str(number)).value
     for kind, repair in itertools.product(KINDS, REPAIRS):
         on_both_sides = sorted(
             (row["speedup"], row["error"]) for row in rows if (row["compensate"], row["repair"]) == (kind, repair)
@@ -150,11 +151,10 @@ def cond_conv(rounds: int = 6) -> None:
         seconds = {name: entered.enter_context(timing_modules(m, stages(m))) for name, m in models.items()}
         rows = [{"stage": "all"} | row for row in timed(models, rounds)]
     for stage in stages(unet):
-        measured = slice(1, rounds + 1)  # behind the warm-up
-        medians = {name: statistics.median(seconds[name][stage][measured]) for name in models}
-        for name, median in medians.items():
-            faster = medians["pruned"] / median
-            rows.append({"stage": stage, "model": name, "median_ms": 1000 * median, "speedup": faster})
+        latencies = {name: Latency.of(seconds[name][stage]) for name in models}
+        for name, latency in latencies.items():
+            faster = str(Ratio.of(latencies["pruned"], latency))
+            rows.append({"stage": stage, "model": name, "ms": latency.ms, "speedup": faster})
     finish("cond_conv_speed", rows)
 
 
@@ -162,11 +162,7 @@ def cond_conv(rounds: int = 6) -> None:
 def presets(rounds: int = 4, only: str = ",".join(PRESETS)) -> None:
     """Latency of SD 1.5's UNet (random weights, batch 1) with each preset's plan."""
     unet = random_unet(UNETS["sd15"]).eval()
-    pipeline = asdm.load_pipeline("random:sd15")
-    pipeline.register_modules(unet=unet)
-    redundancy = asdm.analyze(
-        pipeline, sensitivity="taylor", compensate="none", timesteps=1, samples=1, latency_rounds=2
-    )
+    redundancy = structure_map(unet)
     rows = []
     for preset in only.split(","):
         plan = asdm.make_plan(redundancy, preset=preset, unet=unet)
@@ -193,14 +189,14 @@ def keys_of_a_query(student: UNet2DConditionModel, unit: str) -> int:
 
 def timed(models: dict[str, UNet2DConditionModel], rounds: int) -> list[dict[str, Any]]:
     calls = {name: unet_call(model, batch_size=1) for name, model in models.items()}
-    times: dict[str, Latency] = measure_interleaved(calls, rounds=rounds, warmup=1)
-    first = next(iter(times.values()))
+    times = measure_interleaved(calls, rounds=rounds, warmup=1)
+    first = next(iter(times))
     return [
         {
             "model": name,
-            "median_ms": time.median_ms,
-            "quartiles_ms": f"{time.lower_quartile_ms:.0f}-{time.upper_quartile_ms:.0f}",
-            "speedup": speedup(first, time),
+            "ms": time.ms,
+            "interval_ms": f"{time.low_ms:.0f}-{time.high_ms:.0f}",
+            "speedup": str(times.speedup(first, name)),
             "activations_mb": peak_megabytes(calls[name]),
         }
         for name, time in times.items()

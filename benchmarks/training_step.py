@@ -25,7 +25,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import asdm
 from asdm.conditioning import noise_schedule
-from asdm.evaluation.latency import Latency, seconds_of
 from asdm.evaluation.memory import peak_megabytes
 from asdm.incubation.data import ShuffledBatches
 from asdm.incubation.distillation import make_task, prepare
@@ -34,6 +33,7 @@ from asdm.incubation.optimizers import OptimizerName
 from asdm.incubation.stages import Stage
 from asdm.incubation.trainer import Part, make_accelerator, train
 from asdm.inference.runtime import prepare_for_training
+from asdm.measure.latency import Latency, seconds_of
 from asdm.replay import outputs_of, tensor_of
 from asdm.student.plan import build_student
 
@@ -119,10 +119,9 @@ def timed(run: Callable[..., None], parts: Parts) -> list[dict[str, Any]]:
 
     run(progress=measure)
     times = {name: Latency.of(values) for name, values in seconds.items()}
-    step, *alone = (t.median_ms for t in times.values())
+    step, *alone = (t.ms for t in times.values())
     rows: list[dict[str, Any]] = [
-        {"what": name, "median_ms": t.median_ms, "quartiles_ms": f"{t.lower_quartile_ms:.0f}-{t.upper_quartile_ms:.0f}"}
-        for name, t in times.items()
+        {"what": name, "ms": t.ms, "interval_ms": f"{t.low_ms:.0f}-{t.high_ms:.0f}"} for name, t in times.items()
     ]
     return [*rows, {"what": "step / the two alone", "ratio": step / sum(alone)}]
 

@@ -20,6 +20,11 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from asdm.demo import pipeline_folder
+from asdm.evaluation import image_timing
+from asdm.measure import latency
+
+# Tests run beside each other, on a machine that is never quiet; they do not wait for narrow intervals.
+latency.PATIENCE = image_timing.IMAGES_PATIENCE = 0.5
 
 SD_BLOCKS = {
     "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),

@@ -93,7 +93,8 @@ def test_a_contest_measures_everyone_and_tells_failures(pipeline, data_folder, m
     assert all(row.images == 3 for name, row in rows.items() if name != "broken")
     original, stack = rows["original"], rows["lean stack"]
     assert stack.gmacs < original.gmacs and stack.unet_megabytes < original.unet_megabytes
-    assert set(stack.parts) == {"UNet, whole", "UNet, reusing"} and not stack.extrapolated
+    whole = {"text encoder", "scheduler", "VAE decoder"}
+    assert set(stack.parts) == {"UNet, whole", "UNet, reusing", *whole} and not stack.extrapolated
     assert original.gflops == pytest.approx(4 * original.gmacs / original.parts["UNet, whole"])
     assert original.limit_share == pytest.approx(original.gflops / 1e-3)
     assert original.peak_megabytes > 0
@@ -115,7 +116,8 @@ def test_a_contest_measures_everyone_and_tells_failures(pipeline, data_folder, m
     (tmp_path / "made_run.json").unlink()
     with pytest.raises(AsdmError, match="not the results of a benchmark"):
         Contest.load(tmp_path / "made.json")
-    figure = contest_plot(found)
+    known = [row.model_copy(update={"speedup_interval": (row.speedup, row.speedup)}) for row in found if row.speedup]
+    figure = contest_plot(known)
     assert [axes.get_title() for axes in figure.axes] == ["seen prompts", "held-out prompts"]
     assert any("lean" in text.get_text() for text in figure.axes[0].texts)
     plt.close(figure)
@@ -141,12 +143,12 @@ def test_where_an_image_takes_long_its_time_is_put_together_from_parts(pipeline)
     slowest = Contestant("slow", "ours", slowly, 10, at_every(3))
     entries = [Contestant("original", "original"), *slowest.in_steps([10, 4])]
     _, slow_row, fewer = contest_rows(pipeline, entries, place="tiny", data=None, rounds=1, longest=0)
-    assert len(entered) == 2  # for warming up and for timing: in fewer steps it has the same parts
+    assert len(entered) <= 3  # for warming up and for one or two turns: in fewer steps it has the same parts
     assert (fewer.name, fewer.steps, fewer.parts) == ("slow, 4 steps", 4, slow_row.parts)
     assert fewer.seconds < slow_row.seconds and fewer.peak_megabytes == slow_row.peak_megabytes
     assert slow_row.extrapolated and slow_row.error is None
     parts = slow_row.parts
-    assert set(parts) == {"text encoder", "VAE decoder", "UNet, whole", "UNet, reusing"}
+    assert set(parts) == {"text encoder", "VAE decoder", "scheduler", "UNet, whole", "UNet, reusing"}
     assert 0.4 > parts["UNet, whole"] > slow["whole"] and parts["UNet, reusing"] > slow["reusing"]
     calls = 4 * parts["UNet, whole"] + 6 * parts["UNet, reusing"]
     assert slow_row.seconds >= parts["text encoder"] + parts["VAE decoder"] + calls
@@ -173,7 +175,8 @@ def test_a_peer_runs_and_leaves_the_pipeline_as_it_was(make, pipeline):
     expected = generate(with_dpm_solver(pipeline), ["a photograph"], steps=8)
     (row,) = contest_rows(pipeline, [entry], place="tiny", data=None, rounds=1)
     assert row.error is None and row.seconds > 0
-    assert set(row.parts) == {f"UNet, {entry.kinds(step)}" for step in range(8)}
+    kinds = {part for part in row.parts if part.startswith("UNet")}
+    assert kinds == {f"UNet, {entry.kinds(step)}" for step in range(8)}
     with entry.prepared(pipeline) as ready:
         assert not torch.equal(generate(ready, ["a photograph"], steps=8), expected)
     assert torch.equal(generate(pipeline, ["a photograph"], steps=8), expected)

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from asdm import AsdmError, PruningPlan, Remove, build_student, export, generate, inherit_features, with_unet
-from asdm.evaluation.latency import Latency
 from asdm.inference import openvino_graphs
 from asdm.inference.openvino_graphs import with_openvino_graphs
+from asdm.measure.latency import Latency
 from asdm.units import fingerprint
 from conftest import (
     predict,

@@ -7,6 +7,7 @@ import pytest
 from asdm import AsdmError, CondConv, PruningPlan, Remove, analyze, build_student, fit_compensation, make_plan, repair
 from asdm.calibration import calibration_calls
 from asdm.compensation import prediction_error, predictions
+from asdm.measure.latency import Ratio
 from asdm.planning import least_sensitive, possible_edits
 from asdm.repair import _restored, repair_plan
 from conftest import predict, tiny_pipeline
@@ -51,7 +52,7 @@ def test_a_plan_that_is_faster_than_asked_for_gives_edits_back(pipeline, redunda
         return plan.model_copy(update={"figures": figures})
 
     def repaired(before, speeds):
-        left = iter(speeds)
+        left = (Ratio(speed, speed, speed) for speed in speeds)
         monkeypatch.setattr(repair, "measured_speedup", lambda *_: next(left))
         return repair_plan(pipeline, redundancy, before, timesteps=2, samples=4, rounds=1)
 

@@ -23,8 +23,9 @@ def row(**figures):
         group="stack",
         steps=12,
         speedup=12.59,
+        speedup_interval=(12.1, 13.0),
         seconds=174.29,
-        seconds_quartiles=(160.0, 180.0),
+        seconds_interval=(160.0, 180.0),
         parts={"UNet, whole": 6.523},
         gflops=246.4,
         unet_megabytes=3438.0,
@@ -39,7 +40,7 @@ def test_no_figure_of_a_contest_is_cut_short(judged):
     failed = ContestRow(place="demo", name="T-GATE", group="peer", steps=25, error="ImportError: no such thing here")
     text = printed(contest_table([row(**(quality if judged else {})), failed]))
     expected = ["0.1276", "0.1942", "100%", "–"] if judged else ["6523", "246", "–", "3438", "274"]
-    for figure in ["174.29", "±6%", "12.59x", *expected]:
+    for figure in ["174.29", "12.59x", "±4%", *expected]:
         assert figure in text
     assert "…" not in text and "ImportError" in text
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from asdm import AsdmError, PruningPlan, Stage, build_student, distill
 from asdm.conditioning import noise_schedule
-from asdm.evaluation.latency import Latency, unet_call
+from asdm.evaluation.latency import unet_call
 from asdm.evaluation.macs import counting_macs
 from asdm.evaluation.memory import peak_megabytes
 from asdm.incubation.data import ShuffledBatches
@@ -36,6 +36,7 @@ from asdm.incubation.trainer import (
     train,
 )
 from asdm.inference import runtime
+from asdm.measure.latency import Latency
 from asdm.replay import outputs_of, tensor_of
 from asdm.units import removable_units
 from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline, unet_inputs

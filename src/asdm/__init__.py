@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from asdm.pipelines import with_unet as with_unet
     from asdm.planning import add_banks as add_banks
     from asdm.planning import make_plan as make_plan
+    from asdm.planning import remeasure_plan as remeasure_plan
     from asdm.redundancy import RedundancyMap as RedundancyMap
     from asdm.redundancy import analyze as analyze
     from asdm.repair import repair_plan as repair_plan
@@ -79,6 +80,7 @@ _HOME = {
     "make_plan": "asdm.planning",
     "optimize": "asdm.inference.optimization",
     "prepare_data": "asdm.incubation.prepared",
+    "remeasure_plan": "asdm.planning",
     "repair_plan": "asdm.repair",
     "save_pipeline": "asdm.pipelines",
     "switch_unets": "asdm.inference.unet_switching",

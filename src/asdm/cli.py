@@ -45,6 +45,7 @@ from asdm.student.edits import compensated
 if TYPE_CHECKING:
     from asdm.evaluation.comparison import Evaluation
     from asdm.redundancy import RedundancyMap
+    from asdm.student.plan import PruningPlan
 
 app = typer.Typer(
     name="asdm",
@@ -133,6 +134,7 @@ def analyze(
     from asdm.evaluation.report import save_figure
 
     pipeline = _load(model, device)
+    _warn_if_busy()
     with _progress() as report:
         redundancy = asdm.analyze(
             pipeline,
@@ -155,7 +157,10 @@ def analyze(
 
 @app.command()
 def plan(
-    source: Annotated[str, typer.Argument(help=f"A map that `asdm analyze` wrote, or a model: {MODEL}.")],
+    source: Annotated[
+        str | None,
+        typer.Argument(help=f"A map that `asdm analyze` wrote, or a model: {MODEL}.", show_default=False),
+    ] = None,
     speedup: SpeedupOption = None,
     params: ParamsOption = None,
     macs: MacsOption = None,
@@ -173,14 +178,26 @@ def plan(
         Literal["input", "input+time", "time"], typer.Option(help="What decides the experts' mixture.")
     ] = "input",
     repair: RepairOption = None,
+    remeasure: Annotated[
+        Path | None,
+        typer.Option(help="Instead measure this plan's speed-up now, and write it into the plan.", show_default=False),
+    ] = None,
     data: DataOption = None,
-    out: PlanFile = Path("plan.json"),
+    out: PlanFile = None,
     device: DeviceOption = None,
     seed: SeedOption = 0,
 ) -> None:
     """Choose the removals of least total sensitivity inside a budget; a speed-up is measured, on --device."""
     import asdm
 
+    if remeasure is not None:
+        if out is not None or any(value is not None for value in (speedup, params, macs, preset, experts, repair)):
+            raise AsdmError("--remeasure: measures a plan as it is, and writes into its file; leave out other options")
+        _remeasure(remeasure, source, device)
+        return
+    if source is None:
+        raise AsdmError("name a map that `asdm analyze` wrote, or a model")
+    out = out or Path("plan.json")
     if compensate is None and source.startswith("random:"):
         compensate = "none"
     unet = None
@@ -188,9 +205,15 @@ def plan(
         if repair:
             raise AsdmError(f"--repair {repair}: a map has no weights to look at the plan with; name the model instead")
         redundancy = asdm.RedundancyMap.load(source)
+    elif preset is not None and not repair:
+        from asdm.redundancy import structure_map
+        from asdm.shapes import unet_without_weights
+
+        redundancy = structure_map(unet_without_weights(source), source)  # which fixes a preset's edits
     else:
         pipeline = _load(source, device)
         unet = pipeline.unet
+        _warn_if_busy()
         with _progress() as report:
             redundancy = asdm.analyze(
                 pipeline,
@@ -231,16 +254,47 @@ def plan(
     made.save(out)
     for edit in made.edits:
         console.print(f"  {edit}", highlight=False)
-    if made.figures is not None:
-        measured, together = made.figures.measured_speedup, made.figures.measured_sensitivity
-        console.print(
-            f"{len(made.edits)} edits; UNet {made.figures.predicted_speedup:.2f}x faster as predicted"
-            + (f", {measured:.2f}x as measured" if measured else "")
-            + f"; sensitivity {made.figures.predicted_sensitivity:.4f} as the sum of its edits'"
-            + (f", {together:.4f} as measured of all together" if together else "")
-            + f"; written to {out}",
-            highlight=False,
-        )
+    console.print(f"{_about_plan(made)}; written to {out}", highlight=False)
+
+
+def _about_plan(plan: PruningPlan) -> str:
+    figures, parts = plan.figures, [f"{len(plan.edits)} edits"]
+    if figures is not None:
+        by = " by its MACs" if figures.speedup_basis == "macs" else ""
+        parts.append(f"UNet {figures.predicted_speedup:.2f}x faster as predicted{by}")
+        if figures.measured_ratio is not None:
+            parts[-1] += f", {figures.measured_ratio} as measured"
+        if figures.predicted_sensitivity is not None:
+            parts.append(f"sensitivity {figures.predicted_sensitivity:.4f} as the sum of its edits'")
+            if figures.measured_sensitivity:
+                parts[-1] += f", {figures.measured_sensitivity:.4f} as measured of all together"
+    return "; ".join(parts)
+
+
+def _remeasure(path: Path, model: str | None, device: str | None) -> None:
+    """Measure a plan's speed-up on the model that it names, or another of the same architecture."""
+    import asdm
+
+    made = asdm.PruningPlan.load(path)
+    model = model or (None if made.figures is None else made.figures.model)
+    if model is None:
+        raise AsdmError(f"{path}: does not say for which model it is; name the model before --remeasure")
+    _warn_if_busy()
+    made = asdm.remeasure_plan(made, _load(model, device).unet)
+    made.save(path)
+    assert made.figures is not None and made.figures.measured_ratio is not None
+    target = made.figures.target.get("speedup", 0.0)
+    short = f", short of the {target:g}x requested" if made.figures.measured_ratio.high < target else ""
+    console.print(f"{_about_plan(made)}{short}; written to {path}", highlight=False)
+
+
+def _warn_if_busy() -> None:
+    """Say that other processes need the cores, before anything is measured."""
+    from asdm.measure.load import look_at_load
+
+    line = look_at_load()
+    if line is not None:
+        errors.print(line, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -663,6 +717,7 @@ def benchmark(
     from asdm.evaluation.limits import machine_limits
     from asdm.evaluation.report import save_figure
     from asdm.generation import is_few_step
+    from asdm.measure.load import LoadMeter, busy_line
     from asdm.pipelines import without_safety_checker
     from asdm.tables import contest_table
 
@@ -683,6 +738,8 @@ def benchmark(
         entries = contestants(steps, taught, few_step=few_step, data=seen, graphs=on_cpu)
         if only:
             entries = [e for e in entries if e.group == "original" or any(part in e.name for part in only)]
+        _warn_if_busy()
+        meter = LoadMeter()
         with _progress(otherwise=f"models that were done before are in {results}") as report:
 
             def advanced(title: str, done: int, total: int, place: str = place) -> None:
@@ -700,10 +757,14 @@ def benchmark(
                 images_folder=images,
                 progress=advanced,
             )
-        run = ContestRun.now(device=pipeline.device, rounds=rounds, seed=seed, limits=limits)
+        meter.mark()
+        others = meter.other_cores()
+        run = ContestRun.now(device=pipeline.device, rounds=rounds, seed=seed, limits=limits, other_cores=others)
         made = made.with_place(place, run, found)
         made.save(results)
         console.print(contest_table(found))
+        if line := busy_line(others, meter.contention()):
+            console.print(f"while this was measured, {line}", highlight=False)
         if seen is not None:
             title = f"{place}, {run.machine}, {run.threads} threads"
             save_figure(contest_plot(found, title), out / f"benchmark_{folder_name(place)}.png")
@@ -884,6 +945,8 @@ def _print_evaluation(figures: Evaluation) -> None:
     from asdm.tables import quality_table, speed_table
 
     console.print(speed_table(figures))
+    if figures.busy_line is not None:
+        console.print(f"while this was measured, {figures.busy_line}", highlight=False)
     if not figures.quality:
         return
     console.print(quality_table(figures))

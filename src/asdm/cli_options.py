@@ -36,7 +36,10 @@ MapFile = Annotated[
         show_default=False,
     ),
 ]
-PlanFile = Annotated[Path, typer.Option(help="Where to write the plan.", callback=not_a_folder)]
+PlanFile = Annotated[
+    Path | None,
+    typer.Option(help="Where to write the plan; plan.json by default.", callback=not_a_folder, show_default=False),
+]
 FiguresFile = Annotated[Path, typer.Option(help="Where to write the figures.", callback=not_a_folder)]
 ModelArgument = Annotated[str, typer.Argument(help=f"The model: {MODEL}.", show_default=False)]
 DataOption = Annotated[str | None, typer.Option("--data", help=DATA, show_default=False)]

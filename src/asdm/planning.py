@@ -12,17 +12,22 @@ from diffusers import UNet2DConditionModel
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from asdm.errors import AsdmError
-from asdm.evaluation.latency import measure_interleaved, speedup, unet_call
+from asdm.evaluation.latency import unet_call
+from asdm.measure.latency import Ratio, measure_interleaved
 from asdm.pipelines import on_device
 from asdm.random_models import random_unet
 from asdm.redundancy import EditRecord, RedundancyMap, UnitRecord
 from asdm.replay import as_they_were
 from asdm.student.edits import CompensationKind, CondConv, Edit, GriAttention, Remove, Shorten, UnitEdit, parse_edits
-from asdm.student.plan import PlanBase, PlanFigures, PruningPlan, build_student
+from asdm.student.plan import PlanBase, PlanFigures, PruningPlan, SpeedupBasis, build_student
 from asdm.student.stock import dropped
 from asdm.units import conv_channels, goes_with, is_stage, layers
 
 MEASUREMENT_ATTEMPTS = 6
+PRECISE_ENOUGH = 0.05  # half of a measured speed-up's interval, relative to it, up to which a plan goes by it
+# What a speed-up is multiplied by where it is not measured: by how much students were slower than their saved latencies
+# or MACs said.
+CORRECTIONS: dict[SpeedupBasis, float] = {"latency": 1.03, "macs": 1.05}
 CLOSE_ENOUGH = 1.04  # a plan this little faster than needed is not improved on
 MEASUREMENT_MARGIN = 1.02  # asked of the plan's own measurement, so that a later one holds the target too
 # BK-SDM's students (arXiv 2305.15798, Sec. 3.1): layers a block, mid block, how many levels fewer.
@@ -58,7 +63,9 @@ def make_plan(
             place nothing is fitted.
         unet: the UNet to measure; without it one of the map's shape and precision with random weights is made.
         device: where to make it; the CPU by default.
-        rounds: timed rounds per measurement; by default 4 to 20, as many as take half a minute.
+        rounds: the least number of timed rounds per measurement, by default 4 to 10; more follow on a busy machine.
+            Where even these do not tell, the plan goes by the latencies that the map has saved or by MACs, with a
+            correction, and its `speedup_basis` says so; `remeasure_plan` measures it later.
 
     Raises:
         AsdmError: not exactly one of the four given, an unknown preset, or a budget that even removing
@@ -73,7 +80,9 @@ def make_plan(
     if preset is not None:
         return _preset(redundancy, preset, choices)
     if speedup is not None:
-        rounds = rounds or int(np.clip(15_000 / redundancy.latency_ms, 4, 20))
+        if not speedup > 1 or speedup == np.inf:
+            raise AsdmError(f"speedup={speedup:g}: must be above 1, and finite")
+        rounds = rounds or int(np.clip(10_000 / redundancy.latency_ms, 4, 10))
         return _plan_for_speedup(redundancy, speedup, choices, unet, device, rounds, progress)
     if params is not None:
         chosen = _within("params", params, redundancy.parameters, choices, [c.parameters for c in choices])
@@ -158,19 +167,23 @@ def possible_edits(redundancy: RedundancyMap, compensate: CompensationKind) -> l
     for unit in redundancy.units:
         covers = frozenset(name for name in names if goes_with(name, [unit.name]))
         edit = Remove(unit=unit.name, compensate=compensate)
-        choices.append(_possible(unit, edit, covers, "none" if unit.has_shortcut else compensate))
+        choices.append(_possible(redundancy, unit, edit, covers, "none" if unit.has_shortcut else compensate))
     for other in redundancy.others:
         (parsed,) = parse_edits([other.edit])
         assert not isinstance(parsed, Shorten)
         fitted: CompensationKind = "none"
         if isinstance(parsed, Remove) and other.channels:
             fitted, parsed = compensate, replace(parsed, compensate=compensate)
-        choices.append(_possible(other, parsed, frozenset(other.covers), fitted))
+        choices.append(_possible(redundancy, other, parsed, frozenset(other.covers), fitted))
     return choices
 
 
 def _possible(
-    record: UnitRecord | EditRecord, edit: UnitEdit, covers: frozenset[str], fitted: CompensationKind
+    redundancy: RedundancyMap,
+    record: UnitRecord | EditRecord,
+    edit: UnitEdit,
+    covers: frozenset[str],
+    fitted: CompensationKind,
 ) -> PossibleEdit:
     """With what the map costs that is fitted in a branch's place; it counts as slow as the branch for its MACs."""
     map_parameters = {"none": 0, "bias": 1, "diagonal": 2, "linear": record.channels + 1}[fitted] * record.channels
@@ -178,12 +191,15 @@ def _possible(
         {"none": 0, "bias": 0, "diagonal": 1, "linear": record.channels}[fitted] * record.channels * record.positions
     )
     macs = record.gmacs * 1e9
+    # On a machine that was too busy to tell, a unit counts as slow as its MACs.
+    reliable = redundancy.has_reliable_latencies
+    latency_ms = record.latency_ms if reliable else redundancy.latency_ms * record.gmacs / redundancy.gmacs
     return PossibleEdit(
         edit=edit,
         covers=covers,
         parameters=record.parameters - map_parameters,
         macs=macs - map_macs,
-        ms=record.latency_ms * (1 - min(1.0, map_macs / macs)) if macs else record.latency_ms,
+        ms=latency_ms * (1 - min(1.0, map_macs / macs)) if macs else latency_ms,
         sensitivity=record.sensitivity,
     )
 
@@ -263,8 +279,6 @@ def _plan_for_speedup(
     savings = [choice.ms for choice in choices]
     total = redundancy.latency_ms
     reachable = total / max(total - most_saved(choices, savings), 1e-9)
-    if target <= 1:
-        raise AsdmError(f"speedup={target:g}: must be above 1; up to about {reachable:.2f} can be reached")
     if unet is None:
         unet = on_device(random_unet(redundancy.unet_config, getattr(torch, redundancy.dtype)), device or "cpu")
     needed = target * MEASUREMENT_MARGIN
@@ -279,16 +293,20 @@ def _plan_for_speedup(
             continue
         plan = _plan(redundancy, chosen, {"speedup": target})
         measured = measured_speedup(unet, plan, rounds)
-        most = max(most, measured)
         if progress is not None:
-            progress(f"attempt {attempt}: {len(chosen)} edits, {measured:.3f}x measured, {target:g}x asked for")
-        if measured >= needed:
-            best, enough = _with_measured(plan, measured), aim
-            if measured <= needed * CLOSE_ENOUGH:
+            progress(f"attempt {attempt}: {len(chosen)} edits, {measured} measured, {target:g}x requested")
+        if not is_precise(measured):
+            if best is None:
+                return _unmeasured(redundancy, target, choices, progress)
+            break
+        most = max(most, measured.value)
+        if measured.value >= needed:
+            best, enough = with_measured(plan, measured), aim
+            if measured.value <= needed * CLOSE_ENOUGH:
                 break
         else:
             too_little = aim
-        guess = aim * needed * (1 + (CLOSE_ENOUGH - 1) / 2) / measured
+        guess = aim * needed * (1 + (CLOSE_ENOUGH - 1) / 2) / measured.value
         aim = guess if too_little < guess < enough else (too_little + min(enough, 2 * too_little)) / 2
     if best is None:
         raise AsdmError(
@@ -298,31 +316,98 @@ def _plan_for_speedup(
     return best
 
 
-def measured_speedup(unet: UNet2DConditionModel, plan: PruningPlan, rounds: int = 10) -> float:
+def _unmeasured(
+    redundancy: RedundancyMap, target: float, choices: list[PossibleEdit], progress: Callable[[str], None] | None
+) -> PruningPlan:
+    """Plan by what the map has saved, or where its latencies are in doubt too by MACs, as nothing can be measured."""
+    basis = _basis(redundancy)
+    correction, by_latency = CORRECTIONS[basis], basis == "latency"
+    total = redundancy.latency_ms if by_latency else redundancy.gmacs * 1e9
+    savings = [choice.ms if by_latency else choice.macs for choice in choices]
+    chosen = least_sensitive(choices, savings, total * (1 - 1 / (target * correction)))
+    if chosen is None:
+        raise AsdmError(
+            f"speedup={target:g}: out of reach by the map's {basis}, and not measurable now as the machine is busy; "
+            "ask for less, or plan on a quiet machine"
+        )
+    if progress is not None:
+        known = "the latencies that the map has saved" if by_latency else "MACs"
+        progress(
+            f"not measurable now, as the machine is busy: planned by {known} for {target:g}x times a correction of "
+            f"{correction:g}; measure it later with `asdm plan --remeasure`"
+        )
+    return _plan(redundancy, chosen, {"speedup": target}, basis)
+
+
+def _basis(redundancy: RedundancyMap) -> SpeedupBasis:
+    """What tells a speed-up that is not measured."""
+    return "latency" if redundancy.has_reliable_latencies else "macs"
+
+
+def measured_speedup(unet: UNet2DConditionModel, plan: PruningPlan, rounds: int = 5) -> Ratio:
     """How many times faster a UNet call (batch 2) is with the plan's edits, timed in turns."""
     with as_they_were(unet):
         student = build_student(unet.eval(), plan)
         calls = {"original": unet_call(unet), "pruned": unet_call(student)}
-        times = measure_interleaved(calls, rounds=rounds, device=unet.device)
-    return speedup(times["original"], times["pruned"])
+        return measure_interleaved(calls, rounds=rounds, device=unet.device).speedup("original", "pruned")
 
 
-def _plan(redundancy: RedundancyMap, chosen: Sequence[PossibleEdit], target: dict[str, float]) -> PruningPlan:
+def is_precise(ratio: Ratio) -> bool:
+    """Whether a plan can go by it."""
+    return (ratio.high - ratio.low) / 2 <= PRECISE_ENOUGH * ratio.value
+
+
+def remeasure_plan(plan: PruningPlan, unet: UNet2DConditionModel) -> PruningPlan:
+    """The plan with its speed-up measured on this machine now.
+
+    Raises:
+        AsdmError: a plan for another model, or the machine is too busy to measure it.
+    """
+    measured = measured_speedup(unet, plan)
+    if not is_precise(measured):
+        raise AsdmError(f"{measured}: other processes are busy; end them, or try again later")
+    return with_measured(plan, measured)
+
+
+def _plan(
+    redundancy: RedundancyMap,
+    chosen: Sequence[PossibleEdit],
+    target: dict[str, float],
+    basis: SpeedupBasis | None = None,
+) -> PruningPlan:
+    timed = redundancy.latency_ms > 0
+    total = redundancy.latency_ms if timed else redundancy.gmacs * 1e9
+    saved = sum(choice.ms if timed else choice.macs for choice in chosen)
+    sensitivity = sum(choice.sensitivity for choice in chosen)
     return PruningPlan(
         base=PlanBase.of(redundancy.fingerprint),
         edits=[choice.edit for choice in chosen],
         figures=PlanFigures(
+            model=redundancy.model or None,
             target=target,
-            predicted_sensitivity=sum(choice.sensitivity for choice in chosen),
-            predicted_speedup=redundancy.latency_ms / (redundancy.latency_ms - sum(choice.ms for choice in chosen)),
+            predicted_sensitivity=None if redundancy.estimator is None else sensitivity,
+            predicted_speedup=total / max(total - saved, 1e-9),
+            speedup_basis=basis if timed else "macs",
         ),
     )
 
 
-def _with_measured(plan: PruningPlan, measured: float) -> PruningPlan:
-    assert plan.figures is not None
-    figures = plan.figures.model_copy(update={"measured_speedup": measured})
-    return plan.model_copy(update={"figures": figures})
+def with_measured(plan: PruningPlan, measured: Ratio) -> PruningPlan:
+    """The plan with what was measured of it."""
+    return _with_speedup(plan, measured.value, measured.interval, "measured")
+
+
+def without_measured(plan: PruningPlan, redundancy: RedundancyMap) -> PruningPlan:
+    """The plan where its speed-up cannot be measured, and is told by the map."""
+    return _with_speedup(plan, None, None, _basis(redundancy))
+
+
+def _with_speedup(
+    plan: PruningPlan, value: float | None, interval: tuple[float, float] | None, basis: SpeedupBasis
+) -> PruningPlan:
+    known = plan.figures or PlanFigures(target={}, predicted_speedup=1.0)
+    update = {"measured_speedup": value, "measured_speedup_interval": interval, "speedup_basis": basis}
+    return plan.model_copy(update={"figures": known.model_copy(update=update)})
 
 
 def _preset(redundancy: RedundancyMap, preset: str, choices: list[PossibleEdit]) -> PruningPlan:

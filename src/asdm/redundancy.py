@@ -7,8 +7,8 @@ Changes no model: edits are made for the length of one call and taken back.
 from __future__ import annotations
 
 import json
-import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
@@ -25,9 +25,10 @@ from asdm.calibration import CalibrationCall, calibration_calls
 from asdm.compensation import Map, compensating, unit_maps
 from asdm.conditioning import latent_shape
 from asdm.errors import AsdmError, one_line
-from asdm.evaluation.latency import seconds_of, timing_modules, unet_call
-from asdm.evaluation.macs import counting_macs
+from asdm.evaluation.latency import disagreement, module_latencies, unet_call
+from asdm.evaluation.macs import MacCount, counting_macs
 from asdm.files import write_text
+from asdm.measure.latency import seconds_of
 from asdm.pipelines import is_random
 from asdm.replay import Replay, as_they_were, outputs_of, replay_order, tensor_of
 from asdm.student.edits import CompensationKind, GriAttention, Remove, UnitEdit
@@ -47,6 +48,7 @@ from asdm.units import (
 Progress = Callable[[int, int, str], None]
 Sensitivity = Literal["ablation", "taylor"]
 TAYLOR_PROBES = 2
+RELIABLE = 0.1  # doubt about the units' latencies up to which a plan goes by them
 MANY_TOKENS = 256  # from here on global-regional attention can pay
 EVEN_MORE_TOKENS = 4096  # from here on with smaller regions and coarser global tokens
 
@@ -105,8 +107,10 @@ class EditRecord(BaseModel):
 class RedundancyMap(BaseModel):
     """Every removable unit of a UNet with what it costs and what it is worth, as a table.
 
-    `unet_forwards` is how many UNet calls' worth of time the sensitivities took, `necessary_forwards` the
-    least that an exact ablation needs when no prefix is computed twice.
+    `estimator` is None where there are neither sensitivities nor latencies. `latency_doubt`: half the intervals of all
+    units' latencies together, relative to these, and what other processes took of the cores; `other_cores`: how many
+    they kept busy. `unet_forwards` is how many UNet calls' worth of time the sensitivities took, `necessary_forwards`
+    the least that an exact ablation needs when no prefix is computed twice.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -117,19 +121,26 @@ class RedundancyMap(BaseModel):
     gmacs: float
     gmacs_without_attention: float
     latency_ms: float
+    latency_doubt: float = 0.0
+    other_cores: float | None = None
     latency_batch_size: int
     dtype: str
     threads: int
     timesteps: list[int]
     prompts: int
     seed: int
-    estimator: Sensitivity = "ablation"
+    estimator: Sensitivity | None = "ablation"
     compensate: CompensationKind = "none"
     unet_forwards: float
     necessary_forwards: float
     seconds: float
     units: list[UnitRecord]
     others: list[EditRecord] = []
+
+    @property
+    def has_reliable_latencies(self) -> bool:
+        """Whether the machine was quiet enough to tell what each unit takes."""
+        return self.latency_doubt <= RELIABLE
 
     def save(self, path: str | Path) -> None:
         write_text(Path(path), json.dumps(self.model_dump(), indent=1) + "\n")
@@ -179,7 +190,8 @@ def analyze(
         timesteps: at how many time steps, the middles of equal parts of the schedule; by default 4, at more than
             32x32 latents 2.
         samples: how many images or prompts; by default 16 at up to 32x32 latents, else 1.
-        latency_rounds: timed UNet calls at batch 2 (one image with guidance).
+        latency_rounds: the least number of timed UNet calls at batch 2 (one image with guidance); more follow on a
+            busy machine.
         progress: called with units done, units in all, and the unit's name.
 
     Returns:
@@ -238,33 +250,17 @@ def analyze(
                 everything = [*trials_of(unet, removals, maps), *other_trials]
             errors, more = ablate(unet, everything, calls, progress)
             forwards += more
-    total_ms = costs.latency_ms
-    records = [
-        UnitRecord(
-            name=unit.name,
-            kind=unit.kind,
-            parent=unit.parent,
-            parameters=costs.removed_parameters[unit.name],
-            gmacs=costs.removed_macs[unit.name] / 1e9,
-            gmacs_without_attention=costs.removed_plain_macs[unit.name] / 1e9,
-            latency_ms=costs.removed_ms[unit.name],
-            latency_share=costs.removed_ms[unit.name] / total_ms,
-            channels=_channels(unet, unit),
-            positions=costs.positions[unit.layer],
-            has_shortcut=unit.kind == "resnet" and unet.get_submodule(unit.name).conv_shortcut is not None,
-            sensitivity=sum(errors[unit.name].values()) / len(calls),
-            sensitivity_by_timestep=errors[unit.name],
-        )
-        for unit in units
-    ]
+    records = _unit_records(unet, units, costs, errors)
     return RedundancyMap(
         model=str(pipeline.config.get("_name_or_path") or ""),
         fingerprint=fingerprint(unet),
         unet_config=plain_config(unet),
         parameters=sum(p.numel() for p in unet.parameters()),
-        gmacs=costs.macs / 1e9,
-        gmacs_without_attention=costs.plain_macs / 1e9,
-        latency_ms=total_ms,
+        gmacs=costs.count.below() / 1e9,
+        gmacs_without_attention=costs.count.below(with_attention=False) / 1e9,
+        latency_ms=costs.latency_ms,
+        latency_doubt=costs.latency_doubt,
+        other_cores=costs.other_cores,
         latency_batch_size=2,
         dtype=str(unet.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
@@ -280,13 +276,80 @@ def analyze(
         others=[
             other.model_copy(
                 update={
-                    "sensitivity": sum(errors[trial.name].values()) / len(calls),
+                    "sensitivity": _mean(errors[trial.name]),
                     "sensitivity_by_timestep": errors[trial.name],
                 }
             )
             for other, trial in zip(others, other_trials, strict=True)
         ],
     )
+
+
+@torch.no_grad()
+def structure_map(unet: UNet2DConditionModel, model: str = "") -> RedundancyMap:
+    """The parameters and MACs of every unit, without latencies and sensitivities: enough for a preset.
+
+    It takes a second, and needs no weights: the UNet may be on the meta device.
+
+    Args:
+        model: the name that the map gives the UNet.
+    """
+    started = time.perf_counter()
+    with as_they_were(unet):
+        unet.eval()
+        units = removable_units(unet)
+        costs = _measure_costs(unet, units, 0)
+        edits: list[GriAttention | Remove] = [*_regional_attentions(unet, units, costs), *_stage_removals(unet)]
+        others = _measure_others(unet, edits, costs, 0)
+    return RedundancyMap(
+        model=model,
+        fingerprint=fingerprint(unet),
+        unet_config=plain_config(unet),
+        parameters=costs.parameters,
+        gmacs=costs.count.below() / 1e9,
+        gmacs_without_attention=costs.count.below(with_attention=False) / 1e9,
+        latency_ms=0.0,
+        latency_doubt=1.0,
+        latency_batch_size=2,
+        dtype=str(unet.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        timesteps=[],
+        prompts=0,
+        seed=0,
+        estimator=None,
+        unet_forwards=0.0,
+        necessary_forwards=0.0,
+        seconds=time.perf_counter() - started,
+        units=_unit_records(unet, units, costs, {unit.name: {} for unit in units}),
+        others=others,
+    )
+
+
+def _unit_records(
+    unet: UNet2DConditionModel, units: list[Unit], costs: _Costs, errors: Mapping[str, dict[int, float]]
+) -> list[UnitRecord]:
+    return [
+        UnitRecord(
+            name=unit.name,
+            kind=unit.kind,
+            parent=unit.parent,
+            parameters=costs.removed_parameters[unit.name],
+            gmacs=costs.removed_macs[unit.name] / 1e9,
+            gmacs_without_attention=costs.removed_plain_macs[unit.name] / 1e9,
+            latency_ms=costs.removed_ms[unit.name],
+            latency_share=costs.removed_ms[unit.name] / costs.latency_ms if costs.latency_ms else 0.0,
+            channels=_channels(unet, unit),
+            positions=costs.positions[unit.layer],
+            has_shortcut=unit.kind == "resnet" and unet.get_submodule(unit.name).conv_shortcut is not None,
+            sensitivity=_mean(errors[unit.name]),
+            sensitivity_by_timestep=errors[unit.name],
+        )
+        for unit in units
+    ]
+
+
+def _mean(by_timestep: Mapping[int, float]) -> float:
+    return sum(by_timestep.values()) / max(len(by_timestep), 1)
 
 
 def plain_config(unet: UNet2DConditionModel) -> dict[str, Any]:
@@ -300,9 +363,10 @@ def plain_config(unet: UNet2DConditionModel) -> dict[str, Any]:
 @dataclass(frozen=True)
 class _Costs:
     parameters: int
-    macs: int
-    plain_macs: int
+    count: MacCount
     latency_ms: float
+    latency_doubt: float
+    other_cores: float
     forwards_after: dict[str, float]
     removed_parameters: dict[str, int]
     removed_macs: dict[str, int]
@@ -312,19 +376,17 @@ class _Costs:
 
 
 def _measure_costs(unet: UNet2DConditionModel, units: list[Unit], rounds: int) -> _Costs:
-    """What removal of each unit saves: its own cost and its norm's, less its shortcut's, which stays."""
+    """What removal of each unit saves: its own cost and its norm's, less its shortcut's, which stays.
+
+    Args:
+        rounds: the least number of timed calls; 0 for no latencies.
+    """
     with counting_macs(unet) as count, outputs_of(unet, layers(unet)) as outputs:
         unet_call(unet, batch_size=1)()
     parts = {unit.name: _parts(unet, unit) for unit in units}
     timed = sorted({path for gone, kept in parts.values() for path in [*gone, *kept]})
-    call = unet_call(unet, batch_size=2)
-    call()
-    totals = []
-    with timing_modules(unet, timed, unet.device) as seconds:
-        for _ in range(rounds):
-            totals.append(seconds_of(call, unet.device))
-    middle = {path: statistics.median(values) * 1000 for path, values in seconds.items()}
-    total_ms = statistics.median(totals) * 1000
+    latencies, timing = module_latencies(unet, timed, rounds=rounds)
+    total_ms = timing["UNet"].ms if rounds else 0.0
 
     def saved(measure: Callable[[str], float], unit: Unit) -> float:
         gone, kept = parts[unit.name]
@@ -333,18 +395,20 @@ def _measure_costs(unet: UNet2DConditionModel, units: list[Unit], rounds: int) -
     def parameters(path: str) -> int:
         return sum(p.numel() for p in unet.get_submodule(path).parameters())
 
-    removed_ms = {unit.name: max(0.0, saved(middle.__getitem__, unit)) for unit in units}
+    removed_ms = {unit.name: max(0.0, saved(lambda path: latencies[path].ms, unit)) for unit in units}
     # An exact ablation computes, for each edit, all that comes after the first layer that it changes.
     elapsed, after = 0.0, {}
     for layer in layers(unet):
-        elapsed += middle.get(layer, 0.0)
+        elapsed += latencies[layer].ms if layer in latencies else 0.0
         after[layer] = max(0.0, total_ms - elapsed)
     return _Costs(
         parameters=sum(p.numel() for p in unet.parameters()),
-        macs=count.below(),
-        plain_macs=count.below(with_attention=False),
+        count=count,
         latency_ms=total_ms,
-        forwards_after={layer: time / total_ms for layer, time in after.items()},
+        latency_doubt=disagreement(latencies[path] for gone, _ in parts.values() for path in gone)
+        + timing.contention_of("UNet"),
+        other_cores=timing.other_cores,
+        forwards_after={layer: time / total_ms if total_ms else 0.0 for layer, time in after.items()},
         removed_parameters={unit.name: int(saved(parameters, unit)) for unit in units},
         removed_macs={unit.name: int(saved(count.below, unit)) for unit in units},
         removed_plain_macs={
@@ -386,49 +450,69 @@ def _stage_removals(unet: UNet2DConditionModel) -> list[Remove]:
 def _measure_others(
     unet: UNet2DConditionModel, edits: Sequence[GriAttention | Remove], costs: _Costs, rounds: int
 ) -> list[EditRecord]:
-    """What the edits save; their sensitivity is filled in later."""
-    regional = [edit for edit in edits if isinstance(edit, GriAttention)]
-    originals = {edit.unit: [edit.unit] for edit in regional}
-    originals |= {edit.unit: replaced_paths(unet, edit) for edit in edits if isinstance(edit, Remove)}
-    before = _module_times(unet, sorted({path for paths in originals.values() for path in paths}), rounds)
-    with ExitStack() as stack:
-        for attention in regional:
-            stack.enter_context(edited(unet, attention))
-        after = _module_times(unet, [edit.unit for edit in regional], rounds)
-    records = []
+    """What the edits save; their sensitivity is filled in later.
+
+    Regional attentions of one kind are looked at together, as each changes its own unit alone.
+    """
+    paths = {edit: [edit.unit] if isinstance(edit, GriAttention) else replaced_paths(unet, edit) for edit in edits}
+    everything = sorted({path for each in paths.values() for path in each})
+    before, _ = module_latencies(unet, everything, rounds=rounds) if edits else ({}, None)
+    kinds: dict[tuple[int, int], list[GriAttention]] = defaultdict(list)
     for edit in edits:
-        with edited(unet, edit), counting_macs(unet) as count:
-            unet_call(unet, batch_size=1)()
-            parameters = sum(p.numel() for p in unet.parameters())
-        saved_ms = sum(before[path] for path in originals[edit.unit]) - after.get(edit.unit, 0.0)
-        middle = edit.unit == "mid_block"
-        records.append(
-            EditRecord(
+        if isinstance(edit, GriAttention):
+            kinds[edit.regions, edit.pool].append(edit)
+    records: dict[GriAttention | Remove, EditRecord] = {}
+    for regional in kinds.values():
+        with ExitStack() as stack:
+            for edit in regional:
+                stack.enter_context(edited(unet, edit))
+            after = _counted(unet)
+            times, _ = module_latencies(unet, [edit.unit for edit in regional], rounds=rounds)
+        for edit in regional:
+            saved = _saved_macs(costs.count, after, edit.unit)
+            saved_ms = before[edit.unit].ms - times[edit.unit].ms
+            records[edit] = EditRecord(edit=edit.to_dict(), **_saving(unet, edit, 0, saved, saved_ms))
+    for edit in edits:
+        if isinstance(edit, Remove):
+            with edited(unet, edit):
+                after = _counted(unet)
+                parameters = costs.parameters - sum(p.numel() for p in unet.parameters())
+            saved = _saved_macs(costs.count, after)
+            saved_ms = sum(before[path].ms for path in paths[edit])
+            middle = edit.unit == "mid_block"
+            records[edit] = EditRecord(
                 edit=edit.to_dict(),
-                covers=[unit.name for unit in removable_units(unet) if goes_with(unit.name, [edit.unit])],
-                parameters=costs.parameters - parameters,
-                gmacs=(costs.macs - count.below()) / 1e9,
-                gmacs_without_attention=(costs.plain_macs - count.below(with_attention=False)) / 1e9,
-                latency_ms=saved_ms,
                 channels=unet.config.block_out_channels[-1] if middle else 0,
                 positions=costs.positions[first_layer(unet, edit)] if middle else 0,
-                sensitivity=0.0,
-                sensitivity_by_timestep={},
+                **_saving(unet, edit, parameters, saved, saved_ms),
             )
-        )
-    return records
+    return [records[edit] for edit in edits]
 
 
-def _module_times(unet: UNet2DConditionModel, paths: list[str], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each module in a call at batch 2."""
-    if not paths:
-        return {}
-    call = unet_call(unet, batch_size=2)
-    call()
-    with timing_modules(unet, paths, unet.device) as seconds:
-        for _ in range(rounds):
-            call()
-    return {path: 1000 * statistics.median(seconds[path]) if seconds[path] else 0.0 for path in paths}
+def _saved_macs(before: MacCount, after: MacCount, name: str = "") -> list[int]:
+    """With attention products, and without them."""
+    return [before.below(name, with_attention=each) - after.below(name, with_attention=each) for each in (True, False)]
+
+
+def _saving(
+    unet: UNet2DConditionModel, edit: GriAttention | Remove, parameters: int, macs: list[int], milliseconds: float
+) -> dict[str, Any]:
+    """The fields of an edit's record that say what it saves, its sensitivity still unknown."""
+    return {
+        "covers": [unit.name for unit in removable_units(unet) if goes_with(unit.name, [edit.unit])],
+        "parameters": parameters,
+        "gmacs": macs[0] / 1e9,
+        "gmacs_without_attention": macs[1] / 1e9,
+        "latency_ms": milliseconds,
+        "sensitivity": 0.0,
+        "sensitivity_by_timestep": {},
+    }
+
+
+def _counted(unet: UNet2DConditionModel) -> MacCount:
+    with counting_macs(unet) as count:
+        unet_call(unet, batch_size=1)()
+    return count
 
 
 def first_layer(unet: UNet2DConditionModel, edit: UnitEdit) -> str:

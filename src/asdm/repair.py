@@ -20,7 +20,16 @@ from torch import Tensor
 from asdm.calibration import CalibrationCall, calibration_calls
 from asdm.compensation import fit_to_calls, prediction_error, predictions, samples_to_fit, unit_maps
 from asdm.errors import AsdmError
-from asdm.planning import MEASUREMENT_MARGIN, PossibleEdit, least_sensitive, measured_speedup, possible_edits
+from asdm.planning import (
+    MEASUREMENT_MARGIN,
+    PossibleEdit,
+    is_precise,
+    least_sensitive,
+    measured_speedup,
+    possible_edits,
+    with_measured,
+    without_measured,
+)
 from asdm.redundancy import RedundancyMap, Trial, ablate, first_layer, trials_of
 from asdm.replay import as_they_were, replay_order
 from asdm.student.edits import CompensationKind, GriAttention, Remove, UnitEdit
@@ -98,14 +107,20 @@ def repair_plan(
                 candidate = plan.model_copy(update={"edits": edits})
                 better, moved = fitted(candidate)
                 speed = measured_speedup(teacher, candidate) if moved < error and _target(plan) else None
-                holds = moved < error and (speed is None or speed >= _target(plan))
+                if speed is not None and not is_precise(speed):
+                    speed = None  # the programme has seen to the budget
+                holds = moved < error and (speed is None or speed.value >= _target(plan))
                 if progress is not None:
                     verdict = "kept" if holds else "not kept"
                     progress(
                         attempt, rounds, f"{_exchanged(plan, candidate)}: error {error:.4f} to {moved:.4f}, {verdict}"
                     )
                 if holds:
-                    plan, student, error = _with_figures(candidate, measured_speedup=speed), better, moved
+                    if speed is not None:
+                        candidate = with_measured(candidate, speed)
+                    elif _target(plan):
+                        candidate = without_measured(candidate, redundancy)
+                    plan, student, error = candidate, better, moved
                     chosen = [choice for choice in choices if choice.edit in edits]
                     saved = _saved(choices, savings, chosen)
                     needed = _needed(plan, saved, redundancy.latency_ms)
@@ -212,5 +227,5 @@ def _told(plan: PruningPlan, redundancy: RedundancyMap, choices: Sequence[Possib
 
 
 def _with_figures(plan: PruningPlan, **figures: float | None) -> PruningPlan:
-    known = plan.figures or PlanFigures(target={}, predicted_sensitivity=0.0, predicted_speedup=1.0)
+    known = plan.figures or PlanFigures(target={}, predicted_speedup=1.0)
     return plan.model_copy(update={"figures": known.model_copy(update=figures)})

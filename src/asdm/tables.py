@@ -53,18 +53,18 @@ def map_table(redundancy: RedundancyMap) -> Table:
 
 def speed_table(figures: Evaluation) -> Table:
     table = _table(
-        f"Speed ({figures.dtype}, {figures.threads} threads; median of interleaved rounds)",
+        f"Speed ({figures.dtype}, {figures.threads} threads; interleaved rounds, the fastest count)",
         ["model"],
         ["UNet ms", "speed-up", "steps", "pipeline ms", "speed-up", "params M", "GMACs"],
     )
     for row in figures.speed:
         table.add_row(
             row.name,
-            f"{row.unet.median_ms:.1f}",
-            f"{row.unet_speedup:.2f}x",
+            f"{row.unet.ms:.1f}",
+            row.unet_ratio.brief(),
             str(row.steps),
-            f"{row.pipeline.median_ms:.0f}",
-            f"{row.pipeline_speedup:.2f}x",
+            f"{row.pipeline.ms:.0f}",
+            row.pipeline_ratio.brief(),
             f"{row.unet_parameters / 1e6:.2f}",
             f"{row.gmacs:.3f}",
         )
@@ -84,8 +84,8 @@ def quality_table(figures: Evaluation) -> Table:
 
 
 def contest_table(rows: Sequence[ContestRow]) -> Table:
-    """The rows of one place: seconds with half the distance of their quartiles; where images were judged, what the
-    speed costs, else what it comes from. The file that the benchmark writes has all figures."""
+    """The rows of one place: seconds, and the speed-up with its interval; where images were judged, what the speed
+    costs, else what it comes from. The file that the benchmark writes has all figures."""
     splits = list(dict.fromkeys(split for row in rows for split in row.teacher_distance))
     titles = [f"{title}, {split.replace('_', ' ')}" for split in splits for title in ("distance", "top-5")]
     measured = ["UNet ms", "GFLOP/s", "of limit", "weights MB", "peak MB"] if not splits else []
@@ -95,12 +95,10 @@ def contest_table(rows: Sequence[ContestRow]) -> Table:
         ["seconds", "faster", *measured, *titles],
     )
     for row in rows:
-        if row.seconds is None or row.seconds_quartiles is None:
+        if row.seconds is None or row.seconds_interval is None:
             table.add_row(f"{row.name}: {row.error}")
             continue
-        low, high = row.seconds_quartiles
-        spread = f" ±{(high - low) / 2 / row.seconds:.0%}" if high > low else ""  # of a single round there is none
-        figures = [f"{row.seconds:.2f}{spread}", _or_dash(row.speedup, "{:.2f}x")]
+        figures = [f"{row.seconds:.2f}", "–" if row.ratio is None else row.ratio.brief()]
         if measured:
             figures += [
                 f"{1000 * row.parts['UNet, whole']:.0f}",

@@ -7,7 +7,7 @@ import json
 import platform
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import date
 from functools import partial
 from itertools import islice
@@ -17,22 +17,26 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor
 from transformers import CLIPModel
 
 from asdm.calibration import DEFAULT_PROMPTS
 from asdm.conditioning import image_size
-from asdm.evaluation.latency import Latency, measure_interleaved, unet_call
+from asdm.evaluation.image_timing import IMAGES, ImageJob, time_images
+from asdm.evaluation.latency import unet_call
 from asdm.evaluation.macs import counting_macs
 from asdm.evaluation.metrics import Judge, feature_distance, kid, recognition, retrieval_at_1
 from asdm.files import write_text
 from asdm.generation import default_guidance, default_steps, generate, is_few_step
 from asdm.images import to_images
 from asdm.incubation.data import Example, can_be_decoded, load_pixels, open_data
+from asdm.measure.latency import Latency, Ratio, measure_interleaved
+from asdm.measure.load import LoadMeter, busy_line
 from asdm.pipelines import clip_statistics, without_safety_checker
 
 Progress = Callable[[str, int, int], None]
+UNET_ROUNDS = 10
 _LONGEST_TIMED_PIPELINE_MS = 10_000
 _READ_TOGETHER = 64  # images, whose pixels are let go once they are judged
 
@@ -45,7 +49,9 @@ class SpeedFigures(_Record):
     """One pipeline's cost; an image takes it `steps`. UNet calls are at batch 2 (one image with guidance), GMACs per
     sample.
 
-    `pipeline_extrapolated`: from a call of few steps and the UNet's latency, as a full one takes too long.
+    Latencies are those of a machine that does nothing else, and each speed-up is over the first pipeline, with the
+    interval that holds the true one. `pipeline_parts_ms`: an image's milliseconds by part. `pipeline_extrapolated`: two
+    steps were timed and counted as often as they come, as an image takes too long.
     """
 
     name: str
@@ -55,10 +61,23 @@ class SpeedFigures(_Record):
     gmacs_without_attention: float
     unet: Latency
     unet_speedup: float
+    unet_speedup_interval: tuple[float, float]
     pipeline: Latency
     pipeline_speedup: float
+    pipeline_speedup_interval: tuple[float, float]
+    pipeline_parts_ms: dict[str, float] = {}
     pipeline_extrapolated: bool
     steps: int
+
+    @property
+    def unet_ratio(self) -> Ratio:
+        """How many times faster a UNet call is than the teacher's."""
+        return Ratio(self.unet_speedup, *self.unet_speedup_interval)
+
+    @property
+    def pipeline_ratio(self) -> Ratio:
+        """How many times faster an image is than the teacher's."""
+        return Ratio(self.pipeline_speedup, *self.pipeline_speedup_interval)
 
 
 class QualityFigures(_Record):
@@ -80,7 +99,11 @@ class QualityFigures(_Record):
 
 
 class Evaluation(_Record):
-    """What several pipelines cost and what their images are like, from one run."""
+    """What several pipelines cost and what their images are like, from one run.
+
+    `other_cores`: how many cores other processes kept busy while speed was measured; `contention`: the part of this
+    process's cores that they took.
+    """
 
     date: str
     machine: str
@@ -89,6 +112,8 @@ class Evaluation(_Record):
     steps: int
     guidance_scale: float
     seed: int
+    other_cores: float = 0.0
+    contention: float = 0.0
     speed: list[SpeedFigures]
     quality: list[QualityFigures]
 
@@ -98,12 +123,41 @@ class Evaluation(_Record):
     def quality_of(self, name: str, split: str) -> QualityFigures | None:
         return next((row for row in self.quality if (row.name, row.split) == (name, split)), None)
 
+    @property
+    def busy_line(self) -> str | None:
+        """A sentence where other processes needed the cores too."""
+        return busy_line(self.other_cores, self.contention)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_010(cls, content: Any) -> Any:
+        """Files of 0.1.0 have medians and quartiles, and no intervals of the ratios."""
+        if isinstance(content, dict) and isinstance(content.get("speed"), list):
+            content = {**content, "speed": [_upgraded(row, content["speed"][0]) for row in content["speed"]]}
+        return content
+
     def save(self, path: str | Path) -> None:
         write_text(Path(path), json.dumps(self.model_dump(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Evaluation:
         return cls.model_validate_json(Path(path).read_text("utf-8"))
+
+
+def _upgraded(row: Any, first: Any) -> Any:
+    """A row of speed figures whose latencies are told as today's."""
+    if not (isinstance(row, dict) and isinstance(row.get("unet"), dict) and "median_ms" in row["unet"]):
+        return row
+    row = dict(row)
+    for part in ("unet", "pipeline"):
+        names = ("median_ms", "lower_quartile_ms", "upper_quartile_ms", "rounds")
+        own, base = (Latency(*(each[part][name] for name in names)) for each in (row, first))
+        ratio = Ratio(1.0, 1.0, 1.0) if row["name"] == first["name"] else Ratio.of(base, own)
+        row |= {f"{part}_speedup_interval": ratio.interval}
+    return row | {
+        part: dict(zip(("ms", "low_ms", "high_ms", "rounds"), row[part].values(), strict=True))
+        for part in ("unet", "pipeline")
+    }
 
 
 class EvaluationSet(_Record):
@@ -139,8 +193,8 @@ def evaluate(
             images is told.
         samples: at most so many prompts of each split.
         steps: of all but few-step pipelines, which sample as they were made to; so does `guidance_scale`.
-        rounds: timed rounds of the UNet call; by default 10 to 60, as many as take five seconds of the first one. The
-            pipeline is timed for half as many, at most 5.
+        rounds: the least number of timed rounds of the UNet call, 10 by default. Three images follow, by each pipeline
+            in turns. On a busy machine more of both follow, until the speed-ups' intervals are narrow.
         quality: False to measure speed alone.
         clip: a CLIPModel for retrieval figures; its tokenizer is the first pipeline's.
         images_folder: where to keep every image as `SPLIT/NAME/0000.png`.
@@ -152,6 +206,7 @@ def evaluate(
     guidance = default_guidance(first) if guidance_scale is None else guidance_scale
     sets = evaluation_sets(data, prompts, samples, seed) if quality else []
     judged = _judge(pipelines, sets, data, steps, guidance, seed, clip, images_folder, progress) if sets else []
+    speed = measure_speed(pipelines, steps=steps, guidance_scale=guidance, rounds=rounds)
     return Evaluation(
         date=date.today().isoformat(),
         machine=f"{platform.machine()}, {first.device}, torch {torch.__version__}",
@@ -160,46 +215,46 @@ def evaluate(
         steps=steps,
         guidance_scale=guidance,
         seed=seed,
-        speed=measure_speed(pipelines, steps=steps, guidance_scale=guidance, rounds=rounds),
+        other_cores=speed.other_cores,
+        contention=speed.contention,
+        speed=speed.figures,
         quality=judged,
     )
 
 
+@dataclass(frozen=True)
+class Speed:
+    """Each pipeline's figures, and the machine's load while they were measured."""
+
+    figures: list[SpeedFigures]
+    other_cores: float
+    contention: float
+
+
 def measure_speed(
     pipelines: dict[str, DiffusionPipeline], *, steps: int, guidance_scale: float, rounds: int | None
-) -> list[SpeedFigures]:
-    """Latency of the UNet call and of the whole pipeline, each in interleaved rounds; parameters; MACs."""
-    device = next(iter(pipelines.values())).device
-    unets = {name: pipeline.unet for name, pipeline in pipelines.items()}
-    base = next(iter(pipelines))
-    calls = {name: unet_call(unet) for name, unet in unets.items()}
-    if rounds is None:
-        once = measure_interleaved({base: calls[base]}, rounds=1, warmup=1, device=device)[base].median_ms
-        rounds = max(10, min(60, round(5000 / once)))
-    unet_times = measure_interleaved(calls, rounds=rounds, device=device)
-    slowest = max(time.median_ms for time in unet_times.values())
+) -> Speed:
+    """Latency of the UNet call and of a whole image, each in interleaved rounds; parameters; MACs."""
+    meter = LoadMeter()
+    first, *_ = pipelines
+    calls = {name: unet_call(pipeline.unet) for name, pipeline in pipelines.items()}
+    unet_times = measure_interleaved(calls, rounds=rounds or UNET_ROUNDS, device=pipelines[first].device)
+    slowest = max(unet_times[name].ms for name in pipelines)
     extrapolated = slowest * steps > _LONGEST_TIMED_PIPELINE_MS and steps > 2
-    sampling = {name: _sampling(pipeline, steps, guidance_scale) for name, pipeline in pipelines.items()}
-    timed = {
-        name: how | {"steps": 2} if extrapolated and not is_few_step(pipelines[name]) else how
-        for name, how in sampling.items()
-    }
-    pipeline_times = measure_interleaved(
-        {name: partial(generate, pipeline, ["a photograph"], **timed[name]) for name, pipeline in pipelines.items()},
-        rounds=1 if extrapolated else max(1, min(5, rounds // 2)),
-        warmup=1,
-        device=device,
-    )
-    for name, time in pipeline_times.items():
-        if timed[name] != sampling[name]:
-            calls_in = partial(_unet_calls, pipelines[name])
-            left = calls_in(sampling[name]["steps"]) - calls_in(timed[name]["steps"])
-            call = unet_times[name] if guidance_scale > 1 else _without_guidance(unets[name], device)
-            pipeline_times[name] = _longer(time, left * call.median_ms)
+    jobs, sampling = {}, {}
+    for name, pipeline in pipelines.items():
+        how = sampling[name] = _sampling(pipeline, steps, guidance_scale)
+        timed = how | {"steps": 2} if extrapolated and not is_few_step(pipeline) else how
+        draw = partial(generate, pipeline, ["a photograph"], **timed)
+        jobs[name] = ImageJob(pipeline, draw, _unet_calls(pipeline, how["steps"]))
+    images = time_images(jobs, rounds=min(IMAGES, rounds or IMAGES))
+    meter.mark()
     rows = []
-    for name, unet in unets.items():
+    for name, pipeline in pipelines.items():
+        unet = pipeline.unet
         with counting_macs(unet) as count:
             unet_call(unet, batch_size=1)()
+        unet_ratio, image_ratio = unet_times.speedup(first, name), images.speedup(first, name)
         rows.append(
             SpeedFigures(
                 name=name,
@@ -208,14 +263,17 @@ def measure_speed(
                 gmacs=count.below() / 1e9,
                 gmacs_without_attention=count.below(with_attention=False) / 1e9,
                 unet=unet_times[name],
-                unet_speedup=unet_times[base].median_ms / unet_times[name].median_ms,
-                pipeline=pipeline_times[name],
-                pipeline_speedup=pipeline_times[base].median_ms / pipeline_times[name].median_ms,
-                pipeline_extrapolated=timed[name] != sampling[name],
+                unet_speedup=unet_ratio.value,
+                unet_speedup_interval=unet_ratio.interval,
+                pipeline=images.latency(name),
+                pipeline_speedup=image_ratio.value,
+                pipeline_speedup_interval=image_ratio.interval,
+                pipeline_parts_ms=images.by_part(name),
+                pipeline_extrapolated=extrapolated and not is_few_step(pipeline),
                 steps=sampling[name]["steps"],
             )
         )
-    return rows
+    return Speed(rows, meter.other_cores(), meter.contention())
 
 
 def _unet_calls(pipeline: DiffusionPipeline, steps: int) -> int:
@@ -223,10 +281,6 @@ def _unet_calls(pipeline: DiffusionPipeline, steps: int) -> int:
     scheduler = copy.deepcopy(pipeline.scheduler)
     scheduler.set_timesteps(steps)
     return len(scheduler.timesteps)
-
-
-def _without_guidance(unet: Any, device: torch.device) -> Latency:
-    return measure_interleaved({"call": unet_call(unet, batch_size=1)}, rounds=3, warmup=1, device=device)["call"]
 
 
 def _sampling(pipeline: DiffusionPipeline, steps: int, guidance_scale: float) -> dict[str, Any]:
@@ -394,12 +448,3 @@ def save_images(images: Tensor, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(to_images(images)):
         image.save(folder / f"{index:04d}.png")
-
-
-def _longer(time: Latency, milliseconds: float) -> Latency:
-    return Latency(
-        time.median_ms + milliseconds,
-        time.lower_quartile_ms + milliseconds,
-        time.upper_quartile_ms + milliseconds,
-        time.rounds,
-    )

@@ -7,28 +7,28 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import platform
-import statistics
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from pydantic import BaseModel, ConfigDict
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from asdm.errors import AsdmError, one_line
 from asdm.evaluation.comparison import EvaluationSet, RealImages, evaluation_sets, folder_name, save_images
 from asdm.evaluation.contestants import Contestant, Way, forget_graphs, unforeseen
-from asdm.evaluation.latency import seconds_of, synchronise, unet_call
+from asdm.evaluation.image_timing import ImageJob, ImageTiming, add_calls, decoder_key, time_image, watching_calls
+from asdm.evaluation.latency import unet_call
 from asdm.evaluation.macs import counting_macs
 from asdm.evaluation.memory import peak_megabytes
 from asdm.evaluation.metrics import Judge, feature_distance
@@ -36,8 +36,10 @@ from asdm.files import write_text
 from asdm.generation import default_guidance, generate, nothing_to_keep
 from asdm.inference.guidance_end import GuidanceEnd
 from asdm.inference.runtime import device_name
+from asdm.measure.latency import Patience, Ratio, Stopwatch, seconds_of, synchronise
 
 Progress = Callable[[str, int, int], None]
+TURN_PRECISION = 0.05  # of the ratios to the first contestant, at which no more turns follow
 LONGEST_TIMED_IMAGE = 10.0  # seconds; where an image takes longer, its parts are timed
 QUALITIES = ("teacher_distance", "kid", "concept_top1", "concept_top5", "style")
 PACKAGES = ("torch", "diffusers", "openvino", "nncf", "tomesd", "DeepCache", "tgate")
@@ -46,10 +48,11 @@ PACKAGES = ("torch", "diffusers", "openvino", "nncf", "tomesd", "DeepCache", "tg
 class ContestRow(BaseModel):
     """One contestant's figures at one place.
 
-    `seconds` of one image with guidance: the median of the rounds and the quartiles; `speedup` of medians over the
-    place's first contestant. Where `extrapolated`, an image's seconds are put together from measured parts: the text
-    encoder, each kind of UNet call (with the scheduler's step) as often as it comes, and the VAE's decoder. `parts`:
-    medians in seconds. `dtype`: in what the UNet computes; `gmacs` of a whole call per sample, with attention products;
+    `seconds` of one image with guidance, on a machine that does nothing else, and `speedup` over the place's first
+    contestant, each with the interval that holds the true value. An image's seconds are put together from its parts:
+    the text encoder, each kind of UNet call and the scheduler's step as often as they come, and the VAE's decoder;
+    where `extrapolated`, fewer steps are drawn than an image has. `parts`: seconds of each, once. `dtype`: in what the
+    UNet computes; `gmacs` of a whole call per sample, with attention products;
     `gflops`: what a whole call achieves, `limit_share` of the machine's best in that dtype. Megabytes: of the
     UNet's weights, and of the most that torch's tensors take beside all weights while latents are sampled. Qualities
     as in `QualityFigures`, by split.
@@ -63,7 +66,11 @@ class ContestRow(BaseModel):
     extrapolated: bool = False
     speedup: float | None = None
     seconds: float | None = None
-    seconds_quartiles: tuple[float, float] | None = None
+    speedup_interval: tuple[float, float] | None = None
+    # of files that were written by 0.1.0 the quartiles
+    seconds_interval: tuple[float, float] | None = Field(
+        default=None, validation_alias=AliasChoices("seconds_interval", "seconds_quartiles")
+    )
     parts: dict[str, float] = {}
     dtype: str | None = None
     gmacs: float | None = None
@@ -79,9 +86,17 @@ class ContestRow(BaseModel):
     style: dict[str, float] = {}
     error: str | None = None
 
+    @property
+    def ratio(self) -> Ratio | None:
+        """How many times faster an image is than the first contestant's; None where either failed."""
+        if self.speedup is None:
+            return None
+        return Ratio(self.speedup, *(self.speedup_interval or (self.speedup, self.speedup)))
+
 
 class ContestRun(BaseModel):
-    """Where and when the rows of a place were measured; `limits` as `machine_limits` tells them, in GFLOP/s."""
+    """Where and when the rows of a place were measured; `limits` as `machine_limits` tells them, in GFLOP/s;
+    `other_cores`, how many cores other processes kept busy meanwhile."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     date: str
@@ -91,10 +106,17 @@ class ContestRun(BaseModel):
     rounds: int
     seed: int
     limits: dict[str, dict[str, float]]
+    other_cores: float | None = None
 
     @classmethod
     def now(
-        cls, *, device: torch.device | str, rounds: int, seed: int, limits: dict[str, dict[str, float]]
+        cls,
+        *,
+        device: torch.device | str,
+        rounds: int,
+        seed: int,
+        limits: dict[str, dict[str, float]],
+        other_cores: float | None = None,
     ) -> ContestRun:
         return cls(
             date=date.today().isoformat(),
@@ -104,6 +126,7 @@ class ContestRun(BaseModel):
             rounds=rounds,
             seed=seed,
             limits=limits,
+            other_cores=other_cores,
         )
 
 
@@ -159,27 +182,6 @@ def _version(package: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class _Sample:
-    """Seconds of one image, and of its parts."""
-
-    seconds: float
-    parts: dict[str, float]
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """Seconds of what comes once for an image, and of each kind of UNet call, alone and with the scheduler's step."""
-
-    once: dict[str, float]
-    calls: dict[str, float]
-    steps: dict[str, float]
-
-    def put_together(self, entry: Contestant) -> _Sample:
-        sampling = sum(self.steps[f"UNet, {entry.kinds(step)}"] for step in range(entry.steps))
-        return _Sample(sum(self.once.values()) + sampling, self.once | self.calls)
-
-
-@dataclass(frozen=True)
 class _Cost:
     """What a contestant needs whatever the machine's pace; `samples` in a UNet call: two with guidance."""
 
@@ -221,35 +223,34 @@ def contest_rows(
     faults: dict[str, str] = {}
     times, costs = _timed(pipeline, entries, rounds, extrapolated, faults, progress)
     figures = _judged(pipeline, entries, data, samples, seed, faults, images_folder, progress) if data else {}
-    base = times.get(entries[0].name)
     rows = []
     for entry in entries:
         found: dict[str, Any] = {"error": faults.get(entry.name)}
         if entry.name not in faults:
-            found |= _speed(times[entry.name], base) | _effort(costs[entry.way], times[entry.name], limits or {})
+            speed = _speed(times, entries[0].name, entry.name)
+            found |= speed | _effort(costs[entry.way], speed["parts"], limits or {})
             found |= {"extrapolated": extrapolated, **figures.get(entry.name, {})}
         rows.append(ContestRow(place=place, name=entry.name, group=entry.group, steps=entry.steps, **found))
     return rows
 
 
-def _speed(times: list[_Sample], base: list[_Sample] | None) -> dict[str, Any]:
-    seconds = [time.seconds for time in times]
-    middle = statistics.median(seconds)
-    quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [middle] * 3
+def _speed(times: ImageTiming, base: str, name: str) -> dict[str, Any]:
+    image = times.latency(name)
+    ratio = times.speedup(base, name) if base in times.parts else None
     return {
-        "speedup": statistics.median(time.seconds for time in base) / middle if base else None,
-        "seconds": middle,
-        "seconds_quartiles": (quartiles[0], quartiles[2]),
-        "parts": {part: statistics.median(time.parts[part] for time in times) for part in times[0].parts},
+        "speedup": None if ratio is None else ratio.value,
+        "speedup_interval": None if ratio is None else ratio.interval,
+        "seconds": image.ms / 1000,
+        "seconds_interval": (image.low_ms / 1000, image.high_ms / 1000),
+        "parts": {part: milliseconds / 1000 for part, milliseconds in times.each_part(name).items()},
     }
 
 
-def _effort(cost: _Cost, times: list[_Sample], limits: dict[str, dict[str, float]]) -> dict[str, Any]:
+def _effort(cost: _Cost, parts: dict[str, float], limits: dict[str, dict[str, float]]) -> dict[str, Any]:
     found: dict[str, Any] = vars(cost).copy()
     samples = found.pop("samples")
     if cost.gmacs is not None:
-        call = statistics.median(time.parts["UNet, whole"] for time in times)
-        found["gflops"] = 2 * samples * cost.gmacs / call  # two operations a MAC
+        found["gflops"] = 2 * samples * cost.gmacs / parts["UNet, whole"]  # two operations a MAC
         if cost.dtype in limits:
             found["limit_share"] = found["gflops"] / max(limits[cost.dtype].values())
     return found
@@ -262,79 +263,97 @@ def _timed(
     extrapolated: bool,
     faults: dict[str, str],
     progress: Progress | None,
-) -> tuple[dict[str, list[_Sample]], dict[Way, _Cost]]:
+) -> tuple[ImageTiming, dict[Way, _Cost]]:
     """One image by each, in turns; the first turn is the warm-up, and looks at what each needs.
 
     Each is prepared anew in its turn and then let go, as their UNets do not fit into memory together. Those that differ
-    in the number of steps alone need the same, and where parts are timed have the same parts.
+    in the number of steps alone need the same, and where parts are timed have the same parts. On a busy machine as many
+    turns follow as were asked for, until the intervals are narrow.
     """
-    times: dict[str, list[_Sample]] = defaultdict(list)
+    watch = Stopwatch(pipeline.device)
+    parts: dict[str, dict[str, tuple[str, int]]] = {}
     costs: dict[Way, _Cost] = {}
+    shared = {id(module) for module in pipeline.components.values()}
     done = 0
-    for turn in range(rounds + 1):
-        decoding: dict[int, float] = {}
-        timed: dict[Way, _Parts] = {}
+
+    def each(what: Callable[[Contestant], Any]) -> None:
+        nonlocal done
         forget_graphs()  # of the last turn's end
         for entry in entries:
             done += 1
             if progress is not None:
-                progress("time", done, (rounds + 1) * len(entries))
-            if entry.name in faults:
-                continue
-            try:
-                if turn == 0:
-                    if entry.way not in costs:
-                        with entry.prepared(pipeline) as ready:
-                            costs[entry.way] = _cost(ready, entry, decoding)
-                elif extrapolated:
-                    if entry.way not in timed:
-                        with entry.prepared(pipeline) as ready:
-                            timed[entry.way] = _parts(ready, entry, decoding)
-                    times[entry.name].append(timed[entry.way].put_together(entry))
-                else:
-                    with entry.prepared(pipeline) as ready:
-                        times[entry.name].append(_whole_image(ready, entry))
-            except Exception as error:
-                faults[entry.name] = _fault(error)
-            gc.collect()  # patched UNets refer to themselves
-    return times, costs
+                progress("time", done, max(rounds + 1, math.ceil(done / len(entries))) * len(entries))
+            if entry.name not in faults:
+                try:
+                    what(entry)
+                except Exception as error:
+                    faults[entry.name] = _fault(error)
+                    parts.pop(entry.name, None)
+                gc.collect()  # patched UNets refer to themselves
+
+    def warm_up(entry: Contestant) -> None:
+        if entry.way not in costs:
+            with entry.prepared(pipeline) as ready:
+                costs[entry.way] = _cost(ready, entry, decoded)
+
+    def time_whole(entry: Contestant) -> None:
+        with entry.prepared(pipeline) as ready:
+            parts[entry.name] = time_image(watch, entry.name, _job(ready, entry), shared)
+
+    def time_parts(entry: Contestant) -> None:
+        if entry.way not in looked_at:
+            with entry.prepared(pipeline) as ready:
+                looked_at[entry.way] = _time_parts(watch, ready, entry, shared, decoded)
+        parts[entry.name] = _of_image(looked_at[entry.way], entry)
+
+    decoded: set[str | int] = set()
+    looked_at: dict[Way, dict[str, tuple[str, int]]] = {}
+    each(warm_up)
+    more = Patience(rounds, 1.0, precision=TURN_PRECISION)
+    while more.another_round(lambda: ImageTiming(watch.timing(), parts, 0).precision() if parts else 0.0):
+        decoded.clear()
+        looked_at.clear()
+        each(time_parts if extrapolated else time_whole)
+    return ImageTiming(watch.timing(), parts, rounds), costs
 
 
-def _whole_image(ready: DiffusionPipeline, entry: Contestant) -> _Sample:
-    with _watching(ready) as calls:
-        seconds = seconds_of(
-            lambda: generate(ready, ["a photograph"], steps=entry.steps, guidance_end=entry.guidance_end), ready.device
-        )
-    return _Sample(seconds, _by_kind([end - start for start, end in calls], entry))
-
-
-def _parts(ready: DiffusionPipeline, entry: Contestant, decoding: dict[int, float]) -> _Parts:
-    """From the steps until each kind of UNet call has come twice behind the first, as the pipeline takes them."""
-    start = time.perf_counter()
-    latents, calls, ends = _first_steps(ready, entry, times=2)
-    return _Parts(
-        once={"text encoder": calls[0][0] - start, "VAE decoder": _decoding(ready, latents, decoding)},
-        calls=_by_kind([end - start for start, end in calls], entry),
-        steps=_by_kind([end - begin for begin, end in pairwise([calls[0][0], *ends])], entry),
+def _job(ready: DiffusionPipeline, entry: Contestant) -> ImageJob:
+    return ImageJob(
+        ready,
+        partial(generate, ready, ["a photograph"], steps=entry.steps, guidance_end=entry.guidance_end),
+        calls=entry.steps,
+        kinds=lambda step: f"UNet, {entry.kinds(step)}",
+        data_dependent=entry.kinds is unforeseen,
     )
 
 
-def _decoding(ready: DiffusionPipeline, latents: Tensor, known: dict[int, float]) -> float:
-    """Seconds of the VAE's decoder; once in a turn (`known` by its identity), as many contestants share theirs."""
-    if id(ready.vae) not in known:
-        scaled = latents / ready.vae.config.scaling_factor
-        known[id(ready.vae)] = seconds_of(lambda: ready.vae.decode(scaled, return_dict=False), ready.device)
-    return known[id(ready.vae)]
+def _time_parts(
+    watch: Stopwatch, ready: DiffusionPipeline, entry: Contestant, shared: Collection[int], decoded: set[str | int]
+) -> dict[str, tuple[str, int]]:
+    """Time the steps until each kind of UNet call has come twice behind the first, and the decoder once in a turn.
+
+    `decoded` has the keys of the decoders that this turn has timed.
+    """
+    start = time.perf_counter()
+    latents, calls, _ = _first_steps(ready, entry, times=2)
+    watch.meter.mark()
+    watch.add(f"{entry.name}: text encoder", start, calls[0][0])
+    decoder = decoder_key(entry.name, ready, shared)
+    if decoder not in decoded:
+        decoded.add(decoder)
+        watch.time(decoder, partial(_decode, ready, latents))
+    found = add_calls(watch, entry.name, _job(ready, entry), calls)
+    return {"text encoder": (f"{entry.name}: text encoder", 1), **found, "VAE decoder": (decoder, 1)}
 
 
-def _by_kind(seconds: list[float], entry: Contestant) -> dict[str, float]:
-    """The median of each kind of UNet call, without the first call of all where its kind comes again: it warms up."""
-    found = defaultdict(list)
-    for step, spent in enumerate(seconds):
-        found[f"UNet, {entry.kinds(step)}"].append(spent)
-    first = found[f"UNet, {entry.kinds(0)}"]
-    del first[: len(first) > 1]
-    return {kind: statistics.median(values) for kind, values in found.items()}
+def _of_image(parts: dict[str, tuple[str, int]], entry: Contestant) -> dict[str, tuple[str, int]]:
+    """The parts of a contestant that differs in the number of steps alone from the one whose parts were timed."""
+    counts = Counter(f"UNet, {entry.kinds(step)}" for step in range(entry.steps)) | {"scheduler": entry.steps}
+    return {part: (key, counts.get(part, 1)) for part, (key, _) in parts.items() if counts.get(part, 1)}
+
+
+def _decode(ready: DiffusionPipeline, latents: Tensor) -> Any:
+    return ready.vae.decode(latents / ready.vae.config.scaling_factor, return_dict=False)
 
 
 def _first_steps(
@@ -355,7 +374,7 @@ def _first_steps(
         pipe._interrupt = step >= last  # diffusers' own way to end a sampling early
         return {} if guidance is None else guidance(pipe, step, timestep, tensors)
 
-    with _watching(ready) as calls:
+    with watching_calls(ready.unet, ready.device) as calls:
         latents = ready(
             ["a photograph"],
             num_inference_steps=entry.steps,
@@ -369,7 +388,7 @@ def _first_steps(
     return latents, calls, ends
 
 
-def _cost(ready: DiffusionPipeline, entry: Contestant, decoding: dict[int, float]) -> _Cost:
+def _cost(ready: DiffusionPipeline, entry: Contestant, decoded: set[str | int]) -> _Cost:
     unet, macs = ready.unet, [0]
     latents: list[Tensor] = []
     with counting_macs(unet) as count:
@@ -378,7 +397,9 @@ def _cost(ready: DiffusionPipeline, entry: Contestant, decoding: dict[int, float
             peak = peak_megabytes(lambda: latents.append(_first_steps(ready, entry, times=1)[0]))
         finally:
             handle.remove()
-    _decoding(ready, latents[0], decoding)  # compiles what is compiled when it is first called
+    if id(ready.vae) not in decoded:
+        decoded.add(id(ready.vae))
+        _decode(ready, latents[0])  # compiles what is compiled when it is first called
     weights = sum(tensor.numel() * tensor.element_size() for tensor in unet.parameters()) / 1e6
     return _Cost(
         dtype=getattr(unet, "precision", str(unet.dtype).removeprefix("torch.")),
@@ -387,28 +408,6 @@ def _cost(ready: DiffusionPipeline, entry: Contestant, decoding: dict[int, float
         peak_megabytes=peak,
         samples=1 if default_guidance(ready) == 1 else 2,
     )
-
-
-@contextmanager
-def _watching(ready: DiffusionPipeline) -> Iterator[list[tuple[float, float]]]:
-    """When each call of the UNet started and ended."""
-    calls: list[tuple[float, float]] = []
-    started = [0.0]
-
-    def before(*_: Any) -> None:
-        synchronise(ready.device)
-        started[0] = time.perf_counter()
-
-    def after(*_: Any) -> None:
-        synchronise(ready.device)
-        calls.append((started[0], time.perf_counter()))
-
-    handles = [ready.unet.register_forward_pre_hook(before), ready.unet.register_forward_hook(after)]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _judged(

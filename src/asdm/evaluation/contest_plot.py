@@ -72,6 +72,8 @@ def _draw(axes: Axes, rows: Sequence[ContestRow], split: str, quality: str) -> N
             places = [(_speedup(row), _of(row, split, quality)) for row in of_group]
             speeds, qualities = zip(*places, strict=True)
             axes.scatter(speeds, qualities, color=colour, label=group, zorder=3, s=18)
+            low, high = zip(*[(r.ratio.low, r.ratio.high) if r.ratio else (0, 0) for r in of_group], strict=True)
+            axes.hlines(qualities, low, high, color=colour, lw=0.8, alpha=0.5)
     front = [(_speedup(row), _of(row, split, quality)) for row in pareto_front(rows, split, quality)]
     axes.plot(*zip(*front, strict=True), color="tab:green", lw=1, label="Pareto front")
     axes.set_xscale("log")
@@ -80,7 +82,7 @@ def _draw(axes: Axes, rows: Sequence[ContestRow], split: str, quality: str) -> N
     axes.minorticks_off()
     axes.margins(0.12)
     axes.grid(alpha=0.2)
-    axes.set_xlabel("times faster, whole pipeline (median)")
+    axes.set_xlabel("times faster, whole pipeline (with its interval)")
     axes.set_ylabel(_PANELS[quality])
     axes.set_title(f"{split.replace('_', '-')} prompts")
     axes.legend(loc="upper left" if quality in _LOWER_IS_BETTER else "lower left")
@@ -150,7 +152,8 @@ def _overlap(box: Bbox, other: Bbox) -> float:
 
 
 def _judged_rows(rows: Sequence[ContestRow], split: str, quality: str) -> list[ContestRow]:
-    return [row for row in rows if row.speedup is not None and split in getattr(row, quality)]
+    """Those of which quality and speed are known."""
+    return [row for row in rows if row.ratio is not None and row.ratio.is_known and split in getattr(row, quality)]
 
 
 def _speedup(row: ContestRow) -> float:

@@ -1,12 +1,10 @@
-"""Honest latency: interleaved rounds in one process, medians with their spread, warm-up apart."""
+"""Calls of a UNet to be timed, and what its modules take in them."""
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,63 +12,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from asdm.errors import AsdmError
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Milliseconds of one call: the median of the rounds, and the quartiles."""
-
-    median_ms: float
-    lower_quartile_ms: float
-    upper_quartile_ms: float
-    rounds: int
-
-    @classmethod
-    def of(cls, seconds: list[float]) -> Latency:
-        ms = sorted(1000 * s for s in seconds)
-        quartiles = statistics.quantiles(ms, n=4) if len(ms) > 1 else [ms[0]] * 3
-        return cls(statistics.median(ms), quartiles[0], quartiles[2], len(ms))
-
-
-@torch.no_grad()
-def measure_interleaved(
-    calls: dict[str, Callable[[], Any]],
-    *,
-    rounds: int = 10,
-    warmup: int = 2,
-    device: torch.device | str = "cpu",
-) -> dict[str, Latency]:
-    """Time several calls in turns, so that a slow minute of the machine falls on all of them."""
-    for _ in range(warmup):
-        for call in calls.values():
-            call()
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            seconds[name].append(seconds_of(call, device))
-    return {name: Latency.of(values) for name, values in seconds.items()}
-
-
-def seconds_of(call: Callable[[], Any], device: torch.device | str = "cpu") -> float:
-    """How long one call takes, until the device is done with it."""
-    synchronise(device)
-    start = time.perf_counter()
-    call()
-    synchronise(device)
-    return time.perf_counter() - start
-
-
-def speedup(baseline: Latency, other: Latency) -> float:
-    """How many times faster `other` is, by the medians."""
-    return baseline.median_ms / other.median_ms
-
-
-def synchronise(device: torch.device | str) -> None:
-    kind = torch.device(device).type
-    if kind == "cuda":
-        torch.cuda.synchronize(device)
-    elif kind == "mps":
-        torch.mps.synchronize()
+from asdm.measure.latency import Latency, Patience, Stopwatch, Timing, synchronise
 
 
 def unet_call(unet: UNet2DConditionModel, batch_size: int = 2, seed: int = 0) -> Callable[[], Tensor]:
@@ -111,9 +53,43 @@ def random_inputs(unet: UNet2DConditionModel, batch_size: int, seed: int = 0) ->
     return arguments
 
 
+@torch.no_grad()
+def module_latencies(
+    unet: UNet2DConditionModel, names: Sequence[str], *, rounds: int = 5, patience: float | None = None
+) -> tuple[dict[str, Latency], Timing]:
+    """What each named module takes in a call at batch 2; and the timing of the whole calls.
+
+    Args:
+        rounds: the least number of calls. More follow until the modules' times agree (`PRECISION`). 0: none.
+        patience: seconds after which no more follow, as for `measure_interleaved`.
+    """
+    call, watch = unet_call(unet), Stopwatch(unet.device)
+    if rounds == 0:
+        return dict.fromkeys(names, _NEVER), watch.timing()
+    call()
+    more = Patience(rounds, patience)
+    with timing_modules(unet, names, unet.device) as seconds:
+
+        def latencies() -> dict[str, Latency]:
+            return {name: Latency.of(values) if values else _NEVER for name, values in seconds.items()}
+
+        while more.another_round(lambda: disagreement(latencies().values())):
+            watch.time("UNet", call)
+        return latencies(), watch.timing()
+
+
+_NEVER = Latency(0.0, 0.0, 0.0, 0)  # of a module that no call reaches
+
+
+def disagreement(latencies: Iterable[Latency]) -> float:
+    """How far the intervals reach to each side, all times together, relative to these."""
+    known = list(latencies)
+    return sum(each.high_ms - each.low_ms for each in known) / 2 / max(sum(each.ms for each in known), 1e-9)
+
+
 @contextmanager
 def timing_modules(
-    model: nn.Module, names: list[str], device: torch.device | str = "cpu"
+    model: nn.Module, names: Sequence[str], device: torch.device | str = "cpu"
 ) -> Iterator[dict[str, list[float]]]:
     """Seconds that each named module takes in each call of `model` within the block."""
     seconds: dict[str, list[float]] = {name: [] for name in names}

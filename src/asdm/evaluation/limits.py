@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from asdm.evaluation.latency import seconds_of
+from asdm.measure.latency import seconds_of
 
 
 @torch.no_grad()

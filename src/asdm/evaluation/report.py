@@ -16,7 +16,7 @@ from PIL import Image
 
 from asdm import __version__
 from asdm.compensation import CompensationReport
-from asdm.evaluation.comparison import Evaluation, EvaluationSet, folder_name
+from asdm.evaluation.comparison import Evaluation, EvaluationSet, SpeedFigures, folder_name
 from asdm.evaluation.metrics import JUDGE_NAME
 from asdm.evaluation.plots import loss_plot, redundancy_plot
 from asdm.files import replacing_file, write_text
@@ -105,11 +105,9 @@ def headline_of(evaluation: Evaluation, target_speedup: float | None = None) -> 
     """One sentence: how much faster and smaller the last model is than the first, and what it kept."""
     teacher, student = evaluation.speed[0], evaluation.speed[-1]
     size = 100 * student.unet_parameters / teacher.unet_parameters
-    sentence = (
-        f"The UNet is {student.unet_speedup:.2f}x faster and the pipeline {student.pipeline_speedup:.2f}x, "
-        f"with {size:.0f}% of the UNet's parameters"
-    )
-    if target_speedup is not None and student.unet_speedup < target_speedup:
+    sentence = f"{_faster(student)}, with {size:.0f}% of the UNet's parameters"
+    unet_speedup = student.unet_ratio
+    if target_speedup is not None and unet_speedup.is_measurable and unet_speedup.high < target_speedup:
         sentence += f" (short of the {target_speedup:g}x asked for)"
     for split, words in (
         ("held_out", "held-out prompts"),
@@ -127,6 +125,16 @@ def headline_of(evaluation: Evaluation, target_speedup: float | None = None) -> 
             )
         return f"{sentence}; its images of {words} lie {after.teacher_distance:.3f} from the original's (1 - cosine)."
     return f"{sentence}."
+
+
+def _faster(student: SpeedFigures) -> str:
+    """What the last model gained, as far as it was measurable."""
+    unet, pipeline = student.unet_ratio, student.pipeline_ratio
+    if unet.is_measurable and pipeline.is_measurable:
+        return f"The UNet is {unet} faster and the pipeline {pipeline}"
+    if unet.is_measurable:
+        return f"The UNet is {unet} faster; the pipeline's speed-up is {pipeline}"
+    return f"The UNet's speed-up is {unet} and the pipeline's {pipeline}; the UNet computes {student.gmacs:.3g} GMACs"
 
 
 def save_figure(figure: Figure, path: Path) -> None:

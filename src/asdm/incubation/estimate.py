@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from asdm.conditioning import Conditioning, noise_schedule
-from asdm.evaluation.latency import measure_interleaved, random_inputs, unet_call
+from asdm.evaluation.latency import random_inputs, unet_call
 from asdm.evaluation.memory import peak_megabytes
 from asdm.incubation.blocks import assembled
 from asdm.incubation.distillation import make_task
@@ -33,6 +33,7 @@ from asdm.incubation.stages import Stage
 from asdm.incubation.teaching import Batch, TrainingSet
 from asdm.incubation.trainer import Part, TrainingTask
 from asdm.inference.runtime import fastest_precision
+from asdm.measure.latency import measure_interleaved
 from asdm.pipelines import with_unet
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -259,7 +260,7 @@ def _measured_rate(unet: UNet2DConditionModel, precision: torch.dtype | None, sa
         with torch.autocast(unet.device.type, precision, enabled=precision is not None):
             call = unet_call(unet, batch_size)
             times = measure_interleaved({"unet": call}, rounds=3, warmup=1, device=unet.device)
-        return batch_size * counter.get_total_flops() / (times["unet"].median_ms / 1000)
+        return batch_size * counter.get_total_flops() / (times["unet"].ms / 1000)
 
     alone = rate(1)
     if samples == 1 or counter.get_total_flops() / alone > QUICK:

@@ -20,9 +20,9 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
 from asdm.errors import AsdmError, needs_extra
-from asdm.evaluation.latency import measure_interleaved
 from asdm.inference.export import FILES
 from asdm.inference.feature_inheritance import Cut, Granularity
+from asdm.measure.latency import measure_interleaved
 from asdm.pipelines import read_marker, with_unet
 
 
@@ -68,7 +68,7 @@ def _options(threads: int) -> dict[str, Any]:
         return lambda: compiled([image])
 
     times = measure_interleaved({"own": call(options), "float32": call(in_float32)})
-    return in_float32 if times["float32"].median_ms < times["own"].median_ms else options
+    return in_float32 if times["float32"].ms < times["own"].ms else options
 
 
 class _Graph(nn.Module):

@@ -12,7 +12,8 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
 from asdm.errors import AsdmError, one_line
-from asdm.evaluation.latency import Latency, measure_interleaved, random_inputs, speedup, unet_call
+from asdm.evaluation.latency import random_inputs, unet_call
+from asdm.measure.latency import Latency, Ratio, measure_interleaved
 from asdm.student.gri_attention import GriAttnProcessor
 
 WORTH_IT = 1.03  # what gains less than noise is not kept
@@ -20,11 +21,11 @@ WORTH_IT = 1.03  # what gains less than noise is not kept
 
 @dataclass(frozen=True)
 class Measure:
-    """One thing tried: how many times faster it made the UNet, and how far it moved its prediction
-    (relative squared error); `kept` or not, with the reason where it could not be tried."""
+    """One thing tried: how many times faster it made the UNet, with the interval of that, and how far it moved its
+    prediction (relative squared error); `kept` or not, with the reason where it could not be tried."""
 
     name: str
-    speedup: float | None
+    speedup: Ratio | None
     error: float | None
     kept: bool
     reason: str = ""
@@ -37,19 +38,19 @@ class Optimization:
     measures: list[Measure] = field(default_factory=list)
     before: Latency | None = None
     after: Latency | None = None
+    ratio: Ratio = field(default_factory=lambda: Ratio(1.0, 1.0, 1.0))
 
     @property
     def speedup(self) -> float:
-        assert self.before is not None and self.after is not None
-        return speedup(self.before, self.after)
+        return self.ratio.value
 
     def __str__(self) -> str:
         lines = []
         for measure in self.measures:
-            gain = measure.reason if measure.speedup is None else f"{measure.speedup:.2f}x"
+            gain = measure.reason if measure.speedup is None else str(measure.speedup)
             moved = "" if measure.error is None else f", prediction moved by {measure.error:.1e}"
             lines.append(f"{measure.name}: {gain}{moved}; {'kept' if measure.kept else 'not kept'}")
-        return "\n".join([*lines, f"in all {self.speedup:.2f}x"])
+        return "\n".join([*lines, f"in all {self.ratio}"])
 
 
 @torch.no_grad()
@@ -105,8 +106,8 @@ def optimize(
         except (RuntimeError, AsdmError, ValueError, NotImplementedError) as problem:
             result.measures.append(Measure(name, None, None, False, one_line(problem, 100)))
             continue
-        gain = speedup(times["now"], times["changed"])
-        kept = gain >= WORTH_IT and error <= max_error
+        gain = times.speedup("now", "changed")
+        kept = _is_worth_it(gain) and error <= max_error
         result.measures.append(Measure(name, gain, error, kept))
         if kept:
             current = candidate
@@ -115,6 +116,7 @@ def optimize(
     calls = {"before": _in_threads(threads, unet_call(unet)), "after": _in_threads(chosen, unet_call(current))}
     times = measure_interleaved(calls, rounds=rounds, device=pipeline.device)
     result.before, result.after = times["before"], times["after"]
+    result.ratio = times.speedup("before", "after")
     if current is not unet:
         others = [name for name, part in pipeline.components.items() if isinstance(part, nn.Module) and name != "unet"]
         pipeline.register_modules(unet=current, **{name: copy.deepcopy(getattr(pipeline, name)) for name in others})
@@ -149,9 +151,14 @@ def _threads(unet: UNet2DConditionModel, device: torch.device, rounds: int) -> l
         return []
     call = unet_call(unet)
     times = measure_interleaved({"now": _in_threads(now, call), "half": _in_threads(now // 2, call)}, rounds=rounds)
-    gain = speedup(times["now"], times["half"])
-    torch.set_num_threads(now // 2 if gain >= WORTH_IT else now)
-    return [Measure(f"{now // 2} threads", gain, 0.0, gain >= WORTH_IT)]
+    gain = times.speedup("now", "half")
+    torch.set_num_threads(now // 2 if _is_worth_it(gain) else now)
+    return [Measure(f"{now // 2} threads", gain, 0.0, _is_worth_it(gain))]
+
+
+def _is_worth_it(gain: Ratio) -> bool:
+    """Whether it is faster by more than noise could have made it."""
+    return gain.value >= WORTH_IT and gain.is_measurable
 
 
 def _in_threads(count: int, call: Callable[[], Any]) -> Callable[[], Any]:

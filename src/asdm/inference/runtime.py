@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from asdm.evaluation.latency import measure_interleaved
+from asdm.measure.latency import measure_interleaved
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 
@@ -66,7 +66,7 @@ def _bfloat16_trains_faster() -> bool:
             layer(images).sum().backward()
 
     times = measure_interleaved({"float32": partial(step, False), "bfloat16": partial(step, True)})
-    return times["bfloat16"].median_ms < times["float32"].median_ms
+    return times["bfloat16"].ms < times["float32"].ms
 
 
 def prepare_for_training() -> None:

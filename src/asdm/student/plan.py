@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from asdm.errors import AsdmError
 from asdm.files import write_text
+from asdm.measure.latency import Ratio
 from asdm.student.compensation import Compensation, TimeCompensation
 from asdm.student.cond_conv import CondConv2d
 from asdm.student.edits import Edit, GriAttention, Shorten, UnitEdit, parse_edits
@@ -34,16 +35,34 @@ class PlanBase(BaseModel):
         return cls.model_validate({"class": "UNet2DConditionModel", "fingerprint": fingerprint})
 
 
+SpeedupBasis = Literal["measured", "latency", "macs"]
+
+
 class PlanFigures(BaseModel):
     """What the planner aimed at and measured: ratios teacher / student; `predicted_sensitivity`, the sum of the map's
-    for the edits, and `measured_sensitivity`, that of all edits together (`repair_plan`)."""
+    for the edits, and `measured_sensitivity`, that of all edits together (`repair_plan`).
+
+    `model`: the teacher's name. `predicted_sensitivity` is None where no sensitivities were needed. `speedup_basis`:
+    what tells that the target is met, a measurement, or on a machine that was too busy for one the map's latencies or
+    MACs. `measured_speedup_interval` holds the true speed-up.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    model: str | None = None
     target: dict[str, float]
-    predicted_sensitivity: float
+    predicted_sensitivity: float | None = None
     predicted_speedup: float
     measured_speedup: float | None = None
+    measured_speedup_interval: tuple[float, float] | None = None
+    speedup_basis: SpeedupBasis | None = None
     measured_sensitivity: float | None = None
+
+    @property
+    def measured_ratio(self) -> Ratio | None:
+        """The measured speed-up with its interval; None where it was not measured."""
+        if self.measured_speedup is None:
+            return None
+        return Ratio(self.measured_speedup, *(self.measured_speedup_interval or [self.measured_speedup] * 2))
 
 
 Edits = Annotated[

@@ -1,0 +1,251 @@
+"""How long calls take, and how much faster one is than another, with the uncertainty of both.
+
+Noise only adds time: another process, a page fault and a thermal limit slow a call down, nothing makes it faster. So
+calls are timed in turns, in many short rounds, and the fastest rounds count. They are repeated until the interval is
+narrow, or a time limit is met.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from asdm.measure.load import BUSY, LoadMeter
+
+FASTEST = 5  # rounds that show how well the fastest agree
+PRECISION = 0.02  # an interval that reaches so far to each side, relative to its value, is narrow enough
+PATIENCE = 20.0  # seconds after which no more rounds are added
+NO_DIFFERENCE = 0.03  # an interval no wider than this says how little was gained
+# What others' use of as many cores as we have threads does at most, by measurements beside processes that compute:
+SLOWDOWN = 25.0  # to a time, which is so much longer beside them,
+DISTORTION = 0.2  # and to a ratio of two times, relative to it.
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of one call on a machine that does nothing else: that of the fastest round.
+
+    The true value is taken to lie between `low_ms` and `high_ms`; with a single round that is a guess.
+    """
+
+    ms: float
+    low_ms: float
+    high_ms: float
+    rounds: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float], contention: float = 0.0) -> Latency:
+        """The latency that rounds of so many seconds show, while others took a part of the cores (`LoadMeter`)."""
+        low, best, high = (1000 * value for value in _spread(seconds))
+        return cls(best, low / (1 + SLOWDOWN * contention), high, len(seconds))
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times faster something is, and the interval that holds the true value."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def is_measurable(self) -> bool:
+        """Whether the interval is narrower than the difference that it is about."""
+        return self.high - self.low <= abs(self.value - 1)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return self.low, self.high
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it is measurable, or so narrow that there is hardly a difference."""
+        return self.is_measurable or self.high - self.low <= NO_DIFFERENCE
+
+    def __str__(self) -> str:
+        span = f"{self.low:.2f}–{self.high:.2f}"
+        if not self.is_known:
+            return f"not measurable now ({span})"
+        if not self.is_measurable and self.low <= 1 <= self.high:
+            return f"no difference ({span})"
+        return f"{self.value:.2f}x ({span})"
+
+    def brief(self) -> str:
+        """As `str`, in fewer letters: half the interval, relative to the value, in the place of its ends."""
+        if not self.is_known:
+            return "not measurable now"
+        return f"{self.value:.2f}x ±{(self.high - self.low) / 2 / self.value:.0%}"
+
+    @classmethod
+    def of(cls, base: Latency, other: Latency, contention: float = 0.0) -> Ratio:
+        """The ratio of two times of the same rounds, in which others took a part of the cores."""
+        doubt = 1 + DISTORTION * contention
+        return cls(base.ms / other.ms, base.low_ms / other.high_ms / doubt, base.high_ms / other.low_ms * doubt)
+
+
+@dataclass(frozen=True)
+class Timing(Mapping[str, Latency]):
+    """What several calls took, round by round.
+
+    `contention`: for each call and round, the part of this process's cores that others took meanwhile.
+    """
+
+    seconds: dict[str, list[float]]
+    contention: dict[str, list[float]] = field(default_factory=dict)
+    other_cores: float = 0.0
+
+    def __getitem__(self, name: str) -> Latency:
+        return Latency.of(self.seconds[name], self.contention_of(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.seconds)
+
+    def __len__(self) -> int:
+        return len(self.seconds)
+
+    def speedup(self, base: str, other: str) -> Ratio:
+        """How many times faster `other` is than `base`."""
+        if base == other:
+            return Ratio(1.0, 1.0, 1.0)
+        before, after = Latency.of(self.seconds[base]), Latency.of(self.seconds[other])
+        return Ratio.of(before, after, max(self.contention_of(base), self.contention_of(other)))
+
+    def precision(self) -> float:
+        """How far the widest interval reaches to each side, relative to its value: of the ratios to the first call,
+        or of the time of the only one."""
+        first, *others = self.seconds
+        ratios = [self.speedup(first, other) for other in others]
+        if not ratios:
+            return (self[first].high_ms - self[first].low_ms) / self[first].ms / 2
+        return max((ratio.high - ratio.low) / ratio.value / 2 for ratio in ratios)
+
+    def contention_of(self, name: str) -> float:
+        """What others took of the cores in the rounds that count; 0 where it is too little to tell."""
+        seconds, taken = self.seconds.get(name, []), self.contention.get(name, [])
+        fastest = sorted(range(len(taken)), key=seconds.__getitem__)[: _counted(len(seconds))]
+        mean = sum(taken[i] for i in fastest) / len(fastest) if fastest else 0.0
+        return mean if mean >= BUSY else 0.0
+
+
+@torch.no_grad()
+def measure_interleaved(
+    calls: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int = FASTEST,
+    warmup: int = 2,
+    device: torch.device | str = "cpu",
+    precision: float = PRECISION,
+    patience: float | None = None,
+) -> Timing:
+    """Time several calls in turns, so that a slow minute of the machine falls on all of them.
+
+    Args:
+        rounds: the least number of rounds. More follow until the interval is narrow.
+        warmup: rounds before them, which do not count.
+        precision: how far the interval may reach to each side, relative to its value.
+        patience: seconds after which the rounds end even if it is wider; `PATIENCE` by default, and always as long
+            as twice the least number of rounds takes.
+    """
+    for _ in range(warmup):
+        for call in calls.values():
+            call()
+    watch = Stopwatch(device)
+    more = Patience(rounds, patience, precision)
+    while more.another_round(lambda: watch.timing().precision()):
+        for name, call in calls.items():
+            watch.time(name, call)
+    return watch.timing()
+
+
+class Patience:
+    """Decides before each round whether another one follows."""
+
+    def __init__(self, rounds: int, seconds: float | None = None, precision: float = PRECISION) -> None:
+        self.rounds, self.precision = rounds, precision
+        self.seconds = PATIENCE if seconds is None else seconds
+        self._done, self._next_look, self._start = 0, rounds, time.perf_counter()
+
+    def another_round(self, reached: Callable[[], float]) -> bool:
+        """Return whether another round follows.
+
+        Args:
+            reached: the precision of all rounds so far. It is asked for now and then.
+        """
+        done, spent = self._done, time.perf_counter() - self._start
+        if done >= self._next_look:
+            limit = max(self.seconds, 2 * spent * self.rounds / done) if self.seconds else 0.0
+            if reached() <= self.precision or spent * (done + 1) / done > limit:
+                return False
+            self._next_look = done + max(1, done // 4)
+        self._done += 1
+        return True
+
+
+class Stopwatch:
+    """Times calls by name, with the load of the machine meanwhile."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = device
+        self.meter = LoadMeter(1 if torch.device(device).type == "cuda" else None)
+        self.spans: dict[str, list[tuple[float, float]]] = {}
+
+    def time(self, name: str, call: Callable[[], Any]) -> Any:
+        """Call it, and return what it returns."""
+        synchronise(self.device)
+        start = time.perf_counter()
+        found = call()
+        synchronise(self.device)
+        self.add(name, start, time.perf_counter())
+        self.meter.mark()
+        return found
+
+    def add(self, name: str, start: float, end: float) -> None:
+        """Count a call that was timed elsewhere (`time.perf_counter`)."""
+        self.spans.setdefault(name, []).append((start, end))
+
+    def timing(self) -> Timing:
+        """What has been timed so far."""
+        return Timing(
+            seconds={name: [end - start for start, end in spans] for name, spans in self.spans.items()},
+            contention={name: [self.meter.contention(*span) for span in spans] for name, spans in self.spans.items()},
+            other_cores=self.meter.other_cores(),
+        )
+
+
+def seconds_of(call: Callable[[], Any], device: torch.device | str = "cpu") -> float:
+    """How long one call takes, until the device is done with it."""
+    synchronise(device)
+    start = time.perf_counter()
+    call()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def synchronise(device: torch.device | str) -> None:
+    """Wait until the device has done what it was given."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.synchronize(device)
+    elif kind == "mps":
+        torch.mps.synchronize()
+
+
+def _counted(rounds: int) -> int:
+    """How many of the fastest rounds count: the faster half of a few, `FASTEST` of many."""
+    return max(1, min(FASTEST, max(2, (rounds + 1) // 2), rounds))
+
+
+def _spread(seconds: Sequence[float]) -> tuple[float, float, float]:
+    """The least that the true value may be, the fastest round, and the slowest that counts.
+
+    The true value may lie below the fastest round by as much as the counted rounds lie above it (inferred).
+    """
+    ordered = sorted(seconds)
+    best, high = ordered[0], ordered[_counted(len(ordered)) - 1]
+    if len(ordered) == 1:
+        return best / 2, best, best * 2
+    return max(best / 2, 2 * best - high), best, high
