@@ -157,7 +157,8 @@ def test_few_step_pipelines_sample_as_they_were_made_to():
     figures = evaluate({"teacher": teacher, "few": few_step}, steps=6, rounds=2, quality=False)
     assert [row.steps for row in figures.speed] == [6, 4]
     assert batches["teacher"].count(1) == 1  # counting MACs
-    assert batches["few"].count(1) == 1 + 2 * 4  # without guidance, warming up and timed
+    images, left = divmod(batches["few"].count(1) - 1, 4)  # without guidance
+    assert images >= 3 and left == 0  # warming up and timed
 
 
 def test_without_the_judges_packages_the_extra_is_named(monkeypatch):

@@ -8,12 +8,15 @@ from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 
 from asdm import AsdmError, CondConv, PruningPlan, add_banks, analyze, build_student, make_plan
+from asdm.evaluation.latency import unet_call
+from asdm.evaluation.macs import counting_macs
 from asdm.measure import latency
 from asdm.planning import least_sensitive, measured_speedup, most_saved, possible_edits
 from asdm.random_models import UNETS, random_unet
-from asdm.redundancy import RedundancyMap, UnitRecord
+from asdm.redundancy import RedundancyMap, UnitRecord, structure_map
 from asdm.student.plan import empty_student
 from asdm.units import fingerprint, removable_units
+from conftest import tiny_pipeline
 
 
 def record(name, parent=None, sensitivity=1.0, cost=1.0):
@@ -77,8 +80,6 @@ def test_more_than_everything_has_no_plan():
 
 @pytest.fixture(scope="module")
 def redundancy() -> RedundancyMap:
-    from conftest import tiny_pipeline
-
     return analyze(tiny_pipeline(), timesteps=1, samples=1, latency_rounds=5)
 
 
@@ -183,8 +184,6 @@ def test_banks_inherit_removed_convolutions_within_the_budget(redundancy):
 
 def test_our_presets_look_at_regions_and_drop_middle_layers(redundancy, monkeypatch):
     monkeypatch.setattr("asdm.redundancy.MANY_TOKENS", 64)
-    from conftest import tiny_pipeline
-
     known = analyze(tiny_pipeline(), timesteps=1, samples=1, latency_rounds=1)
     unet = random_unet(known.unet_config)
     slow, fast = (make_plan(known, preset=preset, unet=unet) for preset in ("a-sdm", "a-sdm-fast"))
@@ -202,3 +201,31 @@ def test_our_presets_look_at_regions_and_drop_middle_layers(redundancy, monkeypa
         assert [(edit.regions, edit.pool) for edit in plan.edits if edit.edit == "gri_attention"] == regional
         assert all(edit.compensate == "linear" for edit in plan.edits if edit.edit == "remove" and "." not in edit.unit)
     assert fast.figures.predicted_sensitivity > slow.figures.predicted_sensitivity
+
+
+def test_a_preset_needs_no_weights_and_no_measurement():
+    with init_empty_weights():
+        unet = UNet2DConditionModel(**UNETS["sd15"])
+    known = structure_map(unet, "random:sd15")
+    assert known.estimator is None and known.latency_ms == 0 and not known.has_reliable_latencies
+    assert known.gmacs == pytest.approx(401.6, abs=0.3)
+    for preset, edits in {"bk-base": 1, "a-sdm": 7, "a-sdm-fast": 17}.items():
+        plan = make_plan(known, preset=preset)
+        assert len(plan.edits) == edits and plan.figures.speedup_basis == "macs"
+        assert plan.figures.predicted_speedup > 1.2 and plan.figures.predicted_sensitivity is None
+        empty_student(unet, plan)
+
+
+def test_each_kind_of_regional_attention_is_measured_by_itself(monkeypatch):
+    monkeypatch.setattr("asdm.redundancy.MANY_TOKENS", 64)
+    known = structure_map(tiny_pipeline().unet)
+    regional = [other for other in known.others if other.edit["edit"] == "gri_attention"]
+    nearer, faster = regional[:2]
+    assert nearer.edit["unit"] == faster.edit["unit"] and 0 < nearer.gmacs < faster.gmacs
+    unet = tiny_pipeline().unet
+    with counting_macs(unet) as before:
+        unet_call(unet, batch_size=1)()
+    student = build_student(unet, PruningPlan.for_unet(unet, [faster.edit]))
+    with counting_macs(student) as after:
+        unet_call(student, batch_size=1)()
+    assert faster.gmacs == pytest.approx((before.below() - after.below()) / 1e9)

@@ -452,6 +452,7 @@ def evaluate(
     from asdm.pipelines import load_clip
 
     pipelines = {name: _load(name, device, dtype) for name in models}
+    _warn_if_busy()
     with _progress() as report:
         figures = asdm.evaluate(
             pipelines,
@@ -852,6 +853,7 @@ def _is_main_process() -> bool:
 def _compress(model: str, out: Path, **settings: Any) -> None:
     import asdm
 
+    _warn_if_busy()
     with _progress(resumable=True) as report:
         made = asdm.compress(model, out, progress=report, **settings)
     _print_evaluation(made.evaluation)

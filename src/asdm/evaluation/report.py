@@ -107,7 +107,7 @@ def headline_of(evaluation: Evaluation, target_speedup: float | None = None) -> 
     size = 100 * student.unet_parameters / teacher.unet_parameters
     sentence = f"{_faster(student)}, with {size:.0f}% of the UNet's parameters"
     unet_speedup = student.unet_ratio
-    if target_speedup is not None and unet_speedup.is_measurable and unet_speedup.high < target_speedup:
+    if target_speedup is not None and unet_speedup.high < target_speedup:
         sentence += f" (short of the {target_speedup:g}x asked for)"
     for split, words in (
         ("held_out", "held-out prompts"),
