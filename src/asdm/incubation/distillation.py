@@ -42,8 +42,8 @@ from asdm.incubation.trainer import Part, Progress, TrainingTask, make_accelerat
 from asdm.inference.runtime import prepare_for_training
 from asdm.replay import as_they_were, outputs_of, tensor_of
 from asdm.student.stock import name_in_original
+from asdm.units import require_known_inputs, unlike
 from asdm.units import stages as unet_blocks
-from asdm.units import unlike
 
 # What may change between two sittings of a stage: it makes a run possible on another machine, or a lost one sound.
 CHANGEABLE = {"learning_rate", "warmup_steps", "checkpoint_every", "accumulation", "checkpointing", "mixed_precision"}
@@ -112,7 +112,7 @@ class DistillationTask(TeachingTask):
     def _output_loss(self, noised: Noised, noise_pred: Tensor, teacher_pred: Tensor, weights: Tensor | None) -> Tensor:
         """Of the predictions, or of the guided ones (arXiv 2207.12598, Eq. 6), whose other branch is run here."""
         scale = self.stage.guidance_scale
-        if scale is not None:
+        if scale is not None and not self.embeds_guidance:
             empty = self.examples.empty_caption[[0] * len(noised.noisy)].to(noised.noisy.device, torch.float32)
             without = replace(noised, captions=replace(empty, masked=noised.captions.masked))
             with torch.no_grad():
@@ -221,8 +221,10 @@ def distill(
 
     Raises:
         AsdmError: the data cannot be used, a loss is not finite, `folder` is of another run or one is at work there,
-            teacher and student do not fit, or the student's weights are not in float32.
+            teacher and student do not fit, the UNet has inputs that no prompt brings, or the student's weights are not
+            in float32.
     """
+    require_known_inputs(teacher.unet)
     _require_fit(teacher.unet, student)
     if student is teacher.unet:
         raise AsdmError("the student is the teacher's own UNet, which stays as it is; give a copy of it")
