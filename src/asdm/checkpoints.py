@@ -201,7 +201,7 @@ def claim_of(config: str | Path) -> Claim:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of one library about another's arguments
-                claim = _claim_of(SchedulerMixin.load_config(str(config), subfolder="scheduler"), str(config))
+                claim = _claim_of(DDIMScheduler.load_config(str(config), subfolder="scheduler"), str(config))
         except (OSError, ValueError) as error:
             raise AsdmError(
                 f"config {config}: no such folder or file, and not found on the Hub ({one_line(error)})"
@@ -248,7 +248,7 @@ def scheduler_for(scheduler: Any, said: Parameterization) -> Any:
     unable = said.zero_snr and not takes_zero_snr(kind)
     if unable or (said.prediction_type == "sample" and not _predicts_samples(kind)):
         kind = DDIMScheduler
-        changes.setdefault("clip_sample", False)
+        changes |= {"clip_sample": False, "set_alpha_to_one": config.get("set_alpha_to_one", False)}
     return kind.from_config(config, **changes)
 
 

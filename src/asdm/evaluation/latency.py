@@ -92,9 +92,9 @@ def random_inputs(unet: UNet2DConditionModel, batch_size: int, seed: int = 0) ->
     generator = torch.Generator().manual_seed(seed)
     size = config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
-    width = config.cross_attention_dim
-    width = width if isinstance(width, int) else width[0]
-    tokens = 77 if width >= 768 else 16
+    channels = config.cross_attention_dim
+    channels = channels if isinstance(channels, int) else channels[0]
+    tokens = 77 if channels >= 768 else 16
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(unet.device, unet.dtype)
@@ -102,7 +102,7 @@ def random_inputs(unet: UNet2DConditionModel, batch_size: int, seed: int = 0) ->
     arguments: dict[str, Any] = {
         "sample": normal(batch_size, config.in_channels, height, width),
         "timestep": torch.tensor(500, device=unet.device),
-        "encoder_hidden_states": normal(batch_size, tokens, config.get("encoder_hid_dim") or width),
+        "encoder_hidden_states": normal(batch_size, tokens, config.encoder_hid_dim or channels),
     }
     if config.addition_embed_type == "text_time":
         time_width = 6 * config.addition_time_embed_dim
