@@ -142,9 +142,7 @@ REFUSED = [
 @pytest.mark.parametrize(("config", "message"), REFUSED)
 def test_inputs_that_no_prompt_brings_are_refused_by_name(config, message, data_folder, tmp_path):
     pipeline = with_unet(tiny_pipeline(), tiny_unet(**config))
-    pipeline.save_pretrained(tmp_path / "model")
     for use in (
-        lambda: load_pipeline(tmp_path / "model"),
         lambda: analyze(pipeline),
         lambda: unet_call(pipeline.unet),
         lambda: distill(pipeline, tiny_unet(**config), data_folder, tmp_path / "t"),
@@ -152,6 +150,13 @@ def test_inputs_that_no_prompt_brings_are_refused_by_name(config, message, data_
         with pytest.raises(AsdmError, match=message) as error:
             use()
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("config", "message"), [REFUSED[0], REFUSED[-1]])
+def test_a_checkpoint_with_inputs_that_no_prompt_brings_is_refused(config, message, tmp_path):
+    with_unet(tiny_pipeline(), tiny_unet(**config)).save_pretrained(tmp_path)
+    with pytest.raises(AsdmError, match=message):
+        load_pipeline(tmp_path)
 
 
 def test_pipelines_and_unets_that_do_not_go_together_are_refused(tmp_path):

@@ -417,8 +417,18 @@ def test_what_is_said_wrongly_is_refused(said, message, tmp_path, sd15):
 
 
 def test_metadata_of_an_unknown_prediction_is_refused(sd15):
-    with pytest.raises(AsdmError, match=r"modelspec.prediction_type: prediction type 'flow' is not known"):
-        load_pipeline(sd15(metadata={"modelspec.prediction_type": "flow"}))
+    path = sd15(metadata={"modelspec.prediction_type": "flow"})
+    with pytest.raises(AsdmError, match=r"modelspec.prediction_type\): prediction type 'flow' is not known") as error:
+        load_pipeline(path)
+    assert str(path) in str(error.value)
+    assert load_pipeline(path, prediction_type="epsilon").scheduler.config.prediction_type == "epsilon"
+
+
+def test_a_truncated_file_is_named(sd15):
+    path = sd15()
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(AsdmError, match=r"model.safetensors: not a safetensors file: truncated or damaged"):
+        load_pipeline(path)
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ class Claim:
     """
 
     source: str
-    prediction_type: PredictionType | None = None
+    prediction_type: str | None = None  # as it is written there
     zero_snr: bool | None = None
     scheduler: dict[str, Any] = field(default_factory=dict)
 
@@ -111,11 +111,12 @@ class Parameterization:
 
 
 def as_prediction_type(value: Any, source: str) -> PredictionType:
-    """
+    """What is predicted, however it is spelt.
+
     Raises:
         AsdmError: no such prediction type.
     """
-    found = _SPELLINGS.get(str(value).lower().replace("-", "_"))
+    found = _SPELLINGS.get(_plain(value))
     if found is None:
         raise AsdmError(
             f"{source}: prediction type {value!r} is not known; it is {', '.join(get_args(PredictionType))} "
@@ -129,7 +130,10 @@ def kind_of(header: Header) -> str:
 
     Of SDXL, SD 2.x and inpainting also where the tensor is missing by which diffusers knows them.
     """
-    kind: str = infer_diffusers_model_type(header.tensors)
+    try:
+        kind: str = infer_diffusers_model_type(header.tensors)
+    except (RuntimeError, LookupError, UnboundLocalError):  # it looks into tensors of some, and knows not all
+        return "another kind"
     if kind != "v1" and kind != "inpainting":
         return kind
     names = header.tensors
@@ -214,11 +218,18 @@ def claim_of(config: str | Path) -> Claim:
     return claim
 
 
-def settled(claims: Sequence[Claim], given: PredictionType | None = None) -> Parameterization:
-    """What claims, the strongest first, say together; the user's own word, `given`, is above them."""
+def settled(claims: Sequence[Claim], given: PredictionType | None, name: str) -> Parameterization:
+    """What claims, the strongest first, say together; the user's own word, `given`, is above them.
+
+    Raises:
+        AsdmError: the one that decides names no prediction type; `name` is the checkpoint's in the message.
+    """
     remarks = [*_contradictions(claims, "prediction_type")] if given is None else []
     remarks += _contradictions(claims, "zero_snr", "zero terminal SNR ")
-    prediction = given or next((each.prediction_type for each in claims if each.prediction_type), None)
+    deciding = next((each for each in claims if each.prediction_type), None)
+    prediction = given
+    if given is None and deciding is not None:
+        prediction = as_prediction_type(deciding.prediction_type, f"{name}, {deciding.source}")
     zero_snr = next((each.zero_snr for each in claims if each.zero_snr is not None), None)
     if zero_snr and prediction is None:
         prediction = "v_prediction"
@@ -275,6 +286,15 @@ def _predicts_samples(kind: type) -> bool:
     return not any(name in kind.__name__ for name in ("PNDM", "Euler", "LMS", "Heun", "KDPM2"))
 
 
+def _plain(value: Any) -> str:
+    return str(value).lower().replace("-", "_")
+
+
+def _spelt(value: Any) -> str:
+    """As diffusers spells it, where it is known."""
+    return _SPELLINGS.get(_plain(value), str(value))
+
+
 def _without_none(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
@@ -298,7 +318,7 @@ def _by_metadata(header: Header) -> Iterator[Claim]:
     about = header.metadata
     for name in ("modelspec.prediction_type", "prediction_type"):
         if about.get(name):
-            yield Claim(f"its metadata ({name})", as_prediction_type(about[name], f"{header.path}, {name}"))
+            yield Claim(f"its metadata ({name})", _spelt(about[name]))
     if (trained := _truth(about.get("ss_v_parameterization"))) is not None:
         yield Claim("its metadata (ss_v_parameterization)", "v_prediction" if trained else "epsilon")
     architecture = about.get("modelspec.architecture", "").split("/")[0]
@@ -310,17 +330,16 @@ def _by_metadata(header: Header) -> Iterator[Claim]:
 
 
 def _by_steps(header: Header, kind: str | None) -> Claim:
-    is_base = kind == "v2" and header.number("global_step") == _STEPS_OF_SD2_BASE
+    steps = header.number("global_step") or header.metadata.get("global_step")
+    is_base = kind == "v2" and str(steps).removesuffix(".0") == str(_STEPS_OF_SD2_BASE)
     return Claim(f"its {_STEPS_OF_SD2_BASE} steps of training", "epsilon" if is_base else None)
 
 
 def _claim_of(content: Mapping[str, Any], source: str) -> Claim:
     """What a config says: a diffusers scheduler's, or one of the original code, or of SDXL's."""
     if "prediction_type" in content or str(content.get("_class_name", "")).endswith("Scheduler"):
-        known = content.get("prediction_type", "epsilon")
-        prediction = as_prediction_type(known, source)
-        kept = {**content, "prediction_type": prediction}
-        return Claim(source, prediction, _zero_snr_of(content), kept if "_class_name" in content else {})
+        prediction = _spelt(content.get("prediction_type", "epsilon"))
+        return Claim(source, prediction, _zero_snr_of(content), dict(content) if "_class_name" in content else {})
     model = content.get("model")
     params = model.get("params") if isinstance(model, dict) else content
     if not isinstance(params, dict):
@@ -329,7 +348,7 @@ def _claim_of(content: Mapping[str, Any], source: str) -> Claim:
     names = {"linear_start": "beta_start", "linear_end": "beta_end", "timesteps": "num_train_timesteps"}
     schedule = {ours: params[theirs] for theirs, ours in names.items() if theirs in params}
     if "parameterization" in params:
-        return Claim(source, as_prediction_type(params["parameterization"], source), zero_snr, schedule)
+        return Claim(source, _spelt(params["parameterization"]), zero_snr, schedule)
     if "linear_start" in params:  # as the original code takes it
         return Claim(source, "epsilon", zero_snr, schedule)
     found = [_SCALINGS[name] for name in _targets(params) if name in _SCALINGS]

@@ -449,12 +449,13 @@ def _parameterize(
     if config is None and own.prediction_type is None:
         headers = [Header.of(path) for path in sorted((Path(name) / "unet").glob("*.safetensors"))]
         claims += [claim for header in headers for claim in claims_of_tensors(header)]
-    said = settled(claims, given)
+    said = settled(claims, given, name)
     passed_over = bool(said.zero_snr) and not takes_zero_snr(type(pipeline.scheduler))
     passed_over |= own.prediction_type is None and said.prediction_type is not None
     if given is None and config is None and not passed_over:
         return []
-    pipeline.scheduler = scheduler_for(pipeline.scheduler, said)
+    with quiet():
+        pipeline.scheduler = scheduler_for(pipeline.scheduler, said)
     return said.remarks
 
 
@@ -479,11 +480,12 @@ def _load_single_file(
     require_weights(path)
     header = Header.of(path)
     kind = _sd_kind(header)
-    claims = claims_of(header, kind) if config is None else [claim_of(config), *claims_of(header, kind)]
+    claims = claims_of(header, kind) if config is None else [claim_of(config), *claims_of_tensors(header)]
+    said = settled(claims, given, str(path))
     pipeline = _from_single_file(header, kind, dtype, config)
     _require_whole(pipeline, path)
     require_all_read(header, pipeline.unet)
-    return pipeline, _parameterize_single_file(pipeline, header, kind, settled(claims, given))
+    return pipeline, _parameterize_single_file(pipeline, header, kind, said)
 
 
 def _sd_kind(header: Header) -> str:
@@ -505,9 +507,7 @@ def _from_single_file(header: Header, kind: str, dtype: torch.dtype, config: str
     try:
         with quiet():
             return made.from_single_file(str(header.path), dtype=dtype, config=about)
-    except Exception as error:
-        if not isinstance(error, OSError | ValueError | RuntimeError | KeyError | SingleFileComponentError):
-            raise
+    except (OSError, ValueError, RuntimeError, KeyError, SingleFileComponentError) as error:
         with suppress(OSError):  # the configuration is out of reach
             explain_single_file(header, about, kind)
         raise AsdmError(
@@ -527,7 +527,8 @@ def _parameterize_single_file(
     elif said.prediction_type is None and kind != "playground-v2-5":
         assumed = pipeline.scheduler.config.get("prediction_type", "epsilon")
         remarks.append(f"does not say what its UNet predicts; assumed {assumed}, the default of {KIND_NAMES[kind]}")
-    pipeline.scheduler = scheduler_for(pipeline.scheduler, said)
+    with quiet():
+        pipeline.scheduler = scheduler_for(pipeline.scheduler, said)
     if kind == "v2" and said.prediction_type == "epsilon" and pipeline.unet.config.sample_size == SD2_SIDES[0]:
         pipeline.unet.register_to_config(sample_size=SD2_SIDES[1])
     return remarks

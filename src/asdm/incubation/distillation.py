@@ -239,7 +239,9 @@ def distill(
     stages = recipe_stages(recipe, student, 1000 if steps is None else steps) if stages is None else list(stages)
     schedule = noise_schedule(teacher)
     total, before = sum(stage.steps for stage in stages), 0
+    ends_at_zero = bool(schedule.config.rescale_betas_zero_snr)
     networks = {"teacher": digest_of(teacher.unet), "student": digest_of(student)}
+    networks["predicts"] = f"{schedule.config.prediction_type}{', to zero SNR' if ends_at_zero else ''}"
     with alone_in(folder), as_they_were(teacher.unet, teacher.vae):
         examples = prepare(teacher, data, folder / "prepared")
         for index, stage in enumerate(stages):
@@ -256,7 +258,7 @@ def distill(
 @dataclass(frozen=True)
 class _Run:
     """A stage as it is trained in a folder; `networks` are digests of the teacher and the student that it began with,
-    and no later stage has begun where it is the newest."""
+    and what they predict; no later stage has begun where it is the newest."""
 
     folder: Path
     stage: Stage
@@ -354,7 +356,7 @@ def _claim(run: _Run, student: UNet2DConditionModel, examples: TrainingSet) -> N
     }
     path = run.folder / "run.json"
     if path.is_file():
-        known = json.loads(path.read_text("utf-8"))
+        known = {"predicts": settings["predicts"]} | json.loads(path.read_text("utf-8"))
         now = json.loads(json.dumps(settings))
         changed = [name for name in now if known.get(name) != now[name]]
         if changed and not (changed == ["steps"] and run.is_newest and run.stage.steps > known["steps"]):
