@@ -156,6 +156,13 @@ def test_a_checkpoint_with_inputs_that_no_prompt_brings_is_refused(config, messa
         load_pipeline(tmp_path)
 
 
+def test_a_folder_whose_unet_has_an_input_that_its_config_does_not_name_is_refused(tmp_path):
+    with_unet(tiny_pipeline(), tiny_unet(time_cond_proj_dim=16)).save_pretrained(tmp_path)
+    tiny_unet().save_config(tmp_path / "unet")
+    with pytest.raises(AsdmError, match=r"its unet has time_embedding.cond_proj.weight, for an input"):
+        load_pipeline(tmp_path)
+
+
 def test_pipelines_and_unets_that_do_not_go_together_are_refused(tmp_path):
     tiny_sdxl_pipeline().save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())

@@ -25,7 +25,11 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers import logging as diffusers_logging
-from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS, SingleFileComponentError
+from diffusers.loaders.single_file_utils import (
+    DIFFUSERS_DEFAULT_PIPELINE_PATHS,
+    LDM_UNET_KEY,
+    SingleFileComponentError,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -384,6 +388,7 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
         raise AsdmError(f"{folder}: not a pipeline folder (no model_index.json); MODEL is {MODEL_HELP}")
     if not (folder / "unet" / "config.json").is_file():
         raise AsdmError(f"{folder}: a pipeline folder without a UNet (no unet/config.json)")
+    _require_parts(folder)
     for path in sorted(folder.glob("*/*.safetensors")):
         require_safetensors(path)
         require_weights(path)
@@ -391,6 +396,18 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
     if not any((folder / "unet").glob("*.safetensors")):
         raise AsdmError(f"{folder / 'unet'}: no .safetensors weights; pickles are not loaded, convert them first")
     return _from_pretrained(str(folder), dtype)
+
+
+def _require_parts(folder: Path) -> None:
+    """Raise an AsdmError where a part that a pipeline's index names has no folder."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    except ValueError as error:
+        raise AsdmError(f"{folder / 'model_index.json'}: damaged ({one_line(error)}); download it again") from None
+    for part, kind in index.items() if isinstance(index, dict) else ():
+        named = isinstance(kind, list) and len(kind) == 2 and None not in kind
+        if named and not (folder / part).is_dir():
+            raise AsdmError(f"{folder}: lacks its {part}, which model_index.json names ({kind[1]}); download it again")
 
 
 def _load_from_hub(name: str, dtype: torch.dtype) -> DiffusionPipeline:
@@ -437,6 +454,9 @@ def _require_whole(pipeline: DiffusionPipeline, place: Path) -> None:
     for part, module in pipeline.components.items():
         if isinstance(module, nn.Module):
             require_loaded(module, str(place), part, sorted((place / part).glob("*.safetensors")))
+    if isinstance(getattr(pipeline, "unet", None), UNet2DConditionModel):
+        files = [place] if place.is_file() else sorted((place / "unet").glob("*.safetensors"))
+        require_all_read(pipeline.unet, str(place), files)
 
 
 def _parameterize(
@@ -484,12 +504,16 @@ def _load_single_file(
     said = settled(claims, given, str(path))
     pipeline = _from_single_file(header, kind, dtype, config)
     _require_whole(pipeline, path)
-    require_all_read(header, pipeline.unet)
     return pipeline, _parameterize_single_file(pipeline, header, kind, said)
 
 
 def _sd_kind(header: Header) -> str:
     kind = kind_of(header)
+    if kind in SD_KINDS and not any(name.startswith(LDM_UNET_KEY) for name in header.tensors):
+        raise AsdmError(
+            f"{header.path}: not a whole Stable Diffusion checkpoint: no tensor's name begins with {LDM_UNET_KEY}, as "
+            "those of its UNet do"
+        )
     if kind == "xl_refiner":
         raise AsdmError(f"{header.path}: has no first text encoder, as SDXL's refiner; use a base model")
     if kind not in (*SD_KINDS, "upscale", "instruct-pix2pix"):

@@ -27,6 +27,8 @@ TEXT_ENCODERS = (CLIPTextModel, CLIPTextModelWithProjection)
 OF_TEXT = re.compile("^text_model[.]")  # which only some versions of transformers have before a text encoder's names
 _NAMED = 3  # tensors that a message names
 _WEIGHT_TYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+# Of a UNet's inputs beside noisy latents, time step and text.
+_INPUTS = ("time_embedding.cond_proj.", "class_embedding.", "add_embedding.", "encoder_hid_proj.")
 
 
 def require_loaded(module: nn.Module, name: str, part: str, files: Iterable[Path] = ()) -> None:
@@ -122,17 +124,18 @@ def explain_folder(folder: Path) -> None:
             _require_fit(module, found, str(folder), part, files)
 
 
-def require_all_read(header: Header, unet: UNet2DConditionModel) -> None:
-    """Raise an AsdmError where a UNet's file has tensors for an input that the loaded one has not."""
-    unread = {"time_embed.cond_proj": "the guidance scale (timestep_cond, as LCM's)"}
-    if unet.config.class_embed_type is None and unet.config.addition_embed_type is None:
-        unread["label_emb"] = "labels (class_labels)"
-    for start, read in unread.items():
-        found = next((name for name in header.tensors if name.startswith(f"{layouts.LDM_UNET_KEY}{start}.")), None)
-        if found is not None:
+def require_all_read(unet: UNet2DConditionModel, name: str, files: Iterable[Path]) -> None:
+    """Raise an AsdmError where a UNet's files have tensors for an input that the loaded one has not: it would be left
+    out in silence."""
+    known = dict(unet.named_parameters())
+    labels = unet.config.class_embed_type is None and unet.config.addition_embed_type is None
+    for tensor in (tensor for path in files for tensor in _dtypes(path)):
+        inside = tensor.removeprefix(layouts.LDM_UNET_KEY)
+        in_one_file = inside.startswith("time_embed.cond_proj.") or (inside.startswith("label_emb.") and labels)
+        if in_one_file or (inside.startswith(_INPUTS) and inside not in known):
             raise AsdmError(
-                f"{header.path}: its UNet embeds {read} ({found}), which is left out when this layout is loaded; take "
-                "the checkpoint as a diffusers folder"
+                f"{name}: its unet has {tensor}, for an input (timestep_cond, class_labels, added_cond_kwargs) that "
+                "its config does not name, and would be loaded without it; take the checkpoint with its own config"
             )
 
 
