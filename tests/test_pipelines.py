@@ -202,6 +202,13 @@ def test_a_damaged_folder_is_refused_by_name(model, damage, message):
     assert "\n" not in str(error.value)
 
 
+def test_shards_in_a_variant_alone_are_found(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path, variant="fp16")
+    next((tmp_path / "unet").glob("*.safetensors")).unlink()
+    pipeline.unet.save_pretrained(tmp_path / "unet", variant="fp16", max_shard_size="2MB")
+    assert torch.equal(predict(load_pipeline(tmp_path).unet), predict(pipeline.unet))
+
+
 def test_single_files_that_are_no_checkpoints_are_refused(tmp_path):
     save_file({"x": torch.zeros(2)}, tmp_path / "other.safetensors")
     pickle_over(tmp_path / "pickle.safetensors")

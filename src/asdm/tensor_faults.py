@@ -25,6 +25,7 @@ from asdm.student.unet import AsdmUNet2DConditionModel
 
 TEXT_ENCODERS = (CLIPTextModel, CLIPTextModelWithProjection)
 OF_TEXT = re.compile("^text_model[.]")  # which only some versions of transformers have before a text encoder's names
+_INDEX = "*.safetensors.index*.json"  # of shards, also in a variant
 _NAMED = 3  # tensors that a message names
 _WEIGHT_TYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 # Of a UNet's inputs beside noisy latents, time step and text.
@@ -68,19 +69,19 @@ def require_weights(path: Path) -> None:
 
 def require_shards(folder: Path) -> None:
     """Raise an AsdmError where a part of a pipeline's folder lacks a shard, or the index of its shards."""
-    for index in sorted(folder.glob("*/*.index.json")):
+    for index in sorted(folder.glob(f"*/{_INDEX}")):
         try:
             names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise AsdmError(f"{index}: damaged ({one_line(error)}); download it again") from None
         absent = [name for name in names if not (index.parent / name).is_file()]
-        if absent and any(index.parent.glob("*.safetensors")):
+        if absent and len(absent) < len(names):  # without any of them, weights in a variant may be there
             raise AsdmError(
                 f"{index.parent}: lacks {len(absent)} of the {len(names)} files of {index.name}: {_some(absent)}; "
                 "download them again"
             )
     for first in sorted(folder.glob("*/*-00001-of-*.safetensors")):
-        if not any(first.parent.glob("*.index.json")):
+        if not any(first.parent.glob(_INDEX)):
             raise AsdmError(f"{first.parent}: shards without their index (*.index.json); download that too")
 
 
@@ -200,7 +201,7 @@ def _require_named(absent: list[str], count: int, name: str, part: str, files: I
 
 def _place(tensor: str, files: list[Path]) -> str:
     """The file in which a tensor should be."""
-    for index in files[0].parent.glob("*.index.json"):
+    for index in files[0].parent.glob(_INDEX):
         known = json.loads(index.read_text("utf-8")).get("weight_map", {})
         return f"{index.parent.name}/{known.get(tensor, index.name)}"
     return f"{files[0].parent.name}/{files[0].name}"

@@ -102,7 +102,7 @@ def random_inputs(unet: UNet2DConditionModel, batch_size: int, seed: int = 0) ->
     arguments: dict[str, Any] = {
         "sample": normal(batch_size, config.in_channels, height, width),
         "timestep": torch.tensor(500, device=unet.device),
-        "encoder_hidden_states": normal(batch_size, tokens, config.encoder_hid_dim or channels),
+        "encoder_hidden_states": normal(batch_size, tokens, config.get("encoder_hid_dim") or channels),
     }
     if config.addition_embed_type == "text_time":
         time_width = 6 * config.addition_time_embed_dim
