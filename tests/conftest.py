@@ -94,14 +94,14 @@ def tiny_vae() -> AutoencoderKL:
     ).eval()
 
 
-def _text_encoder(kind, width: int, tokenizer: CLIPTokenizer):
+def _text_encoder(kind, width: int, tokenizer: CLIPTokenizer, layers: int = 2):
     torch.manual_seed(2)
     return kind(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=width,
             intermediate_size=32,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=2,
             max_position_embeddings=tokenizer.model_max_length,
             projection_dim=32,

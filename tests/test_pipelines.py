@@ -140,6 +140,32 @@ def without(path, name):
     save_file({key: tensor for key, tensor in tensors.items() if name not in key}, path, {"format": "pt"})
 
 
+def integers(path):
+    tensors = load_file(path)
+    name = next(iter(tensors))
+    save_file({**tensors, name: tensors[name].to(torch.int8)}, path, {"format": "pt"})
+
+
+def narrow(path):
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("final_layer_norm.bias"))
+    save_file({**tensors, name: tensors[name][:5].clone()}, path, {"format": "pt"})
+
+
+def shards(model, lost):
+    """The UNet in several files, of which one is lost, or else a tensor of one."""
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    tiny_unet().save_pretrained(model / "unet", max_shard_size="1MB")
+    weights.unlink()
+    if lost is not None:
+        next((model / "unet").glob(f"*{lost}*")).unlink()
+        return
+    shard = next((model / "unet").glob("*-00002-of-*"))
+    tensors = load_file(shard)
+    tensors.pop(next(iter(tensors)))
+    save_file(tensors, shard, {"format": "pt"})
+
+
 def pickle_over(path):
     path.write_bytes(pickle.dumps({"weights": [1, 2]}, protocol=2))
 
@@ -157,6 +183,14 @@ def pickle_over(path):
         (lambda model: without(model / "unet" / "diffusion_pytorch_model.safetensors", "attn1.to_q"), "its unet lacks"),
         (lambda model: without(model / "vae" / "diffusion_pytorch_model.safetensors", "conv_out"), "its vae lacks"),
         (lambda model: without(model / "text_encoder" / "model.safetensors", "layers.1"), "its text_encoder lacks"),
+        (lambda model: shutil.rmtree(model / "vae"), "lacks its vae, which model_index.json names"),
+        (lambda model: shutil.rmtree(model / "tokenizer"), "lacks its tokenizer"),
+        (lambda model: (model / "model_index.json").write_text("{"), "model_index.json: damaged"),
+        (lambda model: integers(model / "vae" / "diffusion_pytorch_model.safetensors"), r"\(I8\), quantised weights"),
+        (lambda model: narrow(model / "text_encoder" / "model.safetensors"), "text_encoder has other shapes"),
+        (lambda model: shards(model, "-00002-of-"), r"unet: lacks 1 of the \d+ files of .*index.json"),
+        (lambda model: shards(model, ".index.json"), "unet: shards without their index"),
+        (lambda model: shards(model, None), r"unet lacks 1 of its 684 tensors \(unet/.*-00002-of-.*\): .*; download"),
         (lambda model: (model / "unet" / "config.json").write_text('{"_class_name": "UNet2D'), "cannot be loaded"),
     ],
 )
@@ -166,6 +200,13 @@ def test_a_damaged_folder_is_refused_by_name(model, damage, message):
         load_pipeline(model)
     assert str(model) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_shards_in_a_variant_alone_are_found(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path, variant="fp16")
+    next((tmp_path / "unet").glob("*.safetensors")).unlink()
+    pipeline.unet.save_pretrained(tmp_path / "unet", variant="fp16", max_shard_size="2MB")
+    assert torch.equal(predict(load_pipeline(tmp_path).unet), predict(pipeline.unet))
 
 
 def test_single_files_that_are_no_checkpoints_are_refused(tmp_path):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from asdm.compensation import fit_compensation as fit_compensation
     from asdm.compression import compress as compress
     from asdm.errors import AsdmError as AsdmError
+    from asdm.errors import AsdmWarning as AsdmWarning
     from asdm.evaluation.comparison import Evaluation as Evaluation
     from asdm.evaluation.comparison import evaluate as evaluate
     from asdm.generation import generate as generate
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 _HOME = {
     "AsdmError": "asdm.errors",
     "AsdmUNet2DConditionModel": "asdm.student.unet",
+    "AsdmWarning": "asdm.errors",
     "CondConv": "asdm.student.edits",
     "Evaluation": "asdm.evaluation.comparison",
     "GriAttention": "asdm.student.edits",

@@ -17,6 +17,7 @@ from asdm.conditioning import (
     decode_latents,
     embed_prompts,
     encode_images,
+    guidance_embedding,
     image_size,
     latent_shape,
     masked_latents,
@@ -27,6 +28,7 @@ from asdm.generation import default_guidance, nothing_to_keep
 from asdm.incubation.data import load_pixels, open_data
 from asdm.incubation.prepared import is_prepared, open_prepared
 from asdm.pipelines import is_inpainting, is_random
+from asdm.units import require_known_inputs
 
 # What a user's prompts are like, where no data says it.
 DEFAULT_PROMPTS = (
@@ -67,14 +69,18 @@ def calibration_calls(
         samples: how many images or prompts; by default 16 at up to 32x32 latents, else 1.
 
     Raises:
-        AsdmError: the data cannot be used, or was prepared by another model.
+        AsdmError: the data cannot be used, or was prepared by another model; or the UNet has inputs that no prompt
+            brings.
     """
+    unet = pipeline.unet
+    require_known_inputs(unet)
     generator = torch.Generator().manual_seed(seed)
     side = latent_shape(pipeline)[1]
     samples = samples or (16 if side <= 32 else 1)
     latents, conditioning = _observed(pipeline, data, prompts, samples, seed, generator)
-    latents = latents.to(pipeline.unet.device, pipeline.unet.dtype)
-    conditioning = conditioning.to(pipeline.unet.device, pipeline.unet.dtype)
+    latents = latents.to(unet.device, unet.dtype)
+    scales = torch.full((len(latents),), default_guidance(pipeline))
+    conditioning = replace(conditioning, timestep_cond=guidance_embedding(unet, scales)).to(unet.device, unet.dtype)
     noise = torch.randn(latents.shape, generator=generator).to(latents)
     schedule = noise_schedule(pipeline)
     count = schedule.config.num_train_timesteps

@@ -21,6 +21,7 @@ from asdm.cli_options import (
     DATA,
     MODEL,
     CompensateOption,
+    ConfigOption,
     DataOption,
     DeviceOption,
     DistillRecipeOption,
@@ -31,6 +32,7 @@ from asdm.cli_options import (
     ModelArgument,
     ParamsOption,
     PlanFile,
+    PredictionTypeOption,
     PresetOption,
     RecipeOption,
     RepairOption,
@@ -39,7 +41,7 @@ from asdm.cli_options import (
     SpeedupOption,
     not_a_folder,
 )
-from asdm.errors import AsdmError, one_line
+from asdm.errors import AsdmError, AsdmWarning, one_line
 from asdm.student.edits import compensated
 
 if TYPE_CHECKING:
@@ -117,6 +119,8 @@ def analyze(
     samples: Annotated[
         int | None, typer.Option(help="Images or prompts to calibrate on.", min=1, show_default=False)
     ] = None,
+    prediction_type: PredictionTypeOption = None,
+    config: ConfigOption = None,
     device: DeviceOption = None,
     seed: SeedOption = 0,
 ) -> None:
@@ -127,13 +131,14 @@ def analyze(
                 "--inherit: looks at sampling steps, not at units; leave out --plot, --sensitivity, --compensate and "
                 "--timesteps"
             )
-        _calibrate_inheritance(model, inherit, out, data=data, steps=steps, samples=samples, device=device, seed=seed)
+        pipeline = _load(model, device, prediction_type=prediction_type, config=config)
+        _calibrate_inheritance(pipeline, model, inherit, out, data=data, steps=steps, samples=samples, seed=seed)
         return
     import asdm
     from asdm.evaluation.plots import redundancy_plot
     from asdm.evaluation.report import save_figure
 
-    pipeline = _load(model, device)
+    pipeline = _load(model, device, prediction_type=prediction_type, config=config)
     _warn_if_busy()
     with _progress() as report:
         redundancy = asdm.analyze(
@@ -184,6 +189,8 @@ def plan(
     ] = None,
     data: DataOption = None,
     out: PlanFile = None,
+    prediction_type: PredictionTypeOption = None,
+    config: ConfigOption = None,
     device: DeviceOption = None,
     seed: SeedOption = 0,
 ) -> None:
@@ -204,6 +211,8 @@ def plan(
     if source.endswith(".json"):
         if repair:
             raise AsdmError(f"--repair {repair}: a map has no weights to look at the plan with; name the model instead")
+        if prediction_type or config:
+            raise AsdmError(f"{source}: a map; --prediction-type and --config say what a model is: leave them out")
         redundancy = asdm.RedundancyMap.load(source)
     elif preset is not None and not repair:
         from asdm.redundancy import structure_map
@@ -211,7 +220,7 @@ def plan(
 
         redundancy = structure_map(unet_without_weights(source), source)  # which fixes a preset's edits
     else:
-        pipeline = _load(source, device)
+        pipeline = _load(source, device, prediction_type=prediction_type, config=config)
         unet = pipeline.unet
         _warn_if_busy()
         with _progress() as report:
@@ -303,6 +312,8 @@ def prune(
     plan: Annotated[Path, typer.Argument(help="A plan that `asdm plan` wrote, or one made by hand.")],
     out: Annotated[Path, typer.Option(help="The folder to write the pipeline to.")],
     data: DataOption = None,
+    prediction_type: PredictionTypeOption = None,
+    config: ConfigOption = None,
     device: DeviceOption = None,
     seed: SeedOption = 0,
 ) -> None:
@@ -312,7 +323,7 @@ def prune(
 
     require_ours(out, "pipeline")
     made = asdm.PruningPlan.load(plan)
-    pipeline = _load(model, device)
+    pipeline = _load(model, device, prediction_type=prediction_type, config=config)
     student = asdm.build_student(pipeline.unet, made)
     fitted = None
     if compensated(made.edits):
@@ -345,6 +356,8 @@ def prepare_data(
     skip_unread: Annotated[
         bool, typer.Option("--skip-unread", help="Go without shards that cannot be loaded, or with what came of them.")
     ] = False,
+    prediction_type: PredictionTypeOption = None,
+    config: ConfigOption = None,
     device: DeviceOption = None,
     seed: SeedOption = 0,
 ) -> None:
@@ -357,7 +370,7 @@ def prepare_data(
     require_usable(data)
     with _progress(resumable=True) as report:
         prepared = asdm.prepare_data(
-            _load(model, device),
+            _load(model, device, prediction_type=prediction_type, config=config),
             data,
             out,
             batch_size=batch_size,
@@ -390,6 +403,8 @@ def distill(
     ] = None,
     processes: Annotated[int, typer.Option(help="In a dry run: how many devices share each batch.", min=1)] = 1,
     fsdp: Annotated[bool, typer.Option("--fsdp", help="In a dry run: they share what is trained, too.")] = False,
+    prediction_type: PredictionTypeOption = None,
+    config: ConfigOption = None,
     device: DeviceOption = None,
     seed: SeedOption = 0,
 ) -> None:
@@ -407,7 +422,8 @@ def distill(
         )
     require_ours(out, "pipeline")
     require_usable(data)
-    teaching, learning = _load(teacher, device), _load(student, "cpu")
+    teaching = _load(teacher, device, prediction_type=prediction_type, config=config)
+    learning = _load(student, "cpu", prediction_type=prediction_type)
     _require_same_prediction(student, learning, teacher, teaching)
     learning.unet.to(teaching.device)  # its other parts are only saved
     chosen = recipe_stages(recipe, learning.unet, length)
@@ -443,6 +459,8 @@ def evaluate(
     rounds: Annotated[int, typer.Option(help="Timed rounds of the UNet call.", min=1)] = 10,
     out: FiguresFile = Path("evaluation.json"),
     images: Annotated[Path | None, typer.Option(help="Where to keep the images.", show_default=False)] = None,
+    prediction_type: PredictionTypeOption = None,
+    config: ConfigOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
     seed: SeedOption = 0,
@@ -451,7 +469,8 @@ def evaluate(
     import asdm
     from asdm.pipelines import load_clip
 
-    pipelines = {name: _load(name, device, dtype) for name in models}
+    pipelines = {models[0]: _load(models[0], device, dtype, prediction_type=prediction_type, config=config)}
+    pipelines |= {name: _load(name, device, dtype) for name in models[1:]}
     _warn_if_busy()
     with _progress() as report:
         figures = asdm.evaluate(
@@ -526,6 +545,8 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    prediction_type: PredictionTypeOption = None,
+    config: ConfigOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
     seed: SeedOption = 0,
@@ -543,9 +564,9 @@ def generate(
     hole = open_image(mask).convert("L") if mask is not None else None
     if start is not None and hole is not None and start.size != hole.size:
         raise AsdmError(f"{mask}: {hole.size} pixels; it must be of the size of {image}, {start.size}")
-    pipeline = _load(model, device, dtype)
+    pipeline = _load(model, device, dtype, prediction_type=prediction_type, config=config)
     if finish_with is not None:
-        original = _original_unet(finish_with, model, pipeline, dtype)
+        original = _original_unet(finish_with, model, pipeline, dtype, prediction_type=prediction_type, config=config)
         below = FINISH_BELOW if finish_below is None else finish_below
         pipeline = asdm.switch_unets(pipeline, [pipeline.unet, original], below=[below])
     inheriting = nullcontext() if inherit is None else asdm.inherit_features(pipeline, **_inheritance(inherit))
@@ -605,6 +626,8 @@ def export(
             show_default=False,
         ),
     ] = None,
+    prediction_type: PredictionTypeOption = None,
+    config: ConfigOption = None,
 ) -> None:
     """Write a teacher or a student as OpenVINO or ONNX graphs, in a folder that optimum loads."""
     import asdm
@@ -614,7 +637,7 @@ def export(
 
     with _progress() as report:
         made = asdm.export(
-            _load(model, "cpu"),
+            _load(model, "cpu", prediction_type=prediction_type, config=config),
             out,
             to,
             size=size,
@@ -646,6 +669,8 @@ def compress(
     recipe: RecipeOption = "joint",
     samples: Annotated[int, typer.Option(help="Images per split in the evaluation.", min=0)] = 128,
     sampling_steps: Annotated[int, typer.Option(help="Sampling steps in the evaluation.", min=1)] = 25,
+    prediction_type: PredictionTypeOption = None,
+    config: ConfigOption = None,
     device: DeviceOption = None,
     seed: SeedOption = 0,
 ) -> None:
@@ -665,6 +690,8 @@ def compress(
         recipe=recipe,
         samples=samples,
         sampling_steps=sampling_steps,
+        prediction_type=prediction_type,
+        config=config,
         device=device or _fastest_device(),
         seed=seed,
     )
@@ -703,6 +730,8 @@ def benchmark(
     ] = None,
     out: Annotated[Path, typer.Option(help="The folder to write figures and plots to.")] = Path("benchmark"),
     images: Annotated[Path | None, typer.Option(help="Where to keep the images.", show_default=False)] = None,
+    prediction_type: PredictionTypeOption = None,
+    config: ConfigOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
     seed: SeedOption = 0,
@@ -727,7 +756,8 @@ def benchmark(
     made = Contest.load(results) if results.exists() else Contest()
     limits: dict[str, dict[str, float]] = {}
     for place in models:
-        pipeline = without_safety_checker(with_dpm_solver(_load(place, device, dtype)))
+        said: dict[str, Any] = {"prediction_type": prediction_type, "config": config} if place == models[0] else {}
+        pipeline = without_safety_checker(with_dpm_solver(_load(place, device, dtype, **said)))
         limits = limits or machine_limits(pipeline.device)
         seen = "demo" if data is None and place == "demo" else None if place.startswith("random:") else data
         taught: dict[str, Any] = preset_students(pipeline) if place.startswith("random:") else {}
@@ -806,28 +836,30 @@ def demo_build(
         )
 
 
-def _load(model: str, device: str | None, dtype: str = "float32") -> Any:
+def _load(model: str, device: str | None, dtype: str = "float32", **said: Any) -> Any:
     import torch
 
     import asdm
 
-    return asdm.load_pipeline(model, dtype=getattr(torch, dtype), device=device or _fastest_device())
+    return asdm.load_pipeline(model, dtype=getattr(torch, dtype), device=device or _fastest_device(), **said)
 
 
-def _original_unet(original: str, student: str, drawing: Any, dtype: str) -> Any:
+def _original_unet(original: str, student: str, drawing: Any, dtype: str, **said: Any) -> Any:
     """Of the original's pipeline its UNet alone, on the student's device; memory need not hold the rest twice."""
-    teaching = _load(original, "cpu", dtype)
+    teaching = _load(original, "cpu", dtype, **said)
     _require_same_prediction(student, drawing, original, teaching)
     return teaching.unet.to(drawing.device)
 
 
 def _require_same_prediction(student: str, learning: Any, original: str, teaching: Any) -> None:
-    kinds = [pipeline.scheduler.config.get("prediction_type", "epsilon") for pipeline in (learning, teaching)]
-    if kinds[0] != kinds[1]:
-        raise AsdmError(
-            f"{student}: predicts {kinds[0]}, {original} {kinds[1]}: it was not pruned from such a model; name the "
-            "one that it was pruned from"
-        )
+    for field, default in (("prediction_type", "epsilon"), ("rescale_betas_zero_snr", False)):
+        kinds = [pipeline.scheduler.config.get(field, default) for pipeline in (learning, teaching)]
+        if kinds[0] != kinds[1]:
+            says = "predicts" if field == "prediction_type" else f"has {field}"
+            raise AsdmError(
+                f"{student}: {says} {kinds[0]}, {original} {kinds[1]}: it was not pruned from such a model; name the "
+                "one that it was pruned from"
+            )
 
 
 def _training_steps(steps: int | None, recipe: str) -> int:
@@ -895,11 +927,10 @@ def _progress(resumable: bool = False, otherwise: str = "nothing was written") -
         raise typer.Exit(130) from None
 
 
-def _calibrate_inheritance(model: str, speedup: float, out: Path | None, device: str | None, **settings: Any) -> None:
+def _calibrate_inheritance(pipeline: Any, model: str, speedup: float, out: Path | None, **settings: Any) -> None:
     import asdm
     from asdm.inference.inheritance_calibration import FILE_NAME
 
-    pipeline = _load(model, device)
     with _progress() as report:
         schedule = asdm.calibrate_inheritance(
             pipeline,
@@ -1003,6 +1034,16 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)  # of one library about another
+    shown = warnings.showwarning
+
+    def show(message: Any, category: type[Warning], *place: Any) -> None:
+        if not issubclass(category, AsdmWarning):
+            shown(message, category, *place)
+        elif _is_main_process():
+            errors.print(f"note: {message}", highlight=False, markup=False, soft_wrap=True)
+
+    warnings.showwarning = show  # type: ignore[assignment]
+    warnings.simplefilter("always", AsdmWarning)
 
 
 _OF_THE_DISK = (

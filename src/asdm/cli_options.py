@@ -50,6 +50,23 @@ DtypeOption = Annotated[
     Literal["float32", "float16", "bfloat16"],
     typer.Option("--dtype", help="Precision to run in; float16 and bfloat16 are for GPUs."),
 ]
+PredictionTypeOption = Annotated[
+    Literal["epsilon", "v_prediction", "sample"] | None,
+    typer.Option(
+        "--prediction-type",
+        help="What the model's UNet predicts, where the checkpoint says it wrongly or not at all.",
+        show_default=False,
+    ),
+]
+ConfigOption = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        help="The model's configuration, where the checkpoint's is wrong or absent: a pipeline's folder or Hub id, a "
+        "scheduler_config.json, or a .yaml of the original code.",
+        show_default=False,
+    ),
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.", min=0, max=2**32 - 1)]
 SpeedupOption = Annotated[
     float | None, typer.Option("--speedup", help="How many times faster the UNet must be, measured.")

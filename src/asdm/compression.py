@@ -13,6 +13,7 @@ from typing import Any
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+from asdm.checkpoints import PredictionType
 from asdm.compensation import CompensationReport, fit_compensation, fitted_tensors
 from asdm.errors import AsdmError
 from asdm.evaluation.comparison import Evaluation, evaluate, evaluation_sets
@@ -65,6 +66,8 @@ def compress(
     stages: Sequence[Stage] | None = None,
     samples: int = 128,
     sampling_steps: int = 25,
+    prediction_type: PredictionType | None = None,
+    config: str | None = None,
     device: str | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -85,6 +88,7 @@ def compress(
         recipe: of the distillation (`asdm.incubation.recipes`): by name, or a YAML file.
         stages: the distillation in detail, instead of `steps` and `recipe`.
         samples: images per split in the evaluation; 0 measures speed alone.
+        prediction_type, config: what the model is, whatever its checkpoint says, as for `load_pipeline`.
         device: where to work; the CPU by default.
         progress: called with a title, the done and total of it, and a note.
 
@@ -121,13 +125,15 @@ def compress(
         "stages": None if stages is None else [stage.model_dump() for stage in stages],
         "seed": seed,
     }
+    said: dict[str, Any] = {"prediction_type": prediction_type, "config": config if config is None else str(config)}
+    settings |= {name: value for name, value in said.items() if value is not None}
     report = progress or (lambda *_: None)
     require_ours(out, "compression")
     if all((out / name).is_file() for name in ("report.html", "plan.json", "evaluation.json")):
         _claim(out, settings)
         plan, evaluation = PruningPlan.load(out / "plan.json"), Evaluation.load(out / "evaluation.json")
         return Compression(out, out / "report.html", headline_of(evaluation, speedup), plan, evaluation, {})
-    pipeline = load_pipeline(model, device=device)
+    pipeline = load_pipeline(model, device=device, **said)
     if data is not None:
         require_usable(data)
     if samples > 0 and not is_random:
@@ -201,7 +207,8 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     if marker.is_file():
         found = json.loads(marker.read_text("utf-8")).get("settings")
         if found != settings:
-            changed = [key for key in settings if (found or {}).get(key) != settings[key]]
+            found = found or {}
+            changed = [key for key in {**settings, **found} if found.get(key) != settings.get(key)]
             raise AsdmError(
                 f"{out}: made with other settings ({', '.join(changed)}); repeat those, or name another folder"
             )

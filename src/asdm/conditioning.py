@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from asdm.errors import AsdmError
@@ -21,13 +21,15 @@ class Conditioning:
 
     `encoder_hidden_states` (prompts, tokens, channels); for SDXL also `text_embeds` (prompts, channels)
     and `time_ids` (prompts, 6); for inpainting UNets `masked` (prompts, 1 + 4, h, w), the mask and the latents of what
-    it leaves, which go in behind the noisy latents.
+    it leaves, which go in behind the noisy latents; for UNets that embed the guidance scale `timestep_cond` (prompts,
+    channels), as `guidance_embedding` makes it.
     """
 
     encoder_hidden_states: Tensor
     text_embeds: Tensor | None = None
     time_ids: Tensor | None = None
     masked: Tensor | None = None
+    timestep_cond: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.encoder_hidden_states)
@@ -44,6 +46,8 @@ class Conditioning:
         arguments: dict[str, Any] = {"sample": sample, "encoder_hidden_states": self.encoder_hidden_states}
         if self.text_embeds is not None:
             arguments["added_cond_kwargs"] = {"text_embeds": self.text_embeds, "time_ids": self.time_ids}
+        if self.timestep_cond is not None:
+            arguments["timestep_cond"] = self.timestep_cond
         return arguments
 
     def where(self, mask: Tensor, other: Conditioning) -> Conditioning:
@@ -54,11 +58,13 @@ class Conditioning:
                 return None
             return torch.where(mask.view(-1, *[1] * (mine.ndim - 1)), mine, theirs)
 
-        return Conditioning(
-            torch.where(mask.view(-1, 1, 1), self.encoder_hidden_states, other.encoder_hidden_states),
-            choose(self.text_embeds, other.text_embeds),
-            choose(self.time_ids, other.time_ids),
-            self.masked,
+        return replace(
+            self,
+            encoder_hidden_states=torch.where(
+                mask.view(-1, 1, 1), self.encoder_hidden_states, other.encoder_hidden_states
+            ),
+            text_embeds=choose(self.text_embeds, other.text_embeds),
+            time_ids=choose(self.time_ids, other.time_ids),
         )
 
     def spliced(self, others: Conditioning, places: Tensor) -> Conditioning:
@@ -75,6 +81,16 @@ class Conditioning:
 
     def _map(self, function: Any) -> Conditioning:
         return replace(self, **{name: function(value) for name, value in vars(self).items() if value is not None})
+
+
+def guidance_embedding(unet: UNet2DConditionModel, scales: Tensor) -> Tensor | None:
+    """What a UNet that embeds the guidance scale (`time_cond_proj_dim`, LCM's) reads as `timestep_cond` for `scales`
+    (batch,): (batch, channels), on its device and in its dtype; None for all others."""
+    width = unet.config.get("time_cond_proj_dim")
+    if width is None:
+        return None
+    embed: Any = StableDiffusionPipeline.get_guidance_scale_embedding  # which asks nothing of a pipeline
+    return embed(None, scales.cpu().float() - 1, embedding_dim=width).to(unet.device, unet.dtype)
 
 
 @torch.no_grad()

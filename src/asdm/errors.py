@@ -13,6 +13,10 @@ class AsdmError(ValueError):
     """
 
 
+class AsdmWarning(UserWarning):
+    """What was assumed where the user's files do not say it, and how to say it; one line."""
+
+
 def one_line(error: object, length: int = 160) -> str:
     """What an error of another's says, for a message of ours."""
     return (" ".join(str(error).split()) or type(error).__name__)[:length]

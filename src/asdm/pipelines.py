@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +25,53 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers import logging as diffusers_logging
-from diffusers.loaders.single_file_utils import SingleFileComponentError
+from diffusers.loaders.single_file_utils import (
+    DIFFUSERS_DEFAULT_PIPELINE_PATHS,
+    LDM_UNET_KEY,
+    SingleFileComponentError,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPModel, CLIPTextModel
 from transformers.utils import logging as transformers_logging
 
-from asdm.errors import AsdmError, one_line
+from asdm.checkpoints import (
+    KIND_NAMES,
+    SD_KINDS,
+    Header,
+    Parameterization,
+    PredictionType,
+    as_prediction_type,
+    claim_of,
+    claim_of_scheduler,
+    claims_of,
+    claims_of_tensors,
+    edm_scheduler,
+    kind_of,
+    scheduler_for,
+    settled,
+    takes_zero_snr,
+)
+from asdm.errors import AsdmError, AsdmWarning, one_line
 from asdm.files import replacing_folder
 from asdm.model_card import model_card
 from asdm.random_models import UNETS, random_pipeline
 from asdm.student.unet import AsdmUNet2DConditionModel, align_weights
-from asdm.units import require_plain
+from asdm.tensor_faults import (
+    OF_TEXT,
+    explain_folder,
+    explain_single_file,
+    require_all_read,
+    require_loaded,
+    require_shards,
+    require_weights,
+)
+from asdm.units import require_known_inputs, require_plain
 
 PICKLE_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth")
+SD2_SIDES = (96, 64)  # of latents, of the SD 2.x that predict velocities, and of those that predict noise
 VARIANT = "fp16"  # of weights that many checkpoints have alone
-_OF_TEXT = re.compile("^text_model[.]")  # which only some versions of transformers have before a text encoder's names
 MARKER = "asdm.json"  # in a folder that this tool wrote: what it is, and that it may be replaced
 KINDS_FROM_IMAGES = (
     StableDiffusionImg2ImgPipeline,
@@ -58,6 +88,8 @@ def load_pipeline(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
+    prediction_type: PredictionType | None = None,
+    config: str | Path | None = None,
 ) -> DiffusionPipeline:
     """Load a text-to-image pipeline, or one for inpainting.
 
@@ -65,14 +97,25 @@ def load_pipeline(
         model: "demo" (the embedded default), a Hub id, a folder, a single `.safetensors` file, or "random:sd15" and so
             on (`UNETS`: randomly initialised, full size, for speed).
         device: where to put it; CPU by default.
+        prediction_type: what its UNet predicts, "epsilon", "v_prediction" or "sample", whatever the checkpoint says.
+        config: what its configuration is instead of what the checkpoint and files beside it say: a pipeline's folder or
+            Hub id, a folder with a `scheduler_config.json`, or a file, `.json` (a scheduler's) or `.yaml` (of the
+            original code).
+
+    What a file predicts, and whether its schedule ends at zero SNR, is told by, the strongest first, a `.yaml` or
+    `.json` of its name beside it, its marker tensors (`v_pred`, `ztsnr`), its metadata, a `scheduler_config.json` in
+    its folder, and the number of steps of its training. Where none tells, or they contradict each other, an
+    `AsdmWarning` says what was assumed.
 
     One for image-to-image, or for inpainting with a UNet that is not made for it, comes back as text-to-image. Weights
     that are there in the variant fp16 alone are taken.
 
     Raises:
-        AsdmError: there is no such model, or it is damaged, a pickle, or not a Stable Diffusion pipeline.
+        AsdmError: there is no such model or config, or it is damaged, a pickle, or not a Stable Diffusion pipeline; or
+            its UNet has inputs that this package does not give it.
     """
     name = str(model)
+    given = None if prediction_type is None else as_prediction_type(prediction_type, "prediction_type")
     if name == "demo":
         from asdm.demo import pipeline_folder
 
@@ -82,11 +125,16 @@ def load_pipeline(
     elif os.path.isdir(name):
         pipeline = _load_folder(Path(name), dtype)
     elif os.path.isfile(name):
-        pipeline = _load_single_file(Path(name), dtype)
+        pipeline, remarks = _load_single_file(Path(name), dtype, given, config)
     elif _looks_like_path(name):
         raise AsdmError(f"{name}: no such folder or file; MODEL is {MODEL_HELP}")
     else:
         pipeline = _load_from_hub(name, dtype)
+    if not os.path.isfile(name):
+        remarks = _parameterize(pipeline, name, given, config)
+    if remarks:
+        advice = "if that is wrong, give prediction_type or config (--prediction-type, --config)"
+        warnings.warn(f"{name}: {'; '.join([*remarks, advice])}", AsdmWarning, stacklevel=2)
     if not isinstance(pipeline, KINDS) or not isinstance(pipeline.unet, UNet2DConditionModel):
         raise AsdmError(
             f"{name}: a {type(pipeline).__name__}; use SD 1.x, 2.x or SDXL, for text-to-image or inpainting"
@@ -101,10 +149,18 @@ def load_pipeline(
             f"{name}: its UNet takes {channels} channels, as those for upscaling or edits do; use a checkpoint for "
             "text-to-image or inpainting"
         )
+    require_known_inputs(pipeline.unet, name)
+    if (pipeline.unet.config.addition_embed_type == "text_time") != is_sdxl(pipeline):
+        raise AsdmError(
+            f"{name}: a {type(pipeline).__name__} whose UNet has addition_embed_type "
+            f"{pipeline.unet.config.addition_embed_type}; SDXL has text_time, SD 1.x and 2.x none; mend its configs"
+        )
     if is_inpainting(pipeline) and "Inpaint" not in type(pipeline).__name__:
         pipeline = image_to_image(pipeline, with_mask=True)
     elif isinstance(pipeline, KINDS_FROM_IMAGES) and not is_inpainting(pipeline):
         pipeline = _text_to_image(pipeline)
+    elif isinstance(pipeline, LatentConsistencyModelPipeline) and pipeline.unet.config.time_cond_proj_dim is None:
+        pipeline = _text_to_image(pipeline)  # theirs embeds the guidance scale
     pipeline.register_to_config(_name_or_path=name)
     pipeline.set_progress_bar_config(disable=True)
     for part in pipeline.components.values():
@@ -176,7 +232,7 @@ def _save_parts(pipeline: DiffusionPipeline, folder: Path) -> None:
     for weights in folder.glob("text_encoder/*.safetensors"):
         with safe_open(weights, "pt") as tensors:
             names = list(tensors.keys())
-        if isinstance(pipeline.text_encoder, CLIPTextModel) and not any(map(_OF_TEXT.match, names)):
+        if isinstance(pipeline.text_encoder, CLIPTextModel) and not any(map(OF_TEXT.match, names)):
             # Made by transformers 5; 4 takes such names for none of its own, and goes on without.
             renamed = {f"text_model.{name}": tensor for name, tensor in load_file(weights).items()}
             save_file(renamed, weights, {"format": "pt"})
@@ -332,11 +388,26 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
         raise AsdmError(f"{folder}: not a pipeline folder (no model_index.json); MODEL is {MODEL_HELP}")
     if not (folder / "unet" / "config.json").is_file():
         raise AsdmError(f"{folder}: a pipeline folder without a UNet (no unet/config.json)")
+    _require_parts(folder)
     for path in sorted(folder.glob("*/*.safetensors")):
         require_safetensors(path)
+        require_weights(path)
+    require_shards(folder)
     if not any((folder / "unet").glob("*.safetensors")):
         raise AsdmError(f"{folder / 'unet'}: no .safetensors weights; pickles are not loaded, convert them first")
     return _from_pretrained(str(folder), dtype)
+
+
+def _require_parts(folder: Path) -> None:
+    """Raise an AsdmError where a part that a pipeline's index names has no folder."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    except ValueError as error:
+        raise AsdmError(f"{folder / 'model_index.json'}: damaged ({one_line(error)}); download it again") from None
+    for part, kind in index.items() if isinstance(index, dict) else ():
+        named = isinstance(kind, list) and len(kind) == 2 and None not in kind
+        if named and not (folder / part).is_dir():
+            raise AsdmError(f"{folder}: lacks its {part}, which model_index.json names ({kind[1]}); download it again")
 
 
 def _load_from_hub(name: str, dtype: torch.dtype) -> DiffusionPipeline:
@@ -361,41 +432,51 @@ def _from_pretrained(name: str, dtype: torch.dtype) -> DiffusionPipeline:
             variant = VARIANT if any(_has_variant_alone(Path(name) / part) for part in parts) else None
             if not _is_student(Path(name) / "unet" / "config.json"):
                 pipeline = DiffusionPipeline.from_pretrained(name, **how, variant=variant)
-                _require_whole(pipeline, name)
+                _require_whole(pipeline, Path(name))
                 return pipeline
             # By the class of this package: code that lies in a model's folder is never run.
             folder = Path(name) / "unet"
             own = VARIANT if _has_variant_alone(folder) else None
             unet = AsdmUNet2DConditionModel.from_pretrained(folder, **how, variant=own)
             pipeline = DiffusionPipeline.from_pretrained(name, **how, variant=variant, unet=None)
-            _require_whole(pipeline, name)
-            return with_unet(pipeline, unet)
+            pipeline = with_unet(pipeline, unet)
+            _require_whole(pipeline, Path(name))
+            return pipeline
         except (SafetensorError, RuntimeError, KeyError, OSError, ValueError, AttributeError, TypeError) as error:
             if isinstance(error, AsdmError) or (isinstance(error, OSError | ValueError) and not Path(name).is_dir()):
                 raise
+            explain_folder(Path(name))
             raise AsdmError(f"{name}: cannot be loaded: {one_line(error)}") from error
 
 
-def _require_whole(pipeline: DiffusionPipeline, name: str) -> None:
-    """Raise an AsdmError where a tensor was not there to be loaded: the libraries warn, and go on with what memory
-    holds, or with random numbers."""
+def _require_whole(pipeline: DiffusionPipeline, place: Path) -> None:
+    """Raise an AsdmError where a tensor was not there to be loaded from this folder or file."""
     for part, module in pipeline.components.items():
-        absent = _absent(module, Path(name) / part) if isinstance(module, nn.Module) else []
-        if absent:
-            more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
-            raise AsdmError(f"{name}: its {part} lacks {absent[0]}{more}; download or convert it again")
+        if isinstance(module, nn.Module):
+            require_loaded(module, str(place), part, sorted((place / part).glob("*.safetensors")))
+    if isinstance(getattr(pipeline, "unet", None), UNet2DConditionModel):
+        files = [place] if place.is_file() else sorted((place / "unet").glob("*.safetensors"))
+        require_all_read(pipeline.unet, str(place), files)
 
 
-def _absent(module: nn.Module, folder: Path) -> list[str]:
-    absent = [name for name, parameter in module.named_parameters() if parameter.is_meta]
-    if absent or not isinstance(module, CLIPTextModel | CLIPTextModelWithProjection):
-        return absent
-    known: set[str] = set()
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as tensors:
-            known.update(_OF_TEXT.sub("", name) for name in tensors.keys())  # noqa: SIM118
-    names = [name for name, _ in module.named_parameters()]
-    return [name for name in names if _OF_TEXT.sub("", name) not in known] if known else []
+def _parameterize(
+    pipeline: DiffusionPipeline, name: str, given: PredictionType | None, config: str | Path | None
+) -> list[str]:
+    """Let a pipeline that was not loaded from one file sample as was said: by the user, or by its own config where the
+    scheduler's class, or that config's age, let it be passed over. Returns remarks for the user."""
+    own = claim_of_scheduler(pipeline.scheduler)
+    claims = [own if config is None else claim_of(config)]
+    if config is None and own.prediction_type is None:
+        headers = [Header.of(path) for path in sorted((Path(name) / "unet").glob("*.safetensors"))]
+        claims += [claim for header in headers for claim in claims_of_tensors(header)]
+    said = settled(claims, given, name)
+    passed_over = bool(said.zero_snr) and not takes_zero_snr(type(pipeline.scheduler))
+    passed_over |= own.prediction_type is None and said.prediction_type is not None
+    if given is None and config is None and not passed_over:
+        return []
+    with quiet():
+        pipeline.scheduler = scheduler_for(pipeline.scheduler, said)
+    return said.remarks
 
 
 def _has_variant_alone(folder: Path) -> bool:
@@ -410,23 +491,71 @@ def _is_student(config: Path) -> bool:
         return False  # what is wrong with it is told by who loads it
 
 
-def _load_single_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
+def _load_single_file(
+    path: Path, dtype: torch.dtype, given: PredictionType | None, config: str | Path | None
+) -> tuple[DiffusionPipeline, list[str]]:
     if path.suffix in PICKLE_SUFFIXES:
         raise AsdmError(f"{path}: a pickle, which can run code when loaded; convert it to .safetensors first")
     require_safetensors(path)
-    with safe_open(path, "pt") as tensors:
-        is_xl = any(name.startswith("conditioner.embedders.1.") for name in tensors.keys())  # noqa: SIM118
-    kind = StableDiffusionXLPipeline if is_xl else StableDiffusionPipeline
+    require_weights(path)
+    header = Header.of(path)
+    kind = _sd_kind(header)
+    claims = claims_of(header, kind) if config is None else [claim_of(config), *claims_of_tensors(header)]
+    said = settled(claims, given, str(path))
+    pipeline = _from_single_file(header, kind, dtype, config)
+    _require_whole(pipeline, path)
+    return pipeline, _parameterize_single_file(pipeline, header, kind, said)
+
+
+def _sd_kind(header: Header) -> str:
+    kind = kind_of(header)
+    if kind in SD_KINDS and not any(name.startswith(LDM_UNET_KEY) for name in header.tensors):
+        raise AsdmError(
+            f"{header.path}: not a whole Stable Diffusion checkpoint: no tensor's name begins with {LDM_UNET_KEY}, as "
+            "those of its UNet do"
+        )
+    if kind == "xl_refiner":
+        raise AsdmError(f"{header.path}: has no first text encoder, as SDXL's refiner; use a base model")
+    if kind not in (*SD_KINDS, "upscale", "instruct-pix2pix"):
+        raise AsdmError(f"{header.path}: a checkpoint of {kind}; use SD 1.x, 2.x or SDXL")
+    return kind
+
+
+def _from_single_file(header: Header, kind: str, dtype: torch.dtype, config: str | Path | None) -> DiffusionPipeline:
+    is_xl = kind.startswith(("xl", "playground"))
+    made = StableDiffusionXLPipeline if is_xl else StableDiffusionPipeline
+    about = DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
+    if config is not None and not os.path.isfile(config):  # a file says nothing of the parts
+        is_pipeline = not os.path.isdir(config) or (Path(config) / "model_index.json").is_file()
+        about = str(config) if is_pipeline else about
     try:
         with quiet():
-            pipeline = kind.from_single_file(str(path), dtype=dtype)
+            return made.from_single_file(str(header.path), dtype=dtype, config=about)
     except (OSError, ValueError, RuntimeError, KeyError, SingleFileComponentError) as error:
+        with suppress(OSError):  # the configuration is out of reach
+            explain_single_file(header, about, kind)
         raise AsdmError(
-            f"{path}: not a whole Stable Diffusion checkpoint, or its configuration, which diffusers takes from "
+            f"{header.path}: not a whole Stable Diffusion checkpoint, or its configuration, which diffusers takes from "
             f"the Hub, is out of reach ({one_line(error)})"
         ) from error
-    _require_whole(pipeline, str(path))
-    return pipeline
+
+
+def _parameterize_single_file(
+    pipeline: DiffusionPipeline, header: Header, kind: str, said: Parameterization
+) -> list[str]:
+    """Let a pipeline from one file sample as is said, or else by default of its architecture. Returns remarks."""
+    remarks = list(said.remarks)
+    edm = edm_scheduler(header)
+    if edm is not None and not said.scheduler:
+        pipeline.scheduler = edm
+    elif said.prediction_type is None and kind != "playground-v2-5":
+        assumed = pipeline.scheduler.config.get("prediction_type", "epsilon")
+        remarks.append(f"does not say what its UNet predicts; assumed {assumed}, the default of {KIND_NAMES[kind]}")
+    with quiet():
+        pipeline.scheduler = scheduler_for(pipeline.scheduler, said)
+    if kind == "v2" and said.prediction_type == "epsilon" and pipeline.unet.config.sample_size == SD2_SIDES[0]:
+        pipeline.unet.register_to_config(sample_size=SD2_SIDES[1])
+    return remarks
 
 
 def require_safetensors(path: Path) -> None:

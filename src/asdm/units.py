@@ -144,7 +144,8 @@ def is_branch(block: nn.Module, branch: str) -> bool:
 
 def unlike(unet: UNet2DConditionModel, other: UNet2DConditionModel) -> str | None:
     """By which field of their configs two UNets read or write other things; None where one can stand for the other."""
-    return unlike_in(unet, other, "in_channels", "out_channels", "cross_attention_dim", "addition_embed_type")
+    fields = ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type", "time_cond_proj_dim")
+    return unlike_in(unet, other, *fields)
 
 
 def unlike_in(unet: UNet2DConditionModel, other: UNet2DConditionModel, *fields: str) -> str | None:
@@ -166,6 +167,34 @@ def require_plain(unet: UNet2DConditionModel) -> None:
         raise AsdmError("the UNet is compiled; give the original of it, unet._orig_mod")
     if any(parameter.is_meta for parameter in unet.parameters()):
         raise AsdmError("the UNet's weights are offloaded, one module at a time; load it without that")
+
+
+# Fields of a UNet's config and the values whose inputs prompts bring; what the others are asked for in `forward`.
+_KNOWN_INPUTS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "class_embed_type": ((None,), "class_labels"),
+    "num_class_embeds": ((None,), "class_labels"),
+    "addition_embed_type": ((None, "text", "text_time"), "image embeddings in added_cond_kwargs"),
+    "encoder_hid_dim_type": ((None, "text_proj"), "image embeddings in added_cond_kwargs"),
+    "attention_type": (("default",), "boxes in cross_attention_kwargs (GLIGEN)"),
+}
+
+
+def require_known_inputs(unet: UNet2DConditionModel, name: str = "") -> None:
+    """Raise an AsdmError where a UNet's config asks for inputs beside noisy latents, a time step, a guidance scale and
+    what prompts bring."""
+    before = f"{name}: " if name else ""
+    if unet.config.get("encoder_hid_dim_type") == "ip_image_proj":
+        raise AsdmError(f"{before}an IP-Adapter is loaded, and there is no image for it here; unload it first")
+    for asked, (known, read) in _KNOWN_INPUTS.items():
+        value = unet.config.get(asked, known[0])
+        if value not in known:
+            raise AsdmError(
+                f"{before}its UNet has {asked} {value}, and reads {read}, which is not given to it here; use a "
+                "checkpoint that is conditioned by prompts alone"
+            )
+    widths = unet.config.cross_attention_dim
+    if isinstance(widths, list | tuple) and len(set(map(str, widths))) > 1:
+        raise AsdmError(f"{before}its UNet has cross_attention_dim {list(widths)}; one width for all blocks is needed")
 
 
 def fingerprint(unet: UNet2DConditionModel) -> str:

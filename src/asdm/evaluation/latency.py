@@ -11,8 +11,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from asdm.errors import AsdmError
+from asdm.conditioning import guidance_embedding
 from asdm.measure.latency import Latency, Patience, Stopwatch, Timing, synchronise
+from asdm.units import require_known_inputs
 
 
 def unet_call(unet: UNet2DConditionModel, batch_size: int = 2, seed: int = 0) -> Callable[[], Tensor]:
@@ -26,15 +27,16 @@ def random_inputs(unet: UNet2DConditionModel, batch_size: int, seed: int = 0) ->
     """Random arguments of a UNet call at its native size, 77 tokens (16 for the embedded default's width).
 
     Raises:
-        AsdmError: an IP-Adapter is loaded, which asks for an image's embedding.
+        AsdmError: it has inputs that no prompt brings, as an IP-Adapter's image.
     """
     config = unet.config
-    if config.encoder_hid_dim_type == "ip_image_proj":
-        raise AsdmError("an IP-Adapter is loaded, and a timed call has no image for it; unload it first")
+    require_known_inputs(unet)
     generator = torch.Generator().manual_seed(seed)
     size = config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
-    tokens = 77 if config.cross_attention_dim >= 768 else 16
+    channels = config.cross_attention_dim
+    channels = channels if isinstance(channels, int) else channels[0]
+    tokens = 77 if channels >= 768 else 16
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(unet.device, unet.dtype)
@@ -42,7 +44,7 @@ def random_inputs(unet: UNet2DConditionModel, batch_size: int, seed: int = 0) ->
     arguments: dict[str, Any] = {
         "sample": normal(batch_size, config.in_channels, height, width),
         "timestep": torch.tensor(500, device=unet.device),
-        "encoder_hidden_states": normal(batch_size, tokens, config.cross_attention_dim),
+        "encoder_hidden_states": normal(batch_size, tokens, config.get("encoder_hid_dim") or channels),
     }
     if config.addition_embed_type == "text_time":
         time_width = 6 * config.addition_time_embed_dim
@@ -50,7 +52,8 @@ def random_inputs(unet: UNet2DConditionModel, batch_size: int, seed: int = 0) ->
             "text_embeds": normal(batch_size, config.projection_class_embeddings_input_dim - time_width),
             "time_ids": torch.full((batch_size, 6), 1024.0, device=unet.device, dtype=unet.dtype),
         }
-    return arguments
+    timestep_cond = guidance_embedding(unet, torch.full((batch_size,), 7.5))
+    return arguments if timestep_cond is None else {**arguments, "timestep_cond": timestep_cond}
 
 
 @torch.no_grad()

@@ -143,7 +143,10 @@ class ConsistencyTask(TeachingTask):
         return estimates[-1]
 
     def _guided(self, noised: Noised) -> Tensor:
-        """The teacher's guided prediction (batch, 4, h, w), both branches in one call."""
+        """The teacher's guided prediction (batch, 4, h, w), both branches in one call; one that embeds the scale needs
+        no second branch."""
+        if self.embeds_guidance:
+            return self.teacher_pred(noised).float()
         count = len(noised.noisy)
         rows = torch.arange(count, device=noised.noisy.device).repeat(2)
         with_text = torch.arange(2 * count, device=rows.device) < count

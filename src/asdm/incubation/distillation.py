@@ -42,8 +42,8 @@ from asdm.incubation.trainer import Part, Progress, TrainingTask, make_accelerat
 from asdm.inference.runtime import prepare_for_training
 from asdm.replay import as_they_were, outputs_of, tensor_of
 from asdm.student.stock import name_in_original
+from asdm.units import require_known_inputs, unlike
 from asdm.units import stages as unet_blocks
-from asdm.units import unlike
 
 # What may change between two sittings of a stage: it makes a run possible on another machine, or a lost one sound.
 CHANGEABLE = {"learning_rate", "warmup_steps", "checkpoint_every", "accumulation", "checkpointing", "mixed_precision"}
@@ -112,7 +112,7 @@ class DistillationTask(TeachingTask):
     def _output_loss(self, noised: Noised, noise_pred: Tensor, teacher_pred: Tensor, weights: Tensor | None) -> Tensor:
         """Of the predictions, or of the guided ones (arXiv 2207.12598, Eq. 6), whose other branch is run here."""
         scale = self.stage.guidance_scale
-        if scale is not None:
+        if scale is not None and not self.embeds_guidance:
             empty = self.examples.empty_caption[[0] * len(noised.noisy)].to(noised.noisy.device, torch.float32)
             without = replace(noised, captions=replace(empty, masked=noised.captions.masked))
             with torch.no_grad():
@@ -221,8 +221,10 @@ def distill(
 
     Raises:
         AsdmError: the data cannot be used, a loss is not finite, `folder` is of another run or one is at work there,
-            teacher and student do not fit, or the student's weights are not in float32.
+            teacher and student do not fit, the UNet has inputs that no prompt brings, or the student's weights are not
+            in float32.
     """
+    require_known_inputs(teacher.unet)
     _require_fit(teacher.unet, student)
     if student is teacher.unet:
         raise AsdmError("the student is the teacher's own UNet, which stays as it is; give a copy of it")
@@ -237,7 +239,9 @@ def distill(
     stages = recipe_stages(recipe, student, 1000 if steps is None else steps) if stages is None else list(stages)
     schedule = noise_schedule(teacher)
     total, before = sum(stage.steps for stage in stages), 0
+    ends_at_zero = bool(schedule.config.rescale_betas_zero_snr)
     networks = {"teacher": digest_of(teacher.unet), "student": digest_of(student)}
+    networks["predicts"] = f"{schedule.config.prediction_type}{', to zero SNR' if ends_at_zero else ''}"
     with alone_in(folder), as_they_were(teacher.unet, teacher.vae):
         examples = prepare(teacher, data, folder / "prepared")
         for index, stage in enumerate(stages):
@@ -254,7 +258,7 @@ def distill(
 @dataclass(frozen=True)
 class _Run:
     """A stage as it is trained in a folder; `networks` are digests of the teacher and the student that it began with,
-    and no later stage has begun where it is the newest."""
+    and what they predict; no later stage has begun where it is the newest."""
 
     folder: Path
     stage: Stage
@@ -352,7 +356,7 @@ def _claim(run: _Run, student: UNet2DConditionModel, examples: TrainingSet) -> N
     }
     path = run.folder / "run.json"
     if path.is_file():
-        known = json.loads(path.read_text("utf-8"))
+        known = {"predicts": settings["predicts"]} | json.loads(path.read_text("utf-8"))
         now = json.loads(json.dumps(settings))
         changed = [name for name in now if known.get(name) != now[name]]
         if changed and not (changed == ["steps"] and run.is_newest and run.stage.steps > known["steps"]):

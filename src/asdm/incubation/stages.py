@@ -72,7 +72,8 @@ class Stage(BaseModel):
     path of a v-prediction's sampler, little noise more often than "uniform" (inferred); `timesteps_above` leaves out
     those below this part of the schedule, for a student that draws above it alone (`asdm.switch_unets`).
     `guidance_scale` makes the output loss one of guided predictions, conditional and unconditional branch; in a
-    consistency stage it is the scale that the student takes over, by default the teacher's usual one. `min_snr_gamma`
+    consistency stage it is the scale that the student takes over, by default the teacher's usual one. Networks that
+    embed the scale (LCM's) are told this one, or else scales from 3 to 15, and have no second branch. `min_snr_gamma`
     weighs time steps (Min-SNR).
     `batch_size` is that of a step, of all processes together, taken in `accumulation` rounds; `checkpointing` computes
     the student's activations again in the backward pass, for less memory. `caption_dropout` is the share of captions

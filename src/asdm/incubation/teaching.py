@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from asdm.conditioning import Conditioning, prediction_target, stratified_timesteps
+from asdm.conditioning import Conditioning, guidance_embedding, prediction_target, stratified_timesteps
 from asdm.incubation.blocks import narrowed
 from asdm.incubation.losses import weighted_sum
 from asdm.incubation.prepared import PreparedData
@@ -34,6 +34,7 @@ class TrainingSet:
 
 Batch = tuple[Tensor, int]  # indices (batch,) into the training set, and the step
 WHOLE = Part()
+GUIDANCE_SCALES = (3.0, 15.0)  # that embeddings are trained for: 2 to 14 as LCM counts them (arXiv 2310.04378, Sec. 5)
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,22 @@ class TeachingTask(TrainingTask):
         noise = torch.randn(count, *latents.shape[1:], generator=generator)[chosen].to(latents)
         noisy = self.schedule.add_noise(latents, noise, timesteps)
         target = prediction_target(self.schedule, latents, noise, timesteps)
+        if self.embeds_guidance:
+            embedding = guidance_embedding(self.teacher, self._guidance_scales(count, generator))
+            captions = replace(captions.to(device), timestep_cond=None if embedding is None else embedding[chosen])
         return Noised(noisy, timesteps, target, captions.to(device, torch.float32))
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether both networks are told the guidance scale, and predict what is guided (LCM's)."""
+        return self.teacher.config.time_cond_proj_dim is not None
+
+    def _guidance_scales(self, count: int, generator: torch.Generator) -> Tensor:
+        """The scales (count,) that networks which embed them are told: the stage's, or some of all that are in use."""
+        if self.stage.guidance_scale is not None:
+            return torch.full((count,), self.stage.guidance_scale)
+        least, most = GUIDANCE_SCALES
+        return least + (most - least) * torch.rand(count, generator=generator)
 
     def _splices(self, count: int, tokens: int, generator: torch.Generator) -> Tensor:
         """From which token (count,) on each caption is another's; behind the last where it stays whole."""
