@@ -7,52 +7,60 @@ a_i W_i), W_0 the convolution's own kernel, W_1.. those of convolutions elsewher
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
+from asdm.errors import AsdmError
 from asdm.student.edits import CondConv
 
+_IN_EXPERTS = "merged_into_experts"  # of an adapter's layer: the adapters that a bank's experts have in them
 Channels = tuple[int, int]  # of a convolution's input: of hidden states, and of the skip connection behind them
 
 
-class CondConv2d(nn.Module):
+class CondConv2d(nn.Conv2d):
     """A convolution whose kernel is a mixture, by the input, the time embedding or both.
 
     `weight` and `bias` are the own kernel, under the names they had. The mixture starts at the own kernel
     alone, exactly, and yet learns: a = (1, 0, ..) + softmax(logits) - 1/E, or (1, 0, ..) + 2 sigmoid(logits) - 1,
-    with logits of 0 at the start.
+    with logits of 0 at the start. Made as any `nn.Conv2d` it has no experts and is one: peft makes a LoRA's layers of
+    the class of the layer that they are for.
     """
 
-    def __init__(self, conv: nn.Conv2d, edit: CondConv, time_channels: int | None):
-        super().__init__()
-        self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
-        self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
-        self.kernel_size = conv.kernel_size
-        self.router_kind, self.activation, self.sources = edit.router, edit.activation, list(edit.experts)
-        assert conv.bias is not None
-        self.weight, self.bias = conv.weight, conv.bias
+    sources: Sequence[str] = ()
+
+    @classmethod
+    def around(cls, conv: nn.Conv2d, edit: CondConv, time_channels: int | None) -> CondConv2d:
+        """A convolution with room for the experts of `edit`, its own kernel shared."""
+        assert conv.bias is not None and conv.groups == 1
+        sizes = conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation
+        bank = cls(*sizes, device="meta")
+        bank.weight, bank.bias = conv.weight, conv.bias
+        bank.router_kind, bank.activation, bank.sources = edit.router, edit.activation, list(edit.experts)
         experts = len(edit.experts)
         # A matrix of all experts' kernels, one below the other (experts * out, in * k * k), as optimisers for matrices
         # take kernels; `.to(memory_format=torch.channels_last)` refuses tensors of five dimensions.
-        self.expert_weight = nn.Parameter(torch.zeros(experts * conv.out_channels, conv.weight[0].numel()))
-        self.expert_bias = nn.Parameter(torch.zeros(experts, conv.out_channels))
+        bank.expert_weight = nn.Parameter(torch.zeros(experts * conv.out_channels, conv.weight[0].numel()))
+        bank.expert_bias = nn.Parameter(torch.zeros(experts, conv.out_channels))
         inputs = conv.in_channels * (edit.router != "time") + (time_channels or 0) * (edit.router != "input")
-        self.router = nn.Linear(inputs, experts + 1)
-        nn.init.zeros_(self.router.weight)
-        nn.init.zeros_(self.router.bias)
-        # Told by the resnet before each call: the time embedding (batch, channels), and whether all samples
-        # of the batch are at one time step.
-        self.temb: Tensor | None = None
-        self.one_timestep = False
+        bank.router = nn.Linear(inputs, experts + 1)
+        nn.init.zeros_(bank.router.weight)
+        nn.init.zeros_(bank.router.bias)
+        return bank
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(batch, in, h, w) to (batch, out, h, w): one convolution, whatever the number of experts."""
-        routing = self.routing(hidden_states)
+    def forward(self, hidden_states: Tensor, temb: Tensor | None = None) -> Tensor:
+        """(batch, in, h, w) and the time embedding (batch, time channels) to (batch, out, h, w): one convolution,
+        whatever the number of experts."""
+        if not self.sources:
+            return super().forward(hidden_states)
+        routing = self.routing(hidden_states, temb)
         if len(routing) > 2 * routing.shape[1]:
             return self._mixed_outputs(routing, hidden_states)
         weight = self._mixed(routing, self.weight, self.expert_weight)
@@ -66,16 +74,16 @@ class CondConv2d(nn.Module):
         )
         return output.unflatten(1, (batch, self.out_channels)).squeeze(0)
 
-    def routing(self, hidden_states: Tensor) -> Tensor:
+    def routing(self, hidden_states: Tensor, temb: Tensor | None) -> Tensor:
         """The experts' parts (batch, experts + 1), the own kernel's first; one row where all are at one time step
         and nothing else is looked at."""
         seen = []
         if self.router_kind != "time":
             seen.append(hidden_states.mean(dim=(2, 3)))
         if self.router_kind != "input":
-            assert self.temb is not None
-            activated = F.silu(self.temb)
-            seen.append(activated[:1] if self.router_kind == "time" and self.one_timestep else activated)
+            assert temb is not None
+            activated = F.silu(temb)
+            seen.append(activated[:1] if self.router_kind == "time" and repeats_one_row(temb) else activated)
         logits = self.router(torch.cat(seen, dim=1))
         if self.activation == "softmax":
             moved = logits.softmax(dim=1) - 1 / logits.shape[1]
@@ -124,7 +132,7 @@ def _aligned(kernel: Tensor, has: Channels, wanted: Channels) -> Tensor:
 
 
 class CondResnetBlock2D(ResnetBlock2D):
-    """A ResnetBlock2D that tells its conditional convolutions the time embedding."""
+    """A ResnetBlock2D that hands its conditional convolutions the time embedding."""
 
     @classmethod
     def around(cls, resnet: ResnetBlock2D) -> CondResnetBlock2D:
@@ -134,10 +142,99 @@ class CondResnetBlock2D(ResnetBlock2D):
         return same
 
     def forward(self, input_tensor: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        banks = [conv for conv in (self.conv1, self.conv2) if isinstance(conv, CondConv2d)]
-        for conv in banks:
-            conv.temb = temb
-        output = super().forward(input_tensor, temb, *args, **kwargs)
-        for conv in banks:
-            conv.temb = None
-        return output
+        convolutions = {name: getattr(self, name) for name in ("conv1", "conv2")}
+        banks = {name: partial(conv, temb=temb) for name, conv in convolutions.items() if _bank_in(conv)}
+        # The stock forward: in this call, `self.conv1` and `self.conv2` are given one argument more.
+        return ResnetBlock2D.forward(_Seen(self, banks), input_tensor, temb, *args, **kwargs)  # type: ignore[arg-type]
+
+
+class _Seen:
+    """A module with some other attributes, for one call."""
+
+    def __init__(self, module: nn.Module, attributes: Mapping[str, Any]):
+        vars(self).update(attributes, _module=module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def _bank_in(conv: nn.Module) -> bool:
+    """Whether a convolution is a bank, or a LoRA's layer around one.
+
+    Raises:
+        AsdmError: a LoRA was merged into the own kernel alone, or is switched off while it is merged.
+    """
+    layer = conv
+    while isinstance(getattr(layer, "base_layer", None), nn.Module):
+        layer = layer.base_layer
+    if not isinstance(layer, CondConv2d):
+        return False
+    merged, followed = (tuple(getattr(conv, name, ())) for name in ("merged_adapters", _IN_EXPERTS))
+    if merged != followed or (merged and getattr(conv, "disable_adapters", False)):
+        raise AsdmError(
+            f"a LoRA ({', '.join(merged or followed)}) is merged into a bank's own kernel or out of it, and not its "
+            "experts'; merge and unmerge by fuse_lora() and unfuse_lora() of the UNet or the pipeline"
+        )
+    return True
+
+
+@contextmanager
+def fusing(unet: nn.Module) -> Iterator[None]:
+    """Whatever is added in the block to the own kernel of a bank is added to its experts, too.
+
+    The parts of the kernels that a softmax mixes add up to 1, so this is what an adapter adds beside the bank.
+
+    Raises:
+        AsdmError: an adapter of a bank that is mixed otherwise, or that does more than add to the kernel.
+    """
+    layers: dict[str, Any] = {name: module for name, module in unet.named_modules() if _wraps_bank(module)}
+    for name, layer in layers.items():
+        if layer.base_layer.activation != "softmax" or not _only_adds(layer):
+            raise AsdmError(
+                f"{name}: a bank with activation {layer.base_layer.activation} and an adapter of type "
+                f"{type(layer).__name__} cannot be fused; softmax and a plain LoRA or LoKr can: leave it loaded, unfused"
+            )
+    before = {name: (layer.base_layer.weight.clone(), layer.base_layer.bias.clone()) for name, layer in layers.items()}
+    yield
+    for name, layer in layers.items():
+        bank, (weight, bias) = layer.base_layer, before[name]
+        bank.expert_weight.data += (bank.weight.data - weight.data).flatten(1).repeat(len(bank.sources), 1)
+        bank.expert_bias.data += bank.bias.data - bias.data
+        setattr(layer, _IN_EXPERTS, tuple(layer.merged_adapters))
+
+
+def _wraps_bank(module: nn.Module) -> bool:
+    bank = getattr(module, "base_layer", None)
+    return isinstance(bank, CondConv2d) and bool(bank.sources)
+
+
+def _only_adds(layer: nn.Module) -> bool:
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lycoris_utils import LycorisLayer
+
+    return isinstance(layer, LoraLayer | LycorisLayer) and not getattr(layer, "lora_variant", None)
+
+
+class OneTimestepEmbedding(TimestepEmbedding):
+    """A TimestepEmbedding whose output says whether it is of one time step: then it is one row, repeated."""
+
+    @classmethod
+    def around(cls, embedding: TimestepEmbedding) -> OneTimestepEmbedding:
+        """The same embedding, its modules shared."""
+        same = cls.__new__(cls)
+        same.__setstate__({**vars(embedding), "_modules": dict(embedding._modules)})
+        return same
+
+    def forward(self, sample: Tensor, condition: Tensor | None = None) -> Tensor:
+        embedded = super().forward(sample.contiguous(), condition)
+        return repeated_row(embedded) if condition is None and repeats_one_row(sample) else embedded
+
+
+def repeated_row(rows: Tensor) -> Tensor:
+    """Equal rows (batch, channels) as views of the first one, which `repeats_one_row` tells."""
+    return rows[:1].expand_as(rows)
+
+
+def repeats_one_row(rows: Tensor) -> bool:
+    """Whether all rows (batch, channels) are one in memory; adding another embedding to them makes them several."""
+    return rows.stride(0) == 0
