@@ -60,20 +60,20 @@ def _numbers_of(
 ) -> dict[str, Numbers]:
     """What the numbers in a file mean, by kind of weight."""
     used = {int(found[1]) for key in tensors if (found := _KEY.fullmatch(key)) and found[3] == "ip"}
-    candidates = []
     for unet in (original, student):
-        # As diffusers counts, 1, 3, 5 and so on; and by place among all attentions, as in a list of processors.
         everywhere = dict(enumerate(attentions_of(unet)))
+        # As diffusers counts, 1, 3, 5 and so on; and by place among all attentions, as in a list of processors.
         by_place = {number: name for number, name in everywhere.items() if not name.endswith("attn1")}
-        for numbers in (_cross_numbers(unet), by_place):
-            candidates.append((unet, {"ip": numbers, "lora": everywhere}))
+        for crossing in (_cross_numbers(unet), by_place):
+            meaning: dict[str, Numbers] = {"ip": crossing, "lora": everywhere}
+            if (not used or used == crossing.keys()) and _fit(tensors, unet, meaning):
+                return meaning
+    # Of the original, with more or fewer numbers than it has, but all that are needed.
+    crossing = _cross_numbers(original)
+    meaning = {"ip": crossing, "lora": dict(enumerate(attentions_of(original)))}
     needed = set(_cross_numbers(student).values())
-    for unet, numbers in candidates:
-        if (not used or used == set(numbers["ip"])) and _fit(tensors, unet, numbers):
-            return numbers
-    unet, numbers = candidates[0]  # of the original, and more or less than all
-    if needed <= {numbers["ip"].get(number) for number in used} and _fit(tensors, unet, numbers):
-        return numbers
+    if needed <= {crossing.get(number) for number in used} and _fit(tensors, original, meaning):
+        return meaning
     counts = [len(_cross_numbers(each)) for each in (original, student)]
     raise AsdmError(
         f"ip_adapter: a file for {len(used)} cross-attentions does not fit; the original UNet has {counts[0]} and this "

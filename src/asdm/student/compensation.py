@@ -23,8 +23,8 @@ class Compensation(nn.Module):
     """
 
     adds = False
-    weight: Tensor
-    bias: Tensor
+    weight: Any
+    bias: Any
 
     def start(self) -> dict[str, Tensor]:
         """The tensors with which nothing is changed."""
@@ -36,6 +36,9 @@ class Compensation(nn.Module):
         return torch.ones(len(self.bias), 1, 1, 1)
 
     def reset_parameters(self) -> None:
+        if self.bias is None:  # a LoRA's layer, which peft makes of the class of the layer that it is for
+            super().reset_parameters()  # type: ignore[misc]
+            return
         with torch.no_grad():
             for name, tensor in self.start().items():
                 getattr(self, name).copy_(tensor)
@@ -51,10 +54,7 @@ class Compensation(nn.Module):
 
 
 class LinearMap(Compensation, nn.Conv2d):
-    """A linear map of all channels, for hidden states (batch, channels, h, w)."""
-
-    def __init__(self, channels: int):
-        super().__init__(channels, channels, 1)
+    """A linear map of all channels, for hidden states (batch, channels, h, w): a 1x1 convolution."""
 
     def _identity(self) -> Tensor:
         return torch.eye(len(self.bias))[..., None, None]
@@ -109,11 +109,11 @@ def compensation_of(kind: CompensationKind, channels: int, *, tokens: bool = Fal
     if kind == "none":
         return None
     if kind == "linear":
-        return LinearTokenMap(channels, adds=True) if tokens else LinearMap(channels)
+        return LinearTokenMap(channels, adds=True) if tokens else LinearMap(channels, channels, 1)
     return (ScaleMap if kind == "diagonal" else ConstantMap)(channels, adds=tokens)
 
 
-def reshape_saved(maps: Mapping[str, nn.Module], state_dict: dict[str, Tensor]) -> None:
+def reshape_saved(maps: Mapping[str, Any], state_dict: dict[str, Tensor]) -> None:
     """Give weights of these maps, by module path, the shape of a convolution's: folders of version 0.1 have them as
     (channels, channels) and (channels,)."""
     for path, module in maps.items():

@@ -35,13 +35,20 @@ class CondConv2d(nn.Conv2d):
     """
 
     sources: Sequence[str] = ()
+    router_kind: str
+    activation: str
+    expert_weight: nn.Parameter
+    expert_bias: nn.Parameter
+    router: nn.Linear
+    bias: Any
 
     @classmethod
     def around(cls, conv: nn.Conv2d, edit: CondConv, time_channels: int | None) -> CondConv2d:
         """A convolution with room for the experts of `edit`, its own kernel shared."""
         assert conv.bias is not None and conv.groups == 1
-        sizes = conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation
-        bank = cls(*sizes, device="meta")
+        places: Any = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "device": "meta"}
+        kernel_size: Any = conv.kernel_size
+        bank = cls(conv.in_channels, conv.out_channels, kernel_size, **places)
         bank.weight, bank.bias = conv.weight, conv.bias
         bank.router_kind, bank.activation, bank.sources = edit.router, edit.activation, list(edit.experts)
         experts = len(edit.experts)
@@ -61,7 +68,7 @@ class CondConv2d(nn.Conv2d):
         if not self.sources:
             return super().forward(hidden_states)
         routing = self.routing(hidden_states, temb)
-        if len(routing) > 2 * routing.shape[1]:
+        if (_is_traced() and not self._mixes_once(temb)) or len(routing) > 2 * routing.shape[1]:
             return self._mixed_outputs(routing, hidden_states)
         weight = self._mixed(routing, self.weight, self.expert_weight)
         bias = self._mixed(routing, self.bias, self.expert_bias)
@@ -83,13 +90,16 @@ class CondConv2d(nn.Conv2d):
         if self.router_kind != "input":
             assert temb is not None
             activated = F.silu(temb)
-            seen.append(activated[:1] if self.router_kind == "time" and repeats_one_row(temb) else activated)
+            seen.append(activated[:1] if self._mixes_once(temb) else activated)
         logits = self.router(torch.cat(seen, dim=1))
         if self.activation == "softmax":
             moved = logits.softmax(dim=1) - 1 / logits.shape[1]
         else:
             moved = 2 * logits.sigmoid() - 1
         return torch.cat([moved[:, :1] + 1, moved[:, 1:]], dim=1)
+
+    def _mixes_once(self, temb: Tensor | None) -> bool:
+        return self.router_kind == "time" and temb is not None and repeats_one_row(temb)
 
     def _mixed(self, routing: Tensor, own: Tensor, experts: Tensor) -> Tensor:
         """Mixtures (rows of routing, *own.shape) of tensors."""
@@ -101,8 +111,8 @@ class CondConv2d(nn.Conv2d):
         return (rows[:, 1:] @ experts + rows[:, :1] * flat).view(-1, *own.shape)
 
     def _mixed_outputs(self, routing: Tensor, hidden_states: Tensor) -> Tensor:
-        """The same by linearity, for a batch that would need more mixed kernels than there are experts: mixtures of
-        what each kernel gives."""
+        """The same by linearity, for a batch that would need more mixed kernels than there are experts, and for graphs
+        that take any batch: mixtures of what each kernel gives."""
         weight = torch.cat([self.weight, self.expert_weight.view(-1, *self.weight.shape[1:])])
         bias = torch.cat([self.bias, self.expert_bias.flatten()])
         outputs = F.conv2d(hidden_states, weight, bias, self.stride, self.padding, self.dilation)
@@ -119,6 +129,11 @@ class CondConv2d(nn.Conv2d):
             "router.weight": router,
             "router.bias": router.new_zeros(len(router)),
         }
+
+
+def _is_traced() -> bool:
+    """Whether a graph is made of the call that serves batches of any size."""
+    return torch.jit.is_tracing() or getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
 
 
 def _aligned(kernel: Tensor, has: Channels, wanted: Channels) -> Tensor:
@@ -164,7 +179,7 @@ def _bank_in(conv: nn.Module) -> bool:
     Raises:
         AsdmError: a LoRA was merged into the own kernel alone, or is switched off while it is merged.
     """
-    layer = conv
+    layer: Any = conv
     while isinstance(getattr(layer, "base_layer", None), nn.Module):
         layer = layer.base_layer
     if not isinstance(layer, CondConv2d):
@@ -191,8 +206,8 @@ def fusing(unet: nn.Module) -> Iterator[None]:
     for name, layer in layers.items():
         if layer.base_layer.activation != "softmax" or not _only_adds(layer):
             raise AsdmError(
-                f"{name}: a bank with activation {layer.base_layer.activation} and an adapter of type "
-                f"{type(layer).__name__} cannot be fused; softmax and a plain LoRA or LoKr can: leave it loaded, unfused"
+                f"{name}: a bank mixed by {layer.base_layer.activation} and an adapter of type {type(layer).__name__} "
+                "cannot be fused; softmax and a plain LoRA can: leave the adapter loaded, unfused"
             )
     before = {name: (layer.base_layer.weight.clone(), layer.base_layer.bias.clone()) for name, layer in layers.items()}
     yield
@@ -209,10 +224,9 @@ def _wraps_bank(module: nn.Module) -> bool:
 
 
 def _only_adds(layer: nn.Module) -> bool:
-    from peft.tuners.lora import LoraLayer
-    from peft.tuners.lycoris_utils import LycorisLayer
-
-    return isinstance(layer, LoraLayer | LycorisLayer) and not getattr(layer, "lora_variant", None)
+    """Whether peft's layer adds to the kernel; not to be imported here, as a student loads without peft."""
+    kinds = {kind.__name__ for kind in type(layer).__mro__}
+    return bool(kinds & {"LoraLayer", "LycorisLayer"}) and not getattr(layer, "lora_variant", None)
 
 
 class OneTimestepEmbedding(TimestepEmbedding):

@@ -51,7 +51,7 @@ class AsdmUNet2DConditionModel(UNet2DConditionModel):
         apply_edits(self, records)
         self.register_to_config(edits=[record.to_dict() for record in records])
         if any(isinstance(record, CondConv) and record.router == "time" for record in records):
-            self.time_embedding = OneTimestepEmbedding.around(self.time_embedding)
+            self.time_embedding: Any = OneTimestepEmbedding.around(self.time_embedding)
 
     @wraps(UNet2DConditionModel.forward)
     def forward(self, sample: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
