@@ -10,11 +10,11 @@ from diffusers.hooks import apply_group_offloading
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from asdm import AsdmError, AsdmUNet2DConditionModel
+from asdm import AsdmError, AsdmUNet2DConditionModel, PruningPlan, build_student
 from asdm.student.compensation import compensation_of
 from asdm.student.cond_conv import CondConv2d
 from asdm.units import fingerprint
-from conftest import predict, saved_by_0_1, student_of_every_kind, unet_inputs
+from conftest import predict, saved_by_0_1, student_of_every_kind, tiny_unet, unet_inputs
 
 peft = pytest.importorskip("peft")
 OUTER = "down_blocks.0.attentions.0.transformer_blocks.0"
@@ -271,6 +271,13 @@ def test_a_bank_routed_by_time_is_mixed_once_for_one_time_step(student):
     for timestep in (7, 7.5, torch.tensor(7), torch.tensor([7]), torch.tensor([7, 7, 7])):
         predict(student, **{**inputs, "timestep": timestep})
     assert rows == [1, 1, 1, 1, 3]
+
+
+def test_a_removed_branch_puts_out_as_many_tokens_as_come_in():
+    unet = tiny_unet(**saved_by_0_1()["unet"])
+    plan = PruningPlan.for_unet(unet, [{"edit": "remove", "unit": f"{OUTER}.attn1"}])
+    tokens = torch.randn(2, 9, 32)  # what token merging takes apart again
+    assert torch.equal(build_student(unet, plan).get_submodule(f"{OUTER}.attn1")(tokens), torch.zeros_like(tokens))
 
 
 def test_merged_tokens_are_refused_by_regional_attention(student):

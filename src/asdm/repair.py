@@ -28,7 +28,7 @@ from asdm.student.edits import CompensationKind, GriAttention, Remove, UnitEdit
 from asdm.student.gri_attention import AttentionOnMap
 from asdm.student.plan import PlanFigures, PruningPlan, build_student
 from asdm.student.surgery import replaced_paths, swapped
-from asdm.units import removable_units
+from asdm.units import recast, removable_units
 
 ROUNDS = 2
 CHANGES = 8  # edits that the first round may take back or add, in all
@@ -163,7 +163,7 @@ def _restored(teacher: UNet2DConditionModel, student: UNet2DConditionModel, edit
     paths = [edit.unit] if isinstance(edit, GriAttention) else replaced_paths(teacher, edit)
     modules = {path: teacher.get_submodule(path) for path in paths}
     # The student's transformer says more to its attentions than the teacher's.
-    modules |= {path: AttentionOnMap.around(each) for path, each in modules.items() if isinstance(each, Attention)}
+    modules |= {path: recast(AttentionOnMap, each) for path, each in modules.items() if isinstance(each, Attention)}
     with swapped(student, modules):
         yield
 

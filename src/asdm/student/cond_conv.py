@@ -68,7 +68,7 @@ class CondConv2d(nn.Conv2d):
         if not self.sources:
             return super().forward(hidden_states)
         routing = self.routing(hidden_states, temb)
-        if (_is_traced() and not self._mixes_once(temb)) or len(routing) > 2 * routing.shape[1]:
+        if (is_traced() and not self._mixes_once(temb)) or len(routing) > 2 * routing.shape[1]:
             return self._mixed_outputs(routing, hidden_states)
         weight = self._mixed(routing, self.weight, self.expert_weight)
         bias = self._mixed(routing, self.bias, self.expert_bias)
@@ -131,7 +131,7 @@ class CondConv2d(nn.Conv2d):
         }
 
 
-def _is_traced() -> bool:
+def is_traced() -> bool:
     """Whether a graph is made of the call that serves batches of any size."""
     return torch.jit.is_tracing() or getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
 
@@ -149,16 +149,9 @@ def _aligned(kernel: Tensor, has: Channels, wanted: Channels) -> Tensor:
 class CondResnetBlock2D(ResnetBlock2D):
     """A ResnetBlock2D that hands its conditional convolutions the time embedding."""
 
-    @classmethod
-    def around(cls, resnet: ResnetBlock2D) -> CondResnetBlock2D:
-        """The same resnet, its modules shared."""
-        same = cls.__new__(cls)
-        same.__setstate__({**vars(resnet), "_modules": dict(resnet._modules)})
-        return same
-
     def forward(self, input_tensor: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         convolutions = {name: getattr(self, name) for name in ("conv1", "conv2")}
-        banks = {name: partial(conv, temb=temb) for name, conv in convolutions.items() if _bank_in(conv)}
+        banks = {name: partial(conv, temb=temb) for name, conv in convolutions.items() if _has_bank(conv)}
         # The stock forward: in this call, `self.conv1` and `self.conv2` are given one argument more.
         return ResnetBlock2D.forward(_Seen(self, banks), input_tensor, temb, *args, **kwargs)  # type: ignore[arg-type]
 
@@ -173,16 +166,13 @@ class _Seen:
         return getattr(self._module, name)
 
 
-def _bank_in(conv: nn.Module) -> bool:
-    """Whether a convolution is a bank, or a LoRA's layer around one.
+def _has_bank(conv: nn.Module) -> bool:
+    """Whether a convolution is a bank, or a layer of peft's around one.
 
     Raises:
         AsdmError: a LoRA was merged into the own kernel alone, or is switched off while it is merged.
     """
-    layer: Any = conv
-    while isinstance(getattr(layer, "base_layer", None), nn.Module):
-        layer = layer.base_layer
-    if not isinstance(layer, CondConv2d):
+    if not any(isinstance(module, CondConv2d) and module.sources for module in conv.modules()):
         return False
     merged, followed = (tuple(getattr(conv, name, ())) for name in ("merged_adapters", _IN_EXPERTS))
     if merged != followed or (merged and getattr(conv, "disable_adapters", False)):
@@ -231,13 +221,6 @@ def _only_adds(layer: nn.Module) -> bool:
 
 class OneTimestepEmbedding(TimestepEmbedding):
     """A TimestepEmbedding whose output says whether it is of one time step: then it is one row, repeated."""
-
-    @classmethod
-    def around(cls, embedding: TimestepEmbedding) -> OneTimestepEmbedding:
-        """The same embedding, its modules shared."""
-        same = cls.__new__(cls)
-        same.__setstate__({**vars(embedding), "_modules": dict(embedding._modules)})
-        return same
 
     def forward(self, sample: Tensor, condition: Tensor | None = None) -> Tensor:
         embedded = super().forward(sample.contiguous(), condition)

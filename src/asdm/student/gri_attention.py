@@ -145,13 +145,6 @@ def _weights(height: int, width: int, regions: int, pool: int, device: str) -> T
 class AttentionOnMap(Attention):
     """An Attention that may be told the sides of the map of tokens; regional attention alone wants to know them."""
 
-    @classmethod
-    def around(cls, attention: Attention) -> AttentionOnMap:
-        """The same attention, its modules shared."""
-        same = cls.__new__(cls)
-        same.__setstate__({**vars(attention), "_modules": dict(attention._modules)})
-        return same
-
     def forward(
         self, hidden_states: Tensor, *args: Any, map_sides: tuple[int, int] | None = None, **kwargs: Any
     ) -> Any:

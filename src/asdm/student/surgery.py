@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from asdm.errors import AsdmError
 from asdm.student.compensation import TimeCompensation, compensation_of
-from asdm.student.cond_conv import CondConv2d, CondResnetBlock2D
+from asdm.student.cond_conv import CondConv2d, CondResnetBlock2D, is_traced
 from asdm.student.edits import CondConv, GriAttention, Remove, UnitEdit
 from asdm.student.gri_attention import AttentionOnMap, GriAttnProcessor, GriTransformer2DModel
-from asdm.units import TRANSFORMER_BRANCHES, conv_channels, is_branch, layers, removable_units
+from asdm.units import TRANSFORMER_BRANCHES, conv_channels, is_branch, layers, recast, removable_units
 
 
 class RemovedResnet(nn.Module):
@@ -91,7 +91,11 @@ class RemovedBranch(nn.Module):
         self.compensation = compensation
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        return hidden_states.new_zeros(()) if self.compensation is None else self.compensation(hidden_states)
+        if self.compensation is not None:
+            return self.compensation(hidden_states)
+        nothing = hidden_states.new_zeros(())
+        # Of the shape that token merging expects; a graph's runtime would compute it.
+        return nothing if is_traced() else nothing.expand(hidden_states.shape)
 
 
 class RemovedMidBlock(nn.Module):
@@ -262,7 +266,7 @@ def _attend_by_region(unet: UNet2DConditionModel, edit: GriAttention) -> dict[st
         raise AsdmError(f"{edit.unit}: not a plain self-attention, and gri_attention knows no other; drop the edit")
     around = layer if isinstance(layer, GriTransformer2DModel) else GriTransformer2DModel.around(layer)
     attentions = {
-        f"{layer_name}.{name}": AttentionOnMap.around(module)
+        f"{layer_name}.{name}": recast(AttentionOnMap, module)
         for name, module in layer.named_modules()
         if isinstance(module, Attention)
     }
@@ -313,7 +317,7 @@ def _mix_kernels(unet: UNet2DConditionModel, edit: CondConv) -> dict[str, nn.Mod
     time_channels = None if resnet.time_emb_proj is None else resnet.time_emb_proj.in_features
     if edit.router != "input" and time_channels is None:
         raise AsdmError(f"{edit.unit}: has no time embedding to route by; use router input")
-    around = resnet if isinstance(resnet, CondResnetBlock2D) else CondResnetBlock2D.around(resnet)
+    around = resnet if isinstance(resnet, CondResnetBlock2D) else recast(CondResnetBlock2D, resnet)
     assert isinstance(conv, nn.Conv2d)
     return {resnet_name: around, f"{resnet_name}.{conv_name}": CondConv2d.around(conv, edit, time_channels)}
 

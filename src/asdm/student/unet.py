@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from asdm.student.edits import CondConv, Shorten, parse_edits
 from asdm.student.gri_attention import GriAttnProcessor
 from asdm.student.standalone import MODULE_NAME, module_source
 from asdm.student.surgery import RemovedDownBlock, apply_edits
+from asdm.units import recast
 
 # On disk the block types carry this prefix: the stock class would otherwise accept the folder, ignore the
 # edits and fill the missing weights at random; so it stops with "asdm.CrossAttnDownBlock2D does not exist".
@@ -45,13 +46,15 @@ class AsdmUNet2DConditionModel(UNet2DConditionModel):
         AsdmError: an edit that this UNet does not allow.
     """
 
+    _no_split_modules: ClassVar[list[str]] = [*UNet2DConditionModel._no_split_modules, "CondResnetBlock2D", "RemovedResnet"]
+
     def __init__(self, edits: Sequence[Any] = (), **unet_config: Any):
         super().__init__(**unet_config)
         records = [edit for edit in parse_edits(edits) if not isinstance(edit, Shorten)]
         apply_edits(self, records)
         self.register_to_config(edits=[record.to_dict() for record in records])
         if any(isinstance(record, CondConv) and record.router == "time" for record in records):
-            self.time_embedding: Any = OneTimestepEmbedding.around(self.time_embedding)
+            self.time_embedding: Any = recast(OneTimestepEmbedding, self.time_embedding)
 
     @wraps(UNet2DConditionModel.forward)
     def forward(self, sample: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
