@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from asdm import AsdmError, AsdmUNet2DConditionModel, PruningPlan, build_student
+from asdm.incubation.sharding import parted_as
 from asdm.student.compensation import compensation_of
 from asdm.student.cond_conv import CondConv2d
 from asdm.units import fingerprint
@@ -46,6 +47,8 @@ def test_a_folder_of_version_0_1_loads_and_computes_the_same_bits(student, tmp_p
         name: tensor.view(saved["own"][name]) for name, tensor in student.state_dict().items() if name in saved["own"]
     }
     assert own.keys() == saved["own"].keys()
+    for name, tensor in own.items():  # as a training that was interrupted then is taken up
+        assert parted_as(student.get_parameter(name), tensor).shape == student.get_parameter(name).shape
     again = student_of_every_kind()
     again.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in own.items()}, strict=False)
     again.load_state_dict(own, strict=False)
@@ -176,6 +179,7 @@ def test_what_cannot_be_fused_into_a_bank_is_said(student, softmax_banks):
     before = predict(student)
     with pytest.raises(AsdmError, match=r"up_blocks\.1\.resnets\.0\.conv2: a bank mixed by sigmoid .* cannot be fused"):
         student.fuse_lora()
+    student.unfuse_lora()
     assert torch.equal(predict(student), before)
     softmax_banks.add_adapter(peft.LoraConfig(r=4, target_modules=["conv2"], use_dora=True))
     predict(softmax_banks)
@@ -186,7 +190,7 @@ def test_what_cannot_be_fused_into_a_bank_is_said(student, softmax_banks):
 def test_a_lora_merged_by_other_ways_is_refused(softmax_banks):
     student = with_lora(softmax_banks, target_modules=["conv2"])
     student.get_submodule(BANK).merge()
-    with pytest.raises(AsdmError, match=r"a LoRA \(default\) is merged into a bank's own kernel .* fuse_lora"):
+    with pytest.raises(AsdmError, match=r"a LoRA \(default\) was merged into a bank's own kernel, .* fuse_lora"):
         predict(student)
     student.get_submodule(BANK).unmerge()
     student.fuse_lora()

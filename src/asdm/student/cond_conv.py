@@ -174,43 +174,61 @@ def _has_bank(conv: nn.Module) -> bool:
     """
     if not any(isinstance(module, CondConv2d) and module.sources for module in conv.modules()):
         return False
-    merged, followed = (tuple(getattr(conv, name, ())) for name in ("merged_adapters", _IN_EXPERTS))
-    if merged != followed or (merged and getattr(conv, "disable_adapters", False)):
+    merged = _merged(conv)
+    if merged != _followed(conv) or (merged and getattr(conv, "disable_adapters", False)):
         raise AsdmError(
-            f"a LoRA ({', '.join(merged or followed)}) is merged into a bank's own kernel or out of it, and not its "
-            "experts'; merge and unmerge by fuse_lora() and unfuse_lora() of the UNet or the pipeline"
+            f"a LoRA ({', '.join(merged or _followed(conv))}) was merged into a bank's own kernel, or out of it, without "
+            "its experts; merge and unmerge by fuse_lora() and unfuse_lora() of the UNet or the pipeline"
         )
     return True
 
 
-@contextmanager
-def fusing(unet: nn.Module) -> Iterator[None]:
-    """Whatever is added in the block to the own kernel of a bank is added to its experts, too.
-
-    The parts of the kernels that a softmax mixes add up to 1, so this is what an adapter adds beside the bank.
-
-    Raises:
-        AsdmError: an adapter of a bank that is mixed otherwise, or that does more than add to the kernel.
-    """
-    layers: dict[str, Any] = {name: module for name, module in unet.named_modules() if _wraps_bank(module)}
-    for name, layer in layers.items():
+def require_fusable(unet: nn.Module) -> None:
+    """Raise an AsdmError where an adapter on a bank cannot be merged into its kernels: the bank is not mixed by a
+    softmax, or the adapter does more than add to a kernel."""
+    for name, layer in _adapted_banks(unet).items():
+        _has_bank(layer)
         if layer.base_layer.activation != "softmax" or not _only_adds(layer):
             raise AsdmError(
                 f"{name}: a bank mixed by {layer.base_layer.activation} and an adapter of type {type(layer).__name__} "
                 "cannot be fused; softmax and a plain LoRA can: leave the adapter loaded, unfused"
             )
+
+
+@contextmanager
+def experts_following(unet: nn.Module) -> Iterator[None]:
+    """What adapters add in the block to the own kernel of a bank, or take from it, is done to its experts, too.
+
+    The parts of the kernels that a softmax mixes add up to 1, so this is what an adapter adds beside the bank.
+    """
+    layers = {name: layer for name, layer in _adapted_banks(unet).items() if _merged(layer) == _followed(layer)}
     before = {name: (layer.base_layer.weight.clone(), layer.base_layer.bias.clone()) for name, layer in layers.items()}
     yield
     for name, layer in layers.items():
         bank, (weight, bias) = layer.base_layer, before[name]
         bank.expert_weight.data += (bank.weight.data - weight.data).flatten(1).repeat(len(bank.sources), 1)
         bank.expert_bias.data += bank.bias.data - bias.data
-        setattr(layer, _IN_EXPERTS, tuple(layer.merged_adapters))
+        setattr(layer, _IN_EXPERTS, _merged(layer))
 
 
-def _wraps_bank(module: nn.Module) -> bool:
-    bank = getattr(module, "base_layer", None)
-    return isinstance(bank, CondConv2d) and bool(bank.sources)
+def _adapted_banks(unet: nn.Module) -> dict[str, Any]:
+    """Peft's layers around banks, by name."""
+    layers = {name: module for name, module in unet.named_modules() if hasattr(module, "merged_adapters")}
+    return {
+        name: layer
+        for name, layer in layers.items()
+        if isinstance(layer.base_layer, CondConv2d) and layer.base_layer.sources
+    }
+
+
+def _merged(layer: nn.Module) -> tuple[str, ...]:
+    """The adapters in a bank's own kernel."""
+    return tuple(getattr(layer, "merged_adapters", ()))
+
+
+def _followed(layer: nn.Module) -> tuple[str, ...]:
+    """The adapters in its experts."""
+    return tuple(getattr(layer, _IN_EXPERTS, ()))
 
 
 def _only_adds(layer: nn.Module) -> bool:

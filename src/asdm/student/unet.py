@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from asdm.errors import AsdmError, one_line
 from asdm.student.adapters import renumber
 from asdm.student.compensation import Compensation, reshape_saved
-from asdm.student.cond_conv import OneTimestepEmbedding, fusing, repeated_row
+from asdm.student.cond_conv import OneTimestepEmbedding, experts_following, repeated_row, require_fusable
 from asdm.student.edits import CondConv, Shorten, parse_edits
 from asdm.student.gri_attention import GriAttnProcessor
 from asdm.student.standalone import MODULE_NAME, module_source
@@ -46,7 +46,7 @@ class AsdmUNet2DConditionModel(UNet2DConditionModel):
         AsdmError: an edit that this UNet does not allow.
     """
 
-    _no_split_modules: ClassVar[list[str]] = [*UNet2DConditionModel._no_split_modules, "CondResnetBlock2D", "RemovedResnet"]
+    _no_split_modules: ClassVar = [*UNet2DConditionModel._no_split_modules, "CondResnetBlock2D", "RemovedResnet"]
 
     def __init__(self, edits: Sequence[Any] = (), **unet_config: Any):
         super().__init__(**unet_config)
@@ -108,11 +108,12 @@ class AsdmUNet2DConditionModel(UNet2DConditionModel):
 
     @wraps(UNet2DConditionModel.fuse_lora)
     def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
-        with fusing(self):
+        require_fusable(self)
+        with experts_following(self):
             super().fuse_lora(*args, **kwargs)
 
     def unfuse_lora(self) -> None:
-        with fusing(self):
+        with experts_following(self):
             super().unfuse_lora()
 
     def set_attn_processor(self, processor: Any) -> None:
