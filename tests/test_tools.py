@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import (
     AutoPipelineForImage2Image,
+    AutoPipelineForText2Image,
     ControlNetModel,
     StableDiffusionAdapterPipeline,
     StableDiffusionControlNetPipeline,
@@ -141,6 +142,14 @@ def test_regional_attention_stays_whatever_else_computes_attention(student, chan
     assert isinstance(processors[f"{OUTER}.attn1.processor"], GriAttnProcessor)
     assert sum(isinstance(each, GriAttnProcessor) for each in processors.values()) == 1
     assert np.allclose(draw(student), before, atol=1e-4)
+
+
+def test_perturbed_attention_guidance_takes_the_place_of_regional_attention_for_its_calls(student):
+    before = draw(student)
+    guided = AutoPipelineForText2Image.from_pipe(student, enable_pag=True, pag_applied_layers=["down_blocks.0"])
+    assert np.abs(draw(guided, pag_scale=2.0) - before).max() > 1e-3
+    assert isinstance(student.unet.get_submodule(f"{OUTER}.attn1").processor, GriAttnProcessor)
+    assert np.array_equal(draw(student), before)
 
 
 def test_a_lora_of_the_teacher_fills_what_is_there_and_names_the_rest(pipeline, student, caplog):

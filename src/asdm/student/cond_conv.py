@@ -176,9 +176,10 @@ def _has_bank(conv: nn.Module) -> bool:
         return False
     merged = _merged(conv)
     if merged != _followed(conv) or (merged and getattr(conv, "disable_adapters", False)):
+        names = ", ".join(merged or _followed(conv))
         raise AsdmError(
-            f"a LoRA ({', '.join(merged or _followed(conv))}) was merged into a bank's own kernel, or out of it, without "
-            "its experts; merge and unmerge by fuse_lora() and unfuse_lora() of the UNet or the pipeline"
+            f"a LoRA ({names}) was merged into a bank's own kernel, or out of it, and not "
+            "its experts: merge and unmerge by fuse_lora() and unfuse_lora() of the UNet or the pipeline"
         )
     return True
 

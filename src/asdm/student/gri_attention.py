@@ -145,6 +145,12 @@ def _weights(height: int, width: int, regions: int, pool: int, device: str) -> T
 class AttentionOnMap(Attention):
     """An Attention that may be told the sides of the map of tokens; regional attention alone wants to know them."""
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Processors are set as attributes, too (by PAG), and torch lets no other object take a module's place.
+        if name == "processor" and not isinstance(value, nn.Module):
+            vars(self).get("_modules", {}).pop(name, None)
+        super().__setattr__(name, value)
+
     def forward(
         self, hidden_states: Tensor, *args: Any, map_sides: tuple[int, int] | None = None, **kwargs: Any
     ) -> Any:
