@@ -52,11 +52,6 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
 
-def is_matrix(parameter: Tensor) -> bool:
-    """Whether a parameter has columns: matrices and kernels, not the scales of a depthwise 1x1 convolution."""
-    return parameter.shape[1:].numel() > 1
-
-
 class Muon(torch.optim.Optimizer):
     """Momentum whose matrices are made orthogonal before each step (Jordan et al. 2024,
     https://kellerjordan.github.io/posts/muon), so that every direction of a layer learns at the same pace.
@@ -142,3 +137,8 @@ def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
             gram = polynomial @ gram @ polynomial
     result = (product / norms) @ wide
     return result if wide is matrices else result.mT
+
+
+def is_matrix(parameter: Tensor) -> bool:
+    """Whether a parameter has columns: matrices and kernels, not the scales of a depthwise 1x1 convolution."""
+    return parameter.shape[1:].numel() > 1
