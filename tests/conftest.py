@@ -19,6 +19,7 @@ from diffusers import (
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from asdm import AsdmUNet2DConditionModel, PruningPlan, build_student
 from asdm.demo import pipeline_folder
 from asdm.evaluation import image_timing
 from asdm.measure import latency
@@ -178,3 +179,27 @@ def data_folder(tmp_path: Path) -> Path:
         rows.append({"file_name": f"{index}.png", "text": f"image {index}", "held_out": index == 5})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+def saved_by_0_1() -> dict:
+    """A small student with every kind of edit, as version 0.1 saved it: the UNet's shape, the edits, the shapes of the
+    tensors that the original does not have, and the fingerprint."""
+    return json.loads((Path(__file__).parent / "student_0_1.json").read_text())
+
+
+def student_of_every_kind(without: str = "") -> AsdmUNet2DConditionModel:
+    """That student, as if it was trained: what starts at zero or at one is somewhere else.
+
+    Args:
+        without: a word in the edits that are left out.
+    """
+    saved = saved_by_0_1()
+    unet = tiny_unet(**saved["unet"])
+    edits = [edit for edit in saved["edits"] if not without or without not in str(edit)]
+    student = build_student(unet, PruningPlan.for_unet(unet, edits))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if any(part in name for part in ("router", "compensation", "expert")):
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return student

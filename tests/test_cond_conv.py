@@ -49,16 +49,16 @@ def moved(student, seed=0):
 def bank(router="input", activation="softmax", experts=3):
     torch.manual_seed(0)
     edit = CondConv(unit="x", experts=["e"] * experts, router=router, activation=activation)
-    conv = CondConv2d(nn.Conv2d(6, 8, 3, padding=1), edit, time_channels=10)
+    conv = CondConv2d.around(nn.Conv2d(6, 8, 3, padding=1), edit, time_channels=10)
     with torch.no_grad():
         for parameter in (conv.expert_weight, conv.expert_bias, conv.router.weight, conv.router.bias):
             parameter.copy_(0.3 * torch.randn(parameter.shape))
     return conv
 
 
-def naive(conv, hidden_states):
+def naive(conv, hidden_states, temb):
     """E convolutions, then their sum."""
-    routing = conv.routing(hidden_states).expand(len(hidden_states), -1)
+    routing = conv.routing(hidden_states, temb).expand(len(hidden_states), -1)
     experts = conv.expert_weight.view(-1, *conv.weight.shape)
     kernels = [(conv.weight, conv.bias), *zip(experts, conv.expert_bias, strict=True)]
     outputs = [F.conv2d(hidden_states, weight, bias, padding=1) for weight, bias in kernels]
@@ -79,13 +79,12 @@ def test_a_fresh_student_is_the_plain_pruned_one(unet, router, activation):
 @pytest.mark.parametrize("batch", [1, 3, 9])  # one kernel, kernels of the samples, outputs of the experts
 def test_outputs_and_gradients_are_those_of_the_naive_sum(router, activation, batch):
     conv = bank(router, activation)
-    hidden_states, conv.temb = torch.randn(batch, 6, 5, 7), torch.randn(batch, 10)
-    conv.one_timestep = False
+    hidden_states, temb = torch.randn(batch, 6, 5, 7), torch.randn(batch, 10)
     gradients = []
-    for function in (conv, lambda x: naive(conv, x)):
+    for function in (conv, lambda *given: naive(conv, *given)):
         conv.zero_grad()
         inputs = hidden_states.clone().requires_grad_(True)
-        output = function(inputs)
+        output = function(inputs, temb)
         (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
         gradients.append([output.detach(), inputs.grad, *(p.grad.clone() for p in conv.parameters())])
     for ours, expected in zip(*gradients, strict=True):
@@ -106,7 +105,7 @@ def test_one_time_step_is_mixed_once_for_the_batch(unet):
     name = next(iter(BANKS))
     conv = student.get_submodule(name)
     routing = conv.routing
-    conv.routing = lambda states: rows.append(routing(states)) or rows[-1]
+    conv.routing = lambda *given: rows.append(routing(*given)) or rows[-1]
     inputs = unet_inputs(unet, batch=3)
     together = predict(student, **inputs)
     apart = predict(student, **{**inputs, "timestep": inputs["timestep"].expand(3)})

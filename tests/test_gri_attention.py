@@ -31,10 +31,8 @@ def attention():
 
 
 def attend(attention, hidden_states, height, width, **settings):
-    processor = GriAttnProcessor(**settings)
-    processor.height, processor.width = height, width
     with torch.no_grad():
-        return processor(attention, hidden_states)
+        return GriAttnProcessor(**settings)(attention, hidden_states, map_sides=(height, width))
 
 
 def naive(attention, hidden_states, height, width, regions, pool, weighted=False):

@@ -8,6 +8,7 @@ from torch import nn
 
 from asdm import AsdmError
 from asdm.incubation.optimizers import Muon, make_optimizer, orthogonalized
+from asdm.student.compensation import compensation_of
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 64), (2, 64, 16), (1, 8, 8)])
@@ -90,3 +91,13 @@ def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(AsdmError, match=r"optimizer=adamw8bit: bitsandbytes.* not installed.*asdm-diffusion\[8bit\]"):
         make_optimizer({"w": nn.Parameter(torch.ones(4, 4))}, "adamw8bit", 0.1, (0.9, 0.99), 0.0, {})
+
+
+def test_scales_of_channels_are_no_matrices():
+    """Neither decayed nor made orthogonal, though a depthwise 1x1 convolution holds them."""
+    weights = {"map": compensation_of("diagonal", 4).weight, "kernel": compensation_of("linear", 4).weight}
+    groups = make_optimizer(weights, "muon", 0.05, (0.9, 0.99), 0.1, {}).param_groups
+    assert {tuple(group["params"][0].shape): (group["muon"], group["weight_decay"]) for group in groups} == {
+        (4, 1, 1, 1): (False, 0.0),
+        (4, 4, 1, 1): (True, 0.1),
+    }

@@ -7,17 +7,21 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForText2Image,
     ControlNetModel,
     StableDiffusionAdapterPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     T2IAdapter,
+    UNetMotionModel,
 )
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.loaders.utils import AttnProcsLayers
+from diffusers.models.attention_processor import AttnProcessor2_0, CustomDiffusionAttnProcessor
 from PIL import Image
 
-from asdm import PruningPlan, build_student, with_unet
+from asdm import AsdmError, PruningPlan, build_student, with_unet
 from asdm.student.gri_attention import GriAttnProcessor
 from conftest import unet_inputs
 
@@ -140,6 +144,14 @@ def test_regional_attention_stays_whatever_else_computes_attention(student, chan
     assert np.allclose(draw(student), before, atol=1e-4)
 
 
+def test_perturbed_attention_guidance_takes_the_place_of_regional_attention_for_its_calls(student):
+    before = draw(student)
+    guided = AutoPipelineForText2Image.from_pipe(student, enable_pag=True, pag_applied_layers=["down_blocks.0"])
+    assert np.abs(draw(guided, pag_scale=2.0) - before).max() > 1e-3
+    assert isinstance(student.unet.get_submodule(f"{OUTER}.attn1").processor, GriAttnProcessor)
+    assert np.array_equal(draw(student), before)
+
+
 def test_a_lora_of_the_teacher_fills_what_is_there_and_names_the_rest(pipeline, student, caplog):
     import peft
     from peft.utils import get_peft_model_state_dict
@@ -211,3 +223,130 @@ def test_an_ip_adapter_of_the_teacher_meets_the_same_cross_attentions(pipeline, 
     assert np.abs(draw(student, ip_adapter_image_embeds=embeds) - before).max() > 1e-3
     student.unload_ip_adapter()
     assert np.allclose(draw(student), before, atol=1e-5)
+
+
+def face_id(unet) -> dict:
+    """Weights as a FaceID IP-Adapter's file has them: a LoRA, too, whose layers are numbered by all attentions."""
+    file, generator = ip_adapter(unet), torch.Generator().manual_seed(3)
+    width = unet.config.cross_attention_dim
+    file["image_proj"] = {
+        "proj.0.weight": torch.randn(48, 24, generator=generator),
+        "proj.0.bias": torch.zeros(48),
+        "proj.2.weight": torch.randn(4 * width, 48, generator=generator),
+        "proj.2.bias": torch.zeros(4 * width),
+        "norm.weight": torch.ones(width),
+        "norm.bias": torch.zeros(width),
+    }
+    for number, name in enumerate(unet.attn_processors):
+        attention = unet.get_submodule(name.removesuffix(".processor"))
+        for side in ("q", "k", "v", "out"):
+            layer = attention.to_out[0] if side == "out" else getattr(attention, f"to_{side}")
+            for half, shape in (("down", (2, layer.in_features)), ("up", (layer.out_features, 2))):
+                tensor = torch.randn(shape, generator=generator)
+                file["ip_adapter"][f"{number}.to_{side}_lora.{half}.weight"] = tensor
+    return file
+
+
+@pytest.mark.parametrize("made_for", ["original", "student"])
+def test_what_an_ip_adapters_numbers_mean_is_told_by_what_fits(pipeline, student, made_for):
+    unet = student.unet
+    meant = pipeline.unet if made_for == "original" else unet
+    file, names = face_id(meant), list(meant.attn_processors)
+    crossing = [name for name in names if name.endswith("attn2.processor")]
+    loras = unet._load_ip_adapter_loras([file])[0]
+    assert len(loras) == 8 * len(unet.attn_processors)
+    for name, tensor in loras.items():
+        processor, _, rest = name.removeprefix("unet.").partition(".to_")
+        assert torch.equal(tensor, file["ip_adapter"][f"{names.index(processor)}.to_{rest}"]), name
+    for given in (file, [file], [file, file]):  # the stock class takes a single one, too
+        unet._load_ip_adapter_weights(given)
+        for name in (name for name in unet.attn_processors if name.endswith("attn2.processor")):
+            for layer in unet.attn_processors[name].to_v_ip:
+                number = 2 * crossing.index(name) + 1
+                assert torch.equal(layer.weight, file["ip_adapter"][f"{number}.to_v_ip.weight"]), name
+
+
+def test_an_ip_adapter_numbered_by_the_places_of_the_students_processors(student):
+    unet = student.unet
+    places = {name: number for number, name in enumerate(unet.attn_processors)}
+    crossing = [name for name in places if name.endswith("attn2.processor")]
+    file = ip_adapter(unet)
+    file["ip_adapter"] = {
+        f"{places[crossing[int(key.split('.')[0]) // 2]]}.{key.split('.', 1)[1]}": tensor
+        for key, tensor in file["ip_adapter"].items()
+    }
+    unet._load_ip_adapter_weights(file)
+    for name in crossing:
+        expected = file["ip_adapter"][f"{places[name]}.to_k_ip.weight"]
+        assert torch.equal(unet.attn_processors[name].to_k_ip[0].weight, expected)
+
+
+def test_an_ip_adapter_for_neither_is_refused(student):
+    file = ip_adapter(student.unet)
+    for number in (1, 3, 5):
+        for side in ("k", "v"):
+            del file["ip_adapter"][f"{number}.to_{side}_ip.weight"]
+    with pytest.raises(AsdmError, match=r"a file for \d+ cross-attentions does not fit; the original UNet has 16"):
+        student.unet._load_ip_adapter_weights(file)
+
+
+@pytest.mark.parametrize(
+    "scales",
+    [
+        0.5,
+        [0.5],
+        {"down": 0.3},
+        {"mid": 0.2, "up": {"block_1": [0.1, 0.2, 0.3]}},
+        [{"down": {"block_1": [0.25, 0.75]}, "up": {"block_3": 0.4}}],
+        None,
+    ],
+)
+def test_adapters_are_scaled_by_block_and_layer_as_in_the_teacher(pipeline, student, scales):
+    peft = pytest.importorskip("peft")
+    found = []
+    for unet in (pipeline.unet, student.unet):
+        unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]))
+        unet.set_adapters("default", scales)
+        found.append({name: each.scaling["default"] for name, each in unet.named_modules() if hasattr(each, "scaling")})
+    assert found[1] and all(found[0][name] == scale for name, scale in found[1].items())
+
+
+@pytest.mark.parametrize("made_for", ["original", "student"])
+def test_custom_diffusion_is_saved_and_loaded_beside_regional_attention(pipeline, student, tmp_path, made_for):
+    trained = pipeline.unet if made_for == "original" else student.unet
+    processors = {}
+    for name in trained.attn_processors:
+        width = trained.get_submodule(name.removesuffix(".processor")).inner_dim
+        crosses = name.endswith("attn2.processor")
+        sizes = {"hidden_size": width, "cross_attention_dim": 32} if crosses else {}
+        processors[name] = CustomDiffusionAttnProcessor(train_kv=crosses, train_q_out=False, **sizes)
+    trained.set_attn_processor(dict(processors))
+    AttnProcsLayers(trained.attn_processors)  # what its training optimises
+    trained.save_attn_procs(tmp_path, safe_serialization=False)
+    student.unet.set_default_attn_processor()
+    file = {"weight_name": "pytorch_custom_diffusion_weights.bin", "_pipeline": student}
+    student.unet.load_attn_procs(tmp_path, **file)
+    for name, processor in student.unet.attn_processors.items():
+        if name == f"{OUTER}.attn1.processor":
+            assert isinstance(processor, GriAttnProcessor)
+        elif name.endswith("attn2.processor"):
+            expected = processors[name].to_k_custom_diffusion.weight
+            assert torch.equal(processor.to_k_custom_diffusion.weight, expected)
+
+
+def test_other_pipelines_are_made_from_a_students(student):
+    image = Image.new("RGB", (16, 16), "red")
+    for made in (
+        StableDiffusionImg2ImgPipeline.from_pipe(student, unet=student.unet),
+        AutoPipelineForImage2Image.from_pipe(student),
+    ):
+        assert made.unet is student.unet
+        assert draw(made, image=image, strength=1.0).shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize("make", [ControlNetModel.from_unet, UNetMotionModel.from_unet2d])
+def test_what_is_made_from_a_student_that_lacks_its_layers_is_not_made(pipeline, student, make):
+    """They have the original's layers; the documentation says to make them from the original."""
+    with pytest.raises(RuntimeError, match="Missing key"):
+        make(student.unet)
+    make(build_student(pipeline.unet, PruningPlan.for_unet(pipeline.unet)))

@@ -32,7 +32,9 @@ image = pipeline("a prompt"{images}{few_steps}).images[0]
 {plan}
 """
 _HINT = f"""The flag lets the code of its UNet run, `unet/{MODULE_NAME}.py`, which needs nothing but diffusers. With
-`asdm` installed, `asdm.load_pipeline` loads the folder without running code that lies in it.
+`asdm` installed, `asdm.load_pipeline` loads the folder without running code that lies in it. Another pipeline takes
+its UNet by name, as diffusers compares classes exactly: `StableDiffusionImg2ImgPipeline.from_pipe(pipeline,
+unet=pipeline.unet)`; or use `AutoPipelineForImage2Image.from_pipe(pipeline)`.
 
 """
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from asdm.calibration import CalibrationCall, calibration_calls
@@ -33,9 +34,10 @@ from asdm.planning import (
 from asdm.redundancy import RedundancyMap, Trial, ablate, first_layer, trials_of
 from asdm.replay import as_they_were, replay_order
 from asdm.student.edits import CompensationKind, GriAttention, Remove, UnitEdit
+from asdm.student.gri_attention import AttentionOnMap
 from asdm.student.plan import PlanFigures, PruningPlan, build_student
 from asdm.student.surgery import replaced_paths, swapped
-from asdm.units import removable_units
+from asdm.units import recast, removable_units
 
 ROUNDS = 2
 CHANGES = 8  # edits that the first round may take back or add, in all
@@ -174,7 +176,10 @@ def _restoring(teacher: UNet2DConditionModel, student: UNet2DConditionModel, edi
 def _restored(teacher: UNet2DConditionModel, student: UNet2DConditionModel, edit: UnitEdit) -> Iterator[None]:
     """For the length of the block, the teacher's modules in the place of what an edit left."""
     paths = [edit.unit] if isinstance(edit, GriAttention) else replaced_paths(teacher, edit)
-    with swapped(student, {path: teacher.get_submodule(path) for path in paths}):
+    modules = {path: teacher.get_submodule(path) for path in paths}
+    # The student's transformer says more to its attentions than the teacher's.
+    modules |= {path: recast(AttentionOnMap, each) for path, each in modules.items() if isinstance(each, Attention)}
+    with swapped(student, modules):
         yield
 
 

@@ -103,6 +103,7 @@ def _meeting_gradients(
     handles = []
     processors = {edit.unit: GriAttnProcessor(edit.regions, edit.pool, edit.weighted) for edit in regional}
     names = {edit.unit: str(edit) for edit in regional}
+    sides: dict[str, tuple[int, int]] = {}  # of the map of tokens, by transformer
 
     def note(unit: Unit) -> Callable[..., None]:
         def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
@@ -110,7 +111,8 @@ def _meeting_gradients(
             with torch.no_grad():
                 goes = {unit.name: behind.detach() - shortcut_of(unit, module, args)}
                 if unit.name in processors:
-                    goes[names[unit.name]] = behind.detach() - processors[unit.name](module, args[0].detach())
+                    instead = processors[unit.name](module, args[0].detach(), map_sides=sides[unit.layer])
+                    goes[names[unit.name]] = behind.detach() - instead
 
             def meet(gradient: Tensor) -> None:
                 for name, part in goes.items():
@@ -120,17 +122,17 @@ def _meeting_gradients(
 
         return hook
 
-    def tell_sides(processor: GriAttnProcessor) -> Callable[..., None]:
+    def note_sides(layer: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            processor.height, processor.width = args[0].shape[2:]
+            height, width = args[0].shape[2:]
+            sides[layer] = height, width
 
         return hook
 
     for unit in units:
         handles.append(unet.get_submodule(unit.name).register_forward_hook(note(unit)))
         if unit.name in processors:
-            hook = tell_sides(processors[unit.name])
-            handles.append(unet.get_submodule(unit.layer).register_forward_pre_hook(hook))
+            handles.append(unet.get_submodule(unit.layer).register_forward_pre_hook(note_sides(unit.layer)))
     try:
         yield
     finally:

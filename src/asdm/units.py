@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
@@ -22,6 +22,7 @@ from asdm.errors import AsdmError
 
 UnitKind = Literal["resnet", "attention", "self_attention", "cross_attention", "feed_forward"]
 
+Kind = TypeVar("Kind", bound=nn.Module)
 # Branch of a BasicTransformerBlock -> (kind, the norm that feeds it alone)
 TRANSFORMER_BRANCHES: dict[str, tuple[UnitKind, str]] = {
     "attn1": ("self_attention", "norm1"),
@@ -158,6 +159,13 @@ def unlike_in(unet: UNet2DConditionModel, other: UNet2DConditionModel, *fields: 
     return next((field for field in fields if value(unet, field) != value(other, field)), None)
 
 
+def recast(kind: type[Kind], module: nn.Module) -> Kind:
+    """A module again, as one of a subclass of its class; what it consists of is shared."""
+    same = kind.__new__(kind)
+    same.__setstate__({**vars(module), "_modules": dict(module._modules)})
+    return same
+
+
 def require_plain(unet: UNet2DConditionModel) -> None:
     """Raise an AsdmError where a UNet's weights are not its own alone, or not there."""
     names = unet.state_dict().keys()
@@ -204,8 +212,17 @@ def fingerprint(unet: UNet2DConditionModel) -> str:
     if isinstance(known, str):
         return known
     shapes = {
-        name.replace(".base_layer", ""): list(tensor.shape)
+        name.replace(".base_layer", ""): _digested_shape(name, tensor)
         for name, tensor in unet.state_dict().items()
         if not any(added in name for added in ADDED_LATER)
     }
     return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _digested_shape(name: str, tensor: Tensor) -> list[int]:
+    """A shape as it counts for the fingerprint: of a map in a removed branch's place, without a kernel's sides, which
+    it did not have in version 0.1."""
+    shape = list(tensor.shape)
+    while name.endswith(".compensation.weight") and shape[-1] == 1:
+        shape.pop()
+    return shape

@@ -12,9 +12,9 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from asdm.student.compensation import Compensation, TimeCompensation
+from asdm.student.compensation import ConstantMap
 from asdm.student.cond_conv import CondConv2d
-from asdm.student.gri_attention import GriAttnProcessor
+from asdm.student.gri_attention import MAP_SIDES, GriAttnProcessor
 
 
 @dataclass
@@ -58,7 +58,7 @@ def counting_macs(model: nn.Module) -> Iterator[MacCount]:
             context = hidden_states if context is None else context
             queries, keys = _tokens(hidden_states), _tokens(context)
             if isinstance(module.processor, GriAttnProcessor):
-                keys = module.processor.keys_per_query()
+                keys = module.processor.keys_per_query(*kwargs[MAP_SIDES])
             count.attention[name] += 2 * queries * keys * module.inner_dim
 
         return hook
@@ -74,7 +74,7 @@ def counting_macs(model: nn.Module) -> Iterator[MacCount]:
     for name, module in model.named_modules():
         if isinstance(module, CondConv2d):
             handles.append(module.register_forward_hook(bank_hook(name)))
-        elif isinstance(module, nn.Conv2d | nn.Linear | Compensation | TimeCompensation) and module.weight is not None:
+        elif isinstance(module, nn.Conv2d | nn.Linear) and not isinstance(module, ConstantMap):
             handles.append(module.register_forward_hook(map_hook(name, module.weight)))
         elif isinstance(module, Attention):
             handles.append(module.register_forward_hook(attention_hook(name), with_kwargs=True))

@@ -27,7 +27,7 @@ from asdm.evaluation.latency import random_inputs, unet_call
 from asdm.evaluation.memory import peak_megabytes
 from asdm.incubation.blocks import assembled
 from asdm.incubation.distillation import make_task
-from asdm.incubation.optimizers import OptimizerName
+from asdm.incubation.optimizers import OptimizerName, is_matrix
 from asdm.incubation.sharding import GATHERED_TOGETHER
 from asdm.incubation.stages import Stage
 from asdm.incubation.teaching import Batch, TrainingSet
@@ -185,7 +185,7 @@ def _moments(parameter: nn.Parameter, optimizer: OptimizerName) -> int:
     count = parameter.numel()
     if optimizer == "adamw8bit" and count >= 4096:
         return 2 * (count + FLOAT32 * -(-count // 256))
-    return FLOAT32 * count * (1 if optimizer == "muon" and parameter.ndim > 1 else 2)
+    return FLOAT32 * count * (1 if optimizer == "muon" and is_matrix(parameter) else 2)
 
 
 def _round_cost(task: TrainingTask, batch: Batch, part: Part, dtype: torch.dtype | None) -> tuple[float, int]:

@@ -38,7 +38,7 @@ def make_optimizer(
 
     grouped: dict[tuple[bool, float], list[nn.Parameter]] = defaultdict(list)
     for weight, parameter in weights.items():
-        grouped[parameter.ndim > 1, factor(weight)].append(parameter)
+        grouped[is_matrix(parameter), factor(weight)].append(parameter)
     groups = [
         {"params": parameters, "weight_decay": weight_decay if matrix else 0.0, "factor": by, "muon": matrix}
         for (matrix, by), parameters in grouped.items()
@@ -137,3 +137,8 @@ def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
             gram = polynomial @ gram @ polynomial
     result = (product / norms) @ wide
     return result if wide is matrices else result.mT
+
+
+def is_matrix(parameter: Tensor) -> bool:
+    """Whether a parameter has columns: matrices and kernels, not the scales of a depthwise 1x1 convolution."""
+    return parameter.shape[1:].numel() > 1

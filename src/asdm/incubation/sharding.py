@@ -58,7 +58,10 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def parted_as(reference: Tensor, tensor: Tensor) -> Tensor:
-    """This process's part of a tensor that all of them hold, where `reference` is parted."""
+    """This process's part of a tensor that all of them hold, where `reference` is parted; in its shape, where that was
+    saved as another (by version 0.1)."""
+    if tensor.numel() == reference.numel():
+        tensor = tensor.view(reference.shape)
     if not isinstance(reference, DTensor) or tensor.shape != reference.shape:
         return tensor
     tensor = tensor.to(reference.device_mesh.device_type)

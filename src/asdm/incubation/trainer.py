@@ -287,7 +287,7 @@ def load_ema_weights(folder: Path, weights: dict[str, nn.Parameter]) -> int:
     path = _checkpoint(folder, step)
     averaged = load_file(path / ("ema.safetensors" if (path / "ema.safetensors").is_file() else "weights.safetensors"))
     for name, parameter in weights.items():
-        parameter.data.copy_(averaged[name])
+        parameter.data.copy_(averaged[name].view(parameter.shape))  # a map's of version 0.1 has another
     return step
 
 

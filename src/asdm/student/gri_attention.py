@@ -17,10 +17,14 @@ import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
+
+from asdm.errors import AsdmError
+
+MAP_SIDES = "map_sides"  # among the cross_attention_kwargs
 
 
-class GriAttnProcessor:
+class GriAttnProcessor(nn.Module):
     """A diffusers attention processor for self-attention over a map of tokens.
 
     Args:
@@ -34,14 +38,25 @@ class GriAttnProcessor:
     """
 
     def __init__(self, regions: int = 0, pool: int = 0, weighted: bool = False):
+        super().__init__()
         self.regions, self.pool, self.weighted = regions, pool, weighted
-        # Sides of the map of tokens, which the transformer tells before each call.
-        self.height, self.width = 0, 0
 
-    def __call__(self, attn: Attention, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Hidden states (batch, height * width, channels) to the same shape."""
+    def __call__(
+        self, attn: Attention, hidden_states: Tensor, *_: Any, map_sides: tuple[int, int] | None = None, **__: Any
+    ) -> Tensor:
+        """Hidden states (batch, height * width, channels) to the same shape; `map_sides` are height and width.
+
+        Raises:
+            AsdmError: there are more or fewer tokens than the map has.
+        """
+        if map_sides is None or map_sides[0] * map_sides[1] != hidden_states.shape[1]:
+            sides = "unknown sides" if map_sides is None else "x".join(str(side) for side in map_sides)
+            raise AsdmError(
+                f"gri_attention: {hidden_states.shape[1]} tokens of a map of {sides}; it goes with nothing that merges "
+                "or drops tokens (tomesd): use that with the original, or with a student without gri_attention"
+            )
         query, key, value = (project(hidden_states) for project in (attn.to_q, attn.to_k, attn.to_v))
-        where, back = _places(self.height, self.width, self.regions, str(query.device))
+        where, back = _places(*map_sides, self.regions, str(query.device))
         batch, count, channels = query.shape[0], where.shape[0], query.shape[2]
 
         def by_region(states: Tensor) -> Tensor:
@@ -49,10 +64,12 @@ class GriAttnProcessor:
 
         query, local_key, local_value, mask = by_region(query), by_region(key), by_region(value), None
         if self.pool:
-            keys, values = (self._pooled(states)[:, None].expand(-1, count, -1, -1) for states in (key, value))
+            keys, values = (
+                self._pooled(states, map_sides)[:, None].expand(-1, count, -1, -1) for states in (key, value)
+            )
             local_key, local_value = torch.cat([local_key, keys], dim=2), torch.cat([local_value, values], dim=2)
             if self.weighted:
-                weights = _weights(self.height, self.width, self.regions, self.pool, str(query.device))
+                weights = _weights(*map_sides, self.regions, self.pool, str(query.device))
                 mask = weights.to(query.dtype).repeat(batch, 1, 1, 1)
         by_head = (attn.heads, channels // attn.heads)
         mixed = dispatch_attention_fn(
@@ -63,14 +80,14 @@ class GriAttnProcessor:
             mixed = mixed.unflatten(0, (-1, count)).flatten(1, 2).index_select(1, back)
         return attn.to_out[1](attn.to_out[0](mixed.to(query.dtype))) / attn.rescale_output_factor
 
-    def keys_per_query(self) -> int:
-        """How many keys a query met in the last call."""
-        global_keys = ceil(self.height / self.pool) * ceil(self.width / self.pool) if self.pool else 0
-        return _places(self.height, self.width, self.regions, "cpu")[0].shape[1] + global_keys
+    def keys_per_query(self, height: int, width: int) -> int:
+        """How many keys a query meets in a map of tokens."""
+        global_keys = ceil(height / self.pool) * ceil(width / self.pool) if self.pool else 0
+        return _places(height, width, self.regions, "cpu")[0].shape[1] + global_keys
 
-    def _pooled(self, states: Tensor) -> Tensor:
+    def _pooled(self, states: Tensor, sides: tuple[int, int]) -> Tensor:
         """Averages (batch, squares, channels) of the squares of a map of tokens."""
-        as_map = states.mT.unflatten(2, (self.height, self.width))
+        as_map = states.mT.unflatten(2, sides)
         pooled = F.avg_pool2d(as_map, self.pool, ceil_mode=True, count_include_pad=False)
         return pooled.flatten(2).mT
 
@@ -125,8 +142,25 @@ def _weights(height: int, width: int, regions: int, pool: int, device: str) -> T
     return torch.cat([torch.zeros(where.shape, device=device), counts.log()], dim=1)[:, None, None]
 
 
+class AttentionOnMap(Attention):
+    """An Attention that may be told the sides of the map of tokens; regional attention alone wants to know them."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Processors are set as attributes, too (by PAG), and torch lets no other object take a module's place.
+        if name == "processor" and not isinstance(value, nn.Module):
+            vars(self).get("_modules", {}).pop(name, None)
+        super().__setattr__(name, value)
+
+    def forward(
+        self, hidden_states: Tensor, *args: Any, map_sides: tuple[int, int] | None = None, **kwargs: Any
+    ) -> Any:
+        if isinstance(self.processor, GriAttnProcessor):
+            kwargs[MAP_SIDES] = map_sides
+        return super().forward(hidden_states, *args, **kwargs)
+
+
 class GriTransformer2DModel(Transformer2DModel):
-    """A Transformer2DModel that tells its GRI processors the sides of the map of tokens."""
+    """A Transformer2DModel that hands its attentions the sides of the map of tokens."""
 
     @classmethod
     def around(cls, transformer: Transformer2DModel) -> GriTransformer2DModel:
@@ -137,9 +171,18 @@ class GriTransformer2DModel(Transformer2DModel):
             setattr(same, name, child)
         return same.train(transformer.training)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        for block in self.transformer_blocks:
-            processor = getattr(block.attn1, "processor", None)
-            if isinstance(processor, GriAttnProcessor):
-                processor.height, processor.width = hidden_states.shape[2:]
-        return super().forward(hidden_states, *args, **kwargs)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        timestep: Tensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+        class_labels: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        told = {**(cross_attention_kwargs or {}), MAP_SIDES: tuple(hidden_states.shape[2:])}
+        return super().forward(
+            hidden_states, encoder_hidden_states, timestep, added_cond_kwargs, class_labels, told, *args, **kwargs
+        )

@@ -20,6 +20,7 @@ _ROOMS = (
     "asdm.student.cond_conv",
     "asdm.student.gri_attention",
     "asdm.student.surgery",
+    "asdm.student.adapters",
     "asdm.student.unet",
 )
 _HEAD = '''"""A pruned Stable Diffusion UNet, made with asdm: all that it takes to load one. Apache-2.0.

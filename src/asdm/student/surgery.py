@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import copy
 from typing import Any
 
+import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -16,11 +16,11 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from asdm.errors import AsdmError
-from asdm.student.compensation import Compensation, TimeCompensation
-from asdm.student.cond_conv import CondConv2d, CondResnetBlock2D
+from asdm.student.compensation import TimeCompensation, compensation_of
+from asdm.student.cond_conv import CondConv2d, CondResnetBlock2D, is_traced
 from asdm.student.edits import CondConv, GriAttention, Remove, UnitEdit
-from asdm.student.gri_attention import GriAttnProcessor, GriTransformer2DModel
-from asdm.units import TRANSFORMER_BRANCHES, conv_channels, is_branch, layers, removable_units
+from asdm.student.gri_attention import AttentionOnMap, GriAttnProcessor, GriTransformer2DModel
+from asdm.units import TRANSFORMER_BRANCHES, conv_channels, is_branch, layers, recast, removable_units
 
 
 class RemovedResnet(nn.Module):
@@ -33,10 +33,8 @@ class RemovedResnet(nn.Module):
         super().__init__()
         self.conv_shortcut = resnet.conv_shortcut
         self.output_scale_factor = resnet.output_scale_factor
-        if self.conv_shortcut is None and edit.compensate != "none":
-            self.compensation: Compensation | None = Compensation(edit.compensate, resnet.in_channels)
-        else:
-            self.compensation = None
+        needs_map = self.conv_shortcut is None
+        self.compensation: Any = compensation_of(edit.compensate, resnet.in_channels) if needs_map else None
         self.kind = edit.compensate
         self.time_compensation: TimeCompensation | None = None
         if edit.compensate_time:
@@ -68,14 +66,14 @@ class RemovedResnet(nn.Module):
         if self.compensation is not None:
             hidden_states = self.compensation(hidden_states)
         if self.time_compensation is not None and temb is not None:
-            hidden_states = hidden_states + self.time_compensation(temb)
+            hidden_states = hidden_states + self.time_compensation(F.silu(temb))[:, :, None, None]
         return hidden_states if self.output_scale_factor == 1 else hidden_states / self.output_scale_factor
 
 
 class RemovedAttention(nn.Module):
     """The identity in place of a Transformer2DModel, or a compensation."""
 
-    def __init__(self, compensation: Compensation | None = None):
+    def __init__(self, compensation: nn.Module | None = None):
         super().__init__()
         self.compensation = compensation
 
@@ -88,12 +86,16 @@ class RemovedAttention(nn.Module):
 class RemovedBranch(nn.Module):
     """Adds nothing in place of an attention or feed-forward branch of a transformer block, or a compensation."""
 
-    def __init__(self, compensation: Compensation | None = None):
+    def __init__(self, compensation: nn.Module | None = None):
         super().__init__()
         self.compensation = compensation
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        return hidden_states.new_zeros(()) if self.compensation is None else self.compensation(hidden_states)
+        if self.compensation is not None:
+            return self.compensation(hidden_states)
+        nothing = hidden_states.new_zeros(())
+        # Of the shape that token merging expects; a graph's runtime would compute it.
+        return nothing if is_traced() else nothing.expand(hidden_states.shape)
 
 
 class RemovedMidBlock(nn.Module):
@@ -101,7 +103,7 @@ class RemovedMidBlock(nn.Module):
 
     has_cross_attention = False
 
-    def __init__(self, compensation: Compensation | None = None):
+    def __init__(self, compensation: nn.Module | None = None):
         super().__init__()
         self.compensation = compensation
 
@@ -207,10 +209,10 @@ def _remove(unet: UNet2DConditionModel, edit: Remove) -> dict[str, nn.Module]:
     return _remove_branch(unet, edit)
 
 
-def _compensation(edit: Remove, channels: int, adds: bool = False) -> Compensation | None:
+def _compensation(edit: Remove, channels: int, *, tokens: bool = False) -> nn.Module | None:
     if edit.compensate_time:
         raise AsdmError(f"{edit.unit}: is handed no time embedding; compensate_time is for resnets")
-    return None if edit.compensate == "none" else Compensation(edit.compensate, channels, adds)
+    return compensation_of(edit.compensate, channels, tokens=tokens)
 
 
 def _removed_layer(layer: nn.Module, edit: Remove) -> nn.Module:
@@ -231,7 +233,7 @@ def _remove_branch(unet: UNet2DConditionModel, edit: Remove) -> dict[str, nn.Mod
     if branch not in TRANSFORMER_BRANCHES or not is_branch(block, branch):
         raise _no_such_unit(unet, name)
     norm = TRANSFORMER_BRANCHES[branch][1]
-    compensation = _compensation(edit, block.dim, adds=True)
+    compensation = _compensation(edit, block.dim, tokens=True)
     return {name: RemovedBranch(compensation), f"{block_name}.{norm}": nn.Identity()}
 
 
@@ -262,10 +264,14 @@ def _attend_by_region(unet: UNet2DConditionModel, edit: GriAttention) -> dict[st
     block = unet.get_submodule(edit.unit.rpartition(".")[0])
     if getattr(block, "only_cross_attention", False) or not _is_plain(attention):
         raise AsdmError(f"{edit.unit}: not a plain self-attention, and gri_attention knows no other; drop the edit")
-    regional = copy(attention)  # its parameters are shared
-    regional.processor = GriAttnProcessor(edit.regions, edit.pool, edit.weighted)
     around = layer if isinstance(layer, GriTransformer2DModel) else GriTransformer2DModel.around(layer)
-    return {layer_name: around, edit.unit: regional}
+    attentions = {
+        f"{layer_name}.{name}": recast(AttentionOnMap, module)
+        for name, module in layer.named_modules()
+        if isinstance(module, Attention)
+    }
+    attentions[edit.unit].set_processor(GriAttnProcessor(edit.regions, edit.pool, edit.weighted))
+    return {layer_name: around, **attentions}
 
 
 def _is_plain(attention: nn.Module) -> bool:
@@ -311,9 +317,9 @@ def _mix_kernels(unet: UNet2DConditionModel, edit: CondConv) -> dict[str, nn.Mod
     time_channels = None if resnet.time_emb_proj is None else resnet.time_emb_proj.in_features
     if edit.router != "input" and time_channels is None:
         raise AsdmError(f"{edit.unit}: has no time embedding to route by; use router input")
-    around = resnet if isinstance(resnet, CondResnetBlock2D) else CondResnetBlock2D.around(resnet)
+    around = resnet if isinstance(resnet, CondResnetBlock2D) else recast(CondResnetBlock2D, resnet)
     assert isinstance(conv, nn.Conv2d)
-    return {resnet_name: around, f"{resnet_name}.{conv_name}": CondConv2d(conv, edit, time_channels)}
+    return {resnet_name: around, f"{resnet_name}.{conv_name}": CondConv2d.around(conv, edit, time_channels)}
 
 
 _HANDLERS: dict[type, Callable[[UNet2DConditionModel, Any], dict[str, nn.Module]]] = {

@@ -8,20 +8,25 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
 from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.model_loading_utils import load_state_dict
 from torch import Tensor, nn
 
 from asdm.errors import AsdmError, one_line
-from asdm.student.cond_conv import CondConv2d
-from asdm.student.edits import Shorten, parse_edits
+from asdm.student.adapters import renumber
+from asdm.student.compensation import Compensation, reshape_saved
+from asdm.student.cond_conv import OneTimestepEmbedding, experts_following, repeated_row, require_fusable
+from asdm.student.edits import CondConv, Shorten, parse_edits
 from asdm.student.gri_attention import GriAttnProcessor
 from asdm.student.standalone import MODULE_NAME, module_source
 from asdm.student.surgery import RemovedDownBlock, apply_edits
+from asdm.units import recast
 
 # On disk the block types carry this prefix: the stock class would otherwise accept the folder, ignore the
 # edits and fill the missing weights at random; so it stops with "asdm.CrossAttnDownBlock2D does not exist".
@@ -41,24 +46,27 @@ class AsdmUNet2DConditionModel(UNet2DConditionModel):
         AsdmError: an edit that this UNet does not allow.
     """
 
+    _no_split_modules: ClassVar = [*UNet2DConditionModel._no_split_modules, "CondResnetBlock2D", "RemovedResnet"]
+
     def __init__(self, edits: Sequence[Any] = (), **unet_config: Any):
         super().__init__(**unet_config)
         records = [edit for edit in parse_edits(edits) if not isinstance(edit, Shorten)]
         apply_edits(self, records)
         self.register_to_config(edits=[record.to_dict() for record in records])
-        self._banks = [module for module in self.modules() if isinstance(module, CondConv2d)]
-        embedded = ("addition_embed_type", "class_embed_type", "num_class_embeds", "time_cond_proj_dim")
-        self._only_time_is_embedded = all(self.config.get(name) is None for name in embedded)
+        if any(isinstance(record, CondConv) and record.router == "time" for record in records):
+            self.time_embedding: Any = recast(OneTimestepEmbedding, self.time_embedding)
 
     @wraps(UNet2DConditionModel.forward)
     def forward(self, sample: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
-        one = not isinstance(timestep, Tensor) or timestep.numel() == 1
-        for bank in self._banks:
-            bank.one_timestep = one and self._only_time_is_embedded
         innermost = self.down_blocks[-1]
         if isinstance(innermost, RemovedDownBlock):
             kwargs |= _for_what_is_left(kwargs, innermost.skips)
         return super().forward(sample, timestep, *args, **kwargs)
+
+    def get_time_embed(self, sample: Tensor, timestep: Tensor | float | int) -> Tensor | None:
+        embedded = super().get_time_embed(sample, timestep)
+        one = not isinstance(timestep, Tensor) or timestep.numel() == 1
+        return repeated_row(embedded) if one and isinstance(self.time_embedding, OneTimestepEmbedding) else embedded
 
     __init__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
@@ -73,21 +81,48 @@ class AsdmUNet2DConditionModel(UNet2DConditionModel):
         super().save_pretrained(save_directory, *args, **kwargs)
         (Path(save_directory) / f"{MODULE_NAME}.py").write_text(module_source(), "utf-8")
 
-    def _load_ip_adapter_weights(self, state_dicts: list[dict[str, Any]], **kwargs: Any) -> None:
-        """As the stock UNet, for an IP-Adapter made for the original: its file numbers the original's
-        cross-attentions, 1, 3, 5 and so on, of which some may be gone here."""
+    def _original(self) -> UNet2DConditionModel:
+        """The UNet without the edits and without weights (on the meta device)."""
         with torch.device("meta"):
-            config = {key: value for key, value in self.config.items() if key != "edits"}
-            original = UNet2DConditionModel.from_config(config)
-        numbers, kept = (
-            [name for name in unet.attn_processors if name.endswith("attn2.processor")] for unet in (original, self)
-        )
-        renumbered = {2 * numbers.index(name) + 1: 2 * index + 1 for index, name in enumerate(kept)}
-        super()._load_ip_adapter_weights([_with_numbers(each, renumbered) for each in state_dicts], **kwargs)
+            return UNet2DConditionModel.from_config({key: self.config[key] for key in self.config if key != "edits"})
+
+    def _load_ip_adapter_weights(self, state_dicts: Any, *args: Any, **kwargs: Any) -> None:
+        """As the stock UNet, from a file that was made for the original or for this student (`renumber`)."""
+        super()._load_ip_adapter_weights(self._renumbered(state_dicts), *args, **kwargs)
+
+    def _load_ip_adapter_loras(self, state_dicts: Any) -> dict[int, dict[str, Tensor]]:
+        return super()._load_ip_adapter_loras(self._renumbered(state_dicts))
+
+    def _renumbered(self, state_dicts: Any) -> list[dict[str, Any]]:
+        given, original = state_dicts if isinstance(state_dicts, list) else [state_dicts], self._original()
+        return [renumber(each, original, self) for each in given]
+
+    def set_adapters(self, adapter_names: Any, weights: Any = None) -> None:
+        """As the stock UNet; scales by block and layer are those of the original, which diffusers knows by its class's
+        name."""
+        given = weights if isinstance(weights, list) else [weights]
+        if any(isinstance(each, dict) for each in given):
+            expanded = _maybe_expand_lora_scales(self._original(), [1.0 if each is None else each for each in given])
+            weights = expanded if isinstance(weights, list) else expanded[0]
+        super().set_adapters(adapter_names, weights)
+
+    @wraps(UNet2DConditionModel.fuse_lora)
+    def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
+        require_fusable(self)
+        with experts_following(self):
+            super().fuse_lora(*args, **kwargs)
+
+    def unfuse_lora(self) -> None:
+        with experts_following(self):
+            super().unfuse_lora()
 
     def set_attn_processor(self, processor: Any) -> None:
-        """As the stock UNet; but regional attention is the student's architecture, and gives way to its kind alone."""
+        """As the stock UNet, and from a dict for the original; but regional attention is the student's architecture,
+        and gives way to its kind alone."""
         given = processor if isinstance(processor, dict) else dict.fromkeys(self.attn_processors, processor)
+        gone = given.keys() - self.attn_processors.keys()
+        if gone and gone <= self._original().attn_processors.keys():
+            given = {name: each for name, each in given.items() if name not in gone}
         kept = {name: old for name, old in self._regional().items() if not getattr(given.get(name), "regions", 0)}
         super().set_attn_processor({**given, **kept})
 
@@ -124,6 +159,24 @@ class AsdmUNet2DConditionModel(UNet2DConditionModel):
         for key in _block_keys(config):
             config[key] = [f"{_BLOCK_PREFIX}{kind}" for kind in config[key]]
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def _load_pretrained_model(
+        cls,
+        model: nn.Module,
+        state_dict: dict[str, Tensor] | None,
+        resolved_model_file: list[Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """As the stock class, from folders of version 0.1, too (`reshape_saved`)."""
+        maps = {name: module for name, module in model.named_modules() if isinstance(module, Compensation)}
+        if maps and state_dict is None:
+            resolved_model_file = [load_state_dict(file) for file in resolved_model_file]
+        for tensors in resolved_model_file if state_dict is None else [state_dict]:
+            if isinstance(tensors, dict):
+                reshape_saved(maps, tensors)
+        return super()._load_pretrained_model(model, state_dict, resolved_model_file, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
@@ -179,16 +232,6 @@ def _for_what_is_left(kwargs: dict[str, Any], skips: int) -> dict[str, Any]:
         inner = F.interpolate(within[-1], size=within[-2].shape[2:])
         fitted["down_intrablock_additional_residuals"] = [*within[:-1], inner]
     return fitted
-
-
-def _with_numbers(state_dict: dict[str, Any], renumbered: dict[int, int]) -> dict[str, Any]:
-    """An IP-Adapter's weights with other numbers for its cross-attentions; those without a new one are left out."""
-    weights = {}
-    for key, tensor in state_dict["ip_adapter"].items():
-        number, _, rest = key.partition(".")
-        if int(number) in renumbered:
-            weights[f"{renumbered[int(number)]}.{rest}"] = tensor
-    return {**state_dict, "ip_adapter": weights}
 
 
 def _block_keys(config: dict[str, Any]) -> list[str]:
