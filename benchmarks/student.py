@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import tomesd
-import torch
 import typer
 from common import finish, without_second_layers
 from diffusers import UNet2DConditionModel
@@ -182,9 +181,9 @@ def with_gri(
 
 
 def keys_of_a_query(student: UNet2DConditionModel, unit: str) -> int:
-    with torch.no_grad():
-        unet_call(student, batch_size=1)()
-    return student.get_submodule(unit).processor.keys_per_query()
+    """In an outermost attention, whose map is as large as the latents."""
+    side = student.config.sample_size
+    return student.get_submodule(unit).processor.keys_per_query(side, side)
 
 
 def timed(models: dict[str, UNet2DConditionModel], rounds: int) -> list[dict[str, Any]]:
