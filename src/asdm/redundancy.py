@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 from torch import Tensor
 
 from asdm.calibration import CalibrationCall, calibration_calls
@@ -29,6 +29,7 @@ from asdm.evaluation.latency import seconds_of, timing_modules, unet_call
 from asdm.evaluation.macs import counting_macs
 from asdm.files import write_text
 from asdm.pipelines import is_random
+from asdm.records import Record, first_fault
 from asdm.replay import Replay, as_they_were, outputs_of, replay_order, tensor_of
 from asdm.student.edits import CompensationKind, GriAttention, Remove, UnitEdit
 from asdm.student.surgery import edited, replaced_paths, swapped
@@ -51,7 +52,7 @@ MANY_TOKENS = 256  # from here on global-regional attention can pay
 EVEN_MORE_TOKENS = 4096  # from here on with smaller regions and coarser global tokens
 
 
-class UnitRecord(BaseModel):
+class UnitRecord(Record):
     """One unit's cost and sensitivity.
 
     `gmacs` counts attention products, `gmacs_without_attention` does not; both per sample. `latency_ms`
@@ -62,7 +63,6 @@ class UnitRecord(BaseModel):
     map in its place that the redundancy map's `compensate` names.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
     kind: UnitKind
     parent: str | None
@@ -82,14 +82,13 @@ class UnitRecord(BaseModel):
         return stage_of(self.name)
 
 
-class EditRecord(BaseModel):
+class EditRecord(Record):
     """What an edit other than a unit's removal saves and costs; fields as a UnitRecord's, `sensitivity` without a map
     in its place.
 
     `covers`: the units that it takes away or changes, so that no other edit of a plan can.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     edit: dict[str, Any]
     covers: list[str]
     parameters: int
@@ -102,21 +101,20 @@ class EditRecord(BaseModel):
     sensitivity_by_timestep: dict[int, float]
 
 
-class RedundancyMap(BaseModel):
+class RedundancyMap(Record):
     """Every removable unit of a UNet with what it costs and what it is worth, as a table.
 
     `unet_forwards` is how many UNet calls' worth of time the sensitivities took, `necessary_forwards` the
     least that an exact ablation needs when no prefix is computed twice.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     model: str
     fingerprint: str
     unet_config: dict[str, Any]
-    parameters: int
-    gmacs: float
+    parameters: int = Field(gt=0)
+    gmacs: float = Field(gt=0)
     gmacs_without_attention: float
-    latency_ms: float
+    latency_ms: float = Field(gt=0)
     latency_batch_size: int
     dtype: str
     threads: int
@@ -147,7 +145,8 @@ class RedundancyMap(BaseModel):
         try:
             return cls.model_validate_json(path.read_text("utf-8"))
         except (ValidationError, UnicodeDecodeError) as error:
-            raise AsdmError(f"{path}: not a redundancy map: {one_line(error)}; make one with `asdm analyze`") from None
+            told = first_fault(error) if isinstance(error, ValidationError) else one_line(error)
+            raise AsdmError(f"{path}: not a redundancy map: {told}; make one with `asdm analyze`") from None
 
 
 @torch.no_grad()

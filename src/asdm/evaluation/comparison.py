@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 from torch import Tensor
 from transformers import CLIPModel
 
@@ -31,17 +31,14 @@ from asdm.generation import default_guidance, default_steps, generate, is_few_st
 from asdm.images import to_images
 from asdm.incubation.data import Example, can_be_decoded, load_pixels, open_data
 from asdm.pipelines import clip_statistics, without_safety_checker
+from asdm.records import Record
 
 Progress = Callable[[str, int, int], None]
 _LONGEST_TIMED_PIPELINE_MS = 10_000
 _READ_TOGETHER = 64  # images, whose pixels are let go once they are judged
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SpeedFigures(_Record):
+class SpeedFigures(Record):
     """One pipeline's cost; an image takes it `steps`. UNet calls are at batch 2 (one image with guidance), GMACs per
     sample.
 
@@ -61,7 +58,7 @@ class SpeedFigures(_Record):
     steps: int
 
 
-class QualityFigures(_Record):
+class QualityFigures(Record):
     """One pipeline's images on one split; a figure is None where the data cannot tell it.
 
     `teacher_distance` is 1 - cosine of the judge's features to the first pipeline's image of the same seed.
@@ -79,7 +76,7 @@ class QualityFigures(_Record):
     retrieval_at_1: float | None = None
 
 
-class Evaluation(_Record):
+class Evaluation(Record):
     """What several pipelines cost and what their images are like, from one run."""
 
     date: str
@@ -106,10 +103,10 @@ class Evaluation(_Record):
         return cls.model_validate_json(Path(path).read_text("utf-8"))
 
 
-class EvaluationSet(_Record):
+class EvaluationSet(Record):
     """Prompts of one split, and the real images behind them where there are any."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(arbitrary_types_allowed=True)
     split: str
     prompts: list[str]
     examples: list[Example]

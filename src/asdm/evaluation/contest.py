@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from asdm.errors import AsdmError, one_line
@@ -36,6 +35,7 @@ from asdm.files import write_text
 from asdm.generation import default_guidance, generate, nothing_to_keep
 from asdm.inference.guidance_end import GuidanceEnd
 from asdm.inference.runtime import device_name
+from asdm.records import Record
 
 Progress = Callable[[str, int, int], None]
 LONGEST_TIMED_IMAGE = 10.0  # seconds; where an image takes longer, its parts are timed
@@ -43,7 +43,7 @@ QUALITIES = ("teacher_distance", "kid", "concept_top1", "concept_top5", "style")
 PACKAGES = ("torch", "diffusers", "openvino", "nncf", "tomesd", "DeepCache", "tgate")
 
 
-class ContestRow(BaseModel):
+class ContestRow(Record):
     """One contestant's figures at one place.
 
     `seconds` of one image with guidance: the median of the rounds and the quartiles; `speedup` of medians over the
@@ -55,7 +55,6 @@ class ContestRow(BaseModel):
     as in `QualityFigures`, by split.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     place: str
     name: str
     group: str
@@ -80,10 +79,9 @@ class ContestRow(BaseModel):
     error: str | None = None
 
 
-class ContestRun(BaseModel):
+class ContestRun(Record):
     """Where and when the rows of a place were measured; `limits` as `machine_limits` tells them, in GFLOP/s."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     date: str
     machine: str
     versions: dict[str, str]
@@ -107,13 +105,12 @@ class ContestRun(BaseModel):
         )
 
 
-class Contest(BaseModel):
+class Contest(Record):
     """The rows of all places, and each place's run.
 
     Saved as two files: NAME.json is the list of rows, NAME_run.json the runs by place.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     runs: dict[str, ContestRun] = {}
     rows: list[ContestRow] = []
 
