@@ -8,10 +8,10 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from functools import wraps
 from numbers import Integral, Real
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, get_args
 
 from asdm.errors import AsdmError, one_line
 
@@ -22,7 +22,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def checked(**checks: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def arguments(**checks: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Check arguments of a function by name before it is called; None passes where it is the default."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -45,21 +45,25 @@ def checked(**checks: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 def refused(name: str, value: Any, allowed: str) -> AsdmError:
     """The error for a value that is not allowed, in one line."""
-    shown = one_line(f"{value:g}" if type(value) is float else repr(value), 80)
-    return AsdmError(f"{name}={shown}: must be {allowed}")
+    return AsdmError(f"{name}={one_line(repr(value), 80)}: must be {allowed}")
 
 
 def number(
-    low: float = -math.inf, high: float = math.inf, *, above: float = -math.inf, below: float = math.inf
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    above: float = -math.inf,
+    below: float = math.inf,
+    remedy: str = "",
 ) -> Check:
     """A finite number, from `low` to `high`, or between `above` and `below`, which are left out themselves."""
     limits = [
         *([f"above {above:g}"] if above > -math.inf else []),
-        *([f"at least {low:g}"] if low > -math.inf else []),
+        *([f"of at least {low:g}"] if low > -math.inf else []),
         *([f"below {below:g}"] if below < math.inf else []),
         *([f"at most {high:g}"] if high < math.inf else []),
     ]
-    allowed = " ".join(["a finite number", " and ".join(limits)]).strip()
+    allowed = " ".join(["a finite number", " and ".join(limits)]).strip() + (f"; {remedy}" if remedy else "")
 
     def check(name: str, value: Any) -> None:
         fits = isinstance(value, Real) and not isinstance(value, bool)
@@ -81,16 +85,29 @@ def whole(low: int = 1, high: int | None = None) -> Check:
     return check
 
 
-def each(item: Check, least: int = 0) -> Check:
-    """A sequence of at least so many items, each of which passes the check; a text is none."""
+def each(item: Check, least: int = 0, allowed: str = "a list") -> Check:
+    """A collection of at least so many items, each of which passes the check; a text is none."""
 
     def check(name: str, value: Any) -> None:
-        if isinstance(value, str | bytes | Mapping) or not isinstance(value, Sequence | set | frozenset | range):
-            raise refused(name, value, "a list")
+        if isinstance(value, str | bytes | Mapping) or not isinstance(value, Collection):
+            raise refused(name, value, allowed)
         if len(value) < least:
-            raise refused(name, value, f"a list of {least} or more")
+            raise refused(name, value, f"{allowed} with {least} or more")
         for one in value:
             item(name, one)
+
+    return check
+
+
+def named(item: Check) -> Check:
+    """A dictionary of at least one, by names, each of which passes the check."""
+
+    def check(name: str, value: Any) -> None:
+        if not (isinstance(value, Mapping) and value):
+            raise refused(name, value, "a dictionary by names, with at least one entry")
+        for key, one in value.items():
+            text(name, key)
+            item(f"{name}[{key!r}]", one)
 
     return check
 
@@ -103,6 +120,11 @@ def one_of(*allowed: str) -> Check:
             raise refused(name, value, f"one of {', '.join(allowed)}")
 
     return check
+
+
+def literal(kind: Any) -> Check:
+    """One of the words of a Literal."""
+    return one_of(*get_args(kind))
 
 
 def any_of(*checks: Check) -> Check:
@@ -122,7 +144,7 @@ def any_of(*checks: Check) -> Check:
 def a(kind: type | tuple[type, ...], remedy: str = "") -> Check:
     """An instance of a class."""
     kinds = kind if isinstance(kind, tuple) else (kind,)
-    allowed = f"a {' or '.join(each.__name__ for each in kinds)}" + (f"; {remedy}" if remedy else "")
+    allowed = f"of type {' or '.join(each.__name__ for each in kinds)}" + (f"; {remedy}" if remedy else "")
 
     def check(name: str, value: Any) -> None:
         if not isinstance(value, kinds):
@@ -141,13 +163,17 @@ def text(name: str, value: Any) -> None:
     """A text, which may be empty, as a prompt may."""
     if not isinstance(value, str):
         raise refused(name, value, "a text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:  # bytes of a command line that are no text
+        raise refused(name, value, "text in UTF-8") from None
 
 
 def path(name: str, value: Any) -> None:
     """A name of a file or folder, or what is named like one: a model, a data source."""
     if not isinstance(value, str | os.PathLike):
         raise refused(name, value, "a name or path")
-    if not str(value).strip() or "\0" in str(value):
+    if not os.fspath(value) or "\0" in str(value):
         raise refused(name, str(value), "a name or path that is not empty")
 
 
@@ -177,4 +203,4 @@ ROUNDS = whole(1, 10_000)
 TIMESTEPS = whole(1, 1000)
 GUIDANCE = number(0)
 SPEEDUP = number(1)
-PROMPTS = each(text)
+PROMPTS = each(text, allowed="a list of texts")

@@ -19,6 +19,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from asdm import checks
 from asdm.calibration import CalibrationCall, calibration_calls
 from asdm.conditioning import latent_shape
 from asdm.errors import AsdmError
@@ -45,6 +46,17 @@ class CompensationReport(Record):
     left_by_unit: dict[str, float]
 
 
+@checks.arguments(
+    pipeline=checks.PIPELINE,
+    student=checks.UNET,
+    data=checks.path,
+    prompts=checks.PROMPTS,
+    timesteps=checks.TIMESTEPS,
+    samples=checks.SAMPLES,
+    ridge=checks.number(0),
+    seed=checks.SEED,
+    progress=checks.function,
+)
 @torch.no_grad()
 def fit_compensation(
     pipeline: DiffusionPipeline,

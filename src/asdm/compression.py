@@ -13,6 +13,7 @@ from typing import Any
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+from asdm import checks
 from asdm.compensation import CompensationReport, fit_compensation, fitted_tensors
 from asdm.errors import AsdmError
 from asdm.evaluation.comparison import Evaluation, evaluate, evaluation_sets
@@ -48,6 +49,21 @@ class Compression:
     skipped: dict[str, str]
 
 
+@checks.arguments(
+    model=checks.path,
+    out=checks.path,
+    sensitivity=checks.literal(Sensitivity),
+    compensate=checks.literal(CompensationKind),
+    repair=checks.whole(0, 1000),
+    data=checks.path,
+    steps=checks.TRAINING_STEPS,
+    recipe=checks.path,
+    stages=checks.each(checks.a(Stage)),
+    samples=checks.whole(0, 10**6),
+    sampling_steps=checks.STEPS,
+    seed=checks.SEED,
+    progress=checks.function,
+)
 def compress(
     model: str,
     out: str | Path,

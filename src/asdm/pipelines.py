@@ -32,6 +32,7 @@ from torch import nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 from transformers.utils import logging as transformers_logging
 
+from asdm import checks
 from asdm.errors import AsdmError, one_line
 from asdm.files import replacing_folder
 from asdm.model_card import model_card
@@ -53,6 +54,7 @@ KINDS = (StableDiffusionPipeline, StableDiffusionXLPipeline, LatentConsistencyMo
 MODEL_HELP = f"demo, a Hub id, a folder, a .safetensors file, or {' | '.join(f'random:{shape}' for shape in UNETS)}"
 
 
+@checks.arguments(model=checks.path, dtype=checks.a(torch.dtype))
 def load_pipeline(
     model: str | Path,
     *,
@@ -72,6 +74,8 @@ def load_pipeline(
     Raises:
         AsdmError: there is no such model, or it is damaged, a pickle, or not a Stable Diffusion pipeline.
     """
+    if device is not None:
+        on_device(torch.empty(0), device)  # refused before anything is read
     name = str(model)
     if name == "demo":
         from asdm.demo import pipeline_folder
@@ -120,11 +124,14 @@ def on_device(part: Any, device: str | torch.device) -> Any:
         AsdmError: there is no such device here.
     """
     try:
+        if torch.device(device).type == "meta":
+            raise RuntimeError("it holds no numbers")
         return part.to(device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise AsdmError(f"device {device}: not to be had ({one_line(error)}); use cpu") from None
 
 
+@checks.arguments(pipeline=checks.PIPELINE, folder=checks.path, about=checks.a(dict))
 def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path, about: dict[str, Any] | None = None) -> Path:
     """Save a pipeline, student or teacher, as a folder that `load_pipeline` and diffusers load.
 
@@ -264,6 +271,7 @@ def _text_to_image(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     return kind(**pipeline.components, **arguments)
 
 
+@checks.arguments(pipeline=checks.PIPELINE, unet=checks.a(nn.Module))
 def with_unet(pipeline: DiffusionPipeline, unet: UNet2DConditionModel) -> DiffusionPipeline:
     """A second pipeline that shares everything with `pipeline` but the UNet."""
     parts = {**pipeline.components, "unet": unet}

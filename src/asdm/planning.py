@@ -11,6 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from asdm import checks
 from asdm.errors import AsdmError
 from asdm.evaluation.latency import measure_interleaved, speedup, unet_call
 from asdm.pipelines import on_device
@@ -30,6 +31,13 @@ BK_PRESETS = {"bk-base": (1, True, 0), "bk-small": (1, False, 0), "bk-tiny": (1,
 PRESETS = ("a-sdm", "a-sdm-fast", *BK_PRESETS)
 
 
+@checks.arguments(
+    redundancy=checks.a(RedundancyMap, "asdm.analyze makes one"),
+    compensate=checks.literal(CompensationKind),
+    unet=checks.UNET,
+    rounds=checks.ROUNDS,
+    progress=checks.function,
+)
 def make_plan(
     redundancy: RedundancyMap,
     *,
@@ -83,6 +91,13 @@ def make_plan(
     return _plan(redundancy, chosen, {"macs": macs})
 
 
+@checks.arguments(
+    plan=checks.a(PruningPlan, "asdm.make_plan makes one"),
+    unet=checks.UNET,
+    params=checks.number(above=0),
+    router=checks.one_of("input", "input+time", "time"),
+    activation=checks.one_of("softmax", "sigmoid"),
+)
 def add_banks(
     plan: PruningPlan,
     unet: UNet2DConditionModel,

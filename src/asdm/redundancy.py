@@ -21,6 +21,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from pydantic import Field, ValidationError
 from torch import Tensor
 
+from asdm import checks
 from asdm.calibration import CalibrationCall, calibration_calls
 from asdm.compensation import Map, compensating, unit_maps
 from asdm.conditioning import latent_shape
@@ -149,6 +150,18 @@ class RedundancyMap(Record):
             raise AsdmError(f"{path}: not a redundancy map: {told}; make one with `asdm analyze`") from None
 
 
+@checks.arguments(
+    pipeline=checks.PIPELINE,
+    data=checks.path,
+    prompts=checks.PROMPTS,
+    timesteps=checks.TIMESTEPS,
+    samples=checks.SAMPLES,
+    sensitivity=checks.literal(Sensitivity),
+    compensate=checks.literal(CompensationKind),
+    latency_rounds=checks.ROUNDS,
+    seed=checks.SEED,
+    progress=checks.function,
+)
 @torch.no_grad()
 def analyze(
     pipeline: DiffusionPipeline,

@@ -21,6 +21,7 @@ from pydantic import ConfigDict
 from torch import Tensor
 from transformers import CLIPModel
 
+from asdm import checks
 from asdm.calibration import DEFAULT_PROMPTS
 from asdm.conditioning import image_size
 from asdm.evaluation.latency import Latency, measure_interleaved, unet_call
@@ -112,6 +113,19 @@ class EvaluationSet(Record):
     examples: list[Example]
 
 
+@checks.arguments(
+    pipelines=checks.named(checks.PIPELINE),
+    data=checks.path,
+    prompts=checks.PROMPTS,
+    samples=checks.whole(0, 10**6),
+    steps=checks.STEPS,
+    guidance_scale=checks.GUIDANCE,
+    seed=checks.SEED,
+    rounds=checks.ROUNDS,
+    quality=checks.flag,
+    images_folder=checks.path,
+    progress=checks.function,
+)
 def evaluate(
     pipelines: dict[str, DiffusionPipeline],
     *,

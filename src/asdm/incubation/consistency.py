@@ -15,6 +15,7 @@ import torch
 from diffusers import DDPMScheduler, LCMScheduler, UNet2DConditionModel
 from torch import Tensor
 
+from asdm import checks
 from asdm.conditioning import predicted_original
 from asdm.errors import AsdmError
 from asdm.incubation.losses import pseudo_huber, squared_error
@@ -34,6 +35,7 @@ _NOISE_SCHEDULE = (
 )
 
 
+@checks.arguments(config=checks.a(Mapping), solver_steps=checks.whole())
 def lcm_scheduler(config: Mapping[str, Any], solver_steps: int) -> LCMScheduler:
     """The sampler of a consistency-distilled student: the noise schedule and the prediction type of the teacher's
     scheduler, whose `config` is given; its time steps are among the `solver_steps` that were trained."""

@@ -15,6 +15,7 @@ from accelerate.utils import broadcast, convert_to_fp32
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
+from asdm import checks
 from asdm.conditioning import embed_prompts, noise_schedule, predicted_original
 from asdm.errors import AsdmError
 from asdm.files import alone_in, write_text
@@ -190,6 +191,17 @@ class IncubationTask(TeachingTask):
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
 
+@checks.arguments(
+    teacher=checks.PIPELINE,
+    student=checks.UNET,
+    data=checks.path,
+    folder=checks.path,
+    recipe=checks.path,
+    steps=checks.TRAINING_STEPS,
+    stages=checks.each(checks.a(Stage), least=1),
+    seed=checks.SEED,
+    progress=checks.function,
+)
 def distill(
     teacher: DiffusionPipeline,
     student: UNet2DConditionModel,

@@ -22,6 +22,7 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from asdm import checks
 from asdm.conditioning import Conditioning, decode_latents, embed_prompts, encode_images, image_size, masked_latents
 from asdm.errors import AsdmError
 from asdm.files import replacing_file, write_text
@@ -97,6 +98,16 @@ def require_usable(data: str | Path) -> None:
     _require_usable(open_source(data), data)
 
 
+@checks.arguments(
+    pipeline=checks.PIPELINE,
+    data=checks.path,
+    folder=checks.path,
+    batch_size=checks.whole(1, 10**6),
+    steps=checks.STEPS,
+    seed=checks.SEED,
+    skip_unread=checks.flag,
+    progress=checks.function,
+)
 @torch.no_grad()
 def prepare_data(
     pipeline: DiffusionPipeline,

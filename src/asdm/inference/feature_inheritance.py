@@ -20,6 +20,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 
+from asdm import checks
 from asdm.errors import AsdmError
 from asdm.evaluation.latency import measure_interleaved, unet_call
 from asdm.files import write_text
@@ -32,6 +33,18 @@ Spacing = Literal["uniform", "early", "late"]
 UNEVENNESS = 1.6  # exponent of the computed steps' places where they are denser early or late
 
 
+@checks.arguments(
+    pipeline=checks.PIPELINE,
+    speedup=checks.SPEEDUP,
+    every=checks.whole(),
+    steps=checks.each(checks.whole(0)),
+    budget=checks.number(0),
+    granularity=checks.literal(Granularity),
+    depth=checks.whole(),
+    spacing=checks.literal(Spacing),
+    order=checks.whole(0, 2),
+    damping=checks.number(0, 1),
+)
 @contextmanager
 def inherit_features(
     pipeline: DiffusionPipeline,

@@ -21,6 +21,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from asdm import checks
 from asdm.calibration import DEFAULT_PROMPTS
 from asdm.conditioning import latent_shape
 from asdm.errors import AsdmError
@@ -43,6 +44,16 @@ DAMPINGS = (0.0, 0.5, 0.75, 1.0)  # 0 is a copy
 FEATURES_KEPT = 2**17  # of one layer's output at one step: enough for its norms
 
 
+@checks.arguments(
+    pipeline=checks.PIPELINE,
+    speedup=checks.SPEEDUP,
+    data=checks.path,
+    samples=checks.SAMPLES,
+    guidance_scale=checks.GUIDANCE,
+    depth=checks.whole(),
+    seed=checks.SEED,
+    progress=checks.function,
+)
 def calibrate_inheritance(
     pipeline: DiffusionPipeline,
     *,
@@ -84,6 +95,16 @@ def calibrate_inheritance(
     return observations.schedule(speedup)
 
 
+@checks.arguments(
+    pipeline=checks.PIPELINE,
+    speedup=checks.SPEEDUP,
+    data=checks.path,
+    samples=checks.SAMPLES,
+    guidance_scale=checks.GUIDANCE,
+    depth=checks.whole(),
+    seed=checks.SEED,
+    progress=checks.function,
+)
 @torch.no_grad()
 def observe_sampling(
     pipeline: DiffusionPipeline,

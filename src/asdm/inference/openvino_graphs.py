@@ -19,6 +19,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
+from asdm import checks
 from asdm.errors import AsdmError, needs_extra
 from asdm.evaluation.latency import measure_interleaved
 from asdm.inference.export import FILES
@@ -26,6 +27,7 @@ from asdm.inference.feature_inheritance import Cut, Granularity
 from asdm.pipelines import read_marker, with_unet
 
 
+@checks.arguments(pipeline=checks.PIPELINE, folder=checks.path)
 def with_openvino_graphs(pipeline: DiffusionPipeline, folder: str | Path) -> DiffusionPipeline:
     """A second pipeline whose UNet and VAE decoder are those that `asdm.export` wrote to `folder`, on the CPU.
 

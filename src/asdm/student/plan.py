@@ -12,6 +12,7 @@ from diffusers import UNet2DConditionModel
 from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
 from torch import Tensor
 
+from asdm import checks
 from asdm.errors import AsdmError
 from asdm.files import write_text
 from asdm.records import Record, first_fault
@@ -137,6 +138,7 @@ def _gives_way(edit: UnitEdit, removed: list[str]) -> bool:
     return inside or (isinstance(edit, GriAttention) and edit.unit in removed)
 
 
+@checks.arguments(unet=checks.UNET)
 def build_student(unet: UNet2DConditionModel, plan: PruningPlan) -> UNet2DConditionModel:
     """A student UNet: the teacher's architecture with the plan's edits, its weights inherited (copied).
 
