@@ -21,6 +21,7 @@ from asdm.evaluation.metrics import Judge
 from asdm.evaluation.plots import redundancy_plot
 from asdm.evaluation.report import figures_section, headline_of, save_figure, write_report
 from asdm.files import replacing_file, write_text
+from asdm.generation import require_steps
 from asdm.incubation.distillation import distill
 from asdm.incubation.prepared import require_usable
 from asdm.incubation.recipes import RECIPES, read_stages, recipe_stages
@@ -28,7 +29,7 @@ from asdm.incubation.stages import Stage
 from asdm.incubation.trainer import read_log
 from asdm.model_card import model_card
 from asdm.pipelines import MARKER, load_clip, load_pipeline, require_ours, save_pipeline_into, with_unet
-from asdm.planning import make_plan
+from asdm.planning import make_plan, require_budget, require_params
 from asdm.redundancy import RedundancyMap, Sensitivity, analyze
 from asdm.repair import ROUNDS, repair_plan
 from asdm.student.edits import CompensationKind
@@ -110,6 +111,7 @@ def compress(
     out = Path(out)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise AsdmError("compress works in one process; launch prepare-data and distill in several")
+    require_budget(speedup, params, macs, preset)
     if stages is None and recipe not in RECIPES:
         stages = read_stages(recipe)
     if data is None and (steps > 0 or stages):
@@ -143,9 +145,11 @@ def compress(
         _claim(out, settings)
         plan, evaluation = PruningPlan.load(out / "plan.json"), Evaluation.load(out / "evaluation.json")
         return Compression(out, out / "report.html", headline_of(evaluation, speedup), plan, evaluation, {})
-    pipeline = load_pipeline(model, device=device)
     if data is not None:
         require_usable(data)
+    pipeline = load_pipeline(model, device=device)
+    require_params(pipeline.unet, params)
+    require_steps(pipeline, sampling_steps)
     if samples > 0 and not is_random:
         Judge()  # told now that it is missing, not after the training
     _claim(out, settings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,12 +23,38 @@ from asdm.student.plan import PlanBase, PlanFigures, PruningPlan, build_student
 from asdm.student.stock import dropped
 from asdm.units import conv_channels, goes_with, is_stage, layers
 
+MOST_SPEEDUP = 100  # more is not asked in earnest
 MEASUREMENT_ATTEMPTS = 6
 CLOSE_ENOUGH = 1.04  # a plan this little faster than needed is not improved on
 MEASUREMENT_MARGIN = 1.02  # asked of the plan's own measurement, so that a later one holds the target too
 # BK-SDM's students (arXiv 2305.15798, Sec. 3.1): layers a block, mid block, how many levels fewer.
 BK_PRESETS = {"bk-base": (1, True, 0), "bk-small": (1, False, 0), "bk-tiny": (1, False, 1)}
 PRESETS = ("a-sdm", "a-sdm-fast", *BK_PRESETS)
+
+
+def require_budget(speedup: Any, params: Any, macs: Any, preset: Any) -> None:
+    """
+    Raises:
+        AsdmError: not exactly one of the four is given, or it is none that any model could hold.
+    """
+    given = {"speedup": speedup, "params": params, "macs": macs, "preset": preset}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        raise AsdmError(f"give exactly one of speedup, params, macs, preset; got {', '.join(named) or 'none'}")
+    if preset is None:
+        above = 1 if speedup is not None else 0
+        checks.number(above=above)(named[0], given[named[0]])
+    elif preset not in PRESETS:
+        raise AsdmError(f"{preset}: no such preset; allowed: {', '.join(PRESETS)}")
+    if speedup is not None and speedup > MOST_SPEEDUP:
+        raise AsdmError(f"speedup={speedup:g}: out of reach of any UNet; give at most {MOST_SPEEDUP}")
+
+
+def require_params(unet: UNet2DConditionModel, params: float | None) -> None:
+    """Raise an AsdmError for a number of parameters that the UNet does not have."""
+    total = sum(p.numel() for p in unet.parameters())
+    if params is not None and params > total:
+        raise AsdmError(f"params={params:g}: the UNet has {total:.4g}; ask for fewer, or for a part such as 0.6")
 
 
 @checks.arguments(
@@ -72,10 +98,7 @@ def make_plan(
         AsdmError: not exactly one of the four given, an unknown preset, or a budget that even removing
             every unit does not reach; the message says what is reachable.
     """
-    given = {"speedup": speedup, "params": params, "macs": macs, "preset": preset}
-    named = [name for name, value in given.items() if value is not None]
-    if len(named) != 1:
-        raise AsdmError(f"give exactly one of speedup, params, macs, preset; got {', '.join(named) or 'none'}")
+    require_budget(speedup, params, macs, preset)
     compensate = compensate or (redundancy.compensate if redundancy.estimator == "ablation" else "linear")
     choices = possible_edits(redundancy, compensate)
     if preset is not None:
@@ -341,8 +364,6 @@ def _with_measured(plan: PruningPlan, measured: float) -> PruningPlan:
 
 
 def _preset(redundancy: RedundancyMap, preset: str, choices: list[PossibleEdit]) -> PruningPlan:
-    if preset not in PRESETS:
-        raise AsdmError(f"{preset}: no such preset; allowed: {', '.join(PRESETS)}")
     if preset in BK_PRESETS:
         layers, mid_block, fewer = BK_PRESETS[preset]
         names = [unit.name for unit in redundancy.units]

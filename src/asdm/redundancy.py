@@ -22,7 +22,7 @@ from pydantic import Field, ValidationError
 from torch import Tensor
 
 from asdm import checks
-from asdm.calibration import CalibrationCall, calibration_calls
+from asdm.calibration import CalibrationCall, calibration_calls, require_calibration
 from asdm.compensation import Map, compensating, unit_maps
 from asdm.conditioning import latent_shape
 from asdm.errors import AsdmError, one_line
@@ -200,6 +200,7 @@ def analyze(
     Raises:
         AsdmError: the data folder cannot be used.
     """
+    require_calibration(pipeline, data)
     started = time.perf_counter()
     sensitivity = sensitivity or ("taylor" if is_random(pipeline) else "ablation")
     compensate = compensate or ("none" if is_random(pipeline) else "linear")

@@ -28,7 +28,7 @@ from asdm.evaluation.latency import Latency, measure_interleaved, unet_call
 from asdm.evaluation.macs import counting_macs
 from asdm.evaluation.metrics import Judge, feature_distance, kid, recognition, retrieval_at_1
 from asdm.files import write_text
-from asdm.generation import default_guidance, default_steps, generate, is_few_step
+from asdm.generation import default_guidance, default_steps, generate, is_few_step, require_steps
 from asdm.images import to_images
 from asdm.incubation.data import Example, can_be_decoded, load_pixels, open_data
 from asdm.pipelines import clip_statistics, without_safety_checker
@@ -160,6 +160,9 @@ def evaluate(
         AsdmError: the data cannot be used, or the judge is not installed.
     """
     first = next(iter(pipelines.values()))
+    for pipeline in pipelines.values():
+        if not is_few_step(pipeline):
+            require_steps(pipeline, steps)
     guidance = default_guidance(first) if guidance_scale is None else guidance_scale
     sets = evaluation_sets(data, prompts, samples, seed) if quality else []
     judged = _judge(pipelines, sets, data, steps, guidance, seed, clip, images_folder, progress) if sets else []
@@ -393,6 +396,27 @@ def text_embeds(clip: CLIPModel, pipeline: DiffusionPipeline, captions: Sequence
         return_tensors="pt",
     )
     return clip.text_projection(clip.text_model(input_ids=tokens.input_ids).pooler_output)
+
+
+def distinct_names(places: Sequence[str], *, shortest: bool = False) -> list[str]:
+    """A name for each model by where it lies, none twice: itself, or with `shortest` the end of its path that tells it
+    from the others; and a number behind what is named twice."""
+
+    def named(place: str) -> str:
+        parts = Path(place).parts
+        ends = ("/".join(parts[-length:]) for length in range(1, len(parts) + 1))
+        others = [Path(other).parts for other in places if Path(other).parts != parts]
+        return next(
+            (end for end in ends if not any("/".join(other[-(end.count("/") + 1) :]) == end for other in others)), place
+        )
+
+    names: list[str] = []
+    for place in places:
+        name, number = (named(place) if shortest else place), 2
+        while name in names:
+            name, number = f"{named(place) if shortest else place} ({number})", number + 1
+        names.append(name)
+    return names
 
 
 def folder_name(name: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator
@@ -33,6 +34,7 @@ from asdm.incubation.losses import (
     squared_error,
     task_loss,
 )
+from asdm.incubation.optimizers import require_installed
 from asdm.incubation.prepared import digest_of, is_prepared, open_prepared, prepare_data
 from asdm.incubation.recipes import recipe_stages
 from asdm.incubation.semantics import SemanticEncoder, make_encoder
@@ -251,6 +253,7 @@ def distill(
     total, before = sum(stage.steps for stage in stages), 0
     networks = {"teacher": digest_of(teacher.unet), "student": digest_of(student)}
     with alone_in(folder), as_they_were(teacher.unet, teacher.vae):
+        _require_possible(teacher, student, schedule, stages)
         examples = prepare(teacher, data, folder / "prepared")
         for index, stage in enumerate(stages):
             report = None if progress is None else partial(_reported, progress, before, total)
@@ -261,6 +264,18 @@ def distill(
     student.eval().requires_grad_(False)
     student.disable_gradient_checkpointing()
     return examples
+
+
+def _require_possible(
+    teacher: DiffusionPipeline, student: UNet2DConditionModel, schedule: DDPMScheduler, stages: Sequence[Stage]
+) -> None:
+    """Raise an AsdmError for what a stage asks for and this student, this teacher or this machine has not: before the
+    data is prepared and the stages before it are trained."""
+    nothing = TrainingSet(SimpleNamespace(captions=[""]), None)  # type: ignore[arg-type]
+    for stage in stages:
+        require_installed(stage.optimizer)
+        with assembled(student, teacher.unet, stage.assembled):
+            make_task(teacher, student, schedule, nothing, stage)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from asdm import checks
 from asdm.conditioning import Conditioning, decode_latents, embed_prompts, encode_images, image_size, masked_latents
 from asdm.errors import AsdmError
 from asdm.files import replacing_file, write_text
-from asdm.generation import default_guidance, nothing_to_keep
+from asdm.generation import default_guidance, nothing_to_keep, require_steps
 from asdm.incubation.data import PIECE, PREPARED, Example, Source, Unread, Unusable, load_pixels, open_source, unusable
 from asdm.incubation.trainer import LONGEST_WAIT
 from asdm.pipelines import MARKER, is_inpainting, read_marker, require_ours
@@ -133,6 +133,7 @@ def prepare_data(
         AsdmError: the source cannot be used, or some of it did not come, when all else is prepared; or `folder` is not
             ours or holds another source's or another model's.
     """
+    require_steps(pipeline, steps)
     folder = Path(folder)
     made_by = fingerprint(pipeline)
     if is_prepared(data):

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError, model_validator
 from asdm.conditioning import TimestepDensity
 from asdm.errors import AsdmError
 from asdm.incubation.optimizers import OptimizerName
-from asdm.incubation.trainer import LoopSettings
+from asdm.incubation.trainer import LoopSettings, Part
 from asdm.records import Record, first_fault
 
 
@@ -53,6 +53,14 @@ class Consistency(Record):
     huber_c: float = Field(0.001, gt=0)
     teacher_steps: int = Field(0, ge=0)
     student_steps: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _students_are_among_solvers(self) -> Consistency:
+        if self.student_steps > self.solver_steps:
+            raise ValueError(
+                f"student_steps={self.student_steps}: more than solver_steps={self.solver_steps}; give as many at most"
+            )
+        return self
 
 
 class Stage(Record):
@@ -118,6 +126,11 @@ class Stage(Record):
         losses = self.losses
         if self.semantics.every > 1 and not (losses.task or losses.output or losses.feature):
             raise ValueError("semantics at every k-th step alone leave the others nothing to learn; weigh another loss")
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_are_equal(self) -> Stage:
+        Part(0, self.accumulation).of(self.batch_size)
         return self
 
     def loop(self, seed: int) -> LoopSettings:

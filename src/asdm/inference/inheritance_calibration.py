@@ -25,8 +25,9 @@ from asdm import checks
 from asdm.calibration import DEFAULT_PROMPTS
 from asdm.conditioning import latent_shape
 from asdm.errors import AsdmError
-from asdm.generation import default_guidance, nothing_to_keep
+from asdm.generation import default_guidance, nothing_to_keep, require_steps
 from asdm.incubation.data import open_data
+from asdm.incubation.prepared import require_usable
 from asdm.inference.feature_inheritance import (
     InheritanceSchedule,
     computed_steps,
@@ -119,8 +120,11 @@ def observe_sampling(
     progress: Progress | None = None,
 ) -> Observations:
     """What schedules for any speed-up from `speedup` on follow from; arguments as for `calibrate_inheritance`."""
+    require_steps(pipeline, steps)
     if steps < 4:
         raise AsdmError(f"steps={steps}: too few to inherit anything; allowed are 4 and more")
+    if data is not None:
+        require_usable(data)
     depths = sorted({1, 2, len(pipeline.unet.up_blocks[-1].resnets)}) if depth is None else [depth]
     costs = {each: _costs(pipeline, each) for each in depths}
     fastest = depths[0]
