@@ -17,8 +17,8 @@ MODEL = (
     "demo, a Hub id, a folder, a .safetensors file, or random:sd15 | random:sd15-inpainting | random:sd21 | random:sdxl"
 )
 DATA = (
-    "Captioned images: a folder (name.txt beside each, or metadata.jsonl), WebDataset shards (.tar), hf:DATASET, a "
-    ".txt file of captions, what prepare-data wrote, or demo."
+    "Captioned images: a folder (name.txt beside each, or metadata.jsonl, .csv or .parquet), WebDataset shards (.tar), "
+    "hf:DATASET, a .txt file of captions, what prepare-data wrote, or demo."
 )
 
 
