@@ -83,7 +83,7 @@ def mistakes(model, tmp_path):
         (["generate", model, "x", "--size", "25"], "must be a positive multiple"),
         (["generate", model, "x", "--strength", "0.5"], "0.5: has no effect without --image"),
         (["generate", model, "x", "--finish-below", "0.5"], "0.5: has no effect without --finish-with"),
-        (["generate", model, "x", "--finish-with", model, "--finish-below", "1"], "falling parts of the schedule"),
+        (["generate", model, "x", "--finish-with", model, "--finish-below", "1"], "above 0 and below 1"),
         (["generate", model, "x", "--finish-with", other_kind], "predicts epsilon, .* v_prediction"),
         (["analyze", model, "--inherit", "2", "--plot", "drawn.png"], "not at units"),
         (["distill", model, model, "--data", "demo", "--out", "done", "--processes", "2"], "add --dry-run"),

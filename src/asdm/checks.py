@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import sys
 from collections.abc import Callable, Collection, Mapping
 from functools import wraps
 from numbers import Integral, Real
@@ -66,8 +67,8 @@ def number(
     allowed = " ".join(["a finite number", " and ".join(limits)]).strip() + (f"; {remedy}" if remedy else "")
 
     def check(name: str, value: Any) -> None:
-        fits = isinstance(value, Real) and not isinstance(value, bool)
-        if not (fits and math.isfinite(value) and low <= value <= high and above < value < below):
+        fits = isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+        if not (fits and low <= value <= high and above < value < below):
             raise refused(name, value, allowed)
 
     return check

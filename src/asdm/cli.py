@@ -22,6 +22,7 @@ from asdm.cli_options import (
     GUIDANCE,
     MODEL,
     NAME,
+    PART,
     POSITIVE,
     SPEEDUP,
     TEXT,
@@ -520,7 +521,7 @@ def generate(
         float | None,
         typer.Option(
             help=f"The part of the schedule below which --finish-with takes over, {FINISH_BELOW:g} by default.",
-            callback=POSITIVE,
+            callback=PART,
             show_default=False,
         ),
     ] = None,
@@ -609,6 +610,7 @@ def export(
             help="Also the UNet in two graphs, of which the inner one can be inherited (inherit_features); so many of "
             "the last layers are in the outer one.",
             min=1,
+            max=100,
             show_default=False,
         ),
     ] = None,
@@ -898,25 +900,30 @@ def _progress(resumable: bool = False, otherwise: str = "nothing was written") -
         TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("{task.fields[note]}"),
     )
-    try:
-        with Progress(*columns, console=errors, disable=not _is_main_process()) as progress:
+    progress = Progress(*columns, console=errors, disable=not _is_main_process())
+    told = time.monotonic()
+
+    def report(title: str, done: int, total: int, note: str) -> None:
+        nonlocal told
+        silent = errors.is_terminal or not _is_main_process()
+        if not silent and time.monotonic() - told > SECONDS_BETWEEN_LINES:
             told = time.monotonic()
+            errors.print(f"{title} {done}/{total} {note}", highlight=False, markup=False, soft_wrap=True)
+        if not bars:
+            progress.start()  # not before: it would leave an empty line
+        if title not in bars:
+            bars[title] = progress.add_task(title, total=total, note=note)
+        progress.update(bars[title], completed=done, total=total, note=note)
 
-            def report(title: str, done: int, total: int, note: str) -> None:
-                nonlocal told
-                silent = errors.is_terminal or not _is_main_process()
-                if not silent and time.monotonic() - told > SECONDS_BETWEEN_LINES:
-                    told = time.monotonic()
-                    errors.print(f"{title} {done}/{total} {note}", highlight=False, markup=False, soft_wrap=True)
-                if title not in bars:
-                    bars[title] = progress.add_task(title, total=total, note=note)
-                progress.update(bars[title], completed=done, total=total, note=note)
-
-            yield report
+    try:
+        yield report
     except KeyboardInterrupt:
         advice = "run the same command again to go on from here" if resumable else otherwise
         errors.print(f"interrupted; {advice}", highlight=False)
         raise typer.Exit(130) from None
+    finally:
+        if bars:
+            progress.stop()
 
 
 def _calibrate_inheritance(model: str, speedup: float, out: Path | None, device: str | None, **settings: Any) -> None:

@@ -58,6 +58,7 @@ TEXT = require(checks.text)
 GUIDANCE = require(checks.GUIDANCE)
 SPEEDUP = require(checks.SPEEDUP)
 POSITIVE = require(checks.number(above=0))
+PART = require(checks.number(above=0, below=1))
 ModelArgument = Annotated[str, typer.Argument(help=f"The model: {MODEL}.", callback=NAME, show_default=False)]
 DataOption = Annotated[str | None, typer.Option("--data", help=DATA, callback=NAME, show_default=False)]
 DeviceOption = Annotated[

@@ -38,8 +38,13 @@ def first_fault(error: ValidationError) -> str:
     """The first thing that is wrong with a record: the field, its value, and what is allowed."""
     first = error.errors(include_url=False)[0]
     place = ".".join(str(part) for part in first["loc"])
-    message = re.sub(r"^(Value error, )?(not a \w+: )?", "", first["msg"])  # of a record inside this one
-    message, value = message[:1].lower() + message[1:], first.get("input")
+    message, value = first["msg"].removeprefix("Value error, "), first.get("input")
+    message = message[:1].lower() + message[1:]
+    inner = re.match(r"not a \w+: ", message)  # of a record inside this one
+    if inner is not None:
+        message = message[inner.end() :]
+        if place and re.match(r"[\w.]+[=:]", message):  # a field's
+            return f"{place}.{message}"
     if not place:
         return message
     if first["type"] == "missing" or isinstance(value, dict | list | tuple | BaseModel):

@@ -57,7 +57,7 @@ def require_installed(name: OptimizerName) -> None:
     """Raise an AsdmError where an optimiser's package is not installed."""
     if name == "adamw8bit":
         with needs_extra("8bit", "optimizer=adamw8bit"):
-            import bitsandbytes  # noqa: F401
+            import bitsandbytes.optim  # noqa: F401
 
 
 class Muon(torch.optim.Optimizer):

@@ -36,8 +36,8 @@ UNEVENNESS = 1.6  # exponent of the computed steps' places where they are denser
 @checks.arguments(
     pipeline=checks.PIPELINE,
     speedup=checks.SPEEDUP,
-    every=checks.whole(),
-    steps=checks.each(checks.whole(0)),
+    every=checks.STEPS,
+    steps=checks.each(checks.whole(0, 10_000)),
     budget=checks.number(0),
     granularity=checks.literal(Granularity),
     depth=checks.whole(),

@@ -138,7 +138,7 @@ def _gives_way(edit: UnitEdit, removed: list[str]) -> bool:
     return inside or (isinstance(edit, GriAttention) and edit.unit in removed)
 
 
-@checks.arguments(unet=checks.UNET)
+@checks.arguments(unet=checks.UNET, plan=checks.a(PruningPlan, "asdm.make_plan makes one"))
 def build_student(unet: UNet2DConditionModel, plan: PruningPlan) -> UNet2DConditionModel:
     """A student UNet: the teacher's architecture with the plan's edits, its weights inherited (copied).
 
