@@ -5,8 +5,10 @@ The walk over the command line finds the options by their types, so a new option
 
 import inspect
 import math
+import subprocess
 import sys
 import types
+from pathlib import Path
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
@@ -14,11 +16,17 @@ import torch
 from PIL import Image
 
 import asdm
-from asdm import AsdmError, PruningPlan, cli
-from conftest import tiny_pipeline
+from asdm import AsdmError, InheritanceSchedule, PruningPlan, Stage, cli, lcm_scheduler
+from asdm.evaluation.comparison import distinct_names, folder_names
+from asdm.evaluation.contestants import contestants, deep_cache, t_gate, tome
+from asdm.evaluation.metrics import Judge
+from asdm.generation import default_steps, most_steps
+from asdm.incubation.data import open_data
+from asdm.incubation.stages import Consistency, LossWeights, Semantics, parse_stages
+from asdm.student.plan import PlanFigures
+from conftest import tiny_pipeline, tiny_sdxl_pipeline
 
 NAN, INF = math.nan, math.inf
-NO_NUMBERS = (NAN, INF, -INF, "1", True, [1])
 
 # What each command needs beside the option that is tried.
 NEEDED = {
@@ -241,3 +249,189 @@ def test_no_public_argument_takes_what_is_no_number_word_or_name(tiny, name):
                 made = function(**{**others, argument: bad})
                 made.__enter__() if hasattr(made, "__enter__") else None
             assert len(str(error.value)) < 400, (argument, bad)
+
+
+RECORDS = {
+    Stage: {"name": "a", "steps": 1},
+    LossWeights: {},
+    Semantics: {},
+    Consistency: {},
+    PlanFigures: {"target": {}, "predicted_sensitivity": 0.1, "predicted_speedup": 1.1},
+    InheritanceSchedule: {
+        "fingerprint": "x", "steps": 4, "computed": (0,), "depth": 1, "order": 1, "whole_ms": 2.0, "inheriting_ms": 1.0,
+        "speedup": 1.5,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+def test_no_field_of_a_record_takes_what_is_no_number(kind):
+    kind(**RECORDS[kind])
+    numbers = [
+        name
+        for name, field in kind.model_fields.items()
+        if {float, int} & {field.annotation, *get_args(field.annotation)}
+    ]
+    assert numbers
+    for name in numbers:
+        for bad in (NAN, INF, -INF, True, "x", [1]):
+            with pytest.raises(AsdmError, match=rf"^not a {kind.__name__}: {name}\b[^\n]*$"):
+                kind(**RECORDS[kind] | {name: bad})
+
+
+def test_stages_by_hand_are_refused_in_one_line():
+    for row, told in [
+        ({"name": "a", "steps": 1, "losses": {"task": NAN}}, "losses.task=nan"),
+        ({"name": "a", "steps": 1, "semantics": {"every": True}}, "semantics.every=True"),
+        ({"name": "a", "steps": 1, "batch_size": 8, "accumulation": 3}, "batch_size=8: not a multiple of 3"),
+        ({"name": "../a", "steps": 1}, "name='../a'"),
+        ({"name": "", "steps": 1}, "name=''"),
+        ({"name": "a"}, "steps: field required"),
+        ({"name": "a", "steps": 1, "consistency": {"student_steps": 51}}, "student_steps=51: more than"),
+        (7, "valid dictionary"),
+    ]:
+        with pytest.raises(AsdmError, match=r"^not a stage: [^\n]+$") as error:
+            parse_stages([row])
+        assert told in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (asdm.GriAttention, {"regions": NAN}),
+        (asdm.GriAttention, {"regions": 0}),
+        (asdm.GriAttention, {"pool": True}),
+        (asdm.GriAttention, {"weighted": 1}),
+        (asdm.Remove, {"unit": None}),
+        (asdm.Remove, {"compensate": "nothing"}),
+        (asdm.CondConv, {"experts": "abc"}),
+        (asdm.CondConv, {"experts": ["a"], "router": NAN}),
+    ],
+)
+def test_an_edit_takes_only_what_it_says(kind, fields):
+    with pytest.raises(AsdmError):
+        kind(**{"unit": "mid_block", **fields})
+
+
+def test_sampling_takes_as_many_steps_as_the_scheduler_has(tiny):
+    few = tiny_pipeline()
+    few.scheduler = lcm_scheduler(few.scheduler.config, 50)
+    assert (most_steps(few), default_steps(few)) == (50, 4)
+    assert asdm.generate(few, "x", steps=50, size=8).shape == (1, 3, 8, 8)
+    for pipeline, steps in ((few, 51), (few, 60), (tiny["pipeline"], 1001), (tiny["pipeline"], 5000)):
+        with pytest.raises(AsdmError, match=rf"steps={steps}: .* at most"):
+            asdm.generate(pipeline, "x", steps=steps)
+        with pytest.raises(AsdmError, match=rf"steps={steps}: .* at most"):
+            asdm.calibrate_inheritance(pipeline, speedup=1.1, steps=steps)
+    few.scheduler = lcm_scheduler(few.scheduler.config, 2)
+    assert default_steps(few) == 2
+
+
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_sdxl_pipeline])
+def test_sizes_are_those_that_the_pipeline_draws(make):
+    pipeline = make()
+    assert pipeline.vae_scale_factor == 2
+    for size in (8, 24):
+        assert asdm.generate(pipeline, "x", steps=1, size=size).shape[2:] == (size, size)
+    for size, nearest in ((10, 8), (100, 96), (4, 8)):
+        with pytest.raises(AsdmError, match=f"size={size}: .* multiple of 8; the nearest is {nearest}"):
+            asdm.generate(pipeline, "x", steps=1, size=size)
+    assert asdm.generate(pipeline, "x", steps=2, image=Image.new("L", (18, 26))).shape[2:] == (26, 18)
+    with pytest.raises(AsdmError, match=r"\(3, 3\) pixels"):
+        asdm.generate(pipeline, "x", steps=2, image=Image.new("RGB", (3, 3)))
+
+
+def test_images_that_are_no_numbers_are_told_and_not_saved(monkeypatch, capfd, tmp_path):
+    pipeline = tiny_pipeline()
+    with pytest.raises(AsdmError, match=r"1 of 1 images are no numbers .* guidance scale 1e\+30"):
+        asdm.generate(pipeline, "x", steps=1, guidance_scale=1e30)
+    with torch.no_grad():
+        pipeline.unet.conv_out.bias.fill_(NAN)
+    monkeypatch.setattr(cli, "_load", lambda *_: pipeline)
+    monkeypatch.setattr(sys, "argv", ["asdm", "generate", "demo", "x", "--steps", "1", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2 and "1 of 1 images are no numbers" in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stage_that_is_not_possible_is_told_before_the_data_is_prepared(tiny, data_folder, tmp_path):
+    student = asdm.build_student(tiny["unet"], tiny["plan"])
+    good = Stage(name="good", steps=1, batch_size=1)
+    for changes, told in [
+        ({"assembled": ["nothing"]}, "nothing: no such block"),
+        ({"trained": "routers"}, "trained=routers"),
+        ({"scope": "consistency", "consistency": {"solver_steps": 1001}}, "solver_steps=1001"),
+        ({"losses": {"semantic": 1}, "semantics": {"encoder": "clip"}}, "no clip folder"),
+    ]:
+        bad = Stage(name="bad", steps=1, batch_size=1, **changes)
+        with pytest.raises(AsdmError, match=told):
+            asdm.distill(tiny["pipeline"], student, data_folder, tmp_path / "out", stages=[good, bad])
+        assert not (tmp_path / "out" / "prepared").exists()
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "use"),
+    [
+        ("webdataset", "data", lambda _: open_data("https://host/{0..1}.tar")),
+        ("datasets", "data", lambda _: open_data("hf:owner/name")),
+        ("openvino", "openvino", lambda pipeline: asdm.export(pipeline, "out", "openvino")),
+        ("nncf", "int8", lambda pipeline: asdm.export(pipeline, "out", "openvino", int8="weights")),
+        ("onnxscript", "onnx", lambda pipeline: asdm.export(pipeline, "out", "onnx")),
+        ("tomesd", "benchmark", lambda pipeline: tome(4, 0.5).prepared(pipeline).__enter__()),
+        ("DeepCache", "benchmark", lambda pipeline: deep_cache(4, 2).prepared(pipeline).__enter__()),
+        ("tgate", "benchmark", lambda pipeline: t_gate(4, 2).prepared(pipeline).__enter__()),
+        ("efficientnet_lite_pytorch", "judge", lambda _: Judge()),
+    ],
+)
+def test_what_is_not_installed_is_told_with_its_extra(tiny, monkeypatch, package, extra, use):
+    for module in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(AsdmError, match=rf"{package} is not installed; .*asdm-diffusion\[{extra}\]"):
+        use(tiny["pipeline"])
+
+
+def test_models_of_one_name_are_told_apart(monkeypatch, tmp_path):
+    assert distinct_names(["demo", "demo", "x", "demo"]) == ["demo", "demo (2)", "x", "demo (3)"]
+    folders = ["runs/a/student", "runs/b/student", "other", "runs/a/student"]
+    assert distinct_names(folders, shortest=True) == ["a/student", "b/student", "other", "a/student (2)"]
+    assert folder_names(["a/b", "a_b", "a b"]) == {"a/b": "a_b", "a_b": "a_b (2)", "a b": "a_b (3)"}
+    seen = []
+
+    class Evaluated(Exception):
+        pass
+
+    def evaluated(pipelines, **_):
+        seen.extend(pipelines)
+        raise Evaluated
+
+    monkeypatch.setattr("asdm.evaluation.comparison.evaluate", evaluated)
+    monkeypatch.setattr(cli, "_load", lambda *_: tiny_pipeline())
+    monkeypatch.setattr(sys, "argv", ["asdm", "evaluate", "demo", "demo"])
+    with pytest.raises(Evaluated):
+        cli.main()
+    assert seen == ["demo", "demo (2)"]
+    with pytest.raises(AsdmError, match="original: two contestants have this name"):
+        contestants(25, {"original": lambda pipeline: pipeline})
+
+
+def test_other_libraries_give_no_advice_and_benchmarks_need_a_package_only_where_they_use_it(tmp_path):
+    """In a fresh interpreter, without the packages of the extras."""
+    scripts = Path(__file__).parent.parent / "benchmarks"
+    script = (
+        "import asdm, sys, importlib\n"
+        "asdm.generate(asdm.load_pipeline('demo'), 'a cat', steps=1)\n"
+        "print('drawn')\n"
+        "for name in ('tomesd', 'DeepCache', 'tgate', 'openvino', 'nncf', 'bitsandbytes', 'peft'):\n"
+        "    sys.modules[name] = None\n"
+        f"sys.path.insert(0, {str(scripts)!r})\n"
+        "for name in ('ablation', 'inheritance', 'student', 'training_step'):\n"
+        "    importlib.import_module(name)\n"
+        "sys.argv = ['student.py', 'gri']\n"
+        "sys.modules['common'].run(sys.modules['student'].app)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr == "", done.stderr
+    told = "error: ToMe: tomesd is not installed; install it with pip install 'asdm-diffusion[benchmark]'"
+    assert done.stdout.splitlines() == ["drawn", told]

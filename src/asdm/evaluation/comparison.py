@@ -287,6 +287,7 @@ def _judge(
     judge = Judge(first.device)
     pool = None if data is None else RealImages.of(data, sets, judge, first, clip)
     rows = []
+    folders = folder_names(list(pipelines))
     for evaluation_set in sets:
         teacher_features: Tensor | None = None
         for name, pipeline in pipelines.items():
@@ -303,7 +304,7 @@ def _judge(
                 progress=drawn,
             )
             if images_folder is not None:
-                save_images(images, Path(images_folder) / evaluation_set.split / folder_name(name))
+                save_images(images, Path(images_folder) / evaluation_set.split / folders[name])
             features = judge.features(images)
             teacher_features = features if teacher_features is None else teacher_features
             rows.append(
@@ -399,24 +400,31 @@ def text_embeds(clip: CLIPModel, pipeline: DiffusionPipeline, captions: Sequence
 
 
 def distinct_names(places: Sequence[str], *, shortest: bool = False) -> list[str]:
-    """A name for each model by where it lies, none twice: itself, or with `shortest` the end of its path that tells it
-    from the others; and a number behind what is named twice."""
-
-    def named(place: str) -> str:
-        parts = Path(place).parts
-        ends = ("/".join(parts[-length:]) for length in range(1, len(parts) + 1))
-        others = [Path(other).parts for other in places if Path(other).parts != parts]
-        return next(
-            (end for end in ends if not any("/".join(other[-(end.count("/") + 1) :]) == end for other in others)), place
-        )
-
+    """A name for each model by where it lies, none twice: itself, or with `shortest` the end of its path that no other
+    has; and a number behind what is named again."""
     names: list[str] = []
     for place in places:
-        name, number = (named(place) if shortest else place), 2
+        plain = _own_end(place, places) if shortest else place
+        name, number = plain, 1
         while name in names:
-            name, number = f"{named(place) if shortest else place} ({number})", number + 1
+            number += 1
+            name = f"{plain} ({number})"
         names.append(name)
     return names
+
+
+def _own_end(place: str, places: Sequence[str]) -> str:
+    parts = Path(place).parts
+    others = {Path(other).parts for other in places} - {parts}
+    for length in range(1, len(parts) + 1):
+        if all(other[-length:] != parts[-length:] for other in others):
+            return "/".join(parts[-length:])
+    return place
+
+
+def folder_names(names: Sequence[str]) -> dict[str, str]:
+    """For each model's name the name of a folder, none twice."""
+    return dict(zip(names, distinct_names([folder_name(name) for name in names]), strict=True))
 
 
 def folder_name(name: str) -> str:

@@ -25,7 +25,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from asdm.errors import AsdmError, one_line
-from asdm.evaluation.comparison import EvaluationSet, RealImages, evaluation_sets, folder_name, save_images
+from asdm.evaluation.comparison import EvaluationSet, RealImages, evaluation_sets, folder_names, save_images
 from asdm.evaluation.contestants import Contestant, Way, forget_graphs, unforeseen
 from asdm.evaluation.latency import seconds_of, synchronise, unet_call
 from asdm.evaluation.macs import counting_macs
@@ -421,6 +421,7 @@ def _judged(
     judge = Judge(pipeline.device)
     sets = evaluation_sets(data, None, samples, seed)
     real = RealImages.of(data, sets, judge, pipeline, None)
+    folders = folder_names([entry.name for entry in entries])
     originals: dict[str, Tensor] = {}
     figures: dict[str, dict[str, Any]] = {}
     for done, entry in enumerate(entries, start=1):
@@ -433,7 +434,7 @@ def _judged(
             for each in sets:
                 images = _drawn(pipeline, entry, each, seed)
                 if images_folder is not None:
-                    save_images(images, images_folder / each.split / folder_name(entry.name))
+                    save_images(images, images_folder / each.split / folders[entry.name])
                 features = judge.features(images)
                 if entry is entries[0]:
                     originals[each.split] = features

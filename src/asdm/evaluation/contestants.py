@@ -427,6 +427,9 @@ def contestants(
 ) -> list[Contestant]:
     """All of them; the unmodified pipeline first.
 
+    Raises:
+        AsdmError: a student has the name of another contestant.
+
     Args:
         steps: sampling steps of all that do not sample in fewer.
         students: by name; those whose names begin with `PEERS` are peers.
@@ -462,6 +465,10 @@ def contestants(
         *(_by_lcm(name, "stack", anew(student)) for name, student in (few_step or {}).items()),
         *(_by_lcm(f"{name} + OpenVINO", "stack", in_openvino(student)) for name, student in (few_step or {}).items()),
     ]
+    names = [entry.name for entry in entries]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise AsdmError(f"{twice}: two contestants have this name; name the student's folder otherwise")
     return [entry for entry in entries if graphs or "OpenVINO" not in entry.name]
 
 
