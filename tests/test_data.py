@@ -383,8 +383,8 @@ def test_a_folder_with_a_table_as_the_datasets_library_reads_it(tmp_path, inside
         f"{start}c.png": "its caption is empty",
         f"{start}gone.png": "no such file",
         f"{start}metadata.csv:7": "has more values than columns; put texts with commas between quotes",
-        f"{start}d.png": "no row of metadata.jsonl, metadata.csv, metadata.parquet names it",
-        f"{start}e.png": "no row of metadata.jsonl, metadata.csv, metadata.parquet names it",
+        f"{start}d.png": "no row of the metadata names it",
+        f"{start}e.png": "no row of the metadata names it",
     }
 
 

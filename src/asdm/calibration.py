@@ -73,7 +73,7 @@ def calibration_calls(
     side = latent_shape(pipeline)[1]
     samples = samples or (16 if side <= 32 else 1)
     latents, conditioning = _observed(pipeline, data, prompts, samples, seed, generator)
-    if not torch.isfinite(latents).all():
+    if not (torch.isfinite(latents).all() or is_random(pipeline)):
         raise AsdmError(
             "the latents to calibrate on are no numbers (NaN): the pipeline's weights are damaged, or its precision "
             "overflows; load it in float32"

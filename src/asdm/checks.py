@@ -178,6 +178,12 @@ def path(name: str, value: Any) -> None:
         raise refused(name, str(value), "a name or path that is not empty")
 
 
+def floating(name: str, value: Any) -> None:
+    """A torch.dtype in which networks compute."""
+    if str(value) not in ("torch.float32", "torch.float16", "torch.bfloat16", "torch.float64"):
+        raise refused(name, value, "torch.float32, torch.float16 or torch.bfloat16")
+
+
 def function(name: str, value: Any) -> None:
     """Something to be called."""
     if not callable(value):

@@ -56,7 +56,9 @@ def open_pixels(file: Path | bytes) -> Image.Image:
         OSError: not an image that can be read; or what else Pillow's readers raise.
     """
     try:
-        return Image.open(_stream(file), formats=readable_formats())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged EXIF; and of many pixels, of which twice as many are refused
+            return Image.open(_stream(file), formats=readable_formats())
     except (Image.DecompressionBombError, FileNotFoundError):
         raise
     except Exception:

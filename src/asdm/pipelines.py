@@ -54,7 +54,7 @@ KINDS = (StableDiffusionPipeline, StableDiffusionXLPipeline, LatentConsistencyMo
 MODEL_HELP = f"demo, a Hub id, a folder, a .safetensors file, or {' | '.join(f'random:{shape}' for shape in UNETS)}"
 
 
-@checks.arguments(model=checks.path, dtype=checks.a(torch.dtype))
+@checks.arguments(model=checks.path, dtype=checks.floating)
 def load_pipeline(
     model: str | Path,
     *,

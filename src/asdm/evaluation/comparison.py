@@ -17,13 +17,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
-from pydantic import ConfigDict
+from pydantic import ConfigDict, ValidationError
 from torch import Tensor
 from transformers import CLIPModel
 
 from asdm import checks
 from asdm.calibration import DEFAULT_PROMPTS
 from asdm.conditioning import image_size
+from asdm.errors import AsdmError, one_line
 from asdm.evaluation.latency import Latency, measure_interleaved, unet_call
 from asdm.evaluation.macs import counting_macs
 from asdm.evaluation.metrics import Judge, feature_distance, kid, recognition, retrieval_at_1
@@ -32,7 +33,7 @@ from asdm.generation import default_guidance, default_steps, generate, is_few_st
 from asdm.images import to_images
 from asdm.incubation.data import Example, can_be_decoded, load_pixels, open_data
 from asdm.pipelines import clip_statistics, without_safety_checker
-from asdm.records import Record
+from asdm.records import Record, first_fault
 
 Progress = Callable[[str, int, int], None]
 _LONGEST_TIMED_PIPELINE_MS = 10_000
@@ -101,7 +102,11 @@ class Evaluation(Record):
 
     @classmethod
     def load(cls, path: str | Path) -> Evaluation:
-        return cls.model_validate_json(Path(path).read_text("utf-8"))
+        try:
+            return cls.model_validate_json(Path(path).read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            told = first_fault(error) if isinstance(error, ValidationError) else one_line(error)
+            raise AsdmError(f"{path}: not an evaluation ({told}); `asdm evaluate` writes one") from None
 
 
 class EvaluationSet(Record):

@@ -438,7 +438,7 @@ def _others_of(folder: Path, rows: Iterable[Example | Unusable]) -> Iterator[Unu
         if os.path.normpath(path) in named:
             continue
         if suffix in suffixes:
-            yield Unusable(name, f"no row of {', '.join(METADATA)} names it")
+            yield Unusable(name, "no row of the metadata names it")
         elif suffix in UNREAD_SUFFIXES:
             yield Unusable(name, f"this Pillow does not read {suffix}; convert it to PNG or JPEG")
         elif suffix == ".txt" and not tables:

@@ -29,7 +29,7 @@ from asdm.files import replacing_file, write_text
 from asdm.generation import default_guidance, nothing_to_keep, require_steps
 from asdm.incubation.data import PIECE, PREPARED, Example, Source, Unread, Unusable, load_pixels, open_source, unusable
 from asdm.incubation.trainer import LONGEST_WAIT
-from asdm.pipelines import MARKER, is_inpainting, read_marker, require_ours
+from asdm.pipelines import MARKER, is_inpainting, is_random, read_marker, require_ours
 
 Progress = Callable[[int, int], None]
 VALUES = 256  # of each parameter, that tell pipelines apart
@@ -273,6 +273,11 @@ def _tensors(
             return []
         images = torch.stack(pixels)
         latents = encode_images(pipeline.vae, images)
+    if not (torch.isfinite(latents).all() or is_random(pipeline)):
+        raise AsdmError(
+            f"{batch[0].name}: its latents are no numbers (NaN): the pipeline's weights are damaged, or its precision "
+            "overflows; load it in float32"
+        )
     conditioning = embed_prompts(pipeline, [example.caption for example in batch])
     if is_inpainting(pipeline):
         given = decode_latents(pipeline, latents) if images is None else images

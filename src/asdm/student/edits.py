@@ -132,6 +132,8 @@ def parse_edits(edits: Iterable[Any]) -> list[Edit]:
     Raises:
         AsdmError: an edit of an unknown kind, or with a missing, unknown or impossible field.
     """
+    if isinstance(edits, str | bytes | dict) or not isinstance(edits, Iterable):
+        raise AsdmError(f"edits={edits!r}: must be a list of edits")
     return [edit if isinstance(edit, _Edit) else _parse(edit) for edit in edits]  # type: ignore[misc]
 
 
