@@ -388,6 +388,25 @@ def test_a_folder_with_a_table_as_the_datasets_library_reads_it(tmp_path, inside
     }
 
 
+def test_tables_as_other_programs_write_them(tmp_path):
+    picture(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text(
+        ',file_name,text\r\n0,a.png,a cat\r\n\r\n1,a.png,"a ""dog"\r\n2,a.png,a bird'
+    )
+    data = open_data(tmp_path)
+    assert [example.caption for example in data.examples] == ["a cat"]
+    assert data.skipped == {"metadata.csv:5": "not a row: unexpected end of data"}
+    (tmp_path / "metadata.jsonl").write_text('"a.png"\n[1]\n{"file_name": "a.png", "caption": "a cat"}')
+    data = open_data(tmp_path)
+    assert [example.caption for example in data.examples] == ["a cat"]
+    assert set(data.skipped) == {"metadata.jsonl:1", "metadata.jsonl:2"}
+    assert "its fields are none" in data.skipped["metadata.jsonl:1"]
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "metadata.csv").rename(tmp_path / "metadata.parquet")
+    with pytest.raises(AsdmError, match="cannot be read"):
+        open_data(tmp_path)
+
+
 def test_a_table_of_parquet_and_other_names_of_the_caption(tmp_path):
     picture(tmp_path / "a.png")
     table = pyarrow.table({"file_name": ["a.png", None], "prompt": ["a cat", "none"]})

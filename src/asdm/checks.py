@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import math
 import os
-import sys
 from collections.abc import Callable, Collection, Mapping
 from functools import wraps
 from numbers import Integral, Real
@@ -67,11 +66,18 @@ def number(
     allowed = " ".join(["a finite number", " and ".join(limits)]).strip() + (f"; {remedy}" if remedy else "")
 
     def check(name: str, value: Any) -> None:
-        fits = isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+        fits = isinstance(value, Real) and not isinstance(value, bool) and _is_finite(value)
         if not (fits and low <= value <= high and above < value < below):
             raise refused(name, value, allowed)
 
     return check
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floating-point ones
+        return False
 
 
 def whole(low: int = 1, high: int | None = None) -> Check:

@@ -452,11 +452,11 @@ def _others_of(folder: Path, rows: Iterable[Example | Unusable]) -> Iterator[Unu
 def _from_metadata(path: Path, folder: Path) -> Iterator[Example | Unusable]:
     """The rows of a file of metadata, whose names of files are relative to it; ours to the whole `folder`."""
     reader = {".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}[path.suffix]
-    for place, row in reader(path):
+    for place, row, fault in reader(path):
         about = row if isinstance(row, dict) else {}
         name, column = about.get("file_name"), next((key for key in ("text", *_CAPTION_FIELDS) if key in about), None)
-        if isinstance(row, str):
-            yield Unusable(f"{path.relative_to(folder)}{place}", row)
+        if fault:
+            yield Unusable(f"{path.relative_to(folder)}{place}", fault)
         elif not isinstance(name, str) or not name or column is None:
             fields = ", ".join(map(str, about)) or "none"
             told = f'not a row with "file_name" and "text", "caption" or "prompt"; its fields are {fields}'
@@ -467,40 +467,44 @@ def _from_metadata(path: Path, folder: Path) -> Iterator[Example | Unusable]:
             yield _example(inside, about[column], file, about)
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+# Readers of metadata: where in the file each row is, the row, and why there is none.
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any, str]]:
     for number, line in enumerate(_text_of(path).split("\n"), start=1):  # other breaks may stand within a string
         if line.strip():
             try:
-                yield f":{number}", json.loads(line)
+                yield f":{number}", json.loads(line), ""
             except json.JSONDecodeError:
-                yield f":{number}", 'not a row with "file_name" and "text": not JSON'
+                yield f":{number}", None, 'not a row with "file_name" and "text": not JSON'
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    reader = csv.DictReader(io.StringIO(_text_of(path), newline=""), restkey="", strict=True)
+def _csv_rows(path: Path) -> Iterator[tuple[str, Any, str]]:
+    reader = csv.DictReader(io.StringIO(_text_of(path), newline=""), strict=True)
     while True:
         try:
             row = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            yield f":{reader.line_num}", f"not a row: {one_line(error)}"
+            yield f":{reader.line_num}", None, f"not a row: {one_line(error)}"
             continue
-        if "" in row:
-            yield f":{reader.line_num}", "has more values than columns; put texts with commas between quotes"
+        if None in row:  # which the reader names what is too much
+            fault = "has more values than columns; put texts with commas between quotes"
+            yield f":{reader.line_num}", None, fault
         else:
-            yield f":{reader.line_num}", {key.strip(): value for key, value in row.items()}
+            yield f":{reader.line_num}", {key.strip(): value for key, value in row.items()}, ""
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any, str]]:
     with needs_extra("data", path.name):
         from pyarrow import ArrowException, parquet
     try:
         rows = parquet.read_table(path).to_pylist()
     except (ArrowException, OSError) as error:
-        yield "", f"cannot be read: {one_line(error)}"
+        yield "", None, f"cannot be read: {one_line(error)}"
         return
-    yield from ((f":{number}", row) for number, row in enumerate(rows, start=1))
+    yield from ((f":{number}", row, "") for number, row in enumerate(rows, start=1))
 
 
 def _folders_with_metadata(folder: Path) -> Iterator[Path]:
