@@ -47,7 +47,7 @@ def require_budget(speedup: Any, params: Any, macs: Any, preset: Any) -> None:
     elif preset not in PRESETS:
         raise AsdmError(f"{preset}: no such preset; allowed: {', '.join(PRESETS)}")
     if speedup is not None and speedup > MOST_SPEEDUP:
-        raise AsdmError(f"speedup={speedup:g}: out of reach of any UNet; give at most {MOST_SPEEDUP}")
+        raise AsdmError(f"speedup={speedup:g}: out of reach of any UNet; ask for less, at most {MOST_SPEEDUP}")
 
 
 def require_params(unet: UNet2DConditionModel, params: float | None) -> None:

@@ -487,7 +487,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any, str]]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield f":{reader.line_num}", None, f"not a row: {one_line(error)}"
+            yield f":{reader.reader.line_num}", None, f"not a row: {one_line(error)}"
             continue
         if None in row:  # which the reader names what is too much
             fault = "has more values than columns; put texts with commas between quotes"
