@@ -18,7 +18,7 @@ from asdm.pipelines import with_unet
 from asdm.units import unlike
 
 _UNETS = checks.each(checks.UNET, least=1)
-_PARTS = checks.each(checks.number(above=0, below=1))
+_PARTS = checks.each(checks.number())
 
 
 class SwitchedUNet2DConditionModel(UNet2DConditionModel):
