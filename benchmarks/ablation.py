@@ -24,6 +24,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 import typer
 from common import RESULTS, console, machine
@@ -497,4 +498,4 @@ class _Judged:
 
 
 if __name__ == "__main__":
-    app()
+    common.run(app)

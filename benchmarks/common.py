@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 from diffusers import UNet2DConditionModel
 from rich.console import Console
 from rich.table import Table
 
 import asdm
+from asdm.errors import AsdmError
 from asdm.files import write_text
 from asdm.inference.runtime import device_name
 from asdm.student.plan import PruningPlan
@@ -21,6 +23,15 @@ from asdm.units import removable_units
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 console = Console()
+
+
+def run(app: typer.Typer) -> None:
+    """Run a script's commands; a mistake, or a package that is not installed, is told in one line."""
+    try:
+        app()
+    except AsdmError as error:
+        console.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        raise SystemExit(2) from None
 
 
 def machine(device: torch.device | str = "cpu") -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import typer
-from common import finish
+from common import finish, run
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
@@ -113,4 +113,4 @@ def draw(pipeline: DiffusionPipeline, prompts: list[str], steps: int, seed: int 
 
 
 if __name__ == "__main__":
-    app()
+    run(app)

@@ -18,20 +18,20 @@ from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
-import tomesd
 import typer
-from common import finish, without_second_layers
+from common import finish, run, without_second_layers
 from diffusers import UNet2DConditionModel
 from scipy.stats import spearmanr
 
 import asdm
 from asdm.calibration import calibration_calls
 from asdm.compensation import prediction_error, predictions
+from asdm.errors import needs_extra
 from asdm.evaluation.contestants import outer_self_attentions
 from asdm.evaluation.latency import timing_modules, unet_call
 from asdm.evaluation.memory import peak_megabytes
 from asdm.measure.latency import Latency, Ratio, measure_interleaved
-from asdm.planning import PRESETS
+from asdm.planning import PRESETS, require_budget
 from asdm.random_models import UNETS, random_unet
 from asdm.redundancy import structure_map
 from asdm.student.plan import PruningPlan, build_student
@@ -96,6 +96,7 @@ def taylor() -> None:
 @app.command()
 def gri() -> None:
     """The prediction's error with GRI in the outer self-attentions, and with ToMe there, both untrained."""
+    tomesd = tome()
     pipeline = asdm.load_pipeline("demo")
     unet = pipeline.unet
     calls = calibration_calls(pipeline, "demo", None, timesteps=8, samples=16, seed=1)
@@ -126,6 +127,7 @@ def gri() -> None:
 def gri_speed(size: int = 64, rounds: int = 6) -> None:
     """Latency of SD 1.5's UNet (random weights, batch 1) with the outer self-attentions replaced; and without them and
     their projections, which is the limit."""
+    tomesd = tome()
     unet = random_unet({**UNETS["sd15"], "sample_size": size}).eval()
     units = outer_self_attentions(unet)
     models = {"full attention": unet}
@@ -160,6 +162,8 @@ def cond_conv(rounds: int = 6) -> None:
 @app.command()
 def presets(rounds: int = 4, only: str = ",".join(PRESETS)) -> None:
     """Latency of SD 1.5's UNet (random weights, batch 1) with each preset's plan."""
+    for preset in only.split(","):
+        require_budget(None, None, None, preset)
     unet = random_unet(UNETS["sd15"]).eval()
     redundancy = structure_map(unet)
     rows = []
@@ -178,6 +182,13 @@ def with_gri(
 ) -> UNet2DConditionModel:
     edits = [asdm.GriAttention(unit=unit, regions=regions, pool=pool, weighted=weighted) for unit in units]
     return build_student(unet, PruningPlan.for_unet(unet, edits))
+
+
+def tome() -> Any:
+    """The package of ToMe; the other commands do without."""
+    with needs_extra("benchmark", "ToMe"):
+        import tomesd
+    return tomesd
 
 
 def keys_of_a_query(student: UNet2DConditionModel, unit: str) -> int:
@@ -203,4 +214,4 @@ def timed(models: dict[str, UNet2DConditionModel], rounds: int) -> list[dict[str
 
 
 if __name__ == "__main__":
-    app()
+    run(app)

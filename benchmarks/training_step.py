@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import typer
-from common import RESULTS, finish, without_second_layers
+from common import RESULTS, finish, run, without_second_layers
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -218,4 +218,4 @@ def noise_images(folder: Path, count: int) -> Path:
 
 
 if __name__ == "__main__":
-    app()
+    run(app)

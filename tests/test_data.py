@@ -1,13 +1,17 @@
 """Data folders: what is read, what is skipped and named, what is refused."""
 
+import io
 import json
+import tarfile
 import zipfile
 
 import datasets
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 
 from asdm import AsdmError
 from asdm.images import open_image, to_tensor
@@ -212,3 +216,213 @@ def test_shards_that_were_written_anew_are_other_data(tmp_path, monkeypatch):
     assert open_source(tmp_path / "0.tar").identity == before
     (tmp_path / "0.tar").write_bytes(b"x" * 2048)
     assert open_source("0.tar").identity != before
+
+
+CAPTIONED = {
+    "0.png": "PNG",
+    "1.avif": "AVIF",
+    "2.gif": "GIF",
+    "3.tiff": "TIFF",
+    "4.jfif": "JPEG",
+    "5.jp2": "JPEG2000",
+    "6.ppm": "PPM",
+    "7.TGA": "TGA",
+}
+
+
+def in_format(kind, color="red"):
+    content = io.BytesIO()
+    Image.new("RGB", (16, 16), color).save(content, kind)
+    return content.getvalue()
+
+
+def test_a_folder_has_all_that_pillow_reads_and_names_what_it_does_not(tmp_path):
+    for name, kind in CAPTIONED.items():
+        (tmp_path / name).write_bytes(in_format(kind))
+        (tmp_path / name).with_suffix(".txt").write_text(f"caption of {name}")
+    data = open_data(tmp_path)
+    assert [example.name for example in data.examples] == list(CAPTIONED)
+    assert data.skipped == {}
+    assert all(example.pixels(8)[0].mean() > 0.9 for example in data.examples)
+    for name in ("8.heic", "9.JXL", "a.svg", "b.eps", "c.png"):
+        (tmp_path / name).write_bytes(b"not for Pillow")
+        (tmp_path / name).with_suffix(".txt").write_text("a caption")
+    (tmp_path / "d.txt").write_text("an image that is not there")
+    (tmp_path / "e.mp4").write_bytes(b"a film")
+    (tmp_path / "e.txt").write_text("a film")
+    (tmp_path / "f.bmp").write_bytes(in_format("BMP"))
+    data = open_data(tmp_path)
+    assert len(data) == 8
+    assert data.skipped == {
+        "8.heic": "this Pillow does not read .heic; convert it to PNG or JPEG",
+        "9.JXL": "this Pillow does not read .jxl; convert it to PNG or JPEG",
+        "a.svg": "this Pillow does not read .svg; convert it to PNG or JPEG",
+        "b.eps": "this Pillow does not read .eps; convert it to PNG or JPEG",
+        "c.png": "not a readable image: not an image that Pillow knows",
+        "d.txt": "no image of its name is beside it",
+        "e.txt": "no image of its name is beside it, only e.mp4",
+        "f.bmp": "it has no caption: neither f.txt nor metadata.jsonl, .csv or .parquet is there",
+    }
+
+
+def test_a_postscript_named_png_is_not_run(tmp_path):
+    (tmp_path / "a.png").write_bytes(in_format("EPS"))
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(AsdmError, match="not an image that Pillow knows"):
+        open_data(tmp_path)
+
+
+def shard(path, members):
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            archive.addfile(header, io.BytesIO(content))
+
+
+def test_a_shard_has_all_that_pillow_reads_and_says_what_its_other_samples_have(tmp_path):
+    members = {}
+    for name, kind in CAPTIONED.items():
+        members |= {name: in_format(kind), f"{name[0]}.txt": b"a caption"}
+    members |= {"8.heic": b"x", "8.txt": b"a"} | {"9.txt": b"a"} | {"a.jpg": in_format("JPEG"), "a.cls": b"1"}
+    members |= {"b.jpg": in_format("JPEG"), "b.json": b'{"url": "u"}'} | {"c.1.jpg": in_format("JPEG"), "c.1.txt": b"a"}
+    members |= {"d.jpg": in_format("JPEG"), "d.txt": b" "}
+    shard(tmp_path / "0.tar", members)
+    data = open_data(tmp_path)
+    assert [example.name for example in data.examples] == list("01234567")
+    assert all(example.pixels(8)[0].mean() > 0.9 for example in data.examples)
+    no_caption = "it has no caption, as .txt or as caption, text or prompt in .json: its members are"
+    assert data.skipped == {
+        "8": "it has no image: its members are .heic, .txt; this Pillow does not read .heic, convert it to PNG or JPEG",
+        "9": "it has no image: its members are .txt",
+        "a": f"{no_caption} .cls, .jpg",
+        "b": f"{no_caption} .jpg, .json, its .json's fields url",
+        "c": "it has no image: its members are .1.jpg, .1.txt; its name has a dot too many",
+        "d": "its caption is empty",
+    }
+
+
+def test_the_first_frame_of_an_animation(tmp_path):
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    for name in ("a.gif", "b.webp", "c.png", "d.tiff"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+        (tmp_path / name).with_suffix(".txt").write_text(name)
+    examples = open_data(tmp_path).examples
+    assert len(examples) == 4
+    assert all(example.pixels(8)[0].mean() > 0.9 for example in examples)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [(kind, fault) for kind in ("PNG", "WEBP", "JPEG") for fault in ("bytes", "all", "length")][:-1],
+)  # by the length of a segment a JPEG's pixels are found
+def test_damaged_metadata_is_no_fault_of_the_pixels(tmp_path, kind, fault):
+    about = Image.Exif()
+    about[0x0112], about[0x010E] = 3, "a description"
+    image, content = Image.new("RGB", (16, 16), "blue"), io.BytesIO()
+    image.paste("red", (0, 0, 16, 8))
+    image.save(content, kind, exif=about, lossless=True, quality=95)
+    whole = bytearray(content.getvalue())
+    start = whole.index(b"MM\0*")
+    if fault == "length":
+        whole[start - 8 if kind == "PNG" else start - 4] += 3
+    else:
+        size = 4 if fault == "bytes" else len(about.tobytes()) - 6
+        whole[start : start + size] = b"\xff" * size
+    (tmp_path / "a.png").write_bytes(whole)
+    (tmp_path / "a.txt").write_text("a")
+    shard(tmp_path / "0.tar", {"a.png": bytes(whole), "a.txt": b"a"})
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "0.tar").rename(tmp_path / "shards" / "0.tar")
+    for found in (open_data(tmp_path), open_data(tmp_path / "shards")):
+        pixels = found.examples[0].pixels(16)
+        assert pixels[0, :7].mean() > 0.9 and pixels[2, -7:].mean() > 0.9  # not turned: nothing readable says so
+    assert open_image(tmp_path / "a.png").getpixel((0, 0))[0] > 240
+
+
+def test_a_bomb_and_what_breaks_off_are_skipped_with_the_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    noise = np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8)
+    for name, size in {"good.png": 24, "bomb.webp": 64, "cut.png": 24, "cut.webp": 24}.items():
+        Image.fromarray(np.resize(noise, (size, size, 3))).save(tmp_path / name)
+        (tmp_path / name).with_suffix(".txt").write_text(name)
+    for name in ("cut.png", "cut.webp"):
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[: len(content) * 2 // 3])
+    data = open_data(tmp_path)
+    skipped = dict(data.skipped)
+    kept, _ = load_pixels(data.examples, 8, skipped)
+    assert [example.name for example in kept] == ["good.png"]
+    assert "decompression bomb" in skipped["bomb.webp"]
+    assert set(skipped) == {"bomb.webp", "cut.png", "cut.webp"}
+
+
+CSV = """\ufefffile_name,text,held_out,concept
+a.png,"a cat, asleep",,cat
+deep/b.png,"a ""dog""
+that barks",true,
+c.png,,no,
+gone.png,gone,0,
+d.png,a cat, awake,0,
+"""
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_folder_with_a_table_as_the_datasets_library_reads_it(tmp_path, inside):
+    folder = tmp_path / "träin" if inside else tmp_path
+    for name in ("a.png", "deep/b.png", "c.png", "d.png", "e.png"):
+        picture(folder / name)
+    (folder / "metadata.csv").write_text(CSV, "utf-8")
+    data = open_data(tmp_path, "all")
+    start = "träin/" if inside else ""
+    assert [(each.name, each.caption, each.held_out, each.concept) for each in data.examples] == [
+        (f"{start}a.png", "a cat, asleep", False, "cat"),
+        (f"{start}deep/b.png", 'a "dog" that barks', True, None),
+    ]
+    assert data.skipped == {
+        f"{start}c.png": "its caption is empty",
+        f"{start}gone.png": "no such file",
+        f"{start}metadata.csv:7": "has more values than columns; put texts with commas between quotes",
+        f"{start}d.png": "no row of the metadata names it",
+        f"{start}e.png": "no row of the metadata names it",
+    }
+
+
+def test_tables_as_other_programs_write_them(tmp_path):
+    picture(tmp_path / "a.png")
+    rows = [",file_name,text", "0,a.png,a cat", "", '1,a.png,"a dog', "2,a.png,a bird"]
+    (tmp_path / "metadata.csv").write_text("\r\n".join(rows))
+    data = open_data(tmp_path)
+    assert [example.caption for example in data.examples] == ["a cat"]
+    assert data.skipped == {"metadata.csv:5": "not a row: unexpected end of data"}
+    (tmp_path / "metadata.jsonl").write_text('"a.png"\n[1]\n{"file_name": "a.png", "caption": "a cat"}')
+    data = open_data(tmp_path)
+    assert [example.caption for example in data.examples] == ["a cat"]
+    assert set(data.skipped) == {"metadata.jsonl:1", "metadata.jsonl:2"}
+    assert "its fields are none" in data.skipped["metadata.jsonl:1"]
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "metadata.csv").rename(tmp_path / "metadata.parquet")
+    with pytest.raises(AsdmError, match="cannot be read"):
+        open_data(tmp_path)
+
+
+def test_a_table_of_parquet_and_other_names_of_the_caption(tmp_path):
+    picture(tmp_path / "a.png")
+    table = pyarrow.table({"file_name": ["a.png", None], "prompt": ["a cat", "none"]})
+    parquet.write_table(table, tmp_path / "metadata.parquet")
+    data = open_data(tmp_path)
+    assert [example.caption for example in data.examples] == ["a cat"]
+    assert "its fields are file_name, prompt" in data.skipped["metadata.parquet:2"]
+    (tmp_path / "metadata.csv").write_text("file;text\na.png;a cat\n")
+    with pytest.raises(AsdmError, match="its fields are file;text"):
+        open_data(tmp_path)
+
+
+@pytest.mark.parametrize("source", ["", None, 7, "a\0b"])
+def test_no_data_folder_is_refused(source):
+    with pytest.raises(AsdmError, match="data="):
+        open_data(source)
+
+
+def test_the_embedded_images_are_all_read():
+    assert open_data("demo", "all").skipped == {}

@@ -66,7 +66,7 @@ def test_shards_by_folder_by_path_and_by_pattern(shards):
     for source in (shards, pattern, f"file://{pattern}"):
         data = open_data(source)
         assert [example.caption for example in data.examples] == expected
-        assert data.skipped == {"000000003": "its caption is empty"}
+        assert list(data.skipped) == ["000000003"] and "it has no caption" in data.skipped["000000003"]
     assert [example.caption for example in open_data(shards, "held_out").examples] == ["kept apart"]
     assert len(open_data(shards / "00001.tar")) == 1
     with pytest.raises(AsdmError, match=r"00002.tar: no such shard \(1 of 2\)"):

@@ -11,6 +11,7 @@ asdm.save_pipeline(asdm.with_unet(pipeline, student), "faster")
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +91,16 @@ _HOME = {
     "with_unet": "asdm.pipelines",
 }
 __all__ = list(_HOME)
+
+# What other libraries say when they are imported or used, and a user of this package cannot act on: torchvision and
+# kernels are no dependencies of ours, and nothing here needs what they bring. Each by its logger and its words.
+_ADVICE = {
+    "transformers.utils.import_utils": "requires torchvision (not installed); falling back to",
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
+    "torch.onnx._internal.exporter._registration": "torchvision is not installed. Skipping",
+}
+for _logger, _words in _ADVICE.items():
+    logging.getLogger(_logger).addFilter(lambda record, words=_words: words not in record.getMessage())  # type: ignore[misc]
 
 
 def __getattr__(name: str) -> Any:

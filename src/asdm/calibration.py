@@ -26,7 +26,7 @@ from asdm.conditioning import (
 from asdm.errors import AsdmError
 from asdm.generation import default_guidance, nothing_to_keep
 from asdm.incubation.data import load_pixels, open_data
-from asdm.incubation.prepared import is_prepared, open_prepared
+from asdm.incubation.prepared import is_prepared, open_prepared, require_usable
 from asdm.pipelines import is_inpainting, is_random
 from asdm.units import require_known_inputs
 
@@ -78,6 +78,11 @@ def calibration_calls(
     side = latent_shape(pipeline)[1]
     samples = samples or (16 if side <= 32 else 1)
     latents, conditioning = _observed(pipeline, data, prompts, samples, seed, generator)
+    if not (torch.isfinite(latents).all() or is_random(pipeline)):
+        raise AsdmError(
+            "the latents to calibrate on are no numbers (NaN): the pipeline's weights are damaged, or its precision "
+            "overflows; load it in float32"
+        )
     latents = latents.to(unet.device, unet.dtype)
     scales = torch.full((len(latents),), default_guidance(pipeline))
     conditioning = replace(conditioning, timestep_cond=guidance_embedding(unet, scales)).to(unet.device, unet.dtype)
@@ -91,6 +96,14 @@ def calibration_calls(
         noisy = schedule.add_noise(latents, noise, steps)
         calls.append(CalibrationCall(timestep, {**conditioning.unet_arguments(noisy), "timestep": steps}))
     return calls
+
+
+def require_calibration(pipeline: DiffusionPipeline, data: str | Path | None) -> None:
+    """Raise an AsdmError for data that the pipeline cannot be calibrated on, before anything is measured."""
+    if data is not None and is_prepared(data):
+        open_prepared(pipeline, data)
+    elif data is not None:
+        require_usable(data)
 
 
 def _observed(

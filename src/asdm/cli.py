@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import sys
 import time
@@ -11,15 +10,22 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from asdm import checks
 from asdm.cli_options import (
     DATA,
+    GUIDANCE,
     MODEL,
+    NAME,
+    PART,
+    POSITIVE,
+    SPEEDUP,
+    TEXT,
     CompensateOption,
     ConfigOption,
     DataOption,
@@ -69,21 +75,26 @@ def main() -> None:
     debug = "--debug" in sys.argv
     _quiet_libraries()
     try:
-        app()
+        status = app(standalone_mode=False)
     except AsdmError as error:
         if debug:
             raise
         _fail(str(error), 2)
+    except typer.Abort:
+        _fail("interrupted", 130)
     except Exception as error:
-        told = _about_the_disk(error)
+        if hasattr(error, "format_message"):  # an option or argument that typer refuses
+            _refuse(error)
+        told = _about_the_disk(error) or _about_the_memory(error)
         if debug or told is None:
             raise
         _fail(f"{told}; nothing that was there before is lost", 2)
+    raise SystemExit(status or 0)
 
 
 @app.callback()
 def options(
-    threads: Annotated[int | None, typer.Option(help="CPU threads to use; all by default.", min=1)] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads to use; all by default.", min=1, max=1024)] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")] = False,
 ) -> None:
     if threads is not None:
@@ -103,10 +114,11 @@ def analyze(
             help="Instead find when which features can be inherited between sampling steps, so that the UNet is this "
             "many times faster.",
             min=1,
+            callback=SPEEDUP,
             show_default=False,
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Sampling steps, for --inherit.", min=4)] = 25,
+    steps: Annotated[int, typer.Option(help="Sampling steps, for --inherit.", min=4, max=10_000)] = 25,
     plot: Annotated[
         Path | None, typer.Option(help="Where to draw it (PNG).", callback=not_a_folder, show_default=False)
     ] = None,
@@ -114,10 +126,12 @@ def analyze(
     compensate: CompensateOption = None,
     timesteps: Annotated[
         int | None,
-        typer.Option(help="At how many time steps; by default 4, or 2 for large models.", min=1, show_default=False),
+        typer.Option(
+            help="At how many time steps; by default 4, or 2 for large models.", min=1, max=1000, show_default=False
+        ),
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(help="Images or prompts to calibrate on.", min=1, show_default=False)
+        int | None, typer.Option(help="Images or prompts to calibrate on.", min=1, max=10**6, show_default=False)
     ] = None,
     prediction_type: PredictionTypeOption = None,
     config: ConfigOption = None,
@@ -138,6 +152,7 @@ def analyze(
     from asdm.evaluation.plots import redundancy_plot
     from asdm.evaluation.report import save_figure
 
+    _look_at(data)
     pipeline = _load(model, device, prediction_type=prediction_type, config=config)
     _warn_if_busy()
     with _progress() as report:
@@ -164,7 +179,9 @@ def analyze(
 def plan(
     source: Annotated[
         str | None,
-        typer.Argument(help=f"A map that `asdm analyze` wrote, or a model: {MODEL}.", show_default=False),
+        typer.Argument(
+            help=f"A map that `asdm analyze` wrote, or a model: {MODEL}.", callback=NAME, show_default=False
+        ),
     ] = None,
     speedup: SpeedupOption = None,
     params: ParamsOption = None,
@@ -176,6 +193,7 @@ def plan(
         typer.Option(
             help="Let kept convolutions inherit removed ones as experts (CLME-CondConv), up to this part of the "
             "parameters, or this number of them.",
+            callback=POSITIVE,
             show_default=False,
         ),
     ] = None,
@@ -196,6 +214,7 @@ def plan(
 ) -> None:
     """Choose the removals of least total sensitivity inside a budget; a speed-up is measured, on --device."""
     import asdm
+    from asdm.planning import require_budget, require_params
 
     if remeasure is not None:
         if out is not None or any(value is not None for value in (speedup, params, macs, preset, experts, repair)):
@@ -205,6 +224,7 @@ def plan(
     if source is None:
         raise AsdmError("name a map that `asdm analyze` wrote, or a model")
     out = out or Path("plan.json")
+    require_budget(speedup, params, macs, preset)
     if compensate is None and source.startswith("random:"):
         compensate = "none"
     unet = None
@@ -220,8 +240,10 @@ def plan(
 
         redundancy = structure_map(unet_without_weights(source), source)  # which fixes a preset's edits
     else:
+        _look_at(data)
         pipeline = _load(source, device, prediction_type=prediction_type, config=config)
         unet = pipeline.unet
+        require_params(unet, params)
         _warn_if_busy()
         with _progress() as report:
             redundancy = asdm.analyze(
@@ -323,6 +345,7 @@ def prune(
 
     require_ours(out, "pipeline")
     made = asdm.PruningPlan.load(plan)
+    _look_at(data)
     pipeline = _load(model, device, prediction_type=prediction_type, config=config)
     student = asdm.build_student(pipeline.unet, made)
     fitted = None
@@ -349,10 +372,12 @@ def prune(
 @app.command("prepare-data")
 def prepare_data(
     model: ModelArgument,
-    data: Annotated[str, typer.Argument(help=DATA, show_default=False)],
+    data: Annotated[str, typer.Argument(help=DATA, callback=NAME, show_default=False)],
     out: Annotated[Path, typer.Option(help="The folder to write shards to.")],
-    batch_size: Annotated[int, typer.Option(help="Images encoded at a time.", min=1)] = 16,
-    steps: Annotated[int, typer.Option(help="Sampling steps, where MODEL draws images to captions.", min=1)] = 25,
+    batch_size: Annotated[int, typer.Option(help="Images encoded at a time.", min=1, max=10**6)] = 16,
+    steps: Annotated[
+        int, typer.Option(help="Sampling steps, where MODEL draws images to captions.", min=1, max=10_000)
+    ] = 25,
     skip_unread: Annotated[
         bool, typer.Option("--skip-unread", help="Go without shards that cannot be loaded, or with what came of them.")
     ] = False,
@@ -388,20 +413,29 @@ def prepare_data(
 def distill(
     teacher: ModelArgument,
     student: Annotated[
-        str, typer.Argument(help="A folder that `asdm prune`, `compress` or `distill` wrote, or the teacher again.")
+        str,
+        typer.Argument(
+            help="A folder that `asdm prune`, `compress` or `distill` wrote, or the teacher again.", callback=NAME
+        ),
     ],
-    data: Annotated[str, typer.Option("--data", help=DATA)],
+    data: Annotated[str, typer.Option("--data", help=DATA, callback=NAME)],
     out: Annotated[Path, typer.Option(help="The folder to write the distilled pipeline to.")],
-    steps: Annotated[int | None, typer.Option(help="Training steps, 1000 by default.", min=1)] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps, 1000 by default.", min=1, max=10**9)] = None,
     recipe: DistillRecipeOption = "joint",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the stages with their time and memory; train nothing.")
     ] = False,
     device_tflops: Annotated[
         float | None,
-        typer.Option(help="In a dry run: for a device that sustains so many TFLOP/s, instead of this one.", min=0.001),
+        typer.Option(
+            help="In a dry run: for a device that sustains so many TFLOP/s, instead of this one.",
+            min=0.001,
+            callback=POSITIVE,
+        ),
     ] = None,
-    processes: Annotated[int, typer.Option(help="In a dry run: how many devices share each batch.", min=1)] = 1,
+    processes: Annotated[
+        int, typer.Option(help="In a dry run: how many devices share each batch.", min=1, max=10**6)
+    ] = 1,
     fsdp: Annotated[bool, typer.Option("--fsdp", help="In a dry run: they share what is trained, too.")] = False,
     prediction_type: PredictionTypeOption = None,
     config: ConfigOption = None,
@@ -451,12 +485,16 @@ def distill(
 
 @app.command()
 def evaluate(
-    models: Annotated[list[str], typer.Argument(help=f"The teacher, then students: {MODEL}.", show_default=False)],
+    models: Annotated[
+        list[str], typer.Argument(help=f"The teacher, then students: {MODEL}.", callback=NAME, show_default=False)
+    ],
     data: DataOption = None,
-    samples: Annotated[int, typer.Option(help="Images per split; 0 measures speed alone.", min=0)] = 128,
-    steps: Annotated[int, typer.Option(help="Sampling steps, of all but few-step models.", min=1)] = 25,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default=False)] = None,
-    rounds: Annotated[int, typer.Option(help="Timed rounds of the UNet call.", min=1)] = 10,
+    samples: Annotated[int, typer.Option(help="Images per split; 0 measures speed alone.", min=0, max=10**6)] = 128,
+    steps: Annotated[int, typer.Option(help="Sampling steps, of all but few-step models.", min=1, max=10_000)] = 25,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale.", callback=GUIDANCE, show_default=False)
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Timed rounds of the UNet call.", min=1, max=10_000)] = 10,
     out: FiguresFile = Path("evaluation.json"),
     images: Annotated[Path | None, typer.Option(help="Where to keep the images.", show_default=False)] = None,
     prediction_type: PredictionTypeOption = None,
@@ -467,10 +505,13 @@ def evaluate(
 ) -> None:
     """Measure speed and quality of a teacher and its students in one run."""
     import asdm
+    from asdm.evaluation.comparison import distinct_names
     from asdm.pipelines import load_clip
 
-    pipelines = {models[0]: _load(models[0], device, dtype, prediction_type=prediction_type, config=config)}
-    pipelines |= {name: _load(name, device, dtype) for name in models[1:]}
+    _look_at(data)
+    said = [{"prediction_type": prediction_type, "config": config}, *({} for _ in models[1:])]
+    places = zip(distinct_names(models), models, said, strict=True)
+    pipelines = {name: _load(place, device, dtype, **known) for name, place, known in places}
     _warn_if_busy()
     with _progress() as report:
         figures = asdm.evaluate(
@@ -482,7 +523,7 @@ def evaluate(
             seed=seed,
             rounds=rounds,
             quality=samples > 0,
-            clip=load_clip(pipelines[models[0]]),
+            clip=load_clip(next(iter(pipelines.values()))),
             images_folder=images,
             progress=lambda title, done, total: report(f"images: {title}", done, total, ""),
         )
@@ -494,7 +535,7 @@ def evaluate(
 @app.command()
 def generate(
     model: ModelArgument,
-    prompts: Annotated[list[str], typer.Argument(help="One or more prompts.", show_default=False)],
+    prompts: Annotated[list[str], typer.Argument(help="One or more prompts.", callback=TEXT, show_default=False)],
     out: Annotated[Path, typer.Option(help="The folder to write images to.")] = Path("images"),
     image: Annotated[
         Path | None, typer.Option(help="Start from this image (image-to-image).", show_default=False)
@@ -505,29 +546,40 @@ def generate(
     strength: Annotated[
         float | None,
         typer.Option(
-            help=f"How far from --image to go, {STRENGTH:g} by default.", min=0.01, max=1.0, show_default=False
+            help=f"How far from --image to go, {STRENGTH:g} by default.",
+            min=0.01,
+            max=1.0,
+            callback=POSITIVE,
+            show_default=False,
         ),
     ] = None,
     size: Annotated[
         int | None,
         typer.Option(
             help="Side of the images in pixels, to which --image is cropped; by default the model's own.",
+            min=1,
+            max=8192,
             show_default=False,
         ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Sampling steps; by default 25, or 4 for few-step models.", min=1)
+        int | None, typer.Option(help="Sampling steps; by default 25, or 4 for few-step models.", min=1, max=10_000)
     ] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default=False)] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale.", callback=GUIDANCE, show_default=False)
+    ] = None,
     guidance_end: Annotated[
         float,
-        typer.Option(help="Part of the steps that are guided; each of the others is half the work.", max=1.0),
+        typer.Option(
+            help="Part of the steps that are guided; each of the others is half the work.", max=1.0, callback=POSITIVE
+        ),
     ] = 1.0,
     inherit: Annotated[
         str | None,
         typer.Option(
             help="Let most steps inherit features of others: a number, how many times faster the UNet shall be, or "
             "the file of a schedule that `asdm analyze --inherit` wrote.",
+            callback=NAME,
             show_default=False,
         ),
     ] = None,
@@ -535,6 +587,7 @@ def generate(
         str | None,
         typer.Option(
             help="The original, whose UNet takes over from the student's for the last steps; memory holds both.",
+            callback=NAME,
             show_default=False,
         ),
     ] = None,
@@ -542,6 +595,7 @@ def generate(
         float | None,
         typer.Option(
             help=f"The part of the schedule below which --finish-with takes over, {FINISH_BELOW:g} by default.",
+            callback=PART,
             show_default=False,
         ),
     ] = None,
@@ -554,6 +608,7 @@ def generate(
     """Draw images with a teacher or a student: text-to-image, image-to-image with --image, inpainting with --mask."""
     import asdm
     from asdm.conditioning import image_size, require_size
+    from asdm.generation import require_steps
     from asdm.images import cropped, open_image, to_images
 
     if strength is not None and image is None:
@@ -564,16 +619,19 @@ def generate(
     hole = open_image(mask).convert("L") if mask is not None else None
     if start is not None and hole is not None and start.size != hole.size:
         raise AsdmError(f"{mask}: {hole.size} pixels; it must be of the size of {image}, {start.size}")
+    if out.is_file():
+        raise AsdmError(f"{out}: a file; name a folder")
+    inheritance = None if inherit is None else _inheritance(inherit)
     pipeline = _load(model, device, dtype, prediction_type=prediction_type, config=config)
+    if steps is not None:
+        require_steps(pipeline, steps)
+    side = image_size(pipeline) if size is None else size
+    require_size(pipeline, side)
     if finish_with is not None:
         original = _original_unet(finish_with, model, pipeline, dtype, prediction_type=prediction_type, config=config)
         below = FINISH_BELOW if finish_below is None else finish_below
         pipeline = asdm.switch_unets(pipeline, [pipeline.unet, original], below=[below])
-    inheriting = nullcontext() if inherit is None else asdm.inherit_features(pipeline, **_inheritance(inherit))
-    if out.is_file():
-        raise AsdmError(f"{out}: a file; name a folder")
-    side = image_size(pipeline) if size is None else size
-    require_size(pipeline, side)
+    inheriting = nullcontext() if inheritance is None else asdm.inherit_features(pipeline, **inheritance)
     if start is not None:
         start = cropped(start, side)
     if hole is not None:
@@ -609,13 +667,18 @@ def export(
     to: Annotated[Literal["openvino", "onnx"], typer.Option("--to", help="The format of the graphs.")],
     out: Annotated[Path, typer.Option(help="The folder to write to.")],
     size: Annotated[
-        int | None, typer.Option(help="Side of the images in pixels; by default the model's own.", show_default=False)
+        int | None,
+        typer.Option(
+            help="Side of the images in pixels; by default the model's own.", min=1, max=8192, show_default=False
+        ),
     ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Weights, and the UNet's convolutions, in 8 bits.")] = False,
     weights_only: Annotated[bool, typer.Option("--weights-only", help="With --int8: only the weights.")] = False,
     data: Annotated[
         str | None,
-        typer.Option(help=f"With --int8, what the ranges of 8 bits are taken from. {DATA}", show_default=False),
+        typer.Option(
+            help=f"With --int8, what the ranges of 8 bits are taken from. {DATA}", callback=NAME, show_default=False
+        ),
     ] = None,
     inherit: Annotated[
         int | None,
@@ -623,6 +686,7 @@ def export(
             help="Also the UNet in two graphs, of which the inner one can be inherited (inherit_features); so many of "
             "the last layers are in the outer one.",
             min=1,
+            max=100,
             show_default=False,
         ),
     ] = None,
@@ -631,10 +695,12 @@ def export(
 ) -> None:
     """Write a teacher or a student as OpenVINO or ONNX graphs, in a folder that optimum loads."""
     import asdm
+    from asdm.pipelines import require_ours
 
     if weights_only and not int8:
         raise AsdmError("--weights-only goes with --int8")
-
+    require_ours(out, "export")
+    _look_at(data)
     with _progress() as report:
         made = asdm.export(
             _load(model, "cpu", prediction_type=prediction_type, config=config),
@@ -664,11 +730,11 @@ def compress(
     repair: RepairOption = None,
     data: DataOption = None,
     steps: Annotated[
-        int | None, typer.Option(help="Distillation steps, 1000 by default; 0 prunes only.", min=0)
+        int | None, typer.Option(help="Distillation steps, 1000 by default; 0 prunes only.", min=0, max=10**9)
     ] = None,
     recipe: RecipeOption = "joint",
-    samples: Annotated[int, typer.Option(help="Images per split in the evaluation.", min=0)] = 128,
-    sampling_steps: Annotated[int, typer.Option(help="Sampling steps in the evaluation.", min=1)] = 25,
+    samples: Annotated[int, typer.Option(help="Images per split in the evaluation.", min=0, max=10**6)] = 128,
+    sampling_steps: Annotated[int, typer.Option(help="Sampling steps in the evaluation.", min=1, max=10_000)] = 25,
     prediction_type: PredictionTypeOption = None,
     config: ConfigOption = None,
     device: DeviceOption = None,
@@ -712,18 +778,19 @@ def demo(
 @app.command()
 def benchmark(
     models: Annotated[
-        list[str] | None, typer.Argument(help=f"One or more models, demo by default: {MODEL}.", show_default=False)
+        list[str] | None,
+        typer.Argument(help=f"One or more models, demo by default: {MODEL}.", callback=NAME, show_default=False),
     ] = None,
     students: Annotated[
         list[Path] | None,
         typer.Option("--student", help="A student of the first model, alone and in the stack.", show_default=False),
     ] = None,
     data: Annotated[
-        str | None, typer.Option("--data", help=f"{DATA}; none for speed alone.", show_default=False)
+        str | None, typer.Option("--data", help=f"{DATA}; none for speed alone.", callback=NAME, show_default=False)
     ] = None,
-    samples: Annotated[int, typer.Option(help="Images per split.", min=2)] = 64,
-    steps: Annotated[int, typer.Option(help="Sampling steps.", min=4)] = 25,
-    rounds: Annotated[int, typer.Option(help="Timed images of each.", min=1)] = 5,
+    samples: Annotated[int, typer.Option(help="Images per split.", min=2, max=10**6)] = 64,
+    steps: Annotated[int, typer.Option(help="Sampling steps.", min=4, max=10_000)] = 25,
+    rounds: Annotated[int, typer.Option(help="Timed images of each.", min=1, max=10_000)] = 5,
     only: Annotated[
         list[str] | None,
         typer.Option(help="Only those whose names contain this, or one of several.", show_default=False),
@@ -740,7 +807,7 @@ def benchmark(
 
     Results of other models that are in the folder already stay there.
     """
-    from asdm.evaluation.comparison import folder_name
+    from asdm.evaluation.comparison import distinct_names, folder_name
     from asdm.evaluation.contest import Contest, ContestRun, contest_rows
     from asdm.evaluation.contest_plot import contest_plot
     from asdm.evaluation.contestants import contestants, of, preset_students, with_dpm_solver
@@ -752,6 +819,13 @@ def benchmark(
     from asdm.tables import contest_table
 
     models = models or ["demo"]
+    twice = next((place for place in models if models.count(place) > 1), None)
+    if twice is not None:
+        raise AsdmError(f"{twice}: named twice; name each model once")
+    if out.is_file():
+        raise AsdmError(f"{out}: a file; name a folder")
+    _look_at(data)
+    names = distinct_names([str(folder) for folder in students or ()], shortest=True)
     results = out / "benchmark.json"
     made = Contest.load(results) if results.exists() else Contest()
     limits: dict[str, dict[str, float]] = {}
@@ -762,9 +836,9 @@ def benchmark(
         seen = "demo" if data is None and place == "demo" else None if place.startswith("random:") else data
         taught: dict[str, Any] = preset_students(pipeline) if place.startswith("random:") else {}
         few_step: dict[str, Any] = {}
-        for folder in students or () if place == models[0] else ():
+        for name, folder in zip(names, students or (), strict=True) if place == models[0] else ():
             student = _load(str(folder), device, dtype)
-            (few_step if is_few_step(student) else taught)[folder.name] = of(student.unet)
+            (few_step if is_few_step(student) else taught)[name] = of(student.unet)
         on_cpu = pipeline.device.type == "cpu"
         entries = contestants(steps, taught, few_step=few_step, data=seen, graphs=on_cpu)
         if only:
@@ -811,7 +885,9 @@ def demo_build(
         str, typer.Argument(help="images, tokenizer, clip, vae, unet, assemble, check; all is all of them but images.")
     ] = "all",
     folder: Annotated[Path, typer.Option(help="Where checkpoints and the result go.")] = Path("runs/demo-build"),
-    minutes: Annotated[float | None, typer.Option(help="Save and stop after so long.", show_default=False)] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Save and stop after so long.", callback=POSITIVE, show_default=False)
+    ] = None,
     warm_start: Annotated[bool, typer.Option("--warm-start", help="Train the embedded UNet further.")] = False,
     noto_font: Annotated[
         Path | None, typer.Option(help="NotoColorEmoji.ttf, for `images`.", show_default=False)
@@ -834,6 +910,19 @@ def demo_build(
             progress=report,
             say=lambda text: console.print(text, highlight=False),
         )
+
+
+def _look_at(data: str | None) -> None:
+    """Refuse data that cannot be used before the work begins, and name what of it will be passed over."""
+    if data is None:
+        return
+    from asdm.incubation.data import open_data, open_source
+    from asdm.incubation.prepared import is_prepared, require_usable
+
+    if is_prepared(data) or open_source(data).remote:
+        require_usable(data)
+    else:
+        _print_skipped(open_data(data, "all").skipped)
 
 
 def _load(model: str, device: str | None, dtype: str = "float32", **said: Any) -> Any:
@@ -906,25 +995,30 @@ def _progress(resumable: bool = False, otherwise: str = "nothing was written") -
         TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("{task.fields[note]}"),
     )
-    try:
-        with Progress(*columns, console=errors, disable=not _is_main_process()) as progress:
+    progress = Progress(*columns, console=errors, disable=not _is_main_process())
+    told = time.monotonic()
+
+    def report(title: str, done: int, total: int, note: str) -> None:
+        nonlocal told
+        silent = errors.is_terminal or not _is_main_process()
+        if not silent and time.monotonic() - told > SECONDS_BETWEEN_LINES:
             told = time.monotonic()
+            errors.print(f"{title} {done}/{total} {note}", highlight=False, markup=False, soft_wrap=True)
+        if not bars:
+            progress.start()  # not before: it would leave an empty line
+        if title not in bars:
+            bars[title] = progress.add_task(title, total=total, note=note)
+        progress.update(bars[title], completed=done, total=total, note=note)
 
-            def report(title: str, done: int, total: int, note: str) -> None:
-                nonlocal told
-                silent = errors.is_terminal or not _is_main_process()
-                if not silent and time.monotonic() - told > SECONDS_BETWEEN_LINES:
-                    told = time.monotonic()
-                    errors.print(f"{title} {done}/{total} {note}", highlight=False, markup=False, soft_wrap=True)
-                if title not in bars:
-                    bars[title] = progress.add_task(title, total=total, note=note)
-                progress.update(bars[title], completed=done, total=total, note=note)
-
-            yield report
+    try:
+        yield report
     except KeyboardInterrupt:
         advice = "run the same command again to go on from here" if resumable else otherwise
         errors.print(f"interrupted; {advice}", highlight=False)
         raise typer.Exit(130) from None
+    finally:
+        if bars:
+            progress.stop()
 
 
 def _calibrate_inheritance(pipeline: Any, model: str, speedup: float, out: Path | None, **settings: Any) -> None:
@@ -953,10 +1047,14 @@ def _calibrate_inheritance(pipeline: Any, model: str, speedup: float, out: Path 
 
 def _inheritance(text: str) -> dict[str, Any]:
     """Settings of `inherit_features`: a number is a speed-up, all else a file."""
+    from asdm import InheritanceSchedule
+
     try:
-        return {"speedup": float(text)}
+        speedup = float(text)
     except ValueError:
-        return {"schedule": text}
+        return {"schedule": InheritanceSchedule.load(text)}
+    checks.SPEEDUP("--inherit", speedup)
+    return {"speedup": speedup}
 
 
 def _print_map(redundancy: RedundancyMap) -> None:
@@ -1014,7 +1112,8 @@ def _print_skipped(skipped: dict[str, str]) -> None:
         return
     errors.print(f"{len(skipped)} of the data's files were skipped:", highlight=False)
     for name, reason in list(skipped.items())[:10]:
-        errors.print(f"  {name}: {reason}", highlight=False, markup=False)
+        line = f"  {name}: {reason}".encode("utf-8", "replace").decode()  # a name that is no text
+        errors.print(line, highlight=False, markup=False)
     if len(skipped) > 10:
         errors.print(f"  and {len(skipped) - 10} more", highlight=False)
 
@@ -1032,7 +1131,6 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)  # of one library about another
     shown = warnings.showwarning
 
@@ -1062,7 +1160,29 @@ def _about_the_disk(error: Exception) -> str | None:
     return None
 
 
-def _fail(message: str, status: int) -> None:
+def _about_the_memory(error: Exception) -> str | None:
+    """What to tell where memory was too small, the device's or the machine's; None for any other error."""
+    words = ("out of memory", "can't allocate memory", "Unable to allocate", "not enough memory")
+    if isinstance(error, MemoryError) or any(each in str(error) for each in words):
+        return (
+            f"memory is too small for this ({one_line(error)}): take smaller images, fewer at a time, or another device"
+        )
+    return None
+
+
+def _refuse(error: Any) -> NoReturn:
+    """What typer says of a command line that it cannot parse, in one line; its help where nothing was named."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        raise SystemExit(error.exit_code)
+    where = getattr(getattr(error, "ctx", None), "command_path", "asdm")
+    given = error.__cause__.errors()[0]["input"] if hasattr(error.__cause__, "errors") else None
+    value = f" (given: {one_line(repr(given), 80)})" if given is not None else ""
+    _fail(f"{one_line(error.format_message(), 300).rstrip('.')}{value}; see {where} --help", 2)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    message = message.encode("utf-8", "replace").decode()  # a path that is no text
     errors.print(f"error: {message}", highlight=False, markup=False, soft_wrap=True)
     raise SystemExit(status)
 

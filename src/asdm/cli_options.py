@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
+from asdm import checks
 from asdm.errors import AsdmError
 from asdm.student.edits import CompensationKind
 
@@ -15,9 +17,22 @@ MODEL = (
     "demo, a Hub id, a folder, a .safetensors file, or random:sd15 | random:sd15-inpainting | random:sd21 | random:sdxl"
 )
 DATA = (
-    "Captioned images: a folder (name.txt beside each, or metadata.jsonl), WebDataset shards (.tar), hf:DATASET, a "
-    ".txt file of captions, what prepare-data wrote, or demo."
+    "Captioned images: a folder (name.txt beside each, or metadata.jsonl, .csv or .parquet), WebDataset shards (.tar), "
+    "hf:DATASET, a .txt file of captions, what prepare-data wrote, or demo."
 )
+
+
+def require(check: checks.Check) -> Callable[..., Any]:
+    """A callback for an option or argument that refuses what the check refuses, by the name that the user knows."""
+
+    def callback(param: typer.CallbackParam, value: Any) -> Any:
+        name = max(param.opts, key=len) if param.opts[0].startswith("-") else str(param.name).upper()
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if one is not None:
+                check(name, one)
+        return value
+
+    return callback
 
 
 def not_a_folder(path: Path | None) -> Path | None:
@@ -41,8 +56,14 @@ PlanFile = Annotated[
     typer.Option(help="Where to write the plan; plan.json by default.", callback=not_a_folder, show_default=False),
 ]
 FiguresFile = Annotated[Path, typer.Option(help="Where to write the figures.", callback=not_a_folder)]
-ModelArgument = Annotated[str, typer.Argument(help=f"The model: {MODEL}.", show_default=False)]
-DataOption = Annotated[str | None, typer.Option("--data", help=DATA, show_default=False)]
+NAME = require(checks.path)
+TEXT = require(checks.text)
+GUIDANCE = require(checks.GUIDANCE)
+SPEEDUP = require(checks.SPEEDUP)
+POSITIVE = require(checks.number(above=0))
+PART = require(checks.number(above=0, below=1))
+ModelArgument = Annotated[str, typer.Argument(help=f"The model: {MODEL}.", callback=NAME, show_default=False)]
+DataOption = Annotated[str | None, typer.Option("--data", help=DATA, callback=NAME, show_default=False)]
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps; by default the fastest there is.")
 ]
@@ -69,14 +90,22 @@ ConfigOption = Annotated[
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything random.", min=0, max=2**32 - 1)]
 SpeedupOption = Annotated[
-    float | None, typer.Option("--speedup", help="How many times faster the UNet must be, measured.")
+    float | None,
+    typer.Option("--speedup", help="How many times faster the UNet must be, measured.", callback=SPEEDUP),
 ]
 ParamsOption = Annotated[
     float | None,
-    typer.Option("--params", help="Parameters that may remain: a fraction of the original's (0.6), or a number."),
+    typer.Option(
+        "--params",
+        help="Parameters that may remain: a fraction of the original's (0.6), or a number.",
+        callback=POSITIVE,
+    ),
 ]
 MacsOption = Annotated[
-    float | None, typer.Option("--macs", help="MACs that may remain: a fraction of the original's (0.6), or a number.")
+    float | None,
+    typer.Option(
+        "--macs", help="MACs that may remain: a fraction of the original's (0.6), or a number.", callback=POSITIVE
+    ),
 ]
 PresetOption = Annotated[
     str | None,
@@ -103,6 +132,7 @@ RepairOption = Annotated[
         help="Rounds of improvement: what the plan's edits do together is measured, and some are exchanged (2 by "
         "default in compress).",
         min=0,
+        max=1000,
         show_default=False,
     ),
 ]

@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from asdm import checks
 from asdm.calibration import CalibrationCall, calibration_calls
 from asdm.conditioning import latent_shape
 from asdm.errors import AsdmError
+from asdm.records import Record
 from asdm.replay import Replay, as_they_were, outputs_of, replay_order, tensor_of
 from asdm.student.compensation import Compensation
 from asdm.student.edits import CompensationKind, Remove, compensated
@@ -36,16 +37,26 @@ RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, math.inf)
 KEPT_BYTES = 2**30  # of a UNet's features at most
 
 
-class CompensationReport(BaseModel):
+class CompensationReport(Record):
     """What a fit was worth: |student - teacher|^2 / |teacher|^2 of the prediction on noise that the fit did
     not see, before and after; and of the fitted units, the part of the branch's power that the map leaves."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     error_before: float
     error_after: float
     left_by_unit: dict[str, float]
 
 
+@checks.arguments(
+    pipeline=checks.PIPELINE,
+    student=checks.UNET,
+    data=checks.path,
+    prompts=checks.PROMPTS,
+    timesteps=checks.TIMESTEPS,
+    samples=checks.SAMPLES,
+    ridge=checks.number(0),
+    seed=checks.SEED,
+    progress=checks.function,
+)
 @torch.no_grad()
 def fit_compensation(
     pipeline: DiffusionPipeline,

@@ -13,6 +13,7 @@ from typing import Any
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+from asdm import checks
 from asdm.checkpoints import PredictionType
 from asdm.compensation import CompensationReport, fit_compensation, fitted_tensors
 from asdm.errors import AsdmError
@@ -21,6 +22,7 @@ from asdm.evaluation.metrics import Judge
 from asdm.evaluation.plots import redundancy_plot
 from asdm.evaluation.report import figures_section, headline_of, save_figure, write_report
 from asdm.files import replacing_file, write_text
+from asdm.generation import require_steps
 from asdm.incubation.distillation import distill
 from asdm.incubation.prepared import require_usable
 from asdm.incubation.recipes import RECIPES, read_stages, recipe_stages
@@ -28,7 +30,7 @@ from asdm.incubation.stages import Stage
 from asdm.incubation.trainer import read_log
 from asdm.model_card import model_card
 from asdm.pipelines import MARKER, load_clip, load_pipeline, require_ours, save_pipeline_into, with_unet
-from asdm.planning import make_plan
+from asdm.planning import make_plan, require_budget, require_params
 from asdm.redundancy import RedundancyMap, Sensitivity, analyze
 from asdm.repair import ROUNDS, repair_plan
 from asdm.student.edits import CompensationKind
@@ -49,6 +51,21 @@ class Compression:
     skipped: dict[str, str]
 
 
+@checks.arguments(
+    model=checks.path,
+    out=checks.path,
+    sensitivity=checks.literal(Sensitivity),
+    compensate=checks.literal(CompensationKind),
+    repair=checks.whole(0, 1000),
+    data=checks.path,
+    steps=checks.TRAINING_STEPS,
+    recipe=checks.path,
+    stages=checks.each(checks.a(Stage)),
+    samples=checks.whole(0, 10**6),
+    sampling_steps=checks.STEPS,
+    seed=checks.SEED,
+    progress=checks.function,
+)
 def compress(
     model: str,
     out: str | Path,
@@ -98,6 +115,7 @@ def compress(
     out = Path(out)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise AsdmError("compress works in one process; launch prepare-data and distill in several")
+    require_budget(speedup, params, macs, preset)
     if stages is None and recipe not in RECIPES:
         stages = read_stages(recipe)
     if data is None and (steps > 0 or stages):
@@ -133,9 +151,11 @@ def compress(
         _claim(out, settings)
         plan, evaluation = PruningPlan.load(out / "plan.json"), Evaluation.load(out / "evaluation.json")
         return Compression(out, out / "report.html", headline_of(evaluation, speedup), plan, evaluation, {})
-    pipeline = load_pipeline(model, device=device, **said)
     if data is not None:
         require_usable(data)
+    pipeline = load_pipeline(model, device=device, **said)
+    require_params(pipeline.unet, params)
+    require_steps(pipeline, sampling_steps)
     if samples > 0 and not is_random:
         Judge()  # told now that it is missing, not after the training
     _claim(out, settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,8 +12,12 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
+from asdm import checks
 from asdm.errors import AsdmError
 from asdm.pipelines import is_sdxl
+
+PIPELINES_MULTIPLE = 8  # of diffusers' Stable Diffusion pipelines, whatever the VAE's factor
+LARGEST_IMAGE = 8192  # pixels a side
 
 
 @dataclass(frozen=True)
@@ -155,10 +160,13 @@ def image_size(pipeline: DiffusionPipeline) -> int:
 def require_size(pipeline: DiffusionPipeline, size: int) -> None:
     """
     Raises:
-        AsdmError: the VAE has no latents for images of so many pixels a side.
+        AsdmError: the VAE has no latents for images of so many pixels a side, or the pipeline does not draw them.
     """
-    if size <= 0 or size % pipeline.vae_scale_factor:
-        raise AsdmError(f"size={size}: must be a positive multiple of {pipeline.vae_scale_factor}, the VAE's factor")
+    checks.whole(1, LARGEST_IMAGE)("size", size)
+    multiple = math.lcm(PIPELINES_MULTIPLE, pipeline.vae_scale_factor)
+    if size % multiple:
+        nearest = max(1, round(size / multiple)) * multiple
+        raise AsdmError(f"size={size}: must be a positive multiple of {multiple}; the nearest is {nearest}")
 
 
 @torch.no_grad()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,12 +15,26 @@ from diffusers import DiffusionPipeline, LCMScheduler
 from PIL import Image
 from torch import Tensor
 
-from asdm.conditioning import image_size, latent_shape, require_size
-from asdm.errors import AsdmError
-from asdm.inference.guidance_end import GuidanceEnd
-from asdm.pipelines import image_to_image, is_inpainting
+from asdm import checks
+from asdm.conditioning import LARGEST_IMAGE, PIPELINES_MULTIPLE, image_size, latent_shape, require_size
+from asdm.errors import AsdmError, one_line
+from asdm.images import as_rgb
+from asdm.inference.guidance_end import PART, GuidanceEnd
+from asdm.pipelines import image_to_image, is_inpainting, is_random
 
 
+@checks.arguments(
+    pipeline=checks.PIPELINE,
+    prompts=checks.any_of(checks.text, checks.each(checks.text, 1, "a text or a list of texts")),
+    guidance_scale=checks.GUIDANCE,
+    guidance_end=PART,
+    seed=checks.whole(0, 2**63 - 1),
+    image=checks.a(Image.Image),
+    mask=checks.a(Image.Image),
+    strength=checks.number(above=0, high=1),
+    batch_size=checks.whole(),
+    progress=checks.function,
+)
 @torch.no_grad()
 def generate(
     pipeline: DiffusionPipeline,
@@ -40,7 +56,7 @@ def generate(
     Args:
         mask: of the size of `image`, white where something else shall be drawn. A UNet made for inpainting reads it;
             with any other, what it leaves of the image is put back after each step.
-        steps: the pipeline's recommended ones by default (`default_steps`).
+        steps: the pipeline's recommended ones by default (`default_steps`), at most `most_steps`.
         guidance_scale: the pipeline's recommended one by default (`default_guidance`).
         guidance_end: part of the steps, in (0, 1], that are guided; the others take half the work (`GuidanceEnd`).
         seed: the n-th prompt's noise is that of seed + n, whatever the batch.
@@ -49,18 +65,23 @@ def generate(
         batch_size: prompts at a time; by default 32 for latents of up to 32x32, else 1.
 
     Raises:
-        AsdmError: `strength` or `guidance_end` is out of range, or `strength` so small that no step would be taken; a
-            mask without an image; a size that the VAE cannot draw, or that `image` decides.
+        AsdmError: an argument is out of range: `steps` more than the scheduler has, `strength` so small that no step
+            would be taken, a size that the pipeline cannot draw, or that `image` decides; a mask without an image, or
+            of another size; or what was drawn are no numbers (NaN).
     """
     if mask is not None and image is None:
         raise AsdmError("a mask says what of an image shall be drawn anew; give the image too")
     if size is not None and image is not None:
         raise AsdmError(f"size={size}: image-to-image draws at the image's own size; scale the image instead")
     prompts = [prompts] if isinstance(prompts, str) else prompts
+    if image is not None:
+        _require_image(image, mask)
+        image = image if image.mode == "RGB" else as_rgb(image)
     steps = default_steps(pipeline) if steps is None else steps
-    if image is not None and not (0 < strength <= 1 and int(steps * strength) >= 1):
+    require_steps(pipeline, steps)
+    if image is not None and int(steps * strength) < 1:
         raise AsdmError(
-            f"strength={strength:g}: must be in (0, 1] and leave at least one of the {steps} steps; "
+            f"strength={strength:g}: must leave at least one of the {steps} steps; "
             f"raise it to {math.ceil(100 / steps) / 100:g} or more"
         )
     guidance = default_guidance(pipeline) if guidance_scale is None else guidance_scale
@@ -81,22 +102,78 @@ def generate(
         batch = list(prompts[start : start + batch_size])
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
         given = {name: [value] * len(batch) if "image" in name else value for name, value in extra.items()}
-        result = target(
-            batch,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            generator=generators,
-            output_type="np",
-            **sides,
-            **given,
-        )
+        with _faults_in_one_line(target):
+            result = target(
+                batch,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                generator=generators,
+                output_type="np",
+                **sides,
+                **given,
+            )
+        drawn = np.asarray(result.images)
+        if not is_random(pipeline):
+            _require_finite(drawn, pipeline, guidance)
         blacked_out = sum(getattr(result, "nsfw_content_detected", None) or [])
         if blacked_out:
             warnings.warn(f"the safety checker blacked out {blacked_out} of {len(batch)} images", stacklevel=3)
-        images.append(torch.from_numpy(np.asarray(result.images)).permute(0, 3, 1, 2).float() * 2 - 1)
+        images.append(torch.from_numpy(drawn).permute(0, 3, 1, 2).float() * 2 - 1)
         if progress is not None:
             progress(min(start + batch_size, len(prompts)), len(prompts))
     return torch.cat(images)
+
+
+@contextmanager
+def _faults_in_one_line(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """What a pipeline refuses, as our error."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(error, AsdmError):
+            raise
+        raise AsdmError(f"{type(pipeline).__name__} refuses this: {one_line(error, 300)}") from error
+
+
+def _require_image(image: Image.Image, mask: Image.Image | None) -> None:
+    if mask is not None and mask.size != image.size:
+        raise AsdmError(f"the mask has {mask.size} pixels, the image {image.size}; give both in one size")
+    if min(image.size) < PIPELINES_MULTIPLE or max(image.size) > LARGEST_IMAGE:
+        raise AsdmError(
+            f"an image of {image.size} pixels: its sides must be from {PIPELINES_MULTIPLE} to {LARGEST_IMAGE}; scale it"
+        )
+
+
+def _require_finite(images: np.ndarray, pipeline: DiffusionPipeline, guidance: float) -> None:
+    """Raise an AsdmError for images (count, height, width, 3) that would be saved as black ones."""
+    broken = int((~np.isfinite(images)).reshape(len(images), -1).any(axis=1).sum())
+    if broken:
+        raise AsdmError(
+            f"{broken} of {len(images)} images are no numbers (NaN): the weights are damaged, the guidance scale "
+            f"{guidance:g} is too strong, or {str(pipeline.unet.dtype).removeprefix('torch.')} overflows; try float32 "
+            "and the default guidance"
+        )
+
+
+def most_steps(pipeline: DiffusionPipeline) -> int:
+    """How many sampling steps the scheduler can take: a consistency model's those of its solver."""
+    config = pipeline.scheduler.config
+    return min(config.get(name) or 1000 for name in ("num_train_timesteps", "original_inference_steps"))
+
+
+def require_steps(pipeline: DiffusionPipeline, steps: int) -> None:
+    """
+    Raises:
+        AsdmError: the pipeline's scheduler cannot sample in so many steps.
+    """
+    checks.STEPS("steps", steps)
+    kind, most = type(pipeline.scheduler).__name__, most_steps(pipeline)
+    if steps > most:
+        raise AsdmError(f"steps={steps}: this pipeline's {kind} has {most}; give as many at most")
+    try:
+        copy.deepcopy(pipeline.scheduler).set_timesteps(steps)
+    except (ValueError, ArithmeticError, IndexError, RuntimeError) as error:
+        raise AsdmError(f"steps={steps}: {kind} refuses it ({one_line(error)}); give another number") from None
 
 
 def nothing_to_keep(pipeline: DiffusionPipeline, size: int | None = None) -> dict[str, Any]:
@@ -114,7 +191,7 @@ def is_few_step(pipeline: DiffusionPipeline) -> bool:
 
 def default_steps(pipeline: DiffusionPipeline) -> int:
     """25, or 4 for a few-step pipeline."""
-    return 4 if is_few_step(pipeline) else 25
+    return min(4 if is_few_step(pipeline) else 25, most_steps(pipeline))
 
 
 def default_guidance(pipeline: DiffusionPipeline) -> float:

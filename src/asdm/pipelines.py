@@ -36,6 +36,7 @@ from torch import nn
 from transformers import CLIPModel, CLIPTextModel
 from transformers.utils import logging as transformers_logging
 
+from asdm import checks
 from asdm.checkpoints import (
     KIND_NAMES,
     SD_KINDS,
@@ -83,6 +84,7 @@ KINDS = (StableDiffusionPipeline, StableDiffusionXLPipeline, LatentConsistencyMo
 MODEL_HELP = f"demo, a Hub id, a folder, a .safetensors file, or {' | '.join(f'random:{shape}' for shape in UNETS)}"
 
 
+@checks.arguments(model=checks.path, dtype=checks.floating)
 def load_pipeline(
     model: str | Path,
     *,
@@ -114,6 +116,8 @@ def load_pipeline(
         AsdmError: there is no such model or config, or it is damaged, a pickle, or not a Stable Diffusion pipeline; or
             its UNet has inputs that this package does not give it.
     """
+    if device is not None:
+        on_device(torch.empty(0), device)  # refused before anything is read
     name = str(model)
     given = None if prediction_type is None else as_prediction_type(prediction_type, "prediction_type")
     if name == "demo":
@@ -176,11 +180,14 @@ def on_device(part: Any, device: str | torch.device) -> Any:
         AsdmError: there is no such device here.
     """
     try:
+        if torch.device(device).type == "meta":
+            raise RuntimeError("it holds no numbers")
         return part.to(device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise AsdmError(f"device {device}: not to be had ({one_line(error)}); use cpu") from None
 
 
+@checks.arguments(pipeline=checks.PIPELINE, folder=checks.path, about=checks.a(dict))
 def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path, about: dict[str, Any] | None = None) -> Path:
     """Save a pipeline, student or teacher, as a folder that `load_pipeline` and diffusers load.
 
@@ -320,6 +327,7 @@ def _text_to_image(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     return kind(**pipeline.components, **arguments)
 
 
+@checks.arguments(pipeline=checks.PIPELINE, unet=checks.a(nn.Module))
 def with_unet(pipeline: DiffusionPipeline, unet: UNet2DConditionModel) -> DiffusionPipeline:
     """A second pipeline that shares everything with `pipeline` but the UNet."""
     parts = {**pipeline.components, "unet": unet}

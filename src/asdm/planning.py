@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from asdm import checks
 from asdm.errors import AsdmError
 from asdm.evaluation.latency import unet_call
 from asdm.measure.latency import Ratio, measure_interleaved
@@ -23,6 +24,7 @@ from asdm.student.plan import PlanBase, PlanFigures, PruningPlan, SpeedupBasis, 
 from asdm.student.stock import dropped
 from asdm.units import conv_channels, goes_with, is_stage, layers
 
+MOST_SPEEDUP = 100  # more is not asked in earnest
 MEASUREMENT_ATTEMPTS = 6
 PRECISE_ENOUGH = 0.05  # half of a measured speed-up's interval, relative to it, up to which a plan goes by it
 # What a speed-up is multiplied by where it is not measured: by how much students were slower than their saved latencies
@@ -35,6 +37,38 @@ BK_PRESETS = {"bk-base": (1, True, 0), "bk-small": (1, False, 0), "bk-tiny": (1,
 PRESETS = ("a-sdm", "a-sdm-fast", *BK_PRESETS)
 
 
+def require_budget(speedup: Any, params: Any, macs: Any, preset: Any) -> None:
+    """
+    Raises:
+        AsdmError: not exactly one of the four is given, or it is none that any model could hold.
+    """
+    given = {"speedup": speedup, "params": params, "macs": macs, "preset": preset}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        raise AsdmError(f"give exactly one of speedup, params, macs, preset; got {', '.join(named) or 'none'}")
+    if preset is None:
+        above = 1 if speedup is not None else 0
+        checks.number(above=above)(named[0], given[named[0]])
+    elif preset not in PRESETS:
+        raise AsdmError(f"{preset}: no such preset; allowed: {', '.join(PRESETS)}")
+    if speedup is not None and speedup > MOST_SPEEDUP:
+        raise AsdmError(f"speedup={speedup:g}: out of reach of any UNet; ask for less, at most {MOST_SPEEDUP}")
+
+
+def require_params(unet: UNet2DConditionModel, params: float | None) -> None:
+    """Raise an AsdmError for a number of parameters that the UNet does not have."""
+    total = sum(p.numel() for p in unet.parameters())
+    if params is not None and params > total:
+        raise AsdmError(f"params={params:g}: the UNet has {total:.4g}; ask for fewer, or for a part such as 0.6")
+
+
+@checks.arguments(
+    redundancy=checks.a(RedundancyMap, "asdm.analyze makes one"),
+    compensate=checks.literal(CompensationKind),
+    unet=checks.UNET,
+    rounds=checks.ROUNDS,
+    progress=checks.function,
+)
 def make_plan(
     redundancy: RedundancyMap,
     *,
@@ -71,10 +105,7 @@ def make_plan(
         AsdmError: not exactly one of the four given, an unknown preset, or a budget that even removing
             every unit does not reach; the message says what is reachable.
     """
-    given = {"speedup": speedup, "params": params, "macs": macs, "preset": preset}
-    named = [name for name, value in given.items() if value is not None]
-    if len(named) != 1:
-        raise AsdmError(f"give exactly one of speedup, params, macs, preset; got {', '.join(named) or 'none'}")
+    require_budget(speedup, params, macs, preset)
     compensate = compensate or (redundancy.compensate if redundancy.estimator == "ablation" else "linear")
     choices = possible_edits(redundancy, compensate)
     if preset is not None:
@@ -92,6 +123,13 @@ def make_plan(
     return _plan(redundancy, chosen, {"macs": macs})
 
 
+@checks.arguments(
+    plan=checks.a(PruningPlan, "asdm.make_plan makes one"),
+    unet=checks.UNET,
+    params=checks.number(above=0),
+    router=checks.one_of("input", "input+time", "time"),
+    activation=checks.one_of("softmax", "sigmoid"),
+)
 def add_banks(
     plan: PruningPlan,
     unet: UNet2DConditionModel,
@@ -411,8 +449,6 @@ def _with_speedup(
 
 
 def _preset(redundancy: RedundancyMap, preset: str, choices: list[PossibleEdit]) -> PruningPlan:
-    if preset not in PRESETS:
-        raise AsdmError(f"{preset}: no such preset; allowed: {', '.join(PRESETS)}")
     if preset in BK_PRESETS:
         layers, mid_block, fewer = BK_PRESETS[preset]
         names = [unit.name for unit in redundancy.units]

@@ -18,10 +18,11 @@ from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 from torch import Tensor
 
-from asdm.calibration import CalibrationCall, calibration_calls
+from asdm import checks
+from asdm.calibration import CalibrationCall, calibration_calls, require_calibration
 from asdm.compensation import Map, compensating, unit_maps
 from asdm.conditioning import latent_shape
 from asdm.errors import AsdmError, one_line
@@ -30,6 +31,7 @@ from asdm.evaluation.macs import MacCount, counting_macs
 from asdm.files import write_text
 from asdm.measure.latency import seconds_of
 from asdm.pipelines import is_random
+from asdm.records import Record, first_fault
 from asdm.replay import Replay, as_they_were, outputs_of, replay_order, tensor_of
 from asdm.student.edits import CompensationKind, GriAttention, Remove, UnitEdit
 from asdm.student.surgery import edited, replaced_paths, swapped
@@ -53,7 +55,7 @@ MANY_TOKENS = 256  # from here on global-regional attention can pay
 EVEN_MORE_TOKENS = 4096  # from here on with smaller regions and coarser global tokens
 
 
-class UnitRecord(BaseModel):
+class UnitRecord(Record):
     """One unit's cost and sensitivity.
 
     `gmacs` counts attention products, `gmacs_without_attention` does not; both per sample. `latency_ms`
@@ -64,7 +66,6 @@ class UnitRecord(BaseModel):
     map in its place that the redundancy map's `compensate` names.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
     kind: UnitKind
     parent: str | None
@@ -84,14 +85,13 @@ class UnitRecord(BaseModel):
         return stage_of(self.name)
 
 
-class EditRecord(BaseModel):
+class EditRecord(Record):
     """What an edit other than a unit's removal saves and costs; fields as a UnitRecord's, `sensitivity` without a map
     in its place.
 
     `covers`: the units that it takes away or changes, so that no other edit of a plan can.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     edit: dict[str, Any]
     covers: list[str]
     parameters: int
@@ -104,7 +104,7 @@ class EditRecord(BaseModel):
     sensitivity_by_timestep: dict[int, float]
 
 
-class RedundancyMap(BaseModel):
+class RedundancyMap(Record):
     """Every removable unit of a UNet with what it costs and what it is worth, as a table.
 
     `estimator` is None where there are neither sensitivities nor latencies. `latency_doubt`: half the intervals of all
@@ -113,14 +113,13 @@ class RedundancyMap(BaseModel):
     the least that an exact ablation needs when no prefix is computed twice.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     model: str
     fingerprint: str
     unet_config: dict[str, Any]
-    parameters: int
-    gmacs: float
+    parameters: int = Field(gt=0)
+    gmacs: float = Field(gt=0)
     gmacs_without_attention: float
-    latency_ms: float
+    latency_ms: float = Field(ge=0)
     latency_doubt: float = 0.0
     other_cores: float | None = None
     latency_batch_size: int
@@ -158,9 +157,22 @@ class RedundancyMap(BaseModel):
         try:
             return cls.model_validate_json(path.read_text("utf-8"))
         except (ValidationError, UnicodeDecodeError) as error:
-            raise AsdmError(f"{path}: not a redundancy map: {one_line(error)}; make one with `asdm analyze`") from None
+            told = first_fault(error) if isinstance(error, ValidationError) else one_line(error)
+            raise AsdmError(f"{path}: not a redundancy map: {told}; make one with `asdm analyze`") from None
 
 
+@checks.arguments(
+    pipeline=checks.PIPELINE,
+    data=checks.path,
+    prompts=checks.PROMPTS,
+    timesteps=checks.TIMESTEPS,
+    samples=checks.SAMPLES,
+    sensitivity=checks.literal(Sensitivity),
+    compensate=checks.literal(CompensationKind),
+    latency_rounds=checks.ROUNDS,
+    seed=checks.SEED,
+    progress=checks.function,
+)
 @torch.no_grad()
 def analyze(
     pipeline: DiffusionPipeline,
@@ -200,6 +212,7 @@ def analyze(
     Raises:
         AsdmError: the data folder cannot be used.
     """
+    require_calibration(pipeline, data)
     started = time.perf_counter()
     sensitivity = sensitivity or ("taylor" if is_random(pipeline) else "ablation")
     compensate = compensate or ("none" if is_random(pipeline) else "linear")

@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
+from asdm import checks
 from asdm.calibration import CalibrationCall, calibration_calls
 from asdm.compensation import fit_to_calls, prediction_error, predictions, samples_to_fit, unit_maps
 from asdm.errors import AsdmError
@@ -45,6 +46,18 @@ CHANGES = 8  # edits that the first round may take back or add, in all
 Progress = Callable[[int, int, str], None]
 
 
+@checks.arguments(
+    pipeline=checks.PIPELINE,
+    redundancy=checks.a(RedundancyMap, "asdm.analyze makes one"),
+    plan=checks.a(PruningPlan, "asdm.make_plan makes one"),
+    data=checks.path,
+    prompts=checks.PROMPTS,
+    timesteps=checks.TIMESTEPS,
+    samples=checks.SAMPLES,
+    rounds=checks.whole(0, 1000),
+    seed=checks.SEED,
+    progress=checks.function,
+)
 @torch.no_grad()
 def repair_plan(
     pipeline: DiffusionPipeline,

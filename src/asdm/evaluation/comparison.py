@@ -17,23 +17,26 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import ConfigDict, ValidationError, model_validator
 from torch import Tensor
 from transformers import CLIPModel
 
+from asdm import checks
 from asdm.calibration import DEFAULT_PROMPTS
 from asdm.conditioning import image_size
+from asdm.errors import AsdmError, one_line
 from asdm.evaluation.image_timing import IMAGES, ImageJob, time_images
 from asdm.evaluation.latency import unet_call
 from asdm.evaluation.macs import counting_macs
 from asdm.evaluation.metrics import Judge, feature_distance, kid, recognition, retrieval_at_1
 from asdm.files import write_text
-from asdm.generation import default_guidance, default_steps, generate, is_few_step
+from asdm.generation import default_guidance, default_steps, generate, is_few_step, require_steps
 from asdm.images import to_images
 from asdm.incubation.data import Example, can_be_decoded, load_pixels, open_data
 from asdm.measure.latency import Latency, Ratio, measure_interleaved
 from asdm.measure.load import LoadMeter, busy_line
 from asdm.pipelines import clip_statistics, without_safety_checker
+from asdm.records import Record, first_fault
 
 Progress = Callable[[str, int, int], None]
 UNET_ROUNDS = 10
@@ -41,11 +44,7 @@ _LONGEST_TIMED_PIPELINE_MS = 10_000
 _READ_TOGETHER = 64  # images, whose pixels are let go once they are judged
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SpeedFigures(_Record):
+class SpeedFigures(Record):
     """One pipeline's cost; an image takes it `steps`. UNet calls are at batch 2 (one image with guidance), GMACs per
     sample.
 
@@ -80,7 +79,7 @@ class SpeedFigures(_Record):
         return Ratio(self.pipeline_speedup, *self.pipeline_speedup_interval)
 
 
-class QualityFigures(_Record):
+class QualityFigures(Record):
     """One pipeline's images on one split; a figure is None where the data cannot tell it.
 
     `teacher_distance` is 1 - cosine of the judge's features to the first pipeline's image of the same seed.
@@ -98,7 +97,7 @@ class QualityFigures(_Record):
     retrieval_at_1: float | None = None
 
 
-class Evaluation(_Record):
+class Evaluation(Record):
     """What several pipelines cost and what their images are like, from one run.
 
     `other_cores`: how many cores other processes kept busy while speed was measured; `contention`: the part of this
@@ -141,7 +140,11 @@ class Evaluation(_Record):
 
     @classmethod
     def load(cls, path: str | Path) -> Evaluation:
-        return cls.model_validate_json(Path(path).read_text("utf-8"))
+        try:
+            return cls.model_validate_json(Path(path).read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            told = first_fault(error) if isinstance(error, ValidationError) else one_line(error)
+            raise AsdmError(f"{path}: not an evaluation ({told}); `asdm evaluate` writes one") from None
 
 
 def _upgraded(row: Any, first: Any) -> Any:
@@ -160,15 +163,28 @@ def _upgraded(row: Any, first: Any) -> Any:
     }
 
 
-class EvaluationSet(_Record):
+class EvaluationSet(Record):
     """Prompts of one split, and the real images behind them where there are any."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(arbitrary_types_allowed=True)
     split: str
     prompts: list[str]
     examples: list[Example]
 
 
+@checks.arguments(
+    pipelines=checks.named(checks.PIPELINE),
+    data=checks.path,
+    prompts=checks.PROMPTS,
+    samples=checks.whole(0, 10**6),
+    steps=checks.STEPS,
+    guidance_scale=checks.GUIDANCE,
+    seed=checks.SEED,
+    rounds=checks.ROUNDS,
+    quality=checks.flag,
+    images_folder=checks.path,
+    progress=checks.function,
+)
 def evaluate(
     pipelines: dict[str, DiffusionPipeline],
     *,
@@ -203,6 +219,9 @@ def evaluate(
         AsdmError: the data cannot be used, or the judge is not installed.
     """
     first = next(iter(pipelines.values()))
+    for pipeline in pipelines.values():
+        if not is_few_step(pipeline):
+            require_steps(pipeline, steps)
     guidance = default_guidance(first) if guidance_scale is None else guidance_scale
     sets = evaluation_sets(data, prompts, samples, seed) if quality else []
     judged = _judge(pipelines, sets, data, steps, guidance, seed, clip, images_folder, progress) if sets else []
@@ -327,6 +346,7 @@ def _judge(
     judge = Judge(first.device)
     pool = None if data is None else RealImages.of(data, sets, judge, first, clip)
     rows = []
+    folders = folder_names(list(pipelines))
     for evaluation_set in sets:
         teacher_features: Tensor | None = None
         for name, pipeline in pipelines.items():
@@ -343,7 +363,7 @@ def _judge(
                 progress=drawn,
             )
             if images_folder is not None:
-                save_images(images, Path(images_folder) / evaluation_set.split / folder_name(name))
+                save_images(images, Path(images_folder) / evaluation_set.split / folders[name])
             features = judge.features(images)
             teacher_features = features if teacher_features is None else teacher_features
             rows.append(
@@ -436,6 +456,34 @@ def text_embeds(clip: CLIPModel, pipeline: DiffusionPipeline, captions: Sequence
         return_tensors="pt",
     )
     return clip.text_projection(clip.text_model(input_ids=tokens.input_ids).pooler_output)
+
+
+def distinct_names(places: Sequence[str], *, shortest: bool = False) -> list[str]:
+    """A name for each model by where it lies, none twice: itself, or with `shortest` the end of its path that no other
+    has; and a number behind what is named again."""
+    names: list[str] = []
+    for place in places:
+        plain = _own_end(place, places) if shortest else place
+        name, number = plain, 1
+        while name in names:
+            number += 1
+            name = f"{plain} ({number})"
+        names.append(name)
+    return names
+
+
+def _own_end(place: str, places: Sequence[str]) -> str:
+    parts = Path(place).parts
+    others = {Path(other).parts for other in places} - {parts}
+    for length in range(1, len(parts) + 1):
+        if all(other[-length:] != parts[-length:] for other in others):
+            return "/".join(parts[-length:])
+    return place
+
+
+def folder_names(names: Sequence[str]) -> dict[str, str]:
+    """For each model's name the name of a folder, none twice."""
+    return dict(zip(names, distinct_names([folder_name(name) for name in names]), strict=True))
 
 
 def folder_name(name: str) -> str:

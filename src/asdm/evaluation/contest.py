@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, Field
 from torch import Tensor
 
 from asdm.errors import AsdmError, one_line
-from asdm.evaluation.comparison import EvaluationSet, RealImages, evaluation_sets, folder_name, save_images
+from asdm.evaluation.comparison import EvaluationSet, RealImages, evaluation_sets, folder_names, save_images
 from asdm.evaluation.contestants import Contestant, Way, forget_graphs, unforeseen
 from asdm.evaluation.image_timing import ImageJob, ImageTiming, add_calls, decoder_key, time_image, watching_calls
 from asdm.evaluation.latency import unet_call
@@ -37,6 +37,7 @@ from asdm.generation import default_guidance, generate, nothing_to_keep
 from asdm.inference.guidance_end import GuidanceEnd
 from asdm.inference.runtime import device_name
 from asdm.measure.latency import Patience, Ratio, Stopwatch, seconds_of, synchronise
+from asdm.records import Record
 
 Progress = Callable[[str, int, int], None]
 TURN_PRECISION = 0.05  # of the ratios to the first contestant, at which no more turns follow
@@ -45,7 +46,7 @@ QUALITIES = ("teacher_distance", "kid", "concept_top1", "concept_top5", "style")
 PACKAGES = ("torch", "diffusers", "openvino", "nncf", "tomesd", "DeepCache", "tgate")
 
 
-class ContestRow(BaseModel):
+class ContestRow(Record):
     """One contestant's figures at one place.
 
     `seconds` of one image with guidance, on a machine that does nothing else, and `speedup` over the place's first
@@ -58,7 +59,6 @@ class ContestRow(BaseModel):
     as in `QualityFigures`, by split.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     place: str
     name: str
     group: str
@@ -94,11 +94,10 @@ class ContestRow(BaseModel):
         return Ratio(self.speedup, *(self.speedup_interval or (self.speedup, self.speedup)))
 
 
-class ContestRun(BaseModel):
+class ContestRun(Record):
     """Where and when the rows of a place were measured; `limits` as `machine_limits` tells them, in GFLOP/s;
     `other_cores`, how many cores other processes kept busy meanwhile."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     date: str
     machine: str
     versions: dict[str, str]
@@ -130,13 +129,12 @@ class ContestRun(BaseModel):
         )
 
 
-class Contest(BaseModel):
+class Contest(Record):
     """The rows of all places, and each place's run.
 
     Saved as two files: NAME.json is the list of rows, NAME_run.json the runs by place.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     runs: dict[str, ContestRun] = {}
     rows: list[ContestRow] = []
 
@@ -423,6 +421,7 @@ def _judged(
     judge = Judge(pipeline.device)
     sets = evaluation_sets(data, None, samples, seed)
     real = RealImages.of(data, sets, judge, pipeline, None)
+    folders = folder_names([entry.name for entry in entries])
     originals: dict[str, Tensor] = {}
     figures: dict[str, dict[str, Any]] = {}
     for done, entry in enumerate(entries, start=1):
@@ -435,7 +434,7 @@ def _judged(
             for each in sets:
                 images = _drawn(pipeline, entry, each, seed)
                 if images_folder is not None:
-                    save_images(images, images_folder / each.split / folder_name(entry.name))
+                    save_images(images, images_folder / each.split / folders[entry.name])
                 features = judge.features(images)
                 if entry is entries[0]:
                     originals[each.split] = features

@@ -23,7 +23,7 @@ from diffusers import (
 )
 
 from asdm.conditioning import latent_shape
-from asdm.errors import AsdmError
+from asdm.errors import AsdmError, needs_extra
 from asdm.evaluation.latency import unet_call
 from asdm.evaluation.macs import counting_macs
 from asdm.generation import generate
@@ -320,8 +320,8 @@ def tome(steps: int, ratio: float) -> Contestant:
 
     @contextmanager
     def prepared(pipeline: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
-        import tomesd
-
+        with needs_extra("benchmark", "ToMe"):
+            import tomesd
         patched = with_unet(pipeline, copy.deepcopy(pipeline.unet))
         tomesd.apply_patch(patched, ratio=ratio, max_downsample=1)
         yield patched
@@ -334,8 +334,8 @@ def deep_cache(steps: int, interval: int) -> Contestant:
 
     @contextmanager
     def prepared(pipeline: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
-        from DeepCache import DeepCacheSDHelper
-
+        with needs_extra("benchmark", "DeepCache"):
+            from DeepCache import DeepCacheSDHelper
         patched = with_unet(pipeline, copy.deepcopy(pipeline.unet))
         helper = DeepCacheSDHelper(pipe=patched)
         helper.set_params(cache_interval=interval, cache_branch_id=0)
@@ -395,8 +395,8 @@ def t_gate(steps: int, gate_step: int) -> Contestant:
 
     @contextmanager
     def prepared(pipeline: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
-        from tgate import TgateSDLoader
-
+        with needs_extra("benchmark", "T-GATE"):
+            from tgate import TgateSDLoader
         if is_sdxl(pipeline):
             raise AsdmError("T-GATE's contestant is for SD 1.x and 2.x")
         parts = {**pipeline.components, "unet": copy.deepcopy(pipeline.unet)}
@@ -426,6 +426,9 @@ def contestants(
     graphs: bool = True,
 ) -> list[Contestant]:
     """All of them; the unmodified pipeline first.
+
+    Raises:
+        AsdmError: a student has the name of another contestant.
 
     Args:
         steps: sampling steps of all that do not sample in fewer.
@@ -462,6 +465,10 @@ def contestants(
         *(_by_lcm(name, "stack", anew(student)) for name, student in (few_step or {}).items()),
         *(_by_lcm(f"{name} + OpenVINO", "stack", in_openvino(student)) for name, student in (few_step or {}).items()),
     ]
+    names = [entry.name for entry in entries]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise AsdmError(f"{twice}: two contestants have this name; name the student's folder otherwise")
     return [entry for entry in entries if graphs or "OpenVINO" not in entry.name]
 
 

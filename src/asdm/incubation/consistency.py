@@ -15,6 +15,7 @@ import torch
 from diffusers import DDPMScheduler, LCMScheduler, UNet2DConditionModel
 from torch import Tensor
 
+from asdm import checks
 from asdm.conditioning import predicted_original
 from asdm.errors import AsdmError
 from asdm.incubation.losses import pseudo_huber, squared_error
@@ -34,9 +35,17 @@ _NOISE_SCHEDULE = (
 )
 
 
+@checks.arguments(config=checks.a(Mapping), solver_steps=checks.whole())
 def lcm_scheduler(config: Mapping[str, Any], solver_steps: int) -> LCMScheduler:
     """The sampler of a consistency-distilled student: the noise schedule and the prediction type of the teacher's
-    scheduler, whose `config` is given; its time steps are among the `solver_steps` that were trained."""
+    scheduler, whose `config` is given; its time steps are among the `solver_steps` that were trained.
+
+    Raises:
+        AsdmError: more solver steps than the schedule has time steps.
+    """
+    total = config.get("num_train_timesteps", 1000)
+    if solver_steps > total:
+        raise AsdmError(f"solver_steps={solver_steps}: the schedule has {total} time steps; give as many at most")
     kept = {name: config[name] for name in _NOISE_SCHEDULE if name in config}
     # The offset, which this scheduler does not read, is what Stable Diffusion pipelines ask for with a warning.
     return LCMScheduler(original_inference_steps=solver_steps, steps_offset=1, **kept)
@@ -67,7 +76,7 @@ class ConsistencyTask(TeachingTask):
     Sec. 3.2, not an average of its past: no third network, and nothing more to resume.
 
     Raises:
-        AsdmError: more solver steps than the schedule has time steps, or more of the student's than of the solver's.
+        AsdmError: more solver steps than the schedule has time steps.
     """
 
     def __init__(
@@ -81,17 +90,10 @@ class ConsistencyTask(TeachingTask):
     ):
         super().__init__(teacher, student, schedule, examples, stage)
         total, solver_steps = schedule.config.num_train_timesteps, stage.consistency.solver_steps
-        if solver_steps > total:
-            raise AsdmError(f"solver_steps={solver_steps}: the schedule has {total} time steps; give as many at most")
-        student_steps = stage.consistency.student_steps
-        if student_steps > solver_steps:
-            raise AsdmError(
-                f"student_steps={student_steps}: more than solver_steps={solver_steps}; give as many at most"
-            )
         self.guidance_scale = guidance_scale
-        self.skipped = total // solver_steps
         self.sampler = lcm_scheduler(schedule.config, solver_steps)
-        self.sampler.set_timesteps(student_steps or solver_steps)
+        self.skipped = total // solver_steps
+        self.sampler.set_timesteps(stage.consistency.student_steps or solver_steps)
         self.visited = self.sampler.timesteps.cpu().flip(0)  # rising, as what is drawn
 
     def timesteps(self, count: int, generator: torch.Generator) -> Tensor:

@@ -6,6 +6,7 @@ them and an interrupted reading goes on at the next one. What cannot be used is 
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
 import json
@@ -21,23 +22,25 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from asdm import checks
 from asdm.errors import AsdmError, needs_extra, one_line
-from asdm.images import to_tensor
+from asdm.images import UNREAD_SUFFIXES, image_fault, open_pixels, readable_suffixes, to_tensor, verify_pixels
 from asdm.pipelines import read_marker
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 DATA_HELP = (
-    "a folder of images with captions (name.txt beside each, or metadata.jsonl), WebDataset shards (a folder, path or "
-    "URL pattern of .tar files), hf:DATASET, a .txt file of captions, what prepare-data wrote, or demo"
+    "a folder of images with captions (name.txt beside each, or metadata.jsonl, .csv or .parquet), WebDataset shards "
+    "(a folder, path or URL pattern of .tar files), hf:DATASET, a .txt file of captions, what prepare-data wrote, or "
+    "demo"
 )
 PREPARED = "prepared.json"  # the index of a folder that prepare-data wrote
-METADATA = "metadata.jsonl"
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # the first of these that a folder has
 PIECE = 1024  # examples of a folder, a dataset or a file of captions that are read at a time
 AT_HAND = 2048  # examples of a stream that calibration and evaluation choose from
 
 Split = Literal["train", "held_out", "all"]
-_IMAGE_FIELDS = tuple(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
 _CAPTION_FIELDS = ("caption", "text", "prompt")
+_LABELS = ("concept", "style")
+_FALSE = ("", "0", "false", "no")  # in a table of texts
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Example:
         """
         if self.file is None:
             raise OSError("captions alone have no images")
-        return Image.open(io.BytesIO(self.file) if isinstance(self.file, bytes) else self.file)
+        return open_pixels(self.file)
 
     def pixels(self, size: int) -> Tensor:
         """The image (3, size, size) in [-1, 1], centre-cropped.
@@ -157,6 +160,7 @@ def open_source(source: str | Path, split: Split = "train") -> Source:
     Raises:
         AsdmError: there is none.
     """
+    checks.path("data", source)
     name = str(source)
     if name == "demo":
         from asdm.demo import images_folder
@@ -179,28 +183,31 @@ def open_source(source: str | Path, split: Split = "train") -> Source:
         return CaptionSource(path.name, [caption for piece in pieces for caption in piece["captions"]], split)
     if read_marker(path).get("kind") == "prepared":
         raise AsdmError(f"{path}: not prepared to its end; run prepare-data again")
-    if not (path / METADATA).is_file() and any(path.glob("*.tar")):
+    if _metadata_of(path) is None and any(path.glob("*.tar")):
         return ShardSource(sorted(str(shard) for shard in path.glob("*.tar")), split)
     return FolderSource(path, split)
 
 
 class FolderSource:
-    """Images with captions in files beside them, or in `metadata.jsonl`."""
+    """Images with captions in files beside them, or in a file of metadata.
+
+    What is no sample, and looks as if it should be one, is named behind all rows, and is no part of the identity.
+    """
 
     remote = False
 
     def __init__(self, folder: Path, split: Split):
-        metadata = folder / METADATA
-        rows = _from_metadata(metadata) if metadata.is_file() else _from_text_files(folder)
+        rows = list(_rows_of(folder))
         self.rows = [row for row in rows if isinstance(row, Unusable) or _in_split(row, split)]
+        self.others = list(_others_of(folder, rows))
         self.split = split
         self.identity = _digest([row.name, _size_of(row), getattr(row, "caption", None)] for row in self.rows)
 
     def __len__(self) -> int:
-        return -(-len(self.rows) // PIECE)
+        return -(-(len(self.rows) + len(self.others)) // PIECE)
 
     def read(self, piece: int) -> Iterator[Example | Unusable]:
-        for row in self.rows[piece * PIECE : (piece + 1) * PIECE]:
+        for row in [*self.rows, *self.others][piece * PIECE : (piece + 1) * PIECE]:
             fault = None if isinstance(row, Unusable) else _fault(Path(str(row.file)))
             yield row if fault is None else Unusable(row.name, fault)
 
@@ -330,16 +337,29 @@ def _file_of(content: dict[str, Any]) -> Path | bytes | None:
 
 def _from_sample(sample: dict[str, Any]) -> Example | Unusable:
     """A sample of a shard."""
-    file = next((value for key, value in sample.items() if key in _IMAGE_FIELDS), None)
+    name = sample["__key__"]
+    members = sorted(key for key in sample if not key.startswith("__"))
+    found = f"its members are {', '.join(f'.{member}' for member in members)}"
     try:
         about = json.loads(sample.get("json") or b"{}")
-        caption = sample["txt"].decode("utf-8-sig", "replace") if "txt" in sample else None
     except (json.JSONDecodeError, UnicodeDecodeError):
-        return Unusable(sample["__key__"], "its .json is damaged")
+        return Unusable(name, "its .json is damaged")
     if not isinstance(about, dict):
-        return Unusable(sample["__key__"], "its .json has no fields")
-    caption = caption or next((about[key] for key in _CAPTION_FIELDS if about.get(key)), "")
-    return _example(sample["__key__"], caption, file, about)
+        return Unusable(name, "its .json has no fields")
+    suffixes = readable_suffixes()
+    images = [member for member in members if f".{member}" in suffixes]
+    if not images:
+        unread = next((member for member in members if f".{member}" in UNREAD_SUFFIXES), None)
+        why = "" if unread is None else f"; this Pillow does not read .{unread}, convert it to PNG or JPEG"
+        # WebDataset takes all behind the first dot of a name for the ending
+        why = why or ("; its name has a dot too many" if any("." in member for member in members) else "")
+        return Unusable(name, f"it has no image: {found}{why}")
+    caption = sample["txt"].decode("utf-8-sig", "replace") if "txt" in sample else None
+    caption = caption or next((about[key] for key in _CAPTION_FIELDS if about.get(key)), None)
+    if caption is None and "txt" not in sample:
+        fields = f", its .json's fields {', '.join(map(str, about)) or 'none'}" if "json" in sample else ""
+        return Unusable(name, f"it has no caption, as .txt or as caption, text or prompt in .json: {found}{fields}")
+    return _example(name, caption, sample[next(key for key in sample if key in images)], about)
 
 
 def _example(name: str, caption: Any, file: Path | bytes | None, about: dict[str, Any]) -> Example | Unusable:
@@ -354,8 +374,10 @@ def _example(name: str, caption: Any, file: Path | bytes | None, about: dict[str
         return Unusable(name, "its caption is empty")
     if file is None:
         return Unusable(name, "it has no image")
-    labels = {key: found if isinstance(found := about.get(key), str) else None for key in ("concept", "style")}
-    return Example(name, caption, file, **labels, held_out=bool(about.get("held_out")))
+    labels = {key: found if isinstance(found := about.get(key), str) and found else None for key in _LABELS}
+    held_out = about.get("held_out")
+    is_held_out = held_out.lower() not in _FALSE if isinstance(held_out, str) else bool(held_out)
+    return Example(name, caption, file, **labels, held_out=is_held_out)
 
 
 def _state_of(path: Path) -> list[Any]:
@@ -379,31 +401,121 @@ def _in_split(example: Example, split: Split) -> bool:
     return split == "all" or example.held_out == (split == "held_out")
 
 
-def _from_metadata(path: Path) -> Iterator[Example | Unusable]:
-    for number, line in enumerate(_text_of(path).split("\n"), start=1):  # other breaks may stand within a string
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            name, caption = row["file_name"], row["text"]
-            file = path.parent / name
-        except (json.JSONDecodeError, KeyError, TypeError):
-            yield Unusable(f"{path.name}:{number}", 'not a row with "file_name" and "text"')
-        else:
-            yield _example(name, caption, file, row)
+def _metadata_of(folder: Path) -> Path | None:
+    """The file of metadata in a folder."""
+    return next((folder / name for name in METADATA if (folder / name).is_file()), None)
 
 
-def _from_text_files(folder: Path) -> Iterator[Example | Unusable]:
-    for path in sorted(path for path in _files_of(folder) if path.suffix.lower() in IMAGE_SUFFIXES):
+def _rows_of(folder: Path) -> Iterator[Example | Unusable]:
+    """The samples of a folder; where it has no metadata, those with text files beside them first, then those of the
+    metadata in folders inside it."""
+    metadata = _metadata_of(folder)
+    if metadata is not None:
+        yield from _from_metadata(metadata, folder)
+        return
+    suffixes = readable_suffixes()
+    for path in sorted(path for path in _files_of(folder) if path.suffix.lower() in suffixes):
         name, text = str(path.relative_to(folder)), path.with_suffix(".txt")
         if text.is_file():
             yield _example(name, _text_of(text), path, {})
         else:
-            yield Unusable(name, "it has no caption")
+            yield Unusable(name, f"it has no caption: neither {text.name} nor {METADATA[0]}, .csv or .parquet is there")
+    for inside in sorted(_folders_with_metadata(folder)):
+        yield from _from_metadata(inside, folder)
 
 
-def _files_of(folder: Path) -> Iterator[Path]:
-    """All files below a folder, through links too, but each folder once."""
+def _others_of(folder: Path, rows: Iterable[Example | Unusable]) -> Iterator[Unusable]:
+    """Files of a folder that its samples leave out: images that no row of the metadata names, images in formats that
+    cannot be read, and captions without an image."""
+    named = {os.path.normpath(folder / row.name) for row in rows}
+    tables = [path for path in (_metadata_of(folder),) if path is not None]
+    suffixes, files = readable_suffixes(), sorted(_files_of(folder, all_folders=True))
+    beside: dict[str, list[str]] = {}
+    for path in files:
+        beside.setdefault(os.path.splitext(path)[0], []).append(path.name)
+    for path in files:
+        suffix, name = path.suffix.lower(), str(path.relative_to(folder))
+        if os.path.normpath(path) in named:
+            continue
+        if suffix in suffixes:
+            yield Unusable(name, "no row of the metadata names it")
+        elif suffix in UNREAD_SUFFIXES:
+            yield Unusable(name, f"this Pillow does not read {suffix}; convert it to PNG or JPEG")
+        elif suffix == ".txt" and not tables:
+            others = [each for each in beside[os.path.splitext(path)[0]] if each != path.name]
+            if not any(Path(each).suffix.lower() in suffixes | UNREAD_SUFFIXES for each in others):
+                yield Unusable(
+                    name, f"no image of its name is beside it{'' if not others else ', only ' + ', '.join(others)}"
+                )
+
+
+def _from_metadata(path: Path, folder: Path) -> Iterator[Example | Unusable]:
+    """The rows of a file of metadata, whose names of files are relative to it; ours to the whole `folder`."""
+    reader = {".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}[path.suffix]
+    for place, row, fault in reader(path):
+        about = row if isinstance(row, dict) else {}
+        name, column = about.get("file_name"), next((key for key in ("text", *_CAPTION_FIELDS) if key in about), None)
+        if fault:
+            yield Unusable(f"{path.relative_to(folder)}{place}", fault)
+        elif not isinstance(name, str) or not name or column is None:
+            fields = ", ".join(map(str, about)) or "none"
+            told = f'not a row with "file_name" and "text", "caption" or "prompt"; its fields are {fields}'
+            yield Unusable(f"{path.relative_to(folder)}{place}", one_line(told))
+        else:
+            file = path.parent / name
+            inside = name if path.parent == folder else str(path.parent.relative_to(folder) / name)
+            yield _example(inside, about[column], file, about)
+
+
+# Readers of metadata: where in the file each row is, the row, and why there is none.
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any, str]]:
+    for number, line in enumerate(_text_of(path).split("\n"), start=1):  # other breaks may stand within a string
+        if line.strip():
+            try:
+                yield f":{number}", json.loads(line), ""
+            except json.JSONDecodeError:
+                yield f":{number}", None, 'not a row with "file_name" and "text": not JSON'
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, Any, str]]:
+    reader = csv.DictReader(io.StringIO(_text_of(path), newline=""), strict=True)
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield f":{reader.reader.line_num}", None, f"not a row: {one_line(error)}"
+            continue
+        if None in row:  # which the reader names what is too much
+            fault = "has more values than columns; put texts with commas between quotes"
+            yield f":{reader.line_num}", None, fault
+        else:
+            yield f":{reader.line_num}", {key.strip(): value for key, value in row.items()}, ""
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any, str]]:
+    with needs_extra("data", path.name):
+        from pyarrow import ArrowException, parquet
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (ArrowException, OSError) as error:
+        yield "", None, f"cannot be read: {one_line(error)}"
+        return
+    yield from ((f":{number}", row, "") for number, row in enumerate(rows, start=1))
+
+
+def _folders_with_metadata(folder: Path) -> Iterator[Path]:
+    for path in _files_of(folder, all_folders=True):
+        if path.name in METADATA and path == _metadata_of(path.parent):
+            yield path
+
+
+def _files_of(folder: Path, all_folders: bool = False) -> Iterator[Path]:
+    """All files below a folder, through links too, but each folder once; and unless `all_folders`, none that metadata
+    in a folder inside it is about."""
     known: set[str] = set()
     for place, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
@@ -411,6 +523,9 @@ def _files_of(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         known.add(real)
+        if not all_folders and _metadata_of(Path(place)) is not None:
+            folders.clear()
+            continue
         yield from (Path(place) / name for name in names)
 
 
@@ -421,12 +536,11 @@ def _text_of(path: Path) -> str:
 def _fault(path: Path) -> str | None:
     """Why an image cannot be used; None where it can, as far as its header tells."""
     try:
-        with Image.open(path) as image:
-            image.verify()
+        verify_pixels(path)
     except FileNotFoundError:
         return "no such file"
     except Exception as error:  # PIL's readers raise many kinds
-        return f"not a readable image: {one_line(error)}"
+        return f"not a readable image: {image_fault(error, path.name)}"
     return None
 
 
@@ -447,7 +561,8 @@ def load_pixels(examples: Sequence[Example], size: int, skipped: dict[str, str])
         try:
             pixels.append(example.pixels(size))
         except Exception as error:  # PIL's readers raise many kinds
-            skipped[example.name] = f"cannot be decoded: {one_line(error)}"
+            name = example.file.name if isinstance(example.file, Path) else ""
+            skipped[example.name] = f"cannot be decoded: {image_fault(error, name)}"
         else:
             kept.append(example)
     return kept, pixels

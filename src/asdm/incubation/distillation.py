@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator
@@ -15,6 +16,7 @@ from accelerate.utils import broadcast, convert_to_fp32
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
+from asdm import checks
 from asdm.conditioning import embed_prompts, noise_schedule, predicted_original
 from asdm.errors import AsdmError
 from asdm.files import alone_in, write_text
@@ -32,6 +34,7 @@ from asdm.incubation.losses import (
     squared_error,
     task_loss,
 )
+from asdm.incubation.optimizers import require_installed
 from asdm.incubation.prepared import digest_of, is_prepared, open_prepared, prepare_data
 from asdm.incubation.recipes import recipe_stages
 from asdm.incubation.semantics import SemanticEncoder, make_encoder
@@ -190,6 +193,17 @@ class IncubationTask(TeachingTask):
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
 
+@checks.arguments(
+    teacher=checks.PIPELINE,
+    student=checks.UNET,
+    data=checks.path,
+    folder=checks.path,
+    recipe=checks.path,
+    steps=checks.TRAINING_STEPS,
+    stages=checks.each(checks.a(Stage), least=1),
+    seed=checks.SEED,
+    progress=checks.function,
+)
 def distill(
     teacher: DiffusionPipeline,
     student: UNet2DConditionModel,
@@ -243,6 +257,7 @@ def distill(
     networks = {"teacher": digest_of(teacher.unet), "student": digest_of(student)}
     networks["predicts"] = f"{schedule.config.prediction_type}{', to zero SNR' if ends_at_zero else ''}"
     with alone_in(folder), as_they_were(teacher.unet, teacher.vae):
+        _require_possible(teacher, student, schedule, stages)
         examples = prepare(teacher, data, folder / "prepared")
         for index, stage in enumerate(stages):
             report = None if progress is None else partial(_reported, progress, before, total)
@@ -253,6 +268,18 @@ def distill(
     student.eval().requires_grad_(False)
     student.disable_gradient_checkpointing()
     return examples
+
+
+def _require_possible(
+    teacher: DiffusionPipeline, student: UNet2DConditionModel, schedule: DDPMScheduler, stages: Sequence[Stage]
+) -> None:
+    """Raise an AsdmError for what a stage asks for and this student, this teacher or this machine has not: before the
+    data is prepared and the stages before it are trained."""
+    nothing = TrainingSet(SimpleNamespace(captions=[""]), None)  # type: ignore[arg-type]
+    for stage in stages:
+        require_installed(stage.optimizer)
+        with assembled(student, teacher.unet, stage.assembled):
+            make_task(teacher, student, schedule, nothing, stage)
 
 
 @dataclass(frozen=True)

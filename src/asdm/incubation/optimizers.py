@@ -45,11 +45,19 @@ def make_optimizer(
     ]
     if name == "muon":
         return Muon(groups, lr=learning_rate, betas=betas)
+    require_installed(name)
     if name == "adamw8bit":
-        with needs_extra("8bit", "optimizer=adamw8bit"):
-            from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes.optim import AdamW8bit
+
         return AdamW8bit(groups, lr=learning_rate, betas=betas)
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+
+
+def require_installed(name: OptimizerName) -> None:
+    """Raise an AsdmError where an optimiser's package is not installed."""
+    if name == "adamw8bit":
+        with needs_extra("8bit", "optimizer=adamw8bit"):
+            import bitsandbytes.optim  # noqa: F401
 
 
 class Muon(torch.optim.Optimizer):

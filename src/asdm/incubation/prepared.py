@@ -22,13 +22,14 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from asdm import checks
 from asdm.conditioning import Conditioning, decode_latents, embed_prompts, encode_images, image_size, masked_latents
 from asdm.errors import AsdmError
 from asdm.files import replacing_file, write_text
-from asdm.generation import default_guidance, nothing_to_keep
+from asdm.generation import default_guidance, nothing_to_keep, require_steps
 from asdm.incubation.data import PIECE, PREPARED, Example, Source, Unread, Unusable, load_pixels, open_source, unusable
 from asdm.incubation.trainer import LONGEST_WAIT
-from asdm.pipelines import MARKER, is_inpainting, read_marker, require_ours
+from asdm.pipelines import MARKER, is_inpainting, is_random, read_marker, require_ours
 
 Progress = Callable[[int, int], None]
 VALUES = 256  # of each parameter, that tell pipelines apart
@@ -97,6 +98,16 @@ def require_usable(data: str | Path) -> None:
     _require_usable(open_source(data), data)
 
 
+@checks.arguments(
+    pipeline=checks.PIPELINE,
+    data=checks.path,
+    folder=checks.path,
+    batch_size=checks.whole(1, 10**6),
+    steps=checks.STEPS,
+    seed=checks.SEED,
+    skip_unread=checks.flag,
+    progress=checks.function,
+)
 @torch.no_grad()
 def prepare_data(
     pipeline: DiffusionPipeline,
@@ -122,6 +133,7 @@ def prepare_data(
         AsdmError: the source cannot be used, or some of it did not come, when all else is prepared; or `folder` is not
             ours or holds another source's or another model's.
     """
+    require_steps(pipeline, steps)
     folder = Path(folder)
     made_by = fingerprint(pipeline)
     if is_prepared(data):
@@ -261,6 +273,11 @@ def _tensors(
             return []
         images = torch.stack(pixels)
         latents = encode_images(pipeline.vae, images)
+    if not (torch.isfinite(latents).all() or is_random(pipeline)):
+        raise AsdmError(
+            f"{batch[0].name}: its latents are no numbers (NaN): the pipeline's weights are damaged, or its precision "
+            "overflows; load it in float32"
+        )
     conditioning = embed_prompts(pipeline, [example.caption for example in batch])
     if is_inpainting(pipeline):
         given = decode_latents(pipeline, latents) if images is None else images

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from asdm.conditioning import TimestepDensity
 from asdm.errors import AsdmError
 from asdm.incubation.optimizers import OptimizerName
-from asdm.incubation.trainer import LoopSettings
+from asdm.incubation.trainer import LoopSettings, Part
+from asdm.records import Record, first_fault
 
 
-class LossWeights(BaseModel):
+class LossWeights(Record):
     """Weights of the loss terms: the denoising task, the teacher's output and its blocks' features; what the teacher's
     x0 estimate means, and what the caption means (semantic-aware supervision)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     task: float = Field(1.0, ge=0)
     output: float = Field(1.0, ge=0)
     feature: float = Field(1.0, ge=0)
@@ -30,17 +30,16 @@ class LossWeights(BaseModel):
         return self
 
 
-class Semantics(BaseModel):
+class Semantics(Record):
     """By which encoder semantic-aware supervision compares x0 estimates (`asdm.incubation.semantics`): "unet", "clip",
     or a vision model of transformers by name, with the VAE or a tiny decoder by name; at every k-th step."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     encoder: str = "unet"
     decoder: str | None = None
     every: int = Field(1, ge=1)
 
 
-class Consistency(BaseModel):
+class Consistency(Record):
     """Latent consistency distillation (`asdm.incubation.consistency`): in how many steps the teacher's solver goes from
     noise to image, and the distance of the two estimates, pseudo-Huber or squared.
 
@@ -49,15 +48,22 @@ class Consistency(BaseModel):
     trained that its sampler visits in so many steps.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     solver_steps: int = Field(50, ge=1)
     loss: Literal["huber", "l2"] = "huber"
     huber_c: float = Field(0.001, gt=0)
     teacher_steps: int = Field(0, ge=0)
     student_steps: int = Field(0, ge=0)
 
+    @model_validator(mode="after")
+    def _students_are_among_solvers(self) -> Consistency:
+        if self.student_steps > self.solver_steps:
+            raise ValueError(
+                f"student_steps={self.student_steps}: more than solver_steps={self.solver_steps}; give as many at most"
+            )
+        return self
 
-class Stage(BaseModel):
+
+class Stage(Record):
     """One stage of a distillation: how long, how fast, what is trained, and on which losses.
 
     `scope` "incubate" trains each edited block of the UNet by itself, on the features that the teacher feeds it and
@@ -82,10 +88,9 @@ class Stage(BaseModel):
     checkpoint is written each `checkpoint_every` steps. `mixed_precision` "auto" is the device's fastest.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    name: str
-    steps: int = Field(ge=0)
-    batch_size: int = Field(8, ge=1)
+    name: str = Field(min_length=1, max_length=60, pattern=r"^[^/\\\x00]+$")  # of a folder
+    steps: int = Field(ge=0, le=10**9)
+    batch_size: int = Field(8, ge=1, le=10**6)
     accumulation: int = Field(1, ge=1)
     checkpointing: bool = False
     optimizer: OptimizerName = "adamw"
@@ -124,6 +129,11 @@ class Stage(BaseModel):
             raise ValueError("semantics at every k-th step alone leave the others nothing to learn; weigh another loss")
         return self
 
+    @model_validator(mode="after")
+    def _rounds_are_equal(self) -> Stage:
+        Part(0, self.accumulation).of(self.batch_size)
+        return self
+
     def loop(self, seed: int) -> LoopSettings:
         return LoopSettings(
             steps=self.steps,
@@ -150,9 +160,7 @@ def parse_stages(content: object) -> list[Stage]:
     try:
         stages = [Stage.model_validate(row) for row in content]
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise AsdmError(f"not a stage: {field}={first.get('input')!r}: {first['msg'].lower()}") from None
+        raise AsdmError(f"not a stage: {first_fault(error)}") from None
     names = [stage.name for stage in stages]
     if len(set(names)) != len(names):
         raise AsdmError(f"stages share a name: {', '.join(names)}; give each its own")

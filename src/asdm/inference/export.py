@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from asdm import checks
 from asdm.calibration import calibration_calls
 from asdm.conditioning import image_size, latent_shape, require_size
 from asdm.errors import AsdmError, needs_extra
@@ -59,6 +60,17 @@ class _Graph:
     calibration: list[dict[str, Tensor]] = field(default_factory=list)  # inputs that int8's ranges are taken from
 
 
+@checks.arguments(
+    pipeline=checks.PIPELINE,
+    folder=checks.path,
+    to=checks.literal(Format),
+    size=checks.whole(),
+    int8=checks.literal(Int8),
+    data=checks.path,
+    inherit=checks.whole(),
+    parts=checks.each(checks.text),
+    progress=checks.function,
+)
 @torch.no_grad()
 def export(
     pipeline: DiffusionPipeline,

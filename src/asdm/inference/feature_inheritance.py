@@ -17,13 +17,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 
+from asdm import checks
 from asdm.errors import AsdmError
 from asdm.evaluation.latency import unet_call
 from asdm.files import write_text
 from asdm.measure.latency import measure_interleaved
+from asdm.records import Record, first_fault
 from asdm.student.surgery import set_module
 from asdm.units import fingerprint, layers, removable_units, stage_of, stages
 
@@ -32,6 +34,18 @@ Spacing = Literal["uniform", "early", "late"]
 UNEVENNESS = 1.6  # exponent of the computed steps' places where they are denser early or late
 
 
+@checks.arguments(
+    pipeline=checks.PIPELINE,
+    speedup=checks.SPEEDUP,
+    every=checks.STEPS,
+    steps=checks.each(checks.whole(0, 10_000)),
+    budget=checks.number(0),
+    granularity=checks.literal(Granularity),
+    depth=checks.whole(),
+    spacing=checks.literal(Spacing),
+    order=checks.whole(0, 2),
+    damping=checks.number(0, 1),
+)
 @contextmanager
 def inherit_features(
     pipeline: DiffusionPipeline,
@@ -124,7 +138,7 @@ def inherit_features(
         session.modules.clear()  # and what they remember
 
 
-class InheritanceSchedule(BaseModel):
+class InheritanceSchedule(Record):
     """When to compute and how to inherit: what a calibration found for one architecture under a speed-up target.
 
     `computed` are indices among `steps` sampling steps; `depth`, `order` and `damping` as in `inherit_features`.
@@ -133,16 +147,15 @@ class InheritanceSchedule(BaseModel):
     it is known, `uniform_distance` is that of copies at the same number of evenly spaced steps.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     fingerprint: str
     steps: int = Field(ge=1)
     computed: tuple[int, ...]
     depth: int = Field(ge=1)
     order: int = Field(ge=0, le=2)
-    damping: float = 1.0
-    whole_ms: float
-    inheriting_ms: float
-    speedup: float
+    damping: float = Field(1.0, ge=0, le=1)
+    whole_ms: float = Field(gt=0)
+    inheriting_ms: float = Field(gt=0)
+    speedup: float = Field(gt=0)
     distance: float | None = None
     uniform_distance: float | None = None
 
@@ -164,10 +177,8 @@ class InheritanceSchedule(BaseModel):
         except (OSError, UnicodeDecodeError):
             raise AsdmError(f"{path}: no such file; `asdm analyze MODEL --inherit 2` writes one") from None
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
             raise AsdmError(
-                f"{path}: not a schedule of inheritance ({place or 'file'}: {first['msg']}); "
+                f"{path}: not a schedule of inheritance ({first_fault(error)}); "
                 "write it anew by `asdm analyze MODEL --inherit 2`"
             ) from None
 

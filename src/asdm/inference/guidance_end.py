@@ -10,8 +10,10 @@ from diffusers import DiffusionPipeline
 from diffusers.callbacks import PipelineCallback
 from torch import Tensor
 
+from asdm import checks
 from asdm.errors import AsdmError
 
+PART = checks.number(above=0, high=1, remedy="for no guidance at all give guidance_scale=1")
 # What the Stable Diffusion pipelines hold twice, without the prompt and with it, and let a callback change.
 _BRANCHED = (
     "prompt_embeds",
@@ -40,11 +42,8 @@ class GuidanceEnd(PipelineCallback):
         AsdmError: `guidance_end` is out of range, or the pipeline has guidance that a callback cannot end.
     """
 
+    @checks.arguments(guidance_end=PART)
     def __init__(self, pipeline: DiffusionPipeline, guidance_end: float):
-        if not 0 < guidance_end <= 1:
-            raise AsdmError(
-                f"guidance_end={guidance_end:g}: must be in (0, 1]; for no guidance at all give guidance_scale=1"
-            )
         super().__init__(cutoff_step_ratio=float(guidance_end))
         offered = getattr(pipeline, "_callback_tensor_inputs", [])
         if "prompt_embeds" not in offered:

@@ -21,11 +21,13 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from asdm import checks
 from asdm.calibration import DEFAULT_PROMPTS
 from asdm.conditioning import latent_shape
 from asdm.errors import AsdmError
-from asdm.generation import default_guidance, nothing_to_keep
+from asdm.generation import default_guidance, nothing_to_keep, require_steps
 from asdm.incubation.data import open_data
+from asdm.incubation.prepared import require_usable
 from asdm.inference.feature_inheritance import (
     InheritanceSchedule,
     computed_steps,
@@ -43,6 +45,16 @@ DAMPINGS = (0.0, 0.5, 0.75, 1.0)  # 0 is a copy
 FEATURES_KEPT = 2**17  # of one layer's output at one step: enough for its norms
 
 
+@checks.arguments(
+    pipeline=checks.PIPELINE,
+    speedup=checks.SPEEDUP,
+    data=checks.path,
+    samples=checks.SAMPLES,
+    guidance_scale=checks.GUIDANCE,
+    depth=checks.whole(),
+    seed=checks.SEED,
+    progress=checks.function,
+)
 def calibrate_inheritance(
     pipeline: DiffusionPipeline,
     *,
@@ -84,6 +96,16 @@ def calibrate_inheritance(
     return observations.schedule(speedup)
 
 
+@checks.arguments(
+    pipeline=checks.PIPELINE,
+    speedup=checks.SPEEDUP,
+    data=checks.path,
+    samples=checks.SAMPLES,
+    guidance_scale=checks.GUIDANCE,
+    depth=checks.whole(),
+    seed=checks.SEED,
+    progress=checks.function,
+)
 @torch.no_grad()
 def observe_sampling(
     pipeline: DiffusionPipeline,
@@ -98,8 +120,11 @@ def observe_sampling(
     progress: Progress | None = None,
 ) -> Observations:
     """What schedules for any speed-up from `speedup` on follow from; arguments as for `calibrate_inheritance`."""
+    require_steps(pipeline, steps)
     if steps < 4:
         raise AsdmError(f"steps={steps}: too few to inherit anything; allowed are 4 and more")
+    if data is not None:
+        require_usable(data)
     depths = sorted({1, 2, len(pipeline.unet.up_blocks[-1].resnets)}) if depth is None else [depth]
     costs = {each: _costs(pipeline, each) for each in depths}
     fastest = depths[0]

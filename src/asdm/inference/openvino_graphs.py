@@ -19,13 +19,15 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
-from asdm.errors import AsdmError, needs_extra
+from asdm import checks
+from asdm.errors import AsdmError, needs_extra, one_line
 from asdm.inference.export import FILES
 from asdm.inference.feature_inheritance import Cut, Granularity
 from asdm.measure.latency import measure_interleaved
 from asdm.pipelines import read_marker, with_unet
 
 
+@checks.arguments(pipeline=checks.PIPELINE, folder=checks.path)
 def with_openvino_graphs(pipeline: DiffusionPipeline, folder: str | Path) -> DiffusionPipeline:
     """A second pipeline whose UNet and VAE decoder are those that `asdm.export` wrote to `folder`, on the CPU.
 
@@ -40,8 +42,14 @@ def with_openvino_graphs(pipeline: DiffusionPipeline, folder: str | Path) -> Dif
     about = read_marker(folder)
     if about.get("format") != "openvino":
         raise AsdmError(f"{folder}: holds no OpenVINO graphs; write them with `asdm export MODEL --to openvino`")
-    other = with_unet(pipeline, OpenVinoUNet(folder, about))  # type: ignore[arg-type]
-    other.register_modules(vae=OpenVinoVae(folder / "vae_decoder", pipeline.vae))
+    try:
+        unet, vae = OpenVinoUNet(folder, about), OpenVinoVae(folder / "vae_decoder", pipeline.vae)
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, AsdmError):
+            raise
+        raise AsdmError(f"{folder}: its graphs cannot be read ({one_line(error)}); export them again") from error
+    other = with_unet(pipeline, unet)  # type: ignore[arg-type]
+    other.register_modules(vae=vae)
     return other
 
 

@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
+from asdm import checks
 from asdm.errors import AsdmError, one_line
 from asdm.evaluation.latency import random_inputs, unet_call
 from asdm.measure.latency import Latency, Ratio, measure_interleaved
@@ -53,6 +54,13 @@ class Optimization:
         return "\n".join([*lines, f"in all {self.ratio}"])
 
 
+@checks.arguments(
+    pipeline=checks.PIPELINE,
+    max_error=checks.number(0),
+    compile=checks.flag,
+    rounds=checks.ROUNDS,
+    progress=checks.function,
+)
 @torch.no_grad()
 def optimize(
     pipeline: DiffusionPipeline,

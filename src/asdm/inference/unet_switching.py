@@ -11,11 +11,15 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
+from asdm import checks
 from asdm.errors import AsdmError
 from asdm.evaluation.latency import unet_call
 from asdm.measure.latency import measure_interleaved
 from asdm.pipelines import with_unet
 from asdm.units import unlike
+
+_UNETS = checks.each(checks.UNET, least=1)
+_PARTS = checks.each(checks.number())
 
 
 class SwitchedUNet2DConditionModel(UNet2DConditionModel):
@@ -31,6 +35,7 @@ class SwitchedUNet2DConditionModel(UNet2DConditionModel):
         AsdmError: the numbers do not fit, or the UNets read and write other things.
     """
 
+    @checks.arguments(unets=_UNETS, below=_PARTS, timesteps=checks.whole())
     def __init__(self, unets: Sequence[UNet2DConditionModel], below: Sequence[float], timesteps: int = 1000):
         falling = [1.0, *below, 0.0]
         if len(below) != len(unets) - 1 or any(a <= b for a, b in itertools.pairwise(falling)):
@@ -75,6 +80,7 @@ class SwitchedUNet2DConditionModel(UNet2DConditionModel):
         raise AsdmError("several UNets in one pipeline are not saved together; save the pipeline of each")
 
 
+@checks.arguments(pipeline=checks.PIPELINE, unets=_UNETS, below=_PARTS, speedup=checks.SPEEDUP)
 def switch_unets(
     pipeline: DiffusionPipeline,
     unets: Sequence[UNet2DConditionModel],

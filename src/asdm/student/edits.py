@@ -15,6 +15,12 @@ CompensationKind = Literal["none", "bias", "diagonal", "linear"]
 class _Edit:
     edit: ClassVar[str]
 
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for name, value in vars(self).items():
+            if not _fits(value, hints[name]):
+                raise AsdmError(f"{name}: {value!r} is not allowed; it is {_said(hints[name])}")
+
     def to_dict(self) -> dict[str, Any]:
         """As it stands in plans and configs."""
         return {"edit": self.edit, **asdict(self)}
@@ -45,6 +51,7 @@ class Remove(_Edit):
     compensate_time: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.compensate_time and self.compensate not in ("bias", "linear"):
             raise AsdmError(f"compensate_time goes with compensate bias or linear, not {self.compensate}")
 
@@ -68,6 +75,7 @@ class GriAttention(_Edit):
     weighted: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _at_least("regions", self.regions, 1)
         _at_least("pool", self.pool, 0)
 
@@ -88,6 +96,7 @@ class CondConv(_Edit):
     activation: Literal["softmax", "sigmoid"] = "softmax"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.experts:
             raise AsdmError("experts is empty; name the convolutions to inherit from")
 
@@ -106,6 +115,7 @@ class Shorten(_Edit):
     levels: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _at_least("layers_per_block", self.layers_per_block, 1)
         if self.levels is not None:
             _at_least("levels", self.levels, 2)
@@ -122,6 +132,8 @@ def parse_edits(edits: Iterable[Any]) -> list[Edit]:
     Raises:
         AsdmError: an edit of an unknown kind, or with a missing, unknown or impossible field.
     """
+    if isinstance(edits, str | bytes | dict) or not isinstance(edits, Iterable):
+        raise AsdmError(f"edits={edits!r}: must be a list of edits")
     return [edit if isinstance(edit, _Edit) else _parse(edit) for edit in edits]  # type: ignore[misc]
 
 
@@ -133,15 +145,12 @@ def _parse(content: Any) -> Edit:
         if kind is None:
             raise AsdmError(f"there is no kind {content['edit']!r}")
         values = {name: value for name, value in content.items() if name != "edit"}
-        hints = get_type_hints(kind)
         for field in fields(kind):
             if field.name not in values and field.default is MISSING:
                 raise AsdmError(f"field {field.name} is missing")
-        for name, value in values.items():
-            if name not in hints:
+        for name in values:
+            if name not in {field.name for field in fields(kind)}:
                 raise AsdmError(f"there is no field {name}; fields are {', '.join(f.name for f in fields(kind))}")
-            if not _fits(value, hints[name]):
-                raise AsdmError(f"{name}: {value!r} is not allowed; it is {_said(hints[name])}")
         return kind(**values)
     except AsdmError as error:
         raise AsdmError(

@@ -9,12 +9,14 @@ from typing import Annotated, Any, Literal
 
 from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
+from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
 from torch import Tensor
 
+from asdm import checks
 from asdm.errors import AsdmError
 from asdm.files import write_text
 from asdm.measure.latency import Ratio
+from asdm.records import Record, first_fault
 from asdm.student.compensation import Compensation, TimeCompensation
 from asdm.student.cond_conv import CondConv2d
 from asdm.student.edits import Edit, GriAttention, Shorten, UnitEdit, parse_edits
@@ -23,10 +25,10 @@ from asdm.student.unet import AsdmUNet2DConditionModel, edits_of
 from asdm.units import conv_channels, fingerprint, goes_with, is_stage, require_plain
 
 
-class PlanBase(BaseModel):
+class PlanBase(Record):
     """The UNet that a plan is for: its class and the digest of its architecture."""
 
-    model_config = ConfigDict(extra="forbid", populate_by_name=True, frozen=True)
+    model_config = ConfigDict(populate_by_name=True)
     class_name: str = Field(alias="class")
     fingerprint: str
 
@@ -38,7 +40,7 @@ class PlanBase(BaseModel):
 SpeedupBasis = Literal["measured", "latency", "macs"]
 
 
-class PlanFigures(BaseModel):
+class PlanFigures(Record):
     """What the planner aimed at and measured: ratios teacher / student; `predicted_sensitivity`, the sum of the map's
     for the edits, and `measured_sensitivity`, that of all edits together (`repair_plan`).
 
@@ -47,7 +49,6 @@ class PlanFigures(BaseModel):
     MACs. `measured_speedup_interval` holds the true speed-up.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     model: str | None = None
     target: dict[str, float]
     predicted_sensitivity: float | None = None
@@ -70,10 +71,9 @@ Edits = Annotated[
 ]
 
 
-class PruningPlan(BaseModel):
+class PruningPlan(Record):
     """A list of edits for one UNet architecture."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     base: PlanBase
     edits: Edits
     figures: PlanFigures | None = None
@@ -119,9 +119,7 @@ class PruningPlan(BaseModel):
                 content = {**content, "edits": parse_edits(content["edits"])}
             return cls.model_validate(content)
         except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"])
-            raise AsdmError(f"{path}: not a plan: {field}: {first['msg']}; make one with `asdm plan`") from None
+            raise AsdmError(f"{path}: not a plan: {first_fault(error)}; make one with `asdm plan`") from None
 
     def require_for(self, unet: UNet2DConditionModel) -> None:
         """Raise an AsdmError unless the plan was made for this architecture."""
@@ -159,6 +157,7 @@ def _gives_way(edit: UnitEdit, removed: list[str]) -> bool:
     return inside or (isinstance(edit, GriAttention) and edit.unit in removed)
 
 
+@checks.arguments(unet=checks.UNET, plan=checks.a(PruningPlan, "asdm.make_plan makes one"))
 def build_student(unet: UNet2DConditionModel, plan: PruningPlan) -> UNet2DConditionModel:
     """A student UNet: the teacher's architecture with the plan's edits, its weights inherited (copied).
 

@@ -1,0 +1,57 @@
+"""What all records have in common that are saved as JSON or written by hand: plans, maps, stages, figures."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic_core.core_schema import ValidationInfo
+
+from asdm.errors import AsdmError, one_line
+
+
+class Record(BaseModel):
+    """Immutable fields; none that is unknown, no number that is not finite, no truth value for a number.
+
+    Raises:
+        AsdmError: a field that is missing, unknown or out of range.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise AsdmError(f"not a {type(self).__name__}: {first_fault(error)}") from None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value_is_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and not _mentions(cls.model_fields[str(info.field_name)].annotation, (bool, Any)):
+            raise ValueError("must not be true or false")
+        return value
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first thing that is wrong with a record: the field, its value, and what is allowed."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    message, value = first["msg"].removeprefix("Value error, "), first.get("input")
+    message = message[:1].lower() + message[1:]
+    inner = re.match(r"not a \w+: ", message)  # of a record inside this one
+    if inner is not None:
+        message = message[inner.end() :]
+        if place and re.match(r"[\w.]+[=:]", message):  # a field's
+            return f"{place}.{message}"
+    if not place:
+        return message
+    if first["type"] == "missing" or isinstance(value, dict | list | tuple | BaseModel):
+        return f"{place}: {message}"
+    return f"{place}={one_line(repr(value), 80)}: {message}"
+
+
+def _mentions(annotation: Any, kinds: tuple[Any, ...]) -> bool:
+    """Whether a type is, or is made of, one of these."""
+    return annotation in kinds or any(_mentions(part, kinds) for part in get_args(annotation))
