@@ -165,6 +165,7 @@ def calls(tiny):
             pipeline=pipeline, student=unet, data="x", prompts=["x"], timesteps=1, samples=1, ridge=0.1, seed=0,
             progress=print,
         ),
+        "remeasure_plan": dict(plan=plan, unet=unet),
         "repair_plan": dict(
             pipeline=pipeline, redundancy=redundancy, plan=plan, data="x", prompts=["x"], timesteps=1, samples=1,
             rounds=1, seed=0, progress=print,
@@ -347,7 +348,7 @@ def test_images_that_are_no_numbers_are_told_and_not_saved(monkeypatch, capfd, t
         asdm.generate(pipeline, "x", steps=1, guidance_scale=1e30)
     with torch.no_grad():
         pipeline.unet.conv_out.bias.fill_(NAN)
-    monkeypatch.setattr(cli, "_load", lambda *_: pipeline)
+    monkeypatch.setattr(cli, "_load", lambda *_, **__: pipeline)
     monkeypatch.setattr(sys, "argv", ["asdm", "generate", "demo", "x", "--steps", "1", "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -407,7 +408,7 @@ def test_models_of_one_name_are_told_apart(monkeypatch, tmp_path):
         raise Evaluated
 
     monkeypatch.setattr("asdm.evaluation.comparison.evaluate", evaluated)
-    monkeypatch.setattr(cli, "_load", lambda *_: tiny_pipeline())
+    monkeypatch.setattr(cli, "_load", lambda *_, **__: tiny_pipeline())
     monkeypatch.setattr(sys, "argv", ["asdm", "evaluate", "demo", "demo"])
     with pytest.raises(Evaluated):
         cli.main()

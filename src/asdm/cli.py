@@ -974,9 +974,14 @@ def _is_main_process() -> bool:
 def _compress(model: str, out: Path, **settings: Any) -> None:
     import asdm
 
-    _warn_if_busy()
     with _progress(resumable=True) as report:
-        made = asdm.compress(model, out, progress=report, **settings)
+
+        def reported(title: str, done: int, total: int, note: str) -> None:
+            if (title, done) == ("analyse", 0):
+                _warn_if_busy()
+            report(title, done, total, note)
+
+        made = asdm.compress(model, out, progress=reported, **settings)
     _print_evaluation(made.evaluation)
     _print_skipped(made.skipped)
     console.print(f"\n[bold]{made.headline}[/bold]", highlight=False)

@@ -111,8 +111,6 @@ def make_plan(
     if preset is not None:
         return _preset(redundancy, preset, choices)
     if speedup is not None:
-        if not speedup > 1 or speedup == np.inf:
-            raise AsdmError(f"speedup={speedup:g}: must be above 1, and finite")
         rounds = rounds or int(np.clip(10_000 / redundancy.latency_ms, 4, 10))
         return _plan_for_speedup(redundancy, speedup, choices, unet, device, rounds, progress)
     if params is not None:
@@ -395,6 +393,7 @@ def is_precise(ratio: Ratio) -> bool:
     return (ratio.high - ratio.low) / 2 <= PRECISE_ENOUGH * ratio.value
 
 
+@checks.arguments(plan=checks.a(PruningPlan, "asdm.make_plan makes one"), unet=checks.UNET)
 def remeasure_plan(plan: PruningPlan, unet: UNet2DConditionModel) -> PruningPlan:
     """The plan with its speed-up measured on this machine now.
 
