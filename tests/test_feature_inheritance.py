@@ -286,9 +286,8 @@ def test_names_stay_as_they_are_within_the_block(pipeline, granularity, tmp_path
 
 
 def test_a_unet_is_not_copied_with_what_it_remembers(pipeline):
-    with inherit_features(pipeline, every=2):
-        with pytest.raises(AsdmError, match="is not copied; leave the block"):
-            copy.deepcopy(pipeline.unet)
+    with inherit_features(pipeline, every=2), pytest.raises(AsdmError, match="is not copied; leave the block"):
+        copy.deepcopy(pipeline.unet)
     copy.deepcopy(pipeline.unet)
 
 
