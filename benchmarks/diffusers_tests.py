@@ -47,7 +47,24 @@ class Allowed:
     kinds: tuple[str, ...] = ()
 
 
-ALLOWED: list[Allowed] = []
+REGIONAL = ("regional", "all")
+ALLOWED = [
+    Allowed(
+        "test_special_attn_proc",
+        "counts the stock UNet's attentions, of which some are gone, and regional ones keep their processor",
+        ("removed", "lean", *REGIONAL),
+    ),
+    Allowed(
+        "test_attention_processor_dict",
+        "regional attention is the student's architecture, and gives way to no other processor",
+        REGIONAL,
+    ),
+    Allowed(
+        "test_gradient_checkpointing_is_applied",
+        "compares names of classes: no mid block, or a subclass of Transformer2DModel",
+        ("lean", *REGIONAL),
+    ),
+]
 Results = dict[str, Any]
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -75,7 +92,7 @@ def main(
         for reason, count in Counter(filter(None, reasons.values())).items():
             say(f"  {count} allowed to fail: {reason}")
         for name in [name for name, reason in reasons.items() if reason is None]:
-            say(f"  {name.removeprefix('tests/')}: {failed[name]['error']}: {failed[name]['message'][:300]}")
+            say(f"  {name.removeprefix('tests/')}: {failed[name]['error']}: {failed[name]['message']}")
             remain += 1
     say(f"{remain} tests fail for students alone" if remain else "no test fails for a student alone")
     raise SystemExit(remain > 0)

@@ -25,12 +25,16 @@ from typer.testing import CliRunner
 
 from asdm import (
     AsdmError,
+    GuidanceEnd,
     InheritanceSchedule,
     PruningPlan,
     build_student,
     calibrate_inheritance,
+    export,
     inherit_features,
+    optimize,
     save_pipeline,
+    switch_unets,
     with_unet,
 )
 from asdm.cli import app
@@ -289,6 +293,19 @@ def test_a_unet_is_not_copied_with_what_it_remembers(pipeline):
     with inherit_features(pipeline, every=2), pytest.raises(AsdmError, match="is not copied; leave the block"):
         copy.deepcopy(pipeline.unet)
     copy.deepcopy(pipeline.unet)
+
+
+def test_what_needs_a_whole_unet_is_refused_within_the_block(pipeline, tmp_path):
+    before = draw(pipeline)
+    with inherit_features(pipeline, every=2):
+        with pytest.raises(AsdmError, match="optimize: this UNet inherits features; leave the block"):
+            optimize(pipeline)
+        with pytest.raises(AsdmError, match="export: this UNet inherits features; leave the block"):
+            export(pipeline, tmp_path / "out")
+        switched = switch_unets(pipeline, [tiny_unet(seed=1), pipeline.unet], below=[0.5])
+        assert np.isfinite(draw(switched)).all()
+        draw(pipeline, callback_on_step_end=GuidanceEnd(pipeline, 0.5))
+    np.testing.assert_array_equal(draw(pipeline), before)
 
 
 def test_each_thread_has_its_own_sampling(pipeline):

@@ -133,6 +133,12 @@ def inherits(unet: nn.Module) -> bool:
     return any(registry.get_hook(_HOOK) is not None for registry in registries if registry is not None)
 
 
+def require_whole(unet: nn.Module, work: str) -> None:
+    """Raise an AsdmError within a block of `inherit_features`, where a UNet's modules do not always compute."""
+    if inherits(unet):
+        raise AsdmError(f"{work}: this UNet inherits features; leave the block of inherit_features first")
+
+
 def _remove_hook(module: nn.Module) -> None:
     """Take the hook off and leave nothing behind, unless there are others."""
     registry = HookRegistry.check_if_exists_or_initialize(module)

@@ -13,6 +13,7 @@ from torch import nn
 
 from asdm.errors import AsdmError, one_line
 from asdm.evaluation.latency import Latency, measure_interleaved, random_inputs, speedup, unet_call
+from asdm.inference.feature_inheritance import require_whole
 from asdm.student.gri_attention import GriAttnProcessor
 
 WORTH_IT = 1.03  # what gains less than noise is not kept
@@ -73,10 +74,11 @@ def optimize(
         compile: also compile the repeated blocks, which takes minutes at the first call.
 
     Raises:
-        AsdmError: `max_error` is negative, the UNet is offloaded, or an IP-Adapter is loaded.
+        AsdmError: `max_error` is negative, the UNet is offloaded or inherits features, or an IP-Adapter is loaded.
     """
     if max_error < 0:
         raise AsdmError(f"max_error={max_error:g}: must not be negative")
+    require_whole(pipeline.unet, "optimize")
     unet: UNet2DConditionModel = pipeline.unet.eval()
     if getattr(unet, "_hf_hook", None) is not None:
         raise AsdmError("the UNet is offloaded; optimize the pipeline first, then enable offloading")
