@@ -190,7 +190,9 @@ def _first_line(error: BaseException) -> str:
 
 def pytest_runtest_logreport(report: Any) -> None:
     if report.failed:
-        _failed.setdefault(report.nodeid, dict(report.user_properties))
+        _failed.setdefault(
+            report.nodeid, {"error": "failed", "message": report.longreprtext} | dict(report.user_properties)
+        )
     if report.skipped:
         _skipped.append(report.nodeid)
     if report.when == "call" or report.outcome != "passed":

@@ -2,7 +2,7 @@
 
     git clone --depth 1 https://github.com/huggingface/diffusers
     python benchmarks/diffusers_tests.py diffusers                     # all kinds of students, all tests
-    python benchmarks/diffusers_tests.py diffusers --kind regional --test controlnet/test_controlnet.py
+    python benchmarks/diffusers_tests.py diffusers --kind regional --test pipelines/controlnet
 
 Needs the extra `test` and no network: tests that load from the hub fail for the stock class too, and count for neither.
 With the packages `parameterized` and `requests_mock` a few more tests run. The status is 1 if a test fails for a
@@ -82,6 +82,8 @@ def main(
         raise typer.BadParameter(f"{', '.join(unknown)}: kinds are {', '.join(STUDENTS)}")
     tests, options = test or TESTS, pytest.split()
     stock = run(checkout, STOCK, tests, options)
+    if not stock["counts"]:
+        raise SystemExit(f"{checkout}: has none of these tests: {', '.join(tests)}")
     passed_over = [*stock["failed"], *stock["skipped"]]
     # A test that fails for other weights compares with numbers of the stock class.
     of_weights = run(checkout, OTHER_WEIGHTS, tests, options, passed_over)["failed"]

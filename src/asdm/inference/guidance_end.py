@@ -104,7 +104,7 @@ class GuidanceEnd(PipelineCallback):
 
 def _held_by(pipeline: DiffusionPipeline) -> tuple[list[str], tuple[int, int]]:
     """What a pipeline holds for each branch, and lets a callback change; of how many branches, and which one stays."""
-    owner = next(kind for kind in type(pipeline).__mro__ if "__call__" in vars(kind))
+    owner = next((kind for kind in type(pipeline).__mro__ if "__call__" in vars(kind)), type(pipeline))
     if owner.__name__ not in _LOOPS or not owner.__module__.startswith("diffusers."):
         raise AsdmError(
             f"{type(pipeline).__name__}: its guidance cannot end early; leave guidance_end out, or take a pipeline of "

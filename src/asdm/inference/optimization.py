@@ -149,10 +149,13 @@ def _threads(unet: UNet2DConditionModel, device: torch.device, rounds: int) -> l
     now = torch.get_num_threads()
     if device.type != "cpu" or now < 4:
         return []
-    call = unet_call(unet)
-    times = measure_interleaved({"now": _in_threads(now, call), "half": _in_threads(now // 2, call)}, rounds=rounds)
-    gain = speedup(times["now"], times["half"])
-    torch.set_num_threads(now // 2 if gain >= WORTH_IT else now)
+    call, chosen = unet_call(unet), now
+    try:
+        times = measure_interleaved({"now": _in_threads(now, call), "half": _in_threads(now // 2, call)}, rounds=rounds)
+        gain = speedup(times["now"], times["half"])
+        chosen = now // 2 if gain >= WORTH_IT else now
+    finally:
+        torch.set_num_threads(chosen)
     return [Measure(f"{now // 2} threads", gain, 0.0, gain >= WORTH_IT)]
 
 
