@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from asdm.calibration import calibration_calls
 from asdm.conditioning import image_size, latent_shape, require_size
@@ -332,7 +333,7 @@ def _program(graph: _Graph) -> torch.export.ExportedProgram:
     shapes = {name: {0: torch.export.Dim.AUTO} if value.ndim else {} for name, value in graph.inputs.items()}
     program = torch.export.export(graph.module.eval(), (), kwargs=graph.inputs, dynamic_shapes=shapes)
     examples = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
-    if any(value.ndim and isinstance(examples[name].shape[0], int) for name, value in graph.inputs.items()):
+    if any(value.ndim and is_concrete_int(examples[name].shape[0]) for name, value in graph.inputs.items()):
         raise AsdmError(
             f"export: {graph.name}: its graph takes no other batch than the examples'; this part cannot be exported"
         )
