@@ -1,13 +1,25 @@
 """Guidance ends where it is told to, in every kind of Stable Diffusion pipeline and for any number of prompts."""
 
+import inspect
+
+import diffusers
 import pytest
 import torch
-from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+from diffusers import (
+    ControlNetModel,
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionPAGPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLControlNetImg2ImgPipeline,
+    StableDiffusionXLControlNetPipeline,
+)
 from diffusers.callbacks import SDCFGCutoffCallback
 from PIL import Image
 
 from asdm import AsdmError, GuidanceEnd, generate, inherit_features
-from conftest import tiny_inpainting_pipeline, tiny_pipeline, tiny_sdxl_pipeline
+from conftest import tiny_inpainting_pipeline, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet
 
 PICTURE = Image.new("RGB", (16, 16), "red")
 MASK = Image.new("L", (16, 16), 0)
@@ -74,6 +86,41 @@ def test_images_of_a_controlnet_are_halved_too(pipeline):
         assert seen == ([2, 2, 2, 2] if guess_mode else [4, 4, 2, 2])
 
 
+def of_kind(kind, **more):
+    """A pipeline of another kind from the tiny ones' parts."""
+    parts = (tiny_sdxl_pipeline if "XL" in kind.__name__ else tiny_pipeline)().components
+    if "controlnet" in more:
+        more["controlnet"] = ControlNetModel.from_unet(
+            parts["unet"], conditioning_embedding_out_channels=(16, 32), controlnet_conditioning_channel_order="rgb"
+        )
+    options = {} if "XL" in kind.__name__ else {"requires_safety_checker": False}
+    wanted = inspect.signature(kind.__init__).parameters
+    pipeline = kind(**{name: part for name, part in (parts | more).items() if name in wanted}, **options)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts", "given", "branches"),
+    [
+        (StableDiffusionInstructPix2PixPipeline, {"unet": lambda: tiny_unet(in_channels=8)}, {"image": PICTURE}, 3),
+        *(
+            (kind, {"controlnet": None}, {"image": PICTURE, "control_image": PICTURE, "strength": 1.0}, 2)
+            for kind in (StableDiffusionControlNetImg2ImgPipeline, StableDiffusionXLControlNetImg2ImgPipeline)
+        ),
+        (StableDiffusionXLControlNetPipeline, {"controlnet": None}, {"image": PICTURE}, 2),
+    ],
+)
+def test_other_kinds_of_guidance_end_too(kind, parts, given, branches):
+    pipeline = of_kind(kind, **{name: make() if make else None for name, make in parts.items()})
+    many = {name: [value] * 2 if "image" in name and branches == 2 else value for name, value in given.items()}
+    seen = batches(
+        pipeline.unet,
+        lambda: pipeline(PROMPTS, num_inference_steps=4, callback_on_step_end=GuidanceEnd(pipeline, 0.5), **many),
+    )
+    assert seen == [2 * branches, 2 * branches, 2, 2]
+
+
 def test_features_are_not_inherited_from_both_branches(pipeline):
     with inherit_features(pipeline, every=4) as session:
         assert generate(pipeline, PROMPTS, steps=6, guidance_end=0.5).isfinite().all()
@@ -83,6 +130,45 @@ def test_features_are_not_inherited_from_both_branches(pipeline):
 def test_without_guidance_nothing_changes(pipeline):
     drawn = [generate(pipeline, "octopus", steps=3, guidance_scale=1.0, guidance_end=end) for end in (1.0, 0.4)]
     assert torch.equal(*drawn)
+
+
+REFUSED = [
+    *(
+        f"StableDiffusion{kind}Pipeline"
+        for kind in ("PAG", "PAGImg2Img", "PAGInpaint", "ControlNetPAG", "ControlNetPAGInpaint", "ControlNetInpaint")
+    ),
+    *(f"StableDiffusionXL{kind}Pipeline" for kind in ("PAG", "PAGImg2Img", "PAGInpaint", "ControlNetPAG")),
+    *(f"StableDiffusionXLControlNet{kind}Pipeline" for kind in ("PAGImg2Img", "Union", "Inpaint", "XS")),
+    *("StableDiffusionControlNetXSPipeline", "StableDiffusionSAGPipeline", "StableDiffusionXLInstructPix2PixPipeline"),
+    *("StableDiffusionDepth2ImgPipeline", "StableDiffusionLDM3DPipeline", "StableDiffusionAdapterPipeline"),
+    *("LEditsPPPipelineStableDiffusion", "LEditsPPPipelineStableDiffusionXL", "AnimateDiffPipeline"),
+]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_guidance_that_a_callback_cannot_end_is_refused_before_sampling(name):
+    kind = getattr(diffusers, name)
+    with pytest.raises(AsdmError, match=f"^{name}: its guidance cannot end early; leave guidance_end out"):
+        GuidanceEnd(kind.__new__(kind), 0.5)
+
+
+def test_a_pipeline_of_another_kind_than_it_was_made_for_is_refused(pipeline):
+    other = of_kind(StableDiffusionPAGPipeline)
+    with pytest.raises(AsdmError, match="StableDiffusionPAGPipeline: its guidance cannot end early"):
+        generate(other, "octopus", steps=2, guidance_end=0.5)
+    other = tiny_inpainting_pipeline()
+    given = {"image": PICTURE, "mask_image": MASK, "height": 16, "width": 16}
+    with pytest.raises(AsdmError, match="for another kind of pipeline than StableDiffusionInpaintPipeline"):
+        other("octopus", num_inference_steps=2, callback_on_step_end=GuidanceEnd(pipeline, 0.5), **given)
+
+
+def test_a_pipeline_with_a_loop_of_its_own_is_refused(pipeline):
+    class Other(StableDiffusionPipeline):
+        def __call__(self, *args, **kwargs):
+            return super().__call__(*args, **kwargs)
+
+    with pytest.raises(AsdmError, match="Other: its guidance cannot end early"):
+        GuidanceEnd(Other.__new__(Other), 0.5)
 
 
 def test_what_cannot_end_is_told(pipeline):

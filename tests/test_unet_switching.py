@@ -76,6 +76,7 @@ def test_what_does_not_fit_is_named(pipeline, tmp_path):
         ([student, pipeline.unet], {"speedup": 50.0}, "speedup=50: out of reach"),
         ([student, pipeline.unet], {}, "either below or speedup"),
         ([student, tiny_unet(in_channels=9)], {"below": [0.5]}, "in_channels: 4 and 9"),
+        ([student, tiny_unet().bfloat16()], {"below": [0.5]}, "dtype: torch.float32 and torch.bfloat16; bring"),
     ):
         with pytest.raises(AsdmError, match=message):
             switch_unets(pipeline, unets, **settings)

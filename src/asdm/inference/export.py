@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from asdm import checks
 from asdm.calibration import calibration_calls
@@ -24,7 +25,7 @@ from asdm.conditioning import image_size, latent_shape, require_size
 from asdm.errors import AsdmError, needs_extra
 from asdm.evaluation.latency import random_inputs
 from asdm.files import replacing_folder
-from asdm.inference.feature_inheritance import Cut, cut_of
+from asdm.inference.feature_inheritance import Cut, cut_of, require_whole
 from asdm.pipelines import MARKER, is_random, quiet, require_ours, write_vocabularies
 from asdm.replay import Replay, outputs_of, tensor_of
 from asdm.student.surgery import swapped
@@ -87,8 +88,7 @@ def export(
     """Write a pipeline, teacher or student, as graphs; OpenVINO's with weights in half precision, or in 8 bits.
 
     `optimum.intel.OVDiffusionPipeline.from_pretrained(folder)`, or `optimum.onnxruntime.ORTDiffusionPipeline`, loads
-    it; neither needs this package. The graphs take any batch; a student whose CondConv routers read the input takes
-    the batch of two that one image with guidance has.
+    it; neither needs this package. The graphs take any batch.
 
     Args:
         size: the side of the images in pixels, to which the graphs are fixed; by default the pipeline's own.
@@ -103,8 +103,8 @@ def export(
         parts: only the graphs of these names, for `with_openvino_graphs`; optimum needs all but these two.
 
     Raises:
-        AsdmError: the format's packages are not installed, `folder` is not ours, the data cannot be used, or a graph
-            does not give what torch gives.
+        AsdmError: the format's packages are not installed, `folder` is not ours, the data cannot be used, the UNet
+            inherits features, or a graph does not give what torch gives, or takes one batch alone.
     """
     if to not in FILES:
         raise AsdmError(f"to={to}: no such format; it is {' or '.join(FILES)}")
@@ -121,6 +121,7 @@ def export(
         raise AsdmError("export: this UNet is told its guidance by an embedding, which the graphs have no input for")
     if pipeline.unet.dtype != torch.float32:
         raise AsdmError(f"a pipeline in {pipeline.unet.dtype} is not exported; load it in float32, on the CPU")
+    require_whole(pipeline.unet, "export")
     size = image_size(pipeline) if size is None else size
     require_size(pipeline, size)
     graphs = _graphs(pipeline, size, inherit, _calibration(pipeline, size, data) if int8 == "activations" else [])
@@ -336,9 +337,19 @@ class _Text(nn.Module):
 
 
 def _program(graph: _Graph) -> torch.export.ExportedProgram:
-    """The graph for any batch where it allows that."""
+    """The graph, for any batch.
+
+    Raises:
+        AsdmError: something in it is computed for the batch of the examples alone.
+    """
     shapes = {name: {0: torch.export.Dim.AUTO} if value.ndim else {} for name, value in graph.inputs.items()}
-    return torch.export.export(graph.module.eval(), (), kwargs=graph.inputs, dynamic_shapes=shapes)
+    program = torch.export.export(graph.module.eval(), (), kwargs=graph.inputs, dynamic_shapes=shapes)
+    examples = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    if any(value.ndim and is_concrete_int(examples[name].shape[0]) for name, value in graph.inputs.items()):
+        raise AsdmError(
+            f"export: {graph.name}: its graph takes no other batch than the examples'; this part cannot be exported"
+        )
+    return program
 
 
 def _openvino_writer(int8: Int8 | None) -> Callable[[_Graph, Path], Callable[[], list[np.ndarray]]]:

@@ -8,6 +8,7 @@ from an interval, a speed-up, a budget, or a schedule that `inheritance_calibrat
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers.hooks import HookRegistry, ModelHook
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 
@@ -26,12 +28,12 @@ from asdm.evaluation.latency import unet_call
 from asdm.files import write_text
 from asdm.measure.latency import measure_interleaved
 from asdm.records import Record, first_fault
-from asdm.student.surgery import set_module
 from asdm.units import fingerprint, layers, removable_units, stage_of, stages
 
 Granularity = Literal["block", "layer", "unit"]
 Spacing = Literal["uniform", "early", "late"]
 UNEVENNESS = 1.6  # exponent of the computed steps' places where they are denser early or late
+_HOOK = "asdm_inherit_features"
 
 
 @checks.arguments(
@@ -64,7 +66,9 @@ def inherit_features(
     """Within the block, the pipeline's UNet computes itself wholly at some steps and inherits features at the others.
 
     Exactly one of five says when it computes. Other pipelines that share the UNet, guidance, ControlNet residuals and
-    any size go on working; a new call begins anew, also after one that an exception ended.
+    any size go on working; a new call begins anew, also after one that an exception ended. Each thread has a sampling
+    of its own. The UNet's modules and their names stay as they are: LoRA files load, and it can be saved. It cannot be
+    copied.
 
     Args:
         speedup: of all UNet calls together; how many steps are computed follows from a timed call of each kind.
@@ -100,7 +104,7 @@ def inherit_features(
         raise AsdmError(f"{named[0]}={given[named[0]]}: out of range; every and speedup are at least 1, budget 0")
     if not 0 <= order <= 2:
         raise AsdmError(f"order={order}: allowed are 0, 1 and 2")
-    if any(isinstance(module, _Inheriting) for module in unet.modules()):
+    if inherits(unet):
         raise AsdmError("this UNet inherits features already; leave the other block first")
     if getattr(unet, "_compiled_call_impl", None) is not None or hasattr(unet, "_orig_mod"):
         raise AsdmError(
@@ -115,13 +119,13 @@ def inherit_features(
         cut = exported(granularity, depth)
     else:
         cut = cut_of(unet, granularity, depth, needed=layers(unet)[:1] if budget is not None else ())
-    originals = {name: unet.get_submodule(name) for name in cut.inheriting}
+    modules = {name: unet.get_submodule(name) for name in cut.inheriting}
     handles = [unet.register_forward_pre_hook(session.before_call, with_kwargs=True)]
     try:
-        for name, module in originals.items():
+        for name, module in modules.items():
             kept = _shortcut_of(module) if granularity == "unit" else None
-            session.modules.append(_Inheriting(module, session, kept, read=name in cut.read))
-            set_module(unet, name, session.modules[-1])
+            session.hooks.append(_Inheriting(session, kept, read=name in cut.read))
+            HookRegistry.check_if_exists_or_initialize(module).register_hook(session.hooks[-1], _HOOK)
         if budget is not None:
             first = unet.get_submodule(layers(unet)[0])
             handles.append(first.register_forward_hook(session.after_first_layer))
@@ -133,9 +137,31 @@ def inherit_features(
     finally:
         for handle in handles:
             handle.remove()
-        for name, module in originals.items():
-            set_module(unet, name, module)
-        session.modules.clear()  # and what they remember
+        for module in modules.values():
+            _remove_hook(module)
+        session.forget()
+
+
+def inherits(unet: nn.Module) -> bool:
+    """Whether a block of `inherit_features` is open for a UNet."""
+    registries = (getattr(module, "_diffusers_hook", None) for module in unet.modules())
+    return any(registry.get_hook(_HOOK) is not None for registry in registries if registry is not None)
+
+
+def require_whole(unet: nn.Module, work: str) -> None:
+    """Raise an AsdmError within a block of `inherit_features`, where a UNet's modules do not always compute."""
+    if inherits(unet):
+        raise AsdmError(f"{work}: this UNet inherits features; leave the block of inherit_features first")
+
+
+def _remove_hook(module: nn.Module) -> None:
+    """Take the hook off and leave nothing behind, unless there are others."""
+    registry = HookRegistry.check_if_exists_or_initialize(module)
+    registry.remove_hook(_HOOK, recurse=False)
+    if not registry.hooks:
+        del module._diffusers_hook
+        if vars(module).get("forward") == type(module).forward.__get__(module):
+            del module.forward
 
 
 class InheritanceSchedule(Record):
@@ -205,6 +231,31 @@ class InheritanceSchedule(Record):
         return index in self.steps_of(count)
 
 
+class _Sampling(threading.local):
+    """Where a sampling is, and what was computed in it; each thread that calls the UNet has its own."""
+
+    def __init__(self) -> None:
+        self.inheriting = False  # the call that is under way, and at which
+        self.sigma = 0.0  # noise level
+        self.past: dict[_Inheriting, list[tuple[float, Any]]] = {}
+        self.forced: bool | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        """The next call is the first of a sampling."""
+        self.timesteps: Any = None  # the scheduler's
+        self.index = -1  # of the last call among them
+        self.seen: tuple[Any, ...] = ()
+        self.takes_turns = False  # several samplings visit each step
+        self.forget()
+
+    def forget(self) -> None:
+        """What was computed is not inherited."""
+        self.past.clear()
+        self.first: Tensor | None = None  # adaptive: the first layer's output, and how far it has moved since
+        self.change = 0.0
+
+
 class FeatureInheritance:
     """When to compute and when to inherit, and where in a sampling the UNet is.
 
@@ -215,151 +266,146 @@ class FeatureInheritance:
         self.pipeline, self.order, self.damping = pipeline, order, damping
         self.computes_at: Callable[[int, int], bool | None] = lambda index, count: True
         self.computed, self.inherited = 0, 0
-        self.modules: list[_Inheriting] = []
-        self.inheriting = False
+        self.hooks: list[_Inheriting] = []
         self.budget: float | None = None
-        self.generation = 0  # of the sampling that is under way: what was stored before is not inherited
-        self.timestep = 0.0
-        self.sigma = 0.0
-        self._timesteps: Any = None  # the scheduler's, made anew at the start of each sampling
-        self._index = -1
-        self._interleaved = False  # several samplings take turns, each step
-        self._seen: tuple[Any, ...] = ()
-        self._first: Tensor | None = None
-        self._change = 0.0
-        self._forced: bool | None = None
+        self.sampling = _Sampling()
+        self._counting = threading.Lock()
+
+    def __reduce__(self) -> Any:
+        raise AsdmError("a UNet that inherits features is not copied; leave the block of inherit_features first")
 
     @contextmanager
     def forced(self, inheriting: bool) -> Iterator[None]:
         """Compute or inherit whatever the schedule says; for timing."""
-        self._forced = inheriting
+        self.sampling.forced = inheriting
         try:
             yield
         finally:
-            self._forced = None
-            self._timesteps = None
+            self.sampling.forced = None
+            self.sampling.timesteps = None
 
     def answer_with(self, value: Tensor) -> None:
         """Let the one border of the cut inherit this, whatever it answered; for calibration."""
-        (border,) = (module for module in self.modules if module.read)
-        border.remember(0.0, value)
+        (border,) = (hook for hook in self.hooks if hook.read)
+        self.sampling.past[border] = [(0.0, value)]
+
+    def forget(self) -> None:
+        """Let go of what all threads remember."""
+        self.hooks.clear()
+        self.sampling = _Sampling()
 
     def before_call(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Decide for a call of the UNet (a forward pre-hook)."""
-        sample = kwargs["sample"] if "sample" in kwargs else args[0]
-        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        states = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[2]
-        self.timestep = float(timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep)
-        self.sigma = noise_level(self.pipeline.scheduler, self.timestep)
-        if self._forced is not None:
-            self.generation += not self._forced
-            self.inheriting = self._forced
+        names = ("sample", "timestep", "encoder_hidden_states")
+        sample, timestep, states = (kwargs[name] if name in kwargs else args[place] for place, name in enumerate(names))
+        timestep = float(timestep.flatten()[0] if isinstance(timestep, Tensor) else timestep)
+        now = self.sampling
+        now.sigma = noise_level(self.pipeline.scheduler, timestep)
+        if now.forced is not None:
+            now.inheriting = now.forced
+            if not now.forced:
+                now.forget()
             return
-        scheduler = self.pipeline.scheduler
-        timesteps: Any = getattr(scheduler, "timesteps", None)
-        begins = timesteps is not self._timesteps
-        if begins:  # image-to-image not with the first step
-            self._index, self._interleaved = (getattr(scheduler, "begin_index", None) or 0) - 1, False
-        index = self._place(timesteps)
-        seen = (sample.shape, sample.dtype, sample.device, states)
-        self._interleaved |= index == self._index
-        follows = not begins and not self._interleaved and index == self._index + 1 and self._same(seen)
+        follows, index, count = self._follows(timestep, (sample.shape, sample.dtype, sample.device), states)
         if not follows:
-            self.generation += 1
-            self._first, self._change = None, 0.0
-        self._timesteps, self._index, self._seen = timesteps, index, seen
-        decision = self.computes_at(index, len(timesteps)) if follows else True
+            now.forget()
+        decision = self.computes_at(index, count) if follows else True
         self._decide(decision is not False, known=decision is not None)
 
     def after_first_layer(self, _module: nn.Module, _args: Any, output: Any) -> None:
         """Adaptive: decide by how far the first layer's output has moved (a forward hook)."""
         assert self.budget is not None
+        now = self.sampling
         first: Tensor = output[0] if isinstance(output, tuple) else output
-        if self._first is not None and self._first.shape == first.shape:
-            moved = (first - self._first).abs().mean() / self._first.abs().mean().clamp(min=1e-12)
-            self._change += float(moved)
-            self._decide(self._change > self.budget, known=True)
-        if not self.inheriting:
-            self._change = 0.0
-        self._first = first.detach()
+        if now.first is not None and now.first.shape == first.shape:
+            moved = (first - now.first).abs().mean() / now.first.abs().mean().clamp(min=1e-12)
+            now.change += float(moved)
+            self._decide(now.change > self.budget, known=True)
+        if not now.inheriting:
+            now.change = 0.0
+        now.first = first.detach()
 
     def _decide(self, compute: bool, known: bool) -> None:
-        self.inheriting = not compute
+        self.sampling.inheriting = not compute
         if known:
-            self.computed += compute
-            self.inherited += not compute
+            with self._counting:
+                self.computed += compute
+                self.inherited += not compute
 
-    def _place(self, timesteps: Any) -> int:
-        """Index of the time step in the sampling; -1 for one that is not of it."""
-        if not isinstance(timesteps, Tensor):
-            return -1
-        found = (timesteps.float().cpu() - self.timestep).abs().lt(1e-3).nonzero().flatten().tolist()
-        # Second-order schedulers visit a time step twice.
-        return next((i for i in found if i > self._index), found[-1]) if found else -1
+    def _follows(self, timestep: float, shape: tuple[Any, ...], states: Tensor) -> tuple[bool, int, int]:
+        """Whether a call is at the step behind the last call's, in the same sampling; its step, and of how many.
 
-    def _same(self, seen: tuple[Any, ...]) -> bool:
-        if not self._seen or seen[:3] != self._seen[:3]:
-            return False
-        mine, theirs = seen[3], self._seen[3]
-        return mine is theirs or (mine.shape == theirs.shape and torch.equal(mine, theirs))
+        A pipeline makes the prompts' embeddings anew for each sampling. What only has the same values is of the same
+        sampling where the scheduler says so.
+        """
+        now, scheduler = self.sampling, self.pipeline.scheduler
+        timesteps: Any = getattr(scheduler, "timesteps", None)
+        same = now.seen[:-1] == shape and _equal(states, now.seen[-1]) and _equal(timesteps, now.timesteps)
+        index = _place(timestep, timesteps, now.index) if same else -1
+        if same and states is not now.seen[-1]:
+            same = getattr(scheduler, "step_index", None) == index
+        if not same or index < now.index:
+            now.restart()  # image-to-image not with the first step
+            now.index = (getattr(scheduler, "begin_index", None) or 0) - 1
+            index = _place(timestep, timesteps, now.index)
+            same = False
+        now.takes_turns |= same and 0 <= index == now.index
+        follows = same and not now.takes_turns and 0 <= now.index == index - 1
+        now.timesteps, now.index, now.seen = timesteps, index, (*shape, states)
+        return follows, index, len(timesteps) if follows else 0
 
 
-class _Inheriting(nn.Module):
-    """A module that answers with what it, or an extrapolation of what it, answered before.
+def _equal(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    both = isinstance(one, Tensor) and isinstance(other, Tensor)
+    return both and one.shape == other.shape and one.device == other.device and torch.equal(one, other)
+
+
+def _place(timestep: float, timesteps: Any, last: int) -> int:
+    """Index of a time step in a sampling whose last call was at `last`; -1 for one that is not of it."""
+    if not isinstance(timesteps, Tensor):
+        return -1
+    found = (timesteps.float().cpu() - timestep).abs().lt(1e-3).nonzero().flatten().tolist()
+    # Second-order schedulers visit a time step twice.
+    return next((i for i in found if i > last), found[-1]) if found else -1
+
+
+class _Inheriting(ModelHook):
+    """Lets a module answer with what it, or an extrapolation of what it, answered before.
 
     With `kept`, a map of its input that is always computed, only the difference to it is inherited. What no computed
     module reads is not `read`: the last answer stands in for it, as only its shape matters.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        session: FeatureInheritance,
-        kept: Callable[[Tensor], Tensor] | None = None,
-        read: bool = True,
-    ):
+    def __init__(self, session: FeatureInheritance, kept: Callable[[Tensor], Tensor] | None = None, read: bool = True):
         super().__init__()
-        self.module, self.kept, self.read = module, kept, read
-        self._session = [session]  # not a submodule
-        self._past: list[tuple[float, Any]] = []
-        self._generation = -1
-        self._in_tuple = False
+        self.session, self.kept, self.read = session, kept, read
+        self.in_tuple = False
 
-    def __getattr__(self, name: str) -> Any:
-        """What is asked of the module itself: a processor, a count of channels."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("module"), name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        session = self._session[0]
-        if session.generation != self._generation:
-            self._past, self._generation = [], session.generation
-        if session.inheriting and self._past:
-            return self._inherited(session, args)
-        output = self.module(*args, **kwargs)
-        if not self.read:
-            self._past = [(session.sigma, output)]
-            return output
-        self._in_tuple = isinstance(output, tuple)
-        value = output[0] if self._in_tuple else output
-        # What reads it may change it in place, as FreeU does.
-        value = value.clone() if self.kept is None else value - self.kept(args[0])
-        self._past = [*self._past, (session.sigma, value)][-1 - session.order :]
+    def new_forward(self, _: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        sampling = self.session.sampling
+        past = sampling.past.get(self)
+        if sampling.inheriting and past:
+            return self._inherited(past, sampling.sigma, args)
+        output = self.fn_ref.original_forward(*args, **kwargs)
+        if self.read:
+            self.in_tuple = isinstance(output, tuple)
+            value = output[0] if self.in_tuple else output
+            # What reads it may change it in place, as FreeU does.
+            value = value.clone() if self.kept is None else value - self.kept(args[0])
+            sampling.past[self] = [*(past or ()), (sampling.sigma, value)][-1 - self.session.order :]
+        else:
+            sampling.past[self] = [(sampling.sigma, output)]
         return output
 
-    def remember(self, sigma: float, value: Tensor) -> None:
-        """As if `value` was all that it answered in this sampling."""
-        self._past = [(sigma, value)]
-
-    def _inherited(self, session: FeatureInheritance, args: tuple[Any, ...]) -> Any:
+    def _inherited(self, past: list[tuple[float, Any]], sigma: float, args: tuple[Any, ...]) -> Any:
         if not self.read:
-            return self._past[-1][1]
-        value = extrapolated(self._past, session.sigma, session.damping)
+            return past[-1][1]
+        value = extrapolated(past, sigma, self.session.damping)
         if self.kept is not None:
             value = value + self.kept(args[0])
-        return (value,) if self._in_tuple else value
+        return (value,) if self.in_tuple else value
 
 
 def extrapolated(past: Sequence[tuple[float, Tensor]], sigma: float, damping: float = 1.0) -> Tensor:

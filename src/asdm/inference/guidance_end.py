@@ -14,7 +14,32 @@ from asdm import checks
 from asdm.errors import AsdmError
 
 PART = checks.number(above=0, high=1, remedy="for no guidance at all give guidance_scale=1")
-# What the Stable Diffusion pipelines hold twice, without the prompt and with it, and let a callback change.
+# Pipelines whose loop asks a callback what it wants to see, takes back all that it holds once for each branch, and asks
+# at every step whether there is guidance. Others, as those with perturbed attention, with a union of ControlNets, or
+# that inpaint by a ControlNet, do not.
+_LOOPS = frozenset(
+    {
+        "StableDiffusionPipeline",
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
+        "StableDiffusionInstructPix2PixPipeline",
+        "StableDiffusionControlNetPipeline",
+        "StableDiffusionControlNetImg2ImgPipeline",
+        "StableDiffusionXLPipeline",
+        "StableDiffusionXLImg2ImgPipeline",
+        "StableDiffusionXLInpaintPipeline",
+        "StableDiffusionXLControlNetPipeline",
+        "StableDiffusionXLControlNetImg2ImgPipeline",
+        "KolorsPipeline",
+        "KolorsImg2ImgPipeline",
+        "LatentConsistencyModelPipeline",
+        "LatentConsistencyModelImg2ImgPipeline",
+    }
+)
+# Of how many branches, and which of them has both the prompt and the image.
+_BRANCHES = {"StableDiffusionInstructPix2PixPipeline": (3, 0)}
+_TWO_BRANCHES = (2, 1)  # without the prompt, and with it
+# What they hold for each branch, and let a callback change.
 _BRANCHED = (
     "prompt_embeds",
     "add_text_embeds",
@@ -22,6 +47,7 @@ _BRANCHED = (
     "mask",
     "masked_image_latents",
     "image",
+    "image_latents",
     "control_image",
 )
 
@@ -31,28 +57,25 @@ class GuidanceEnd(PipelineCallback):
 
         pipeline(prompts, callback_on_step_end=asdm.GuidanceEnd(pipeline, 0.8))
 
-    As `SDCFGCutoffCallback` of diffusers, but for any number of prompts and for all of its Stable Diffusion pipelines:
-    XL, image-to-image, inpainting, ControlNet.
+    As `SDCFGCutoffCallback` of diffusers, but for any number of prompts and for its Stable Diffusion pipelines: XL,
+    Kolors, image-to-image, inpainting, InstructPix2Pix, ControlNet.
 
     Args:
         pipeline: which is going to call it.
         guidance_end: part of the steps, in (0, 1], that are guided; at least one is.
 
     Raises:
-        AsdmError: `guidance_end` is out of range, or the pipeline has guidance that a callback cannot end.
+        AsdmError: `guidance_end` is out of range, or the pipeline's guidance cannot be ended by a callback.
     """
 
     @checks.arguments(guidance_end=PART)
     def __init__(self, pipeline: DiffusionPipeline, guidance_end: float):
         super().__init__(cutoff_step_ratio=float(guidance_end))
-        offered = getattr(pipeline, "_callback_tensor_inputs", [])
-        if "prompt_embeds" not in offered:
-            raise AsdmError(f"{type(pipeline).__name__}: has no guidance that can end early; leave guidance_end out")
+        self._branched, self._branches = _held_by(pipeline)
         if pipeline.unet.config.get("encoder_hid_dim_type") == "ip_image_proj":
             raise AsdmError(
                 "guidance_end does not go with an IP-Adapter, whose images no callback can change; unload it"
             )
-        self._branched = [name for name in _BRANCHED if name in offered]
 
     @property
     def tensor_inputs(self) -> list[str]:
@@ -64,13 +87,27 @@ class GuidanceEnd(PipelineCallback):
         guided = math.ceil(self.config.cutoff_step_ratio * pipeline.num_timesteps)
         if step_index + 1 != guided or not pipeline.do_classifier_free_guidance:
             return callback_kwargs
+        if _held_by(pipeline) != (self._branched, self._branches):
+            raise AsdmError(f"this GuidanceEnd was made for another kind of pipeline than {type(pipeline).__name__}")
         pipeline._guidance_scale = 1.0  # set anew by each call of the pipeline
-        both = len(callback_kwargs["prompt_embeds"])
-        return {name: _conditional(value, both) for name, value in callback_kwargs.items()}
+        size = len(callback_kwargs["prompt_embeds"])
+        return {name: self._conditional(value, size) for name, value in callback_kwargs.items()}
+
+    def _conditional(self, value: Any, size: int) -> Any:
+        """The branch with the prompt, of what has all; a ControlNet's image in guess mode has one."""
+        if isinstance(value, list):
+            return [self._conditional(each, size) for each in value]
+        count, which = self._branches
+        return value.chunk(count)[which] if isinstance(value, Tensor) and len(value) == size else value
 
 
-def _conditional(value: Any, both: int) -> Any:
-    """The second half of what has both branches; a ControlNet's image in guess mode has one."""
-    if isinstance(value, list):
-        return [_conditional(each, both) for each in value]
-    return value.chunk(2)[1] if isinstance(value, Tensor) and len(value) == both else value
+def _held_by(pipeline: DiffusionPipeline) -> tuple[list[str], tuple[int, int]]:
+    """What a pipeline holds for each branch, and lets a callback change; of how many branches, and which one stays."""
+    owner = next((kind for kind in type(pipeline).__mro__ if "__call__" in vars(kind)), type(pipeline))
+    if owner.__name__ not in _LOOPS or not owner.__module__.startswith("diffusers."):
+        raise AsdmError(
+            f"{type(pipeline).__name__}: its guidance cannot end early; leave guidance_end out, or take a pipeline of "
+            "Stable Diffusion without more kinds of guidance"
+        )
+    held = [name for name in _BRANCHED if name in pipeline._callback_tensor_inputs]
+    return held, _BRANCHES.get(owner.__name__, _TWO_BRANCHES)

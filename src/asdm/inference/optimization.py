@@ -14,6 +14,7 @@ from torch import nn
 from asdm import checks
 from asdm.errors import AsdmError, one_line
 from asdm.evaluation.latency import random_inputs, unet_call
+from asdm.inference.feature_inheritance import require_whole
 from asdm.measure.latency import Latency, Ratio, measure_interleaved
 from asdm.student.gri_attention import GriAttnProcessor
 
@@ -82,10 +83,11 @@ def optimize(
         compile: also compile the repeated blocks, which takes minutes at the first call.
 
     Raises:
-        AsdmError: `max_error` is negative, the UNet is offloaded, or an IP-Adapter is loaded.
+        AsdmError: `max_error` is negative, the UNet is offloaded or inherits features, or an IP-Adapter is loaded.
     """
     if max_error < 0:
         raise AsdmError(f"max_error={max_error:g}: must not be negative")
+    require_whole(pipeline.unet, "optimize")
     unet: UNet2DConditionModel = pipeline.unet.eval()
     if getattr(unet, "_hf_hook", None) is not None:
         raise AsdmError("the UNet is offloaded; optimize the pipeline first, then enable offloading")
@@ -157,11 +159,14 @@ def _threads(unet: UNet2DConditionModel, device: torch.device, rounds: int) -> l
     now = torch.get_num_threads()
     if device.type != "cpu" or now < 4:
         return []
-    call = unet_call(unet)
-    times = measure_interleaved({"now": _in_threads(now, call), "half": _in_threads(now // 2, call)}, rounds=rounds)
-    gain = times.speedup("now", "half")
-    torch.set_num_threads(now // 2 if _is_worth_it(gain) else now)
-    return [Measure(f"{now // 2} threads", gain, 0.0, _is_worth_it(gain))]
+    call, chosen = unet_call(unet), now
+    try:
+        times = measure_interleaved({"now": _in_threads(now, call), "half": _in_threads(now // 2, call)}, rounds=rounds)
+        gain = times.speedup("now", "half")
+        chosen = now // 2 if _is_worth_it(gain) else now
+    finally:
+        torch.set_num_threads(chosen)
+    return [Measure(f"{now // 2} threads", gain, 0.0, chosen != now)]
 
 
 def _is_worth_it(gain: Ratio) -> bool:

@@ -32,7 +32,7 @@ class SwitchedUNet2DConditionModel(UNet2DConditionModel):
     It stands in any pipeline as long as that lives; what is saved are the UNets it was made of.
 
     Raises:
-        AsdmError: the numbers do not fit, or the UNets read and write other things.
+        AsdmError: the numbers do not fit, or the UNets read and write other things, or have other dtypes or devices.
     """
 
     @checks.arguments(unets=_UNETS, below=_PARTS, timesteps=checks.whole())
@@ -50,6 +50,10 @@ class SwitchedUNet2DConditionModel(UNet2DConditionModel):
                 raise AsdmError(
                     f"{name}: {first.config[name]} and {unet.config[name]}; switch between UNets of one kind"
                 )
+            for name in ("dtype", "device"):
+                one, other = getattr(first, name), getattr(unet, name)
+                if one != other:
+                    raise AsdmError(f"{name}: {one} and {other}; bring the UNets to one by .to({other})")
         config = {name: value for name, value in unets[-1].config.items() if name != "edits" and name[0] != "_"}
         with torch.device("meta"):
             super().__init__(**config)

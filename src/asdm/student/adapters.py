@@ -20,8 +20,12 @@ _KEY = re.compile(r"(\d+)\.to_(q|k|v|out)_(ip|lora)\.(down\.|up\.)?weight")
 
 
 def attentions_of(unet: UNet2DConditionModel) -> list[str]:
-    """Module paths of all attentions, in the order in which files number them."""
-    return [name.removesuffix(".processor") for name in unet.attn_processors]
+    """Module paths of all attentions, in the order in which files number them.
+
+    Those of an IP-Adapter that is loaded already, which project its images, are not the UNet's own.
+    """
+    own = (name for name in unet.attn_processors if not name.startswith("encoder_hid_proj."))
+    return [name.removesuffix(".processor") for name in own]
 
 
 def renumber(
