@@ -75,7 +75,9 @@ def graph_inputs(pipeline, batch):
     }
 
 
-@pytest.mark.parametrize("router", ["time", "input", pytest.param("input+time", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "router", ["input", *(pytest.param(router, marks=pytest.mark.slow) for router in ("time", "input+time"))]
+)
 def test_a_student_with_all_kinds_of_edits(pipeline, tmp_path, router):
     student = student_of(pipeline, *EDITS[:3], EDITS[3] | {"router": router})
     made = export(student, tmp_path / "out", parts=None if router == "time" else ["unet"])
@@ -211,7 +213,7 @@ def test_graphs_draw_from_images_in_half_precision_and_at_their_own_size(drawing
     several = [ready.unet(**inputs | {"timestep": timestep}).sample for timestep in (10, torch.tensor(10.5), 11)]
     assert not torch.equal(several[0], several[1]) and not torch.equal(several[1], several[2])
     for size in (0, -8, 25):
-        with pytest.raises(AsdmError, match=f"size={size}: must be a positive multiple of 2"):
+        with pytest.raises(AsdmError, match=f"size={size}: must be a"):
             export(pipeline, tmp_path / "other", size=size)
 
 
@@ -254,7 +256,7 @@ def test_a_graph_for_one_batch_alone_is_refused():
 
 
 def test_what_cannot_be_exported_is_said_before_anything_is_written(pipeline, tmp_path):
-    with pytest.raises(AsdmError, match="to=tflite: no such format; it is openvino or onnx"):
+    with pytest.raises(AsdmError, match="to='tflite': must be one of openvino, onnx"):
         export(pipeline, tmp_path / "out", "tflite")
     with pytest.raises(AsdmError, match="int8=weights, to=onnx: int8 is for openvino, and weights or activations"):
         export(pipeline, tmp_path / "out", "onnx", int8="weights")
