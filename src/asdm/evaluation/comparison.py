@@ -266,7 +266,9 @@ def measure_speed(
         timed = how | {"steps": 2} if extrapolated and not is_few_step(pipeline) else how
         draw = partial(generate, pipeline, ["a photograph"], **timed)
         jobs[name] = ImageJob(pipeline, draw, _unet_calls(pipeline, how["steps"]))
-    images = time_images(jobs, rounds=min(IMAGES, rounds or IMAGES))
+    guided = [name for name in pipelines if sampling[name]["guidance_scale"] > 1]  # as the timed UNet calls are
+    ratios = {(first, name): unet_times.speedup(first, name) for name in guided if first in guided}
+    images = time_images(jobs, rounds=min(IMAGES, rounds or IMAGES), unet_ratios=ratios)
     meter.mark()
     rows = []
     for name, pipeline in pipelines.items():

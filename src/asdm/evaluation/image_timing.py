@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from asdm.measure.latency import DISTORTION, Latency, Patience, Ratio, Stopwatch, Timing, synchronise
+from asdm.measure.latency import Latency, Patience, Ratio, Stopwatch, Timing, synchronise
 
 IMAGES = 3  # of each pipeline at least
 IMAGES_PATIENCE = 60.0  # seconds
@@ -50,12 +50,14 @@ class ImageTiming:
     """The timed parts of several pipelines' images, and how often each part comes in an image.
 
     `parts` maps a pipeline's name to the part's name, its key in `timing`, and its count. Pipelines that share a
-    module share its key.
+    module share its key. `unet_ratios`, of names of two pipelines, say how many times faster the UNet calls of one are
+    than those of the other, where these were timed in turns: then both were slowed down alike.
     """
 
     timing: Timing
     parts: dict[str, dict[str, tuple[str, int]]]
     images: int
+    unet_ratios: Mapping[tuple[str, str], Ratio] = field(default_factory=dict)
 
     def latency(self, name: str) -> Latency:
         """An image's milliseconds, put together from its parts."""
@@ -79,18 +81,30 @@ class ImageTiming:
         if base == other:
             return Ratio(1.0, 1.0, 1.0)
         shared = {key for key, _ in self.parts[base].values()} & {key for key, _ in self.parts[other].values()}
+        unet = self.unet_ratios.get((base, other))
 
-        def total(name: str, own: str, common: str) -> float:
-            return sum(
-                getattr(self._time(key), common if key in shared else own) * count
-                for key, count in self.parts[name].values()
-            )
+        def total(name: str, own: str, common: str, faster: float | None) -> float:
+            """Milliseconds of an image, its own parts and the shared ones at a bound of their intervals."""
+            milliseconds = 0.0
+            for part, (key, count) in self.parts[name].items():
+                if faster is not None and part == one_kind(0):
+                    # What both UNets' calls take is shared, too: the other's follow from the first one's.
+                    first = self.parts[base][part][0]
+                    milliseconds += getattr(self._time(first), common) * count / faster
+                else:
+                    milliseconds += getattr(self._time(key), common if key in shared else own) * count
+            return milliseconds
 
-        doubt = 1 + DISTORTION * max(self._contention(base), self._contention(other))
+        def ratio(own: str, others: str, common: str, unet_bound: str) -> float:
+            faster = None if unet is None else getattr(unet, unet_bound)
+            return total(base, own, common, None if unet is None else 1.0) / total(other, others, common, faster)
+
         commons = ("low_ms", "high_ms")
-        low = min(total(base, "low_ms", common) / total(other, "high_ms", common) for common in commons)
-        high = max(total(base, "high_ms", common) / total(other, "low_ms", common) for common in commons)
-        return Ratio(total(base, "ms", "ms") / total(other, "ms", "ms"), low / doubt, high * doubt)
+        return Ratio(
+            ratio("ms", "ms", "ms", "value"),
+            min(ratio("low_ms", "high_ms", common, "low") for common in commons),
+            max(ratio("high_ms", "low_ms", common, "high") for common in commons),
+        )
 
     def precision(self) -> float:
         """How far the widest interval of the ratios to the first pipeline reaches to each side, relative to it."""
@@ -102,22 +116,21 @@ class ImageTiming:
         return max((ratio.high - ratio.low) / ratio.value / 2 for ratio in ratios)
 
     def _time(self, key: str) -> Latency:
-        return Latency.of(self.timing.seconds[key])
-
-    def _contention(self, name: str) -> float:
-        """That of the parts, each by its share of the image."""
-        total = self.latency(name).ms
-        return sum(
-            self.timing.contention_of(key) * self._time(key).ms * count / total
-            for key, count in self.parts[name].values()
-        )
+        return self.timing[key]
 
 
 @torch.no_grad()
-def time_images(jobs: Mapping[str, ImageJob], *, rounds: int = IMAGES, patience: float | None = None) -> ImageTiming:
+def time_images(
+    jobs: Mapping[str, ImageJob],
+    *,
+    rounds: int = IMAGES,
+    patience: float | None = None,
+    unet_ratios: Mapping[tuple[str, str], Ratio] | None = None,
+) -> ImageTiming:
     """Let pipelines draw in turns, one image each and round, until their ratios to the first one are narrow.
 
     Args:
+        unet_ratios: of the UNet calls of two pipelines by name, where these have been timed in turns.
         rounds: the least number of images of each; an untimed one goes before them.
         patience: seconds after which no more follow, as for `measure_interleaved`.
     """
@@ -129,7 +142,7 @@ def time_images(jobs: Mapping[str, ImageJob], *, rounds: int = IMAGES, patience:
     images = 0
 
     def timed() -> ImageTiming:
-        return ImageTiming(watch.timing(), parts, images)
+        return ImageTiming(watch.timing(), parts, images, unet_ratios or {})
 
     shared = {id(module) for job in jobs.values() for module in job.pipeline.components.values()}
     while more.another_round(lambda: timed().precision()):

@@ -38,9 +38,13 @@ class Latency:
     rounds: int
 
     @classmethod
-    def of(cls, seconds: Sequence[float], contention: float = 0.0) -> Latency:
-        """The latency that rounds of so many seconds show, while others took a part of the cores (`LoadMeter`)."""
-        low, best, high = (1000 * value for value in _spread(seconds))
+    def of(cls, seconds: Sequence[float], contention: float = 0.0, *, every: bool = False) -> Latency:
+        """The latency that rounds of so many seconds show, while others took a part of the cores (`LoadMeter`).
+
+        Args:
+            every: each round counts; else the fastest do.
+        """
+        low, best, high = (1000 * value for value in _spread(seconds, len(seconds) if every else None))
         return cls(best, low / (1 + SLOWDOWN * contention), high, len(seconds))
 
 
@@ -89,7 +93,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Timing(Mapping[str, Latency]):
-    """What several calls took, round by round.
+    """What several calls took, round by round: each call once in a round, but where only latencies are asked for.
 
     `contention`: for each call and round, the part of this process's cores that others took meanwhile.
     """
@@ -108,11 +112,19 @@ class Timing(Mapping[str, Latency]):
         return len(self.seconds)
 
     def speedup(self, base: str, other: str) -> Ratio:
-        """How many times faster `other` is than `base`."""
+        """How many times faster `other` is than `base`.
+
+        By the rounds in which both were fast, or by the fastest rounds of each, whichever interval is narrower. What
+        slows a whole round down changes the former little, and short bursts of other work the latter.
+        """
         if base == other:
             return Ratio(1.0, 1.0, 1.0)
-        before, after = Latency.of(self.seconds[base]), Latency.of(self.seconds[other])
-        return Ratio.of(before, after, max(self.contention_of(base), self.contention_of(other)))
+        slow, fast = self.seconds[base], self.seconds[other]
+        delays = [max(a / min(slow), b / min(fast)) for a, b in zip(slow, fast, strict=True)]
+        counted = sorted(range(len(delays)), key=delays.__getitem__)[: _counted(len(delays))]
+        before, after = (Latency.of([each[i] for i in counted], every=True) for each in (slow, fast))
+        paired = Ratio.of(before, after, max(self._contention(name, counted) for name in (base, other)))
+        return min(paired, Ratio.of(self[base], self[other]), key=lambda ratio: (ratio.high - ratio.low) / ratio.value)
 
     def precision(self) -> float:
         """How far the widest interval reaches to each side, relative to its value: of the ratios to the first call,
@@ -124,10 +136,13 @@ class Timing(Mapping[str, Latency]):
         return max((ratio.high - ratio.low) / ratio.value / 2 for ratio in ratios)
 
     def contention_of(self, name: str) -> float:
-        """What others took of the cores in the rounds that count; 0 where it is too little to tell."""
-        seconds, taken = self.seconds.get(name, []), self.contention.get(name, [])
-        fastest = sorted(range(len(taken)), key=seconds.__getitem__)[: _counted(len(seconds))]
-        mean = sum(taken[i] for i in fastest) / len(fastest) if fastest else 0.0
+        """What others took of the cores in the fastest rounds; 0 where it is too little to tell."""
+        seconds = self.seconds.get(name, [])
+        return self._contention(name, sorted(range(len(seconds)), key=seconds.__getitem__)[: _counted(len(seconds))])
+
+    def _contention(self, name: str, rounds: Sequence[int]) -> float:
+        taken = self.contention.get(name)
+        mean = sum(taken[i] for i in rounds) / len(rounds) if taken and rounds else 0.0
         return mean if mean >= BUSY else 0.0
 
 
@@ -239,13 +254,13 @@ def _counted(rounds: int) -> int:
     return max(1, min(FASTEST, max(2, (rounds + 1) // 2), rounds))
 
 
-def _spread(seconds: Sequence[float]) -> tuple[float, float, float]:
+def _spread(seconds: Sequence[float], counted: int | None = None) -> tuple[float, float, float]:
     """The least that the true value may be, the fastest round, and the slowest that counts.
 
     The true value may lie below the fastest round by as much as the counted rounds lie above it (inferred).
     """
     ordered = sorted(seconds)
-    best, high = ordered[0], ordered[_counted(len(ordered)) - 1]
+    best, high = ordered[0], ordered[(counted or _counted(len(ordered))) - 1]
     if len(ordered) == 1:
         return best / 2, best, best * 2
     return max(best / 2, 2 * best - high), best, high

@@ -9,8 +9,8 @@ import numpy as np
 import psutil
 import torch
 
-WINDOW = 0.25  # seconds; the system counts CPU time in ticks of 10 ms, too coarse for shorter ones
-BUSY = 0.05  # contention from here on is worth a line
+WINDOW = 0.1  # seconds; the system counts CPU time in ticks of 10 ms, too coarse for shorter ones
+BUSY = 0.1  # contention from here on counts; below, it may be an error of the ticks
 
 
 class LoadMeter:
