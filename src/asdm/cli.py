@@ -1042,7 +1042,7 @@ def _calibrate_inheritance(pipeline: Any, model: str, speedup: float, out: Path 
     console.print(
         f"{len(schedule.computed)} of {schedule.steps} steps compute: {', '.join(map(str, schedule.computed))}; the "
         f"others compute the last {schedule.depth} of the layers and "
-        f"{'extrapolate' if schedule.order else 'copy'} what these read. The UNet is {schedule.speedup:.2f}x faster "
+        f"{'extrapolate' if schedule.order else 'copy'} what these read. The UNet's speed-up is {schedule.ratio} "
         f"({schedule.whole_ms:.0f} ms a whole call, {schedule.inheriting_ms:.0f} ms one that inherits); distance of "
         f"the final latents {schedule.distance:.2g}, of copies at as many even steps {schedule.uniform_distance:.2g}",
         highlight=False,

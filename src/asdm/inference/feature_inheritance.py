@@ -26,7 +26,7 @@ from asdm import checks
 from asdm.errors import AsdmError
 from asdm.evaluation.latency import unet_call
 from asdm.files import write_text
-from asdm.measure.latency import measure_interleaved
+from asdm.measure.latency import Ratio, Timing, measure_interleaved
 from asdm.records import Record, first_fault
 from asdm.units import fingerprint, layers, removable_units, stage_of, stages
 
@@ -168,7 +168,8 @@ class InheritanceSchedule(Record):
     """When to compute and how to inherit: what a calibration found for one architecture under a speed-up target.
 
     `computed` are indices among `steps` sampling steps; `depth`, `order` and `damping` as in `inherit_features`.
-    `speedup` of all UNet calls together counts with the milliseconds of a whole call and of one that inherits.
+    `speedup` of all UNet calls together counts with the milliseconds of a whole call and of one that inherits;
+    `speedup_interval` holds the true one.
     `distance`: mean squared distance of the final latents to the full sampling's, relative to their mean square; where
     it is known, `uniform_distance` is that of copies at the same number of evenly spaced steps.
     """
@@ -182,6 +183,7 @@ class InheritanceSchedule(Record):
     whole_ms: float = Field(gt=0)
     inheriting_ms: float = Field(gt=0)
     speedup: float = Field(gt=0)
+    speedup_interval: tuple[float, float] | None = None
     distance: float | None = None
     uniform_distance: float | None = None
 
@@ -192,6 +194,11 @@ class InheritanceSchedule(Record):
         if self.computed[-1] >= self.steps:
             raise ValueError(f"computed: indices below steps={self.steps}")
         return self
+
+    @property
+    def ratio(self) -> Ratio:
+        """The speed-up with its interval."""
+        return Ratio(self.speedup, *(self.speedup_interval or [self.speedup] * 2))
 
     def save(self, path: str | Path) -> None:
         write_text(Path(path), self.model_dump_json(indent=1) + "\n")
@@ -524,7 +531,8 @@ def _decision(
     assert speedup is not None
     if spacing not in ("uniform", "early", "late"):
         raise AsdmError(f"spacing={spacing}: allowed are uniform, early, late")
-    whole, rest = timed_calls(session, unet)
+    times = timed_calls(session, unet)
+    whole, rest = times["computing"].ms, times["inheriting"].ms
     part = part_computed(whole, rest, speedup)
     return lambda index, count: index in computed_steps(count, max(1, math.floor(part * count)), spacing)
 
@@ -560,8 +568,8 @@ def noise_level(scheduler: Any, timestep: float) -> float:
     return sigmas[0] + min(max(timestep - below, 0.0), 1.0) * (sigmas[1] - sigmas[0])
 
 
-def timed_calls(session: FeatureInheritance, unet: UNet2DConditionModel, rounds: int = 3) -> tuple[float, float]:
-    """Milliseconds of a call that computes and of one that inherits."""
+def timed_calls(session: FeatureInheritance, unet: UNet2DConditionModel, rounds: int = 3) -> Timing:
+    """What a call takes that is "computing", and one that is "inheriting"."""
     call = unet_call(unet)
 
     def timed(inheriting: bool) -> Callable[[], Any]:
@@ -573,8 +581,7 @@ def timed_calls(session: FeatureInheritance, unet: UNet2DConditionModel, rounds:
 
     calls = {"computing": timed(False), "inheriting": timed(True)}
     device = session.pipeline._execution_device  # the UNet's own, unless it is offloaded
-    times = measure_interleaved(calls, rounds=rounds, warmup=1, device=device)
-    return times["computing"].ms, times["inheriting"].ms
+    return measure_interleaved(calls, rounds=rounds, warmup=1, device=device)
 
 
 def part_computed(whole: float, rest: float, speedup: float) -> float:

@@ -37,6 +37,7 @@ from asdm.inference.feature_inheritance import (
     part_computed,
     timed_calls,
 )
+from asdm.measure.latency import Ratio, Timing
 from asdm.units import fingerprint
 
 Progress = Callable[[int, int, str], None]
@@ -126,7 +127,8 @@ def observe_sampling(
     if data is not None:
         require_usable(data)
     depths = sorted({1, 2, len(pipeline.unet.up_blocks[-1].resnets)}) if depth is None else [depth]
-    costs = {each: _costs(pipeline, each) for each in depths}
+    times = {each: _timed(pipeline, each) for each in depths}
+    costs = {each: (time["computing"].ms, time["inheriting"].ms) for each, time in times.items()}
     fastest = depths[0]
     part_computed(*costs[fastest], speedup)  # raises where it is out of reach
     costs = {each: cost for each, cost in costs.items() if each == fastest or speedup < cost[0] / cost[1]}
@@ -136,7 +138,8 @@ def observe_sampling(
     report = _Report(progress, count + sum(count - 1 - probe for probe in probes))
     recorded = _record(sampling, {each: _border(pipeline, each) for each in costs}, report)
     weights = _weights(sampling, recorded, list(costs), probes, report)
-    return Observations(sampling, recorded, weights, costs)
+    ratios = {each: times[each].speedup("computing", "inheriting") for each in costs}
+    return Observations(sampling, recorded, weights, costs, ratios)
 
 
 @dataclass(frozen=True)
@@ -144,13 +147,14 @@ class Observations:
     """One recorded sampling, and what follows from it.
 
     `weights` (steps,) of each depth: what the final distance is for a squared error 1 of the features at one step;
-    `costs`: milliseconds of a whole call and of one that inherits, by depth.
+    `costs`: milliseconds of a whole call and of one that inherits, by depth; `ratios`: of the two, with intervals.
     """
 
     sampling: _Sampling
     recorded: _Recorded
     weights: dict[int, np.ndarray]
     costs: dict[int, tuple[float, float]]
+    ratios: dict[int, Ratio]
 
     def schedule(self, speedup: float) -> InheritanceSchedule:
         """The best at each depth, as estimated; of the best two of these the better one, as tried on the prompts."""
@@ -173,6 +177,7 @@ class Observations:
         whole, rest = self.costs[depth]
         count = len(self.sampling.timesteps)
         computed = min(count, max(1, math.floor(part_computed(whole, rest, speedup) * count + 1e-6)))
+        low, high = (count / (computed + (count - computed) / bound) for bound in self.ratios[depth].interval)
         for damping in DAMPINGS:
             errors = extrapolation_errors(self.recorded.products[depth], self.recorded.sigmas, damping)
             chosen, distance = best_steps(errors * self.weights[depth], computed)
@@ -186,6 +191,7 @@ class Observations:
                 whole_ms=whole,
                 inheriting_ms=rest,
                 speedup=count * whole / (computed * whole + (count - computed) * rest),
+                speedup_interval=(low, high),
                 distance=distance,
             )
 
@@ -469,6 +475,6 @@ def _border(pipeline: DiffusionPipeline, depth: int) -> str:
     return border
 
 
-def _costs(pipeline: DiffusionPipeline, depth: int) -> tuple[float, float]:
+def _timed(pipeline: DiffusionPipeline, depth: int) -> Timing:
     with inherit_features(pipeline, every=1, depth=depth, order=1) as session:
         return timed_calls(session, pipeline.unet)

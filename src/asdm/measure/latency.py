@@ -82,6 +82,8 @@ class Ratio:
         """As `str`, in fewer letters: half the interval, relative to the value, in the place of its ends."""
         if not self.is_known:
             return "not measurable now"
+        if self.low == self.high:
+            return f"{self.value:.2f}x"
         return f"{self.value:.2f}x ±{(self.high - self.low) / 2 / self.value:.0%}"
 
     @classmethod
