@@ -60,6 +60,11 @@ ALLOWED = [
         REGIONAL,
     ),
     Allowed(
+        "test_fused_qkv_projections",
+        "asks each processor for a fused one's name; regional ones keep theirs, and project query, key and value alone",
+        REGIONAL,
+    ),
+    Allowed(
         "test_gradient_checkpointing_is_applied",
         "compares names of classes: no mid block, or a subclass of Transformer2DModel",
         ("lean", *REGIONAL),
