@@ -390,7 +390,7 @@ def measured_speedup(unet: UNet2DConditionModel, plan: PruningPlan, rounds: int 
 
 def is_precise(ratio: Ratio) -> bool:
     """Whether a plan can go by it."""
-    return (ratio.high - ratio.low) / 2 <= PRECISE_ENOUGH * ratio.value
+    return ratio.precision <= PRECISE_ENOUGH
 
 
 @checks.arguments(plan=checks.a(PruningPlan, "asdm.make_plan makes one"), unet=checks.UNET)

@@ -61,7 +61,7 @@ class ImageTiming:
 
     def latency(self, name: str) -> Latency:
         """An image's milliseconds, put together from its parts."""
-        known = {key: (self._time(key), count) for key, count in self.parts[name].values()}
+        known = {key: (self.timing[key], count) for key, count in self.parts[name].values()}
         low, best, high = (
             sum(getattr(latency, bound) * count for latency, count in known.values())
             for bound in ("low_ms", "ms", "high_ms")
@@ -70,11 +70,11 @@ class ImageTiming:
 
     def by_part(self, name: str) -> dict[str, float]:
         """Milliseconds that each part takes of an image."""
-        return {part: self._time(key).ms * count for part, (key, count) in self.parts[name].items()}
+        return {part: self.timing[key].ms * count for part, (key, count) in self.parts[name].items()}
 
     def each_part(self, name: str) -> dict[str, float]:
         """Milliseconds that each part takes once."""
-        return {part: self._time(key).ms for part, (key, _) in self.parts[name].items()}
+        return {part: self.timing[key].ms for part, (key, _) in self.parts[name].items()}
 
     def speedup(self, base: str, other: str) -> Ratio:
         """How many times faster an image of `other` is than one of `base`."""
@@ -90,9 +90,9 @@ class ImageTiming:
                 if faster is not None and part == one_kind(0):
                     # What both UNets' calls take is shared, too: the other's follow from the first one's.
                     first = self.parts[base][part][0]
-                    milliseconds += getattr(self._time(first), common) * count / faster
+                    milliseconds += getattr(self.timing[first], common) * count / faster
                 else:
-                    milliseconds += getattr(self._time(key), common if key in shared else own) * count
+                    milliseconds += getattr(self.timing[key], common if key in shared else own) * count
             return milliseconds
 
         def ratio(own: str, others: str, common: str, unet_bound: str) -> float:
@@ -109,14 +109,8 @@ class ImageTiming:
     def precision(self) -> float:
         """How far the widest interval of the ratios to the first pipeline reaches to each side, relative to it."""
         first, *others = self.parts
-        ratios = [self.speedup(first, other) for other in others]
-        if not ratios:
-            latency = self.latency(first)
-            return (latency.high_ms - latency.low_ms) / latency.ms / 2
-        return max((ratio.high - ratio.low) / ratio.value / 2 for ratio in ratios)
-
-    def _time(self, key: str) -> Latency:
-        return self.timing[key]
+        ratios = [self.speedup(first, other).precision for other in others]
+        return max(ratios, default=self.latency(first).precision)
 
 
 @torch.no_grad()

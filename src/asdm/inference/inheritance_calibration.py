@@ -46,16 +46,6 @@ DAMPINGS = (0.0, 0.5, 0.75, 1.0)  # 0 is a copy
 FEATURES_KEPT = 2**17  # of one layer's output at one step: enough for its norms
 
 
-@checks.arguments(
-    pipeline=checks.PIPELINE,
-    speedup=checks.SPEEDUP,
-    data=checks.path,
-    samples=checks.SAMPLES,
-    guidance_scale=checks.GUIDANCE,
-    depth=checks.whole(),
-    seed=checks.SEED,
-    progress=checks.function,
-)
 def calibrate_inheritance(
     pipeline: DiffusionPipeline,
     *,

@@ -37,6 +37,11 @@ class Latency:
     high_ms: float
     rounds: int
 
+    @property
+    def precision(self) -> float:
+        """How far the interval reaches to each side, relative to the value."""
+        return (self.high_ms - self.low_ms) / self.ms / 2
+
     @classmethod
     def of(cls, seconds: Sequence[float], contention: float = 0.0, *, every: bool = False) -> Latency:
         """The latency that rounds of so many seconds show, while others took a part of the cores (`LoadMeter`).
@@ -62,6 +67,11 @@ class Ratio:
         return self.high - self.low <= abs(self.value - 1)
 
     @property
+    def precision(self) -> float:
+        """How far the interval reaches to each side, relative to the value."""
+        return (self.high - self.low) / self.value / 2
+
+    @property
     def interval(self) -> tuple[float, float]:
         return self.low, self.high
 
@@ -84,7 +94,7 @@ class Ratio:
             return "not measurable now"
         if self.low == self.high:
             return f"{self.value:.2f}x"
-        return f"{self.value:.2f}x ±{(self.high - self.low) / 2 / self.value:.0%}"
+        return f"{self.value:.2f}x ±{self.precision:.0%}"
 
     @classmethod
     def of(cls, base: Latency, other: Latency, contention: float = 0.0) -> Ratio:
@@ -126,16 +136,14 @@ class Timing(Mapping[str, Latency]):
         counted = sorted(range(len(delays)), key=delays.__getitem__)[: _counted(len(delays))]
         before, after = (Latency.of([each[i] for i in counted], every=True) for each in (slow, fast))
         paired = Ratio.of(before, after, max(self._contention(name, counted) for name in (base, other)))
-        return min(paired, Ratio.of(self[base], self[other]), key=lambda ratio: (ratio.high - ratio.low) / ratio.value)
+        return min(paired, Ratio.of(self[base], self[other]), key=lambda ratio: ratio.precision)
 
     def precision(self) -> float:
         """How far the widest interval reaches to each side, relative to its value: of the ratios to the first call,
         or of the time of the only one."""
         first, *others = self.seconds
-        ratios = [self.speedup(first, other) for other in others]
-        if not ratios:
-            return (self[first].high_ms - self[first].low_ms) / self[first].ms / 2
-        return max((ratio.high - ratio.low) / ratio.value / 2 for ratio in ratios)
+        ratios = [self.speedup(first, other).precision for other in others]
+        return max(ratios, default=self[first].precision)
 
     def contention_of(self, name: str) -> float:
         """What others took of the cores in the fastest rounds; 0 where it is too little to tell."""
