@@ -35,26 +35,26 @@ from PIL import Image
 from torch import Tensor
 
 import asdm
-from asdm.conditioning import noise_schedule
+from asdm.benchmark.methods import outer_self_attentions
+from asdm.data.sources import ShuffledBatches
+from asdm.diffusion.conditioning import noise_schedule
+from asdm.distillation.distill import TrainingSet, make_task, prepare
+from asdm.distillation.recipes import CAPTION_SPLICE, SEMANTIC_WEIGHT, SEMANTICS, WEIGHTS, incubation_stages, pace
+from asdm.distillation.stages import LossWeights, Stage
+from asdm.edits.base import GriAttention, Remove
 from asdm.evaluation.comparison import EvaluationSet, RealImages, evaluation_sets
-from asdm.evaluation.contestants import outer_self_attentions
-from asdm.evaluation.latency import unet_call
 from asdm.evaluation.metrics import Judge, feature_distance
 from asdm.evaluation.plots import image_sheet
+from asdm.families.unet_calls import unet_call
 from asdm.files import write_text
 from asdm.images import to_images
-from asdm.incubation.data import ShuffledBatches
-from asdm.incubation.distillation import TrainingSet, make_task, prepare
-from asdm.incubation.optimizers import make_optimizer
-from asdm.incubation.recipes import CAPTION_SPLICE, SEMANTIC_WEIGHT, SEMANTICS, WEIGHTS, incubation_stages, pace
-from asdm.incubation.stages import LossWeights, Stage
-from asdm.incubation.trainer import make_accelerator
-from asdm.inference.runtime import prepare_for_training
 from asdm.measure.latency import measure_interleaved, seconds_of
-from asdm.pipelines import load_clip
-from asdm.redundancy import RedundancyMap
-from asdm.student.edits import GriAttention, Remove
+from asdm.measure.machine import prepare_for_training
+from asdm.pipelines.loading import load_clip
+from asdm.sensitivity.profile import RedundancyMap
 from asdm.student.plan import PruningPlan, build_student
+from asdm.training.loop import make_accelerator
+from asdm.training.optimizers import make_optimizer
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 ROWS = RESULTS / "ablation.json"

@@ -16,10 +16,10 @@ from rich.table import Table
 
 import asdm
 from asdm.errors import AsdmError
+from asdm.families.unet import removable_units
 from asdm.files import write_text
-from asdm.inference.runtime import device_name
+from asdm.measure.machine import device_name
 from asdm.student.plan import PruningPlan
-from asdm.units import removable_units
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 console = Console()

@@ -26,8 +26,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import CLIPTokenizer
 
+from asdm.families.unet import removable_units
 from asdm.student.unet import AsdmUNet2DConditionModel
-from asdm.units import removable_units
 
 KIND, RESULTS = "ASDM_TESTED_KIND", "ASDM_TEST_RESULTS"  # environment: which class, and the file to write
 STOCK, OTHER_WEIGHTS = "stock", "stock, other weights"

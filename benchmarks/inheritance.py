@@ -20,11 +20,11 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 import asdm
-from asdm.evaluation.contestants import Contestant, attention_broadcast, deep_cache, inheriting, tome
-from asdm.evaluation.latency import timing_modules
-from asdm.generation import default_guidance
-from asdm.incubation.data import open_data
-from asdm.inference.inheritance_calibration import observe_sampling
+from asdm.benchmark.methods import Contestant, attention_broadcast, deep_cache, inheriting, tome
+from asdm.caching.calibration import observe_sampling
+from asdm.data.sources import open_data
+from asdm.diffusion.generation import default_guidance
+from asdm.measure.modules import timing_modules
 
 LEAST_GAIN = 1.03  # of a peer that ours is to be compared with
 

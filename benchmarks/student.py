@@ -24,18 +24,19 @@ from diffusers import UNet2DConditionModel
 from scipy.stats import spearmanr
 
 import asdm
-from asdm.calibration import calibration_calls
-from asdm.compensation import prediction_error, predictions
+from asdm.benchmark.methods import outer_self_attentions
+from asdm.compensation.fitting import prediction_error, predictions
+from asdm.data.calibration import calibration_calls
 from asdm.errors import needs_extra
-from asdm.evaluation.contestants import outer_self_attentions
-from asdm.evaluation.latency import timing_modules, unet_call
-from asdm.evaluation.memory import peak_megabytes
+from asdm.families.unet import stages
+from asdm.families.unet_calls import unet_call
 from asdm.measure.latency import Latency, Ratio, measure_interleaved
-from asdm.planning import PRESETS, require_budget
-from asdm.random_models import UNETS, random_unet
-from asdm.redundancy import structure_map
+from asdm.measure.memory import peak_megabytes
+from asdm.measure.modules import timing_modules
+from asdm.pipelines.random_models import UNETS, random_unet
+from asdm.planning.program import PRESETS, require_budget
+from asdm.sensitivity.profile import structure_map
 from asdm.student.plan import PruningPlan, build_student
-from asdm.units import stages
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 KINDS = ("none", "bias", "diagonal", "linear")

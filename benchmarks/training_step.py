@@ -24,18 +24,18 @@ from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import asdm
-from asdm.conditioning import noise_schedule
-from asdm.evaluation.memory import peak_megabytes
-from asdm.incubation.data import ShuffledBatches
-from asdm.incubation.distillation import make_task, prepare
-from asdm.incubation.estimate import estimate as estimated
-from asdm.incubation.optimizers import OptimizerName
-from asdm.incubation.stages import Stage
-from asdm.incubation.trainer import Part, make_accelerator, train
-from asdm.inference.runtime import prepare_for_training
+from asdm.data.sources import ShuffledBatches
+from asdm.diffusion.conditioning import noise_schedule
+from asdm.distillation.distill import make_task, prepare
+from asdm.distillation.estimate import estimate as estimated
+from asdm.distillation.stages import Stage
+from asdm.measure.hooks import outputs_of, tensor_of
 from asdm.measure.latency import Latency, seconds_of
-from asdm.replay import outputs_of, tensor_of
+from asdm.measure.machine import prepare_for_training
+from asdm.measure.memory import peak_megabytes
 from asdm.student.plan import build_student
+from asdm.training.loop import Part, make_accelerator, train
+from asdm.training.optimizers import OptimizerName
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 SETUPS: list[tuple[int, bool, OptimizerName, bool]] = [  # GPUs, FSDP, optimiser, gradient checkpointing

@@ -17,12 +17,12 @@ from PIL import Image
 
 import asdm
 from asdm import AsdmError, InheritanceSchedule, PruningPlan, Stage, cli, lcm_scheduler
+from asdm.benchmark.methods import contestants, deep_cache, t_gate, tome
+from asdm.data.sources import open_data
+from asdm.diffusion.generation import default_steps, most_steps
+from asdm.distillation.stages import Consistency, LossWeights, Semantics, parse_stages
 from asdm.evaluation.comparison import distinct_names, folder_names
-from asdm.evaluation.contestants import contestants, deep_cache, t_gate, tome
 from asdm.evaluation.metrics import Judge
-from asdm.generation import default_steps, most_steps
-from asdm.incubation.data import open_data
-from asdm.incubation.stages import Consistency, LossWeights, Semantics, parse_stages
 from asdm.student.plan import PlanFigures
 from conftest import tiny_pipeline, tiny_sdxl_pipeline
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from asdm import AsdmError, PruningPlan, analyze, build_student, compensation, fit_compensation
-from asdm.calibration import calibration_calls
-from asdm.compensation import _Regression, fitted_tensors, prediction_error, predictions
+from asdm import AsdmError, PruningPlan, analyze, build_student, fit_compensation
+from asdm.compensation import fitting as compensation
+from asdm.compensation.fitting import _Regression, fitted_tensors, prediction_error, predictions
+from asdm.data.calibration import calibration_calls
 from asdm.student.unet import AsdmUNet2DConditionModel
 from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline
 

@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from asdm import AsdmError, CondConv, PruningPlan, build_student
-from asdm.evaluation.macs import counting_macs
-from asdm.student.cond_conv import CondConv2d, CondResnetBlock2D
+from asdm.edits.cond_conv import CondConv2d, CondResnetBlock2D
+from asdm.families.unet import conv_channels
+from asdm.measure.macs import counting_macs
 from asdm.student.unet import AsdmUNet2DConditionModel
-from asdm.units import conv_channels
 from conftest import predict, tiny_sdxl_unet, tiny_unet, unet_inputs
 
 REMOVED = ("down_blocks.1.resnets.1", "up_blocks.2.resnets.1")

@@ -22,12 +22,11 @@ from asdm import (
     prepare_data,
     with_unet,
 )
-from asdm.calibration import calibration_calls
-from asdm.conditioning import guidance_embedding
-from asdm.evaluation.latency import random_inputs, unet_call
-from asdm.evaluation.macs import counting_macs
-from asdm.generation import default_guidance
-from asdm.incubation.stages import Consistency, LossWeights
+from asdm.data.calibration import calibration_calls
+from asdm.diffusion.generation import default_guidance
+from asdm.distillation.stages import Consistency, LossWeights
+from asdm.families.unet_calls import guidance_embedding, random_inputs, unet_call
+from asdm.measure.macs import counting_macs
 from conftest import tiny_pipeline, tiny_sdxl_pipeline, tiny_unet
 
 

@@ -10,13 +10,13 @@ from typer.testing import CliRunner
 
 from asdm import AsdmError, PruningPlan, Stage, build_student, distill, generate, load_pipeline, save_pipeline
 from asdm.cli import app
-from asdm.conditioning import noise_schedule
-from asdm.generation import default_guidance, default_steps
-from asdm.incubation.consistency import ConsistencyTask, consistent_original, ddim_step, lcm_scheduler
-from asdm.incubation.distillation import make_task, prepare
-from asdm.incubation.recipes import recipe_stages
-from asdm.incubation.stages import Consistency, parse_stages
-from asdm.incubation.trainer import Part
+from asdm.diffusion.conditioning import noise_schedule
+from asdm.diffusion.generation import default_guidance, default_steps
+from asdm.distillation.consistency import ConsistencyTask, consistent_original, ddim_step, lcm_scheduler
+from asdm.distillation.distill import make_task, prepare
+from asdm.distillation.recipes import recipe_stages
+from asdm.distillation.stages import Consistency, parse_stages
+from asdm.training.loop import Part
 from conftest import tiny_inpainting_pipeline, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet
 
 KINDS = ("epsilon", "v_prediction", "sample")

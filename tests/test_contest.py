@@ -13,9 +13,7 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from asdm import AsdmError, PruningPlan
-from asdm.evaluation.contest import Contest, ContestRow, ContestRun, contest_rows
-from asdm.evaluation.contest_plot import contest_plot, pareto_front
-from asdm.evaluation.contestants import (
+from asdm.benchmark.methods import (
     Contestant,
     anew,
     at_every,
@@ -35,8 +33,10 @@ from asdm.evaluation.contestants import (
     with_dpm_solver,
     with_gri,
 )
-from asdm.evaluation.limits import machine_limits
-from asdm.generation import generate
+from asdm.benchmark.plot import contest_plot, pareto_front
+from asdm.benchmark.run import Contest, ContestRow, ContestRun, contest_rows
+from asdm.diffusion.generation import generate
+from asdm.measure.limits import machine_limits
 from conftest import tiny_pipeline
 
 
@@ -53,7 +53,7 @@ def without_mid_block(unet):
 
 
 def test_a_contest_measures_everyone_and_tells_failures(pipeline, data_folder, monkeypatch, tmp_path):
-    monkeypatch.setattr("asdm.evaluation.contest.Judge", FakeJudge)
+    monkeypatch.setattr("asdm.benchmark.run.Judge", FakeJudge)
     entered = []
 
     @contextmanager

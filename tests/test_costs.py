@@ -5,13 +5,13 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 
-from asdm.evaluation.latency import unet_call
-from asdm.evaluation.macs import counting_macs
-from asdm.evaluation.memory import peak_megabytes
+from asdm.edits.base import Remove
+from asdm.edits.surgery import edited
+from asdm.families.unet_calls import unet_call
 from asdm.measure.latency import measure_interleaved
-from asdm.random_models import UNETS
-from asdm.student.edits import Remove
-from asdm.student.surgery import edited
+from asdm.measure.macs import counting_macs
+from asdm.measure.memory import peak_megabytes
+from asdm.pipelines.random_models import UNETS
 from conftest import tiny_sdxl_unet, tiny_unet
 
 

@@ -14,9 +14,9 @@ from PIL import Image
 from pyarrow import parquet
 
 from asdm import AsdmError
+from asdm.data import sources as data_module
+from asdm.data.sources import AT_HAND, Example, load_pixels, open_data, open_source
 from asdm.images import open_image, to_tensor
-from asdm.incubation import data as data_module
-from asdm.incubation.data import AT_HAND, Example, load_pixels, open_data, open_source
 
 
 def picture(path, size=(20, 12), mode="RGB"):

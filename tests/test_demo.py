@@ -10,13 +10,13 @@ from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipe
 from PIL import Image
 
 from asdm import generate, load_pipeline
+from asdm.data.sources import load_pixels, open_data
 from asdm.demo import images_folder, pipeline_folder
 from asdm.demo.emoji import STYLES, Pair, all_pairs, held_out_pairs, seen_pairs
 from asdm.demo.recipe import StyleSwap, make_tokenizer, make_unet, make_vae, normalise_latents
 from asdm.evaluation.metrics import Judge, cosine_similarity
+from asdm.families.unet import removable_units
 from asdm.images import load_images
-from asdm.incubation.data import load_pixels, open_data
-from asdm.units import removable_units
 
 
 def test_a_tenth_of_the_pairs_is_held_out_and_never_both_styles_of_a_concept():

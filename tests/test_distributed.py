@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from asdm import AsdmError, PruningPlan, Remove, build_student, distill, prepare_data, save_pipeline
-from asdm.incubation.data import open_data
-from asdm.incubation.prepared import PreparedData
-from asdm.incubation.stages import LossWeights, Stage
-from asdm.incubation.trainer import LoopSettings, TrainingTask, read_log, train
-from asdm.pipelines import with_unet
+from asdm.data.prepared import PreparedData
+from asdm.data.sources import open_data
+from asdm.distillation.stages import LossWeights, Stage
+from asdm.pipelines.loading import with_unet
+from asdm.training.loop import LoopSettings, TrainingTask, read_log, train
 from conftest import tiny_pipeline
 
 UNITS = ("down_blocks.0.resnets.1", "mid_block.attentions.0", "up_blocks.2.attentions.0")

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from asdm import AsdmError, PruningPlan, Remove, build_student, export, generate, inherit_features, with_unet
-from asdm.inference import openvino_graphs
-from asdm.inference.export import _Graph, _program
-from asdm.inference.openvino_graphs import with_openvino_graphs
+from asdm.families.unet import fingerprint
 from asdm.measure.latency import Latency
-from asdm.units import fingerprint
+from asdm.runtime import openvino as openvino_graphs
+from asdm.runtime.export import _Graph, _program
+from asdm.runtime.openvino import with_openvino_graphs
 from conftest import (
     predict,
     tiny_inpainting_pipeline,
@@ -231,7 +231,7 @@ def test_sdxl_and_inpainting_pipelines_draw_by_their_graphs(tmp_path):
 
 
 def test_graphs_compute_in_the_faster_precision(drawing, monkeypatch):
-    from asdm.inference import openvino_graphs
+    from asdm.runtime import openvino as openvino_graphs
 
     pipeline, folder = drawing
     own = openvino.Core().get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name()

@@ -37,12 +37,12 @@ from asdm import (
     switch_unets,
     with_unet,
 )
+from asdm.benchmark.methods import deep_cache
+from asdm.caching.calibration import best_steps, extrapolation_errors, observe_sampling
+from asdm.caching.session import _Inheriting, computed_steps, cut_of, noise_level
 from asdm.cli import app
-from asdm.evaluation.contestants import deep_cache
-from asdm.evaluation.macs import counting_macs
-from asdm.inference.feature_inheritance import _Inheriting, computed_steps, cut_of, noise_level
-from asdm.inference.inheritance_calibration import best_steps, extrapolation_errors, observe_sampling
-from asdm.units import fingerprint
+from asdm.families.unet import fingerprint
+from asdm.measure.macs import counting_macs
 from conftest import predict, tiny_inpainting_pipeline, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet, unet_inputs
 
 GRANULARITIES = ("block", "layer", "unit")
@@ -77,7 +77,7 @@ def test_computing_at_every_step_changes_nothing_and_leaving_leaves_no_trace(mak
 
 
 def macs_of(unet, session, inheriting):
-    from asdm.evaluation.latency import unet_call
+    from asdm.families.unet_calls import unet_call
 
     with session.forced(inheriting), counting_macs(unet) as count:
         unet_call(unet, batch_size=1)()

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from asdm import PruningPlan, analyze, build_student, compress, load_pipeline, with_unet
-from asdm.calibration import calibration_calls
-from asdm.random_models import UNETS
+from asdm.data.calibration import calibration_calls
+from asdm.pipelines.random_models import UNETS
 
 
 @pytest.mark.slow

@@ -6,9 +6,9 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
 from asdm import AsdmError, GriAttention, PruningPlan, build_student
-from asdm.evaluation.macs import counting_macs
-from asdm.student.gri_attention import GriAttnProcessor
-from asdm.student.surgery import edited
+from asdm.edits.regional_attention import GriAttnProcessor
+from asdm.edits.surgery import edited
+from asdm.measure.macs import counting_macs
 from asdm.student.unet import AsdmUNet2DConditionModel
 from conftest import predict, tiny_sdxl_unet, tiny_unet, unet_inputs
 

@@ -8,18 +8,18 @@ from diffusers import DDPMScheduler
 from transformers import CLIPConfig, CLIPModel, ConvNextConfig, ConvNextModel, ViTConfig, ViTModel
 
 from asdm import AsdmError, AsdmUNet2DConditionModel, PruningPlan, Stage, build_student, distill
-from asdm.conditioning import noise_schedule, predicted_original, prediction_target, stratified_timesteps
-from asdm.evaluation.latency import unet_call
-from asdm.incubation.blocks import assembled, groups_of, incubated_blocks, narrowed
-from asdm.incubation.distillation import DistillationTask, IncubationTask, make_task, prepare
-from asdm.incubation.estimate import estimate
-from asdm.incubation.losses import min_snr_weights, semantic_loss, squared_error
-from asdm.incubation.recipes import RECIPES, as_yaml, recipe_stages
-from asdm.incubation.semantics import UNetEncoder, VisionEncoder
-from asdm.incubation.stages import LossWeights, Semantics, parse_stages
-from asdm.incubation.teaching import WHOLE
-from asdm.incubation.trainer import Part
-from asdm.replay import outputs_of, tensor_of
+from asdm.diffusion.conditioning import noise_schedule, predicted_original, prediction_target, stratified_timesteps
+from asdm.distillation.distill import DistillationTask, IncubationTask, make_task, prepare
+from asdm.distillation.estimate import estimate
+from asdm.distillation.incubation import assembled, groups_of, incubated_blocks, narrowed
+from asdm.distillation.losses import min_snr_weights, semantic_loss, squared_error
+from asdm.distillation.recipes import RECIPES, as_yaml, recipe_stages
+from asdm.distillation.semantics import UNetEncoder, VisionEncoder
+from asdm.distillation.stages import LossWeights, Semantics, parse_stages
+from asdm.distillation.teaching import WHOLE
+from asdm.families.unet_calls import unet_call
+from asdm.measure.hooks import outputs_of, tensor_of
+from asdm.training.loop import Part
 from conftest import predict, tiny_pipeline, tiny_vae
 
 REMOVED = ("down_blocks.1.resnets.1", "mid_block.resnets.1", "up_blocks.2.attentions.1")

@@ -19,7 +19,7 @@ def gains(monkeypatch):
             times = dict.fromkeys(calls, 1.0) | {"changed": 1 / gain, "after": 1 / gain}
             return Timing({name: [times[name]] * 2 for name in calls})
 
-        monkeypatch.setattr("asdm.inference.optimization.measure_interleaved", measured)
+        monkeypatch.setattr("asdm.runtime.optimize.measure_interleaved", measured)
 
     return set_gain
 
@@ -97,7 +97,7 @@ def test_threads_are_part_of_what_is_gained(pipeline, monkeypatch):
         times = {"now": 2.0, "half": 1.0, "before": 2.0, "after": 1.0}
         return Timing({name: [times.get(name, 2.0)] * 2 for name in calls})
 
-    monkeypatch.setattr("asdm.inference.optimization.measure_interleaved", measured)
+    monkeypatch.setattr("asdm.runtime.optimize.measure_interleaved", measured)
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:

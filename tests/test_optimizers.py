@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from asdm import AsdmError
-from asdm.incubation.optimizers import Muon, make_optimizer, orthogonalized
-from asdm.student.compensation import compensation_of
+from asdm.edits.maps import compensation_of
+from asdm.training.optimizers import Muon, make_optimizer, orthogonalized
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 64), (2, 64, 16), (1, 8, 8)])

@@ -17,10 +17,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from asdm import AsdmError, PruningPlan, Remove, build_student, generate, load_pipeline, save_pipeline, with_unet
-from asdm.conditioning import embed_prompts, encode_images, image_size
+from asdm.diffusion.conditioning import embed_prompts, encode_images, image_size
 from asdm.files import replacing_folder
-from asdm.model_card import model_card
-from asdm.pipelines import MARKER, save_pipeline_into
+from asdm.pipelines.loading import MARKER, save_pipeline_into
+from asdm.pipelines.model_card import model_card
 from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet
 
 

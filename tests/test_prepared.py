@@ -10,14 +10,14 @@ import torch
 import webdataset
 from PIL import Image
 
-import asdm.incubation.data as data_module
+import asdm.data.sources as data_module
 from asdm import AsdmError, evaluate
-from asdm.calibration import calibration_calls
-from asdm.conditioning import embed_prompts, encode_images
+from asdm.data.calibration import calibration_calls
+from asdm.data.prepared import PreparedData, prepare_data
+from asdm.data.sources import open_data
+from asdm.diffusion.conditioning import embed_prompts, encode_images
 from asdm.evaluation.comparison import RealImages, evaluation_sets
 from asdm.evaluation.metrics import Judge
-from asdm.incubation.data import open_data
-from asdm.incubation.prepared import PreparedData, prepare_data
 from conftest import tiny_pipeline
 
 

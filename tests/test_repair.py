@@ -4,12 +4,12 @@ from contextlib import ExitStack
 
 import pytest
 
-from asdm import AsdmError, CondConv, PruningPlan, Remove, analyze, build_student, fit_compensation, make_plan, repair
-from asdm.calibration import calibration_calls
-from asdm.compensation import prediction_error, predictions
+from asdm import AsdmError, CondConv, PruningPlan, Remove, analyze, build_student, fit_compensation, make_plan
+from asdm.compensation.fitting import prediction_error, predictions
+from asdm.data.calibration import calibration_calls
 from asdm.measure.latency import Ratio
-from asdm.planning import least_sensitive, possible_edits
-from asdm.repair import _restored, repair_plan
+from asdm.planning.program import least_sensitive, possible_edits
+from asdm.planning.refine import _restored, repair_plan
 from conftest import predict, tiny_pipeline
 
 
@@ -53,7 +53,7 @@ def test_a_plan_that_is_faster_than_asked_for_gives_edits_back(pipeline, redunda
 
     def repaired(before, speeds):
         left = (Ratio(speed, speed, speed) for speed in speeds)
-        monkeypatch.setattr(repair, "measured_speedup", lambda *_: next(left))
+        monkeypatch.setattr("asdm.planning.refine.measured_speedup", lambda *_: next(left))
         return repair_plan(pipeline, redundancy, before, timesteps=2, samples=4, rounds=1)
 
     def ms_saved(plan):

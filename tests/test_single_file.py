@@ -40,7 +40,7 @@ from asdm import (
     save_pipeline,
     with_unet,
 )
-from asdm.conditioning import noise_schedule
+from asdm.diffusion.conditioning import noise_schedule
 from conftest import _text_encoder, tiny_inpainting_pipeline, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet
 
 RESNET = {

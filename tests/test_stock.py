@@ -6,9 +6,9 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
 from asdm import AsdmError, PruningPlan, Stage, build_student, distill, save_pipeline, with_unet
-from asdm.incubation.trainer import read_log
-from asdm.student.stock import dropped, name_in_original
-from asdm.units import removable_units
+from asdm.edits.drop_layers import dropped, name_in_original
+from asdm.families.unet import removable_units
+from asdm.training.loop import read_log
 from conftest import predict, tiny_pipeline, tiny_sdxl_unet, tiny_unet
 
 TINY = {"edit": "shorten", "layers_per_block": 1, "mid_block": False, "levels": 3}

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from asdm import AsdmError, AsdmUNet2DConditionModel, PruningPlan, build_student
-from asdm.incubation.sharding import parted_as
-from asdm.student.compensation import compensation_of
-from asdm.student.cond_conv import CondConv2d
-from asdm.units import fingerprint
+from asdm.edits.cond_conv import CondConv2d
+from asdm.edits.maps import compensation_of
+from asdm.families.unet import fingerprint
+from asdm.training.sharding import parted_as
 from conftest import predict, saved_by_0_1, student_of_every_kind, tiny_unet, unet_inputs
 
 peft = pytest.importorskip("peft")

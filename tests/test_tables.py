@@ -6,8 +6,8 @@ import pytest
 from rich.console import Console
 
 from asdm import analyze
-from asdm.evaluation.contest import ContestRow
-from asdm.tables import contest_table, map_table
+from asdm.benchmark.run import ContestRow
+from asdm.cli.tables import contest_table, map_table
 
 
 def printed(table):

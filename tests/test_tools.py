@@ -22,7 +22,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0, CustomDiffusi
 from PIL import Image
 
 from asdm import AsdmError, PruningPlan, build_student, with_unet
-from asdm.student.gri_attention import GriAttnProcessor
+from asdm.edits.regional_attention import GriAttnProcessor
 from conftest import unet_inputs
 
 OUTER = "down_blocks.0.attentions.0.transformer_blocks.0"

@@ -16,17 +16,20 @@ from safetensors.torch import load_file
 from torch import nn
 
 from asdm import AsdmError, PruningPlan, Stage, build_student, distill
-from asdm.conditioning import noise_schedule
-from asdm.evaluation.latency import unet_call
-from asdm.evaluation.macs import counting_macs
-from asdm.evaluation.memory import peak_megabytes
-from asdm.incubation.data import ShuffledBatches
-from asdm.incubation.distillation import make_task, prepare
-from asdm.incubation.estimate import estimate
-from asdm.incubation.losses import feature_losses, output_loss, relative_error
-from asdm.incubation.optimizers import make_optimizer
-from asdm.incubation.stages import LossWeights, parse_stages
-from asdm.incubation.trainer import (
+from asdm.data.sources import ShuffledBatches
+from asdm.diffusion.conditioning import noise_schedule
+from asdm.distillation.distill import make_task, prepare
+from asdm.distillation.estimate import estimate
+from asdm.distillation.losses import feature_losses, output_loss, relative_error
+from asdm.distillation.stages import LossWeights, parse_stages
+from asdm.families.unet import removable_units
+from asdm.families.unet_calls import unet_call
+from asdm.measure import machine as runtime
+from asdm.measure.hooks import outputs_of, tensor_of
+from asdm.measure.latency import Latency
+from asdm.measure.macs import counting_macs
+from asdm.measure.memory import peak_megabytes
+from asdm.training.loop import (
     LoopSettings,
     TrainingTask,
     _TrainingState,
@@ -35,10 +38,7 @@ from asdm.incubation.trainer import (
     read_log,
     train,
 )
-from asdm.inference import runtime
-from asdm.measure.latency import Latency
-from asdm.replay import outputs_of, tensor_of
-from asdm.units import removable_units
+from asdm.training.optimizers import make_optimizer
 from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline, unet_inputs
 
 
@@ -238,8 +238,8 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_training import Regression, batch_at
-from asdm.units import removable_units
-from asdm.incubation.trainer import LoopSettings, train
+from asdm.families.unet import removable_units
+from asdm.training.loop import LoopSettings, train
 settings = LoopSettings(steps=100_000, learning_rate=0.01, ema_decay=0.9, checkpoint_every=3)
 train(Regression(), batch_at, settings, Path({folder!r}))
 """

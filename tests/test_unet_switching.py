@@ -6,8 +6,8 @@ from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
 
 from asdm import AsdmError, PruningPlan, build_student, generate, inherit_features, switch_unets, with_unet
-from asdm.inference import unet_switching
 from asdm.measure.latency import Latency
+from asdm.runtime import switching as unet_switching
 from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet, unet_inputs
 
 

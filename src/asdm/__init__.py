@@ -18,37 +18,37 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from asdm.compensation import fit_compensation as fit_compensation
+    from asdm.caching.calibration import calibrate_inheritance as calibrate_inheritance
+    from asdm.caching.session import InheritanceSchedule as InheritanceSchedule
+    from asdm.caching.session import inherit_features as inherit_features
+    from asdm.compensation.fitting import fit_compensation as fit_compensation
     from asdm.compression import compress as compress
+    from asdm.data.prepared import prepare_data as prepare_data
+    from asdm.diffusion.generation import generate as generate
+    from asdm.diffusion.guidance import GuidanceEnd as GuidanceEnd
+    from asdm.distillation.consistency import lcm_scheduler as lcm_scheduler
+    from asdm.distillation.distill import distill as distill
+    from asdm.distillation.stages import Stage as Stage
+    from asdm.edits.base import CondConv as CondConv
+    from asdm.edits.base import GriAttention as GriAttention
+    from asdm.edits.base import Remove as Remove
     from asdm.errors import AsdmError as AsdmError
     from asdm.errors import AsdmWarning as AsdmWarning
     from asdm.evaluation.comparison import Evaluation as Evaluation
     from asdm.evaluation.comparison import evaluate as evaluate
-    from asdm.generation import generate as generate
-    from asdm.incubation.consistency import lcm_scheduler as lcm_scheduler
-    from asdm.incubation.distillation import distill as distill
-    from asdm.incubation.prepared import prepare_data as prepare_data
-    from asdm.incubation.stages import Stage as Stage
-    from asdm.inference.export import export as export
-    from asdm.inference.feature_inheritance import InheritanceSchedule as InheritanceSchedule
-    from asdm.inference.feature_inheritance import inherit_features as inherit_features
-    from asdm.inference.guidance_end import GuidanceEnd as GuidanceEnd
-    from asdm.inference.inheritance_calibration import calibrate_inheritance as calibrate_inheritance
-    from asdm.inference.openvino_graphs import with_openvino_graphs as with_openvino_graphs
-    from asdm.inference.optimization import optimize as optimize
-    from asdm.inference.unet_switching import switch_unets as switch_unets
-    from asdm.pipelines import load_pipeline as load_pipeline
-    from asdm.pipelines import save_pipeline as save_pipeline
-    from asdm.pipelines import with_unet as with_unet
-    from asdm.planning import add_banks as add_banks
-    from asdm.planning import make_plan as make_plan
-    from asdm.planning import remeasure_plan as remeasure_plan
-    from asdm.redundancy import RedundancyMap as RedundancyMap
-    from asdm.redundancy import analyze as analyze
-    from asdm.repair import repair_plan as repair_plan
-    from asdm.student.edits import CondConv as CondConv
-    from asdm.student.edits import GriAttention as GriAttention
-    from asdm.student.edits import Remove as Remove
+    from asdm.pipelines.loading import load_pipeline as load_pipeline
+    from asdm.pipelines.loading import save_pipeline as save_pipeline
+    from asdm.pipelines.loading import with_unet as with_unet
+    from asdm.planning.program import add_banks as add_banks
+    from asdm.planning.program import make_plan as make_plan
+    from asdm.planning.program import remeasure_plan as remeasure_plan
+    from asdm.planning.refine import repair_plan as repair_plan
+    from asdm.runtime.export import export as export
+    from asdm.runtime.openvino import with_openvino_graphs as with_openvino_graphs
+    from asdm.runtime.optimize import optimize as optimize
+    from asdm.runtime.switching import switch_unets as switch_unets
+    from asdm.sensitivity.profile import RedundancyMap as RedundancyMap
+    from asdm.sensitivity.profile import analyze as analyze
     from asdm.student.plan import PruningPlan as PruningPlan
     from asdm.student.plan import build_student as build_student
     from asdm.student.unet import AsdmUNet2DConditionModel as AsdmUNet2DConditionModel
@@ -58,37 +58,37 @@ _HOME = {
     "AsdmError": "asdm.errors",
     "AsdmUNet2DConditionModel": "asdm.student.unet",
     "AsdmWarning": "asdm.errors",
-    "CondConv": "asdm.student.edits",
+    "CondConv": "asdm.edits.base",
     "Evaluation": "asdm.evaluation.comparison",
-    "GriAttention": "asdm.student.edits",
-    "GuidanceEnd": "asdm.inference.guidance_end",
-    "InheritanceSchedule": "asdm.inference.feature_inheritance",
+    "GriAttention": "asdm.edits.base",
+    "GuidanceEnd": "asdm.diffusion.guidance",
+    "InheritanceSchedule": "asdm.caching.session",
     "PruningPlan": "asdm.student.plan",
-    "RedundancyMap": "asdm.redundancy",
-    "Remove": "asdm.student.edits",
-    "Stage": "asdm.incubation.stages",
-    "add_banks": "asdm.planning",
-    "analyze": "asdm.redundancy",
+    "RedundancyMap": "asdm.sensitivity.profile",
+    "Remove": "asdm.edits.base",
+    "Stage": "asdm.distillation.stages",
+    "add_banks": "asdm.planning.program",
+    "analyze": "asdm.sensitivity.profile",
     "build_student": "asdm.student.plan",
-    "calibrate_inheritance": "asdm.inference.inheritance_calibration",
+    "calibrate_inheritance": "asdm.caching.calibration",
     "compress": "asdm.compression",
-    "distill": "asdm.incubation.distillation",
+    "distill": "asdm.distillation.distill",
     "evaluate": "asdm.evaluation.comparison",
-    "export": "asdm.inference.export",
-    "fit_compensation": "asdm.compensation",
-    "generate": "asdm.generation",
-    "inherit_features": "asdm.inference.feature_inheritance",
-    "lcm_scheduler": "asdm.incubation.consistency",
-    "load_pipeline": "asdm.pipelines",
-    "make_plan": "asdm.planning",
-    "optimize": "asdm.inference.optimization",
-    "prepare_data": "asdm.incubation.prepared",
-    "remeasure_plan": "asdm.planning",
-    "repair_plan": "asdm.repair",
-    "save_pipeline": "asdm.pipelines",
-    "switch_unets": "asdm.inference.unet_switching",
-    "with_openvino_graphs": "asdm.inference.openvino_graphs",
-    "with_unet": "asdm.pipelines",
+    "export": "asdm.runtime.export",
+    "fit_compensation": "asdm.compensation.fitting",
+    "generate": "asdm.diffusion.generation",
+    "inherit_features": "asdm.caching.session",
+    "lcm_scheduler": "asdm.distillation.consistency",
+    "load_pipeline": "asdm.pipelines.loading",
+    "make_plan": "asdm.planning.program",
+    "optimize": "asdm.runtime.optimize",
+    "prepare_data": "asdm.data.prepared",
+    "remeasure_plan": "asdm.planning.program",
+    "repair_plan": "asdm.planning.refine",
+    "save_pipeline": "asdm.pipelines.loading",
+    "switch_unets": "asdm.runtime.switching",
+    "with_openvino_graphs": "asdm.runtime.openvino",
+    "with_unet": "asdm.pipelines.loading",
 }
 __all__ = list(_HOME)
 

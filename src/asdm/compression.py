@@ -14,27 +14,27 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from asdm import checks
-from asdm.checkpoints import PredictionType
-from asdm.compensation import CompensationReport, fit_compensation, fitted_tensors
+from asdm.compensation.fitting import CompensationReport, fit_compensation, fitted_tensors
+from asdm.data.prepared import require_usable
+from asdm.diffusion.generation import require_steps
+from asdm.distillation.distill import distill
+from asdm.distillation.recipes import RECIPES, read_stages, recipe_stages
+from asdm.distillation.stages import Stage
+from asdm.edits.base import CompensationKind
 from asdm.errors import AsdmError
 from asdm.evaluation.comparison import Evaluation, evaluate, evaluation_sets
 from asdm.evaluation.metrics import Judge
 from asdm.evaluation.plots import redundancy_plot
 from asdm.evaluation.report import figures_section, headline_of, save_figure, write_report
 from asdm.files import replacing_file, write_text
-from asdm.generation import require_steps
-from asdm.incubation.distillation import distill
-from asdm.incubation.prepared import require_usable
-from asdm.incubation.recipes import RECIPES, read_stages, recipe_stages
-from asdm.incubation.stages import Stage
-from asdm.incubation.trainer import read_log
-from asdm.model_card import model_card
-from asdm.pipelines import MARKER, load_clip, load_pipeline, require_ours, save_pipeline_into, with_unet
-from asdm.planning import make_plan, require_budget, require_params
-from asdm.redundancy import RedundancyMap, Sensitivity, analyze
-from asdm.repair import ROUNDS, repair_plan
-from asdm.student.edits import CompensationKind
+from asdm.pipelines.checkpoints import PredictionType
+from asdm.pipelines.loading import MARKER, load_clip, load_pipeline, require_ours, save_pipeline_into, with_unet
+from asdm.pipelines.model_card import model_card
+from asdm.planning.program import make_plan, require_budget, require_params
+from asdm.planning.refine import ROUNDS, repair_plan
+from asdm.sensitivity.profile import RedundancyMap, Sensitivity, analyze
 from asdm.student.plan import PruningPlan, build_student
+from asdm.training.loop import read_log
 
 Progress = Callable[[str, int, int, str], None]
 
@@ -102,7 +102,7 @@ def compress(
             weights are random.
         data: images with captions to calibrate, train and evaluate on, as for `open_data`.
         steps: of distillation; 0 prunes only, and then needs no data.
-        recipe: of the distillation (`asdm.incubation.recipes`): by name, or a YAML file.
+        recipe: of the distillation (`asdm.distillation.recipes`): by name, or a YAML file.
         stages: the distillation in detail, instead of `steps` and `recipe`.
         samples: images per split in the evaluation; 0 measures speed alone.
         prediction_type, config: what the model is, whatever its checkpoint says, as for `load_pipeline`.

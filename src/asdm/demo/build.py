@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from asdm.conditioning import decode_latents, encode_images
+from asdm.data.sources import Example, load_pixels, open_data
 from asdm.demo import images_folder, pipeline_folder
 from asdm.demo.emoji import held_out_pairs, render_dataset
 from asdm.demo.recipe import LOOPS, Recipe
+from asdm.diffusion.conditioning import decode_latents, encode_images
 from asdm.errors import AsdmError
 from asdm.evaluation.comparison import evaluate, evaluation_sets, image_embeds, text_embeds
 from asdm.evaluation.metrics import Judge, psnr, recognition, retrieval_at_1
 from asdm.evaluation.plots import image_sheet
 from asdm.files import write_text
 from asdm.images import load_images
-from asdm.incubation.data import Example, load_pixels, open_data
-from asdm.incubation.trainer import read_log
-from asdm.pipelines import load_clip, load_pipeline
+from asdm.pipelines.loading import load_clip, load_pipeline
+from asdm.training.loop import read_log
 
 STAGES = ("images", "tokenizer", "clip", "vae", "unet", "assemble", "check")
 Report = Callable[[str, int, int, str], None]

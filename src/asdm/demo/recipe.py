@@ -25,14 +25,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from asdm.conditioning import encode_images
+from asdm.data.sources import ShuffledBatches
 from asdm.demo.emoji import IMAGE_SIZE, Pair, all_pairs, seen_pairs
 from asdm.demo.tasks import AutoencoderTask, ContrastTask, NoisePredictionTask
+from asdm.diffusion.conditioning import encode_images
 from asdm.errors import AsdmError
 from asdm.files import replacing_folder, write_text
 from asdm.images import load_images
-from asdm.incubation.data import ShuffledBatches
-from asdm.incubation.trainer import (
+from asdm.measure.machine import prepare_for_training
+from asdm.training.loop import (
     LoopSettings,
     Progress,
     TrainingTask,
@@ -41,7 +42,6 @@ from asdm.incubation.trainer import (
     make_accelerator,
     train,
 )
-from asdm.inference.runtime import prepare_for_training
 
 CAPTION_LENGTH = 16
 TEXT_WIDTH = 256

@@ -8,8 +8,8 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPModel
 
-from asdm.conditioning import stratified_timesteps
-from asdm.incubation.trainer import TrainingTask
+from asdm.diffusion.conditioning import stratified_timesteps
+from asdm.training.loop import TrainingTask
 
 
 class ContrastTask(TrainingTask):

@@ -22,20 +22,20 @@ from torch import Tensor
 from transformers import CLIPModel
 
 from asdm import checks
-from asdm.calibration import DEFAULT_PROMPTS
-from asdm.conditioning import image_size
+from asdm.data.calibration import DEFAULT_PROMPTS
+from asdm.data.sources import Example, can_be_decoded, load_pixels, open_data
+from asdm.diffusion.conditioning import image_size
+from asdm.diffusion.generation import default_guidance, default_steps, generate, is_few_step, require_steps
 from asdm.errors import AsdmError, one_line
 from asdm.evaluation.image_timing import IMAGES, ImageJob, time_images
-from asdm.evaluation.latency import unet_call
-from asdm.evaluation.macs import counting_macs
 from asdm.evaluation.metrics import Judge, feature_distance, kid, recognition, retrieval_at_1
+from asdm.families.unet_calls import unet_call
 from asdm.files import write_text
-from asdm.generation import default_guidance, default_steps, generate, is_few_step, require_steps
 from asdm.images import to_images
-from asdm.incubation.data import Example, can_be_decoded, load_pixels, open_data
 from asdm.measure.latency import Latency, Ratio, measure_interleaved
 from asdm.measure.load import LoadMeter, busy_line
-from asdm.pipelines import clip_statistics, without_safety_checker
+from asdm.measure.macs import counting_macs
+from asdm.pipelines.loading import clip_statistics, without_safety_checker
 from asdm.records import Record, first_fault
 
 Progress = Callable[[str, int, int], None]

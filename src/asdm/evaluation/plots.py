@@ -17,10 +17,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw
 
-from asdm.redundancy import RedundancyMap, UnitRecord
+from asdm.edits.drop_layers import removed_units
+from asdm.families.unet import goes_with
+from asdm.sensitivity.profile import RedundancyMap, UnitRecord
 from asdm.student.plan import PruningPlan
-from asdm.student.stock import removed_units
-from asdm.units import goes_with
 
 KIND_COLOURS = {
     "resnet": "#4477aa",

@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from asdm import __version__
-from asdm.compensation import CompensationReport
+from asdm.compensation.fitting import CompensationReport
 from asdm.evaluation.comparison import Evaluation, EvaluationSet, SpeedFigures, folder_name
 from asdm.evaluation.metrics import JUDGE_NAME
 from asdm.evaluation.plots import loss_plot, redundancy_plot
 from asdm.files import replacing_file, write_text
-from asdm.redundancy import RedundancyMap
+from asdm.sensitivity.profile import RedundancyMap
 from asdm.student.plan import PruningPlan
 
 # Field of QualityFigures, title in the report, title in a terminal, how it is written.

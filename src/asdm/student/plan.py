@@ -13,16 +13,16 @@ from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator, Validat
 from torch import Tensor
 
 from asdm import checks
+from asdm.edits.base import Edit, GriAttention, Shorten, UnitEdit, parse_edits
+from asdm.edits.cond_conv import CondConv2d
+from asdm.edits.drop_layers import name_in_original, shortened
+from asdm.edits.maps import Compensation, TimeCompensation
 from asdm.errors import AsdmError
+from asdm.families.unet import conv_channels, fingerprint, goes_with, is_stage, require_plain
 from asdm.files import write_text
 from asdm.measure.latency import Ratio
 from asdm.records import Record, first_fault
-from asdm.student.compensation import Compensation, TimeCompensation
-from asdm.student.cond_conv import CondConv2d
-from asdm.student.edits import Edit, GriAttention, Shorten, UnitEdit, parse_edits
-from asdm.student.stock import name_in_original, shortened
 from asdm.student.unet import AsdmUNet2DConditionModel, edits_of
-from asdm.units import conv_channels, fingerprint, goes_with, is_stage, require_plain
 
 
 class PlanBase(Record):

@@ -14,12 +14,12 @@ from pathlib import Path
 MODULE_NAME = "asdm_unet"
 _ROOMS = (
     "asdm.errors",
-    "asdm.units",
-    "asdm.student.edits",
-    "asdm.student.compensation",
-    "asdm.student.cond_conv",
-    "asdm.student.gri_attention",
-    "asdm.student.surgery",
+    "asdm.families.unet",
+    "asdm.edits.base",
+    "asdm.edits.maps",
+    "asdm.edits.cond_conv",
+    "asdm.edits.regional_attention",
+    "asdm.edits.surgery",
     "asdm.student.adapters",
     "asdm.student.unet",
 )

@@ -18,15 +18,15 @@ from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.model_loading_utils import load_state_dict
 from torch import Tensor, nn
 
+from asdm.edits.base import CondConv, Shorten, parse_edits
+from asdm.edits.cond_conv import OneTimestepEmbedding, experts_following, repeated_row, require_fusable
+from asdm.edits.maps import Compensation, reshape_saved
+from asdm.edits.regional_attention import GriAttnProcessor
+from asdm.edits.surgery import RemovedDownBlock, apply_edits
 from asdm.errors import AsdmError, one_line
+from asdm.families.unet import recast
 from asdm.student.adapters import renumber
-from asdm.student.compensation import Compensation, reshape_saved
-from asdm.student.cond_conv import OneTimestepEmbedding, experts_following, repeated_row, require_fusable
-from asdm.student.edits import CondConv, Shorten, parse_edits
-from asdm.student.gri_attention import GriAttnProcessor
 from asdm.student.standalone import MODULE_NAME, module_source
-from asdm.student.surgery import RemovedDownBlock, apply_edits
-from asdm.units import recast
 
 # On disk the block types carry this prefix: the stock class would otherwise accept the folder, ignore the
 # edits and fill the missing weights at random; so it stops with "asdm.CrossAttnDownBlock2D does not exist".
@@ -38,7 +38,7 @@ class AsdmUNet2DConditionModel(UNet2DConditionModel):
     """A UNet2DConditionModel with a list of edits applied; `forward` and module names are the stock ones.
 
     Args:
-        edits: records of `asdm.student.edits`, or the same as dicts, but `Shorten`, which needs no class of its
+        edits: records of `asdm.edits.base`, or the same as dicts, but `Shorten`, which needs no class of its
             own. Without any, the stock UNet.
         unet_config: the arguments of `UNet2DConditionModel`.
 

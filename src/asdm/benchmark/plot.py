@@ -1,0 +1,164 @@
+"""The benchmark's picture: what each way to be faster costs, and which no other beats in both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
+
+from asdm.benchmark.run import ContestRow
+
+COLOURS = {
+    "original": "black",
+    "fewer steps": "tab:gray",
+    "runtime": "tab:purple",
+    "peer": "tab:orange",
+    "ours": "tab:blue",
+    "stack": "tab:red",
+}
+_PANELS = {
+    "teacher_distance": "distance to the original's images (1 - cosine), lower is better",
+    "concept_top5": "concept among the five nearest, higher is better",
+}
+_LOWER_IS_BETTER = ("teacher_distance", "kid")
+_LABELS_OF_A_GROUP = 3
+
+
+def pareto_front(rows: Sequence[ContestRow], split: str, quality: str = "teacher_distance") -> list[ContestRow]:
+    """The rows that no other beats in both speed and a quality, slowest first."""
+    sign = 1 if quality in _LOWER_IS_BETTER else -1
+    front: list[ContestRow] = []
+
+    def worse(row: ContestRow) -> float:
+        return sign * _of(row, split, quality)
+
+    for row in sorted(_judged_rows(rows, split, quality), key=lambda row: (-_speedup(row), worse(row))):
+        if not front or worse(row) < worse(front[-1]):
+            front.append(row)
+    return front[::-1]
+
+
+def contest_plot(rows: Sequence[ContestRow], title: str = "") -> Figure:
+    """Quality against speed of one place's contestants, with the Pareto front, by split; the front and the best of each
+    group are named."""
+    splits = list(dict.fromkeys(split for row in rows for split in row.teacher_distance))
+    panels = [quality for quality in _PANELS if any(_judged_rows(rows, split, quality) for split in splits)]
+    shape = (max(1, len(splits)), max(1, len(panels)))
+    figure, axes = plt.subplots(*shape, figsize=(11 * shape[1], 8 * shape[0]), squeeze=False)
+    drawn = [
+        (axes[i][j], split, quality)
+        for i, split in enumerate(splits)
+        for j, quality in enumerate(panels)
+        if _judged_rows(rows, split, quality)
+    ]
+    for panel, split, quality in drawn:
+        _draw(panel, _judged_rows(rows, split, quality), split, quality)
+    figure.suptitle(title)
+    figure.tight_layout(rect=(0, 0, 1, 0.99))
+    figure.canvas.draw()  # labels are placed by what is where
+    for panel, split, quality in drawn:
+        _name(panel, _judged_rows(rows, split, quality), split, quality)
+    return figure
+
+
+def _draw(axes: Axes, rows: Sequence[ContestRow], split: str, quality: str) -> None:
+    for group, colour in COLOURS.items():
+        of_group = [row for row in rows if row.group == group]
+        if of_group:
+            places = [(_speedup(row), _of(row, split, quality)) for row in of_group]
+            speeds, qualities = zip(*places, strict=True)
+            axes.scatter(speeds, qualities, color=colour, label=group, zorder=3, s=18)
+            low, high = zip(*[(r.ratio.low, r.ratio.high) if r.ratio else (0, 0) for r in of_group], strict=True)
+            axes.hlines(qualities, low, high, color=colour, lw=0.8, alpha=0.5)
+    front = [(_speedup(row), _of(row, split, quality)) for row in pareto_front(rows, split, quality)]
+    axes.plot(*zip(*front, strict=True), color="tab:green", lw=1, label="Pareto front")
+    axes.set_xscale("log")
+    ticks = [tick for tick in (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30) if tick <= 1.1 * max(map(_speedup, rows))]
+    axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+    axes.minorticks_off()
+    axes.margins(0.12)
+    axes.grid(alpha=0.2)
+    axes.set_xlabel("times faster, whole pipeline (with its interval)")
+    axes.set_ylabel(_PANELS[quality])
+    axes.set_title(f"{split.replace('_', '-')} prompts")
+    axes.legend(loc="upper left" if quality in _LOWER_IS_BETTER else "lower left")
+
+
+def _named(rows: Sequence[ContestRow], split: str, quality: str) -> list[ContestRow]:
+    """The front, and of each group's own front the ends and the middle."""
+    named = pareto_front(rows, split, quality)
+    for group in COLOURS:
+        front = pareto_front([row for row in rows if row.group == group], split, quality)
+        if len(front) > _LABELS_OF_A_GROUP:
+            front = [front[0], front[len(front) // 2], front[-1]]
+        named += [row for row in front if row not in named]
+    return named
+
+
+def _name(axes: Axes, rows: Sequence[ContestRow], split: str, quality: str) -> None:
+    """Label the best rows, each at that of some places around its point where it covers least of labels and points."""
+    figure = axes.figure
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    frame, pixels = axes.get_window_extent(renderer), figure.dpi / 72  # type: ignore[union-attr]
+    points = [axes.transData.transform((_speedup(row), _of(row, split, quality))) for row in rows]
+    taken = [Bbox.from_extents(x - 4, y - 4, x + 4, y + 4) for x, y in points]
+    for row in _named(rows, split, quality):
+        place = (_speedup(row), _of(row, split, quality))
+        point = axes.transData.transform(place)
+        label = axes.annotate(
+            row.name,
+            place,
+            xytext=(0, 0),
+            textcoords="offset points",
+            va="bottom",
+            fontsize=7,
+            color=COLOURS.get(row.group, "black"),
+            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "silver"},
+        )
+        size = Text.get_window_extent(label, renderer).size  # without the line to the point
+        best: tuple[float, tuple[float, float], Bbox] | None = None
+        for x, y in _AROUND:
+            # to the left of its point a label ends there, above and below it is centred
+            corner = (point[0] + x * pixels - size[0] * (0.5 - 0.5 * _sign(x)), point[1] + y * pixels)
+            box = Bbox.from_bounds(*corner, *size)
+            covered = sum(_overlap(box, other) for other in taken) + size[0] * size[1] - _overlap(box, frame)
+            if best is None or covered < best[0] - 1:
+                best = (covered, (x, y), box)
+        assert best is not None
+        label.set_position(best[1])
+        label.set_horizontalalignment(("right", "center", "left")[_sign(best[1][0]) + 1])  # type: ignore[arg-type]
+        taken.append(best[2])
+
+
+# Offsets in points, near ones first.
+_AROUND = [
+    (reach * x, reach * y)
+    for reach in (6, 14, 24, 36, 50, 66, 84, 104)
+    for x, y in ((1, 0.3), (1, -1), (-1, 0.3), (-1, -1), (0, 1), (0, -1.6))
+]
+
+
+def _sign(value: float) -> int:
+    return (value > 0) - (value < 0)
+
+
+def _overlap(box: Bbox, other: Bbox) -> float:
+    common = Bbox.intersection(box, other)
+    return common.width * common.height if common is not None else 0.0
+
+
+def _judged_rows(rows: Sequence[ContestRow], split: str, quality: str) -> list[ContestRow]:
+    """Those of which quality and speed are known."""
+    return [row for row in rows if row.ratio is not None and row.ratio.is_known and split in getattr(row, quality)]
+
+
+def _speedup(row: ContestRow) -> float:
+    return row.speedup or 0.0
+
+
+def _of(row: ContestRow, split: str, quality: str) -> float:
+    return getattr(row, quality)[split]

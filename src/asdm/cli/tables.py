@@ -1,0 +1,148 @@
+"""Figures as tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from asdm.benchmark.run import ContestRow
+from asdm.distillation.estimate import StageEstimate
+from asdm.evaluation.comparison import Evaluation
+from asdm.evaluation.report import QUALITY_COLUMNS
+from asdm.sensitivity.profile import RedundancyMap
+
+
+def _table(title: str | None, words: Iterable[str], figures: Iterable[str]) -> Table:
+    """Columns of words, and behind them of figures; without frames, as a terminal may have 80 columns."""
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in words:
+        table.add_column(name, overflow="fold")
+    for name in figures:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _legible(table: Table) -> Table:
+    """The filled table; where the terminal is narrow, names take more lines, and no figure is cut short."""
+    for column in table.columns:
+        if column.justify == "right":
+            words = [*str(column.header).split(), *map(str, column.cells)]
+            column.width = max(map(len, words), default=None)
+    return table
+
+
+def map_table(redundancy: RedundancyMap) -> Table:
+    table = _table(
+        f"{redundancy.model}: {len(redundancy.units)} removable units",
+        ["unit"],
+        ["params M", "GMACs", "w/o attn", "latency", "sensitivity"],
+    )
+    for unit in redundancy.units:
+        table.add_row(
+            unit.name.replace("transformer_blocks", "tb"),
+            f"{unit.parameters / 1e6:.2f}",
+            f"{unit.gmacs:.3f}",
+            f"{unit.gmacs_without_attention:.3f}",
+            f"{100 * unit.latency_share:.1f}%",
+            f"{unit.sensitivity:.5f}",
+        )
+    return _legible(table)
+
+
+def speed_table(figures: Evaluation) -> Table:
+    table = _table(
+        f"Speed ({figures.dtype}, {figures.threads} threads; interleaved rounds, the fastest count)",
+        ["model"],
+        ["UNet ms", "speed-up", "steps", "pipeline ms", "speed-up", "params M", "GMACs"],
+    )
+    for row in figures.speed:
+        table.add_row(
+            row.name,
+            f"{row.unet.ms:.1f}",
+            row.unet_ratio.brief(),
+            str(row.steps),
+            f"{row.pipeline.ms:.0f}",
+            row.pipeline_ratio.brief(),
+            f"{row.unet_parameters / 1e6:.2f}",
+            f"{row.gmacs:.3f}",
+        )
+    return _legible(table)
+
+
+def quality_table(figures: Evaluation) -> Table:
+    columns = [c for c in QUALITY_COLUMNS if any(getattr(q, c[0]) is not None for q in figures.quality)]
+    title = f"Quality ({figures.steps} steps, guidance {figures.guidance_scale:g}, seed {figures.seed})"
+    table = _table(title, ["model", "prompts"], ["images", *(short for _, _, short, _ in columns)])
+    for judged in figures.quality:
+        cells = [
+            _or_dash(getattr(judged, key), "{:.1%}" if kind == "percent" else "{:.3f}") for key, _, _, kind in columns
+        ]
+        table.add_row(judged.name, judged.split.replace("_", "-"), str(judged.images), *cells)
+    return _legible(table)
+
+
+def contest_table(rows: Sequence[ContestRow]) -> Table:
+    """The rows of one place: seconds, and the speed-up with its interval; where images were judged, what the speed
+    costs, else what it comes from. The file that the benchmark writes has all figures."""
+    splits = list(dict.fromkeys(split for row in rows for split in row.teacher_distance))
+    titles = [f"{title}, {split.replace('_', ' ')}" for split in splits for title in ("distance", "top-5")]
+    measured = ["UNet ms", "GFLOP/s", "of limit", "weights MB", "peak MB"] if not splits else []
+    table = _table(
+        rows[0].place + (" (extrapolated from parts)" if rows[0].extrapolated else ""),
+        [""],
+        ["seconds", "faster", *measured, *titles],
+    )
+    for row in rows:
+        if row.seconds is None or row.seconds_interval is None:
+            table.add_row(f"{row.name}: {row.error}")
+            continue
+        figures = [f"{row.seconds:.2f}", "–" if row.ratio is None else row.ratio.brief()]
+        if measured:
+            figures += [
+                f"{1000 * row.parts['UNet, whole']:.0f}",
+                _or_dash(row.gflops, "{:.0f}"),
+                _or_dash(row.limit_share, "{:.0%}"),
+                f"{row.unet_megabytes:.0f}",
+                f"{row.peak_megabytes:.0f}",
+            ]
+        for split in splits:
+            figures += [f"{row.teacher_distance[split]:.4f}", _or_dash(row.concept_top5.get(split), "{:.0%}")]
+        table.add_row(row.name, *figures)
+    return _legible(table)
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)
+
+
+def estimate_tables(rows: Sequence[StageEstimate], processes: int) -> tuple[Table, Table]:
+    """What each stage trains and takes, and what its memory is for."""
+    titles = ("parameters", "steps", "batch", "TFLOP a step", "about", "memory")
+    table = _table(None, ["stage", "trains"], titles)
+    kinds = list(dict.fromkeys(kind for row in rows for kind in row.memory))
+    parts = _table("GB in each process" if processes > 1 else "GB", ["stage"], kinds)
+    for row in rows:
+        stage = row.stage
+        what: str = "edited blocks, each alone" if stage.scope == "incubate" else stage.trained
+        if stage.assembled is not None:
+            what += f" of {len(stage.assembled)} blocks in the teacher"
+        table.add_row(
+            stage.name,
+            what,
+            f"{row.trained_parameters / 1e6:.2f}M",
+            str(stage.steps),
+            str(stage.batch_size),
+            f"{row.step_teraflops:.3g}",
+            duration(row.seconds),
+            f"{row.gigabytes:.1f} GB",
+        )
+        parts.add_row(stage.name, *(f"{row.memory.get(kind, 0) / 1e9:.2f}" for kind in kinds))
+    return _legible(table), _legible(parts)
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,146 @@
+"""What a UNet is observed on: noisy latents of images at stratified time steps, with their prompts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from asdm.data.prepared import is_prepared, open_prepared, require_usable
+from asdm.data.sources import load_pixels, open_data
+from asdm.diffusion.conditioning import (
+    Conditioning,
+    decode_latents,
+    embed_prompts,
+    encode_images,
+    image_size,
+    latent_shape,
+    masked_latents,
+    noise_schedule,
+)
+from asdm.diffusion.generation import default_guidance, nothing_to_keep
+from asdm.errors import AsdmError
+from asdm.families.unet import require_known_inputs
+from asdm.families.unet_calls import guidance_embedding
+from asdm.pipelines.loading import is_inpainting, is_random
+
+# What a user's prompts are like, where no data says it.
+DEFAULT_PROMPTS = (
+    "a photograph of an astronaut riding a horse",
+    "a bowl of fruit on a wooden table, still life",
+    "a castle on a hill at sunset, oil painting",
+    "portrait of an old fisherman, studio light",
+    "a red bicycle leaning against a brick wall",
+    "a cat sleeping on a pile of books",
+    "a city street in the rain at night, neon signs",
+    "a mountain lake with pine trees, morning mist",
+)
+
+
+@dataclass(frozen=True)
+class CalibrationCall:
+    """Arguments of one UNet call at one time step."""
+
+    timestep: int
+    arguments: dict[str, Any]
+
+
+def calibration_calls(
+    pipeline: DiffusionPipeline,
+    data: str | Path | None,
+    prompts: Sequence[str] | None,
+    timesteps: int,
+    samples: int | None,
+    seed: int,
+) -> list[CalibrationCall]:
+    """Noisy latents of real or generated images, one call for each time step, all with the same prompts.
+
+    Args:
+        data: images with captions (as for `open_source`, or prepared); without it, latents that the pipeline
+            itself makes from `prompts` (pure noise where its weights are random).
+        prompts: captions; `DEFAULT_PROMPTS` where neither they nor `data` are given.
+        timesteps: at how many time steps, the middles of equal parts of the schedule.
+        samples: how many images or prompts; by default 16 at up to 32x32 latents, else 1.
+
+    Raises:
+        AsdmError: the data cannot be used, or was prepared by another model; or the UNet has inputs that no prompt
+            brings.
+    """
+    unet = pipeline.unet
+    require_known_inputs(unet)
+    generator = torch.Generator().manual_seed(seed)
+    side = latent_shape(pipeline)[1]
+    samples = samples or (16 if side <= 32 else 1)
+    latents, conditioning = _observed(pipeline, data, prompts, samples, seed, generator)
+    if not (torch.isfinite(latents).all() or is_random(pipeline)):
+        raise AsdmError(
+            "the latents to calibrate on are no numbers (NaN): the pipeline's weights are damaged, or its precision "
+            "overflows; load it in float32"
+        )
+    latents = latents.to(unet.device, unet.dtype)
+    scales = torch.full((len(latents),), default_guidance(pipeline))
+    conditioning = replace(conditioning, timestep_cond=guidance_embedding(unet, scales)).to(unet.device, unet.dtype)
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    schedule = noise_schedule(pipeline)
+    count = schedule.config.num_train_timesteps
+    calls = []
+    for index in range(timesteps):
+        timestep = int((index + 0.5) * count / timesteps)
+        steps = torch.full((len(latents),), timestep, device=latents.device)
+        noisy = schedule.add_noise(latents, noise, steps)
+        calls.append(CalibrationCall(timestep, {**conditioning.unet_arguments(noisy), "timestep": steps}))
+    return calls
+
+
+def require_calibration(pipeline: DiffusionPipeline, data: str | Path | None) -> None:
+    """Raise an AsdmError for data that the pipeline cannot be calibrated on, before anything is measured."""
+    if data is not None and is_prepared(data):
+        open_prepared(pipeline, data)
+    elif data is not None:
+        require_usable(data)
+
+
+def _observed(
+    pipeline: DiffusionPipeline,
+    data: str | Path | None,
+    prompts: Sequence[str] | None,
+    samples: int,
+    seed: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, Conditioning]:
+    """Latents (samples, 4, h, w) and their prompts."""
+    if data is not None and is_prepared(data):
+        prepared = open_prepared(pipeline, data)
+        return prepared.batch(random.Random(seed).choices(range(len(prepared)), k=samples))
+    drawn = [] if data is None else open_data(data).sample(samples, seed)
+    images = None
+    if drawn and drawn[0].file is not None:
+        examples, pixels = load_pixels(drawn, image_size(pipeline), {})
+        if not pixels:
+            raise AsdmError(f"{data}: none of the images drawn for calibration can be decoded; mend the data")
+        conditioning = embed_prompts(pipeline, [example.caption for example in examples])
+        images = torch.stack(pixels)
+        latents = encode_images(pipeline.vae, images)
+    else:
+        chosen = [example.caption for example in drawn] or list(prompts or DEFAULT_PROMPTS)
+        chosen = [chosen[i % len(chosen)] for i in range(samples)]
+        conditioning = embed_prompts(pipeline, chosen)
+        latents = _own_latents(pipeline, chosen, generator)
+    if is_inpainting(pipeline):
+        images = decode_latents(pipeline, latents) if images is None else images
+        conditioning = replace(conditioning, masked=masked_latents(pipeline, images, generator))
+    return latents, conditioning
+
+
+def _own_latents(pipeline: DiffusionPipeline, prompts: list[str], generator: torch.Generator) -> Tensor:
+    """Latents that the pipeline makes of the prompts in ten steps; noise where its weights are random."""
+    if is_random(pipeline):
+        return torch.randn(len(prompts), *latent_shape(pipeline), generator=generator)
+    options = {"num_inference_steps": 10, "guidance_scale": default_guidance(pipeline), "output_type": "latent"}
+    return pipeline(prompts, generator=generator, **options, **nothing_to_keep(pipeline)).images

@@ -1,0 +1,206 @@
+"""Images from prompts with fixed seeds: the same noise for the same prompt whatever pipeline draws it."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, LCMScheduler
+from PIL import Image
+from torch import Tensor
+
+from asdm import checks
+from asdm.diffusion.conditioning import LARGEST_IMAGE, PIPELINES_MULTIPLE, image_size, latent_shape, require_size
+from asdm.diffusion.guidance import PART, GuidanceEnd
+from asdm.errors import AsdmError, one_line
+from asdm.images import as_rgb
+from asdm.pipelines.loading import image_to_image, is_inpainting, is_random
+
+
+@checks.arguments(
+    pipeline=checks.PIPELINE,
+    prompts=checks.any_of(checks.text, checks.each(checks.text, 1, "a text or a list of texts")),
+    guidance_scale=checks.GUIDANCE,
+    guidance_end=PART,
+    seed=checks.whole(0, 2**63 - 1),
+    image=checks.a(Image.Image),
+    mask=checks.a(Image.Image),
+    strength=checks.number(above=0, high=1),
+    batch_size=checks.whole(),
+    progress=checks.function,
+)
+@torch.no_grad()
+def generate(
+    pipeline: DiffusionPipeline,
+    prompts: str | Sequence[str],
+    *,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    guidance_end: float = 1.0,
+    seed: int = 0,
+    image: Image.Image | None = None,
+    mask: Image.Image | None = None,
+    strength: float = 0.6,
+    size: int | None = None,
+    batch_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Images (prompts, 3, height, width) in [-1, 1], on the CPU; with `image`, image-to-image; with `mask`, inpainting.
+
+    Args:
+        mask: of the size of `image`, white where something else shall be drawn. A UNet made for inpainting reads it;
+            with any other, what it leaves of the image is put back after each step.
+        steps: the pipeline's recommended ones by default (`default_steps`), at most `most_steps`.
+        guidance_scale: the pipeline's recommended one by default (`default_guidance`).
+        guidance_end: part of the steps, in (0, 1], that are guided; the others take half the work (`GuidanceEnd`).
+        seed: the n-th prompt's noise is that of seed + n, whatever the batch.
+        strength: how far from `image` the result may go, in (0, 1].
+        size: side of the images in pixels, by default what the pipeline was made for; with an image, its own counts.
+        batch_size: prompts at a time; by default 32 for latents of up to 32x32, else 1.
+
+    Raises:
+        AsdmError: an argument is out of range: `steps` more than the scheduler has, `strength` so small that no step
+            would be taken, a size that the pipeline cannot draw, or that `image` decides; a mask without an image, or
+            of another size; or what was drawn are no numbers (NaN).
+    """
+    if mask is not None and image is None:
+        raise AsdmError("a mask says what of an image shall be drawn anew; give the image too")
+    if size is not None and image is not None:
+        raise AsdmError(f"size={size}: image-to-image draws at the image's own size; scale the image instead")
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    if image is not None:
+        _require_image(image, mask)
+        image = image if image.mode == "RGB" else as_rgb(image)
+    steps = default_steps(pipeline) if steps is None else steps
+    require_steps(pipeline, steps)
+    if image is not None and int(steps * strength) < 1:
+        raise AsdmError(
+            f"strength={strength:g}: must leave at least one of the {steps} steps; "
+            f"raise it to {math.ceil(100 / steps) / 100:g} or more"
+        )
+    guidance = default_guidance(pipeline) if guidance_scale is None else guidance_scale
+    batch_size = batch_size or (32 if _is_small(pipeline) else 1)
+    if size is not None:
+        require_size(pipeline, size)
+    target, extra = pipeline, nothing_to_keep(pipeline, size)
+    if image is not None:
+        target = pipeline if is_inpainting(pipeline) else image_to_image(pipeline, with_mask=mask is not None)
+        extra |= {"image": image, "strength": strength}
+    if mask is not None:
+        extra |= {"mask_image": mask}
+    if guidance_end != 1:
+        extra |= {"callback_on_step_end": GuidanceEnd(target, guidance_end)}
+    sides = {} if size is None else {"height": size, "width": size}
+    images = []
+    for start in range(0, len(prompts), batch_size):
+        batch = list(prompts[start : start + batch_size])
+        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
+        given = {name: [value] * len(batch) if "image" in name else value for name, value in extra.items()}
+        with _faults_in_one_line(target):
+            result = target(
+                batch,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                generator=generators,
+                output_type="np",
+                **sides,
+                **given,
+            )
+        drawn = np.asarray(result.images)
+        if not is_random(pipeline):
+            _require_finite(drawn, pipeline, guidance)
+        blacked_out = sum(getattr(result, "nsfw_content_detected", None) or [])
+        if blacked_out:
+            warnings.warn(f"the safety checker blacked out {blacked_out} of {len(batch)} images", stacklevel=3)
+        images.append(torch.from_numpy(drawn).permute(0, 3, 1, 2).float() * 2 - 1)
+        if progress is not None:
+            progress(min(start + batch_size, len(prompts)), len(prompts))
+    return torch.cat(images)
+
+
+@contextmanager
+def _faults_in_one_line(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """What a pipeline refuses, as our error."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(error, AsdmError):
+            raise
+        raise AsdmError(f"{type(pipeline).__name__} refuses this: {one_line(error, 300)}") from error
+
+
+def _require_image(image: Image.Image, mask: Image.Image | None) -> None:
+    if mask is not None and mask.size != image.size:
+        raise AsdmError(f"the mask has {mask.size} pixels, the image {image.size}; give both in one size")
+    if min(image.size) < PIPELINES_MULTIPLE or max(image.size) > LARGEST_IMAGE:
+        raise AsdmError(
+            f"an image of {image.size} pixels: its sides must be from {PIPELINES_MULTIPLE} to {LARGEST_IMAGE}; scale it"
+        )
+
+
+def _require_finite(images: np.ndarray, pipeline: DiffusionPipeline, guidance: float) -> None:
+    """Raise an AsdmError for images (count, height, width, 3) that would be saved as black ones."""
+    broken = int((~np.isfinite(images)).reshape(len(images), -1).any(axis=1).sum())
+    if broken:
+        raise AsdmError(
+            f"{broken} of {len(images)} images are no numbers (NaN): the weights are damaged, the guidance scale "
+            f"{guidance:g} is too strong, or {str(pipeline.unet.dtype).removeprefix('torch.')} overflows; try float32 "
+            "and the default guidance"
+        )
+
+
+def most_steps(pipeline: DiffusionPipeline) -> int:
+    """How many sampling steps the scheduler can take: a consistency model's those of its solver."""
+    config = pipeline.scheduler.config
+    return min(config.get(name) or 1000 for name in ("num_train_timesteps", "original_inference_steps"))
+
+
+def require_steps(pipeline: DiffusionPipeline, steps: int) -> None:
+    """
+    Raises:
+        AsdmError: the pipeline's scheduler cannot sample in so many steps.
+    """
+    checks.STEPS("steps", steps)
+    kind, most = type(pipeline.scheduler).__name__, most_steps(pipeline)
+    if steps > most:
+        raise AsdmError(f"steps={steps}: this pipeline's {kind} has {most}; give as many at most")
+    try:
+        copy.deepcopy(pipeline.scheduler).set_timesteps(steps)
+    except (ValueError, ArithmeticError, IndexError, RuntimeError) as error:
+        raise AsdmError(f"steps={steps}: {kind} refuses it ({one_line(error)}); give another number") from None
+
+
+def nothing_to_keep(pipeline: DiffusionPipeline, size: int | None = None) -> dict[str, Any]:
+    """What a pipeline made for inpainting needs to draw from text alone, at this size; nothing for all others."""
+    if not is_inpainting(pipeline):
+        return {}
+    sides = (size or image_size(pipeline),) * 2
+    return {"image": Image.new("RGB", sides, "gray"), "mask_image": Image.new("L", sides, 255), "strength": 1.0}
+
+
+def is_few_step(pipeline: DiffusionPipeline) -> bool:
+    """Whether it is a consistency model, which its scheduler tells."""
+    return isinstance(pipeline.scheduler, LCMScheduler)
+
+
+def default_steps(pipeline: DiffusionPipeline) -> int:
+    """25, or 4 for a few-step pipeline."""
+    return min(4 if is_few_step(pipeline) else 25, most_steps(pipeline))
+
+
+def default_guidance(pipeline: DiffusionPipeline) -> float:
+    """Stable Diffusion's usual 7.5; 3 for small latents, whose details a stronger one burns out; 1, none, for few-step
+    UNets that have it baked in."""
+    if is_few_step(pipeline) and pipeline.unet.config.time_cond_proj_dim is None:
+        return 1.0
+    return 3.0 if _is_small(pipeline) else 7.5
+
+
+def _is_small(pipeline: DiffusionPipeline) -> bool:
+    return max(latent_shape(pipeline)[1:]) <= 32

@@ -1,0 +1,281 @@
+"""What a recipe will cost, before it is begun: a step of each stage is run on tensors that have shapes and no memory.
+
+So operations are counted as they are, backward pass, checkpointing and all, and what lives at once is known, for any
+device and any number of them, on any machine.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from asdm.diffusion.conditioning import Conditioning, noise_schedule
+from asdm.distillation.distill import make_task
+from asdm.distillation.incubation import assembled
+from asdm.distillation.stages import Stage
+from asdm.distillation.teaching import Batch, TrainingSet
+from asdm.families.unet_calls import random_inputs, unet_call
+from asdm.measure.latency import measure_interleaved
+from asdm.measure.machine import fastest_precision
+from asdm.measure.memory import peak_megabytes
+from asdm.pipelines.loading import with_unet
+from asdm.training.loop import Part, TrainingTask
+from asdm.training.optimizers import OptimizerName, is_matrix
+from asdm.training.sharding import GATHERED_TOGETHER
+
+Module = TypeVar("Module", bound=nn.Module)
+FLOAT32 = 4  # bytes
+QUICK = 0.5  # seconds
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: (
+        sdpa_backward_flop_count(grad, q, k, v)
+    ),
+}
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """A stage's cost.
+
+    `step_teraflops` are the floating-point operations of one step in all processes together, on average (two for each
+    multiply-accumulate, in 10^12), `seconds` those of all its steps. `memory` is what each process holds at most, in
+    bytes by part: the frozen `teacher`, the pipeline's other networks (`encoders`); the `student`, its `gradients` (and
+    their buckets, where processes exchange them), the optimiser's `moments`, the weights' `average`; `activations`,
+    with copies of the weights in half precision; and, when sharded, the layers `gathered` to compute.
+    """
+
+    stage: Stage
+    trained_parameters: int
+    step_teraflops: float
+    seconds: float
+    memory: dict[str, int]
+
+    @property
+    def gigabytes(self) -> float:
+        return sum(self.memory.values()) / 1e9
+
+
+def estimate(
+    teacher: DiffusionPipeline,
+    student: UNet2DConditionModel,
+    stages: Sequence[Stage],
+    *,
+    teraflops: float | None = None,
+    processes: int = 1,
+    sharded: bool = False,
+) -> list[StageEstimate]:
+    """Estimates of each stage; without a semantic encoder other than the teacher, and what devices exchange.
+
+    Args:
+        teraflops: what one device sustains, in 10^12 floating-point operations a second; by default what this one does
+            in a call of the teacher's UNet, of as many samples as a round of a step has where one alone is quick.
+        processes: how many share a step's batch.
+        sharded: whether they share what is trained, too (FSDP).
+    """
+    rates: dict[tuple[torch.dtype | None, int], float] = {}
+    rows = []
+    for stage in stages:
+        alone = stage.scope == "incubate"  # each process has blocks of its own, and the whole batch
+        sharing = 1 if alone else processes
+        part = Part(0, sharing * stage.accumulation)
+        precision = _precision(stage, teacher.device if teraflops is None else None)
+        samples = max(1, stage.batch_size // part.count)
+        if (precision, samples) not in rates:
+            rate = _measured_rate(teacher.unet, precision, samples) if teraflops is None else 1e12 * teraflops
+            rates[precision, samples] = rate
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            pipeline, learning = with_unet(teacher, _weightless(teacher.unet)), _weightless(student)
+            with assembled(learning, pipeline.unet, stage.assembled):
+                task = _weightless_task(pipeline, learning, stage, Part(0, processes) if alone else Part())
+                flops, activations = _round_cost(task, (torch.arange(stage.batch_size), 0), part, precision)
+                if stage.semantics.every > 1:  # the first step looks at what images mean, the second does not
+                    usual, _ = _round_cost(task, (torch.arange(stage.batch_size), 1), part, precision)
+                    flops = usual + (flops - usual) / stage.semantics.every
+                trained = list(task.trained().values())
+        rows.append(
+            StageEstimate(
+                stage=stage,
+                trained_parameters=sum(p.numel() for p in trained),
+                step_teraflops=flops * stage.accumulation * processes / 1e12,
+                seconds=stage.steps * flops * stage.accumulation / rates[precision, samples],
+                memory={
+                    "teacher": _size(teacher.unet.parameters()),
+                    "encoders": _size(p for name, p in _parameters(teacher) if name != "unet"),
+                    **_trained_memory(student, trained, stage, sharing, sharded and sharing > 1),
+                    "activations": activations,
+                },
+            )
+        )
+    return rows
+
+
+def _weightless_task(
+    teacher: DiffusionPipeline, student: UNet2DConditionModel, stage: Stage, share: Part
+) -> TrainingTask:
+    """The stage's task with shapes for its tensors, without a semantic encoder that would have to be loaded."""
+    losses = stage.losses.model_copy(update={"semantic_text": 0.0})
+    if stage.semantics.encoder != "unet":
+        losses = losses.model_copy(update={"semantic": 0.0})
+    task = make_task(
+        teacher,
+        student,
+        noise_schedule(teacher),
+        _Examples.of(student),
+        stage.model_copy(update={"losses": losses}),
+        share,
+    )
+    if stage.checkpointing:
+        # There is no random state to keep; a backward pass leaves modes, so that of the norms is entered again.
+        student.enable_gradient_checkpointing(
+            partial(
+                checkpoint,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=lambda: (nullcontext(), _NormsAsOnCuda()),
+            )
+        )
+    return task
+
+
+def _precision(stage: Stage, device: torch.device | None) -> torch.dtype | None:
+    """In what the stage's products are taken on this device, or on one that is not here; None for float32."""
+    name = stage.mixed_precision
+    if name == "auto":
+        name = "bf16" if device is None else fastest_precision(device)
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
+
+
+def _trained_memory(
+    student: UNet2DConditionModel, trained: list[nn.Parameter], stage: Stage, processes: int, sharded: bool
+) -> dict[str, int]:
+    """Bytes in each process of what its share of `processes` is, or of all where nothing is sharded."""
+    parts = processes if sharded else 1
+    gradients = FLOAT32 * sum(p.numel() for p in trained)
+    sizes = {
+        "student": _size(student.parameters()) // parts,
+        "gradients": gradients // parts if sharded or processes == 1 else 2 * gradients,
+        "moments": sum(_moments(p, stage.optimizer) for p in trained) // parts,
+        "average": gradients // parts if stage.ema_decay else 0,
+    }
+    if sharded:
+        layers = [_size(m.parameters()) for m in student.modules() if isinstance(m, GATHERED_TOGETHER)]
+        outside = _size(student.parameters()) - sum(layers)
+        # Weights and gradients of what is in no layer, of a layer, and of the next one.
+        sizes["gathered"] = 2 * (outside + 2 * max(layers, default=0))
+    return sizes
+
+
+def _moments(parameter: nn.Parameter, optimizer: OptimizerName) -> int:
+    """Bytes of an optimiser's state: two moments in float32; in 8 bits, a scale for each 256, where there are 4096 at
+    least; with Muon one for a matrix."""
+    count = parameter.numel()
+    if optimizer == "adamw8bit" and count >= 4096:
+        return 2 * (count + FLOAT32 * -(-count // 256))
+    return FLOAT32 * count * (1 if optimizer == "muon" and is_matrix(parameter) else 2)
+
+
+def _round_cost(task: TrainingTask, batch: Batch, part: Part, dtype: torch.dtype | None) -> tuple[float, int]:
+    """Floating-point operations of a round of a step in one process, forward and backward, and the bytes of what lives
+    at its peak, without the gradients. In a FakeTensorMode."""
+    trained = task.trained().values()
+    if not trained:  # there may be more processes than blocks
+        return 0, 0
+    for parameter in trained:  # gradients are counted apart
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
+    generator = torch.Generator()
+
+    def one_round() -> None:
+        with torch.enable_grad(), counter, _NormsAsOnCuda():
+            with torch.autocast("cpu", dtype, enabled=dtype is not None):
+                losses = task(batch, generator) if part.count == 1 else task(batch, generator, part)
+            losses["loss"].backward()
+
+    task.train()
+    peak = peak_megabytes(one_round)
+    return counter.get_total_flops(), round(1e6 * peak)
+
+
+class _NormsAsOnCuda(TorchFunctionMode):
+    """Norms in float32, as autocast has them on CUDA; shapes without memory are those of a CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (F.group_norm, F.layer_norm) and torch.is_autocast_enabled("cpu"):
+            args = (args[0].float(), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class _Examples:
+    """Stands in for prepared latents and embeddings."""
+
+    unet: UNet2DConditionModel
+
+    @classmethod
+    def of(cls, unet: UNet2DConditionModel) -> TrainingSet:
+        examples = cls(unet)
+        return TrainingSet(examples, examples.batch([0])[1])  # type: ignore[arg-type]
+
+    def batch(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Conditioning]:
+        inputs = random_inputs(self.unet, len(indices))
+        latents, masked = inputs["sample"][:, :4], inputs["sample"][:, 4:]
+        captions = Conditioning(inputs["encoder_hidden_states"], **inputs.get("added_cond_kwargs", {}))
+        return latents, replace(captions, masked=masked) if masked.numel() else captions
+
+
+def _weightless(module: Module) -> Module:
+    """The module again, with shapes for its tensors. In a FakeTensorMode."""
+    shapes: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        shape = torch.empty(tensor.shape, dtype=tensor.dtype)
+        shapes[id(tensor)] = nn.Parameter(shape, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shape
+    return copy.deepcopy(module, shapes)
+
+
+def _measured_rate(unet: UNet2DConditionModel, precision: torch.dtype | None, samples: int) -> float:
+    """Floating-point operations a second in a call of the UNet here, its products in this precision; with so many
+    samples where one alone is quick, and does not fill the device."""
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter,
+        torch.no_grad(),
+    ):
+        unet_call(_weightless(unet), batch_size=1)()
+
+    def rate(batch_size: int) -> float:
+        with torch.autocast(unet.device.type, precision, enabled=precision is not None):
+            call = unet_call(unet, batch_size)
+            times = measure_interleaved({"unet": call}, rounds=3, warmup=1, device=unet.device)
+        return batch_size * counter.get_total_flops() / (times["unet"].ms / 1000)
+
+    alone = rate(1)
+    if samples == 1 or counter.get_total_flops() / alone > QUICK:
+        return alone
+    try:
+        return rate(samples)
+    except torch.OutOfMemoryError:  # as the training may be: it is asked whether it fits
+        return alone
+
+
+def _parameters(pipeline: DiffusionPipeline) -> Iterable[tuple[str, nn.Parameter]]:
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module):
+            yield from ((name, parameter) for parameter in part.parameters())
+
+
+def _size(parameters: Iterable[Tensor]) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)

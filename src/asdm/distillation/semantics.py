@@ -1,0 +1,180 @@
+"""What images mean, for semantic-aware supervision (SAS; our reading of the abstract of arXiv 2312.15516, inferred).
+
+A frozen encoder maps x0 estimates to features; teacher and student are compared there. Three encoders behind one
+small interface: the teacher's own mid block, the pipeline's CLIP, and any vision model of transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+
+from asdm.diffusion.conditioning import Conditioning
+from asdm.errors import AsdmError, one_line
+
+UNET_NOISE = 0.2  # part of the schedule at which the UNet encoder looks: little noise, so that meaning shows
+
+
+class SemanticEncoder(Protocol):
+    """Frozen; gradients pass through to the latents."""
+
+    def __call__(self, latents: Tensor, captions: Conditioning) -> Tensor:
+        """Latents (batch, 4, h, w) of clean images to features (batch, channels)."""
+        ...
+
+    def text_features(self, prompts: list[str]) -> Tensor | None:
+        """Features (prompts, channels) of captions in the same space; None where the encoder has no text tower."""
+        ...
+
+
+class UNetEncoder:
+    """The teacher's mid-block features of re-noised latents: no decoding, and no model beside the teacher.
+
+    The noise is always the same, so that equal latents have equal features.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, schedule: DDPMScheduler):
+        if unet.mid_block is None:
+            raise AsdmError("semantics: the teacher's UNet has no mid block; choose the encoder clip")
+        self.unet, self.schedule = unet, schedule
+        self.timestep = int(UNET_NOISE * schedule.config.num_train_timesteps)
+
+    def __call__(self, latents: Tensor, captions: Conditioning) -> Tensor:
+        noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(0)).to(latents)
+        timesteps = torch.full((len(latents),), self.timestep, device=latents.device)
+        noisy = self.schedule.add_noise(latents, noise.expand_as(latents), timesteps)
+        dtype = self.unet.dtype
+        found: list[Tensor] = []
+
+        def stop(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            found.append(output)
+            raise _Seen
+
+        assert self.unet.mid_block is not None
+        handle = self.unet.mid_block.register_forward_hook(stop)
+        try:
+            self.unet(timestep=timesteps, **captions.to(dtype).unet_arguments(noisy.to(dtype)), return_dict=False)
+        except _Seen:
+            pass
+        finally:
+            handle.remove()
+        return found[0].flatten(1)
+
+    def text_features(self, prompts: list[str]) -> None:
+        return None
+
+
+class _Seen(Exception):
+    """The mid block has answered; the rest of the UNet is not needed."""
+
+
+class VisionEncoder:
+    """A vision model of transformers on decoded images: CLIP's image features, else the mean of the last hidden
+    states, over tokens or over a map.
+
+    Args:
+        decoder: a VAE with `decode`; a tiny one (AutoencoderTiny) is enough.
+        tokenizer: of the model's text tower, where it has one.
+        mean, deviation: by which the model wants pixels in [0, 1] to be normalised.
+        size: the side of the images that it reads, where its config does not say.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        decoder: Any,
+        tokenizer: Any = None,
+        mean: Sequence[float] = (0.5, 0.5, 0.5),
+        deviation: Sequence[float] = (0.5, 0.5, 0.5),
+        size: int | None = None,
+    ):
+        self.model, self.decoder, self.tokenizer = model.eval().requires_grad_(False), decoder, tokenizer
+        config: Any = model.config
+        own = getattr(getattr(config, "vision_config", config), "image_size", None) or size
+        if own is None:
+            raise AsdmError(
+                f"semantics: {config.model_type}: does not say what size of images it reads; choose another"
+            )
+        self.size: int = own
+        self.is_clip = hasattr(model, "get_image_features")
+        self.mean, self.deviation = (torch.tensor(values).view(3, 1, 1) for values in (mean, deviation))
+
+    def __call__(self, latents: Tensor, captions: Conditioning) -> Tensor:
+        config = self.decoder.config
+        shift = getattr(config, "shift_factor", None) or 0.0
+        images = self.decoder.decode(latents.to(self.decoder.dtype) / config.scaling_factor + shift).sample.float()
+        images = F.interpolate(images / 2 + 0.5, size=(self.size, self.size), mode="bilinear", antialias=True)
+        pixels = (images - self.mean.to(images)) / self.deviation.to(images)
+        if self.is_clip:
+            return _tensor(self.model.get_image_features(pixel_values=pixels))  # type: ignore[operator]
+        states = self.model(pixel_values=pixels).last_hidden_state
+        return states.mean(dim=(2, 3)) if states.ndim == 4 else states.mean(dim=1)
+
+    @torch.no_grad()
+    def text_features(self, prompts: list[str]) -> Tensor | None:
+        if not self.is_clip or self.tokenizer is None:
+            return None
+        tokens = self.tokenizer(
+            prompts, padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True,
+            return_tensors="pt",
+        )  # fmt: skip
+        device = next(self.model.parameters()).device
+        parts = tokens.input_ids.split(256)
+        features = [_tensor(self.model.get_text_features(input_ids=part.to(device))) for part in parts]  # type: ignore[operator]
+        return torch.cat(features)
+
+
+def _side(processor: Any) -> int | None:
+    """The side of the images that a processor makes."""
+    size = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
+    size = size or processor.size
+    return size.get("height") or size.get("shortest_edge")
+
+
+def _tensor(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def make_encoder(
+    name: str, pipeline: DiffusionPipeline, schedule: DDPMScheduler, decoder: str | None = None
+) -> SemanticEncoder:
+    """An encoder by name.
+
+    Args:
+        name: "unet"; "clip", the CLIPModel that lies beside the pipeline; or a vision model of transformers, by Hub
+            id or folder.
+        decoder: Hub id or folder of a tiny decoder; the pipeline's VAE by default.
+
+    Raises:
+        AsdmError: there is no such model, or no CLIPModel beside the pipeline.
+    """
+    if name == "unet":
+        return UNetEncoder(pipeline.unet, schedule)
+    from diffusers import AutoencoderTiny
+    from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+    from asdm.pipelines.loading import clip_statistics, load_clip
+
+    try:
+        vae = pipeline.vae if decoder is None else AutoencoderTiny.from_pretrained(decoder).eval()
+        vae = vae.requires_grad_(False).to(pipeline.device)
+        if name == "clip":
+            clip = load_clip(pipeline)
+            if clip is None:
+                raise AsdmError(
+                    "semantics: no clip folder beside this pipeline; choose the encoder unet, or name a vision model"
+                )
+            return VisionEncoder(clip.to(pipeline.device), vae, pipeline.tokenizer, *clip_statistics(clip))
+        model = AutoModel.from_pretrained(name, dtype=torch.float32).to(pipeline.device)
+        tokenizer = AutoTokenizer.from_pretrained(name) if hasattr(model, "get_text_features") else None
+        processor = AutoImageProcessor.from_pretrained(name)
+        return VisionEncoder(model, vae, tokenizer, processor.image_mean, processor.image_std, _side(processor))
+    except (OSError, ValueError) as error:
+        if isinstance(error, AsdmError):
+            raise
+        raise AsdmError(f"semantics: {name}: no such encoder ({one_line(error)})") from None

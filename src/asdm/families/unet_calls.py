@@ -1,0 +1,62 @@
+"""Calls of a UNet on random inputs, for measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+
+from asdm.families.unet import require_known_inputs
+
+
+def unet_call(unet: UNet2DConditionModel, batch_size: int = 2, seed: int = 0) -> Callable[[], Tensor]:
+    """One UNet call on random inputs at its native size; batch 2 is one image with guidance."""
+    arguments = random_inputs(unet, batch_size, seed)
+    sample = arguments.pop("sample")  # as pipelines give it, by its place: what others patch into a UNet may rely on it
+    return lambda: unet(sample, **arguments, return_dict=False)[0]
+
+
+def random_inputs(unet: UNet2DConditionModel, batch_size: int, seed: int = 0) -> dict[str, Any]:
+    """Random arguments of a UNet call at its native size, 77 tokens (16 for the embedded default's width).
+
+    Raises:
+        AsdmError: it has inputs that no prompt brings, as an IP-Adapter's image.
+    """
+    config = unet.config
+    require_known_inputs(unet)
+    generator = torch.Generator().manual_seed(seed)
+    size = config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    channels = config.cross_attention_dim
+    channels = channels if isinstance(channels, int) else channels[0]
+    tokens = 77 if channels >= 768 else 16
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(unet.device, unet.dtype)
+
+    arguments: dict[str, Any] = {
+        "sample": normal(batch_size, config.in_channels, height, width),
+        "timestep": torch.tensor(500, device=unet.device),
+        "encoder_hidden_states": normal(batch_size, tokens, config.get("encoder_hid_dim") or channels),
+    }
+    if config.addition_embed_type == "text_time":
+        time_width = 6 * config.addition_time_embed_dim
+        arguments["added_cond_kwargs"] = {
+            "text_embeds": normal(batch_size, config.projection_class_embeddings_input_dim - time_width),
+            "time_ids": torch.full((batch_size, 6), 1024.0, device=unet.device, dtype=unet.dtype),
+        }
+    timestep_cond = guidance_embedding(unet, torch.full((batch_size,), 7.5))
+    return arguments if timestep_cond is None else {**arguments, "timestep_cond": timestep_cond}
+
+
+def guidance_embedding(unet: UNet2DConditionModel, scales: Tensor) -> Tensor | None:
+    """What a UNet that embeds the guidance scale (`time_cond_proj_dim`, LCM's) reads as `timestep_cond` for `scales`
+    (batch,): (batch, channels), on its device and in its dtype; None for all others."""
+    width = unet.config.get("time_cond_proj_dim")
+    if width is None:
+        return None
+    embed: Any = StableDiffusionPipeline.get_guidance_scale_embedding  # which asks nothing of a pipeline
+    return embed(None, scales.cpu().float() - 1, embedding_dim=width).to(unet.device, unet.dtype)

@@ -1,0 +1,228 @@
+"""What is wrong with the tensors of a checkpoint: missing ones, other shapes, and numbers that are no weights."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.loaders import single_file_utils as layouts
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from asdm.errors import AsdmError, one_line
+from asdm.pipelines.checkpoints import Header
+from asdm.student.unet import AsdmUNet2DConditionModel
+
+TEXT_ENCODERS = (CLIPTextModel, CLIPTextModelWithProjection)
+OF_TEXT = re.compile("^text_model[.]")  # which only some versions of transformers have before a text encoder's names
+_INDEX = "*.safetensors.index*.json"  # of shards, also in a variant
+_NAMED = 3  # tensors that a message names
+_WEIGHT_TYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+# Of a UNet's inputs beside noisy latents, time step and text.
+_INPUTS = ("time_embedding.cond_proj.", "class_embedding.", "add_embedding.", "encoder_hid_proj.")
+
+
+def require_loaded(module: nn.Module, name: str, part: str, files: Iterable[Path] = ()) -> None:
+    """Raise an AsdmError where a tensor of a loaded part was not there: the libraries warn, and go on with what memory
+    holds, or with random numbers.
+
+    Args:
+        name: of the checkpoint, for the message.
+        part: "unet", "vae", ...
+        files: those that the part was loaded from.
+    """
+    files = list(files)
+    _require_named(absent_of(module, files), len(list(module.parameters())), name, part, files)
+
+
+def absent_of(module: nn.Module, files: Iterable[Path]) -> list[str]:
+    """Names of a module's parameters that were not loaded."""
+    absent = [name for name, parameter in module.named_parameters() if parameter.is_meta]
+    if absent or not isinstance(module, TEXT_ENCODERS):
+        return absent
+    known = {OF_TEXT.sub("", name) for path in files for name in _dtypes(path)}
+    names = [name for name, _ in module.named_parameters()]
+    return [name for name in names if OF_TEXT.sub("", name) not in known] if known else []
+
+
+def require_weights(path: Path) -> None:
+    """Raise an AsdmError where tensors of a file are no weights as they stand: whole numbers, or scaled ones."""
+    dtypes = _dtypes(path)
+    wrong = [f"{name} ({kind})" for name, kind in dtypes.items() if kind not in _WEIGHT_TYPES and _is_weight(name)]
+    scaled = [name for name in dtypes if name.endswith(("scaled_fp8", ".scale_weight", ".weight_scale"))]
+    if wrong or scaled:
+        raise AsdmError(
+            f"{path}: holds {_some(wrong or scaled)}, quantised weights, which are not read; take the checkpoint in "
+            "float32, float16 or bfloat16"
+        )
+
+
+def require_shards(folder: Path) -> None:
+    """Raise an AsdmError where a part of a pipeline's folder lacks a shard, or the index of its shards."""
+    for index in sorted(folder.glob(f"*/{_INDEX}")):
+        try:
+            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise AsdmError(f"{index}: damaged ({one_line(error)}); download it again") from None
+        absent = [name for name in names if not (index.parent / name).is_file()]
+        if absent and len(absent) < len(names):  # without any of them, weights in a variant may be there
+            raise AsdmError(
+                f"{index.parent}: lacks {len(absent)} of the {len(names)} files of {index.name}: {_some(absent)}; "
+                "download them again"
+            )
+    for first in sorted(folder.glob("*/*-00001-of-*.safetensors")):
+        if not any(first.parent.glob(_INDEX)):
+            raise AsdmError(f"{first.parent}: shards without their index (*.index.json); download that too")
+
+
+def explain_single_file(header: Header, config: str, kind: str) -> None:
+    """Raise an AsdmError where the tensors of a checkpoint in one file do not fit the model of a pipeline's `config` (a
+    folder or Hub id); return where they do."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of one library about another's arguments
+        _explain_single_file(header, config, kind)
+
+
+def _explain_single_file(header: Header, config: str, kind: str) -> None:
+    tensors = header.tensors
+    for part, made in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
+        settings = made.load_config(config, subfolder=part)
+        with init_empty_weights():
+            module = made.from_config(settings)
+        try:
+            found = _converted(part, tensors, settings)
+        except KeyError as error:
+            _require_named([str(error.args[0])], len(list(module.parameters())), str(header.path), part, [])
+            raise
+        _require_fit(module, found, str(header.path), part)
+    encoders: list[tuple[str, Any]] = [("text_encoder", CLIPTextModel)]
+    if "xl" in kind or "playground" in kind:
+        encoders.append(("text_encoder_2", CLIPTextModelWithProjection))
+    for part, made in encoders:
+        with init_empty_weights():
+            module = made(CLIPTextConfig.from_pretrained(config, subfolder=part))
+        _require_fit(module, _text_converted(part, tensors, module), str(header.path), part)
+
+
+def explain_folder(folder: Path) -> None:
+    """Raise an AsdmError where the tensors of a part of a pipeline's folder do not fit its config; return where all
+    do."""
+    for config in sorted(folder.glob("*/config.json")):
+        part, files = config.parent.name, sorted(config.parent.glob("*.safetensors"))
+        module = _empty(config.parent)
+        if module is not None and files:
+            found = {name: tensor for path in files for name, tensor in Header.of(path).tensors.items()}
+            _require_fit(module, found, str(folder), part, files)
+
+
+def require_all_read(unet: UNet2DConditionModel, name: str, files: Iterable[Path]) -> None:
+    """Raise an AsdmError where a UNet's files have tensors for an input that the loaded one has not: it would be left
+    out in silence."""
+    known = dict(unet.named_parameters())
+    labels = unet.config.class_embed_type is None and unet.config.addition_embed_type is None
+    for tensor in (tensor for path in files for tensor in _dtypes(path)):
+        inside = tensor.removeprefix(layouts.LDM_UNET_KEY)
+        in_one_file = inside.startswith("time_embed.cond_proj.") or (inside.startswith("label_emb.") and labels)
+        if in_one_file or (inside.startswith(_INPUTS) and inside not in known):
+            raise AsdmError(
+                f"{name}: its unet has {tensor}, for an input (timestep_cond, class_labels, added_cond_kwargs) that "
+                "its config does not name, and would be loaded without it; take the checkpoint with its own config"
+            )
+
+
+def _empty(folder: Path) -> nn.Module | None:
+    """The part that a folder's config describes, without weights; None where it is not known what that is."""
+    try:
+        settings = json.loads((folder / "config.json").read_text("utf-8"))
+        with init_empty_weights():
+            if "architectures" in settings:
+                return getattr(transformers, settings["architectures"][0])(CLIPTextConfig.from_pretrained(folder))
+            named = settings["_class_name"]
+            kind = AsdmUNet2DConditionModel if named == AsdmUNet2DConditionModel.__name__ else getattr(diffusers, named)
+            return kind.from_config(settings)
+    except (OSError, KeyError, AttributeError, ValueError, TypeError, RuntimeError):
+        return None
+
+
+def _converted(part: str, tensors: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Tensor]:
+    """A part's tensors by diffusers' names."""
+    start = layouts.LDM_UNET_KEY if part == "unet" else tuple(layouts.LDM_VAE_KEYS)
+    if not any(name.startswith(start) for name in tensors):
+        return {}
+    convert = layouts.convert_ldm_unet_checkpoint if part == "unet" else layouts.convert_ldm_vae_checkpoint
+    return {name: tensor for name, tensor in convert(dict(tensors), settings).items() if tensor is not None}
+
+
+def _text_converted(part: str, tensors: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    open_clip = "conditioner.embedders.1.model." if part == "text_encoder_2" else "cond_stage_model.model."
+    if any(name.startswith(open_clip) for name in tensors):
+        return layouts.convert_open_clip_checkpoint(module, tensors, prefix=open_clip)
+    return {} if part == "text_encoder_2" else layouts.convert_ldm_clip_checkpoint(tensors)
+
+
+def _require_fit(
+    module: nn.Module, found: Mapping[str, Tensor], name: str, part: str, files: Iterable[Path] = ()
+) -> None:
+    expected = {OF_TEXT.sub("", key): parameter.shape for key, parameter in module.named_parameters()}
+    given = {_todays(key): tensor.shape for key, tensor in found.items()}
+    _require_named([key for key in expected if key not in given], len(expected), name, part, files)
+    wrong = [f"{key} {_size(given[key])} for {_size(shape)}" for key, shape in expected.items() if given[key] != shape]
+    if wrong:
+        raise AsdmError(
+            f"{name}: its {part} has other shapes than its config says: {_some(wrong)}; take the config that belongs "
+            "to it (config, --config), or the checkpoint that belongs to the config"
+        )
+
+
+def _todays(name: str) -> str:
+    """A tensor's name without what older versions of the libraries had in it."""
+    name = OF_TEXT.sub("", name)
+    for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
+        name = name.replace(f".{old}.", f".{new}.")
+    return name
+
+
+def _require_named(absent: list[str], count: int, name: str, part: str, files: Iterable[Path]) -> None:
+    if absent:
+        where = f" ({_place(absent[0], list(files))})" if files else ""
+        lacking = f"{len(absent)} of its {count} tensors{where}: {_some(absent)}"
+        raise AsdmError(f"{name}: its {part} lacks {lacking}; download or convert it again")
+
+
+def _place(tensor: str, files: list[Path]) -> str:
+    """The file in which a tensor should be."""
+    for index in files[0].parent.glob(_INDEX):
+        known = json.loads(index.read_text("utf-8")).get("weight_map", {})
+        return f"{index.parent.name}/{known.get(tensor, index.name)}"
+    return f"{files[0].parent.name}/{files[0].name}"
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"{', '.join(names[:_NAMED])}{more}"
+
+
+def _size(shape: torch.Size) -> str:
+    return "x".join(map(str, shape))
+
+
+def _is_weight(name: str) -> bool:
+    return name.endswith((".weight", ".bias"))
+
+
+def _dtypes(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return {}
