@@ -323,7 +323,7 @@ def _plan(pipeline: DiffusionPipeline, target: float) -> PruningPlan:
         redundancy = RedundancyMap.load(known).model_copy(update={"others": []})
         made = asdm.make_plan(redundancy, speedup=MARGIN * target, unet=pipeline.unet)
         SETTLED.mkdir(parents=True, exist_ok=True)
-        asdm.repair_plan(pipeline, redundancy, made, data="demo", rounds=REPAIR_ROUNDS).save(path)
+        asdm.refine_plan(pipeline, redundancy, made, data="demo", rounds=REPAIR_ROUNDS).save(path)
     return PruningPlan.load(path)
 
 
@@ -339,7 +339,7 @@ def _student(unet: UNet2DConditionModel, plan: PruningPlan, components: tuple[st
         edits += [GriAttention(unit=name, regions=2, pool=2, weighted=True) for name in kept]
     full = PruningPlan.for_unet(unet, edits)
     if "cond-conv" in components:
-        full = asdm.add_banks(full, unet, params=BANKS, router="time")
+        full = asdm.add_cond_conv(full, unet, params=BANKS, router="time")
     return build_student(unet, full)
 
 
@@ -349,8 +349,8 @@ def _stages(student: UNet2DConditionModel, components: tuple[str, ...], steps: i
         "relative": "normalised" in components,
         "features_by": "area" if "normalised" in components else "block",
         "timesteps": "angle" if "normalised" in components else "uniform",
-        "timesteps_above": SWITCHED_BELOW if EARLY in components else 0.0,
-        "caption_splice": CAPTION_SPLICE if "splice" in components else 0.0,
+        "min_timestep_fraction": SWITCHED_BELOW if EARLY in components else 0.0,
+        "caption_mixing": CAPTION_SPLICE if "splice" in components else 0.0,
         "optimizer": "muon" if "muon" in components else "adamw",
         "losses": weights.model_copy(update={"semantic": SEMANTIC_WEIGHT if "sas" in components else 0.0}),
         "semantics": SEMANTICS,

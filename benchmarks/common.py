@@ -16,7 +16,7 @@ from rich.table import Table
 
 import asdm
 from asdm.errors import AsdmError
-from asdm.families.unet import removable_units
+from asdm.families.unet_structure import removable_units
 from asdm.files import write_text
 from asdm.measure.machine import device_name
 from asdm.student.plan import PruningPlan

@@ -26,7 +26,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import CLIPTokenizer
 
-from asdm.families.unet import removable_units
+from asdm.families.unet_structure import removable_units
 from asdm.student.unet import AsdmUNet2DConditionModel
 
 KIND, RESULTS = "ASDM_TESTED_KIND", "ASDM_TEST_RESULTS"  # environment: which class, and the file to write

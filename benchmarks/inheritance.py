@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 import asdm
-from asdm.benchmark.methods import Contestant, attention_broadcast, deep_cache, inheriting, tome
+from asdm.benchmark.methods import Method, attention_broadcast, deep_cache, inheriting, tome
 from asdm.caching.calibration import observe_sampling
 from asdm.data.sources import open_data
 from asdm.diffusion.generation import default_guidance
@@ -39,14 +39,14 @@ def main(
     """Distance of the final latents, on prompts that no calibration saw, against the counted speed-up."""
     pipeline = asdm.load_pipeline(model)
     prompts = [example.caption for example in open_data(data).sample(samples, seed=1)]
-    original = Contestant("original", "original", steps=steps)
+    original = Method("original", "original", steps=steps)
     peers = [
         *(deep_cache(steps, interval) for interval in (2, 3, 5)),
         *(attention_broadcast(steps, skip) for skip in (2, 4)),
         *(tome(steps, ratio) for ratio in (0.25, 0.5, 0.75)),
     ]
     even = [
-        Contestant(f"even steps, every {every}, order {order}", "ours", inheriting(every=every, order=order), steps)
+        Method(f"even steps, every {every}, order {order}", "ours", inheriting(every=every, order=order), steps)
         for every in (2, 3, 5)
         for order in (0, 1, 2)
     ]
@@ -60,7 +60,7 @@ def main(
         for name, speedup in {f"{target:g}x": target, **targets}.items()
         if speedup < limit
     }
-    ours = [Contestant(name, "ours", inheriting(schedule=schedule), steps) for name, schedule in schedules.items()]
+    ours = [Method(name, "ours", inheriting(schedule=schedule), steps) for name, schedule in schedules.items()]
     again = counted(pipeline, [original, *ours], steps, rounds)
     speedups |= {name: again["original"] / time for name, time in again.items()}
     whole = final_latents(pipeline, original, prompts, steps)
@@ -82,7 +82,7 @@ def main(
     finish("inheritance", rows)
 
 
-def counted(pipeline: DiffusionPipeline, entries: Sequence[Contestant], steps: int, rounds: int) -> dict[str, float]:
+def counted(pipeline: DiffusionPipeline, entries: Sequence[Method], steps: int, rounds: int) -> dict[str, float]:
     """Seconds of all UNet calls of one image, each step's the fastest of the rounds."""
     fastest: dict[str, list[float]] = {}
     for _ in range(rounds + 1):  # the first warms up, and counts too: what is slow is not the fastest
@@ -94,7 +94,7 @@ def counted(pipeline: DiffusionPipeline, entries: Sequence[Contestant], steps: i
     return {name: sum(seconds) for name, seconds in fastest.items()}
 
 
-def final_latents(pipeline: DiffusionPipeline, entry: Contestant, prompts: list[str], steps: int) -> Tensor:
+def final_latents(pipeline: DiffusionPipeline, entry: Method, prompts: list[str], steps: int) -> Tensor:
     at_once = 16 if pipeline.unet.config.sample_size <= 32 else 1
     with entry.prepared(pipeline) as ready:
         batches = [draw(ready, prompts[i : i + at_once], steps, i) for i in range(0, len(prompts), at_once)]

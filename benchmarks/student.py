@@ -28,8 +28,8 @@ from asdm.benchmark.methods import outer_self_attentions
 from asdm.compensation.fitting import prediction_error, predictions
 from asdm.data.calibration import calibration_calls
 from asdm.errors import needs_extra
-from asdm.families.unet import stages
 from asdm.families.unet_calls import unet_call
+from asdm.families.unet_structure import blocks
 from asdm.measure.latency import Latency, Ratio, measure_interleaved
 from asdm.measure.memory import peak_megabytes
 from asdm.measure.modules import timing_modules
@@ -54,7 +54,7 @@ def compensation(target: float = 1.5) -> None:
         for kept in (0.75, 0.65):
             made = asdm.make_plan(redundancy, macs=kept, compensate=kind, unet=pipeline.unet)
             for repair in REPAIRS:
-                plan = asdm.repair_plan(pipeline, redundancy, made, data="demo", rounds=repair)
+                plan = asdm.refine_plan(pipeline, redundancy, made, data="demo", rounds=repair)
                 row = {"compensate": kind, "repair": repair, "macs_kept": kept, "edits": len(plan.edits)}
                 rows.append(row | {"error": plan.figures.measured_sensitivity})
                 calls[str(len(rows))] = unet_call(build_student(pipeline.unet, plan))
@@ -148,11 +148,11 @@ def cond_conv(rounds: int = 6) -> None:
     plan = without_second_layers(unet)
     models = {"pruned": build_student(unet, plan)}
     for router in ("time", "input"):
-        models[f"router {router}"] = build_student(unet, asdm.add_banks(plan, unet, router=router))
+        models[f"router {router}"] = build_student(unet, asdm.add_cond_conv(plan, unet, router=router))
     with ExitStack() as entered:
-        seconds = {name: entered.enter_context(timing_modules(m, stages(m))) for name, m in models.items()}
+        seconds = {name: entered.enter_context(timing_modules(m, blocks(m))) for name, m in models.items()}
         rows = [{"stage": "all"} | row for row in timed(models, rounds)]
-    for stage in stages(unet):
+    for stage in blocks(unet):
         latencies = {name: Latency.of(seconds[name][stage]) for name in models}
         for name, latency in latencies.items():
             faster = str(Ratio.of(latencies["pruned"], latency))

@@ -34,7 +34,7 @@ from asdm.measure.latency import Latency, seconds_of
 from asdm.measure.machine import prepare_for_training
 from asdm.measure.memory import peak_megabytes
 from asdm.student.plan import build_student
-from asdm.training.loop import Part, make_accelerator, train
+from asdm.training.loop import BatchSlice, make_accelerator, train
 from asdm.training.optimizers import OptimizerName
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -77,7 +77,7 @@ class Parts:
 
     def __init__(self, task: Any, batch_size: int):
         self.task = task
-        self.noised = task.noised(torch.arange(batch_size), torch.Generator().manual_seed(0), Part())
+        self.noised = task.noised(torch.arange(batch_size), torch.Generator().manual_seed(0), BatchSlice())
 
     @torch.no_grad()
     def teacher_forward(self) -> None:

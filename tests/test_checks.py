@@ -16,14 +16,14 @@ import torch
 from PIL import Image
 
 import asdm
-from asdm import AsdmError, InheritanceSchedule, PruningPlan, Stage, cli, lcm_scheduler
-from asdm.benchmark.methods import contestants, deep_cache, t_gate, tome
+from asdm import AsdmError, CacheSchedule, PruningPlan, Stage, cli, lcm_scheduler
+from asdm.benchmark.methods import deep_cache, methods, t_gate, tome
 from asdm.data.sources import open_data
 from asdm.diffusion.generation import default_steps, most_steps
 from asdm.distillation.stages import Consistency, LossWeights, Semantics, parse_stages
 from asdm.evaluation.comparison import distinct_names, folder_names
 from asdm.evaluation.metrics import Judge
-from asdm.student.plan import PlanFigures
+from asdm.student.plan import PlanMetrics
 from conftest import tiny_pipeline, tiny_sdxl_pipeline
 
 NAN, INF = math.nan, math.inf
@@ -69,7 +69,7 @@ def refusal(monkeypatch, capfd, tmp_path):
     def loaded(*_):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(cli, "_load", loaded)
+    monkeypatch.setattr("asdm.cli.commands._load", loaded)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("asdm.compression.load_pipeline", loaded)
 
@@ -101,9 +101,9 @@ def test_no_option_takes_what_is_no_number_of_its_range(refusal, command):
     [
         (["generate", "", "x"], "MODEL='': must be a name or path that is not empty"),
         (["generate", "demo", "\udcff"], "text in UTF-8"),
-        (["generate", "demo", "x", "--inherit", "nan"], "--inherit=nan: must be a finite number"),
-        (["generate", "demo", "x", "--inherit", ""], "--inherit='': must be a name or path"),
-        (["generate", "demo", "x", "--inherit", "gone.json"], "gone.json: no such file"),
+        (["generate", "demo", "x", "--cache", "nan"], "--cache=nan: must be a finite number"),
+        (["generate", "demo", "x", "--cache", ""], "--cache='': must be a name or path"),
+        (["generate", "demo", "x", "--cache", "gone.json"], "gone.json: no such file"),
         (["generate", "demo", "x", "--image", "bild ü.png"], "bild ü.png: no such image file"),
         (["analyze", "demo", "--data", ""], "--data='': must be"),
         (["analyze", "demo", "--data", "größe ☃"], "größe ☃: no such data folder"),
@@ -148,7 +148,7 @@ def calls(tiny):
     image = Image.new("RGB", (16, 16))
     return {
         "generate": dict(
-            pipeline=pipeline, prompts="x", steps=2, guidance_scale=2.0, guidance_end=0.5, seed=0, strength=0.5,
+            pipeline=pipeline, prompts="x", steps=2, guidance_scale=2.0, cfg_cutoff=0.5, seed=0, strength=0.5,
             size=16, batch_size=1, image=image, mask=image, progress=print,
         ),
         "analyze": dict(
@@ -159,20 +159,20 @@ def calls(tiny):
             redundancy=redundancy, speedup=1.5, params=0.8, macs=0.8, preset="a-sdm", compensate="bias", unet=unet,
             rounds=1, progress=print,
         ),
-        "add_banks": dict(plan=plan, unet=unet, params=0.1, router="time", activation="softmax"),
+        "add_cond_conv": dict(plan=plan, unet=unet, params=0.1, router="time", activation="softmax"),
         "build_student": dict(unet=unet, plan=plan),
         "fit_compensation": dict(
             pipeline=pipeline, student=unet, data="x", prompts=["x"], timesteps=1, samples=1, ridge=0.1, seed=0,
             progress=print,
         ),
         "remeasure_plan": dict(plan=plan, unet=unet),
-        "repair_plan": dict(
+        "refine_plan": dict(
             pipeline=pipeline, redundancy=redundancy, plan=plan, data="x", prompts=["x"], timesteps=1, samples=1,
             rounds=1, seed=0, progress=print,
         ),
         "compress": dict(
             model="x", out="x", speedup=1.5, params=0.8, macs=0.8, preset="a-sdm", sensitivity="taylor",
-            compensate="bias", repair=1, data="x", steps=1, recipe="joint", stages=[], samples=1, sampling_steps=1,
+            compensate="bias", refine=1, data="x", steps=1, recipe="joint", stages=[], samples=1, sampling_steps=1,
             seed=0, progress=print,
         ),
         "distill": dict(
@@ -184,23 +184,24 @@ def calls(tiny):
             rounds=1, quality=True, images_folder="x", progress=print,
         ),
         "export": dict(
-            pipeline=pipeline, folder="x", to="onnx", size=16, int8="weights", data="x", inherit=1, parts=["x"],
+            pipeline=pipeline, folder="x", to="onnx", size=16, int8="weights", data="x", cache=1, parts=["x"],
             progress=print,
         ),
-        "inherit_features": dict(
+        "cache_features": dict(
             pipeline=pipeline, speedup=1.1, every=2, steps=[0], budget=0.1, schedule="x", granularity="layer", depth=1,
             spacing="early", order=1, damping=0.5,
         ),
-        "calibrate_inheritance": dict(
+        "calibrate_cache": dict(
             pipeline=pipeline, speedup=1.1, steps=4, data="x", samples=1, guidance_scale=1.0, depth=1, seed=0,
             progress=print,
         ),
-        "GuidanceEnd": dict(pipeline=pipeline, guidance_end=0.5),
+        "CfgCutoff": dict(pipeline=pipeline, cfg_cutoff=0.5),
         "lcm_scheduler": dict(config=pipeline.scheduler.config, solver_steps=50),
         "load_pipeline": dict(model="demo", dtype=torch.float32, device="cpu"),
         "optimize": dict(pipeline=pipeline, max_error=0.1, compile=True, rounds=1, progress=print),
         "prepare_data": dict(
-            pipeline=pipeline, data="x", folder="x", batch_size=1, steps=1, seed=0, skip_unread=True, progress=print
+            pipeline=pipeline, data="x", folder="x", batch_size=1, steps=1, seed=0, progress=print,
+            ignore_missing_shards=True,
         ),
         "save_pipeline": dict(pipeline=pipeline, folder="x", about={}),
         "switch_unets": dict(pipeline=pipeline, unets=[unet], below=[0.5], speedup=1.1),
@@ -217,7 +218,7 @@ NEVER = {
     list: (7, "x", [NAN], [None], [True], [""], {"a": 1}),
     dict: (7, [], "x"),
 }
-PROMPTS = ("generate", "analyze", "fit_compensation", "repair_plan", "evaluate")
+PROMPTS = ("generate", "analyze", "fit_compensation", "refine_plan", "evaluate")
 
 
 def is_allowed(name, argument, value):
@@ -244,7 +245,7 @@ def test_no_public_argument_takes_what_is_no_number_word_or_name(tiny, name):
         for bad in wrong:
             if is_allowed(name, argument, bad):
                 continue
-            if name == "inherit_features" and argument not in ("pipeline", "speedup", "every", "steps", "budget"):
+            if name == "cache_features" and argument not in ("pipeline", "speedup", "every", "steps", "budget"):
                 others |= {"every": 2}
             with pytest.raises(AsdmError, match=r"^[^\n]+$") as error:
                 made = function(**{**others, argument: bad})
@@ -257,9 +258,9 @@ RECORDS = {
     LossWeights: {},
     Semantics: {},
     Consistency: {},
-    PlanFigures: {"target": {}, "predicted_sensitivity": 0.1, "predicted_speedup": 1.1},
-    InheritanceSchedule: {
-        "fingerprint": "x", "steps": 4, "computed": (0,), "depth": 1, "order": 1, "whole_ms": 2.0, "inheriting_ms": 1.0,
+    PlanMetrics: {"target": {}, "predicted_sensitivity": 0.1, "predicted_speedup": 1.1},
+    CacheSchedule: {
+        "fingerprint": "x", "steps": 4, "computed": (0,), "depth": 1, "order": 1, "whole_ms": 2.0, "cached_ms": 1.0,
         "speedup": 1.5,
     },
 }  # fmt: skip
@@ -323,7 +324,7 @@ def test_sampling_takes_as_many_steps_as_the_scheduler_has(tiny):
         with pytest.raises(AsdmError, match=rf"steps={steps}: .* at most"):
             asdm.generate(pipeline, "x", steps=steps)
         with pytest.raises(AsdmError, match=rf"steps={steps}: .* at most"):
-            asdm.calibrate_inheritance(pipeline, speedup=1.1, steps=steps)
+            asdm.calibrate_cache(pipeline, speedup=1.1, steps=steps)
     few.scheduler = lcm_scheduler(few.scheduler.config, 2)
     assert default_steps(few) == 2
 
@@ -348,7 +349,7 @@ def test_images_that_are_no_numbers_are_told_and_not_saved(monkeypatch, capfd, t
         asdm.generate(pipeline, "x", steps=1, guidance_scale=1e30)
     with torch.no_grad():
         pipeline.unet.conv_out.bias.fill_(NAN)
-    monkeypatch.setattr(cli, "_load", lambda *_, **__: pipeline)
+    monkeypatch.setattr("asdm.cli.commands._load", lambda *_, **__: pipeline)
     monkeypatch.setattr(sys, "argv", ["asdm", "generate", "demo", "x", "--steps", "1", "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -408,13 +409,13 @@ def test_models_of_one_name_are_told_apart(monkeypatch, tmp_path):
         raise Evaluated
 
     monkeypatch.setattr("asdm.evaluation.comparison.evaluate", evaluated)
-    monkeypatch.setattr(cli, "_load", lambda *_, **__: tiny_pipeline())
+    monkeypatch.setattr("asdm.cli.commands._load", lambda *_, **__: tiny_pipeline())
     monkeypatch.setattr(sys, "argv", ["asdm", "evaluate", "demo", "demo"])
     with pytest.raises(Evaluated):
         cli.main()
     assert seen == ["demo", "demo (2)"]
-    with pytest.raises(AsdmError, match="original: two contestants have this name"):
-        contestants(25, {"original": lambda pipeline: pipeline})
+    with pytest.raises(AsdmError, match="original: two methods have this name"):
+        methods(25, {"original": lambda pipeline: pipeline})
 
 
 def test_other_libraries_give_no_advice_and_benchmarks_need_a_package_only_where_they_use_it(tmp_path):

@@ -79,16 +79,16 @@ def mistakes(model, tmp_path):
         (["analyze", model, "--out", "theirs"], "is a folder; name a file"),
         (["plan", model, "--speedup", "1.1", "--out", "theirs"], "is a folder; name a file"),
         (["generate", model, "x", "--image", tmp_path / "real.png", "--strength", "0.01"], "leave at least one"),
-        (["generate", model, "x", "--inherit", "500"], "is the limit"),
+        (["generate", model, "x", "--cache", "500"], "is the limit"),
         (["generate", model, "x", "--size", "25"], "must be a positive multiple"),
         (["generate", model, "x", "--size", "100"], "multiple of 8; the nearest is 96"),
         (["generate", model, "x", "--steps", "1001"], "has 1000; give as many at most"),
         (["plan", model, "--params", "1e9"], "params=1e.09: the UNet has"),
         (["generate", model, "x", "--strength", "0.5"], "0.5: has no effect without --image"),
-        (["generate", model, "x", "--finish-below", "0.5"], "0.5: has no effect without --finish-with"),
-        (["generate", model, "x", "--finish-with", model, "--finish-below", "1"], "above 0 and below 1"),
-        (["generate", model, "x", "--finish-with", other_kind], "predicts epsilon, .* v_prediction"),
-        (["analyze", model, "--inherit", "2", "--plot", "drawn.png"], "not at units"),
+        (["generate", model, "x", "--switch-at", "0.5"], "0.5: has no effect without --low-noise-model"),
+        (["generate", model, "x", "--low-noise-model", model, "--switch-at", "1"], "above 0 and below 1"),
+        (["generate", model, "x", "--low-noise-model", other_kind], "predicts epsilon, .* v_prediction"),
+        (["analyze", model, "--cache", "2", "--plot", "drawn.png"], "not at units"),
         (["distill", model, model, "--data", "demo", "--out", "done", "--processes", "2"], "add --dry-run"),
         (["distill", model, model, "--data", "demo", "--out", "done", "--recipe", stages, "--steps", "5"], "their own"),
         (["compress", model, "--out", "made", "--speedup", "1.5", "--recipe", stages, "--steps", "5"], "their own"),
@@ -135,7 +135,7 @@ def test_main_job_by_its_single_commands(run, model, data_folder, tmp_path):
         tmp_path / "drawn" / "pear.png",
         "--steps",
         4,
-        "--inherit",
+        "--cache",
         1.1,
         "--out",
         "drawn",
@@ -146,8 +146,8 @@ def test_main_job_by_its_single_commands(run, model, data_folder, tmp_path):
     drawn = {}
     for name, finish in {
         "student": [],
-        "both": ["--finish-with", model],
-        "original": ["--finish-with", model, "--finish-below", 0.9999],
+        "both": ["--low-noise-model", model],
+        "original": ["--low-noise-model", model, "--switch-at", 0.9999],
     }.items():
         assert run("generate", "done", "pear", "--steps", 4, "--out", name, *finish)[0] == 0
         with Image.open(tmp_path / name / "pear.png") as image:
@@ -166,7 +166,7 @@ def test_compress_interrupted_says_how_to_go_on(run, model, monkeypatch, tmp_pat
 
     monkeypatch.setattr(compression, "make_plan", interrupted)
     command = ["compress", model, "--out", "made", "--params", 0.8, "--sampling-steps", 2]
-    command += ["--sensitivity", "taylor", "--repair", 0, "--steps", 0, "--samples", 0]
+    command += ["--sensitivity", "taylor", "--refine", 0, "--steps", 0, "--samples", 0]
     status, _, error = run(*command)
     assert status == 130
     assert "run the same command again" in error

@@ -7,7 +7,7 @@ from torch import nn
 
 from asdm import AsdmError, CondConv, PruningPlan, build_student
 from asdm.edits.cond_conv import CondConv2d, CondResnetBlock2D
-from asdm.families.unet import conv_channels
+from asdm.families.unet_structure import conv_channels
 from asdm.measure.macs import counting_macs
 from asdm.student.unet import AsdmUNet2DConditionModel
 from conftest import predict, tiny_sdxl_unet, tiny_unet, unet_inputs

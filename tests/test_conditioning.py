@@ -14,7 +14,7 @@ from asdm import (
     Stage,
     analyze,
     build_student,
-    calibrate_inheritance,
+    calibrate_cache,
     distill,
     fit_compensation,
     generate,
@@ -74,7 +74,7 @@ CALLERS = {
         p, data, tmp / "t", scope="consistency", consistency=Consistency(solver_steps=50)
     ),
     "latency": lambda p, data, tmp: unet_call(p.unet)(),
-    "cache": lambda p, data, tmp: calibrate_inheritance(p, speedup=1.2, steps=4, samples=1),
+    "cache": lambda p, data, tmp: calibrate_cache(p, speedup=1.2, steps=4, samples=1),
 }
 
 

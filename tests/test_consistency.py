@@ -16,7 +16,7 @@ from asdm.distillation.consistency import ConsistencyTask, consistent_original, 
 from asdm.distillation.distill import make_task, prepare
 from asdm.distillation.recipes import recipe_stages
 from asdm.distillation.stages import Consistency, parse_stages
-from asdm.training.loop import Part
+from asdm.training.loop import BatchSlice
 from conftest import tiny_inpainting_pipeline, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet
 
 KINDS = ("epsilon", "v_prediction", "sample")
@@ -86,7 +86,7 @@ def test_the_solvers_step_is_ddims(kind):
 
 
 def test_training_above_a_time_step_visits_those_of_the_sampler_there(pipeline, data_folder, tmp_path):
-    task = task_of(pipeline, tiny_unet(), data_folder, tmp_path, timesteps_above=0.5)
+    task = task_of(pipeline, tiny_unet(), data_folder, tmp_path, min_timestep_fraction=0.5)
     visited = {int(t) for seed in range(20) for t in task.timesteps(64, torch.Generator().manual_seed(seed))}
     assert visited == {t for t in task.sampler.timesteps.tolist() if t >= 500}
 
@@ -125,7 +125,7 @@ def test_the_target_has_no_gradient(pipeline, data_folder, tmp_path):
 
 def test_the_teacher_is_guided_in_one_call(pipeline, data_folder, tmp_path):
     task = task_of(pipeline, tiny_unet(), data_folder, tmp_path, guidance_scale=3)
-    noised = task.noised(torch.arange(2), torch.Generator().manual_seed(0), Part())
+    noised = task.noised(torch.arange(2), torch.Generator().manual_seed(0), BatchSlice())
     with torch.no_grad():
         conditional = task.teacher_pred(noised)
         empty = replace(noised, captions=task.examples.empty_caption[[0, 0]].to(torch.float32))
@@ -146,7 +146,7 @@ def test_with_teacher_steps_the_target_is_where_dpm_solver_comes_to(data_folder,
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, prediction_type=kind)
     student = pruned(pipeline.unet)
     task = task_of(pipeline, student, data_folder, tmp_path, consistency=Consistency(teacher_steps=4))
-    noised = task.noised(torch.arange(2), torch.Generator().manual_seed(0), Part())
+    noised = task.noised(torch.arange(2), torch.Generator().manual_seed(0), BatchSlice())
     noised = replace(noised, timesteps=torch.tensor([999, 999]))
     solver = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, final_sigmas_type="zero")
     solver.set_timesteps(timesteps=[999, 648, 353, 124])

@@ -15,7 +15,7 @@ from asdm.demo import images_folder, pipeline_folder
 from asdm.demo.emoji import STYLES, Pair, all_pairs, held_out_pairs, seen_pairs
 from asdm.demo.recipe import StyleSwap, make_tokenizer, make_unet, make_vae, normalise_latents
 from asdm.evaluation.metrics import Judge, cosine_similarity
-from asdm.families.unet import removable_units
+from asdm.families.unet_structure import removable_units
 from asdm.images import load_images
 
 

@@ -172,7 +172,7 @@ def model(tmp_path):
     return str(save_pipeline(tiny_pipeline(), tmp_path / "model"))
 
 
-SETTINGS = {"params": 0.8, "repair": 0, "steps": 3, "samples": 3, "sampling_steps": 2}
+SETTINGS = {"params": 0.8, "refine": 0, "steps": 3, "samples": 3, "sampling_steps": 2}
 
 
 def test_compress_makes_a_folder_that_loads_and_a_report_without_network(model, data_folder, tmp_path):
@@ -180,7 +180,7 @@ def test_compress_makes_a_folder_that_loads_and_a_report_without_network(model, 
 
     stages = [Stage(name="joint", steps=3, batch_size=2, ema_decay=0)]
     (data_folder / "2.png").write_bytes(b"damaged")
-    made = compress(model, tmp_path / "out", data=data_folder, stages=stages, **(SETTINGS | {"steps": 0, "repair": 1}))
+    made = compress(model, tmp_path / "out", data=data_folder, stages=stages, **(SETTINGS | {"steps": 0, "refine": 1}))
     pipeline = load_pipeline(made.folder)
     total = sum(p.numel() for p in load_pipeline(model).unet.parameters())
     assert sum(p.numel() for p in pipeline.unet.parameters()) <= 0.8 * total
@@ -227,7 +227,7 @@ def test_compress_refuses_other_settings_and_missing_data_and_says_what_it_misse
         with pytest.raises(AsdmError, match=message):
             compress(model, tmp_path / "out", params=0.8, data="demo", recipe=str(recipe))
         assert not (tmp_path / "out").exists()
-    short = {"sensitivity": "taylor", "repair": 0, "steps": 0, "samples": 0, "sampling_steps": 2}
+    short = {"sensitivity": "taylor", "refine": 0, "steps": 0, "samples": 0, "sampling_steps": 2}
     made = compress(model, tmp_path / "out", params=0.8, **short)
     with pytest.raises(AsdmError, match=r"made with other settings \(budget\)"):
         compress(model, tmp_path / "out", params=0.7, **short)

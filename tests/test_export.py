@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from asdm import AsdmError, PruningPlan, Remove, build_student, export, generate, inherit_features, with_unet
-from asdm.families.unet import fingerprint
+from asdm import AsdmError, PruningPlan, Remove, build_student, cache_features, export, generate, with_unet
+from asdm.families.unet_structure import fingerprint
 from asdm.measure.latency import Latency
 from asdm.runtime import openvino as openvino_graphs
 from asdm.runtime.export import _Graph, _program
@@ -130,21 +130,21 @@ def test_int8_keeps_weights_in_8_bits_and_computes_in_them_where_asked(pipeline,
 def test_two_graphs_inherit_as_the_torch_unet_does(pipeline, tmp_path):
     parts = ["unet_inner", "unet_outer", "vae_decoder"]
     student = student_of(pipeline, *EDITS[:3], EDITS[3] | {"router": "time"})
-    export(student, tmp_path / "out", inherit=1, parts=parts)
+    export(student, tmp_path / "out", cache=1, parts=parts)
     ready = with_openvino_graphs(student, tmp_path / "out")
     images = {}
     for name, each in (("torch", student), ("graphs", ready)):
-        with inherit_features(each, every=2, order=1) as session:
+        with cache_features(each, every=2, order=1) as session:
             images[name] = generate(each, ["a prompt"], steps=6, seed=3)
         assert (session.computed, session.inherited) == (3, 3)
     assert (images["graphs"] - images["torch"]).abs().max() < 0.05
     assert (generate(ready, ["a prompt"], steps=6, seed=3) - images["torch"]).abs().max() > 0.01  # it did inherit
     assert fingerprint(ready.unet) == fingerprint(student.unet)  # so a schedule that was found for one fits the other
     for settings, message in (
-        ({"every": 2, "depth": 2}, "granularity layer and depth 1; export others with inherit=2"),
+        ({"every": 2, "depth": 2}, "granularity layer and depth 1; export others with cache=2"),
         ({"budget": 0.1}, "is told by a layer"),
     ):
-        with pytest.raises(AsdmError, match=message), inherit_features(ready, **settings):
+        with pytest.raises(AsdmError, match=message), cache_features(ready, **settings):
             pass
     assert json.loads((tmp_path / "out" / "model_index.json").read_text()).get("unet_inner") is None
 
@@ -154,8 +154,8 @@ def test_two_graphs_in_8_bits_with_ranges_from_data(pipeline, data_folder, tmp_p
     pytest.importorskip("nncf")
     pipeline.register_modules(unet=tiny_unet(sample_size=16))
     parts = ["unet_inner", "unet_outer"]
-    made = export(pipeline, tmp_path / "out", int8="activations", data=data_folder, inherit=1, parts=parts)
-    export(pipeline, tmp_path / "other", int8="activations", inherit=1, parts=parts)
+    made = export(pipeline, tmp_path / "out", int8="activations", data=data_folder, cache=1, parts=parts)
+    export(pipeline, tmp_path / "other", int8="activations", cache=1, parts=parts)
     weights = [(tmp_path / name / "unet_outer" / "openvino_model.bin").read_bytes() for name in ("out", "other")]
     assert weights[0] != weights[1]
     assert set(made.differences) == {"unet_inner", "unet_outer"} and 0 < max(made.differences.values()) < 0.3
@@ -167,10 +167,10 @@ def test_two_graphs_in_8_bits_with_ranges_from_data(pipeline, data_folder, tmp_p
 def test_one_graph_inherits_nothing(drawing, tmp_path):
     pipeline, folder = drawing
     ready = with_openvino_graphs(pipeline, folder)
-    with pytest.raises(AsdmError, match="one graph, in which nothing"), inherit_features(ready, every=2):
+    with pytest.raises(AsdmError, match="one graph, in which nothing"), cache_features(ready, every=2):
         pass
-    with pytest.raises(AsdmError, match="inherit=1, to=onnx"):
-        export(pipeline, tmp_path / "other", "onnx", inherit=1)
+    with pytest.raises(AsdmError, match="cache=1, to=onnx"):
+        export(pipeline, tmp_path / "other", "onnx", cache=1)
 
 
 def test_graphs_stand_in_only_for_what_they_can_do(drawing, tmp_path):
@@ -189,11 +189,11 @@ def test_graphs_are_compiled_once_for_both_parts_of_a_guidance_that_ends(drawing
     ready, compiled = with_openvino_graphs(pipeline, folder), []
     options = openvino_graphs._options
     monkeypatch.setattr(openvino_graphs, "_options", lambda threads: compiled.append(threads) or options(threads))
-    drawn = [generate(ready, "octopus", steps=4, guidance_end=0.5) for _ in range(2)]
+    drawn = [generate(ready, "octopus", steps=4, cfg_cutoff=0.5) for _ in range(2)]
     assert len(compiled) == 3  # the UNet for two samples and for one, the decoder
     assert torch.equal(*drawn)
     torch.testing.assert_close(
-        drawn[0], generate(pipeline, "octopus", steps=4, guidance_end=0.5, size=24), atol=0.05, rtol=0
+        drawn[0], generate(pipeline, "octopus", steps=4, cfg_cutoff=0.5, size=24), atol=0.05, rtol=0
     )
     assert ready.unet.precision in ("float32", "bfloat16")
 

@@ -11,7 +11,7 @@ from asdm import AsdmError, AsdmUNet2DConditionModel, PruningPlan, Stage, build_
 from asdm.diffusion.conditioning import noise_schedule, predicted_original, prediction_target, stratified_timesteps
 from asdm.distillation.distill import DistillationTask, IncubationTask, make_task, prepare
 from asdm.distillation.estimate import estimate
-from asdm.distillation.incubation import assembled, groups_of, incubated_blocks, narrowed
+from asdm.distillation.incubation import assembled, groups_of, incubated_blocks, set_trainable
 from asdm.distillation.losses import min_snr_weights, semantic_loss, squared_error
 from asdm.distillation.recipes import RECIPES, as_yaml, recipe_stages
 from asdm.distillation.semantics import UNetEncoder, VisionEncoder
@@ -19,7 +19,7 @@ from asdm.distillation.stages import LossWeights, Semantics, parse_stages
 from asdm.distillation.teaching import WHOLE
 from asdm.families.unet_calls import unet_call
 from asdm.measure.hooks import outputs_of, tensor_of
-from asdm.training.loop import Part
+from asdm.training.loop import BatchSlice
 from conftest import predict, tiny_pipeline, tiny_vae
 
 REMOVED = ("down_blocks.1.resnets.1", "mid_block.resnets.1", "up_blocks.2.attentions.1")
@@ -85,11 +85,11 @@ def test_a_compensated_mid_block_is_incubated_as_others(pipeline, data_folder, t
     distill(pipeline, student, data_folder, tmp_path / "run", stages=[stage(scope="incubate")])
     moved = {name for name, p in student.named_parameters() if not torch.equal(p, before[name])}
     assert moved and all(name.startswith("mid_block.compensation.") for name in moved)
-    narrowed(student, "neighbours")
+    set_trainable(student, "neighbours")
     near = {name.split(".compensation")[0] for name, p in student.named_parameters() if p.requires_grad}
     assert "mid_block" in near and any(name.startswith("down_blocks.3.resnets.1") for name in near)
     lean = pruned(pipeline.unet, "mid_block", "down_blocks.3")
-    narrowed(lean, "neighbours")
+    set_trainable(lean, "neighbours")
     near = {".".join(name.split(".")[:4]) for name, p in lean.named_parameters() if p.requires_grad}
     assert near == {"down_blocks.2.attentions.1", "up_blocks.1.resnets.0"}
 
@@ -101,7 +101,7 @@ def test_blocks_are_assembled_of_what_was_loaded_from_disk(pipeline, tmp_path):
     with assembled(student, pipeline.unet, []):
         assert torch.equal(predict(student), predict(pipeline.unet))
     short = build_student(
-        pipeline.unet, PruningPlan.for_unet(pipeline.unet, [{"edit": "shorten", "layers_per_block": 1}])
+        pipeline.unet, PruningPlan.for_unet(pipeline.unet, [{"edit": "drop_layers", "layers_per_block": 1}])
     )
     with pytest.raises(AsdmError, match="blocks are not its teacher's"), assembled(short, pipeline.unet, []):
         pass
@@ -152,17 +152,17 @@ def test_only_what_is_beside_a_cut_or_routes_moves(pipeline):
     bank = {"edit": "cond_conv", "unit": "up_blocks.3.resnets.0.conv2", "experts": ["up_blocks.3.resnets.1.conv2"]}
     edits = [{"edit": "remove", "unit": "down_blocks.1.resnets.1"}, bank]
     student = build_student(pipeline.unet, PruningPlan.for_unet(pipeline.unet, edits))
-    narrowed(student, "routers")
+    set_trainable(student, "routers")
     routers = [name for name, p in student.named_parameters() if p.requires_grad]
     assert routers == [f"up_blocks.3.resnets.0.conv2.router.{kind}" for kind in ("weight", "bias")]
-    narrowed(student, "neighbours")
+    set_trainable(student, "neighbours")
     near = {name.rsplit(".", 2)[0] for name, p in student.named_parameters() if p.requires_grad}
     assert any(name.startswith("down_blocks.1.attentions.0") for name in near)
     assert not any(name.startswith(("conv_in", "up_blocks.1", "down_blocks.0.resnets.0")) for name in near)
-    narrowed(student, "all")
+    set_trainable(student, "all")
     assert all(p.requires_grad for p in student.parameters())
     with pytest.raises(AsdmError, match="trained=routers: this student has none"):
-        narrowed(pruned(pipeline.unet), "routers")
+        set_trainable(pruned(pipeline.unet), "routers")
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
@@ -300,7 +300,7 @@ def test_time_steps_by_angle_are_even_on_the_samplers_path(pipeline):
 @pytest.mark.parametrize("density", ["uniform", "angle"])
 def test_a_student_that_draws_above_a_time_step_alone_is_not_trained_below_it(pipeline, density):
     def drawn(above):
-        fields = {"timesteps": density, "timesteps_above": above}
+        fields = {"timesteps": density, "min_timestep_fraction": above}
         task = make_task(pipeline, pruned(pipeline.unet), noise_schedule(pipeline), None, stage(**fields))
         return task.timesteps(1000, torch.Generator().manual_seed(0)).sort().values
 
@@ -329,7 +329,7 @@ def test_a_spliced_caption_is_its_own_up_to_a_token_and_another_behind(pipeline,
         pruned(pipeline.unet),
         noise_schedule(pipeline),
         examples,
-        stage(caption_dropout=0, caption_splice=1),
+        stage(caption_dropout=0, caption_mixing=1),
     )
     indices = torch.arange(4)
     found = task.noised(indices, torch.Generator().manual_seed(0), WHOLE).captions.encoder_hidden_states
@@ -339,7 +339,7 @@ def test_a_spliced_caption_is_its_own_up_to_a_token_and_another_behind(pipeline,
         place = int((own == mixed).all(1).int().cumprod(0).sum())  # the tokens that are its own
         assert place >= 1
         assert any(torch.equal(mixed[place:], other[place:]) for other in captions)
-    halves = [task.noised(indices, torch.Generator().manual_seed(0), Part(i, 2)).captions for i in range(2)]
+    halves = [task.noised(indices, torch.Generator().manual_seed(0), BatchSlice(i, 2)).captions for i in range(2)]
     assert torch.equal(torch.cat([half.encoder_hidden_states for half in halves]), found)  # however it is parted
 
 

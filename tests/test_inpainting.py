@@ -51,7 +51,7 @@ def test_captions_alone_are_drawn_and_masked(tmp_path):
 
 def test_the_whole_job(data_folder, tmp_path):
     save_pipeline(tiny_inpainting_pipeline(), tmp_path / "model")
-    settings = {"params": 0.8, "sensitivity": "taylor", "repair": 0, "steps": 2, "samples": 2, "sampling_steps": 2}
+    settings = {"params": 0.8, "sensitivity": "taylor", "refine": 0, "steps": 2, "samples": 2, "sampling_steps": 2}
     made = compress(str(tmp_path / "model"), tmp_path / "out", data=data_folder, **settings)
     assert {row.name for row in made.evaluation.quality} == {"teacher", "pruned", "distilled"}
     student = load_pipeline(tmp_path / "out")

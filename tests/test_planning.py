@@ -7,9 +7,9 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 
-from asdm import AsdmError, CondConv, PruningPlan, add_banks, analyze, build_student, make_plan
-from asdm.families.unet import fingerprint, removable_units
+from asdm import AsdmError, CondConv, PruningPlan, add_cond_conv, analyze, build_student, make_plan
 from asdm.families.unet_calls import unet_call
+from asdm.families.unet_structure import fingerprint, removable_units
 from asdm.measure import latency
 from asdm.measure.macs import counting_macs
 from asdm.pipelines.random_models import UNETS, random_unet
@@ -167,20 +167,20 @@ def test_banks_inherit_removed_convolutions_within_the_budget(redundancy):
     units = ["down_blocks.1.resnets.1", "up_blocks.2.resnets.1", "up_blocks.1.resnets.1"]
     plan = PruningPlan.for_unet(unet, [{"edit": "remove", "unit": unit} for unit in units])
     size = sum(p.numel() for p in unet.parameters())
-    everything = add_banks(plan, unet, params=1.0, router="time")
+    everything = add_cond_conv(plan, unet, params=1.0, router="time")
     banks = [edit for edit in everything.edits if isinstance(edit, CondConv)]
     inherited = sorted(source for bank in banks for source in bank.experts)
     assert inherited == sorted(f"{unit}.{conv}" for unit in units for conv in ("conv1", "conv2"))
     assert all(bank.unit.rpartition(".")[2] == source.rpartition(".")[2] for bank in banks for source in bank.experts)
     assert {bank.unit.rpartition(".")[0] for bank in banks} <= {unit.name for unit in redundancy.units} - set(units)
     budget = 0.02
-    some = add_banks(plan, unet, params=budget)
+    some = add_cond_conv(plan, unet, params=budget)
     assert plan.edits == some.edits[: len(plan.edits)]
     added = [sum(p.numel() for p in build_student(unet, made).parameters()) for made in (plan, some)]
     routers = sum(p.numel() for name, p in build_student(unet, some).named_parameters() if ".router." in name)
     assert 0 < added[1] - added[0] - routers <= budget * size
     with pytest.raises(AsdmError, match="no expert fits"):
-        add_banks(plan, unet, params=1e-6)
+        add_cond_conv(plan, unet, params=1e-6)
 
 
 def test_our_presets_look_at_regions_and_drop_middle_layers(redundancy, monkeypatch):

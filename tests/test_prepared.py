@@ -93,7 +93,7 @@ def test_a_shard_that_does_not_come_is_asked_for_again(pipeline, shards, tmp_pat
     assert prepare_data(pipeline, url, folder).captions == ["a red house", "a blue house", "a fish"]
     assert (folder / "00001.tar").stat().st_mtime_ns == second and not list(folder.glob("*.unread.txt"))
     (shards / "00000.tar").write_bytes(whole[:2000])
-    without = prepare_data(pipeline, url, tmp_path / "without", skip_unread=True)
+    without = prepare_data(pipeline, url, tmp_path / "without", ignore_missing_shards=True)
     assert without.captions[-1] == "a fish" and any("not read to its end" in why for why in without.skipped.values())
 
 

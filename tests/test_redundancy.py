@@ -9,7 +9,7 @@ from asdm import AsdmError, GriAttention, PruningPlan, RedundancyMap, analyze, b
 from asdm.data.calibration import CalibrationCall, calibration_calls
 from asdm.edits.base import Remove
 from asdm.evaluation.plots import redundancy_plot
-from asdm.families.unet import removable_units
+from asdm.families.unet_structure import removable_units
 from asdm.sensitivity.profile import ablate, trials_of
 from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline
 
@@ -98,7 +98,7 @@ def test_a_student_without_its_innermost_stage_can_be_analysed(pipeline):
     plan = PruningPlan.for_unet(pipeline.unet, [{"edit": "remove", "unit": "down_blocks.3"}])
     student = with_unet(pipeline, build_student(pipeline.unet, plan))
     redundancy = analyze(student, timesteps=1, samples=1, latency_rounds=1)
-    assert {unit.stage for unit in redundancy.units} == {
+    assert {unit.block for unit in redundancy.units} == {
         *(f"down_blocks.{i}" for i in range(3)),
         "mid_block",
         *(f"up_blocks.{i}" for i in range(1, 4)),
@@ -210,7 +210,7 @@ def test_other_edits_cost_and_save_what_a_student_with_them_does(pipeline, many_
         # Taylor's estimate is of the first order, and from a few random projections.
         assert record.sensitivity == pytest.approx(error, rel=1e-3 if sensitivity == "ablation" else 3)
         assert record.parameters == total - sum(p.numel() for p in student.parameters())
-    gone = {unit.name for unit in redundancy.units if unit.stage in ("down_blocks.3", "up_blocks.0")}
+    gone = {unit.name for unit in redundancy.units if unit.block in ("down_blocks.3", "up_blocks.0")}
     assert set(edits["down_blocks.3"].covers) == gone
     assert edits["mid_block"].parameters == sum(p.numel() for p in unet.mid_block.parameters())
     assert edits["mid_block"].gmacs > edits["mid_block"].gmacs_without_attention > 0

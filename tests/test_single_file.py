@@ -204,7 +204,7 @@ def test_a_checkpoint_in_one_file_draws_what_its_pipeline_draws(tmp_path, hub_ca
         assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items()), part
     drawn = generate(loaded, ["a house"], steps=2)
     torch.testing.assert_close(drawn, generate(pipeline, ["a house"], steps=2), atol=1e-4, rtol=0)
-    made = compress(str(tmp_path / "model.safetensors"), tmp_path / "out", params=0.8, repair=0, steps=0, samples=0)
+    made = compress(str(tmp_path / "model.safetensors"), tmp_path / "out", params=0.8, refine=0, steps=0, samples=0)
     assert type(load_pipeline(made.folder)) is StableDiffusionPipeline
 
 
@@ -508,7 +508,7 @@ def test_compress_remembers_what_was_said_of_the_model(tmp_path, sd15, monkeypat
     given = []
     monkeypatch.setattr(compression, "load_pipeline", lambda model, **said: given.append(said) or load_pipeline("demo"))
     monkeypatch.setattr(compression, "_analyzed", lambda *_: pytest.fail("far enough"))
-    budget = {"params": 0.8, "repair": 0, "steps": 0, "samples": 0}
+    budget = {"params": 0.8, "refine": 0, "steps": 0, "samples": 0}
     with pytest.raises(pytest.fail.Exception):
         compress("demo", tmp_path / "out", **budget, prediction_type="v_prediction", config="theirs")
     assert given[0] == {"device": None, "prediction_type": "v_prediction", "config": "theirs"}

@@ -6,12 +6,12 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
 from asdm import AsdmError, PruningPlan, Stage, build_student, distill, save_pipeline, with_unet
-from asdm.edits.drop_layers import dropped, name_in_original
-from asdm.families.unet import removable_units
+from asdm.edits.drop_layers import dropped, teacher_key
+from asdm.families.unet_structure import removable_units
 from asdm.training.loop import read_log
 from conftest import predict, tiny_pipeline, tiny_sdxl_unet, tiny_unet
 
-TINY = {"edit": "shorten", "layers_per_block": 1, "mid_block": False, "levels": 3}
+TINY = {"edit": "drop_layers", "layers_per_block": 1, "mid_block": False, "levels": 3}
 
 
 @pytest.fixture(scope="module")
@@ -110,18 +110,18 @@ def test_it_is_distilled_on_the_blocks_that_its_own_were(data_folder, tmp_path):
 
 def test_names_in_the_original(unet):
     student = shorter(unet)
-    assert name_in_original("up_blocks.0.resnets.1.conv1.weight", student, unet) == "up_blocks.1.resnets.2.conv1.weight"
-    assert name_in_original("up_blocks.2", student, unet) == "up_blocks.3"
-    assert name_in_original("down_blocks.2.resnets.0", student, unet) == "down_blocks.2.resnets.0"
+    assert teacher_key("up_blocks.0.resnets.1.conv1.weight", student, unet) == "up_blocks.1.resnets.2.conv1.weight"
+    assert teacher_key("up_blocks.2", student, unet) == "up_blocks.3"
+    assert teacher_key("down_blocks.2.resnets.0", student, unet) == "down_blocks.2.resnets.0"
     same = tiny_unet()
-    assert all(name_in_original(name, same, unet) == name for name in same.state_dict())
+    assert all(teacher_key(name, same, unet) == name for name in same.state_dict())
 
 
 def test_dropped_units_are_those_that_the_student_lacks(unet):
     names = [unit.name for unit in removable_units(unet)]
     plan = PruningPlan.for_unet(unet, [TINY])
     student = build_student(unet, plan)
-    kept = {name_in_original(unit.name, student, unet) for unit in removable_units(student) if unit.parent is None}
+    kept = {teacher_key(unit.name, student, unet) for unit in removable_units(student) if unit.parent is None}
     whole = {unit.name for unit in removable_units(unet) if unit.parent is None}
     assert set(dropped(plan.edits[0], names)) == whole - kept
 
@@ -145,3 +145,10 @@ def test_a_student_with_edits_is_not_shortened(unet):
     student = build_student(unet, PruningPlan.for_unet(unet, [{"edit": "remove", "unit": "mid_block"}]))
     with pytest.raises(AsdmError, match="start from the original"):
         PruningPlan.for_unet(student, [TINY])
+
+
+def test_a_plan_saved_under_the_old_name_loads(unet, tmp_path):
+    plan = PruningPlan.for_unet(unet, [TINY])
+    old = plan.to_json().replace('"drop_layers"', '"shorten"')
+    (tmp_path / "plan.json").write_text(old, "utf-8")
+    assert PruningPlan.load(tmp_path / "plan.json").edits == plan.edits

@@ -13,8 +13,8 @@ from torch import nn
 from asdm import AsdmError, AsdmUNet2DConditionModel, PruningPlan, build_student
 from asdm.edits.cond_conv import CondConv2d
 from asdm.edits.maps import compensation_of
-from asdm.families.unet import fingerprint
-from asdm.training.sharding import parted_as
+from asdm.families.unet_structure import fingerprint
+from asdm.training.sharding import shard_like
 from conftest import predict, saved_by_0_1, student_of_every_kind, tiny_unet, unet_inputs
 
 peft = pytest.importorskip("peft")
@@ -48,7 +48,7 @@ def test_a_folder_of_version_0_1_loads_and_computes_the_same_bits(student, tmp_p
     }
     assert own.keys() == saved["own"].keys()
     for name, tensor in own.items():  # as a training that was interrupted then is taken up
-        assert parted_as(student.get_parameter(name), tensor).shape == student.get_parameter(name).shape
+        assert shard_like(student.get_parameter(name), tensor).shape == student.get_parameter(name).shape
     again = student_of_every_kind()
     again.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in own.items()}, strict=False)
     again.load_state_dict(own, strict=False)

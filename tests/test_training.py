@@ -22,8 +22,8 @@ from asdm.distillation.distill import make_task, prepare
 from asdm.distillation.estimate import estimate
 from asdm.distillation.losses import feature_losses, output_loss, relative_error
 from asdm.distillation.stages import LossWeights, parse_stages
-from asdm.families.unet import removable_units
 from asdm.families.unet_calls import unet_call
+from asdm.families.unet_structure import removable_units
 from asdm.measure import machine as runtime
 from asdm.measure.hooks import outputs_of, tensor_of
 from asdm.measure.latency import Latency
@@ -238,7 +238,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_training import Regression, batch_at
-from asdm.families.unet import removable_units
+from asdm.families.unet_structure import removable_units
 from asdm.training.loop import LoopSettings, train
 settings = LoopSettings(steps=100_000, learning_rate=0.01, ema_decay=0.9, checkpoint_every=3)
 train(Regression(), batch_at, settings, Path({folder!r}))

@@ -5,7 +5,7 @@ import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
 
-from asdm import AsdmError, PruningPlan, build_student, generate, inherit_features, switch_unets, with_unet
+from asdm import AsdmError, PruningPlan, build_student, cache_features, generate, switch_unets, with_unet
 from asdm.measure.latency import Latency
 from asdm.runtime import switching as unet_switching
 from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet, unet_inputs
@@ -45,7 +45,7 @@ def test_sdxl_draws_and_features_are_not_inherited_across_unets():
     pipeline = tiny_sdxl_pipeline()
     switched = switch_unets(pipeline, [lean(pipeline), pipeline.unet], below=[0.5])
     assert generate(switched, ["octopus"], steps=4).isfinite().all()
-    with pytest.raises(AsdmError, match="has no blocks of its own"), inherit_features(switched, every=2):
+    with pytest.raises(AsdmError, match="has no blocks of its own"), cache_features(switched, every=2):
         pass
 
 

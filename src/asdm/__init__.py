@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from asdm.caching.calibration import calibrate_inheritance as calibrate_inheritance
-    from asdm.caching.session import InheritanceSchedule as InheritanceSchedule
-    from asdm.caching.session import inherit_features as inherit_features
+    from asdm.caching.calibration import calibrate_cache as calibrate_cache
+    from asdm.caching.session import CacheSchedule as CacheSchedule
+    from asdm.caching.session import cache_features as cache_features
     from asdm.compensation.fitting import fit_compensation as fit_compensation
     from asdm.compression import compress as compress
     from asdm.data.prepared import prepare_data as prepare_data
     from asdm.diffusion.generation import generate as generate
-    from asdm.diffusion.guidance import GuidanceEnd as GuidanceEnd
+    from asdm.diffusion.guidance import CfgCutoff as CfgCutoff
     from asdm.distillation.consistency import lcm_scheduler as lcm_scheduler
     from asdm.distillation.distill import distill as distill
     from asdm.distillation.stages import Stage as Stage
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
     from asdm.pipelines.loading import load_pipeline as load_pipeline
     from asdm.pipelines.loading import save_pipeline as save_pipeline
     from asdm.pipelines.loading import with_unet as with_unet
-    from asdm.planning.program import add_banks as add_banks
+    from asdm.planning.program import add_cond_conv as add_cond_conv
     from asdm.planning.program import make_plan as make_plan
     from asdm.planning.program import remeasure_plan as remeasure_plan
-    from asdm.planning.refine import repair_plan as repair_plan
+    from asdm.planning.refine import refine_plan as refine_plan
     from asdm.runtime.export import export as export
     from asdm.runtime.openvino import with_openvino_graphs as with_openvino_graphs
     from asdm.runtime.optimize import optimize as optimize
@@ -61,30 +61,30 @@ _HOME = {
     "CondConv": "asdm.edits.base",
     "Evaluation": "asdm.evaluation.comparison",
     "GriAttention": "asdm.edits.base",
-    "GuidanceEnd": "asdm.diffusion.guidance",
-    "InheritanceSchedule": "asdm.caching.session",
+    "CfgCutoff": "asdm.diffusion.guidance",
+    "CacheSchedule": "asdm.caching.session",
     "PruningPlan": "asdm.student.plan",
     "RedundancyMap": "asdm.sensitivity.profile",
     "Remove": "asdm.edits.base",
     "Stage": "asdm.distillation.stages",
-    "add_banks": "asdm.planning.program",
+    "add_cond_conv": "asdm.planning.program",
     "analyze": "asdm.sensitivity.profile",
     "build_student": "asdm.student.plan",
-    "calibrate_inheritance": "asdm.caching.calibration",
+    "calibrate_cache": "asdm.caching.calibration",
     "compress": "asdm.compression",
     "distill": "asdm.distillation.distill",
     "evaluate": "asdm.evaluation.comparison",
     "export": "asdm.runtime.export",
     "fit_compensation": "asdm.compensation.fitting",
     "generate": "asdm.diffusion.generation",
-    "inherit_features": "asdm.caching.session",
+    "cache_features": "asdm.caching.session",
     "lcm_scheduler": "asdm.distillation.consistency",
     "load_pipeline": "asdm.pipelines.loading",
     "make_plan": "asdm.planning.program",
     "optimize": "asdm.runtime.optimize",
     "prepare_data": "asdm.data.prepared",
     "remeasure_plan": "asdm.planning.program",
-    "repair_plan": "asdm.planning.refine",
+    "refine_plan": "asdm.planning.refine",
     "save_pipeline": "asdm.pipelines.loading",
     "switch_unets": "asdm.runtime.switching",
     "with_openvino_graphs": "asdm.runtime.openvino",

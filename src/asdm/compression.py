@@ -31,7 +31,7 @@ from asdm.pipelines.checkpoints import PredictionType
 from asdm.pipelines.loading import MARKER, load_clip, load_pipeline, require_ours, save_pipeline_into, with_unet
 from asdm.pipelines.model_card import model_card
 from asdm.planning.program import make_plan, require_budget, require_params
-from asdm.planning.refine import ROUNDS, repair_plan
+from asdm.planning.refine import ROUNDS, refine_plan
 from asdm.sensitivity.profile import RedundancyMap, Sensitivity, analyze
 from asdm.student.plan import PruningPlan, build_student
 from asdm.training.loop import read_log
@@ -56,7 +56,7 @@ class Compression:
     out=checks.path,
     sensitivity=checks.literal(Sensitivity),
     compensate=checks.literal(CompensationKind),
-    repair=checks.whole(0, 1000),
+    refine=checks.whole(0, 1000),
     data=checks.path,
     steps=checks.TRAINING_STEPS,
     recipe=checks.path,
@@ -76,7 +76,7 @@ def compress(
     preset: str | None = None,
     sensitivity: Sensitivity | None = None,
     compensate: CompensationKind | None = None,
-    repair: int | None = None,
+    refine: int | None = None,
     data: str | Path | None = None,
     steps: int = 1000,
     recipe: str = "joint",
@@ -98,7 +98,7 @@ def compress(
             choose, estimated by default.
         compensate: what to fit in the place of the removed branches, as for `make_plan`; nothing by default where
             the weights are random.
-        repair: rounds in which the plan is bettered (`repair_plan`); none by default for a preset, and where the
+        refine: rounds in which the plan is bettered (`refine_plan`); none by default for a preset, and where the
             weights are random.
         data: images with captions to calibrate, train and evaluate on, as for `open_data`.
         steps: of distillation; 0 prunes only, and then needs no data.
@@ -128,13 +128,13 @@ def compress(
     model = str(model)
     is_random = model.startswith("random:")
     compensate = compensate or ("none" if is_random else "linear")
-    repair = (0 if is_random or preset is not None else ROUNDS) if repair is None else repair
+    refine = (0 if is_random or preset is not None else ROUNDS) if refine is None else refine
     settings: dict[str, Any] = {
         "model": model,
         "budget": {"speedup": speedup, "params": params, "macs": macs, "preset": preset},
         "sensitivity": sensitivity,
         "compensate": compensate,
-        "repair": repair,
+        "refine": refine,
         "data": None if data is None else str(data),
         "steps": steps if stages is None else None,
         "recipe": recipe if stages is None else None,
@@ -273,15 +273,15 @@ def _planned(
 
     compensate = settings["compensate"]
     plan = make_plan(redundancy, unet=pipeline.unet, compensate=compensate, progress=tried, **settings["budget"])
-    if settings["repair"]:
-        plan = repair_plan(
+    if settings["refine"]:
+        plan = refine_plan(
             pipeline,
             redundancy,
             plan,
             data=settings["data"],
-            rounds=settings["repair"],
+            rounds=settings["refine"],
             seed=settings["seed"],
-            progress=lambda done, total, note: report("repair", done, total, note),
+            progress=lambda done, total, note: report("refine", done, total, note),
         )
     plan.save(path)
     return plan

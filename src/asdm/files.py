@@ -49,7 +49,7 @@ def replacing_file(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path) -> Iterator[None]:
     """Keep other runs out of a folder until the block ends, or the process, however it does. Of a launch of several
     processes the first one sees to it.
 

@@ -1,4 +1,4 @@
-"""Ways to make a pipeline faster, ours and our peers', as parts that can be put together to contestants.
+"""Ways to make a pipeline faster, ours and our peers', as parts that can be put together to methods.
 
 Peers come from their own packages, unmodified; those that patch a UNet patch a copy of it.
 """
@@ -23,15 +23,15 @@ from diffusers import (
 )
 
 from asdm.caching.calibration import Observations, observe_sampling
-from asdm.caching.session import Granularity, Spacing, inherit_features
+from asdm.caching.session import Granularity, Spacing, cache_features
 from asdm.diffusion.conditioning import latent_shape
 from asdm.diffusion.generation import generate
 from asdm.distillation.consistency import lcm_scheduler
 from asdm.distillation.stages import Consistency
 from asdm.edits.base import GriAttention
 from asdm.errors import AsdmError, needs_extra
-from asdm.families.unet import removable_units, stages
 from asdm.families.unet_calls import unet_call
+from asdm.families.unet_structure import blocks, removable_units
 from asdm.measure.macs import counting_macs
 from asdm.pipelines.loading import is_sdxl, with_unet
 from asdm.planning.program import PRESETS, make_plan
@@ -62,11 +62,11 @@ def unforeseen(step: int) -> str:
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Method:
     """A way to make a pipeline faster: `prepared` yields the pipeline to be called, and undoes what it did.
 
     `kinds` names the kind of the UNet call at each step: where only parts are timed, a kind is timed once.
-    `guidance_end` is the part of the steps that are guided.
+    `cfg_cutoff` is the part of the steps that are guided.
     """
 
     name: str
@@ -74,20 +74,20 @@ class Contestant:
     prepared: Prepared = nullcontext
     steps: int = 25
     kinds: Kinds = whole
-    guidance_end: float = 1.0
+    cfg_cutoff: float = 1.0
 
     @property
     def way(self) -> Way:
         """What it shares with those that differ from it in the number of steps alone."""
         return self.prepared, self.kinds
 
-    def in_steps(self, counts: Sequence[int]) -> list[Contestant]:
+    def in_steps(self, counts: Sequence[int]) -> list[Method]:
         """It in each of so many steps."""
         names = {count: self.name if count == self.steps else f"{self.name}, {count} steps" for count in counts}
         return [replace(self, name=name, steps=count) for count, name in names.items()]
 
 
-def combined(name: str, group: str, *parts: Prepared, steps: int, kinds: Kinds = whole) -> Contestant:
+def combined(name: str, group: str, *parts: Prepared, steps: int, kinds: Kinds = whole) -> Method:
     """The contestant that does all of these, in this order."""
 
     @contextmanager
@@ -97,12 +97,12 @@ def combined(name: str, group: str, *parts: Prepared, steps: int, kinds: Kinds =
                 pipeline = entered.enter_context(part(pipeline))
             yield pipeline
 
-    return Contestant(name, group, prepared, steps, kinds)
+    return Method(name, group, prepared, steps, kinds)
 
 
 def anew(maker: Maker) -> Prepared:
     """A pipeline that is made each time that it is needed: at SD 1.5's size a UNet takes 3.4 GB, and a benchmark's
-    contestants together would not fit into memory."""
+    methods together would not fit into memory."""
     return lambda pipeline: nullcontext(maker(pipeline))
 
 
@@ -141,7 +141,7 @@ def kept(*makers: Maker) -> Prepared:
 
 
 def with_dpm_solver(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """The pipeline with DPM-Solver++ (arXiv 2211.01095), with which all contestants sample: what saves computation must
+    """The pipeline with DPM-Solver++ (arXiv 2211.01095), with which all methods sample: what saves computation must
     not be credited with a better scheduler, and few steps deserve the best."""
     if not isinstance(pipeline.scheduler, DPMSolverMultistepScheduler):
         pipeline.register_modules(scheduler=DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config))
@@ -177,7 +177,7 @@ def switching(student: Maker, below: float) -> Prepared:
 
 def outer_self_attentions(unet: UNet2DConditionModel) -> list[str]:
     """The self-attentions of the outermost stages, where tokens are most."""
-    outer = (f"{stages(unet)[0]}.", f"{stages(unet)[-1]}.")
+    outer = (f"{blocks(unet)[0]}.", f"{blocks(unet)[-1]}.")
     return [u.name for u in removable_units(unet) if u.kind == "self_attention" and u.name.startswith(outer)]
 
 
@@ -201,14 +201,14 @@ def in_openvino(
     *,
     int8: Int8 | None = None,
     data: str | Path | None = None,
-    inherit: int | None = None,
+    cache: int | None = None,
 ) -> Prepared:
-    """The UNet, with `inherit` in two graphs, and the VAE's decoder as `asdm.export` writes them, within the same
+    """The UNet, with `cache` in two graphs, and the VAE's decoder as `asdm.export` writes them, within the same
     pipeline: of the pipeline that `maker` makes. The ranges of `int8` are taken from `data`.
 
     They are exported once; of all graphs, those that were last asked for are in memory, compiled and called once.
     """
-    parts = (*(("unet",) if inherit is None else ("unet_inner", "unet_outer")), "vae_decoder")
+    parts = (*(("unet",) if cache is None else ("unet_inner", "unet_outer")), "vae_decoder")
 
     @once
     def exported(pipeline: DiffusionPipeline) -> tuple[tempfile.TemporaryDirectory[str], float]:
@@ -216,7 +216,7 @@ def in_openvino(
         _loaded.clear()
         folder = tempfile.TemporaryDirectory(prefix="asdm-openvino-")
         graphs, ranges = Path(folder.name) / "graphs", None if int8 is None else data
-        export(made, graphs, "openvino", int8=int8, data=ranges, inherit=inherit, parts=parts)
+        export(made, graphs, "openvino", int8=int8, data=ranges, cache=cache, parts=parts)
         with counting_macs(made.unet) as count:
             unet_call(made.unet, batch_size=1)()
         return folder, count.below() / 1e9
@@ -260,11 +260,11 @@ def preset_students(pipeline: DiffusionPipeline) -> dict[str, Maker]:
 
 
 def inheriting(**settings: Any) -> Prepared:
-    """Feature inheritance with these settings of `inherit_features`."""
+    """Feature inheritance with these settings of `cache_features`."""
 
     @contextmanager
     def prepared(pipeline: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
-        with inherit_features(pipeline, **settings):
+        with cache_features(pipeline, **settings):
             yield pipeline
 
     return prepared
@@ -293,29 +293,29 @@ def calibrated(speedup: float, observed: Observing, graphs: Prepared | None = No
     @contextmanager
     def prepared(pipeline: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
         found = schedule(pipeline)
-        with (graphs or nullcontext)(pipeline) as ready, inherit_features(ready, schedule=found):
+        with (graphs or nullcontext)(pipeline) as ready, cache_features(ready, schedule=found):
             yield ready
 
     return prepared
 
 
-def inherits(steps: int, every: int, granularity: Granularity = "layer", order: int = 0) -> Contestant:
+def inherits(steps: int, every: int, granularity: Granularity = "layer", order: int = 0) -> Method:
     name = f"inheritance, {granularity}, every {every}, order {order}"
     part = inheriting(every=every, granularity=granularity, order=order)
     return combined(name, "ours", part, steps=steps, kinds=at_every(every))
 
 
-def inherits_to(steps: int, speedup: float, spacing: Spacing) -> Contestant:
+def inherits_to(steps: int, speedup: float, spacing: Spacing) -> Method:
     name = f"inheritance, layer, {spacing}, {speedup:g}x"
     return combined(name, "ours", inheriting(speedup=speedup, spacing=spacing), steps=steps, kinds=unforeseen)
 
 
-def inherits_within(steps: int, budget: float) -> Contestant:
+def inherits_within(steps: int, budget: float) -> Method:
     name = f"inheritance, layer, budget {budget:g}"
     return combined(name, "ours", inheriting(budget=budget), steps=steps, kinds=unforeseen)
 
 
-def tome(steps: int, ratio: float) -> Contestant:
+def tome(steps: int, ratio: float) -> Method:
     """Token merging (arXiv 2303.17604), package tomesd."""
 
     @contextmanager
@@ -326,10 +326,10 @@ def tome(steps: int, ratio: float) -> Contestant:
         tomesd.apply_patch(patched, ratio=ratio, max_downsample=1)
         yield patched
 
-    return Contestant(f"ToMe, ratio {ratio:g}", "peer", prepared, steps)
+    return Method(f"ToMe, ratio {ratio:g}", "peer", prepared, steps)
 
 
-def deep_cache(steps: int, interval: int) -> Contestant:
+def deep_cache(steps: int, interval: int) -> Method:
     """DeepCache (arXiv 2312.00858), package DeepCache."""
 
     @contextmanager
@@ -345,10 +345,10 @@ def deep_cache(steps: int, interval: int) -> Contestant:
         finally:
             helper.disable()
 
-    return Contestant(f"DeepCache, interval {interval}", "peer", prepared, steps, at_every(interval))
+    return Method(f"DeepCache, interval {interval}", "peer", prepared, steps, at_every(interval))
 
 
-def attention_broadcast(steps: int, skip: int) -> Contestant:
+def attention_broadcast(steps: int, skip: int) -> Method:
     """Pyramid attention broadcast (arXiv 2408.12588), of diffusers."""
 
     @contextmanager
@@ -378,7 +378,7 @@ def attention_broadcast(steps: int, skip: int) -> Contestant:
         finally:
             handle.remove()
 
-    return Contestant(f"PAB, skip {skip}", "peer", prepared, steps, at_every(skip))
+    return Method(f"PAB, skip {skip}", "peer", prepared, steps, at_every(skip))
 
 
 class _GatedPipeline(StableDiffusionPipeline):
@@ -390,7 +390,7 @@ class _GatedPipeline(StableDiffusionPipeline):
         return self.tgate(*args, gate_step=self.gate_step, **kwargs)
 
 
-def t_gate(steps: int, gate_step: int) -> Contestant:
+def t_gate(steps: int, gate_step: int) -> Method:
     """T-GATE (arXiv 2404.02747), package tgate, with its other settings as they come."""
 
     @contextmanager
@@ -411,20 +411,20 @@ def t_gate(steps: int, gate_step: int) -> Contestant:
             return "gated"
         return "reusing" if 2 < step < gate_step - 1 and step % 5 else "whole"
 
-    return Contestant(f"T-GATE, gate {gate_step}", "peer", prepared, steps, kinds)
+    return Method(f"T-GATE, gate {gate_step}", "peer", prepared, steps, kinds)
 
 
 # -- who takes part -----------------------------------------------------------------------------------------
 
 
-def contestants(
+def methods(
     steps: int = 25,
     students: dict[str, Maker] | None = None,
     *,
     few_step: dict[str, Maker] | None = None,
     data: str | Path | None = None,
     graphs: bool = True,
-) -> list[Contestant]:
+) -> list[Method]:
     """All of them; the unmodified pipeline first.
 
     Raises:
@@ -440,7 +440,7 @@ def contestants(
     """
     students = students or {}
     mine = {name: student for name, student in students.items() if not name.startswith(PEERS)}
-    original = Contestant("original", "original", steps=steps)
+    original = Method("original", "original", steps=steps)
     entries = [
         original,
         *(
@@ -468,7 +468,7 @@ def contestants(
     names = [entry.name for entry in entries]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise AsdmError(f"{twice}: two contestants have this name; name the student's folder otherwise")
+        raise AsdmError(f"{twice}: two methods have this name; name the student's folder otherwise")
     return [entry for entry in entries if graphs or "OpenVINO" not in entry.name]
 
 
@@ -478,17 +478,17 @@ def fewer_steps(steps: int, draws: bool) -> list[int]:
     return list(dict.fromkeys(round(part * steps) for part in parts))
 
 
-def guided_until(steps: int, part: float) -> Contestant:
+def guided_until(steps: int, part: float) -> Method:
     """The original, which leaves guidance out of its last steps."""
 
     def kinds(step: int) -> str:
         return "whole" if step < math.ceil(part * steps) else "without guidance"
 
     name = f"guidance in {part:.0%} of the steps"
-    return Contestant(name, "fewer steps", steps=steps, kinds=kinds, guidance_end=part)
+    return Method(name, "fewer steps", steps=steps, kinds=kinds, cfg_cutoff=part)
 
 
-def _switches(steps: int, students: dict[str, Maker], data: str | Path | None) -> list[Contestant]:
+def _switches(steps: int, students: dict[str, Maker], data: str | Path | None) -> list[Method]:
     """A student early, the original late."""
     return [
         combined(
@@ -503,7 +503,7 @@ def _switches(steps: int, students: dict[str, Maker], data: str | Path | None) -
     ]
 
 
-def _inheritances(steps: int, data: str | Path | None) -> list[Contestant]:
+def _inheritances(steps: int, data: str | Path | None) -> list[Method]:
     intervals = (2, 3, 5)
     granularities: tuple[Granularity, ...] = ("layer", "block", "unit")
     entries = [inherits(steps, every, kind) for kind in granularities for every in intervals]
@@ -518,7 +518,7 @@ def _inheritances(steps: int, data: str | Path | None) -> list[Contestant]:
     return entries + [inherits_within(steps, budget) for budget in (0.1, 0.3)]
 
 
-def _stacks(steps: int, students: dict[str, Maker], data: str | Path | None) -> list[Contestant]:
+def _stacks(steps: int, students: dict[str, Maker], data: str | Path | None) -> list[Method]:
     """Runtimes of the original, with feature inheritance too; and of the students (the last alone where only speed is
     asked for; the original with GRI attention where there is none), with fewer steps and feature inheritance, alone and
     together."""
@@ -533,7 +533,7 @@ def _stacks(steps: int, students: dict[str, Maker], data: str | Path | None) -> 
     return entries
 
 
-def _fast(name: str, fast: Prepared, steps: int, few: Sequence[int], data: str | Path | None) -> Iterator[Contestant]:
+def _fast(name: str, fast: Prepared, steps: int, few: Sequence[int], data: str | Path | None) -> Iterator[Method]:
     """A student in the best runtime, alone and with feature inheritance."""
     base = combined(f"{name} + runtime", "stack", fast, steps=steps)
     yield from base.in_steps(few)
@@ -549,7 +549,7 @@ def _fast(name: str, fast: Prepared, steps: int, few: Sequence[int], data: str |
 
 def _graphs(
     base: str, student: Maker | None, steps: int, few: Sequence[int], group: str, data: str | Path | None
-) -> Iterator[Contestant]:
+) -> Iterator[Method]:
     """In OpenVINO and in 8 bits, and with inherited features, which only our graphs can."""
     runtimes: dict[str, Int8 | None] = {"OpenVINO": None, "OpenVINO int8": "activations"}
     for runtime, int8 in runtimes.items():
@@ -558,7 +558,7 @@ def _graphs(
         yield from combined(name, group, graph, steps=steps).in_steps(few)
         if int8 is None:
             yield _by_lcm(name, group, graph)
-        inheriting_graphs = in_openvino(student, int8=int8, data=data, inherit=1)
+        inheriting_graphs = in_openvino(student, int8=int8, data=data, cache=1)
         for every in (2, 3):
             yield from _every(combined(name, "stack", inheriting_graphs, steps=steps), every, few)
         for count in few if data is not None and int8 is None else ():  # a calibration is for a number of steps
@@ -569,12 +569,12 @@ def _graphs(
                 yield from combined(also, "stack", part, steps=steps, kinds=unforeseen).in_steps([count])
 
 
-def _by_lcm(name: str, group: str, *parts: Prepared) -> Contestant:
+def _by_lcm(name: str, group: str, *parts: Prepared) -> Method:
     """In the four steps of a consistency model, also where the UNet has not been made one."""
     return combined(f"{name}, 4 steps of LCM" if name else "4 steps of LCM", group, *parts, by_lcm, steps=4)
 
 
-def _every(base: Contestant, every: int, few: Sequence[int]) -> list[Contestant]:
+def _every(base: Method, every: int, few: Sequence[int]) -> list[Method]:
     """It with features inherited but at every n-th step."""
     name = f"{base.name} + inheritance, every {every}"
     part = inheriting(every=every)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from asdm.benchmark.run import ContestRow
+from asdm.benchmark.run import BenchmarkRow
 
 COLOURS = {
     "original": "black",
@@ -28,12 +28,12 @@ _LOWER_IS_BETTER = ("teacher_distance", "kid")
 _LABELS_OF_A_GROUP = 3
 
 
-def pareto_front(rows: Sequence[ContestRow], split: str, quality: str = "teacher_distance") -> list[ContestRow]:
+def pareto_front(rows: Sequence[BenchmarkRow], split: str, quality: str = "teacher_distance") -> list[BenchmarkRow]:
     """The rows that no other beats in both speed and a quality, slowest first."""
     sign = 1 if quality in _LOWER_IS_BETTER else -1
-    front: list[ContestRow] = []
+    front: list[BenchmarkRow] = []
 
-    def worse(row: ContestRow) -> float:
+    def worse(row: BenchmarkRow) -> float:
         return sign * _of(row, split, quality)
 
     for row in sorted(_judged_rows(rows, split, quality), key=lambda row: (-_speedup(row), worse(row))):
@@ -42,8 +42,8 @@ def pareto_front(rows: Sequence[ContestRow], split: str, quality: str = "teacher
     return front[::-1]
 
 
-def contest_plot(rows: Sequence[ContestRow], title: str = "") -> Figure:
-    """Quality against speed of one place's contestants, with the Pareto front, by split; the front and the best of each
+def contest_plot(rows: Sequence[BenchmarkRow], title: str = "") -> Figure:
+    """Quality against speed of one place's methods, with the Pareto front, by split; the front and the best of each
     group are named."""
     splits = list(dict.fromkeys(split for row in rows for split in row.teacher_distance))
     panels = [quality for quality in _PANELS if any(_judged_rows(rows, split, quality) for split in splits)]
@@ -65,7 +65,7 @@ def contest_plot(rows: Sequence[ContestRow], title: str = "") -> Figure:
     return figure
 
 
-def _draw(axes: Axes, rows: Sequence[ContestRow], split: str, quality: str) -> None:
+def _draw(axes: Axes, rows: Sequence[BenchmarkRow], split: str, quality: str) -> None:
     for group, colour in COLOURS.items():
         of_group = [row for row in rows if row.group == group]
         if of_group:
@@ -88,7 +88,7 @@ def _draw(axes: Axes, rows: Sequence[ContestRow], split: str, quality: str) -> N
     axes.legend(loc="upper left" if quality in _LOWER_IS_BETTER else "lower left")
 
 
-def _named(rows: Sequence[ContestRow], split: str, quality: str) -> list[ContestRow]:
+def _named(rows: Sequence[BenchmarkRow], split: str, quality: str) -> list[BenchmarkRow]:
     """The front, and of each group's own front the ends and the middle."""
     named = pareto_front(rows, split, quality)
     for group in COLOURS:
@@ -99,7 +99,7 @@ def _named(rows: Sequence[ContestRow], split: str, quality: str) -> list[Contest
     return named
 
 
-def _name(axes: Axes, rows: Sequence[ContestRow], split: str, quality: str) -> None:
+def _name(axes: Axes, rows: Sequence[BenchmarkRow], split: str, quality: str) -> None:
     """Label the best rows, each at that of some places around its point where it covers least of labels and points."""
     figure = axes.figure
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
@@ -151,14 +151,14 @@ def _overlap(box: Bbox, other: Bbox) -> float:
     return common.width * common.height if common is not None else 0.0
 
 
-def _judged_rows(rows: Sequence[ContestRow], split: str, quality: str) -> list[ContestRow]:
+def _judged_rows(rows: Sequence[BenchmarkRow], split: str, quality: str) -> list[BenchmarkRow]:
     """Those of which quality and speed are known."""
     return [row for row in rows if row.ratio is not None and row.ratio.is_known and split in getattr(row, quality)]
 
 
-def _speedup(row: ContestRow) -> float:
+def _speedup(row: BenchmarkRow) -> float:
     return row.speedup or 0.0
 
 
-def _of(row: ContestRow, split: str, quality: str) -> float:
+def _of(row: BenchmarkRow, split: str, quality: str) -> float:
     return getattr(row, quality)[split]

@@ -1,6 +1,6 @@
 """The benchmark: ways to make one pipeline faster, ours and our peers', in one run: speed, and what it costs.
 
-Who takes part is in `contestants.py`. One that fails is a row with its error.
+Who takes part is in `methods.py`. One that fails is a row with its error.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from diffusers import DiffusionPipeline
 from pydantic import AliasChoices, Field
 from torch import Tensor
 
-from asdm.benchmark.methods import Contestant, Way, forget_graphs, unforeseen
+from asdm.benchmark.methods import Method, Way, forget_graphs, unforeseen
 from asdm.diffusion.generation import default_guidance, generate, nothing_to_keep
-from asdm.diffusion.guidance import GuidanceEnd
+from asdm.diffusion.guidance import CfgCutoff
 from asdm.errors import AsdmError, one_line
 from asdm.evaluation.comparison import EvaluationSet, RealImages, evaluation_sets, folder_names, save_images
 from asdm.evaluation.image_timing import ImageJob, ImageTiming, add_calls, decoder_key, time_image, watching_calls
@@ -46,7 +46,7 @@ QUALITIES = ("teacher_distance", "kid", "concept_top1", "concept_top5", "style")
 PACKAGES = ("torch", "diffusers", "openvino", "nncf", "tomesd", "DeepCache", "tgate")
 
 
-class ContestRow(Record):
+class BenchmarkRow(Record):
     """One contestant's figures at one place.
 
     `seconds` of one image with guidance, on a machine that does nothing else, and `speedup` over the place's first
@@ -94,7 +94,7 @@ class ContestRow(Record):
         return Ratio(self.speedup, *(self.speedup_interval or (self.speedup, self.speedup)))
 
 
-class ContestRun(Record):
+class BenchmarkRun(Record):
     """Where and when the rows of a place were measured; `limits` as `machine_limits` tells them, in GFLOP/s;
     `other_cores`, how many cores other processes kept busy meanwhile."""
 
@@ -116,7 +116,7 @@ class ContestRun(Record):
         seed: int,
         limits: dict[str, dict[str, float]],
         other_cores: float | None = None,
-    ) -> ContestRun:
+    ) -> BenchmarkRun:
         return cls(
             date=date.today().isoformat(),
             machine=f"{platform.machine()}, {device_name(device)}",
@@ -129,19 +129,19 @@ class ContestRun(Record):
         )
 
 
-class Contest(Record):
+class Benchmark(Record):
     """The rows of all places, and each place's run.
 
     Saved as two files: NAME.json is the list of rows, NAME_run.json the runs by place.
     """
 
-    runs: dict[str, ContestRun] = {}
-    rows: list[ContestRow] = []
+    runs: dict[str, BenchmarkRun] = {}
+    rows: list[BenchmarkRow] = []
 
-    def with_place(self, place: str, run: ContestRun, rows: Sequence[ContestRow]) -> Contest:
+    def with_place(self, place: str, run: BenchmarkRun, rows: Sequence[BenchmarkRow]) -> Benchmark:
         """With this run instead of an earlier one at the same place."""
         others = [row for row in self.rows if row.place != place]
-        return Contest(runs=self.runs | {place: run}, rows=[*others, *rows])
+        return Benchmark(runs=self.runs | {place: run}, rows=[*others, *rows])
 
     def save(self, path: str | Path) -> None:
         path = Path(path)
@@ -151,7 +151,7 @@ class Contest(Record):
         write_text(_run_of(path), json.dumps(runs, indent=1) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path) -> Contest:
+    def load(cls, path: str | Path) -> Benchmark:
         """What `save` wrote.
 
         Raises:
@@ -191,9 +191,9 @@ class _Cost:
 
 
 @torch.no_grad()
-def contest_rows(
+def benchmark_rows(
     pipeline: DiffusionPipeline,
-    entries: Sequence[Contestant],
+    entries: Sequence[Method],
     *,
     place: str,
     data: str | Path | None,
@@ -204,8 +204,8 @@ def contest_rows(
     longest: float = LONGEST_TIMED_IMAGE,
     images_folder: Path | None = None,
     progress: Progress | None = None,
-) -> list[ContestRow]:
-    """Time all contestants in turns, then draw the same prompts with the same seeds with each.
+) -> list[BenchmarkRow]:
+    """Time all methods in turns, then draw the same prompts with the same seeds with each.
 
     Args:
         data: prompts and real images, as for `evaluate`; None for speed alone.
@@ -228,7 +228,7 @@ def contest_rows(
             speed = _speed(times, entries[0].name, entry.name)
             found |= speed | _effort(costs[entry.way], speed["parts"], limits or {})
             found |= {"extrapolated": extrapolated, **figures.get(entry.name, {})}
-        rows.append(ContestRow(place=place, name=entry.name, group=entry.group, steps=entry.steps, **found))
+        rows.append(BenchmarkRow(place=place, name=entry.name, group=entry.group, steps=entry.steps, **found))
     return rows
 
 
@@ -256,7 +256,7 @@ def _effort(cost: _Cost, parts: dict[str, float], limits: dict[str, dict[str, fl
 
 def _timed(
     pipeline: DiffusionPipeline,
-    entries: Sequence[Contestant],
+    entries: Sequence[Method],
     rounds: int,
     extrapolated: bool,
     faults: dict[str, str],
@@ -274,7 +274,7 @@ def _timed(
     shared = {id(module) for module in pipeline.components.values()}
     done = 0
 
-    def each(what: Callable[[Contestant], Any]) -> None:
+    def each(what: Callable[[Method], Any]) -> None:
         nonlocal done
         forget_graphs()  # of the last turn's end
         for entry in entries:
@@ -289,16 +289,16 @@ def _timed(
                     parts.pop(entry.name, None)
                 gc.collect()  # patched UNets refer to themselves
 
-    def warm_up(entry: Contestant) -> None:
+    def warm_up(entry: Method) -> None:
         if entry.way not in costs:
             with entry.prepared(pipeline) as ready:
                 costs[entry.way] = _cost(ready, entry, decoded)
 
-    def time_whole(entry: Contestant) -> None:
+    def time_whole(entry: Method) -> None:
         with entry.prepared(pipeline) as ready:
             parts[entry.name] = time_image(watch, entry.name, _job(ready, entry), shared)
 
-    def time_parts(entry: Contestant) -> None:
+    def time_parts(entry: Method) -> None:
         if entry.way not in looked_at:
             with entry.prepared(pipeline) as ready:
                 looked_at[entry.way] = _time_parts(watch, ready, entry, shared, decoded)
@@ -315,10 +315,10 @@ def _timed(
     return ImageTiming(watch.timing(), parts, rounds), costs
 
 
-def _job(ready: DiffusionPipeline, entry: Contestant) -> ImageJob:
+def _job(ready: DiffusionPipeline, entry: Method) -> ImageJob:
     return ImageJob(
         ready,
-        partial(generate, ready, ["a photograph"], steps=entry.steps, guidance_end=entry.guidance_end),
+        partial(generate, ready, ["a photograph"], steps=entry.steps, cfg_cutoff=entry.cfg_cutoff),
         calls=entry.steps,
         kinds=lambda step: f"UNet, {entry.kinds(step)}",
         data_dependent=entry.kinds is unforeseen,
@@ -326,7 +326,7 @@ def _job(ready: DiffusionPipeline, entry: Contestant) -> ImageJob:
 
 
 def _time_parts(
-    watch: Stopwatch, ready: DiffusionPipeline, entry: Contestant, shared: Collection[int], decoded: set[str | int]
+    watch: Stopwatch, ready: DiffusionPipeline, entry: Method, shared: Collection[int], decoded: set[str | int]
 ) -> dict[str, tuple[str, int]]:
     """Time the steps until each kind of UNet call has come twice behind the first, and the decoder once in a turn.
 
@@ -344,7 +344,7 @@ def _time_parts(
     return {"text encoder": (f"{entry.name}: text encoder", 1), **found, "VAE decoder": (decoder, 1)}
 
 
-def _of_image(parts: dict[str, tuple[str, int]], entry: Contestant) -> dict[str, tuple[str, int]]:
+def _of_image(parts: dict[str, tuple[str, int]], entry: Method) -> dict[str, tuple[str, int]]:
     """The parts of a contestant that differs in the number of steps alone from the one whose parts were timed."""
     counts = Counter(f"UNet, {entry.kinds(step)}" for step in range(entry.steps)) | {"scheduler": entry.steps}
     return {part: (key, counts.get(part, 1)) for part, (key, _) in parts.items() if counts.get(part, 1)}
@@ -355,7 +355,7 @@ def _decode(ready: DiffusionPipeline, latents: Tensor) -> Any:
 
 
 def _first_steps(
-    ready: DiffusionPipeline, entry: Contestant, times: int
+    ready: DiffusionPipeline, entry: Method, times: int
 ) -> tuple[Tensor, list[tuple[float, float]], list[float]]:
     """Latents after as many steps as show every kind of UNet call so many times (if it comes so often), behind the
     first step; when each call started and ended, and each step."""
@@ -364,7 +364,7 @@ def _first_steps(
         steps_of[entry.kinds(step)].append(step)
     last = max((steps[:times][-1] for steps in steps_of.values()), default=0)
     ends: list[float] = []
-    guidance = None if entry.guidance_end == 1 else GuidanceEnd(ready, entry.guidance_end)
+    guidance = None if entry.cfg_cutoff == 1 else CfgCutoff(ready, entry.cfg_cutoff)
 
     def step_done(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         synchronise(ready.device)
@@ -386,7 +386,7 @@ def _first_steps(
     return latents, calls, ends
 
 
-def _cost(ready: DiffusionPipeline, entry: Contestant, decoded: set[str | int]) -> _Cost:
+def _cost(ready: DiffusionPipeline, entry: Method, decoded: set[str | int]) -> _Cost:
     unet, macs = ready.unet, [0]
     latents: list[Tensor] = []
     with counting_macs(unet) as count:
@@ -410,7 +410,7 @@ def _cost(ready: DiffusionPipeline, entry: Contestant, decoded: set[str | int]) 
 
 def _judged(
     pipeline: DiffusionPipeline,
-    entries: Sequence[Contestant],
+    entries: Sequence[Method],
     data: str | Path,
     samples: int,
     seed: int,
@@ -452,9 +452,9 @@ def _judged(
     return figures
 
 
-def _drawn(pipeline: DiffusionPipeline, entry: Contestant, each: EvaluationSet, seed: int) -> Tensor:
+def _drawn(pipeline: DiffusionPipeline, entry: Method, each: EvaluationSet, seed: int) -> Tensor:
     with entry.prepared(pipeline) as ready:
-        return generate(ready, each.prompts, steps=entry.steps, guidance_end=entry.guidance_end, seed=seed)
+        return generate(ready, each.prompts, steps=entry.steps, cfg_cutoff=entry.cfg_cutoff, seed=seed)
 
 
 def _fault(error: Exception) -> str:

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from asdm import checks
 from asdm.caching.session import (
-    InheritanceSchedule,
+    CacheSchedule,
+    cache_features,
     computed_steps,
     cut_of,
-    inherit_features,
     noise_level,
     part_computed,
     timed_calls,
@@ -37,7 +37,7 @@ from asdm.data.sources import open_data
 from asdm.diffusion.conditioning import latent_shape
 from asdm.diffusion.generation import default_guidance, nothing_to_keep, require_steps
 from asdm.errors import AsdmError
-from asdm.families.unet import fingerprint
+from asdm.families.unet_structure import fingerprint
 from asdm.measure.latency import Ratio, Timing
 
 Progress = Callable[[int, int, str], None]
@@ -46,7 +46,7 @@ DAMPINGS = (0.0, 0.5, 0.75, 1.0)  # 0 is a copy
 FEATURES_KEPT = 2**17  # of one layer's output at one step: enough for its norms
 
 
-def calibrate_inheritance(
+def calibrate_cache(
     pipeline: DiffusionPipeline,
     *,
     speedup: float,
@@ -57,8 +57,8 @@ def calibrate_inheritance(
     depth: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
-) -> InheritanceSchedule:
-    """The schedule for `inherit_features` that moves the final latents least at a speed-up of all UNet calls together.
+) -> CacheSchedule:
+    """The schedule for `cache_features` that moves the final latents least at a speed-up of all UNet calls together.
 
     It takes about six samplings' time.
 
@@ -67,7 +67,7 @@ def calibrate_inheritance(
         data: whose captions are drawn (as for `analyze`); by default some prompts of this package.
         samples: prompts; by default 4 at up to 32x32 latents, else 1.
         guidance_scale: the pipeline's recommended one by default (`default_guidance`).
-        depth: of the cut (`inherit_features`), where it is given, as by graphs that were exported for one; else the
+        depth: of the cut (`cache_features`), where it is given, as by graphs that were exported for one; else the
             best is chosen.
 
     Raises:
@@ -110,7 +110,7 @@ def observe_sampling(
     speedup: float = 1.0,
     progress: Progress | None = None,
 ) -> Observations:
-    """What schedules for any speed-up from `speedup` on follow from; arguments as for `calibrate_inheritance`."""
+    """What schedules for any speed-up from `speedup` on follow from; arguments as for `calibrate_cache`."""
     require_steps(pipeline, steps)
     if steps < 4:
         raise AsdmError(f"steps={steps}: too few to inherit anything; allowed are 4 and more")
@@ -146,7 +146,7 @@ class Observations:
     costs: dict[int, tuple[float, float]]
     ratios: dict[int, Ratio]
 
-    def schedule(self, speedup: float) -> InheritanceSchedule:
+    def schedule(self, speedup: float) -> CacheSchedule:
         """The best at each depth, as estimated; of the best two of these the better one, as tried on the prompts."""
         part_computed(*self.costs[min(self.costs)], speedup)
         best = []
@@ -162,7 +162,7 @@ class Observations:
         uniform = self.distance(steps=evenly, depth=chosen.depth, order=0)
         return chosen.model_copy(update={"uniform_distance": uniform})
 
-    def _schedules(self, depth: int, speedup: float) -> Iterator[InheritanceSchedule]:
+    def _schedules(self, depth: int, speedup: float) -> Iterator[CacheSchedule]:
         """The best at one depth for each damping, its distance as estimated."""
         whole, rest = self.costs[depth]
         count = len(self.sampling.timesteps)
@@ -171,7 +171,7 @@ class Observations:
         for damping in DAMPINGS:
             errors = extrapolation_errors(self.recorded.products[depth], self.recorded.sigmas, damping)
             chosen, distance = best_steps(errors * self.weights[depth], computed)
-            yield InheritanceSchedule(
+            yield CacheSchedule(
                 fingerprint=fingerprint(self.sampling.pipeline.unet),
                 steps=count,
                 computed=tuple(chosen),
@@ -179,7 +179,7 @@ class Observations:
                 order=1 if damping else 0,
                 damping=damping or 1.0,
                 whole_ms=whole,
-                inheriting_ms=rest,
+                cached_ms=rest,
                 speedup=count * whole / (computed * whole + (count - computed) * rest),
                 speedup_interval=(low, high),
                 distance=distance,
@@ -187,13 +187,13 @@ class Observations:
 
     @torch.no_grad()
     def distance(self, **settings: Any) -> float:
-        """Of the final latents from the whole sampling's, with `settings` of `inherit_features`."""
-        with inherit_features(self.sampling.pipeline, **settings):
+        """Of the final latents from the whole sampling's, with `settings` of `cache_features`."""
+        with cache_features(self.sampling.pipeline, **settings):
             scheduler = copy.deepcopy(self.recorded.schedulers[0])
             return self.recorded.distance(self.sampling.finish(scheduler, self.sampling.latents, 0))
 
 
-def _estimated(schedule: InheritanceSchedule) -> float:
+def _estimated(schedule: CacheSchedule) -> float:
     return schedule.distance or 0.0
 
 
@@ -438,7 +438,7 @@ def _weights(
     effects: dict[int, list[float]] = {depth: [] for depth in depths}
     moved: dict[int, float] = {}  # probe -> final distance for a squared error 1 of the prediction
     for depth in depths:
-        with inherit_features(sampling.pipeline, steps=[0], depth=depth, order=0) as session:
+        with cache_features(sampling.pipeline, steps=[0], depth=depth, order=0) as session:
             for probe in probes:
                 latents, scheduler = recorded.latents[probe], copy.deepcopy(recorded.schedulers[probe])
                 with session.forced(inheriting=False):
@@ -466,5 +466,5 @@ def _border(pipeline: DiffusionPipeline, depth: int) -> str:
 
 
 def _timed(pipeline: DiffusionPipeline, depth: int) -> Timing:
-    with inherit_features(pipeline, every=1, depth=depth, order=1) as session:
+    with cache_features(pipeline, every=1, depth=depth, order=1) as session:
         return timed_calls(session, pipeline.unet)

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from asdm import checks
 from asdm.errors import AsdmError
-from asdm.families.unet import fingerprint, layers, removable_units, stage_of, stages
 from asdm.families.unet_calls import unet_call
+from asdm.families.unet_structure import block_of, blocks, fingerprint, layers, removable_units
 from asdm.files import write_text
 from asdm.measure.latency import Ratio, Timing, measure_interleaved
 from asdm.records import Record, first_fault
@@ -49,20 +49,20 @@ _HOOK = "asdm_inherit_features"
     damping=checks.number(0, 1),
 )
 @contextmanager
-def inherit_features(
+def cache_features(
     pipeline: DiffusionPipeline,
     *,
     speedup: float | None = None,
     every: int | None = None,
     steps: Sequence[int] | None = None,
     budget: float | None = None,
-    schedule: InheritanceSchedule | str | Path | None = None,
+    schedule: CacheSchedule | str | Path | None = None,
     granularity: Granularity = "layer",
     depth: int = 1,
     spacing: Spacing = "uniform",
     order: int = 1,
     damping: float = 1.0,
-) -> Iterator[FeatureInheritance]:
+) -> Iterator[CachingSession]:
     """Within the block, the pipeline's UNet computes itself wholly at some steps and inherits features at the others.
 
     Exactly one of five says when it computes. Other pipelines that share the UNet, guidance, ControlNet residuals and
@@ -76,7 +76,7 @@ def inherit_features(
         steps: indices of the steps that compute; the first always does.
         budget: adaptive: computes when the first layer's output has changed, relative and summed up over the steps
             since, by this much.
-        schedule: what `calibrate_inheritance` found, or the file that it was saved to; also says depth, order and
+        schedule: what `calibrate_cache` found, or the file that it was saved to; also says depth, order and
             damping.
         granularity: what inherits: "block", all layers outside the outermost blocks; "layer", all but the last
             `depth` layers of the way up and what their skip connections bring; "unit", the residual branches of all
@@ -96,7 +96,7 @@ def inherit_features(
     if len(named) != 1:
         raise AsdmError(f"give exactly one of {', '.join(given)}; got {', '.join(named) or 'none'}")
     if schedule is not None:
-        schedule = schedule if isinstance(schedule, InheritanceSchedule) else InheritanceSchedule.load(schedule)
+        schedule = schedule if isinstance(schedule, CacheSchedule) else CacheSchedule.load(schedule)
         schedule.require_fit(unet)
         granularity, depth, order, damping = "layer", schedule.depth, schedule.order, schedule.damping
     least = {"speedup": 1, "every": 1, "budget": 0}
@@ -111,7 +111,7 @@ def inherit_features(
             "the UNet is compiled as a whole, which would be compiled anew at every step; compile its repeated blocks "
             "(unet.compile_repeated_blocks())"
         )
-    session = FeatureInheritance(pipeline, order, damping)
+    session = CachingSession(pipeline, order, damping)
     exported = getattr(unet, "cut", None)  # a UNet in graphs (asdm.runtime.openvino)
     if exported is not None and budget is not None:
         raise AsdmError(f"budget={budget:g}: is told by a layer, which is hidden in a graph; give every or a schedule")
@@ -143,15 +143,15 @@ def inherit_features(
 
 
 def inherits(unet: nn.Module) -> bool:
-    """Whether a block of `inherit_features` is open for a UNet."""
+    """Whether a block of `cache_features` is open for a UNet."""
     registries = (getattr(module, "_diffusers_hook", None) for module in unet.modules())
     return any(registry.get_hook(_HOOK) is not None for registry in registries if registry is not None)
 
 
 def require_whole(unet: nn.Module, work: str) -> None:
-    """Raise an AsdmError within a block of `inherit_features`, where a UNet's modules do not always compute."""
+    """Raise an AsdmError within a block of `cache_features`, where a UNet's modules do not always compute."""
     if inherits(unet):
-        raise AsdmError(f"{work}: this UNet inherits features; leave the block of inherit_features first")
+        raise AsdmError(f"{work}: this UNet inherits features; leave the block of cache_features first")
 
 
 def _remove_hook(module: nn.Module) -> None:
@@ -164,10 +164,10 @@ def _remove_hook(module: nn.Module) -> None:
             del module.forward
 
 
-class InheritanceSchedule(Record):
+class CacheSchedule(Record):
     """When to compute and how to inherit: what a calibration found for one architecture under a speed-up target.
 
-    `computed` are indices among `steps` sampling steps; `depth`, `order` and `damping` as in `inherit_features`.
+    `computed` are indices among `steps` sampling steps; `depth`, `order` and `damping` as in `cache_features`.
     `speedup` of all UNet calls together counts with the milliseconds of a whole call and of one that inherits;
     `speedup_interval` holds the true one.
     `distance`: mean squared distance of the final latents to the full sampling's, relative to their mean square; where
@@ -181,14 +181,14 @@ class InheritanceSchedule(Record):
     order: int = Field(ge=0, le=2)
     damping: float = Field(1.0, ge=0, le=1)
     whole_ms: float = Field(gt=0)
-    inheriting_ms: float = Field(gt=0)
+    cached_ms: float = Field(gt=0)
     speedup: float = Field(gt=0)
     speedup_interval: tuple[float, float] | None = None
     distance: float | None = None
     uniform_distance: float | None = None
 
     @model_validator(mode="after")
-    def _within_the_sampling(self) -> InheritanceSchedule:
+    def _within_the_sampling(self) -> CacheSchedule:
         if not self.computed or self.computed[0] != 0 or list(self.computed) != sorted(set(self.computed)):
             raise ValueError("computed: rising indices that begin with 0")
         if self.computed[-1] >= self.steps:
@@ -204,15 +204,15 @@ class InheritanceSchedule(Record):
         write_text(Path(path), self.model_dump_json(indent=1) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path) -> InheritanceSchedule:
+    def load(cls, path: str | Path) -> CacheSchedule:
         try:
             return cls.model_validate_json(Path(path).read_text("utf-8"))
         except (OSError, UnicodeDecodeError):
-            raise AsdmError(f"{path}: no such file; `asdm analyze MODEL --inherit 2` writes one") from None
+            raise AsdmError(f"{path}: no such file; `asdm analyze MODEL --cache 2` writes one") from None
         except ValidationError as error:
             raise AsdmError(
                 f"{path}: not a schedule of inheritance ({first_fault(error)}); "
-                "write it anew by `asdm analyze MODEL --inherit 2`"
+                "write it anew by `asdm analyze MODEL --cache 2`"
             ) from None
 
     def require_fit(self, unet: UNet2DConditionModel) -> None:
@@ -221,7 +221,7 @@ class InheritanceSchedule(Record):
         if mine != self.fingerprint:
             raise AsdmError(
                 f"this schedule is for the architecture {self.fingerprint}, the UNet's is {mine}; calibrate anew by "
-                "`asdm analyze MODEL --inherit 2`"
+                "`asdm analyze MODEL --cache 2`"
             )
 
     def steps_of(self, count: int) -> set[int]:
@@ -263,7 +263,7 @@ class _Sampling(threading.local):
         self.change = 0.0
 
 
-class FeatureInheritance:
+class CachingSession:
     """When to compute and when to inherit, and where in a sampling the UNet is.
 
     `computed` and `inherited` count the UNet's calls of each kind since the block was entered.
@@ -279,7 +279,7 @@ class FeatureInheritance:
         self._counting = threading.Lock()
 
     def __reduce__(self) -> Any:
-        raise AsdmError("a UNet that inherits features is not copied; leave the block of inherit_features first")
+        raise AsdmError("a UNet that inherits features is not copied; leave the block of cache_features first")
 
     @contextmanager
     def forced(self, inheriting: bool) -> Iterator[None]:
@@ -385,7 +385,7 @@ class _Inheriting(ModelHook):
     module reads is not `read`: the last answer stands in for it, as only its shape matters.
     """
 
-    def __init__(self, session: FeatureInheritance, kept: Callable[[Tensor], Tensor] | None = None, read: bool = True):
+    def __init__(self, session: CachingSession, kept: Callable[[Tensor], Tensor] | None = None, read: bool = True):
         super().__init__()
         self.session, self.kept, self.read = session, kept, read
         self.in_tuple = False
@@ -470,12 +470,12 @@ def cut_of(unet: UNet2DConditionModel, granularity: Granularity, depth: int = 1,
     computed = {name for item in [*down[: depth - 1], *up[first:]] for name in item} | set(needed)
     border = up[first - 1][-1]
     chosen: list[str] = []
-    for stage in stages(unet):
-        inside = [name for name in _members(unet, stage) if name not in computed]
-        whole = inside == _members(unet, stage)
-        chosen += [stage] if whole else inside
+    for block_name in blocks(unet):
+        inside = [name for name in _members(unet, block_name) if name not in computed]
+        whole = inside == _members(unet, block_name)
+        chosen += [block_name] if whole else inside
         if whole and border in inside:
-            border = stage
+            border = block_name
     return Cut(chosen, frozenset([border]))
 
 
@@ -492,12 +492,12 @@ def _items(unet: UNet2DConditionModel, side: str) -> list[list[str]]:
     return items
 
 
-def _members(unet: UNet2DConditionModel, stage: str) -> list[str]:
+def _members(unet: UNet2DConditionModel, block_name: str) -> list[str]:
     """A block's resnets, attentions and samplers, in order of execution."""
-    block = unet.get_submodule(stage)
-    names = [name for name in layers(unet) if stage_of(name) == stage]
+    block = unet.get_submodule(block_name)
+    names = [name for name in layers(unet) if block_of(name) == block_name]
     for kind in ("downsamplers", "upsamplers"):
-        names += [f"{stage}.{kind}.{i}" for i in range(len(getattr(block, kind, None) or ()))]
+        names += [f"{block_name}.{kind}.{i}" for i in range(len(getattr(block, kind, None) or ()))]
     return names
 
 
@@ -511,7 +511,7 @@ def _shortcut_of(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
 
 
 def _decision(
-    session: FeatureInheritance,
+    session: CachingSession,
     unet: UNet2DConditionModel,
     speedup: float | None,
     every: int | None,
@@ -568,7 +568,7 @@ def noise_level(scheduler: Any, timestep: float) -> float:
     return sigmas[0] + min(max(timestep - below, 0.0), 1.0) * (sigmas[1] - sigmas[0])
 
 
-def timed_calls(session: FeatureInheritance, unet: UNet2DConditionModel, rounds: int = 3) -> Timing:
+def timed_calls(session: CachingSession, unet: UNet2DConditionModel, rounds: int = 3) -> Timing:
     """What a call takes that is "computing", and one that is "inheriting"."""
     call = unet_call(unet)
 

@@ -65,7 +65,7 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True)
 STRENGTH = 0.6  # of image-to-image
-FINISH_BELOW = 0.34  # of the schedule; most of what a student loses is lost in the last third
+SWITCH_AT = 0.34  # of the schedule; most of what a student loses is lost in the last third
 SAVED_TOGETHER = 8  # images that `generate` draws before it saves them
 SECONDS_BETWEEN_LINES = 15  # of progress, where no bar can be drawn
 
@@ -108,7 +108,7 @@ def analyze(
     model: ModelArgument,
     data: DataOption = None,
     out: MapFile = None,
-    inherit: Annotated[
+    cache: Annotated[
         float | None,
         typer.Option(
             help="Instead find when which features can be inherited between sampling steps, so that the UNet is this "
@@ -118,7 +118,7 @@ def analyze(
             show_default=False,
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Sampling steps, for --inherit.", min=4, max=10_000)] = 25,
+    steps: Annotated[int, typer.Option(help="Sampling steps, for --cache.", min=4, max=10_000)] = 25,
     plot: Annotated[
         Path | None, typer.Option(help="Where to draw it (PNG).", callback=not_a_folder, show_default=False)
     ] = None,
@@ -139,14 +139,14 @@ def analyze(
     seed: SeedOption = 0,
 ) -> None:
     """Find what each unit of the UNet costs, and how far the prediction moves without it."""
-    if inherit is not None:
+    if cache is not None:
         if plot or sensitivity or compensate or timesteps:
             raise AsdmError(
-                "--inherit: looks at sampling steps, not at units; leave out --plot, --sensitivity, --compensate and "
+                "--cache: looks at sampling steps, not at units; leave out --plot, --sensitivity, --compensate and "
                 "--timesteps"
             )
         pipeline = _load(model, device, prediction_type=prediction_type, config=config)
-        _calibrate_inheritance(pipeline, model, inherit, out, data=data, steps=steps, samples=samples, seed=seed)
+        _calibrate_inheritance(pipeline, model, cache, out, data=data, steps=steps, samples=samples, seed=seed)
         return
     import asdm
     from asdm.evaluation.plots import redundancy_plot
@@ -200,7 +200,7 @@ def plan(
     router: Annotated[
         Literal["input", "input+time", "time"], typer.Option(help="What decides the experts' mixture.")
     ] = "input",
-    repair: RepairOption = None,
+    refine: RepairOption = None,
     remeasure: Annotated[
         Path | None,
         typer.Option(help="Instead measure this plan's speed-up now, and write it into the plan.", show_default=False),
@@ -217,7 +217,7 @@ def plan(
     from asdm.planning.program import require_budget, require_params
 
     if remeasure is not None:
-        if out is not None or any(value is not None for value in (speedup, params, macs, preset, experts, repair)):
+        if out is not None or any(value is not None for value in (speedup, params, macs, preset, experts, refine)):
             raise AsdmError("--remeasure: measures a plan as it is, and writes into its file; leave out other options")
         _remeasure(remeasure, source, device)
         return
@@ -229,12 +229,12 @@ def plan(
         compensate = "none"
     unet = None
     if source.endswith(".json"):
-        if repair:
-            raise AsdmError(f"--repair {repair}: a map has no weights to look at the plan with; name the model instead")
+        if refine:
+            raise AsdmError(f"--refine {refine}: a map has no weights to look at the plan with; name the model instead")
         if prediction_type or config:
             raise AsdmError(f"{source}: a map; --prediction-type and --config say what a model is: leave them out")
         redundancy = asdm.RedundancyMap.load(source)
-    elif preset is not None and not repair:
+    elif preset is not None and not refine:
         from asdm.pipelines.shapes import unet_without_weights
         from asdm.sensitivity.profile import structure_map
 
@@ -265,23 +265,23 @@ def plan(
         device=device or _fastest_device(),
         progress=lambda note: console.print(note, highlight=False),
     )
-    if repair:
+    if refine:
         with _progress() as report:
-            made = asdm.repair_plan(
+            made = asdm.refine_plan(
                 pipeline,
                 redundancy,
                 made,
                 data=data,
-                rounds=repair,
+                rounds=refine,
                 seed=seed,
-                progress=lambda done, total, note: report("repair", done, total, note),
+                progress=lambda done, total, note: report("refine", done, total, note),
             )
     if experts is not None:
         if unet is None:
             from asdm.pipelines.random_models import random_unet
 
             unet = random_unet(redundancy.unet_config)
-        made = asdm.add_banks(made, unet, params=experts, router=router)
+        made = asdm.add_cond_conv(made, unet, params=experts, router=router)
     made.save(out)
     for edit in made.edits:
         console.print(f"  {edit}", highlight=False)
@@ -378,8 +378,11 @@ def prepare_data(
     steps: Annotated[
         int, typer.Option(help="Sampling steps, where MODEL draws images to captions.", min=1, max=10_000)
     ] = 25,
-    skip_unread: Annotated[
-        bool, typer.Option("--skip-unread", help="Go without shards that cannot be loaded, or with what came of them.")
+    ignore_missing_shards: Annotated[
+        bool,
+        typer.Option(
+            "--ignore-missing-shards", help="Go without shards that cannot be loaded, or with what came of them."
+        ),
     ] = False,
     prediction_type: PredictionTypeOption = None,
     config: ConfigOption = None,
@@ -401,7 +404,7 @@ def prepare_data(
             batch_size=batch_size,
             steps=steps,
             seed=seed,
-            skip_unread=skip_unread,
+            ignore_missing_shards=ignore_missing_shards,
             progress=lambda done, total: report("prepare", done, total, "pieces"),
         )
     if _is_main_process():
@@ -568,22 +571,24 @@ def generate(
     guidance: Annotated[
         float | None, typer.Option(help="Guidance scale.", callback=GUIDANCE, show_default=False)
     ] = None,
-    guidance_end: Annotated[
+    cfg_cutoff: Annotated[
         float,
         typer.Option(
-            help="Part of the steps that are guided; each of the others is half the work.", max=1.0, callback=POSITIVE
+            help="Part of the steps that are guided; each of the others is half the work.",
+            max=1.0,
+            callback=POSITIVE,
         ),
     ] = 1.0,
-    inherit: Annotated[
+    cache: Annotated[
         str | None,
         typer.Option(
-            help="Let most steps inherit features of others: a number, how many times faster the UNet shall be, or "
-            "the file of a schedule that `asdm analyze --inherit` wrote.",
+            help="Let most steps reuse features of others: a number, how many times faster the UNet shall be, or "
+            "the file of a schedule that `asdm analyze --cache` wrote.",
             callback=NAME,
             show_default=False,
         ),
     ] = None,
-    finish_with: Annotated[
+    low_noise_model: Annotated[
         str | None,
         typer.Option(
             help="The original, whose UNet takes over from the student's for the last steps; memory holds both.",
@@ -591,10 +596,10 @@ def generate(
             show_default=False,
         ),
     ] = None,
-    finish_below: Annotated[
+    switch_at: Annotated[
         float | None,
         typer.Option(
-            help=f"The part of the schedule below which --finish-with takes over, {FINISH_BELOW:g} by default.",
+            help=f"The part of the schedule below which --low-noise-model takes over, {SWITCH_AT:g} by default.",
             callback=PART,
             show_default=False,
         ),
@@ -613,25 +618,27 @@ def generate(
 
     if strength is not None and image is None:
         raise AsdmError(f"--strength {strength:g}: has no effect without --image; name one, or leave it out")
-    if finish_below is not None and finish_with is None:
-        raise AsdmError(f"--finish-below {finish_below:g}: has no effect without --finish-with; name a model there")
+    if switch_at is not None and low_noise_model is None:
+        raise AsdmError(f"--switch-at {switch_at:g}: has no effect without --low-noise-model; name a model there")
     start = open_image(image) if image is not None else None
     hole = open_image(mask).convert("L") if mask is not None else None
     if start is not None and hole is not None and start.size != hole.size:
         raise AsdmError(f"{mask}: {hole.size} pixels; it must be of the size of {image}, {start.size}")
     if out.is_file():
         raise AsdmError(f"{out}: a file; name a folder")
-    inheritance = None if inherit is None else _inheritance(inherit)
+    inheritance = None if cache is None else _inheritance(cache)
     pipeline = _load(model, device, dtype, prediction_type=prediction_type, config=config)
     if steps is not None:
         require_steps(pipeline, steps)
     side = image_size(pipeline) if size is None else size
     require_size(pipeline, side)
-    if finish_with is not None:
-        original = _original_unet(finish_with, model, pipeline, dtype, prediction_type=prediction_type, config=config)
-        below = FINISH_BELOW if finish_below is None else finish_below
+    if low_noise_model is not None:
+        original = _original_unet(
+            low_noise_model, model, pipeline, dtype, prediction_type=prediction_type, config=config
+        )
+        below = SWITCH_AT if switch_at is None else switch_at
         pipeline = asdm.switch_unets(pipeline, [pipeline.unet, original], below=[below])
-    inheriting = nullcontext() if inheritance is None else asdm.inherit_features(pipeline, **inheritance)
+    inheriting = nullcontext() if inheritance is None else asdm.cache_features(pipeline, **inheritance)
     if start is not None:
         start = cropped(start, side)
     if hole is not None:
@@ -645,7 +652,7 @@ def generate(
                 some,
                 steps=steps,
                 guidance_scale=guidance,
-                guidance_end=guidance_end,
+                cfg_cutoff=cfg_cutoff,
                 seed=seed + first,
                 image=start,
                 mask=hole,
@@ -680,10 +687,10 @@ def export(
             help=f"With --int8, what the ranges of 8 bits are taken from. {DATA}", callback=NAME, show_default=False
         ),
     ] = None,
-    inherit: Annotated[
+    cache: Annotated[
         int | None,
         typer.Option(
-            help="Also the UNet in two graphs, of which the inner one can be inherited (inherit_features); so many of "
+            help="Also the UNet in two graphs, of which the inner one can be inherited (cache_features); so many of "
             "the last layers are in the outer one.",
             min=1,
             max=100,
@@ -709,7 +716,7 @@ def export(
             size=size,
             int8=("weights" if weights_only else "activations") if int8 else None,
             data=data,
-            inherit=inherit,
+            cache=cache,
             progress=lambda name, done, total: report("export", done, total, name),
         )
     for name, difference in made.differences.items():
@@ -727,7 +734,7 @@ def compress(
     preset: PresetOption = None,
     sensitivity: SensitivityOption = None,
     compensate: CompensateOption = None,
-    repair: RepairOption = None,
+    refine: RepairOption = None,
     data: DataOption = None,
     steps: Annotated[
         int | None, typer.Option(help="Distillation steps, 1000 by default; 0 prunes only.", min=0, max=10**9)
@@ -750,7 +757,7 @@ def compress(
         preset=preset,
         sensitivity=sensitivity,
         compensate=compensate,
-        repair=repair,
+        refine=refine,
         data=data,
         steps=_training_steps(steps, recipe),
         recipe=recipe,
@@ -772,7 +779,7 @@ def demo(
 ) -> None:
     """Compress the embedded Stable Diffusion pipeline 1.5x and show what that gains and loses."""
     length = {"steps": 1500, "samples": 128} if full else {"steps": 320, "samples": 64}
-    _compress("demo", out, speedup=1.5, repair=4, data="demo", **length)
+    _compress("demo", out, speedup=1.5, refine=4, data="demo", **length)
 
 
 @app.command()
@@ -807,10 +814,10 @@ def benchmark(
 
     Results of other models that are in the folder already stay there.
     """
-    from asdm.benchmark.methods import contestants, of, preset_students, with_dpm_solver
+    from asdm.benchmark.methods import methods, of, preset_students, with_dpm_solver
     from asdm.benchmark.plot import contest_plot
-    from asdm.benchmark.run import Contest, ContestRun, contest_rows
-    from asdm.cli.tables import contest_table
+    from asdm.benchmark.run import Benchmark, BenchmarkRun, benchmark_rows
+    from asdm.cli.tables import benchmark_table
     from asdm.diffusion.generation import is_few_step
     from asdm.evaluation.comparison import distinct_names, folder_name
     from asdm.evaluation.report import save_figure
@@ -827,7 +834,7 @@ def benchmark(
     _look_at(data)
     names = distinct_names([str(folder) for folder in students or ()], shortest=True)
     results = out / "benchmark.json"
-    made = Contest.load(results) if results.exists() else Contest()
+    made = Benchmark.load(results) if results.exists() else Benchmark()
     limits: dict[str, dict[str, float]] = {}
     for place in models:
         said: dict[str, Any] = {"prediction_type": prediction_type, "config": config} if place == models[0] else {}
@@ -840,7 +847,7 @@ def benchmark(
             student = _load(str(folder), device, dtype)
             (few_step if is_few_step(student) else taught)[name] = of(student.unet)
         on_cpu = pipeline.device.type == "cpu"
-        entries = contestants(steps, taught, few_step=few_step, data=seen, graphs=on_cpu)
+        entries = methods(steps, taught, few_step=few_step, data=seen, graphs=on_cpu)
         if only:
             entries = [e for e in entries if e.group == "original" or any(part in e.name for part in only)]
         _warn_if_busy()
@@ -850,7 +857,7 @@ def benchmark(
             def advanced(title: str, done: int, total: int, place: str = place) -> None:
                 report(f"{title}, {place}", done, total, "")
 
-            found = contest_rows(
+            found = benchmark_rows(
                 pipeline,
                 entries,
                 place=place,
@@ -864,10 +871,10 @@ def benchmark(
             )
         meter.mark()
         others = meter.other_cores()
-        run = ContestRun.now(device=pipeline.device, rounds=rounds, seed=seed, limits=limits, other_cores=others)
+        run = BenchmarkRun.now(device=pipeline.device, rounds=rounds, seed=seed, limits=limits, other_cores=others)
         made = made.with_place(place, run, found)
         made.save(results)
-        console.print(contest_table(found))
+        console.print(benchmark_table(found))
         if line := busy_line(others, meter.contention()):
             console.print(f"while this was measured, {line}", highlight=False)
         if seen is not None:
@@ -1031,7 +1038,7 @@ def _calibrate_inheritance(pipeline: Any, model: str, speedup: float, out: Path 
     from asdm.caching.calibration import FILE_NAME
 
     with _progress() as report:
-        schedule = asdm.calibrate_inheritance(
+        schedule = asdm.calibrate_cache(
             pipeline,
             speedup=speedup,
             **settings,
@@ -1043,7 +1050,7 @@ def _calibrate_inheritance(pipeline: Any, model: str, speedup: float, out: Path 
         f"{len(schedule.computed)} of {schedule.steps} steps compute: {', '.join(map(str, schedule.computed))}; the "
         f"others compute the last {schedule.depth} of the layers and "
         f"{'extrapolate' if schedule.order else 'copy'} what these read. The UNet's speed-up is {schedule.ratio} "
-        f"({schedule.whole_ms:.0f} ms a whole call, {schedule.inheriting_ms:.0f} ms one that inherits); distance of "
+        f"({schedule.whole_ms:.0f} ms a whole call, {schedule.cached_ms:.0f} ms one that inherits); distance of "
         f"the final latents {schedule.distance:.2g}, of copies at as many even steps {schedule.uniform_distance:.2g}",
         highlight=False,
     )
@@ -1051,14 +1058,14 @@ def _calibrate_inheritance(pipeline: Any, model: str, speedup: float, out: Path 
 
 
 def _inheritance(text: str) -> dict[str, Any]:
-    """Settings of `inherit_features`: a number is a speed-up, all else a file."""
-    from asdm import InheritanceSchedule
+    """Settings of `cache_features`: a number is a speed-up, all else a file."""
+    from asdm import CacheSchedule
 
     try:
         speedup = float(text)
     except ValueError:
-        return {"schedule": InheritanceSchedule.load(text)}
-    checks.SPEEDUP("--inherit", speedup)
+        return {"schedule": CacheSchedule.load(text)}
+    checks.SPEEDUP("--cache", speedup)
     return {"speedup": speedup}
 
 

@@ -45,7 +45,7 @@ def not_a_folder(path: Path | None) -> Path | None:
 MapFile = Annotated[
     Path | None,
     typer.Option(
-        help="Where to write the map, by default redundancy.json; with --inherit the schedule, by default "
+        help="Where to write the map, by default redundancy.json; with --cache the schedule, by default "
         "inheritance.json in MODEL's folder.",
         callback=not_a_folder,
         show_default=False,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from asdm.benchmark.run import ContestRow
+from asdm.benchmark.run import BenchmarkRow
 from asdm.distillation.estimate import StageEstimate
 from asdm.evaluation.comparison import Evaluation
 from asdm.evaluation.report import QUALITY_COLUMNS
@@ -83,7 +83,7 @@ def quality_table(figures: Evaluation) -> Table:
     return _legible(table)
 
 
-def contest_table(rows: Sequence[ContestRow]) -> Table:
+def benchmark_table(rows: Sequence[BenchmarkRow]) -> Table:
     """The rows of one place: seconds, and the speed-up with its interval; where images were judged, what the speed
     costs, else what it comes from. The file that the benchmark writes has all figures."""
     splits = list(dict.fromkeys(split for row in rows for split in row.teacher_distance))

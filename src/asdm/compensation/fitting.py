@@ -26,8 +26,8 @@ from asdm.edits.base import CompensationKind, Remove, compensated
 from asdm.edits.maps import Compensation
 from asdm.edits.surgery import RemovedBranch, RemovedResnet, edited, swapped
 from asdm.errors import AsdmError
-from asdm.families.unet import TRANSFORMER_BRANCHES, Unit, removable_units, replay_order, shortcut_of
-from asdm.measure.hooks import Replay, as_they_were, outputs_of, tensor_of
+from asdm.families.unet_structure import TRANSFORMER_BRANCHES, Unit, execution_order, removable_units, shortcut_of
+from asdm.measure.hooks import CachedOutput, outputs_of, preserve_module_state, tensor_of
 from asdm.records import Record
 from asdm.student.unet import edits_of
 
@@ -86,7 +86,7 @@ def fit_compensation(
         AsdmError: the data folder cannot be used, or the fit gives numbers that are not finite.
     """
     teacher: UNet2DConditionModel = pipeline.unet
-    with as_they_were(teacher, student):
+    with preserve_module_state(teacher, student):
         teacher.eval()
         student.eval()
         samples = samples or samples_to_fit(pipeline)
@@ -368,8 +368,8 @@ class _Runs:
 
     def __init__(self, unet: UNet2DConditionModel, calls: Sequence[CalibrationCall]):
         self.unet, self.calls = unet, calls
-        self.order = replay_order(unet)
-        self.kept: list[dict[str, Replay]] = [{} for _ in calls]
+        self.order = execution_order(unet)
+        self.kept: list[dict[str, CachedOutput]] = [{} for _ in calls]
         self.bytes = 0
 
     def until(self, paths: Sequence[str], index: int) -> dict[str, Any]:
@@ -399,7 +399,7 @@ class _Runs:
         for name, output in outputs.items():
             size = tensor_of(output).nbytes
             if self.bytes + size <= KEPT_BYTES:
-                kept[name] = Replay(output)
+                kept[name] = CachedOutput(output)
                 self.bytes += size
         return seen
 

@@ -112,7 +112,7 @@ def require_usable(data: str | Path) -> None:
     batch_size=checks.whole(1, 10**6),
     steps=checks.STEPS,
     seed=checks.SEED,
-    skip_unread=checks.flag,
+    ignore_missing_shards=checks.flag,
     progress=checks.function,
 )
 @torch.no_grad()
@@ -124,7 +124,7 @@ def prepare_data(
     batch_size: int = 16,
     steps: int = 25,
     seed: int = 0,
-    skip_unread: bool = False,
+    ignore_missing_shards: bool = False,
     progress: Progress | None = None,
 ) -> PreparedData:
     """Write latents and caption embeddings of a source's training examples, in float16, as shards into `folder`.
@@ -133,7 +133,7 @@ def prepare_data(
 
     Args:
         data: as for `open_source`; of captions alone the pipeline draws the images itself, in `steps` steps.
-        skip_unread: go without shards that cannot be loaded from afar, or with what came of them.
+        ignore_missing_shards: go without shards that cannot be loaded from afar, or with what came of them.
         progress: called with pieces done and in all.
 
     Raises:
@@ -162,7 +162,7 @@ def prepare_data(
     for number in mine:
         if not _beside(folder, number).is_file():
             try:
-                _write_piece(pipeline, source, number, folder, batch_size, steps, seed, skip_unread)
+                _write_piece(pipeline, source, number, folder, batch_size, steps, seed, ignore_missing_shards)
             except _UnreadError as error:
                 write_text(_unread(folder, number), f"{error}\n")
         if progress is not None:
@@ -203,7 +203,7 @@ def _finish(folder: Path, data: str | Path, pieces: int, made_by: str) -> None:
         reason = _unread(folder, absent[0]).read_text("utf-8").strip()
         raise AsdmError(
             f"{data}: {len(absent)} of {pieces} shards did not come ({reason}); run again to go on with those, or "
-            "leave them out: asdm prepare-data --skip-unread"
+            "leave them out: asdm prepare-data --ignore-missing-shards"
         )
 
     def about() -> Iterator[dict[str, Any]]:
@@ -226,7 +226,7 @@ def _write_piece(
     batch_size: int,
     steps: int,
     seed: int,
-    skip_unread: bool,
+    ignore_missing_shards: bool,
 ) -> None:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
     captions: list[str] = []
@@ -246,7 +246,7 @@ def _write_piece(
             batch.clear()
 
         for row in source.read(number):
-            if isinstance(row, Unread) and not skip_unread:
+            if isinstance(row, Unread) and not ignore_missing_shards:
                 raise _UnreadError(f"{row.name}: {row.reason}")
             if isinstance(row, Unusable):
                 skipped[row.name] = row.reason

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from asdm import checks
 from asdm.diffusion.conditioning import LARGEST_IMAGE, PIPELINES_MULTIPLE, image_size, latent_shape, require_size
-from asdm.diffusion.guidance import PART, GuidanceEnd
+from asdm.diffusion.guidance import PART, CfgCutoff
 from asdm.errors import AsdmError, one_line
 from asdm.images import as_rgb
 from asdm.pipelines.loading import image_to_image, is_inpainting, is_random
@@ -27,7 +27,7 @@ from asdm.pipelines.loading import image_to_image, is_inpainting, is_random
     pipeline=checks.PIPELINE,
     prompts=checks.any_of(checks.text, checks.each(checks.text, 1, "a text or a list of texts")),
     guidance_scale=checks.GUIDANCE,
-    guidance_end=PART,
+    cfg_cutoff=PART,
     seed=checks.whole(0, 2**63 - 1),
     image=checks.a(Image.Image),
     mask=checks.a(Image.Image),
@@ -42,7 +42,7 @@ def generate(
     *,
     steps: int | None = None,
     guidance_scale: float | None = None,
-    guidance_end: float = 1.0,
+    cfg_cutoff: float = 1.0,
     seed: int = 0,
     image: Image.Image | None = None,
     mask: Image.Image | None = None,
@@ -58,7 +58,7 @@ def generate(
             with any other, what it leaves of the image is put back after each step.
         steps: the pipeline's recommended ones by default (`default_steps`), at most `most_steps`.
         guidance_scale: the pipeline's recommended one by default (`default_guidance`).
-        guidance_end: part of the steps, in (0, 1], that are guided; the others take half the work (`GuidanceEnd`).
+        cfg_cutoff: part of the steps, in (0, 1], that are guided; the others take half the work (`CfgCutoff`).
         seed: the n-th prompt's noise is that of seed + n, whatever the batch.
         strength: how far from `image` the result may go, in (0, 1].
         size: side of the images in pixels, by default what the pipeline was made for; with an image, its own counts.
@@ -94,8 +94,8 @@ def generate(
         extra |= {"image": image, "strength": strength}
     if mask is not None:
         extra |= {"mask_image": mask}
-    if guidance_end != 1:
-        extra |= {"callback_on_step_end": GuidanceEnd(target, guidance_end)}
+    if cfg_cutoff != 1:
+        extra |= {"callback_on_step_end": CfgCutoff(target, cfg_cutoff)}
     sides = {} if size is None else {"height": size, "width": size}
     images = []
     for start in range(0, len(prompts), batch_size):

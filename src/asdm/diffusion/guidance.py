@@ -52,30 +52,28 @@ _BRANCHED = (
 )
 
 
-class GuidanceEnd(PipelineCallback):
+class CfgCutoff(PipelineCallback):
     """Ends a pipeline's classifier-free guidance after a part of its steps: the others take one branch, half the work.
 
-        pipeline(prompts, callback_on_step_end=asdm.GuidanceEnd(pipeline, 0.8))
+        pipeline(prompts, callback_on_step_end=asdm.CfgCutoff(pipeline, 0.8))
 
     As `SDCFGCutoffCallback` of diffusers, but for any number of prompts and for its Stable Diffusion pipelines: XL,
     Kolors, image-to-image, inpainting, InstructPix2Pix, ControlNet.
 
     Args:
         pipeline: which is going to call it.
-        guidance_end: part of the steps, in (0, 1], that are guided; at least one is.
+        cfg_cutoff: part of the steps, in (0, 1], that are guided; at least one is.
 
     Raises:
-        AsdmError: `guidance_end` is out of range, or the pipeline's guidance cannot be ended by a callback.
+        AsdmError: `cfg_cutoff` is out of range, or the pipeline's guidance cannot be ended by a callback.
     """
 
-    @checks.arguments(guidance_end=PART)
-    def __init__(self, pipeline: DiffusionPipeline, guidance_end: float):
-        super().__init__(cutoff_step_ratio=float(guidance_end))
+    @checks.arguments(cfg_cutoff=PART)
+    def __init__(self, pipeline: DiffusionPipeline, cfg_cutoff: float):
+        super().__init__(cutoff_step_ratio=float(cfg_cutoff))
         self._branched, self._branches = _held_by(pipeline)
         if pipeline.unet.config.get("encoder_hid_dim_type") == "ip_image_proj":
-            raise AsdmError(
-                "guidance_end does not go with an IP-Adapter, whose images no callback can change; unload it"
-            )
+            raise AsdmError("cfg_cutoff does not go with an IP-Adapter, whose images no callback can change; unload it")
 
     @property
     def tensor_inputs(self) -> list[str]:
@@ -88,7 +86,7 @@ class GuidanceEnd(PipelineCallback):
         if step_index + 1 != guided or not pipeline.do_classifier_free_guidance:
             return callback_kwargs
         if _held_by(pipeline) != (self._branched, self._branches):
-            raise AsdmError(f"this GuidanceEnd was made for another kind of pipeline than {type(pipeline).__name__}")
+            raise AsdmError(f"this CfgCutoff was made for another kind of pipeline than {type(pipeline).__name__}")
         pipeline._guidance_scale = 1.0  # set anew by each call of the pipeline
         size = len(callback_kwargs["prompt_embeds"])
         return {name: self._conditional(value, size) for name, value in callback_kwargs.items()}
@@ -106,7 +104,7 @@ def _held_by(pipeline: DiffusionPipeline) -> tuple[list[str], tuple[int, int]]:
     owner = next((kind for kind in type(pipeline).__mro__ if "__call__" in vars(kind)), type(pipeline))
     if owner.__name__ not in _LOOPS or not owner.__module__.startswith("diffusers."):
         raise AsdmError(
-            f"{type(pipeline).__name__}: its guidance cannot end early; leave guidance_end out, or take a pipeline of "
+            f"{type(pipeline).__name__}: its guidance cannot end early; leave cfg_cutoff out, or take a pipeline of "
             "Stable Diffusion without more kinds of guidance"
         )
     held = [name for name in _BRANCHED if name in pipeline._callback_tensor_inputs]

@@ -21,7 +21,7 @@ from asdm.distillation.losses import pseudo_huber, squared_error
 from asdm.distillation.stages import Stage
 from asdm.distillation.teaching import WHOLE, Batch, Noised, TeachingTask, TrainingSet
 from asdm.errors import AsdmError
-from asdm.training.loop import Part
+from asdm.training.loop import BatchSlice
 
 SPACING = 1.5  # exponent of the places of the solver's steps on the way to the end
 _NOISE_SCHEDULE = (
@@ -101,7 +101,7 @@ class ConsistencyTask(TeachingTask):
         drawn = super().timesteps(count, generator)
         return self.visited[drawn * len(self.visited) // self.schedule.config.num_train_timesteps]
 
-    def forward(self, batch: Batch, generator: torch.Generator, part: Part = WHOLE) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, generator: torch.Generator, part: BatchSlice = WHOLE) -> dict[str, Tensor]:
         settings = self.stage.consistency
         noised = self.noised(batch[0], generator, part)
         estimate = self._consistent(noised)

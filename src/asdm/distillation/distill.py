@@ -38,14 +38,14 @@ from asdm.distillation.semantics import SemanticEncoder, make_encoder
 from asdm.distillation.stages import Stage
 from asdm.distillation.teaching import WHOLE, Batch, Noised, TeachingTask
 from asdm.distillation.teaching import TrainingSet as TrainingSet
-from asdm.edits.drop_layers import name_in_original
+from asdm.edits.drop_layers import teacher_key
 from asdm.errors import AsdmError
-from asdm.families.unet import require_known_inputs, unlike
-from asdm.families.unet import stages as unet_blocks
-from asdm.files import alone_in, write_text
-from asdm.measure.hooks import as_they_were, outputs_of, tensor_of
+from asdm.families.unet_structure import blocks as unet_blocks
+from asdm.families.unet_structure import require_known_inputs, unlike
+from asdm.files import folder_lock, write_text
+from asdm.measure.hooks import outputs_of, preserve_module_state, tensor_of
 from asdm.measure.machine import prepare_for_training
-from asdm.training.loop import Part, Progress, TrainingTask, make_accelerator, train
+from asdm.training.loop import BatchSlice, Progress, TrainingTask, make_accelerator, train
 from asdm.training.optimizers import require_installed
 
 # What may change between two sittings of a stage: it makes a run possible on another machine, or a lost one sound.
@@ -69,7 +69,7 @@ class DistillationTask(TeachingTask):
     ):
         super().__init__(teacher, student, schedule, examples, stage)
         self.blocks = unet_blocks(student)
-        self.teacher_blocks = {block: name_in_original(block, student, teacher) for block in self.blocks}
+        self.teacher_blocks = {block: teacher_key(block, student, teacher) for block in self.blocks}
         # Weights have a mean of 1 over the time steps that are drawn: of each batch, one sample's would cancel out.
         drawn = self.timesteps(schedule.config.num_train_timesteps, torch.Generator().manual_seed(0))
         alphas = schedule.alphas_cumprod.cpu()
@@ -88,7 +88,7 @@ class DistillationTask(TeachingTask):
                     "tower; choose clip, or give it no weight"
                 )
 
-    def forward(self, batch: Batch, generator: torch.Generator, part: Part = WHOLE) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, generator: torch.Generator, part: BatchSlice = WHOLE) -> dict[str, Tensor]:
         indices, step = batch
         noised = self.noised(indices, generator, part)
         indices = indices[part.of(len(indices))]
@@ -166,7 +166,7 @@ class IncubationTask(TeachingTask):
         schedule: DDPMScheduler,
         examples: TrainingSet,
         stage: Stage,
-        share: Part = WHOLE,
+        share: BatchSlice = WHOLE,
     ):
         super().__init__(teacher, student, schedule, examples, stage)
         if not incubated_blocks(student):
@@ -181,7 +181,7 @@ class IncubationTask(TeachingTask):
         ]
         self.error = relative_error if stage.relative else squared_error
 
-    def forward(self, batch: Batch, generator: torch.Generator, part: Part = WHOLE) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, generator: torch.Generator, part: BatchSlice = WHOLE) -> dict[str, Tensor]:
         noised = self.noised(batch[0], generator, part)
         with torch.no_grad(), calls_of(self.teacher, self.blocks) as calls:
             self.teacher_pred(noised)
@@ -256,7 +256,7 @@ def distill(
     ends_at_zero = bool(schedule.config.rescale_betas_zero_snr)
     networks = {"teacher": digest_of(teacher.unet), "student": digest_of(student)}
     networks["predicts"] = f"{schedule.config.prediction_type}{', to zero SNR' if ends_at_zero else ''}"
-    with alone_in(folder), as_they_were(teacher.unet, teacher.vae):
+    with folder_lock(folder), preserve_module_state(teacher.unet, teacher.vae):
         _require_possible(teacher, student, schedule, stages)
         examples = prepare(teacher, data, folder / "prepared")
         for index, stage in enumerate(stages):
@@ -307,7 +307,7 @@ def _train_stage(
     only_features = stage.scope == "joint" and not _asks_for_output(stage)
     accelerator = make_accelerator(teacher.device, stage.mixed_precision, some_unused=only_features)
     spread = stage.scope == "incubate" and accelerator.num_processes > 1
-    share = Part(accelerator.process_index, accelerator.num_processes) if spread else WHOLE
+    share = BatchSlice(accelerator.process_index, accelerator.num_processes) if spread else WHOLE
     if accelerator.is_main_process:
         _claim(run, student, examples)
     accelerator.wait_for_everyone()
@@ -338,7 +338,7 @@ def make_task(
     schedule: DDPMScheduler,
     examples: TrainingSet,
     stage: Stage,
-    share: Part = WHOLE,
+    share: BatchSlice = WHOLE,
 ) -> TrainingTask:
     """What the loop trains in a stage; of the incubated blocks, this share."""
     if stage.scope == "incubate":

@@ -32,7 +32,7 @@ from asdm.measure.latency import measure_interleaved
 from asdm.measure.machine import fastest_precision
 from asdm.measure.memory import peak_megabytes
 from asdm.pipelines.loading import with_unet
-from asdm.training.loop import Part, TrainingTask
+from asdm.training.loop import BatchSlice, TrainingTask
 from asdm.training.optimizers import OptimizerName, is_matrix
 from asdm.training.sharding import GATHERED_TOGETHER
 
@@ -91,7 +91,7 @@ def estimate(
     for stage in stages:
         alone = stage.scope == "incubate"  # each process has blocks of its own, and the whole batch
         sharing = 1 if alone else processes
-        part = Part(0, sharing * stage.accumulation)
+        part = BatchSlice(0, sharing * stage.accumulation)
         precision = _precision(stage, teacher.device if teraflops is None else None)
         samples = max(1, stage.batch_size // part.count)
         if (precision, samples) not in rates:
@@ -100,7 +100,7 @@ def estimate(
         with FakeTensorMode(allow_non_fake_inputs=True):
             pipeline, learning = with_unet(teacher, _weightless(teacher.unet)), _weightless(student)
             with assembled(learning, pipeline.unet, stage.assembled):
-                task = _weightless_task(pipeline, learning, stage, Part(0, processes) if alone else Part())
+                task = _weightless_task(pipeline, learning, stage, BatchSlice(0, processes) if alone else BatchSlice())
                 flops, activations = _round_cost(task, (torch.arange(stage.batch_size), 0), part, precision)
                 if stage.semantics.every > 1:  # the first step looks at what images mean, the second does not
                     usual, _ = _round_cost(task, (torch.arange(stage.batch_size), 1), part, precision)
@@ -124,7 +124,7 @@ def estimate(
 
 
 def _weightless_task(
-    teacher: DiffusionPipeline, student: UNet2DConditionModel, stage: Stage, share: Part
+    teacher: DiffusionPipeline, student: UNet2DConditionModel, stage: Stage, share: BatchSlice
 ) -> TrainingTask:
     """The stage's task with shapes for its tensors, without a semantic encoder that would have to be loaded."""
     losses = stage.losses.model_copy(update={"semantic_text": 0.0})
@@ -188,7 +188,7 @@ def _moments(parameter: nn.Parameter, optimizer: OptimizerName) -> int:
     return FLOAT32 * count * (1 if optimizer == "muon" and is_matrix(parameter) else 2)
 
 
-def _round_cost(task: TrainingTask, batch: Batch, part: Part, dtype: torch.dtype | None) -> tuple[float, int]:
+def _round_cost(task: TrainingTask, batch: Batch, part: BatchSlice, dtype: torch.dtype | None) -> tuple[float, int]:
     """Floating-point operations of a round of a step in one process, forward and backward, and the bytes of what lives
     at its peak, without the gradients. In a FakeTensorMode."""
     trained = task.trained().values()

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from asdm.edits.base import CondConv, Remove
 from asdm.edits.surgery import swapped
 from asdm.errors import AsdmError
-from asdm.families.unet import goes_with, is_stage, layers, stage_of, unlike_in
-from asdm.families.unet import stages as unet_blocks
+from asdm.families.unet_structure import block_of, is_covered_by, is_level, layers, unlike_in
+from asdm.families.unet_structure import blocks as unet_blocks
 from asdm.student.unet import edits_of
 
 
@@ -25,9 +25,9 @@ def groups_of(student: UNet2DConditionModel) -> list[list[str]]:
     """The edited blocks of a student, in order of execution, those together that cannot be told apart: with the
     innermost stage go the resampling before it and the up block behind it."""
     edits = edits_of(student)
-    touched = {stage_of(edit.unit) for edit in edits}
+    touched = {block_of(edit.unit) for edit in edits}
     together: list[str] = []
-    innermost = next((edit.unit for edit in edits if is_stage(edit.unit)), None)
+    innermost = next((edit.unit for edit in edits if is_level(edit.unit)), None)
     if innermost is not None:
         level = int(innermost.rpartition(".")[2])
         together = [f"down_blocks.{level - 1}", innermost, "up_blocks.0"]
@@ -40,7 +40,7 @@ def incubated_blocks(student: UNet2DConditionModel) -> list[str]:
     return [group[0] for group in groups_of(student) if len(group) == 1]
 
 
-def narrowed(student: UNet2DConditionModel, trained: str) -> None:
+def set_trainable(student: UNet2DConditionModel, trained: str) -> None:
     """Let only a part of the student's parameters move.
 
     Raises:
@@ -65,7 +65,7 @@ def _beside_cuts(student: UNet2DConditionModel) -> list[str]:
     edits = edits_of(student)
     removed = [edit.unit for edit in edits if isinstance(edit, Remove)]
     blocks = [unit for unit in removed if unit in unet_blocks(student)]
-    order = [name for name in layers(student) if not goes_with(name, blocks)]
+    order = [name for name in layers(student) if not is_covered_by(name, blocks)]
     near: set[str] = set()
     for edit in edits:
         unit = edit.unit.rpartition(".")[0] if isinstance(edit, CondConv) else edit.unit
@@ -77,14 +77,14 @@ def _beside_cuts(student: UNet2DConditionModel) -> list[str]:
             before = [name for name in order if _place(name) < _place(unit)]
             behind = [name for name in order if _place(name) > _place(unit)]
             near |= {unit, *before[-1:], *behind[:1]}
-            if is_stage(unit):  # which also goes from the way up
+            if is_level(unit):  # which also goes from the way up
                 near |= {*[name for name in order if _place(name) > _place("up_blocks.0")][:1]}
     return sorted(near)
 
 
 def _place(name: str) -> tuple[int, int]:
     """By which blocks are in order of execution."""
-    side, _, index = stage_of(name).partition(".")
+    side, _, index = block_of(name).partition(".")
     return ("down_blocks", "mid_block", "up_blocks").index(side), int(index or 0)
 
 

@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from asdm.distillation.incubation import groups_of, incubated_blocks
 from asdm.distillation.stages import Consistency, LossWeights, Semantics, Stage, parse_stages
 from asdm.errors import AsdmError, one_line
-from asdm.families.unet import stages as unet_blocks
+from asdm.families.unet_structure import blocks as unet_blocks
 
 SMALL_MODEL_PARAMETERS = 50_000_000
 SEMANTIC_WEIGHT = 0.3
@@ -32,7 +32,7 @@ def _is_small(student: UNet2DConditionModel) -> bool:
 def _batches(student: UNet2DConditionModel) -> dict[str, Any]:
     """Fields that say what a batch is made of. Time steps by angle are for v-prediction, which the small UNet was found
     to learn better by; most large ones predict epsilon, whose errors near pure noise weigh more than they look."""
-    return {"caption_splice": CAPTION_SPLICE, "timesteps": "angle" if _is_small(student) else "uniform"}
+    return {"caption_mixing": CAPTION_SPLICE, "timesteps": "angle" if _is_small(student) else "uniform"}
 
 
 def pace(student: UNet2DConditionModel, steps: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError, model_validator
 from asdm.diffusion.conditioning import TimestepDensity
 from asdm.errors import AsdmError
 from asdm.records import Record, first_fault
-from asdm.training.loop import LoopSettings, Part
+from asdm.training.loop import BatchSlice, LoopSettings
 from asdm.training.optimizers import OptimizerName
 
 
@@ -73,13 +73,13 @@ class Stage(Record):
     expects behind it; "joint" trains the whole, or, with `assembled`, the student's blocks of these names inside the
     otherwise frozen teacher; "consistency" teaches it to sample in a few steps, by `consistency` instead of the losses.
     `trained` narrows what moves: the layers beside a cut, or the routers of CondConv banks.
-    `caption_splice` is the share of captions whose embeddings are another caption's from a random token on (inferred):
+    `caption_mixing` is the share of captions whose embeddings are another caption's from a random token on (inferred):
     the late tokens of a caption have read all of it, and a student that learns images by them knows no new combination.
     `relative` divides task, output and feature losses by the teacher's power. In the feature loss blocks count by the
     area of their features, or, with `features_by` "block", all alike (inferred): a pruned student's small, deep maps
     differ most from the teacher's, and the output depends on them least. `timesteps` "angle" draws them evenly on the
-    path of a v-prediction's sampler, little noise more often than "uniform" (inferred); `timesteps_above` leaves out
-    those below this part of the schedule, for a student that draws above it alone (`asdm.switch_unets`).
+    path of a v-prediction's sampler, little noise more often than "uniform" (inferred); `min_timestep_fraction` leaves
+    out those below this part of the schedule, for a student that draws above it alone (`asdm.switch_unets`).
     `guidance_scale` makes the output loss one of guided predictions, conditional and unconditional branch; in a
     consistency stage it is the scale that the student takes over, by default the teacher's usual one. Networks that
     embed the scale (LCM's) are told this one, or else scales from 3 to 15, and have no second branch. `min_snr_gamma`
@@ -103,7 +103,7 @@ class Stage(Record):
     weight_decay: float = Field(0.01, ge=0)
     ema_decay: float = Field(0.999, ge=0, lt=1)
     caption_dropout: float = Field(0.1, ge=0, le=1)
-    caption_splice: float = Field(0.0, ge=0, le=1)
+    caption_mixing: float = Field(0.0, ge=0, le=1)
     checkpoint_every: int = Field(100, ge=1)
     mixed_precision: Literal["no", "bf16", "fp16", "auto"] = "no"
     losses: LossWeights = LossWeights()
@@ -113,7 +113,7 @@ class Stage(Record):
     relative: bool = True
     features_by: Literal["area", "block"] = "area"
     timesteps: TimestepDensity = "uniform"
-    timesteps_above: float = Field(0.0, ge=0, lt=1)
+    min_timestep_fraction: float = Field(0.0, ge=0, lt=1)
     guidance_scale: float | None = Field(None, gt=0)
     min_snr_gamma: float | None = Field(None, gt=0)
     semantics: Semantics = Semantics()
@@ -134,7 +134,7 @@ class Stage(Record):
 
     @model_validator(mode="after")
     def _rounds_are_equal(self) -> Stage:
-        Part(0, self.accumulation).of(self.batch_size)
+        BatchSlice(0, self.accumulation).of(self.batch_size)
         return self
 
     def loop(self, seed: int) -> LoopSettings:

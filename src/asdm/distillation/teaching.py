@@ -10,11 +10,11 @@ from torch import Tensor
 
 from asdm.data.prepared import PreparedData
 from asdm.diffusion.conditioning import Conditioning, prediction_target, stratified_timesteps
-from asdm.distillation.incubation import narrowed
+from asdm.distillation.incubation import set_trainable
 from asdm.distillation.losses import weighted_sum
 from asdm.distillation.stages import Stage
 from asdm.families.unet_calls import guidance_embedding
-from asdm.training.loop import Part, TrainingTask
+from asdm.training.loop import BatchSlice, TrainingTask
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class TrainingSet:
 
 
 Batch = tuple[Tensor, int]  # indices (batch,) into the training set, and the step
-WHOLE = Part()
+WHOLE = BatchSlice()
 GUIDANCE_SCALES = (3.0, 15.0)  # that embeddings are trained for: 2 to 14 as LCM counts them (arXiv 2310.04378, Sec. 5)
 
 
@@ -61,7 +61,7 @@ class TeachingTask(TrainingTask):
         stage: Stage,
     ):
         super().__init__()
-        narrowed(student, stage.trained)
+        set_trainable(student, stage.trained)
         if stage.checkpointing:
             student.enable_gradient_checkpointing()
         else:
@@ -77,15 +77,15 @@ class TeachingTask(TrainingTask):
     def timesteps(self, count: int, generator: torch.Generator) -> Tensor:
         """At which time steps (count,) a step's batch is noised."""
         stage = self.stage
-        return stratified_timesteps(count, self.schedule, generator, stage.timesteps, stage.timesteps_above)
+        return stratified_timesteps(count, self.schedule, generator, stage.timesteps, stage.min_timestep_fraction)
 
-    def noised(self, indices: Tensor, generator: torch.Generator, part: Part) -> Noised:
+    def noised(self, indices: Tensor, generator: torch.Generator, part: BatchSlice) -> Noised:
         """A part of a step's batch; what is drawn for the step does not depend on how it is parted."""
         device, count = self.student.device, len(indices)
         chosen = part.of(count)
         latents, captions = self.examples.prepared.batch(indices[chosen])
         latents = latents.to(device)
-        if self.stage.caption_splice:
+        if self.stage.caption_mixing:
             order = torch.randperm(count, generator=generator)
             # Those of the same batch; a part of it has to read what others have.
             others = captions[order] if part.count == 1 else self.examples.prepared.batch(indices[order][chosen])[1]
@@ -117,7 +117,7 @@ class TeachingTask(TrainingTask):
     def _splices(self, count: int, tokens: int, generator: torch.Generator) -> Tensor:
         """From which token (count,) on each caption is another's; behind the last where it stays whole."""
         places = torch.randint(1, tokens, (count,), generator=generator)
-        return torch.where(torch.rand(count, generator=generator) < self.stage.caption_splice, places, tokens)
+        return torch.where(torch.rand(count, generator=generator) < self.stage.caption_mixing, places, tokens)
 
     def teacher_pred(self, noised: Noised) -> Tensor:
         dtype = self.teacher.dtype

@@ -7,6 +7,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from asdm.errors import AsdmError
+from asdm.old_names import OLD_EDIT_KINDS
 
 CompensationKind = Literal["none", "bias", "diagonal", "linear"]
 
@@ -102,14 +103,14 @@ class CondConv(_Edit):
 
 
 @dataclass(frozen=True)
-class Shorten(_Edit):
+class DropLayers(_Edit):
     """Drop whole layers, as BK-SDM does: the student is a stock UNet (`asdm.edits.drop_layers`).
 
     Of each down block the first `layers_per_block` layers stay, of each up block these and the last; `levels`
     counts the stages that stay, the outermost first. It is a plan's only edit.
     """
 
-    edit = "shorten"
+    edit = "drop_layers"
     layers_per_block: int
     mid_block: bool = True
     levels: int | None = None
@@ -122,8 +123,8 @@ class Shorten(_Edit):
 
 
 UnitEdit = Remove | GriAttention | CondConv
-Edit = UnitEdit | Shorten
-EDIT_KINDS: dict[str, type[Edit]] = {kind.edit: kind for kind in (Remove, GriAttention, CondConv, Shorten)}
+Edit = UnitEdit | DropLayers
+EDIT_KINDS: dict[str, type[Edit]] = {kind.edit: kind for kind in (Remove, GriAttention, CondConv, DropLayers)}
 
 
 def parse_edits(edits: Iterable[Any]) -> list[Edit]:
@@ -141,7 +142,8 @@ def _parse(content: Any) -> Edit:
     try:
         if not isinstance(content, dict) or "edit" not in content:
             raise AsdmError("an edit is an object with a field `edit`")
-        kind = EDIT_KINDS.get(str(content["edit"]))
+        name = str(content["edit"])
+        kind = EDIT_KINDS.get(OLD_EDIT_KINDS.get(name, name))
         if kind is None:
             raise AsdmError(f"there is no kind {content['edit']!r}")
         values = {name: value for name, value in content.items() if name != "edit"}

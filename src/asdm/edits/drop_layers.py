@@ -12,13 +12,13 @@ from typing import Any
 from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 
-from asdm.edits.base import Edit, Remove, Shorten
+from asdm.edits.base import DropLayers, Edit, Remove
 from asdm.errors import AsdmError
 
 _ON_THE_WAY_UP = ("up_block_types", "reverse_transformer_layers_per_block")
 
 
-def shortened(unet: UNet2DConditionModel, edit: Shorten) -> UNet2DConditionModel:
+def with_dropped_layers(unet: UNet2DConditionModel, edit: DropLayers) -> UNet2DConditionModel:
     """The shorter UNet, without weights (on the meta device).
 
     Raises:
@@ -26,7 +26,7 @@ def shortened(unet: UNet2DConditionModel, edit: Shorten) -> UNet2DConditionModel
     """
     config: dict[str, Any] = {key: value for key, value in unet.config.items() if not key.startswith("_")}
     if config.pop("edits", None):
-        raise AsdmError("shorten: is for an original UNet, and this one has edits; start from the original")
+        raise AsdmError("drop_layers: is for an original UNet, and this one has edits; start from the original")
     layers, levels = config["layers_per_block"], len(config["block_out_channels"])
     if not isinstance(layers, int) or edit.layers_per_block > layers:
         raise AsdmError(f"layers_per_block={edit.layers_per_block}: this UNet has {layers}; ask for no more")
@@ -60,7 +60,7 @@ def shortened(unet: UNet2DConditionModel, edit: Shorten) -> UNet2DConditionModel
         return UNet2DConditionModel.from_config(config)
 
 
-def name_in_original(name: str, student: UNet2DConditionModel, original: UNet2DConditionModel) -> str:
+def teacher_key(name: str, student: UNet2DConditionModel, original: UNet2DConditionModel) -> str:
     """What a block, module or tensor of a shorter UNet is called in the one it was made of; the same name where
     nothing was numbered anew."""
     parts = name.split(".")
@@ -74,7 +74,7 @@ def name_in_original(name: str, student: UNet2DConditionModel, original: UNet2DC
     return ".".join(parts)
 
 
-def dropped(edit: Shorten, units: Sequence[str]) -> list[str]:
+def dropped(edit: DropLayers, units: Sequence[str]) -> list[str]:
     """Which resnets and attentions of a UNet go, of all their names."""
     levels = 1 + max(int(name.split(".")[1]) for name in units if name.startswith("down_blocks."))
     last = {name.split(".")[1]: int(name.split(".")[3]) for name in units if name.startswith("up_blocks.")}
@@ -95,4 +95,4 @@ def dropped(edit: Shorten, units: Sequence[str]) -> list[str]:
 def removed_units(edits: Sequence[Edit], units: Sequence[str]) -> list[str]:
     """What a plan's edits take away, of a UNet's units: by name, or as dropped layers."""
     removed = [edit.unit for edit in edits if isinstance(edit, Remove)]
-    return removed + [name for edit in edits if isinstance(edit, Shorten) for name in dropped(edit, units)]
+    return removed + [name for edit in edits if isinstance(edit, DropLayers) for name in dropped(edit, units)]

@@ -20,7 +20,7 @@ from asdm.edits.cond_conv import CondConv2d, CondResnetBlock2D, is_traced
 from asdm.edits.maps import TimeCompensation, compensation_of
 from asdm.edits.regional_attention import AttentionOnMap, GriAttnProcessor, GriTransformer2DModel
 from asdm.errors import AsdmError
-from asdm.families.unet import TRANSFORMER_BRANCHES, conv_channels, is_branch, layers, recast, removable_units
+from asdm.families.unet_structure import TRANSFORMER_BRANCHES, conv_channels, is_branch, layers, recast, removable_units
 
 
 class RemovedResnet(nn.Module):
@@ -203,7 +203,7 @@ def _remove(unet: UNet2DConditionModel, edit: Remove) -> dict[str, nn.Module]:
     if name == innermost and len(unet.down_blocks) > 1:
         if edit.compensate != "none":
             raise AsdmError(f"{name}: the innermost stage has no compensation; drop compensate={edit.compensate}")
-        return _remove_innermost_stage(unet)
+        return _remove_lowest_level(unet)
     if name in layers(unet):
         return {name: _removed_layer(unet.get_submodule(name), edit)}
     return _remove_branch(unet, edit)
@@ -237,7 +237,7 @@ def _remove_branch(unet: UNet2DConditionModel, edit: Remove) -> dict[str, nn.Mod
     return {name: RemovedBranch(compensation), f"{block_name}.{norm}": nn.Identity()}
 
 
-def _remove_innermost_stage(unet: UNet2DConditionModel) -> dict[str, nn.Module]:
+def _remove_lowest_level(unet: UNet2DConditionModel) -> dict[str, nn.Module]:
     """As BK-SDM-Tiny does (arXiv 2305.15798, Sec. 3.1): the two innermost blocks and the resampling."""
     last = len(unet.down_blocks) - 1
     outer, inner = unet.config.block_out_channels[last - 1 :]

@@ -18,7 +18,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw
 
 from asdm.edits.drop_layers import removed_units
-from asdm.families.unet import goes_with
+from asdm.families.unet_structure import is_covered_by
 from asdm.sensitivity.profile import RedundancyMap, UnitRecord
 from asdm.student.plan import PruningPlan
 
@@ -47,16 +47,16 @@ def redundancy_plot(redundancy: RedundancyMap, plan: PruningPlan | None = None) 
 def _draw_u(figure: Figure, axes: plt.Axes, redundancy: RedundancyMap, removed: set[str]) -> None:
     values = [max(unit.sensitivity, 1e-6) for unit in redundancy.units]
     colours = ScalarMappable(LogNorm(min(values), max(values)), "viridis")
-    levels = len({unit.stage for unit in redundancy.units if unit.stage.startswith("down_blocks")})
-    by_stage: dict[str, list[UnitRecord]] = {}
+    levels = len({unit.block for unit in redundancy.units if unit.block.startswith("down_blocks")})
+    by_block: dict[str, list[UnitRecord]] = {}
     for unit in redundancy.units:
         if unit.parent is None:
-            by_stage.setdefault(unit.stage, []).append(unit)
+            by_block.setdefault(unit.block, []).append(unit)
     parts: dict[str, list[UnitRecord]] = {}
     for unit in redundancy.units:
         if unit.parent is not None:
             parts.setdefault(unit.parent, []).append(unit)
-    for stage, units in by_stage.items():
+    for stage, units in by_block.items():
         side, _, number = stage.partition(".")
         level = levels if side == "mid_block" else int(number) if side == "down_blocks" else levels - 1 - int(number)
         widths = [1.0 if unit.kind == "resnet" else 1.9 for unit in units]
@@ -111,7 +111,7 @@ def _draw_cell(
         luminance = 0.3 * colour[0] + 0.6 * colour[1] + 0.1 * colour[2]
         ink = "black" if luminance > 0.5 else "white"
         axes.text(x + w / 2, y + h / 2, letter, ha="center", va="center", fontsize=8, color=ink)
-        if goes_with(of.name, removed):
+        if is_covered_by(of.name, removed):
             axes.plot([x, x + w], [y, y + h], color="red", linewidth=2)
             axes.plot([x, x + w], [y + h, y], color="red", linewidth=2)
 
@@ -131,9 +131,9 @@ def _draw_scatter(axes: plt.Axes, redundancy: RedundancyMap, removed: set[str]) 
             100 * unit.latency_share,
             max(unit.sensitivity, 1e-6),
             color=KIND_COLOURS[unit.kind],
-            marker="X" if goes_with(unit.name, removed) else "o",
-            s=70 if goes_with(unit.name, removed) else 28,
-            edgecolors="black" if goes_with(unit.name, removed) else "none",
+            marker="X" if is_covered_by(unit.name, removed) else "o",
+            s=70 if is_covered_by(unit.name, removed) else 28,
+            edgecolors="black" if is_covered_by(unit.name, removed) else "none",
             linewidths=0.8,
         )
     axes.set_yscale("log")

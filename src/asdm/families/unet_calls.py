@@ -9,7 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from asdm.families.unet import require_known_inputs
+from asdm.families.unet_structure import require_known_inputs
 
 
 def unet_call(unet: UNet2DConditionModel, batch_size: int = 2, seed: int = 0) -> Callable[[], Tensor]:

@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 
-class Replay(nn.Module):
+class CachedOutput(nn.Module):
     """Answers with what a module answered before, without computing it."""
 
     def __init__(self, output: Any):
@@ -44,7 +44,7 @@ def tensor_of(output: Any) -> Tensor:
 
 
 @contextmanager
-def as_they_were(*modules: nn.Module) -> Iterator[None]:
+def preserve_module_state(*modules: nn.Module) -> Iterator[None]:
     """After the block the modules' modes and wishes for gradients are those of before, however it ends."""
     modes = [
         (module, module.training, getattr(module, "gradient_checkpointing", None))

@@ -38,7 +38,7 @@ from transformers.utils import logging as transformers_logging
 
 from asdm import checks
 from asdm.errors import AsdmError, AsdmWarning, one_line
-from asdm.families.unet import require_known_inputs, require_plain
+from asdm.families.unet_structure import require_known_inputs, require_plain
 from asdm.files import replacing_folder
 from asdm.pipelines.checkpoints import (
     KIND_NAMES,

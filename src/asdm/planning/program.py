@@ -12,17 +12,17 @@ from diffusers import UNet2DConditionModel
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from asdm import checks
-from asdm.edits.base import CompensationKind, CondConv, Edit, GriAttention, Remove, Shorten, UnitEdit, parse_edits
+from asdm.edits.base import CompensationKind, CondConv, DropLayers, Edit, GriAttention, Remove, UnitEdit, parse_edits
 from asdm.edits.drop_layers import dropped
 from asdm.errors import AsdmError
-from asdm.families.unet import conv_channels, goes_with, is_stage, layers
 from asdm.families.unet_calls import unet_call
-from asdm.measure.hooks import as_they_were
+from asdm.families.unet_structure import conv_channels, is_covered_by, is_level, layers
+from asdm.measure.hooks import preserve_module_state
 from asdm.measure.latency import Ratio, measure_interleaved
 from asdm.pipelines.loading import on_device
 from asdm.pipelines.random_models import random_unet
 from asdm.sensitivity.profile import EditRecord, RedundancyMap, UnitRecord
-from asdm.student.plan import PlanBase, PlanFigures, PruningPlan, SpeedupBasis, build_student
+from asdm.student.plan import PlanBase, PlanMetrics, PruningPlan, SpeedupBasis, build_student
 
 MOST_SPEEDUP = 100  # more is not asked in earnest
 MEASUREMENT_ATTEMPTS = 6
@@ -128,7 +128,7 @@ def make_plan(
     router=checks.one_of("input", "input+time", "time"),
     activation=checks.one_of("softmax", "sigmoid"),
 )
-def add_banks(
+def add_cond_conv(
     plan: PruningPlan,
     unet: UNet2DConditionModel,
     *,
@@ -152,7 +152,7 @@ def add_banks(
     order = {name: index for index, name in enumerate(layers(unet))}
     removed = [edit.unit for edit in plan.edits if isinstance(edit, Remove)]
     convs = {name: unet.get_submodule(name) for name in conv_channels(unet)}
-    gone = [name for name in convs if goes_with(name, removed)]
+    gone = [name for name in convs if is_covered_by(name, removed)]
     pairs = []
     for source in gone:
         resnet, _, conv = source.rpartition(".")
@@ -201,12 +201,12 @@ def possible_edits(redundancy: RedundancyMap, compensate: CompensationKind) -> l
     names = [unit.name for unit in redundancy.units]
     choices = []
     for unit in redundancy.units:
-        covers = frozenset(name for name in names if goes_with(name, [unit.name]))
+        covers = frozenset(name for name in names if is_covered_by(name, [unit.name]))
         edit = Remove(unit=unit.name, compensate=compensate)
         choices.append(_possible(redundancy, unit, edit, covers, "none" if unit.has_shortcut else compensate))
     for other in redundancy.others:
         (parsed,) = parse_edits([other.edit])
-        assert not isinstance(parsed, Shorten)
+        assert not isinstance(parsed, DropLayers)
         fitted: CompensationKind = "none"
         if isinstance(parsed, Remove) and other.channels:
             fitted, parsed = compensate, replace(parsed, compensate=compensate)
@@ -382,7 +382,7 @@ def _basis(redundancy: RedundancyMap) -> SpeedupBasis:
 
 def measured_speedup(unet: UNet2DConditionModel, plan: PruningPlan, rounds: int = 5) -> Ratio:
     """How many times faster a UNet call (batch 2) is with the plan's edits, timed in turns."""
-    with as_they_were(unet):
+    with preserve_module_state(unet):
         student = build_student(unet.eval(), plan)
         calls = {"original": unet_call(unet), "pruned": unet_call(student)}
         return measure_interleaved(calls, rounds=rounds, device=unet.device).speedup("original", "pruned")
@@ -419,7 +419,7 @@ def _plan(
     return PruningPlan(
         base=PlanBase.of(redundancy.fingerprint),
         edits=[choice.edit for choice in chosen],
-        figures=PlanFigures(
+        figures=PlanMetrics(
             model=redundancy.model or None,
             target=target,
             predicted_sensitivity=None if redundancy.estimator is None else sensitivity,
@@ -442,7 +442,7 @@ def without_measured(plan: PruningPlan, redundancy: RedundancyMap) -> PruningPla
 def _with_speedup(
     plan: PruningPlan, value: float | None, interval: tuple[float, float] | None, basis: SpeedupBasis
 ) -> PruningPlan:
-    known = plan.figures or PlanFigures(target={}, predicted_speedup=1.0)
+    known = plan.figures or PlanMetrics(target={}, predicted_speedup=1.0)
     update = {"measured_speedup": value, "measured_speedup_interval": interval, "speedup_basis": basis}
     return plan.model_copy(update={"figures": known.model_copy(update=update)})
 
@@ -451,8 +451,8 @@ def _preset(redundancy: RedundancyMap, preset: str, choices: list[PossibleEdit])
     if preset in BK_PRESETS:
         layers, mid_block, fewer = BK_PRESETS[preset]
         names = [unit.name for unit in redundancy.units]
-        levels = len({unit.stage for unit in redundancy.units if unit.name.startswith("down_blocks.")})
-        edit = Shorten(layers_per_block=layers, mid_block=mid_block, levels=levels - fewer if fewer else None)
+        levels = len({unit.block for unit in redundancy.units if unit.name.startswith("down_blocks.")})
+        edit = DropLayers(layers_per_block=layers, mid_block=mid_block, levels=levels - fewer if fewer else None)
         gone = dropped(edit, names)
         plain = [c for c in possible_edits(redundancy, "none") if isinstance(c.edit, Remove) and c.edit.unit in gone]
         return _with_edits(_plan(redundancy, plain, {}), [edit])
@@ -465,7 +465,7 @@ def _a_sdm(redundancy: RedundancyMap, choices: list[PossibleEdit], fast: bool) -
     the mid block and the first and last attentions (SDXL has none in its outermost stages either), and the faster kind
     of GRI."""
     tokens = max((unit.positions for unit in redundancy.units if unit.kind == "self_attention"), default=0)
-    last_stage = redundancy.units[-1].stage
+    last_block = redundancy.units[-1].block
     attentions = [unit.name for unit in redundancy.units if unit.kind == "attention"]
     outermost = [*attentions[:1], *attentions[-1:]]
 
@@ -478,8 +478,8 @@ def _a_sdm(redundancy: RedundancyMap, choices: list[PossibleEdit], fast: bool) -
             return False
         middle = edit.unit.endswith((".resnets.1", ".attentions.1"))
         if not fast:
-            return middle and edit.unit.startswith((redundancy.units[0].stage, last_stage))
-        if edit.unit == "mid_block" or is_stage(edit.unit) or edit.unit in outermost:
+            return middle and edit.unit.startswith((redundancy.units[0].block, last_block))
+        if edit.unit == "mid_block" or is_level(edit.unit) or edit.unit in outermost:
             return True
         return middle and not edit.unit.startswith("mid_block")
 

@@ -25,8 +25,8 @@ from asdm.edits.base import CompensationKind, GriAttention, Remove, UnitEdit
 from asdm.edits.regional_attention import AttentionOnMap
 from asdm.edits.surgery import replaced_paths, swapped
 from asdm.errors import AsdmError
-from asdm.families.unet import recast, removable_units, replay_order
-from asdm.measure.hooks import as_they_were
+from asdm.families.unet_structure import execution_order, recast, removable_units
+from asdm.measure.hooks import preserve_module_state
 from asdm.planning.program import (
     MEASUREMENT_MARGIN,
     PossibleEdit,
@@ -38,7 +38,7 @@ from asdm.planning.program import (
     without_measured,
 )
 from asdm.sensitivity.profile import RedundancyMap, Trial, ablate, first_layer, trials_of
-from asdm.student.plan import PlanFigures, PruningPlan, build_student
+from asdm.student.plan import PlanMetrics, PruningPlan, build_student
 
 ROUNDS = 2
 CHANGES = 8  # edits that the first round may take back or add, in all
@@ -59,7 +59,7 @@ Progress = Callable[[int, int, str], None]
     progress=checks.function,
 )
 @torch.no_grad()
-def repair_plan(
+def refine_plan(
     pipeline: DiffusionPipeline,
     redundancy: RedundancyMap,
     plan: PruningPlan,
@@ -82,7 +82,7 @@ def repair_plan(
         progress: called with rounds done, rounds in all, and a note.
 
     Raises:
-        AsdmError: the plan has edits that the map does not know, such as banks: repair first, then add them.
+        AsdmError: the plan has edits that the map does not know, such as banks: refine first, then add them.
     """
     teacher: UNet2DConditionModel = pipeline.unet
     plan.require_for(teacher)
@@ -90,11 +90,11 @@ def repair_plan(
     chosen = [choice for choice in choices if choice.edit in plan.edits]
     if len(chosen) < len(plan.edits):
         strange = next(edit for edit in plan.edits if edit not in [choice.edit for choice in chosen])
-        raise AsdmError(f"{strange}: the map does not know this edit; repair a plan as `make_plan` made it")
+        raise AsdmError(f"{strange}: the map does not know this edit; refine a plan as `make_plan` made it")
     savings = _savings(plan, choices)
     saved = _saved(choices, savings, chosen)
     needed = _needed(plan, saved, redundancy.latency_ms)
-    with as_they_were(teacher):
+    with preserve_module_state(teacher):
         teacher.eval()
         calls = calibration_calls(pipeline, data, prompts, timesteps or len(redundancy.timesteps), samples, seed)
         references = predictions(teacher, calls)
@@ -179,7 +179,7 @@ def _worth(
 
 def _restoring(teacher: UNet2DConditionModel, student: UNet2DConditionModel, edit: UnitEdit) -> Trial:
     """A trial of the student without one of its edits."""
-    behind, left = replay_order(teacher), replay_order(student)
+    behind, left = execution_order(teacher), execution_order(student)
     behind = behind[behind.index(first_layer(teacher, edit)) :]  # a stage that is gone has no layers left
     first = next(name for name in behind if name in left)
     return Trial(f"without {edit}", first, partial(_restored, teacher, student, edit))
@@ -245,5 +245,5 @@ def _told(plan: PruningPlan, redundancy: RedundancyMap, choices: Sequence[Possib
 
 
 def _with_figures(plan: PruningPlan, **figures: float | None) -> PruningPlan:
-    known = plan.figures or PlanFigures(target={}, predicted_speedup=1.0)
+    known = plan.figures or PlanMetrics(target={}, predicted_speedup=1.0)
     return plan.model_copy(update={"figures": known.model_copy(update=figures)})

@@ -25,10 +25,10 @@ from asdm.data.calibration import calibration_calls
 from asdm.diffusion.conditioning import image_size, latent_shape, require_size
 from asdm.edits.surgery import swapped
 from asdm.errors import AsdmError, needs_extra
-from asdm.families.unet import fingerprint
 from asdm.families.unet_calls import random_inputs
+from asdm.families.unet_structure import fingerprint
 from asdm.files import replacing_folder
-from asdm.measure.hooks import Replay, outputs_of, tensor_of
+from asdm.measure.hooks import CachedOutput, outputs_of, tensor_of
 from asdm.pipelines.loading import MARKER, is_random, quiet, require_ours, write_vocabularies
 
 Format = Literal["openvino", "onnx"]
@@ -68,7 +68,7 @@ class _Graph:
     size=checks.whole(),
     int8=checks.literal(Int8),
     data=checks.path,
-    inherit=checks.whole(),
+    cache=checks.whole(),
     parts=checks.each(checks.text),
     progress=checks.function,
 )
@@ -81,7 +81,7 @@ def export(
     size: int | None = None,
     int8: Int8 | None = None,
     data: str | Path | None = None,
-    inherit: int | None = None,
+    cache: int | None = None,
     parts: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Exported:
@@ -97,9 +97,9 @@ def export(
             layers in 8 bits move the images far.
         data: captioned images that the ranges of int8 are taken from, as for `analyze`; without it, latents that the
             pipeline itself makes from general prompts.
-        inherit: for `with_openvino_graphs` within `inherit_features`, the UNet also in two graphs that are called one
+        cache: for `with_openvino_graphs` within `cache_features`, the UNet also in two graphs that are called one
             after the other: "unet_inner", whose features can be inherited, and "unet_outer", which is computed at
-            every step: the last so many layers of the way up (`depth` of `inherit_features`).
+            every step: the last so many layers of the way up (`depth` of `cache_features`).
         parts: only the graphs of these names, for `with_openvino_graphs`; optimum needs all but these two.
 
     Raises:
@@ -115,8 +115,8 @@ def export(
     write = _openvino_writer(int8) if to == "openvino" else _onnx_writer()
     folder = Path(folder)
     require_ours(folder, "export")
-    if inherit is not None and to != "openvino":
-        raise AsdmError(f"inherit={inherit}, to={to}: two graphs are for openvino")
+    if cache is not None and to != "openvino":
+        raise AsdmError(f"cache={cache}, to={to}: two graphs are for openvino")
     if pipeline.unet.config.time_cond_proj_dim is not None:
         raise AsdmError("export: this UNet is told its guidance by an embedding, which the graphs have no input for")
     if pipeline.unet.dtype != torch.float32:
@@ -124,7 +124,7 @@ def export(
     require_whole(pipeline.unet, "export")
     size = image_size(pipeline) if size is None else size
     require_size(pipeline, size)
-    graphs = _graphs(pipeline, size, inherit, _calibration(pipeline, size, data) if int8 == "activations" else [])
+    graphs = _graphs(pipeline, size, cache, _calibration(pipeline, size, data) if int8 == "activations" else [])
     graphs = [graph for graph in graphs if parts is None or graph.name in parts]
     tolerance = TOLERANCE if int8 is None else INT8_TOLERANCE
     if int8 is not None and is_random(pipeline):
@@ -138,13 +138,13 @@ def export(
             run = write(graph, partial / graph.name / FILES[to])
             (partial / graph.name / "config.json").write_text(json.dumps(graph.config, indent=1, default=str), "utf-8")
             differences[graph.name] = _difference(graph, run, tolerance)
-        about = {"format": to, "int8": int8, "inherit": inherit, "fingerprint": fingerprint(pipeline.unet)}
+        about = {"format": to, "int8": int8, "inherit": cache, "fingerprint": fingerprint(pipeline.unet)}
         _write_rest(pipeline, partial, [graph.name for graph in graphs if graph.name in _PART_CLASSES[to]], about)
     return Exported(folder, differences)
 
 
 def _graphs(
-    pipeline: DiffusionPipeline, size: int, inherit: int | None, calibration: list[dict[str, Tensor]]
+    pipeline: DiffusionPipeline, size: int, cache: int | None, calibration: list[dict[str, Tensor]]
 ) -> list[_Graph]:
     channels, side = latent_shape(pipeline)[0], size // pipeline.vae_scale_factor
     generator = torch.Generator().manual_seed(0)
@@ -174,7 +174,7 @@ def _graphs(
             ids = torch.randint(0, encoder.config.vocab_size, (2, length), generator=generator)
             module = _Text(encoder)
             graphs.append(_Graph(name, module, {"input_ids": ids}, module.names(ids), encoder.config.to_dict()))
-    return graphs if inherit is None else [*graphs, *_inheriting_graphs(unet, inherit)]
+    return graphs if cache is None else [*graphs, *_inheriting_graphs(unet, cache)]
 
 
 def _inheriting_graphs(whole: _Graph, depth: int) -> list[_Graph]:
@@ -279,7 +279,7 @@ class _Outer(_UNet):
             return super().forward(sample, timestep, encoder_hidden_states, text_embeds, time_ids)
 
 
-class _Answer(Replay):
+class _Answer(CachedOutput):
     """In the place of a block, whose attributes the UNet asks for."""
 
     def __init__(self, output: Any, module: nn.Module):

@@ -157,11 +157,11 @@ class OpenVinoUNet(nn.Module):
         """
         mine = self.about.get("inherit")
         if self.inner is None:
-            raise AsdmError("this UNet is one graph, in which nothing can be inherited; export it with inherit=1")
+            raise AsdmError("this UNet is one graph, in which nothing can be inherited; export it with cache=1")
         if (granularity, depth) != ("layer", mine):
             raise AsdmError(
                 f"granularity={granularity}, depth={depth}: these graphs were exported for granularity layer and depth "
-                f"{mine}; export others with inherit={depth}"
+                f"{mine}; export others with cache={depth}"
             )
         return Cut(["inner"], frozenset(["inner"]))
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from asdm import checks
 from asdm.errors import AsdmError
-from asdm.families.unet import unlike
 from asdm.families.unet_calls import unet_call
+from asdm.families.unet_structure import unlike
 from asdm.measure.latency import measure_interleaved
 from asdm.pipelines.loading import with_unet
 

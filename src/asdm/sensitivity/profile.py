@@ -28,20 +28,20 @@ from asdm.diffusion.conditioning import latent_shape
 from asdm.edits.base import CompensationKind, GriAttention, Remove, UnitEdit
 from asdm.edits.surgery import edited, replaced_paths, swapped
 from asdm.errors import AsdmError, one_line
-from asdm.families.unet import (
+from asdm.families.unet_calls import unet_call
+from asdm.families.unet_structure import (
     TRANSFORMER_BRANCHES,
     Unit,
     UnitKind,
+    block_of,
+    execution_order,
     fingerprint,
-    goes_with,
+    is_covered_by,
     layers,
     removable_units,
-    replay_order,
-    stage_of,
 )
-from asdm.families.unet_calls import unet_call
 from asdm.files import write_text
-from asdm.measure.hooks import Replay, as_they_were, outputs_of, tensor_of
+from asdm.measure.hooks import CachedOutput, outputs_of, preserve_module_state, tensor_of
 from asdm.measure.latency import Latency, seconds_of
 from asdm.measure.macs import MacCount, counting_macs
 from asdm.measure.modules import disagreement, module_latencies
@@ -83,8 +83,8 @@ class UnitRecord(Record):
     sensitivity_by_timestep: dict[int, float]
 
     @property
-    def stage(self) -> str:
-        return stage_of(self.name)
+    def block(self) -> str:
+        return block_of(self.name)
 
 
 class EditRecord(Record):
@@ -220,13 +220,13 @@ def analyze(
     compensate = compensate or ("none" if is_random(pipeline) else "linear")
     unet: UNet2DConditionModel = pipeline.unet
     units = removable_units(unet)
-    with as_they_were(unet):
+    with preserve_module_state(unet):
         unet.eval()
         if progress is not None:
             progress(0, len(units), "measuring what each unit costs")
         costs = _measure_costs(unet, units, latency_rounds)
-        regional, stage_removals = _regional_attentions(unet, units, costs), _stage_removals(unet)
-        other_edits: list[GriAttention | Remove] = [*regional, *stage_removals]
+        regional, level_removals = _regional_attentions(unet, units, costs), _level_removals(unet)
+        other_edits: list[GriAttention | Remove] = [*regional, *level_removals]
         others = _measure_others(unet, other_edits, costs, latency_rounds)
         other_trials = trials_of(unet, other_edits)
         everything = [*trials_of(unet, [Remove(unit=unit.name) for unit in units]), *other_trials]
@@ -235,12 +235,12 @@ def analyze(
         if sensitivity == "taylor":
             forward = _record(unet, [], calls[0].arguments)[2]
             # What a whole stage does is not of the first order, and there are two of them.
-            stage_trials = other_trials[len(regional) :]
-            of_stages: dict[str, dict[int, float]] = {trial.name: {} for trial in stage_trials}
+            level_trials = other_trials[len(regional) :]
+            of_levels: dict[str, dict[int, float]] = {trial.name: {} for trial in level_trials}
 
-            def stages_too(call: CalibrationCall, outputs: dict[str, Any], prediction: Tensor) -> None:
-                for name, error in _ablated(unet, stage_trials, call, outputs, prediction).items():
-                    of_stages[name][call.timestep] = error
+            def levels_too(call: CalibrationCall, outputs: dict[str, Any], prediction: Tensor) -> None:
+                for name, error in _ablated(unet, level_trials, call, outputs, prediction).items():
+                    of_levels[name][call.timestep] = error
 
             before = time.perf_counter()
             errors = taylor_sensitivity(
@@ -251,11 +251,11 @@ def analyze(
                 probes=TAYLOR_PROBES,
                 seed=seed,
                 progress=progress,
-                recording=replay_order(unet),
-                recorded=stages_too,
+                recording=execution_order(unet),
+                recorded=levels_too,
             )
             forwards = (time.perf_counter() - before) / forward
-            errors |= of_stages
+            errors |= of_levels
         else:
             forwards = 0.0
             if compensate != "none":
@@ -310,11 +310,11 @@ def structure_map(unet: UNet2DConditionModel, model: str = "") -> RedundancyMap:
         model: the name that the map gives the UNet.
     """
     started = time.perf_counter()
-    with as_they_were(unet):
+    with preserve_module_state(unet):
         unet.eval()
         units = removable_units(unet)
         costs = _measure_costs(unet, units, 0)
-        edits: list[GriAttention | Remove] = [*_regional_attentions(unet, units, costs), *_stage_removals(unet)]
+        edits: list[GriAttention | Remove] = [*_regional_attentions(unet, units, costs), *_level_removals(unet)]
         others = _measure_others(unet, edits, costs, 0)
     return RedundancyMap(
         model=model,
@@ -451,7 +451,7 @@ def _regional_attentions(unet: UNet2DConditionModel, units: list[Unit], costs: _
     return edits
 
 
-def _stage_removals(unet: UNet2DConditionModel) -> list[Remove]:
+def _level_removals(unet: UNet2DConditionModel) -> list[Remove]:
     """The mid block and the innermost stage, where they can go."""
     edits = []
     for name in ("mid_block", f"down_blocks.{len(unet.down_blocks) - 1}"):
@@ -516,7 +516,7 @@ def _saving(
 ) -> dict[str, Any]:
     """The fields of an edit's record that say what it saves, its sensitivity still unknown."""
     return {
-        "covers": [unit.name for unit in removable_units(unet) if goes_with(unit.name, [edit.unit])],
+        "covers": [unit.name for unit in removable_units(unet) if is_covered_by(unit.name, [edit.unit])],
         "parameters": parameters,
         "gmacs": macs[0] / 1e9,
         "gmacs_without_attention": macs[1] / 1e9,
@@ -609,7 +609,7 @@ def ablate(
             progress(done, len(trials) * len(calls), name)
 
     for index, call in enumerate(calls):
-        outputs, reference, seconds = _record(unet, replay_order(unet), call.arguments)
+        outputs, reference, seconds = _record(unet, execution_order(unet), call.arguments)
         whole += seconds
         if references is not None:
             reference = references[index]
@@ -632,14 +632,14 @@ def _ablated(
     errors: dict[str, float] = {}
     power = reference.float().square().sum()
     with ExitStack() as replayed:
-        for name in replay_order(unet):
+        for name in execution_order(unet):
             for trial in [trial for trial in trials if trial.layer == name]:
                 with trial.applied():
                     moved = unet(**call.arguments, return_dict=False)[0]
                 errors[trial.name] = float((moved.float() - reference.float()).square().sum() / power)
                 tried(trial.name)
             if name in outputs:  # all but a placeholder that is never called
-                replayed.enter_context(swapped(unet, {name: Replay(outputs.pop(name))}))
+                replayed.enter_context(swapped(unet, {name: CachedOutput(outputs.pop(name))}))
     return errors
 
 

@@ -13,12 +13,12 @@ from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator, Validat
 from torch import Tensor
 
 from asdm import checks
-from asdm.edits.base import Edit, GriAttention, Shorten, UnitEdit, parse_edits
+from asdm.edits.base import DropLayers, Edit, GriAttention, UnitEdit, parse_edits
 from asdm.edits.cond_conv import CondConv2d
-from asdm.edits.drop_layers import name_in_original, shortened
+from asdm.edits.drop_layers import teacher_key, with_dropped_layers
 from asdm.edits.maps import Compensation, TimeCompensation
 from asdm.errors import AsdmError
-from asdm.families.unet import conv_channels, fingerprint, goes_with, is_stage, require_plain
+from asdm.families.unet_structure import conv_channels, fingerprint, is_covered_by, is_level, require_plain
 from asdm.files import write_text
 from asdm.measure.latency import Ratio
 from asdm.records import Record, first_fault
@@ -40,9 +40,9 @@ class PlanBase(Record):
 SpeedupBasis = Literal["measured", "latency", "macs"]
 
 
-class PlanFigures(Record):
+class PlanMetrics(Record):
     """What the planner aimed at and measured: ratios teacher / student; `predicted_sensitivity`, the sum of the map's
-    for the edits, and `measured_sensitivity`, that of all edits together (`repair_plan`).
+    for the edits, and `measured_sensitivity`, that of all edits together (`refine_plan`).
 
     `model`: the teacher's name. `predicted_sensitivity` is None where no sensitivities were needed. `speedup_basis`:
     what tells that the target is met, a measurement, or on a machine that was too busy for one the map's latencies or
@@ -76,7 +76,7 @@ class PruningPlan(Record):
 
     base: PlanBase
     edits: Edits
-    figures: PlanFigures | None = None
+    figures: PlanMetrics | None = None
 
     @classmethod
     def for_unet(cls, unet: UNet2DConditionModel, edits: Iterable[Any] = ()) -> PruningPlan:
@@ -134,16 +134,16 @@ class PruningPlan(Record):
 def empty_student(unet: UNet2DConditionModel, plan: PruningPlan) -> UNet2DConditionModel:
     """The student's modules without weights (on the meta device)."""
     plan.require_for(unet)
-    shorter = next((edit for edit in plan.edits if isinstance(edit, Shorten)), None)
+    shorter = next((edit for edit in plan.edits if isinstance(edit, DropLayers)), None)
     if shorter is not None:
         if len(plan.edits) > 1:
-            raise AsdmError("shorten: goes with no other edit, as it numbers the layers anew; make two plans")
-        return shortened(unet, shorter)
+            raise AsdmError("drop_layers: goes with no other edit, as it numbers the layers anew; make two plans")
+        return with_dropped_layers(unet, shorter)
     config = {key: value for key, value in unet.config.items() if key != "edits"}
-    new = [edit.unit for edit in plan.edits if not isinstance(edit, Shorten)]
-    innermost = next(filter(is_stage, new), None)
+    new = [edit.unit for edit in plan.edits if not isinstance(edit, DropLayers)]
+    innermost = next(filter(is_level, new), None)
     for name in new:
-        if innermost is not None and not is_stage(name) and goes_with(name, [innermost]):
+        if innermost is not None and not is_level(name) and is_covered_by(name, [innermost]):
             raise AsdmError(f"{name}: goes with {innermost}, which the plan removes; drop one of them")
     earlier = [edit for edit in edits_of(unet) if not _gives_way(edit, new)]
     config["edits"] = [edit.to_dict() for edit in [*earlier, *plan.edits]]
@@ -153,7 +153,7 @@ def empty_student(unet: UNet2DConditionModel, plan: PruningPlan) -> UNet2DCondit
 
 def _gives_way(edit: UnitEdit, removed: list[str]) -> bool:
     """Whether an earlier edit is void once `removed` goes."""
-    inside = any(edit.unit != unit and goes_with(edit.unit, [unit]) for unit in removed)
+    inside = any(edit.unit != unit and is_covered_by(edit.unit, [unit]) for unit in removed)
     return inside or (isinstance(edit, GriAttention) and edit.unit in removed)
 
 
@@ -196,6 +196,6 @@ def inherit_weights(student: UNet2DConditionModel, teacher: UNet2DConditionModel
         own |= {f"{path}.{name}": tensor.to(like.device, like.dtype) for name, tensor in started.items()}
     inherited = {}
     for name in student.state_dict():
-        original = name_in_original(name, student, teacher)
+        original = teacher_key(name, student, teacher)
         inherited[name] = source[original].detach().clone() if original in source else own[name]
     student.load_state_dict(inherited, strict=True, assign=True)

@@ -14,7 +14,9 @@ from pathlib import Path
 MODULE_NAME = "asdm_unet"
 _ROOMS = (
     "asdm.errors",
-    "asdm.families.unet",
+    "asdm.old_names",
+    "asdm.families.base",
+    "asdm.families.unet_structure",
     "asdm.edits.base",
     "asdm.edits.maps",
     "asdm.edits.cond_conv",

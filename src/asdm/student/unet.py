@@ -18,13 +18,13 @@ from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.model_loading_utils import load_state_dict
 from torch import Tensor, nn
 
-from asdm.edits.base import CondConv, Shorten, parse_edits
+from asdm.edits.base import CondConv, DropLayers, parse_edits
 from asdm.edits.cond_conv import OneTimestepEmbedding, experts_following, repeated_row, require_fusable
 from asdm.edits.maps import Compensation, reshape_saved
 from asdm.edits.regional_attention import GriAttnProcessor
 from asdm.edits.surgery import RemovedDownBlock, apply_edits
 from asdm.errors import AsdmError, one_line
-from asdm.families.unet import recast
+from asdm.families.unet_structure import recast
 from asdm.student.adapters import renumber
 from asdm.student.standalone import MODULE_NAME, module_source
 
@@ -38,7 +38,7 @@ class AsdmUNet2DConditionModel(UNet2DConditionModel):
     """A UNet2DConditionModel with a list of edits applied; `forward` and module names are the stock ones.
 
     Args:
-        edits: records of `asdm.edits.base`, or the same as dicts, but `Shorten`, which needs no class of its
+        edits: records of `asdm.edits.base`, or the same as dicts, but `DropLayers`, which needs no class of its
             own. Without any, the stock UNet.
         unet_config: the arguments of `UNet2DConditionModel`.
 
@@ -50,7 +50,7 @@ class AsdmUNet2DConditionModel(UNet2DConditionModel):
 
     def __init__(self, edits: Sequence[Any] = (), **unet_config: Any):
         super().__init__(**unet_config)
-        records = [edit for edit in parse_edits(edits) if not isinstance(edit, Shorten)]
+        records = [edit for edit in parse_edits(edits) if not isinstance(edit, DropLayers)]
         apply_edits(self, records)
         self.register_to_config(edits=[record.to_dict() for record in records])
         if any(isinstance(record, CondConv) and record.router == "time" for record in records):

@@ -33,7 +33,7 @@ from asdm.errors import AsdmError
 from asdm.files import replacing_folder, write_text
 from asdm.measure.machine import fast_products, fastest_precision
 from asdm.training.optimizers import OptimizerName, make_optimizer
-from asdm.training.sharding import keep_in_host_memory, parted_as, sharded_twin, sharding_is_asked_for, whole
+from asdm.training.sharding import keep_in_host_memory, shard_like, sharded_twin, sharding_is_asked_for, whole
 
 Batch = Any
 Progress = Callable[[dict[str, float]], None]
@@ -41,7 +41,7 @@ LONGEST_WAIT = timedelta(days=7)  # of a process for the others: one may draw im
 
 
 @dataclass(frozen=True)
-class Part:
+class BatchSlice:
     """The `index`-th of `count` equal parts of a step's batch, for one process and one round of accumulation."""
 
     index: int = 0
@@ -67,7 +67,7 @@ class TrainingTask(nn.Module):
 
     `forward(batch, generator)` returns a dict of scalars: "loss", which is minimised, and every
     component of it for the log. Frozen parts have `requires_grad` off. A task that can be run by several
-    processes, or in rounds, takes a `Part` of the batch as a third argument.
+    processes, or in rounds, takes a `BatchSlice` of the batch as a third argument.
     """
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -161,7 +161,8 @@ def train(
     )
     optimizer = accelerator.prepare_optimizer(optimizer)
     parts = [
-        Part(index * settings.accumulation + i, processes * settings.accumulation) for i in range(settings.accumulation)
+        BatchSlice(index * settings.accumulation + i, processes * settings.accumulation)
+        for i in range(settings.accumulation)
     ]
     # Torch has no copy of many sharded tensors at once.
     ema = EMAModel(weights.values(), decay=settings.ema_decay, foreach=not sharded) if settings.ema_decay else None
@@ -349,7 +350,7 @@ class _TrainingState:
         if weights.keys() != self.weights.keys():
             raise AsdmError(f"{path}: a checkpoint of another model; use another output folder")
         for name, parameter in self.weights.items():
-            parameter.data.copy_(parted_as(parameter, weights[name]))
+            parameter.data.copy_(shard_like(parameter, weights[name]))
         state: dict[int, dict[str, Tensor | int]] = {}
         numbered = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for name, value in load_file(path / "optimizer.safetensors").items():
@@ -357,13 +358,13 @@ class _TrainingState:
             parameter = numbered[int(index)]
             # bitsandbytes counts its steps in an int.
             counts = not value.ndim and not value.is_floating_point()
-            state.setdefault(int(index), {})[key] = int(value) if counts else parted_as(parameter, value)
+            state.setdefault(int(index), {})[key] = int(value) if counts else shard_like(parameter, value)
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         if self.ema is not None:
             averaged = load_file(path / "ema.safetensors")
             self.ema.shadow_params = [
-                parted_as(p, averaged[name]).to(p.device, copy=True) for name, p in self.weights.items()
+                shard_like(p, averaged[name]).to(p.device, copy=True) for name, p in self.weights.items()
             ]
             self.ema.optimization_step = step
         if self.scaler is not None and (path / "scaler.json").is_file():

@@ -57,7 +57,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def parted_as(reference: Tensor, tensor: Tensor) -> Tensor:
+def shard_like(reference: Tensor, tensor: Tensor) -> Tensor:
     """This process's part of a tensor that all of them hold, where `reference` is parted; in its shape, where that was
     saved as another (by version 0.1)."""
     if tensor.numel() == reference.numel():

@@ -14,19 +14,19 @@ from matplotlib.transforms import Bbox
 
 from asdm import AsdmError, PruningPlan
 from asdm.benchmark.methods import (
-    Contestant,
+    Method,
     anew,
     at_every,
     attention_broadcast,
     by_lcm,
     combined,
-    contestants,
     deep_cache,
     guided_until,
     in_openvino,
     inheriting,
     inherits,
     kept,
+    methods,
     pruned,
     t_gate,
     tome,
@@ -34,7 +34,7 @@ from asdm.benchmark.methods import (
     with_gri,
 )
 from asdm.benchmark.plot import contest_plot, pareto_front
-from asdm.benchmark.run import Contest, ContestRow, ContestRun, contest_rows
+from asdm.benchmark.run import Benchmark, BenchmarkRow, BenchmarkRun, benchmark_rows
 from asdm.diffusion.generation import generate
 from asdm.measure.limits import machine_limits
 from conftest import tiny_pipeline
@@ -64,16 +64,16 @@ def test_a_contest_measures_everyone_and_tells_failures(pipeline, data_folder, m
 
     lean = without_mid_block(pipeline.unet)
     entries = [
-        Contestant("original", "original", steps=4),
-        Contestant("same", "ours", steps=4),
-        Contestant("2 steps", "fewer steps", steps=2),
+        Method("original", "original", steps=4),
+        Method("same", "ours", steps=4),
+        Method("2 steps", "fewer steps", steps=2),
         inherits(4, 2),
         combined("lean stack", "stack", kept(lean), inheriting(every=2), steps=2, kinds=at_every(2)),
         combined("few steps", "stack", by_lcm, steps=4),
-        Contestant("broken", "peer", failing),
+        Method("broken", "peer", failing),
     ]
     limits = {"float32": {"matrix product": 1e-3, "3x3 convolution": 1e-4}}
-    found = contest_rows(
+    found = benchmark_rows(
         pipeline,
         entries,
         place="tiny",
@@ -103,11 +103,11 @@ def test_a_contest_measures_everyone_and_tells_failures(pipeline, data_folder, m
     assert few.gflops == pytest.approx(2 * original.gmacs / few.parts["UNet, whole"])
     assert few.teacher_distance["seen"] > 0 and isinstance(pipeline.scheduler, DDIMScheduler)
     assert len(list((tmp_path / "images" / "seen" / "original").glob("*.png"))) == 2
-    run = ContestRun.now(device="cpu", rounds=2, seed=0, limits=limits)
-    made = Contest().with_place("other", run, [found[0].model_copy(update={"place": "other"})])
+    run = BenchmarkRun.now(device="cpu", rounds=2, seed=0, limits=limits)
+    made = Benchmark().with_place("other", run, [found[0].model_copy(update={"place": "other"})])
     made = made.with_place("tiny", run, found[:1]).with_place("tiny", run, found)  # again, instead of the first
     made.save(tmp_path / "made.json")
-    assert Contest.load(tmp_path / "made.json") == made and "torch" in made.runs["other"].versions
+    assert Benchmark.load(tmp_path / "made.json") == made and "torch" in made.runs["other"].versions
     rows = json.loads((tmp_path / "made.json").read_text())
     assert [(row["place"], row["name"]) for row in rows] == [
         ("other", "original"),
@@ -115,7 +115,7 @@ def test_a_contest_measures_everyone_and_tells_failures(pipeline, data_folder, m
     ]
     (tmp_path / "made_run.json").unlink()
     with pytest.raises(AsdmError, match="not the results of a benchmark"):
-        Contest.load(tmp_path / "made.json")
+        Benchmark.load(tmp_path / "made.json")
     known = [row.model_copy(update={"speedup_interval": (row.speedup, row.speedup)}) for row in found if row.speedup]
     figure = contest_plot(known)
     assert [axes.get_title() for axes in figure.axes] == ["seen prompts", "held-out prompts"]
@@ -140,9 +140,9 @@ def test_where_an_image_takes_long_its_time_is_put_together_from_parts(pipeline)
         assert next(steps) == (4 if len(entered) == 1 else 7)
         handle.remove()
 
-    slowest = Contestant("slow", "ours", slowly, 10, at_every(3))
-    entries = [Contestant("original", "original"), *slowest.in_steps([10, 4])]
-    _, slow_row, fewer = contest_rows(pipeline, entries, place="tiny", data=None, rounds=1, longest=0)
+    slowest = Method("slow", "ours", slowly, 10, at_every(3))
+    entries = [Method("original", "original"), *slowest.in_steps([10, 4])]
+    _, slow_row, fewer = benchmark_rows(pipeline, entries, place="tiny", data=None, rounds=1, longest=0)
     assert len(entered) <= 3  # for warming up and for one or two turns: in fewer steps it has the same parts
     assert (fewer.name, fewer.steps, fewer.parts) == ("slow, 4 steps", 4, slow_row.parts)
     assert fewer.seconds < slow_row.seconds and fewer.peak_megabytes == slow_row.peak_megabytes
@@ -156,12 +156,12 @@ def test_where_an_image_takes_long_its_time_is_put_together_from_parts(pipeline)
 
 @pytest.mark.parametrize("longest", [0, 100])
 def test_steps_without_guidance_are_timed_apart(pipeline, longest):
-    entries = [Contestant("original", "original", steps=10), guided_until(10, 0.6)]
+    entries = [Method("original", "original", steps=10), guided_until(10, 0.6)]
     batches = defaultdict(int)
     handle = pipeline.unet.register_forward_pre_hook(
         lambda _, args, kwargs: batches.update({len(args[0]): batches[len(args[0])] + 1}), with_kwargs=True
     )
-    original, guided = contest_rows(pipeline, entries, place="tiny", data=None, rounds=1, longest=longest)
+    original, guided = benchmark_rows(pipeline, entries, place="tiny", data=None, rounds=1, longest=longest)
     handle.remove()
     kinds = {part for part in guided.parts if part.startswith("UNet")}
     assert kinds == {"UNet, whole", "UNet, without guidance"} and guided.error is None
@@ -173,7 +173,7 @@ def test_a_peer_runs_and_leaves_the_pipeline_as_it_was(make, pipeline):
     pytest.importorskip({tome: "tomesd", deep_cache: "DeepCache", t_gate: "tgate"}.get(make, "diffusers"))
     entry = make(8, 0.5 if make is tome else 2)
     expected = generate(with_dpm_solver(pipeline), ["a photograph"], steps=8)
-    (row,) = contest_rows(pipeline, [entry], place="tiny", data=None, rounds=1)
+    (row,) = benchmark_rows(pipeline, [entry], place="tiny", data=None, rounds=1)
     assert row.error is None and row.seconds > 0
     kinds = {part for part in row.parts if part.startswith("UNet")}
     assert kinds == {f"UNet, {entry.kinds(step)}" for step in range(8)}
@@ -187,7 +187,7 @@ def test_openvino_draws_the_same_within_the_same_loop(pipeline):
     pytest.importorskip("openvino")
     entry = combined("graph", "runtime", in_openvino(), steps=4)
     expected = generate(pipeline, ["a photograph"], steps=4)
-    (row,) = contest_rows(pipeline, [entry], place="tiny", data=None, rounds=1)
+    (row,) = benchmark_rows(pipeline, [entry], place="tiny", data=None, rounds=1)
     assert row.error is None and row.dtype in ("float32", "bfloat16") and row.gmacs > 0
     assert row.unet_megabytes < sum(p.numel() for p in pipeline.unet.parameters()) * 4 / 1e6
     with entry.prepared(pipeline) as ready:
@@ -228,7 +228,7 @@ def test_our_parts_leave_the_pipeline_as_it_was():
     pipeline = tiny_pipeline()
     modules = dict(pipeline.unet.named_modules())
     students = {"bk-base": without_mid_block(pipeline.unet), "lean": without_mid_block(pipeline.unet)}
-    entries = contestants(8, students, few_step={"quick": without_mid_block(pipeline.unet)}, data="demo")
+    entries = methods(8, students, few_step={"quick": without_mid_block(pipeline.unet)}, data="demo")
     names = [entry.name for entry in entries]
     assert len(names) == len(set(names)) and names[0] == "original"
     groups = {entry.name: entry.group for entry in entries}
@@ -246,9 +246,9 @@ def test_our_parts_leave_the_pipeline_as_it_was():
             with entry.prepared(pipeline) as ready:
                 assert ready is pipeline
             assert dict(pipeline.unet.named_modules()) == modules
-    speed_alone = {entry.name for entry in contestants(8, students)}
+    speed_alone = {entry.name for entry in methods(8, students)}
     assert speed_alone < set(names) and not any("calibrated" in name for name in speed_alone)
-    elsewhere = {entry.name for entry in contestants(8, students, graphs=False)}
+    elsewhere = {entry.name for entry in methods(8, students, graphs=False)}
     assert elsewhere == {name for name in speed_alone if "OpenVINO" not in name}
 
 
@@ -261,7 +261,7 @@ def test_gri_takes_the_place_of_the_outermost_self_attentions(pipeline, faster, 
 
 def test_the_front_holds_what_no_other_beats():
     def row(name, speedup, distance):
-        return ContestRow(
+        return BenchmarkRow(
             place="p",
             name=name,
             group="ours",
@@ -272,14 +272,14 @@ def test_the_front_holds_what_no_other_beats():
         )
 
     rows = [row("base", 1, 0.0), row("good", 2, 0.1), row("worse", 1.5, 0.2), row("fast", 3, 0.3), row("far", 3, 0.4)]
-    rows.append(ContestRow(place="p", name="broken", group="peer", steps=1, error="x"))
+    rows.append(BenchmarkRow(place="p", name="broken", group="peer", steps=1, error="x"))
     for quality in ("teacher_distance", "concept_top5"):
         assert [found.name for found in pareto_front(rows, "seen", quality)] == ["base", "good", "fast"]
 
 
 def test_labels_of_the_plot_do_not_cover_each_other():
     rows = [
-        ContestRow(
+        BenchmarkRow(
             place="p",
             name=f"a contestant, number {index}",
             group="stack",

@@ -18,7 +18,7 @@ from diffusers import (
 from diffusers.callbacks import SDCFGCutoffCallback
 from PIL import Image
 
-from asdm import AsdmError, GuidanceEnd, generate, inherit_features
+from asdm import AsdmError, CfgCutoff, cache_features, generate
 from conftest import tiny_inpainting_pipeline, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet
 
 PICTURE = Image.new("RGB", (16, 16), "red")
@@ -43,7 +43,7 @@ def batches(unet, draw):
 def test_the_later_steps_take_one_branch(make, given):
     pipeline = make()
     given = {**given, "strength": 1.0} if given else {}
-    seen = batches(pipeline.unet, lambda: generate(pipeline, PROMPTS, steps=5, guidance_end=0.5, **given))
+    seen = batches(pipeline.unet, lambda: generate(pipeline, PROMPTS, steps=5, cfg_cutoff=0.5, **given))
     assert seen == [4, 4, 4, 2, 2]
 
 
@@ -51,7 +51,7 @@ def test_one_prompt_is_drawn_as_by_diffusers_own_cutoff(pipeline):
     of = {"num_inference_steps": 5, "guidance_scale": 5.0, "output_type": "latent"}
     ours, theirs = (
         pipeline(PROMPTS[0], generator=torch.Generator().manual_seed(0), callback_on_step_end=callback, **of).images
-        for callback in (GuidanceEnd(pipeline, 0.6), SDCFGCutoffCallback(None, 2))
+        for callback in (CfgCutoff(pipeline, 0.6), SDCFGCutoffCallback(None, 2))
     )
     assert torch.equal(ours, theirs)
     whole = pipeline(PROMPTS[0], generator=torch.Generator().manual_seed(0), **of).images
@@ -59,8 +59,8 @@ def test_one_prompt_is_drawn_as_by_diffusers_own_cutoff(pipeline):
 
 
 def test_a_batch_is_drawn_as_its_prompts_alone(pipeline):
-    together = generate(pipeline, PROMPTS, steps=4, guidance_end=0.5)
-    alone = [generate(pipeline, prompt, steps=4, guidance_end=0.5, seed=seed) for seed, prompt in enumerate(PROMPTS)]
+    together = generate(pipeline, PROMPTS, steps=4, cfg_cutoff=0.5)
+    alone = [generate(pipeline, prompt, steps=4, cfg_cutoff=0.5, seed=seed) for seed, prompt in enumerate(PROMPTS)]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-4)
     # The next image of the same pipeline is guided again.
     assert batches(pipeline.unet, lambda: generate(pipeline, PROMPTS[0], steps=2)) == [2, 2]
@@ -80,7 +80,7 @@ def test_images_of_a_controlnet_are_halved_too(pipeline):
                 image=[PICTURE, PICTURE],
                 num_inference_steps=4,
                 guess_mode=guess_mode,
-                callback_on_step_end=GuidanceEnd(guided, 0.5),
+                callback_on_step_end=CfgCutoff(guided, 0.5),
             ),
         )
         assert seen == ([2, 2, 2, 2] if guess_mode else [4, 4, 2, 2])
@@ -116,19 +116,19 @@ def test_other_kinds_of_guidance_end_too(kind, parts, given, branches):
     many = {name: [value] * 2 if "image" in name and branches == 2 else value for name, value in given.items()}
     seen = batches(
         pipeline.unet,
-        lambda: pipeline(PROMPTS, num_inference_steps=4, callback_on_step_end=GuidanceEnd(pipeline, 0.5), **many),
+        lambda: pipeline(PROMPTS, num_inference_steps=4, callback_on_step_end=CfgCutoff(pipeline, 0.5), **many),
     )
     assert seen == [2 * branches, 2 * branches, 2, 2]
 
 
 def test_features_are_not_inherited_from_both_branches(pipeline):
-    with inherit_features(pipeline, every=4) as session:
-        assert generate(pipeline, PROMPTS, steps=6, guidance_end=0.5).isfinite().all()
+    with cache_features(pipeline, every=4) as session:
+        assert generate(pipeline, PROMPTS, steps=6, cfg_cutoff=0.5).isfinite().all()
     assert session.computed == 2 + 1  # the first, the first of one branch, and the fourth behind that
 
 
 def test_without_guidance_nothing_changes(pipeline):
-    drawn = [generate(pipeline, "octopus", steps=3, guidance_scale=1.0, guidance_end=end) for end in (1.0, 0.4)]
+    drawn = [generate(pipeline, "octopus", steps=3, guidance_scale=1.0, cfg_cutoff=end) for end in (1.0, 0.4)]
     assert torch.equal(*drawn)
 
 
@@ -148,18 +148,18 @@ REFUSED = [
 @pytest.mark.parametrize("name", REFUSED)
 def test_guidance_that_a_callback_cannot_end_is_refused_before_sampling(name):
     kind = getattr(diffusers, name)
-    with pytest.raises(AsdmError, match=f"^{name}: its guidance cannot end early; leave guidance_end out"):
-        GuidanceEnd(kind.__new__(kind), 0.5)
+    with pytest.raises(AsdmError, match=f"^{name}: its guidance cannot end early; leave cfg_cutoff out"):
+        CfgCutoff(kind.__new__(kind), 0.5)
 
 
 def test_a_pipeline_of_another_kind_than_it_was_made_for_is_refused(pipeline):
     other = of_kind(StableDiffusionPAGPipeline)
     with pytest.raises(AsdmError, match="StableDiffusionPAGPipeline: its guidance cannot end early"):
-        generate(other, "octopus", steps=2, guidance_end=0.5)
+        generate(other, "octopus", steps=2, cfg_cutoff=0.5)
     other = tiny_inpainting_pipeline()
     given = {"image": PICTURE, "mask_image": MASK, "height": 16, "width": 16}
     with pytest.raises(AsdmError, match="for another kind of pipeline than StableDiffusionInpaintPipeline"):
-        other("octopus", num_inference_steps=2, callback_on_step_end=GuidanceEnd(pipeline, 0.5), **given)
+        other("octopus", num_inference_steps=2, callback_on_step_end=CfgCutoff(pipeline, 0.5), **given)
 
 
 def test_a_pipeline_with_a_loop_of_its_own_is_refused(pipeline):
@@ -168,13 +168,13 @@ def test_a_pipeline_with_a_loop_of_its_own_is_refused(pipeline):
             return super().__call__(*args, **kwargs)
 
     with pytest.raises(AsdmError, match="Other: its guidance cannot end early"):
-        GuidanceEnd(Other.__new__(Other), 0.5)
+        CfgCutoff(Other.__new__(Other), 0.5)
 
 
 def test_what_cannot_end_is_told(pipeline):
     for end in (0.0, 1.5, float("nan")):
-        with pytest.raises(AsdmError, match=r"guidance_end=.*must be a finite number above 0 and at most 1"):
-            generate(pipeline, "octopus", guidance_end=end)
+        with pytest.raises(AsdmError, match=r"cfg_cutoff=.*must be a finite number above 0 and at most 1"):
+            generate(pipeline, "octopus", cfg_cutoff=end)
     pipeline.unet.register_to_config(encoder_hid_dim_type="ip_image_proj")  # as load_ip_adapter does
     with pytest.raises(AsdmError, match="IP-Adapter"):
-        GuidanceEnd(pipeline, 0.5)
+        CfgCutoff(pipeline, 0.5)

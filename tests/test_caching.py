@@ -25,13 +25,13 @@ from typer.testing import CliRunner
 
 from asdm import (
     AsdmError,
-    GuidanceEnd,
-    InheritanceSchedule,
+    CacheSchedule,
+    CfgCutoff,
     PruningPlan,
     build_student,
-    calibrate_inheritance,
+    cache_features,
+    calibrate_cache,
     export,
-    inherit_features,
     optimize,
     save_pipeline,
     switch_unets,
@@ -41,7 +41,7 @@ from asdm.benchmark.methods import deep_cache
 from asdm.caching.calibration import best_steps, extrapolation_errors, observe_sampling
 from asdm.caching.session import _Inheriting, computed_steps, cut_of, noise_level
 from asdm.cli import app
-from asdm.families.unet import fingerprint
+from asdm.families.unet_structure import fingerprint
 from asdm.measure.macs import counting_macs
 from conftest import predict, tiny_inpainting_pipeline, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet, unet_inputs
 
@@ -64,10 +64,10 @@ def parts(pipeline, **more):
 def test_computing_at_every_step_changes_nothing_and_leaving_leaves_no_trace(make, granularity):
     pipeline = make()
     before, modules = draw(pipeline), dict(pipeline.unet.named_modules())
-    with inherit_features(pipeline, every=1, granularity=granularity) as session:
+    with cache_features(pipeline, every=1, granularity=granularity) as session:
         np.testing.assert_array_equal(draw(pipeline), before)
     assert (session.computed, session.inherited) == (6, 0)
-    with inherit_features(pipeline, every=3, granularity=granularity) as session:
+    with cache_features(pipeline, every=3, granularity=granularity) as session:
         assert np.abs(draw(pipeline) - before).max() > 1e-3
     assert (session.computed, session.inherited) == (2, 4)
     assert dict(pipeline.unet.named_modules()) == modules
@@ -87,7 +87,7 @@ def macs_of(unet, session, inheriting):
 def test_inheriting_costs_less_the_more_inherits(pipeline):
     costs = {}
     for granularity in GRANULARITIES:
-        with inherit_features(pipeline, every=2, granularity=granularity) as session:
+        with cache_features(pipeline, every=2, granularity=granularity) as session:
             whole = macs_of(pipeline.unet, session, False)
             costs[granularity] = macs_of(pipeline.unet, session, True) / whole
     assert costs["layer"] < costs["unit"] < 1
@@ -97,11 +97,11 @@ def test_inheriting_costs_less_the_more_inherits(pipeline):
 def test_each_layer_of_depth_is_computed_and_costs(pipeline):
     costs = []
     for depth in (1, 2, 3, 4):
-        with inherit_features(pipeline, every=2, depth=depth) as session:
+        with cache_features(pipeline, every=2, depth=depth) as session:
             whole = macs_of(pipeline.unet, session, False)
             costs.append(macs_of(pipeline.unet, session, True))
     assert [*costs, whole] == sorted({*costs, whole})
-    with inherit_features(pipeline, every=2, granularity="block") as session:
+    with cache_features(pipeline, every=2, granularity="block") as session:
         macs_of(pipeline.unet, session, False)
         assert macs_of(pipeline.unet, session, True) == costs[2]
 
@@ -117,13 +117,13 @@ def test_copies_at_even_steps_are_what_deepcache_draws(pipeline):
     pytest.importorskip("DeepCache")
     with deep_cache(6, 3).prepared(pipeline) as theirs:
         expected = draw(theirs)
-    with inherit_features(pipeline, every=3, order=0):
+    with cache_features(pipeline, every=3, order=0):
         np.testing.assert_allclose(draw(pipeline), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_extrapolation_is_exact_for_polynomials_of_its_order(pipeline, order):
-    with inherit_features(pipeline, every=2, order=order) as session:
+    with cache_features(pipeline, every=2, order=order) as session:
         module, sampling = torch.nn.Identity(), session.sampling
         HookRegistry.check_if_exists_or_initialize(module).register_hook(_Inheriting(session), "inherit")
 
@@ -142,7 +142,7 @@ def test_extrapolation_is_exact_for_polynomials_of_its_order(pipeline, order):
 
 def test_nothing_is_inherited_from_another_sampling(pipeline):
     expected = {seed: draw(pipeline, seed=seed) for seed in (0, 1)}
-    with inherit_features(pipeline, every=3):
+    with cache_features(pipeline, every=3):
         first = draw(pipeline, seed=0)
         second = draw(pipeline, seed=1)
         np.testing.assert_array_equal(draw(pipeline, seed=0), first)
@@ -175,7 +175,7 @@ def test_a_pipeline_that_shares_the_unet_and_has_its_own_scheduler_is_not_confus
     other = with_unet(pipeline, pipeline.unet)
     other.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
     expected = draw(other, steps=4, seed=3)
-    with inherit_features(pipeline, every=3):
+    with cache_features(pipeline, every=3):
         draw(pipeline)
         np.testing.assert_array_equal(draw(other, steps=4, seed=3), expected)
 
@@ -184,10 +184,10 @@ def test_a_pipeline_that_shares_the_unet_and_has_its_own_scheduler_is_not_confus
 def test_other_schedulers(pipeline, scheduler):
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
     before = draw(pipeline)
-    with inherit_features(pipeline, every=2) as session:
+    with cache_features(pipeline, every=2) as session:
         images = draw(pipeline)
     assert session.inherited > 0 and np.isfinite(images).all()
-    with inherit_features(pipeline, every=1):
+    with cache_features(pipeline, every=1):
         np.testing.assert_array_equal(draw(pipeline), before)
 
 
@@ -204,7 +204,7 @@ def test_inpainting_and_controlnet_with_students_without_a_mid_block(pipeline):
     controlnet = ControlNetModel.from_unet(pipeline.unet, conditioning_embedding_out_channels=(16, 32))
     for student in (lean, short, stock):
         for granularity in GRANULARITIES:
-            with inherit_features(student, every=2, granularity=granularity) as session:
+            with cache_features(student, every=2, granularity=granularity) as session:
                 draw(student)
                 inpainting = StableDiffusionInpaintPipeline(**parts(student))
                 draw(inpainting, image=image, mask_image=mask, height=16, width=16)
@@ -216,7 +216,7 @@ def test_inpainting_and_controlnet_with_students_without_a_mid_block(pipeline):
 def test_a_budget_decides_by_what_has_changed(pipeline):
     counts = []
     for budget in (0.0, 0.2, 1e9):
-        with inherit_features(pipeline, budget=budget) as session:
+        with cache_features(pipeline, budget=budget) as session:
             draw(pipeline, steps=12)
         assert session.computed + session.inherited == 12
         counts.append(session.computed)
@@ -233,10 +233,10 @@ def test_the_steps_that_compute_begin_with_the_first(spacing):
 
 
 def test_a_speedup_is_turned_into_steps(pipeline):
-    with inherit_features(pipeline, speedup=1.2) as session:
+    with cache_features(pipeline, speedup=1.2) as session:
         draw(pipeline, steps=10)
     assert 0 < session.inherited < 10
-    with inherit_features(pipeline, steps=[0, 4]) as session:
+    with cache_features(pipeline, steps=[0, 4]) as session:
         draw(pipeline)
     assert (session.computed, session.inherited) == (2, 4)
 
@@ -257,7 +257,7 @@ def test_a_speedup_is_turned_into_steps(pipeline):
 )
 def test_wrong_settings_are_named_and_nothing_is_left_behind(pipeline, arguments, message):
     modules = dict(pipeline.unet.named_modules())
-    with pytest.raises(AsdmError, match=message), inherit_features(pipeline, **arguments):
+    with pytest.raises(AsdmError, match=message), cache_features(pipeline, **arguments):
         pass
     assert dict(pipeline.unet.named_modules()) == modules
 
@@ -274,7 +274,7 @@ def test_names_stay_as_they_are_within_the_block(pipeline, granularity, tmp_path
     lender.save_lora_weights(tmp_path / "lora", unet_lora_layers=lora)
     names, tensors = list(dict(pipeline.unet.named_modules())), list(pipeline.unet.state_dict())
     before = draw(pipeline)
-    with inherit_features(pipeline, every=2, granularity=granularity):
+    with cache_features(pipeline, every=2, granularity=granularity):
         draw(pipeline)
         assert list(dict(pipeline.unet.named_modules())) == names
         assert list(pipeline.unet.state_dict()) == tensors
@@ -290,21 +290,21 @@ def test_names_stay_as_they_are_within_the_block(pipeline, granularity, tmp_path
 
 
 def test_a_unet_is_not_copied_with_what_it_remembers(pipeline):
-    with inherit_features(pipeline, every=2), pytest.raises(AsdmError, match="is not copied; leave the block"):
+    with cache_features(pipeline, every=2), pytest.raises(AsdmError, match="is not copied; leave the block"):
         copy.deepcopy(pipeline.unet)
     copy.deepcopy(pipeline.unet)
 
 
 def test_what_needs_a_whole_unet_is_refused_within_the_block(pipeline, tmp_path):
     before = draw(pipeline)
-    with inherit_features(pipeline, every=2):
+    with cache_features(pipeline, every=2):
         with pytest.raises(AsdmError, match="optimize: this UNet inherits features; leave the block"):
             optimize(pipeline)
         with pytest.raises(AsdmError, match="export: this UNet inherits features; leave the block"):
             export(pipeline, tmp_path / "out")
         switched = switch_unets(pipeline, [tiny_unet(seed=1), pipeline.unet], below=[0.5])
         assert np.isfinite(draw(switched)).all()
-        draw(pipeline, callback_on_step_end=GuidanceEnd(pipeline, 0.5))
+        draw(pipeline, callback_on_step_end=CfgCutoff(pipeline, 0.5))
     np.testing.assert_array_equal(draw(pipeline), before)
 
 
@@ -313,7 +313,7 @@ def test_each_thread_has_its_own_sampling(pipeline):
     others = [with_unet(pipeline, pipeline.unet) for _ in range(2)]
     for other in others:
         other.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
-    with inherit_features(pipeline, every=3) as session:
+    with cache_features(pipeline, every=3) as session:
         own = draw(pipeline, seed=9)
         expected = [draw(other, seed=seed) for seed, other in enumerate(others)]
         assert session.inherited == 3 * 4
@@ -344,7 +344,7 @@ def test_a_pipeline_that_goes_on_where_another_failed_inherits_nothing(pipeline)
         return {}
 
     drawn = []
-    with inherit_features(pipeline, every=3):
+    with cache_features(pipeline, every=3):
         draw(pipeline)
         alone = draw(other, image=image, strength=0.5)
         with pytest.raises(RuntimeError, match="in the middle"):
@@ -355,8 +355,8 @@ def test_a_pipeline_that_goes_on_where_another_failed_inherits_nothing(pipeline)
 
 
 def test_one_block_at_a_time(pipeline):
-    with inherit_features(pipeline, every=2):
-        with pytest.raises(AsdmError, match="inherits features already"), inherit_features(pipeline, every=2):
+    with cache_features(pipeline, every=2):
+        with pytest.raises(AsdmError, match="inherits features already"), cache_features(pipeline, every=2):
             pass
         assert sum(hasattr(module, "_diffusers_hook") for module in pipeline.unet.modules()) == len(
             cut_of(tiny_unet(), "layer").inheriting
@@ -374,7 +374,7 @@ def test_compiled_blocks_are_not_compiled_again(pipeline):
     pipeline.unet.compile_repeated_blocks(backend=backend)
     draw(pipeline)
     before = len(compiled)
-    with inherit_features(pipeline, every=3):
+    with cache_features(pipeline, every=3):
         draw(pipeline)
         draw(pipeline, steps=9)
     assert before > 0 and len(compiled) == before
@@ -382,7 +382,7 @@ def test_compiled_blocks_are_not_compiled_again(pipeline):
 
 def test_a_unet_compiled_as_a_whole_is_refused(pipeline):
     pipeline.unet.compile()  # compiles nothing before it is called
-    with pytest.raises(AsdmError, match="compile its repeated blocks"), inherit_features(pipeline, every=2):
+    with pytest.raises(AsdmError, match="compile its repeated blocks"), cache_features(pipeline, every=2):
         pass
 
 
@@ -442,7 +442,7 @@ def test_a_calibrated_schedule_is_nearer_than_even_copies_and_draws_as_it_says(m
     assert schedule.steps == 8 and schedule.speedup >= 2.0
     assert schedule.distance < schedule.uniform_distance
     schedule.save(tmp_path / "inheritance.json")
-    assert InheritanceSchedule.load(tmp_path / "inheritance.json") == schedule
+    assert CacheSchedule.load(tmp_path / "inheritance.json") == schedule
     assert observed.distance(schedule=tmp_path / "inheritance.json") == pytest.approx(schedule.distance)
     assert dict(pipeline.unet.named_modules()) == modules
     assert observed.distance(every=1) < 1e-9
@@ -453,13 +453,13 @@ def test_a_calibrated_schedule_is_nearer_than_even_copies_and_draws_as_it_says(m
 
 def made_schedule(unet, **changes):
     settings = {"steps": 6, "computed": (0, 1, 4), "depth": 1, "order": 1}
-    costs = {"whole_ms": 10, "inheriting_ms": 1, "speedup": 1.8}
-    return InheritanceSchedule(fingerprint=fingerprint(unet), **{**settings, **costs, **changes})
+    costs = {"whole_ms": 10, "cached_ms": 1, "speedup": 1.8}
+    return CacheSchedule(fingerprint=fingerprint(unet), **{**settings, **costs, **changes})
 
 
 def test_a_schedule_says_what_computes_also_in_a_sampling_of_other_length(pipeline):
     schedule = made_schedule(pipeline.unet)
-    with inherit_features(pipeline, schedule=schedule) as session:
+    with cache_features(pipeline, schedule=schedule) as session:
         draw(pipeline)
         assert (session.computed, session.inherited) == (3, 3)
         draw(pipeline, steps=12)
@@ -472,27 +472,27 @@ def test_a_schedule_says_what_computes_also_in_a_sampling_of_other_length(pipeli
 
 def test_schedules_that_do_not_fit_are_named(pipeline, tmp_path):
     other = made_schedule(tiny_unet(layers_per_block=1))
-    with pytest.raises(AsdmError, match="is for the architecture"), inherit_features(pipeline, schedule=other):
+    with pytest.raises(AsdmError, match="is for the architecture"), cache_features(pipeline, schedule=other):
         pass
     path = tmp_path / "inheritance.json"
     for text in ("[", "{}", made_schedule(pipeline.unet).model_dump_json().replace("[0,1,4]", "[1,4]")):
         path.write_text(text)
         with pytest.raises(AsdmError, match="not a schedule of inheritance"):
-            InheritanceSchedule.load(path)
+            CacheSchedule.load(path)
     with pytest.raises(AsdmError, match="steps=3: too few"):
-        calibrate_inheritance(pipeline, speedup=1.5, steps=3)
+        calibrate_cache(pipeline, speedup=1.5, steps=3)
     with pytest.raises(AsdmError, match="speedup=1000: out of reach"):
-        calibrate_inheritance(pipeline, speedup=1000)
+        calibrate_cache(pipeline, speedup=1000)
 
 
 def test_the_command_line_calibrates_and_uses_a_schedule(pipeline, tmp_path):
     model, drawn = tmp_path / "model", tmp_path / "drawn"
     save_pipeline(pipeline, model)
     run = CliRunner().invoke
-    made = run(app, ["analyze", str(model), "--inherit", "1.2", "--steps", "4", "--samples", "1"])
+    made = run(app, ["analyze", str(model), "--cache", "1.2", "--steps", "4", "--samples", "1"])
     assert made.exit_code == 0, made.output
-    assert InheritanceSchedule.load(model / "inheritance.json").steps == 4
-    inherit = ["--inherit", str(model / "inheritance.json")]
+    assert CacheSchedule.load(model / "inheritance.json").steps == 4
+    inherit = ["--cache", str(model / "inheritance.json")]
     made = run(app, ["generate", str(model), "pear", "--steps", "4", "--out", str(drawn), *inherit])
     assert made.exit_code == 0 and len(list(drawn.iterdir())) == 1
 
@@ -502,7 +502,7 @@ def test_a_sampling_begins_where_its_scheduler_says(pipeline):
     pipeline.scheduler = HeunDiscreteScheduler.from_config(pipeline.scheduler.config)
     other = StableDiffusionImg2ImgPipeline(**parts(pipeline))
     image = Image.new("RGB", (16, 16), "red")
-    with inherit_features(pipeline, every=2):
+    with cache_features(pipeline, every=2):
         first = draw(other, image=image, strength=0.5)
         np.testing.assert_array_equal(draw(other, image=image, strength=0.5), first)
 
@@ -522,7 +522,7 @@ def test_samplings_that_take_turns_inherit_nothing_from_each_other(pipeline):
         ]
 
     expected = predictions()
-    with inherit_features(pipeline, every=3):
+    with cache_features(pipeline, every=3):
         found = predictions()
     # The second of the first step is the first that tells; what comes behind is computed.
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -531,7 +531,7 @@ def test_samplings_that_take_turns_inherit_nothing_from_each_other(pipeline):
 def test_calls_before_any_sampling_are_computed(pipeline):
     pipeline.scheduler = PNDMScheduler.from_config(pipeline.scheduler.config)
     expected = predict(pipeline.unet)
-    with inherit_features(pipeline, speedup=1.1) as session:
+    with cache_features(pipeline, speedup=1.1) as session:
         for _ in range(3):
             assert torch.equal(predict(pipeline.unet), expected)
         assert (session.computed, session.inherited) == (3, 0)
@@ -551,7 +551,7 @@ def test_what_changes_features_in_place_does_not_change_what_is_remembered(pipel
     unet = pipeline.unet
     pipeline.enable_freeu(s1=0.9, s2=0.2, b1=1.4, b2=1.6)
     deepest = sum(len(block.resnets) for block in unet.up_blocks) - 1
-    with inherit_features(pipeline, every=2, depth=deepest) as session:
+    with cache_features(pipeline, every=2, depth=deepest) as session:
         with session.forced(False):
             computed = predict(unet)
         with session.forced(True):

@@ -9,7 +9,7 @@ from asdm.compensation.fitting import prediction_error, predictions
 from asdm.data.calibration import calibration_calls
 from asdm.measure.latency import Ratio
 from asdm.planning.program import least_sensitive, possible_edits
-from asdm.planning.refine import _restored, repair_plan
+from asdm.planning.refine import _restored, refine_plan
 from conftest import predict, tiny_pipeline
 
 
@@ -37,8 +37,8 @@ def macs_saved(redundancy, plan):
 
 def test_a_bad_plan_is_bettered_within_its_budget(pipeline, redundancy):
     plan = worst_plan(redundancy)
-    before = repair_plan(pipeline, redundancy, plan, timesteps=2, samples=4, rounds=0)
-    after = repair_plan(pipeline, redundancy, plan, timesteps=2, samples=4, rounds=3)
+    before = refine_plan(pipeline, redundancy, plan, timesteps=2, samples=4, rounds=0)
+    after = refine_plan(pipeline, redundancy, plan, timesteps=2, samples=4, rounds=3)
     assert before.edits == plan.edits
     assert after.figures.measured_sensitivity < 0.8 * before.figures.measured_sensitivity
     assert macs_saved(redundancy, after) >= macs_saved(redundancy, plan) * (1 - 1e-6)
@@ -54,7 +54,7 @@ def test_a_plan_that_is_faster_than_asked_for_gives_edits_back(pipeline, redunda
     def repaired(before, speeds):
         left = (Ratio(speed, speed, speed) for speed in speeds)
         monkeypatch.setattr("asdm.planning.refine.measured_speedup", lambda *_: next(left))
-        return repair_plan(pipeline, redundancy, before, timesteps=2, samples=4, rounds=1)
+        return refine_plan(pipeline, redundancy, before, timesteps=2, samples=4, rounds=1)
 
     def ms_saved(plan):
         return sum(choice.ms for choice in possible_edits(redundancy, "linear") if choice.edit in plan.edits)
@@ -68,7 +68,7 @@ def test_a_plan_that_is_faster_than_asked_for_gives_edits_back(pipeline, redunda
 
 
 def test_the_measured_sensitivity_is_that_of_the_fitted_student(pipeline, redundancy):
-    plan = repair_plan(pipeline, redundancy, make_plan(redundancy, macs=0.8), timesteps=2, samples=4, rounds=0, seed=5)
+    plan = refine_plan(pipeline, redundancy, make_plan(redundancy, macs=0.8), timesteps=2, samples=4, rounds=0, seed=5)
     student = build_student(pipeline.unet, plan)
     fit_compensation(pipeline, student, timesteps=2, samples=4, seed=6)
     calls = calibration_calls(pipeline, None, None, 2, 4, 5)
@@ -102,4 +102,4 @@ def test_what_the_map_does_not_know_is_refused(pipeline, redundancy):
     bank = CondConv(unit="up_blocks.3.resnets.2.conv2", experts=["up_blocks.3.resnets.1.conv2"])
     plan = PruningPlan.for_unet(pipeline.unet, [Remove(unit="up_blocks.3.resnets.1"), bank])
     with pytest.raises(AsdmError, match="does not know this edit"):
-        repair_plan(pipeline, redundancy, plan)
+        refine_plan(pipeline, redundancy, plan)

@@ -1,0 +1,200 @@
+"""What every room may ask about a denoiser's architecture: one subclass of `ModelFamily` for each family of models.
+
+Nothing outside `families/` and the student's model classes names a block, a layer or a class of an architecture.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeAlias
+
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import Tensor
+
+from asdm.errors import AsdmError
+
+Denoiser: TypeAlias = ModelMixin
+UnitKind = Literal["resnet", "attention", "self_attention", "cross_attention", "feed_forward", "block"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One removable residual branch.
+
+    `name` is its module path in the denoiser, `parent` the unit that contains it (None at the top).
+    """
+
+    name: str
+    kind: UnitKind
+    parent: str | None = None
+
+    @property
+    def layer(self) -> str:
+        """The outermost unit it belongs to."""
+        return self.parent or self.name
+
+    @property
+    def block(self) -> str:
+        """The block it is in, such as "down_blocks.0", "mid_block" or "transformer_blocks.3"."""
+        return block_of(self.name)
+
+
+def block_of(name: str) -> str:
+    """The block that a module path is in: its first part, with the index where it has one."""
+    parts = name.split(".")
+    return ".".join(parts[:2]) if len(parts) > 1 and parts[1].isdigit() else parts[0]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """How a unit's output splits: output = kept(input) + branch(input), times `scale` where the module scales its sum.
+
+    `norm`: path of the norm that feeds this branch alone and goes with it, None where there is none.
+    `channels`: of the hidden states that the branch is added to, as they come in.
+    `kept`: what stays of the module's own output when the branch goes; None where the sum is taken outside the module,
+    so that nothing of its output stays.
+    `folds_into`: path of the layer, a 1x1 convolution or a linear layer, that a fitted projection folds into exactly.
+    `is_gated`: whether the branch's output is multiplied by a gate outside the module.
+    """
+
+    path: str
+    channels: int
+    norm: str | None = None
+    kept: Callable[[Tensor], Tensor] | None = None
+    scale: float = 1.0
+    folds_into: str | None = None
+    is_gated: bool = False
+
+
+@dataclass(frozen=True)
+class BlockIO:
+    """Where image and text states sit among a block's outputs; None where it puts out one tensor alone."""
+
+    image: int | None = None
+    text: int | None = None
+
+    def image_states(self, output: Any) -> Tensor:
+        """The image states in what a block or layer put out."""
+        if isinstance(output, Tensor):
+            return output
+        return output[self.image or 0]
+
+
+@dataclass(frozen=True)
+class CacheCut:
+    """Which modules answer from a cache at a cached step, in order of execution, and which of them is read.
+
+    `relative_to`: the module whose input the cached output is kept relative to, so that what is fresh passes through;
+    None where the output itself is cached.
+    """
+
+    cached: list[str]
+    read: frozenset[str]
+    relative_to: str | None = None
+
+
+class ModelFamily(ABC):
+    """All that is known of a family's architecture. Instances have no state."""
+
+    component: ClassVar[str]  # the pipeline's attribute that holds the denoiser: "unet", "transformer"
+    model_class: ClassVar[type[Any]]  # the stock class
+
+    # -- structure -------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def blocks(self, model: Denoiser) -> list[str]:
+        """Paths of the blocks, in order of execution."""
+
+    @abstractmethod
+    def layers(self, model: Denoiser) -> list[str]:
+        """Paths of the layers that units belong to, in order of execution."""
+
+    @abstractmethod
+    def units(self, model: Denoiser) -> list[Unit]:
+        """All removable units in order of execution, one that contains others before them."""
+
+    @abstractmethod
+    def execution_order(self, model: Denoiser) -> list[str]:
+        """Paths of modules whose outputs can be cached and replayed, in order of execution."""
+
+    @abstractmethod
+    def branch(self, model: Denoiser, unit: str) -> Branch:
+        """How the output of a unit splits into what is kept and its branch."""
+
+    @abstractmethod
+    def removals(self, model: Denoiser) -> list[str]:
+        """What can be removed beside units: whole parts of the model, as `Remove.unit` names them."""
+
+    @abstractmethod
+    def is_covered_by(self, name: str, removed: Collection[str]) -> bool:
+        """Whether a unit goes when `removed` does: by itself, with what contains it, or with what it is coupled to."""
+
+    def block_io(self, model: Denoiser, path: str) -> BlockIO:
+        """Where image and text states sit among the outputs of a block or layer."""
+        return BlockIO()
+
+    # -- calls -----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def sample_shape(self, model: Denoiser) -> tuple[int, int, int]:
+        """(channels, height, width) of the sample that a call at native size reads."""
+
+    @abstractmethod
+    def random_inputs(self, model: Denoiser, batch_size: int, seed: int = 0) -> dict[str, Any]:
+        """Random keyword arguments of a call at native size, the sample among them as "sample" or "hidden_states"."""
+
+    @abstractmethod
+    def cache_cut(self, model: Denoiser, depth: int, fresh: Sequence[str] = ()) -> CacheCut:
+        """What is cached where the last `depth` layers, and the modules named in `fresh`, are always computed."""
+
+    @abstractmethod
+    def deepest_cut(self, model: Denoiser) -> int:
+        """The largest `depth` of a `cache_cut`."""
+
+
+_FAMILIES: list[ModelFamily] = []
+
+
+def register_family(family: type[ModelFamily]) -> type[ModelFamily]:
+    """Make a family known (a class decorator)."""
+    _FAMILIES.append(family())
+    return family
+
+
+def families() -> Sequence[ModelFamily]:
+    """All registered families."""
+    return tuple(_FAMILIES)
+
+
+def family_of(model: Any) -> ModelFamily:
+    """The family of a denoiser, or of a pipeline's denoiser.
+
+    Raises:
+        AsdmError: it is of none of the registered families.
+    """
+    if isinstance(model, DiffusionPipeline):
+        return family_of(denoiser_of(model))
+    for family in _FAMILIES:
+        if isinstance(model, family.model_class):
+            return family
+    raise _unknown(type(model).__name__)
+
+
+def denoiser_of(pipeline: DiffusionPipeline) -> Any:
+    """The pipeline's denoiser: its UNet or transformer.
+
+    Raises:
+        AsdmError: it has none of a registered family.
+    """
+    for family in _FAMILIES:
+        model = getattr(pipeline, family.component, None)
+        if model is not None:
+            return model
+    raise _unknown(type(pipeline).__name__)
+
+
+def _unknown(name: str) -> AsdmError:
+    known = ", ".join(family.model_class.__name__ for family in _FAMILIES)
+    return AsdmError(f"{name}: no denoiser of a known family; known are {known}")

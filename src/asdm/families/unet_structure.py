@@ -1,0 +1,210 @@
+"""The structure of a Stable Diffusion UNet: its removable units, how they are named and ordered.
+
+Every unit is a residual branch, so each can be removed alone: its shortcut stays, and no skip
+connection and no channel count changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection
+from typing import Any, TypeVar
+
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+
+from asdm.errors import AsdmError
+from asdm.families.base import Unit, UnitKind, block_of
+
+Kind = TypeVar("Kind", bound=nn.Module)
+# Branch of a BasicTransformerBlock -> (kind, the norm that feeds it alone)
+TRANSFORMER_BRANCHES: dict[str, tuple[UnitKind, str]] = {
+    "attn1": ("self_attention", "norm1"),
+    "attn2": ("cross_attention", "norm2"),
+    "ff": ("feed_forward", "norm3"),
+}
+# In the names of tensors that adapters (LoRA, IP-Adapter) and fused projections add to a UNet.
+ADDED_LATER = ("lora_", ".to_qkv.", ".to_kv.", "_ip.", "encoder_hid_proj.")
+
+
+def blocks(unet: UNet2DConditionModel) -> list[str]:
+    """The UNet's blocks in order of execution."""
+    down = [f"down_blocks.{i}" for i in range(len(unet.down_blocks))]
+    up = [f"up_blocks.{i}" for i in range(len(unet.up_blocks))]
+    return [*down, *(["mid_block"] if unet.mid_block is not None else []), *up]
+
+
+def layers(unet: UNet2DConditionModel) -> list[str]:
+    """Every resnet and attention, in order of execution."""
+    names = []
+    for block_name in blocks(unet):
+        block = unet.get_submodule(block_name)
+        positions = [(2 * i, f"{block_name}.resnets.{i}") for i in range(len(getattr(block, "resnets", ())))]
+        positions += [(2 * i + 1, f"{block_name}.attentions.{i}") for i in range(len(getattr(block, "attentions", ())))]
+        names += [name for _, name in sorted(positions)]
+    return names
+
+
+def execution_order(unet: UNet2DConditionModel) -> list[str]:
+    """Module paths that can be replayed, in order of execution: each block's layers, then its resampler."""
+    order: list[str] = []
+    for block_name in blocks(unet):
+        order += [name for name in layers(unet) if block_of(name) == block_name]
+        for kind in ("downsamplers", "upsamplers"):
+            samplers = getattr(unet.get_submodule(block_name), kind, None) or ()
+            order += [f"{block_name}.{kind}.{index}" for index in range(len(samplers))]
+    return order
+
+
+def removable_units(unet: UNet2DConditionModel) -> list[Unit]:
+    """All removable units in order of execution, an attention before its parts."""
+    units = []
+    for name in layers(unet):
+        module = unet.get_submodule(name)
+        if isinstance(module, ResnetBlock2D):
+            units.append(Unit(name, "resnet", None))
+        elif isinstance(module, Transformer2DModel):
+            units.append(Unit(name, "attention", None))
+            for index, block in enumerate(module.transformer_blocks):
+                units += [
+                    Unit(f"{name}.transformer_blocks.{index}.{branch}", kind, name)
+                    for branch, (kind, _) in TRANSFORMER_BRANCHES.items()
+                    if is_branch(block, branch)
+                ]
+    return units
+
+
+def shortcut_of(unit: Unit, module: Any, args: tuple[Any, ...]) -> Tensor | float:
+    """The part of a unit's output that stays when its branch goes."""
+    if unit.kind == "resnet":
+        kept = args[0] if module.conv_shortcut is None else module.conv_shortcut(args[0])
+        return kept.detach() / module.output_scale_factor
+    return args[0].detach() if unit.kind == "attention" else 0.0
+
+
+def is_level(name: str) -> bool:
+    """Whether a removal's name is the lowest-resolution level's: that of its down block."""
+    return name.startswith("down_blocks.") and name.count(".") == 1
+
+
+def conv_channels(unet: UNet2DConditionModel) -> dict[str, tuple[int, int]]:
+    """Input channels of each resnet's `conv1` and `conv2`: of hidden states, and of the skip connection that the
+    first convolution of an up block's resnet reads behind them."""
+    channels: dict[str, tuple[int, int]] = {}
+    hidden = unet.config.block_out_channels[-1]
+    for name in layers(unet):
+        resnet = unet.get_submodule(name)
+        goes_up = name.startswith("up_blocks.")
+        if isinstance(resnet, ResnetBlock2D):
+            skip = resnet.in_channels - hidden if goes_up else 0
+            channels[f"{name}.conv1"] = (resnet.in_channels - skip, skip)
+            channels[f"{name}.conv2"] = (resnet.out_channels, 0)
+        if goes_up and ".resnets." in name:
+            shortcut = getattr(resnet, "conv_shortcut", None)  # what is left of a removed resnet has it, too
+            hidden = hidden if shortcut is None else shortcut.out_channels
+    return channels
+
+
+def is_covered_by(name: str, removed: Collection[str]) -> bool:
+    """Whether a unit goes when `removed` does: by itself, with what contains it, or as the up half of the
+    lowest-resolution level, which is named by its down block."""
+    innermost = any(is_level(other) for other in removed)
+    inside = any(name == other or name.startswith(f"{other}.") for other in removed)
+    return inside or (innermost and block_of(name) == "up_blocks.0")
+
+
+def is_branch(block: nn.Module, branch: str) -> bool:
+    """Whether `branch` is there in a transformer block, and not removed already."""
+    module = getattr(block, branch, None)
+    if not isinstance(block, BasicTransformerBlock) or not isinstance(module, nn.Module):
+        return False
+    return any(module.children()) and not hasattr(module, "compensation")
+
+
+def unlike(unet: UNet2DConditionModel, other: UNet2DConditionModel) -> str | None:
+    """By which field of their configs two UNets read or write other things; None where one can stand for the other."""
+    fields = ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type", "time_cond_proj_dim")
+    return unlike_in(unet, other, *fields)
+
+
+def unlike_in(unet: UNet2DConditionModel, other: UNet2DConditionModel, *fields: str) -> str | None:
+    """The first of these fields that two UNets' configs differ in; what was a tuple is a list once it was saved."""
+
+    def value(of: UNet2DConditionModel, field: str) -> Any:
+        found = of.config[field]
+        return list(found) if isinstance(found, tuple) else found
+
+    return next((field for field in fields if value(unet, field) != value(other, field)), None)
+
+
+def recast(kind: type[Kind], module: nn.Module) -> Kind:
+    """A module again, as one of a subclass of its class; what it consists of is shared."""
+    same = kind.__new__(kind)
+    same.__setstate__({**vars(module), "_modules": dict(module._modules)})
+    return same
+
+
+def require_plain(unet: UNet2DConditionModel) -> None:
+    """Raise an AsdmError where a UNet's weights are not its own alone, or not there."""
+    names = unet.state_dict().keys()
+    if any(".base_layer." in name for name in names):
+        raise AsdmError("a LoRA is loaded; keep it with fuse_lora(), then unload_lora_weights()")
+    if any(name.startswith("_orig_mod.") for name in names):
+        raise AsdmError("the UNet is compiled; give the original of it, unet._orig_mod")
+    if any(parameter.is_meta for parameter in unet.parameters()):
+        raise AsdmError("the UNet's weights are offloaded, one module at a time; load it without that")
+
+
+# Fields of a UNet's config and the values whose inputs prompts bring; what the others are asked for in `forward`.
+_KNOWN_INPUTS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "class_embed_type": ((None,), "class_labels"),
+    "num_class_embeds": ((None,), "class_labels"),
+    "addition_embed_type": ((None, "text", "text_time"), "image embeddings in added_cond_kwargs"),
+    "encoder_hid_dim_type": ((None, "text_proj"), "image embeddings in added_cond_kwargs"),
+    "attention_type": (("default",), "boxes in cross_attention_kwargs (GLIGEN)"),
+}
+
+
+def require_known_inputs(unet: UNet2DConditionModel, name: str = "") -> None:
+    """Raise an AsdmError where a UNet's config asks for inputs beside noisy latents, a time step, a guidance scale and
+    what prompts bring."""
+    before = f"{name}: " if name else ""
+    if unet.config.get("encoder_hid_dim_type") == "ip_image_proj":
+        raise AsdmError(f"{before}an IP-Adapter is loaded, and there is no image for it here; unload it first")
+    for asked, (known, read) in _KNOWN_INPUTS.items():
+        value = unet.config.get(asked, known[0])
+        if value not in known:
+            raise AsdmError(
+                f"{before}its UNet has {asked} {value}, and reads {read}, which is not given to it here; use a "
+                "checkpoint that is conditioned by prompts alone"
+            )
+    widths = unet.config.cross_attention_dim
+    if isinstance(widths, list | tuple) and len(set(map(str, widths))) > 1:
+        raise AsdmError(f"{before}its UNet has cross_attention_dim {list(widths)}; one width for all blocks is needed")
+
+
+def fingerprint(unet: UNet2DConditionModel) -> str:
+    """A digest of the architecture (tensor names and shapes): equal for fine-tunes of one model, whatever adapters are
+    loaded or projections fused, and told by an exported one."""
+    known = getattr(unet, "fingerprint", None)
+    if isinstance(known, str):
+        return known
+    shapes = {
+        name.replace(".base_layer", ""): _digested_shape(name, tensor)
+        for name, tensor in unet.state_dict().items()
+        if not any(added in name for added in ADDED_LATER)
+    }
+    return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _digested_shape(name: str, tensor: Tensor) -> list[int]:
+    """A shape as it counts for the fingerprint: of a map in a removed branch's place, without a kernel's sides, which
+    it did not have in version 0.1."""
+    shape = list(tensor.shape)
+    while name.endswith(".compensation.weight") and shape[-1] == 1:
+        shape.pop()
+    return shape
