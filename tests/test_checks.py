@@ -361,7 +361,7 @@ def test_a_stage_that_is_not_possible_is_told_before_the_data_is_prepared(tiny, 
     student = asdm.build_student(tiny["unet"], tiny["plan"])
     good = Stage(name="good", steps=1, batch_size=1)
     for changes, told in [
-        ({"assembled": ["nothing"]}, "nothing: no such block"),
+        ({"student_blocks": ["nothing"]}, "nothing: no such block"),
         ({"trained": "routers"}, "trained=routers"),
         ({"scope": "consistency", "consistency": {"solver_steps": 1001}}, "solver_steps=1001"),
         ({"losses": {"semantic": 1}, "semantics": {"encoder": "clip"}}, "no clip folder"),

@@ -4,22 +4,22 @@ import math
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
 from transformers import CLIPConfig, CLIPModel, ConvNextConfig, ConvNextModel, ViTConfig, ViTModel
 
 from asdm import AsdmError, AsdmUNet2DConditionModel, PruningPlan, Stage, build_student, distill
-from asdm.diffusion.conditioning import noise_schedule, predicted_original, prediction_target, stratified_timesteps
-from asdm.distillation.distill import DistillationTask, IncubationTask, make_task, prepare
+from asdm.diffusion.parameterization import parameterization_of
 from asdm.distillation.estimate import estimate
 from asdm.distillation.incubation import assembled, groups_of, incubated_blocks, set_trainable
-from asdm.distillation.losses import min_snr_weights, semantic_loss, squared_error
+from asdm.distillation.losses import semantic_loss, squared_error
 from asdm.distillation.recipes import RECIPES, as_yaml, recipe_stages
-from asdm.distillation.semantics import UNetEncoder, VisionEncoder
+from asdm.distillation.semantics import DenoiserEncoder, VisionEncoder
 from asdm.distillation.stages import LossWeights, Semantics, parse_stages
+from asdm.distillation.tasks import DistillationTask, IncubationTask, make_task
 from asdm.distillation.teaching import WHOLE
+from asdm.distillation.training_set import prepare
 from asdm.families.unet_calls import unet_call
 from asdm.measure.hooks import outputs_of, tensor_of
-from asdm.training.loop import BatchSlice
+from asdm.training.task import BatchSlice
 from conftest import predict, tiny_pipeline, tiny_vae
 
 REMOVED = ("down_blocks.1.resnets.1", "mid_block.resnets.1", "up_blocks.2.attentions.1")
@@ -42,7 +42,7 @@ def examples(pipeline, data_folder, tmp_path):
 
 def losses_of(pipeline, student, examples, chosen, step=0, seed=0):
     torch.manual_seed(0)
-    task = make_task(pipeline, student, noise_schedule(pipeline), examples, chosen)
+    task = make_task(pipeline, student, examples, chosen)
     indices = torch.arange(chosen.batch_size)
     losses = task((indices, step), torch.Generator().manual_seed(seed))
     losses["loss"].backward()
@@ -140,7 +140,7 @@ def test_an_assembly_trains_its_own_blocks_and_leaves_the_teacher(pipeline, data
     student, teacher = pruned(pipeline.unet), pipeline.unet
     before = {name: p.clone() for name, p in student.named_parameters()}
     theirs = {name: p.clone() for name, p in teacher.named_parameters()}
-    chosen = stage(assembled=["down_blocks.1"], steps=2)
+    chosen = stage(student_blocks=["down_blocks.1"], steps=2)
     distill(pipeline, student, data_folder, tmp_path / "run", stages=[chosen])
     moved = {name for name, p in student.named_parameters() if not torch.equal(p, before[name])}
     assert any(name.startswith("down_blocks.1.") for name in moved)
@@ -165,17 +165,6 @@ def test_only_what_is_beside_a_cut_or_routes_moves(pipeline):
         set_trainable(pruned(pipeline.unet), "routers")
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-def test_the_original_is_estimated_from_any_prediction(kind):
-    schedule = DDPMScheduler(prediction_type=kind)
-    generator = torch.Generator().manual_seed(0)
-    latents, noise = torch.randn(2, 3, 4, 8, 8, generator=generator)
-    timesteps = torch.tensor([10, 500, 900])
-    noisy = schedule.add_noise(latents, noise, timesteps)
-    target = prediction_target(schedule, latents, noise, timesteps)
-    torch.testing.assert_close(predicted_original(schedule, target, noisy, timesteps), latents, atol=1e-4, rtol=1e-4)
-
-
 def test_semantic_loss_is_the_weighted_distance_of_directions():
     mine, theirs = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0, 0.0], [0.0, -1.0]])
     assert semantic_loss(mine, theirs, torch.tensor([1.0, 1.0])) == pytest.approx(1.0)
@@ -183,14 +172,7 @@ def test_semantic_loss_is_the_weighted_distance_of_directions():
     assert semantic_loss(mine[1:], theirs[1:], torch.tensor([0.2])) == pytest.approx(0.4)
 
 
-def test_min_snr_weights_follow_the_paper():
-    alphas = torch.tensor([0.99, 0.5, 0.1])
-    snr = alphas / (1 - alphas)
-    expected = [min(5.0, float(value)) / float(value) for value in snr]
-    assert min_snr_weights(alphas, "epsilon", 5.0).tolist() == pytest.approx(expected)
-    expected = [min(5.0, float(value)) / (float(value) + 1) for value in snr]
-    assert min_snr_weights(alphas, "v_prediction", 5.0).tolist() == pytest.approx(expected)
-    assert min_snr_weights(torch.zeros(1), "epsilon", 5.0) == 1  # pure noise, where a schedule ends in it
+def test_weights_of_samples_scale_their_errors():
     error = squared_error(torch.ones(2, 3), torch.tensor([[0.0] * 3, [3.0] * 3]), torch.tensor([1.5, 0.5]))
     assert error == pytest.approx((1.5 * 1 + 0.5 * 4) / 2)
 
@@ -203,8 +185,8 @@ def test_weights_by_time_step_count_in_batches_of_one(pipeline, examples):
     by_snr = [output_loss(seed, min_snr_gamma=1.0) / output_loss(seed) for seed in range(4)]
     assert max(by_snr) > 1.1 * min(by_snr)
     chosen = stage(min_snr_gamma=1.0)
-    task = make_task(pipeline, pruned(pipeline.unet), noise_schedule(pipeline), examples, chosen)
-    assert task.snr_weights.mean() == pytest.approx(1, abs=0.01)
+    task = make_task(pipeline, pruned(pipeline.unet), examples, chosen)
+    assert task.snr_weights(torch.arange(1000)).mean() == pytest.approx(1, abs=0.01)
 
 
 def encoders(pipeline):
@@ -217,7 +199,7 @@ def encoders(pipeline):
     vit = ViTModel(ViTConfig(**size, **vision))
     convolutional = ConvNextModel(ConvNextConfig(hidden_sizes=[8, 8, 8, 16], depths=[1, 1, 1, 1]))
     return {
-        "unet": UNetEncoder(pipeline.unet, noise_schedule(pipeline)),
+        "unet": DenoiserEncoder(pipeline.unet, parameterization_of(pipeline.scheduler)),
         "clip": VisionEncoder(clip, tiny_vae().requires_grad_(False), pipeline.tokenizer),
         "vit": VisionEncoder(vit, tiny_vae().requires_grad_(False)),
         "convnext": VisionEncoder(convolutional, tiny_vae().requires_grad_(False), size=32),
@@ -256,7 +238,7 @@ def test_semantic_terms_are_in_the_loss_at_every_kth_step(pipeline, examples):
     with pytest.raises(AsdmError, match="the encoder unet has no text tower"):
         losses_of(pipeline, pruned(pipeline.unet), examples, stage(losses=LossWeights(semantic_text=1)))
     task = DistillationTask(
-        pipeline.unet, pruned(pipeline.unet), noise_schedule(pipeline), examples,
+        pipeline.unet, pruned(pipeline.unet), parameterization_of(pipeline.scheduler), examples,
         stage(losses=LossWeights(semantic_text=1)), encoders(pipeline)["clip"],
     )  # fmt: skip
     losses = task((torch.tensor([0, 1]), 0), torch.Generator().manual_seed(0))
@@ -273,7 +255,8 @@ def test_plain_losses_are_mean_squared_errors(pipeline, examples):
 
 def test_features_count_by_the_size_of_their_maps(pipeline, examples):
     alike, by_area = (
-        losses_of(pipeline, pruned(pipeline.unet), examples, stage(features_by=kind))[1] for kind in ("block", "area")
+        losses_of(pipeline, pruned(pipeline.unet), examples, stage(feature_weighting=kind))[1]
+        for kind in ("block", "spatial")
     )
     blocks = [name for name in alike if name.startswith("feature/")]
     assert alike["feature"] == pytest.approx(sum(alike[name] for name in blocks) / len(blocks), rel=1e-5)
@@ -287,21 +270,21 @@ def test_features_count_by_the_size_of_their_maps(pipeline, examples):
 
 
 def test_time_steps_by_angle_are_even_on_the_samplers_path(pipeline):
-    schedule = noise_schedule(pipeline)
-    drawn = stratified_timesteps(1000, schedule, torch.Generator().manual_seed(0), "angle")
-    angles = schedule.alphas_cumprod.sqrt().acos()
+    parameterization = parameterization_of(pipeline.scheduler)
+    drawn = parameterization.sample_timesteps(1000, torch.Generator().manual_seed(0), "uniform_angle")
+    angles = parameterization.signal_power(torch.arange(1000)).sqrt().acos()
     found = angles[drawn].sort().values
     even = torch.linspace(0, float(angles[-1]), 1000)
     assert (found - even).abs().max() < 0.05  # the schedule's first angle is 0.03
-    task = make_task(pipeline, pruned(pipeline.unet), schedule, None, stage(timesteps="angle"))
+    task = make_task(pipeline, pruned(pipeline.unet), None, stage(timestep_sampling="uniform_angle"))
     assert torch.equal(task.timesteps(1000, torch.Generator().manual_seed(0)), drawn)
 
 
-@pytest.mark.parametrize("density", ["uniform", "angle"])
+@pytest.mark.parametrize("density", ["uniform", "uniform_angle"])
 def test_a_student_that_draws_above_a_time_step_alone_is_not_trained_below_it(pipeline, density):
     def drawn(above):
-        fields = {"timesteps": density, "min_timestep_fraction": above}
-        task = make_task(pipeline, pruned(pipeline.unet), noise_schedule(pipeline), None, stage(**fields))
+        fields = {"timestep_sampling": density, "min_timestep_fraction": above}
+        task = make_task(pipeline, pruned(pipeline.unet), None, stage(**fields))
         return task.timesteps(1000, torch.Generator().manual_seed(0)).sort().values
 
     whole, part = drawn(0.0), drawn(0.34)
@@ -327,7 +310,6 @@ def test_a_spliced_caption_is_its_own_up_to_a_token_and_another_behind(pipeline,
     task = make_task(
         pipeline,
         pruned(pipeline.unet),
-        noise_schedule(pipeline),
         examples,
         stage(caption_dropout=0, caption_mixing=1),
     )
@@ -355,7 +337,7 @@ def test_recipes_are_data_that_run_and_survive_their_file(pipeline, data_folder,
     assert all(torch.isfinite(p).all() for p in student.parameters())
     if recipe == "incubation":
         assert [s.name for s in stages] == ["incubate", "assemble-1", "assemble-2", "joint"]
-        assert stages[1].assembled == [
+        assert stages[1].student_blocks == [
             name for name in ("down_blocks.0", "down_blocks.2", "down_blocks.3", "up_blocks.0", "up_blocks.1",
                               "up_blocks.3", "down_blocks.1")
         ]  # fmt: skip
@@ -367,11 +349,11 @@ def test_recipes_are_data_that_run_and_survive_their_file(pipeline, data_folder,
 def test_wrong_recipes_are_told_in_one_line(pipeline, tmp_path):
     student = pruned(pipeline.unet)
     (tmp_path / "bad.yaml").write_text("- name: [")
-    (tmp_path / "odd.yaml").write_text("- {name: a, steps: 3, scope: incubate, assembled: [mid_block]}")
+    (tmp_path / "odd.yaml").write_text("- {name: a, steps: 3, scope: incubate, student_blocks: [mid_block]}")
     for recipe, message in (
         ("incubate", "incubate: no such recipe; it is joint, bk-sdm, incubation, lcm or a YAML file"),
         (tmp_path / "bad.yaml", "not a list of stages in YAML"),
-        (tmp_path / "odd.yaml", "assembled goes with scope joint"),
+        (tmp_path / "odd.yaml", "student_blocks goes with scope joint"),
     ):
         with pytest.raises(AsdmError, match=message) as error:
             recipe_stages(recipe, student, 10)
@@ -388,7 +370,7 @@ def test_an_estimate_counts_what_moves_and_changes_nothing():
     stages = parse_stages(
         [
             {"name": "a", "steps": 10, "scope": "incubate"},
-            {"name": "b", "steps": 10, "assembled": ["mid_block"]},
+            {"name": "b", "steps": 10, "student_blocks": ["mid_block"]},
             {"name": "c", "steps": 20, "ema_decay": 0.0},
         ]
     )

@@ -22,9 +22,9 @@ from asdm.diffusion.conditioning import (
     image_size,
     latent_shape,
     masked_latents,
-    noise_schedule,
 )
 from asdm.diffusion.generation import default_guidance, nothing_to_keep
+from asdm.diffusion.parameterization import parameterization_of
 from asdm.errors import AsdmError
 from asdm.families.unet_calls import guidance_embedding
 from asdm.families.unet_structure import require_known_inputs
@@ -87,14 +87,14 @@ def calibration_calls(
     scales = torch.full((len(latents),), default_guidance(pipeline))
     conditioning = replace(conditioning, timestep_cond=guidance_embedding(unet, scales)).to(unet.device, unet.dtype)
     noise = torch.randn(latents.shape, generator=generator).to(latents)
-    schedule = noise_schedule(pipeline)
-    count = schedule.config.num_train_timesteps
+    parameterization = parameterization_of(pipeline.scheduler)
+    count = parameterization.num_timesteps
     calls = []
     for index in range(timesteps):
         timestep = int((index + 0.5) * count / timesteps)
         steps = torch.full((len(latents),), timestep, device=latents.device)
-        noisy = schedule.add_noise(latents, noise, steps)
-        calls.append(CalibrationCall(timestep, {**conditioning.unet_arguments(noisy), "timestep": steps}))
+        noisy = parameterization.add_noise(latents, noise, steps)
+        calls.append(CalibrationCall(timestep, {**conditioning.denoiser_arguments(unet, noisy), "timestep": steps}))
     return calls
 
 

@@ -36,7 +36,7 @@ from asdm.diffusion.generation import default_guidance, nothing_to_keep, require
 from asdm.errors import AsdmError
 from asdm.files import replacing_file, write_text
 from asdm.pipelines.loading import MARKER, is_inpainting, is_random, read_marker, require_ours
-from asdm.training.loop import LONGEST_WAIT
+from asdm.training.launch import LONGEST_WAIT
 
 Progress = Callable[[int, int], None]
 VALUES = 256  # of each parameter, that tell pipelines apart

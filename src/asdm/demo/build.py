@@ -22,7 +22,7 @@ from asdm.evaluation.plots import image_sheet
 from asdm.files import write_text
 from asdm.images import load_images
 from asdm.pipelines.loading import load_clip, load_pipeline
-from asdm.training.loop import read_log
+from asdm.training.log import read_log
 
 STAGES = ("images", "tokenizer", "clip", "vae", "unet", "assemble", "check")
 Report = Callable[[str, int, int, str], None]

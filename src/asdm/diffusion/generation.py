@@ -19,6 +19,7 @@ from asdm import checks
 from asdm.diffusion.conditioning import LARGEST_IMAGE, PIPELINES_MULTIPLE, image_size, latent_shape, require_size
 from asdm.diffusion.guidance import PART, CfgCutoff
 from asdm.errors import AsdmError, one_line
+from asdm.families import denoiser_of, family_of
 from asdm.images import as_rgb
 from asdm.pipelines.loading import image_to_image, is_inpainting, is_random
 
@@ -148,10 +149,10 @@ def _require_finite(images: np.ndarray, pipeline: DiffusionPipeline, guidance: f
     """Raise an AsdmError for images (count, height, width, 3) that would be saved as black ones."""
     broken = int((~np.isfinite(images)).reshape(len(images), -1).any(axis=1).sum())
     if broken:
+        dtype = str(denoiser_of(pipeline).dtype).removeprefix("torch.")
         raise AsdmError(
             f"{broken} of {len(images)} images are no numbers (NaN): the weights are damaged, the guidance scale "
-            f"{guidance:g} is too strong, or {str(pipeline.unet.dtype).removeprefix('torch.')} overflows; try float32 "
-            "and the default guidance"
+            f"{guidance:g} is too strong, or {dtype} overflows; try float32 and the default guidance"
         )
 
 
@@ -196,8 +197,8 @@ def default_steps(pipeline: DiffusionPipeline) -> int:
 
 def default_guidance(pipeline: DiffusionPipeline) -> float:
     """Stable Diffusion's usual 7.5; 3 for small latents, whose details a stronger one burns out; 1, none, for few-step
-    UNets that have it baked in."""
-    if is_few_step(pipeline) and pipeline.unet.config.time_cond_proj_dim is None:
+    denoisers that have it baked in."""
+    if is_few_step(pipeline) and not family_of(pipeline).embeds_guidance(denoiser_of(pipeline)):
         return 1.0
     return 3.0 if _is_small(pipeline) else 7.5
 

@@ -100,6 +100,7 @@ class ModelFamily(ABC):
 
     component: ClassVar[str]  # the pipeline's attribute that holds the denoiser: "unet", "transformer"
     model_class: ClassVar[type[Any]]  # the stock class
+    layer_classes: ClassVar[tuple[type[Any], ...]] = ()  # whose weights FSDP gathers together
 
     # -- structure -------------------------------------------------------------------------------------
 
@@ -131,11 +132,32 @@ class ModelFamily(ABC):
     def is_covered_by(self, name: str, removed: Collection[str]) -> bool:
         """Whether a unit goes when `removed` does: by itself, with what contains it, or with what it is coupled to."""
 
+    def semantic_module(self, model: Denoiser) -> str | None:
+        """Path of the module whose output says what an image means; None where there is none."""
+        return None
+
     def block_io(self, model: Denoiser, path: str) -> BlockIO:
         """Where image and text states sit among the outputs of a block or layer."""
         return BlockIO()
 
     # -- calls -----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def call_arguments(self, latents: Tensor, **conditioning: Tensor) -> dict[str, Any]:
+        """Keyword arguments of a call on noisy latents, but for the time step; `conditioning` are the fields of
+        `asdm.diffusion.conditioning.Conditioning` that are set."""
+
+    def prediction(self, model: Denoiser, output: Tensor) -> Tensor:
+        """The prediction (batch, channels, height, width) in what the denoiser puts out."""
+        return output
+
+    def guidance_embedding(self, model: Denoiser, scales: Tensor) -> Tensor | None:
+        """The embedding of guidance scales (batch,) that the denoiser reads; None where it reads none."""
+        return None
+
+    def embeds_guidance(self, model: Denoiser) -> bool:
+        """Whether the denoiser reads the guidance scale, and its prediction is guided."""
+        return False
 
     @abstractmethod
     def sample_shape(self, model: Denoiser) -> tuple[int, int, int]:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor
 
 from asdm.errors import AsdmError
 from asdm.families import unet_calls, unet_structure
@@ -19,6 +23,7 @@ class UNetFamily(ModelFamily):
 
     component = "unet"
     model_class = UNet2DConditionModel
+    layer_classes = (ResnetBlock2D, BasicTransformerBlock)
 
     def blocks(self, model: Any) -> list[str]:
         return unet_structure.blocks(model)
@@ -52,6 +57,23 @@ class UNetFamily(ModelFamily):
 
     def is_covered_by(self, name: str, removed: Collection[str]) -> bool:
         return unet_structure.is_covered_by(name, removed)
+
+    def semantic_module(self, model: Any) -> str | None:
+        return None if model.mid_block is None else "mid_block"
+
+    def call_arguments(self, latents: Tensor, **conditioning: Tensor) -> dict[str, Any]:
+        """With `masked` behind the latents, and SDXL's pooled embeddings and image sizes among the added conditions."""
+        states = dict(conditioning)
+        masked = states.pop("masked", None)
+        sample = latents if masked is None else torch.cat([latents, masked.to(latents)], dim=1)
+        added = {name: states.pop(name) for name in ("text_embeds", "time_ids") if name in states}
+        return {"sample": sample, **states, **({"added_cond_kwargs": added} if added else {})}
+
+    def guidance_embedding(self, model: Any, scales: Tensor) -> Tensor | None:
+        return unet_calls.guidance_embedding(model, scales)
+
+    def embeds_guidance(self, model: Any) -> bool:
+        return model.config.get("time_cond_proj_dim") is not None
 
     def sample_shape(self, model: Any) -> tuple[int, int, int]:
         size = model.config.sample_size
