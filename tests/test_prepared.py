@@ -12,6 +12,7 @@ from PIL import Image
 
 import asdm.data.sources as data_module
 from asdm import AsdmError, evaluate
+from asdm.data import examples
 from asdm.data.calibration import calibration_calls
 from asdm.data.prepared import PreparedData, prepare_data
 from asdm.data.sources import open_data
@@ -176,7 +177,7 @@ def test_prepared_shards_are_webdataset_shards(pipeline, shards, tmp_path):
 
 
 def test_an_interrupted_preparation_goes_on_at_the_next_piece(pipeline, data_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(data_module, "PIECE", 2)
+    monkeypatch.setattr(examples, "PIECE", 2)
     whole = prepare_data(pipeline, data_folder, tmp_path / "whole")
     done = []
 

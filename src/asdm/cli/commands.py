@@ -886,39 +886,6 @@ def benchmark(
     console.print(f"written to {out}", highlight=False)
 
 
-@app.command("demo-build")
-def demo_build(
-    stage: Annotated[
-        str, typer.Argument(help="images, tokenizer, clip, vae, unet, assemble, check; all is all of them but images.")
-    ] = "all",
-    folder: Annotated[Path, typer.Option(help="Where checkpoints and the result go.")] = Path("runs/demo-build"),
-    minutes: Annotated[
-        float | None, typer.Option(help="Save and stop after so long.", callback=POSITIVE, show_default=False)
-    ] = None,
-    warm_start: Annotated[bool, typer.Option("--warm-start", help="Train the embedded UNet further.")] = False,
-    noto_font: Annotated[
-        Path | None, typer.Option(help="NotoColorEmoji.ttf, for `images`.", show_default=False)
-    ] = None,
-    twemoji: Annotated[
-        Path | None, typer.Option(help="Twemoji's 64 px PNGs, for `images`.", show_default=False)
-    ] = None,
-) -> None:
-    """Build the embedded pipeline again by its recipe; each stage resumes where it was stopped."""
-    from asdm.demo.build import build
-
-    with _progress(resumable=True) as report:
-        build(
-            stage,
-            folder,
-            minutes=minutes,
-            warm_start=warm_start,
-            noto_font=noto_font,
-            twemoji_folder=twemoji,
-            progress=report,
-            say=lambda text: console.print(text, highlight=False),
-        )
-
-
 def _look_at(data: str | None) -> None:
     """Refuse data that cannot be used before the work begins, and name what of it will be passed over."""
     if data is None:

@@ -12,8 +12,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from asdm.data.examples import load_pixels
 from asdm.data.prepared import is_prepared, open_prepared, require_usable
-from asdm.data.sources import load_pixels, open_data
+from asdm.data.sources import open_data
 from asdm.diffusion.conditioning import (
     Conditioning,
     decode_latents,

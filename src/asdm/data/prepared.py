@@ -23,7 +23,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from asdm import checks
-from asdm.data.sources import PIECE, PREPARED, Example, Source, Unread, Unusable, load_pixels, open_source, unusable
+from asdm.data.examples import PIECE, Example, Source, Unread, Unusable, load_pixels
+from asdm.data.names import unusable
+from asdm.data.sources import PREPARED, open_source
 from asdm.devices import LONGEST_WAIT
 from asdm.diffusion.conditioning import (
     Conditioning,

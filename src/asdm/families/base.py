@@ -213,10 +213,18 @@ def denoiser_of(pipeline: DiffusionPipeline) -> Any:
     Raises:
         AsdmError: it has none of a registered family.
     """
+    return getattr(pipeline, component_of(pipeline))
+
+
+def component_of(pipeline: DiffusionPipeline) -> str:
+    """The name of the pipeline's component that is its denoiser.
+
+    Raises:
+        AsdmError: it has none of a registered family.
+    """
     for family in _FAMILIES:
-        model = getattr(pipeline, family.component, None)
-        if model is not None:
-            return model
+        if getattr(pipeline, family.component, None) is not None:
+            return family.component
     raise _unknown(type(pipeline).__name__)
 
 

@@ -86,9 +86,11 @@ def require_whole(pipeline: DiffusionPipeline, place: Path) -> None:
     for part, module in pipeline.components.items():
         if isinstance(module, nn.Module):
             require_loaded(module, str(place), part, sorted((place / part).glob("*.safetensors")))
-    if isinstance(getattr(pipeline, "unet", None), UNetFamily.model_class):
-        files = [place] if place.is_file() else sorted((place / "unet").glob("*.safetensors"))
-        require_all_read(pipeline.unet, str(place), files)
+    component = UNetFamily.component
+    denoiser = getattr(pipeline, component, None)
+    if isinstance(denoiser, UNetFamily.model_class):
+        files = [place] if place.is_file() else sorted((place / component).glob("*.safetensors"))
+        require_all_read(denoiser, str(place), files)
 
 
 def require_shards(folder: Path) -> None:
