@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from asdm.cli.options import POSITIVE
+from asdm.cli.output import errors, say
+from asdm.cli.progress import reporting
 from asdm.errors import AsdmError
 from tools.demo.build import build
 
-SECONDS_BETWEEN_LINES = 15  # of progress
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -22,11 +21,8 @@ def main() -> None:
     try:
         app()
     except AsdmError as error:
-        print(f"error: {error}", file=sys.stderr)
+        errors.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on from here", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 @app.command()
@@ -36,7 +32,8 @@ def demo_build(
     ] = "all",
     folder: Annotated[Path, typer.Option(help="Where checkpoints and the result go.")] = Path("runs/demo-build"),
     minutes: Annotated[
-        float | None, typer.Option(help="Save and stop after so long.", callback=POSITIVE, show_default=False)
+        float | None,
+        typer.Option(help="Save and stop after this many minutes.", callback=POSITIVE, show_default=False),
     ] = None,
     warm_start: Annotated[bool, typer.Option("--warm-start", help="Train the embedded UNet further.")] = False,
     noto_font: Annotated[
@@ -46,29 +43,18 @@ def demo_build(
         Path | None, typer.Option(help="Twemoji's 64 px PNGs, for `images`.", show_default=False)
     ] = None,
 ) -> None:
-    """Build the embedded pipeline by its recipe. Each step resumes where it was stopped."""
-    build(
-        step,
-        folder,
-        minutes=minutes,
-        warm_start=warm_start,
-        noto_font=noto_font,
-        twemoji_folder=twemoji,
-        progress=_Lines(),
-        say=print,
-    )
-
-
-class _Lines:
-    """Progress as lines, with some seconds between them."""
-
-    def __init__(self) -> None:
-        self.printed = time.monotonic()
-
-    def __call__(self, title: str, done: int, total: int, note: str) -> None:
-        if time.monotonic() - self.printed > SECONDS_BETWEEN_LINES:
-            self.printed = time.monotonic()
-            print(f"{title} {done}/{total} {note}", file=sys.stderr, flush=True)
+    """Build the embedded pipeline again by its recipe; each build step resumes where it stopped."""
+    with reporting(resumable=True) as report:
+        build(
+            step,
+            folder,
+            minutes=minutes,
+            warm_start=warm_start,
+            noto_font=noto_font,
+            twemoji_folder=twemoji,
+            progress=report,
+            say=say,
+        )
 
 
 if __name__ == "__main__":
