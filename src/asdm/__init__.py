@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from asdm.caching.session import cache_features as cache_features
     from asdm.compensation.fitting import fit_compensation as fit_compensation
     from asdm.compression import compress as compress
-    from asdm.data.prepared import prepare_data as prepare_data
+    from asdm.data.preparation import prepare_data as prepare_data
     from asdm.diffusion.generation import generate as generate
     from asdm.diffusion.guidance import CfgCutoff as CfgCutoff
     from asdm.distillation.consistency import lcm_scheduler as lcm_scheduler
@@ -82,7 +82,7 @@ _HOME = {
     "load_pipeline": "asdm.pipelines.loading",
     "make_plan": "asdm.planning.program",
     "optimize": "asdm.runtime.optimize",
-    "prepare_data": "asdm.data.prepared",
+    "prepare_data": "asdm.data.preparation",
     "remeasure_plan": "asdm.planning.program",
     "refine_plan": "asdm.planning.refine",
     "save_pipeline": "asdm.pipelines.saving",

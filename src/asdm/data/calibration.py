@@ -13,8 +13,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from asdm.data.examples import load_pixels
-from asdm.data.prepared import is_prepared, open_prepared, require_usable
-from asdm.data.sources import open_data
+from asdm.data.prepared import is_prepared, open_prepared
+from asdm.data.sources import open_data, require_usable
 from asdm.diffusion.conditioning import (
     Conditioning,
     decode_latents,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from dataclasses import dataclass, field
@@ -16,12 +15,12 @@ from asdm.data.folder import FolderSource
 from asdm.data.hf_datasets import DatasetSource
 from asdm.data.metadata import metadata_of, text_of
 from asdm.data.names import data_help, unusable
+from asdm.data.prepared import is_prepared, prepared_captions
 from asdm.data.shards import ShardSource
 from asdm.errors import AsdmError
 from asdm.files import read_marker
 from asdm.registry import DATASETS, registered_folder
 
-PREPARED = "prepared.json"  # the index of a folder that prepare-data wrote
 AT_HAND = 2048  # examples of a stream that calibration and evaluation choose from
 
 
@@ -94,11 +93,25 @@ def open_source(source: str | Path, split: Split = "train") -> Source:
         return CaptionSource(path.name, text.splitlines(), split)
     if not os.path.isdir(path):  # also of a name that is too long for one
         raise AsdmError(f"{path}: no such data folder; DATA is {data_help()}")
-    if (path / PREPARED).is_file():
-        pieces = [json.loads(beside.read_text("utf-8")) for beside in sorted(path.glob("[0-9]*.json"))]
-        return CaptionSource(path.name, [caption for piece in pieces for caption in piece["captions"]], split)
+    if is_prepared(path):
+        return CaptionSource(path.name, prepared_captions(path), split)
     if read_marker(path).get("kind") == "prepared":
         raise AsdmError(f"{path}: not prepared to its end; run prepare-data again")
     if metadata_of(path) is None and any(path.glob("*.tar")):
         return ShardSource(sorted(str(shard) for shard in path.glob("*.tar")), split)
     return FolderSource(path, split)
+
+
+def require_usable(data: str | Path) -> None:
+    """Raise an AsdmError unless `data` names a source with at least one example that looks usable."""
+    require_usable_examples(open_source(data), data)
+
+
+def require_usable_examples(source: Source, data: str | Path) -> None:
+    """Raise an AsdmError unless the source, named `data`, has at least one example that looks usable."""
+    skipped: dict[str, str] = {}
+    for row in (row for piece in range(len(source)) for row in source.read(piece)):
+        if isinstance(row, Example):
+            return
+        skipped[row.name] = row.reason
+    raise unusable(data, skipped)
