@@ -5,7 +5,7 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 
-from asdm.edits.base import Remove
+from asdm.edits import Remove
 from asdm.edits.surgery import edited
 from asdm.families.unet_calls import unet_call
 from asdm.measure.latency import measure_interleaved

@@ -47,7 +47,6 @@ from asdm.cli.options import (
     SpeedupOption,
     not_a_folder,
 )
-from asdm.edits.base import compensated
 from asdm.errors import AsdmError, AsdmWarning, one_line
 
 if TYPE_CHECKING:
@@ -349,7 +348,7 @@ def prune(
     pipeline = _load(model, device, prediction_type=prediction_type, config=config)
     student = asdm.build_student(pipeline.unet, made)
     fitted = None
-    if compensated(made.edits):
+    if any(edit.compensation != "none" for edit in made.edits):
         with _progress() as report:
             fitted = asdm.fit_compensation(
                 pipeline,

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from asdm import checks
-from asdm.edits.base import CompensationKind
+from asdm.choices import CompensationKind
 from asdm.errors import AsdmError
 
 # As MODEL_HELP and DATA_HELP, which are not imported for --help: torch and diffusers take seconds.

@@ -1,12 +1,11 @@
-"""Calls of a UNet that are looked into, or of which a part is known already and not computed again."""
+"""Modules observed, exchanged or preserved for the length of a block."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 
@@ -21,12 +20,31 @@ class CachedOutput(nn.Module):
         return self.output
 
 
+def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` at a dotted path below `root`."""
+    parent, _, child = path.rpartition(".")
+    setattr(root.get_submodule(parent), child, module)
+
+
 @contextmanager
-def outputs_of(unet: UNet2DConditionModel, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+def swapped(root: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put modules at dotted paths below `root` for the length of the block, then restore those that were there."""
+    originals = {path: root.get_submodule(path) for path in replacements}
+    try:
+        for path, module in replacements.items():
+            set_module(root, path, module)
+        yield
+    finally:
+        for path, module in originals.items():
+            set_module(root, path, module)
+
+
+@contextmanager
+def outputs_of(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     """What the named modules put out in the calls within the block, the last of each."""
     outputs: dict[str, Any] = {}
     handles = [
-        unet.get_submodule(name).register_forward_hook(
+        model.get_submodule(name).register_forward_hook(
             lambda _module, _args, output, name=name: outputs.__setitem__(name, output)
         )
         for name in names

@@ -12,10 +12,6 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from asdm.edits.cond_conv import CondConv2d
-from asdm.edits.maps import ConstantMap
-from asdm.edits.regional_attention import MAP_SIDES, GriAttnProcessor
-
 
 @dataclass
 class MacCount:
@@ -40,7 +36,9 @@ class MacCount:
 def counting_macs(model: nn.Module) -> Iterator[MacCount]:
     """Count what `model` computes in the block, per sample of its batch.
 
-    The two attention products of n queries and m keys of width c are 2 n m c MACs (scores and mix).
+    The two attention products of n queries and m keys of width c are 2 n m c MACs (scores and mix). A module that
+    computes otherwise than its class says has a method `count_macs(output)`; an attention processor that meets other
+    keys has `keys_of_call(kwargs)`.
     """
     count = MacCount()
     handles = []
@@ -57,24 +55,23 @@ def counting_macs(model: nn.Module) -> Iterator[MacCount]:
             context = kwargs.get("encoder_hidden_states")
             context = hidden_states if context is None else context
             queries, keys = _tokens(hidden_states), _tokens(context)
-            if isinstance(module.processor, GriAttnProcessor):
-                keys = module.processor.keys_per_query(*kwargs[MAP_SIDES])
+            keys_of_call = getattr(module.processor, "keys_of_call", None)
+            if keys_of_call is not None:
+                keys = keys_of_call(kwargs)
             count.attention[name] += 2 * queries * keys * module.inner_dim
 
         return hook
 
-    def bank_hook(name: str) -> Any:
-        def hook(module: CondConv2d, _inputs: Any, output: Tensor) -> None:
-            size = module.weight.numel()
-            count.plain[name] += output.numel() // output.shape[0] * (size // module.out_channels)
-            count.plain[name] += len(module.sources) * size  # the mixing
+    def counted_hook(name: str) -> Any:
+        def hook(module: Any, _inputs: Any, output: Tensor) -> None:
+            count.plain[name] += module.count_macs(output)
 
         return hook
 
     for name, module in model.named_modules():
-        if isinstance(module, CondConv2d):
-            handles.append(module.register_forward_hook(bank_hook(name)))
-        elif isinstance(module, nn.Conv2d | nn.Linear) and not isinstance(module, ConstantMap):
+        if hasattr(module, "count_macs"):
+            handles.append(module.register_forward_hook(counted_hook(name)))
+        elif isinstance(module, nn.Conv2d | nn.Linear):
             handles.append(module.register_forward_hook(map_hook(name, module.weight)))
         elif isinstance(module, Attention):
             handles.append(module.register_forward_hook(attention_hook(name), with_kwargs=True))
