@@ -163,11 +163,6 @@ class CondConv2d(nn.Conv2d):
             moved = 2 * logits.sigmoid() - 1
         return torch.cat([moved[:, :1] + 1, moved[:, 1:]], dim=1)
 
-    def count_macs(self, output: Tensor) -> int:
-        """Return the multiply-accumulates per sample of a call with this output, the mixing of kernels among them."""
-        size = self.weight.numel()
-        return output.numel() // output.shape[0] * (size // self.out_channels) + len(self.sources) * size
-
     def _mixes_once(self, temb: Tensor | None) -> bool:
         return self.router_kind == "time" and temb is not None and repeats_one_row(temb)
 

@@ -99,10 +99,6 @@ class ConstantProjection(Projection, nn.Conv2d):
     def add_projection(self, weight: Tensor, bias: Tensor) -> None:
         self.bias.data.add_(bias)
 
-    def count_macs(self, output: Tensor) -> int:
-        """Return the multiply-accumulates of a call: none."""
-        return 0
-
     def forward(self, hidden_states: Tensor) -> Tensor:
         bias = self.bias[:, None, None] if hidden_states.ndim == 4 else self.bias
         return bias.expand_as(hidden_states) if self.adds else hidden_states + bias

@@ -178,10 +178,6 @@ class GriAttnProcessor(nn.Module):
             mixed = mixed.unflatten(0, (-1, count)).flatten(1, 2).index_select(1, back)
         return attn.to_out[1](attn.to_out[0](mixed.to(query.dtype))) / attn.rescale_output_factor
 
-    def keys_of_call(self, kwargs: Mapping[str, Any]) -> int:
-        """Return how many keys each query meets in a call of the attention with these keyword arguments."""
-        return self.keys_per_query(*kwargs[MAP_SIDES])
-
     def keys_per_query(self, height: int, width: int) -> int:
         """Return how many keys each query meets in a map of tokens."""
         global_keys = ceil(height / self.pool) * ceil(width / self.pool) if self.pool else 0

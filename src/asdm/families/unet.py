@@ -9,7 +9,7 @@ from asdm.errors import AsdmError
 from asdm.families.base import CacheCut, ModelFamily, block_of, register_family
 from asdm.families.unet_architecture import UNetArchitecture
 from asdm.families.unet_calls import random_inputs
-from asdm.families.unet_structure import layers
+from asdm.families.unet_structure import fingerprint, layers, unlike
 
 
 @register_family
@@ -23,6 +23,12 @@ class UNetFamily(UNetArchitecture, ModelFamily):
 
     def random_inputs(self, model: Any, batch_size: int, seed: int = 0) -> dict[str, Any]:
         return random_inputs(model, batch_size, seed)
+
+    def fingerprint(self, model: Any) -> str:
+        return fingerprint(model)
+
+    def unlike(self, model: Any, other: Any) -> str | None:
+        return unlike(model, other)
 
     def cache_cut(self, model: Any, depth: int, fresh: Sequence[str] = ()) -> CacheCut:
         """All but the last `depth` layers of the decoder path and, on the encoder path, what their skip connections

@@ -1,4 +1,4 @@
-"""Modules observed, exchanged or preserved for the length of a block."""
+"""Hooks into a model's calls: record outputs, answer with recorded ones, exchange modules, restore what was changed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class CachedOutput(nn.Module):
-    """Answers with what a module answered before, without computing it."""
+    """Returns a module's recorded output without computing it."""
 
     def __init__(self, output: Any):
         super().__init__()
@@ -41,7 +41,7 @@ def swapped(root: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[
 
 @contextmanager
 def outputs_of(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """What the named modules put out in the calls within the block, the last of each."""
+    """Record the last output of each named module within the block."""
     outputs: dict[str, Any] = {}
     handles = [
         model.get_submodule(name).register_forward_hook(
@@ -57,19 +57,19 @@ def outputs_of(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Any
 
 
 def tensor_of(output: Any) -> Tensor:
-    """The hidden states in what a module put out."""
+    """Return the hidden states in a module's output."""
     return output[0] if isinstance(output, tuple) else output
 
 
 @contextmanager
 def preserve_module_state(*modules: nn.Module) -> Iterator[None]:
-    """After the block the modules' modes and wishes for gradients are those of before, however it ends."""
+    """Restore the modules' training modes, gradient checkpointing and `requires_grad` after the block."""
     modes = [
         (module, module.training, getattr(module, "gradient_checkpointing", None))
-        for whole in modules
-        for module in whole.modules()
+        for root in modules
+        for module in root.modules()
     ]
-    wanted = [(parameter, parameter.requires_grad) for whole in modules for parameter in whole.parameters()]
+    trainable = [(parameter, parameter.requires_grad) for root in modules for parameter in root.parameters()]
     try:
         yield
     finally:
@@ -77,5 +77,5 @@ def preserve_module_state(*modules: nn.Module) -> Iterator[None]:
             module.training = training
             if checkpointing is not None:
                 module.gradient_checkpointing = checkpointing
-        for parameter, wants in wanted:
-            parameter.requires_grad_(wants)
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)

@@ -13,6 +13,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from asdm import checks
 from asdm.choices import CompensationKind
+from asdm.devices import on_device
 from asdm.edits import CondConv, DropLayers, Edit, GriAttention, Remove, UnitEdit, parse_edits
 from asdm.errors import AsdmError
 from asdm.families.unet_calls import unet_call
@@ -20,7 +21,6 @@ from asdm.families.unet_shorter import dropped
 from asdm.families.unet_structure import conv_channels, is_covered_by, is_level, layers
 from asdm.measure.hooks import preserve_module_state
 from asdm.measure.latency import Ratio, measure_interleaved
-from asdm.pipelines.loading import on_device
 from asdm.pipelines.random_models import random_unet
 from asdm.sensitivity.profile import EditRecord, RedundancyMap, UnitRecord
 from asdm.student.plan import PlanBase, PlanMetrics, PruningPlan, SpeedupBasis, build_student
