@@ -15,7 +15,7 @@ import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from asdm.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from asdm.caching.calibration import calibrate_cache as calibrate_cache
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from asdm.student.plan import build_student as build_student
     from asdm.student.unet import AsdmUNet2DConditionModel as AsdmUNet2DConditionModel
 
-# Imported when first used: torch and diffusers take seconds, and `asdm --help` needs neither.
+# Each name is imported when it is first used: torch and diffusers take seconds, and `asdm --help` needs neither.
 _HOME = {
     "AsdmError": "asdm.errors",
     "AsdmUNet2DConditionModel": "asdm.student.unet",
@@ -92,8 +92,8 @@ _HOME = {
 }
 __all__ = list(_HOME)
 
-# What other libraries say when they are imported or used, and a user of this package cannot act on: torchvision and
-# kernels are no dependencies of ours, and nothing here needs what they bring. Each by its logger and its words.
+# Log messages of other libraries that a user of this package cannot act on, by logger. Torchvision and kernels are not
+# dependencies, and nothing here needs them.
 _ADVICE = {
     "transformers.utils.import_utils": "requires torchvision (not installed); falling back to",
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
