@@ -14,13 +14,13 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from asdm import checks
+from asdm.choices import CompensationKind
 from asdm.compensation.fitting import CompensationReport, fit_compensation, fitted_tensors
 from asdm.data.sources import require_usable
 from asdm.diffusion.generation import require_steps
 from asdm.distillation.distill import distill
 from asdm.distillation.recipes import RECIPES, read_stages, recipe_stages
 from asdm.distillation.stages import Stage
-from asdm.edits.base import CompensationKind
 from asdm.errors import AsdmError
 from asdm.evaluation.comparison import Evaluation, evaluate, evaluation_sets
 from asdm.evaluation.metrics import Judge
