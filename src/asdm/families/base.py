@@ -212,6 +212,13 @@ class ModelFamily(Architecture):
     def random_inputs(self, model: Denoiser, batch_size: int, seed: int = 0) -> dict[str, Any]:
         """Random keyword arguments of a call at native size, the sample among them as "sample" or "hidden_states"."""
 
+    def require_known_inputs(self, model: Denoiser, name: str = "") -> None:
+        """Raise an AsdmError where a model reads what neither prompts nor masks bring.
+
+        Args:
+            name: of the checkpoint, for the message.
+        """
+
     @abstractmethod
     def fingerprint(self, model: Denoiser) -> str:
         """A digest of the architecture (tensor names and shapes), equal for fine-tunes of one model."""
@@ -293,6 +300,17 @@ def component_of(pipeline: DiffusionPipeline) -> str:
         if getattr(pipeline, family.component, None) is not None:
             return family.component
     raise _unknown(type(pipeline).__name__)
+
+
+def require_plain(model: Denoiser) -> None:
+    """Raise an AsdmError where a denoiser's weights are not its own alone, or not there."""
+    names = model.state_dict().keys()
+    if any(".base_layer." in name for name in names):
+        raise AsdmError("a LoRA is loaded; keep it with fuse_lora(), then unload_lora_weights()")
+    if any(name.startswith("_orig_mod.") for name in names):
+        raise AsdmError("the model is compiled; give the original of it, its attribute _orig_mod")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise AsdmError("the model's weights are offloaded, one module at a time; load it without that")
 
 
 def denoiser_call(model: Denoiser, batch_size: int = 2, seed: int = 0) -> Callable[[], Tensor]:

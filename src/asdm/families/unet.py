@@ -9,7 +9,7 @@ from asdm.errors import AsdmError
 from asdm.families.base import CacheCut, ModelFamily, block_of, register_family
 from asdm.families.unet_architecture import UNetArchitecture
 from asdm.families.unet_calls import random_inputs
-from asdm.families.unet_structure import fingerprint, layers, unlike
+from asdm.families.unet_structure import fingerprint, layers, require_known_inputs, unlike
 
 
 @register_family
@@ -23,6 +23,9 @@ class UNetFamily(UNetArchitecture, ModelFamily):
 
     def random_inputs(self, model: Any, batch_size: int, seed: int = 0) -> dict[str, Any]:
         return random_inputs(model, batch_size, seed)
+
+    def require_known_inputs(self, model: Any, name: str = "") -> None:
+        require_known_inputs(model, name)
 
     def fingerprint(self, model: Any) -> str:
         return fingerprint(model)

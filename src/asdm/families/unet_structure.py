@@ -140,17 +140,6 @@ def unlike_in(unet: UNet2DConditionModel, other: UNet2DConditionModel, *fields: 
     return next((field for field in fields if value(unet, field) != value(other, field)), None)
 
 
-def require_plain(unet: UNet2DConditionModel) -> None:
-    """Raise an AsdmError where a UNet's weights are not its own alone, or not there."""
-    names = unet.state_dict().keys()
-    if any(".base_layer." in name for name in names):
-        raise AsdmError("a LoRA is loaded; keep it with fuse_lora(), then unload_lora_weights()")
-    if any(name.startswith("_orig_mod.") for name in names):
-        raise AsdmError("the UNet is compiled; give the original of it, unet._orig_mod")
-    if any(parameter.is_meta for parameter in unet.parameters()):
-        raise AsdmError("the UNet's weights are offloaded, one module at a time; load it without that")
-
-
 # Fields of a UNet's config and the values whose inputs prompts bring; what the others are asked for in `forward`.
 _KNOWN_INPUTS: dict[str, tuple[tuple[Any, ...], str]] = {
     "class_embed_type": ((None,), "class_labels"),

@@ -185,7 +185,7 @@ def claim_of_config(path: Path) -> Claim:
         text = path.read_text("utf-8")
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError, OSError) as error:
-        raise AsdmError(f"{path}: not a config ({one_line(error)}); mend it, or take it away") from None
+        raise AsdmError(f"{path}: not a config ({one_line(error)}); correct it, or remove it") from None
     return _claim_of(content, str(path)) if isinstance(content, dict) else Claim(str(path))
 
 
@@ -309,7 +309,7 @@ def _contradictions(claims: Sequence[Claim], name: str, what: str = "") -> Itera
 def _by_markers(header: Header) -> Claim:
     predicts, ends = header.marker("v_pred"), header.marker("ztsnr")
     if header.marker("edm_mean") or header.marker("edm_vpred.sigma_max"):
-        return Claim("")  # by which the whole sampler is told
+        return Claim("")  # `edm_scheduler` reads these
     source = " and ".join(name for name in (predicts, ends) if name)
     return Claim(f"the tensor {source}", "v_prediction" if predicts else None, True if ends else None)
 

@@ -32,9 +32,8 @@ from asdm.pipelines.tensor_faults import (
     require_weights,
     require_whole,
 )
-from asdm.student.unet import AsdmUNet2DConditionModel
+from asdm.student.classes import student_class
 
-STUDENT_CLASSES: tuple[type[Any], ...] = (AsdmUNet2DConditionModel,)
 VARIANT = "fp16"  # of weights that many checkpoints have alone
 
 
@@ -135,11 +134,11 @@ def _with_its_denoiser(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
     parts = DiffusionPipeline.load_config(str(folder))
     variant = VARIANT if any(_has_variant_alone(folder / part) for part in parts) else None
     component = _component_in(folder)
-    student_class = _student_class(folder / component / "config.json")
-    if student_class is None:
+    kind = _student_class(folder / component / "config.json")
+    if kind is None:
         return DiffusionPipeline.from_pretrained(str(folder), **how, variant=variant)
     own = VARIANT if _has_variant_alone(folder / component) else None
-    student = student_class.from_pretrained(folder / component, **how, variant=own)
+    student = kind.from_pretrained(folder / component, **how, variant=own)
     rest = DiffusionPipeline.from_pretrained(str(folder), **how, variant=variant, **{component: None})
     rest.register_modules(**{component: student})
     return with_unet(rest, student)
@@ -162,4 +161,4 @@ def _student_class(config: Path) -> type[Any] | None:
         name = json.loads(config.read_text("utf-8")).get("_class_name")
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, AttributeError):
         return None  # loading says what is wrong with it
-    return next((kind for kind in STUDENT_CLASSES if kind.__name__ == name), None)
+    return student_class(name)

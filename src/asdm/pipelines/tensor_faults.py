@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from asdm.errors import AsdmError, one_line
 from asdm.families import Denoiser, UNetFamily
 from asdm.pipelines.checkpoints import Header
-from asdm.student.unet import AsdmUNet2DConditionModel
+from asdm.student.classes import student_class
 
 TEXT_ENCODERS = (CLIPTextModel, CLIPTextModelWithProjection)
 OF_TEXT = re.compile("^text_model[.]")  # which only some versions of transformers have before a text encoder's names
@@ -174,8 +174,7 @@ def _empty(folder: Path) -> nn.Module | None:
             if "architectures" in settings:
                 return getattr(transformers, settings["architectures"][0])(CLIPTextConfig.from_pretrained(folder))
             named = settings["_class_name"]
-            kind = AsdmUNet2DConditionModel if named == AsdmUNet2DConditionModel.__name__ else getattr(diffusers, named)
-            return kind.from_config(settings)
+            return (student_class(named) or getattr(diffusers, named)).from_config(settings)
     except (OSError, KeyError, AttributeError, ValueError, TypeError, RuntimeError):
         return None
 

@@ -16,7 +16,8 @@ from asdm import checks
 from asdm.edits import Edit, UnitEdit, parse_edits, removed_units
 from asdm.errors import AsdmError
 from asdm.families import family_of
-from asdm.families.unet_structure import fingerprint, require_plain
+from asdm.families.base import require_plain
+from asdm.families.unet_structure import fingerprint
 from asdm.files import write_text
 from asdm.measure.latency import Ratio
 from asdm.records import Record, first_fault
