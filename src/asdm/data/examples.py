@@ -1,7 +1,7 @@
-"""An example of a source: a caption, and its image where the source has images. And what a source promises.
+"""Examples of a data source: captions with their images. And the interface of a source.
 
 A source is read in pieces (a thousand files of a folder, a shard), each by itself, so that several processes can share
-them and an interrupted reading goes on at the next one. What cannot be used is counted and named, never fatal.
+them and an interrupted run resumes at the next one. What cannot be used is counted and named, never fatal.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Example:
     held_out: bool = False
 
     def image(self) -> Image.Image:
-        """The image, opened.
+        """Open the image.
 
         Raises:
             OSError: not an image that can be read.
@@ -52,7 +52,7 @@ class Example:
         return open_pixels(self.file)
 
     def pixels(self, size: int) -> Tensor:
-        """The image (3, size, size) in [-1, 1], centre-cropped.
+        """Load the image (3, size, size) in [-1, 1], centre-cropped.
 
         Raises:
             OSError: the file is not an image that can be read.

@@ -66,7 +66,7 @@ def _rows_of(folder: Path) -> Iterator[Example | Unusable]:
 
 
 def _others_of(folder: Path, rows: Iterable[Example | Unusable]) -> Iterator[Unusable]:
-    """Files of a folder that its samples leave out: images that no row of the metadata names, images in formats that
+    """Files of a folder that belong to no sample: images that no row of the metadata names, images in formats that
     cannot be read, and captions without an image."""
     named = {os.path.normpath(folder / row.name) for row in rows}
     tables = [path for path in (metadata_of(folder),) if path is not None]

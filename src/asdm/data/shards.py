@@ -68,7 +68,7 @@ def _from_sample(sample: dict[str, Any]) -> Example | Unusable:
     if not images:
         unread = next((member for member in members if f".{member}" in UNREAD_SUFFIXES), None)
         why = "" if unread is None else f"; this Pillow does not read .{unread}, convert it to PNG or JPEG"
-        # WebDataset takes all behind the first dot of a name for the ending
+        # WebDataset takes everything behind the first dot of a name for the suffix
         why = why or ("; its name has a dot too many" if any("." in member for member in members) else "")
         return Unusable(name, f"it has no image: {found}{why}")
     caption = sample["txt"].decode("utf-8-sig", "replace") if "txt" in sample else None
