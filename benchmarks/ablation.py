@@ -36,7 +36,7 @@ from torch import Tensor
 
 import asdm
 from asdm.benchmark.methods import outer_self_attentions
-from asdm.data.sources import ShuffledBatches
+from asdm.data.batches import ShuffledBatches
 from asdm.distillation.recipes import (
     CAPTION_MIXING,
     SEMANTIC_WEIGHT,
@@ -48,7 +48,7 @@ from asdm.distillation.recipes import (
 from asdm.distillation.stages import LossWeights, Stage
 from asdm.distillation.tasks import make_task
 from asdm.distillation.training_set import TrainingSet, prepare
-from asdm.edits.base import GriAttention, Remove
+from asdm.edits import GriAttention, Remove
 from asdm.evaluation.comparison import EvaluationSet, RealImages, evaluation_sets
 from asdm.evaluation.metrics import Judge, feature_distance
 from asdm.evaluation.plots import image_sheet
@@ -57,7 +57,7 @@ from asdm.files import write_text
 from asdm.images import to_images
 from asdm.measure.latency import measure_interleaved, seconds_of
 from asdm.measure.machine import prepare_for_training
-from asdm.pipelines.loading import load_clip
+from asdm.pipelines.clip import load_clip
 from asdm.sensitivity.profile import RedundancyMap
 from asdm.student.plan import PruningPlan, build_student
 from asdm.training.launch import make_accelerator

@@ -24,7 +24,7 @@ from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import asdm
-from asdm.data.sources import ShuffledBatches
+from asdm.data.batches import ShuffledBatches
 from asdm.distillation.estimate import estimate as estimated
 from asdm.distillation.stages import Stage
 from asdm.distillation.tasks import make_task

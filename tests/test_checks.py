@@ -41,7 +41,6 @@ NEEDED = {
     "compress": ["demo", "--out", "out"],
     "demo": [],
     "benchmark": ["demo"],
-    "demo-build": [],
 }
 BAD = {float: ("nan", "inf", "-1"), int: ("-1", "1" + 30 * "0"), Literal: ("x",)}
 
@@ -69,7 +68,7 @@ def refusal(monkeypatch, capfd, tmp_path):
     def loaded(*_):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("asdm.cli.commands._load", loaded)
+    monkeypatch.setattr("asdm.cli.loading.load_model", loaded)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("asdm.compression.load_pipeline", loaded)
 
@@ -349,7 +348,7 @@ def test_images_that_are_no_numbers_are_told_and_not_saved(monkeypatch, capfd, t
         asdm.generate(pipeline, "x", steps=1, guidance_scale=1e30)
     with torch.no_grad():
         pipeline.unet.conv_out.bias.fill_(NAN)
-    monkeypatch.setattr("asdm.cli.commands._load", lambda *_, **__: pipeline)
+    monkeypatch.setattr("asdm.cli.loading.load_model", lambda *_, **__: pipeline)
     monkeypatch.setattr(sys, "argv", ["asdm", "generate", "demo", "x", "--steps", "1", "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -409,7 +408,7 @@ def test_models_of_one_name_are_told_apart(monkeypatch, tmp_path):
         raise Evaluated
 
     monkeypatch.setattr("asdm.evaluation.comparison.evaluate", evaluated)
-    monkeypatch.setattr("asdm.cli.commands._load", lambda *_, **__: tiny_pipeline())
+    monkeypatch.setattr("asdm.cli.loading.load_model", lambda *_, **__: tiny_pipeline())
     monkeypatch.setattr(sys, "argv", ["asdm", "evaluate", "demo", "demo"])
     with pytest.raises(Evaluated):
         cli.main()
@@ -428,7 +427,7 @@ def test_other_libraries_give_no_advice_and_benchmarks_need_a_package_only_where
         "for name in ('tomesd', 'DeepCache', 'tgate', 'openvino', 'nncf', 'webdataset'):\n"
         "    sys.modules[name] = None\n"
         f"sys.path.insert(0, {str(scripts)!r})\n"
-        "for name in ('ablation', 'inheritance', 'student', 'training_step'):\n"
+        "for name in ('ablation', 'caching', 'student', 'training_step'):\n"
         "    importlib.import_module(name)\n"
         "sys.argv = ['student.py', 'gri']\n"
         "sys.modules['common'].run(sys.modules['student'].app)\n"

@@ -15,7 +15,7 @@ from asdm import AsdmError, PruningPlan, Remove, build_student, distill, prepare
 from asdm.data.prepared import PreparedData
 from asdm.data.sources import open_data
 from asdm.distillation.stages import LossWeights, Stage
-from asdm.pipelines.loading import with_unet
+from asdm.pipelines.derived import with_unet
 from asdm.training.log import read_log
 from asdm.training.loop import LoopSettings, train
 from asdm.training.task import TrainingTask

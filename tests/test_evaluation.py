@@ -10,14 +10,15 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from asdm import AsdmError, PruningPlan, build_student, compress, evaluate, load_pipeline, save_pipeline, with_unet
-from asdm.data.sources import load_pixels, open_data
+from asdm.data.examples import load_pixels
+from asdm.data.sources import open_data
 from asdm.demo import images_folder
 from asdm.diffusion.generation import generate
 from asdm.evaluation import comparison
 from asdm.evaluation.comparison import RealImages, evaluation_sets, image_embeds
 from asdm.evaluation.metrics import Judge, feature_distance, kid, psnr, recognition, retrieval_at_1
 from asdm.evaluation.report import headline_of
-from asdm.pipelines.loading import clip_statistics
+from asdm.pipelines.clip import clip_statistics
 from conftest import tiny_pipeline
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from asdm import AsdmError, PruningPlan, Stage, build_student, distill
-from asdm.data.sources import ShuffledBatches
+from asdm.data.batches import ShuffledBatches
 from asdm.distillation.estimate import estimate
 from asdm.distillation.losses import feature_losses, output_loss, relative_error
 from asdm.distillation.stages import LossWeights, parse_stages

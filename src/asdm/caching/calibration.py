@@ -32,8 +32,7 @@ from asdm.caching.session import (
     timed_calls,
 )
 from asdm.data.calibration import DEFAULT_PROMPTS
-from asdm.data.prepared import require_usable
-from asdm.data.sources import open_data
+from asdm.data.sources import open_data, require_usable
 from asdm.diffusion.conditioning import latent_shape
 from asdm.diffusion.generation import default_guidance, nothing_to_keep, require_steps
 from asdm.errors import AsdmError

@@ -13,9 +13,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from asdm import checks
+from asdm.diffusion.kinds import is_sdxl
 from asdm.errors import AsdmError
 from asdm.families import Denoiser, denoiser_of, family_of
-from asdm.pipelines.loading import is_sdxl
 
 PIPELINES_MULTIPLE = 8  # of diffusers' Stable Diffusion pipelines, whatever the VAE's factor
 LARGEST_IMAGE = 8192  # pixels a side

@@ -20,8 +20,7 @@ from asdm.distillation.stages import Stage
 from asdm.distillation.tasks import make_task
 from asdm.distillation.training_set import TrainingSet, prepare
 from asdm.errors import AsdmError
-from asdm.families import Denoiser, denoiser_of
-from asdm.families.unet_structure import require_known_inputs, unlike
+from asdm.families import Denoiser, denoiser_of, family_of
 from asdm.files import folder_lock
 from asdm.measure.hooks import preserve_module_state
 from asdm.measure.machine import prepare_for_training
@@ -75,7 +74,7 @@ def distill(
             not in float32.
     """
     denoiser = denoiser_of(teacher)
-    require_known_inputs(denoiser)
+    family_of(denoiser).require_known_inputs(denoiser)
     _require_fit(denoiser, student)
     _require_trainable(denoiser, student)
     folder = Path(folder)
@@ -104,7 +103,7 @@ def distill(
 
 def _require_fit(teacher: Denoiser, student: Denoiser) -> None:
     """Raise an AsdmError where the student reads or writes other tensors than the teacher."""
-    name = unlike(teacher, student)
+    name = family_of(teacher).unlike(teacher, student)
     if name is not None:
         raise AsdmError(
             f"the student's {name} is {student.config[name]}, the teacher's {teacher.config[name]}: it was not pruned "

@@ -28,12 +28,11 @@ from asdm.distillation.stages import Stage
 from asdm.distillation.tasks import make_task
 from asdm.distillation.teaching import Batch
 from asdm.distillation.training_set import TrainingSet
-from asdm.families import Denoiser, denoiser_of, family_of
-from asdm.families.unet_calls import unet_call
+from asdm.families import Denoiser, denoiser_call, denoiser_of, family_of
 from asdm.measure.latency import measure_interleaved
 from asdm.measure.machine import fastest_precision
 from asdm.measure.memory import peak_megabytes
-from asdm.pipelines.loading import with_unet
+from asdm.pipelines.derived import with_unet
 from asdm.training.optimizers import OptimizerName, is_matrix
 from asdm.training.sharding import gathered_layers
 from asdm.training.task import BatchSlice, TrainingTask
@@ -263,7 +262,7 @@ def _weightless(module: Module) -> Module:
     return copy.deepcopy(module, shapes)
 
 
-def _measured_rate(unet: Denoiser, precision: torch.dtype | None, samples: int) -> float:
+def _measured_rate(denoiser: Denoiser, precision: torch.dtype | None, samples: int) -> float:
     """Floating-point operations a second in a call of the denoiser here, its products in this precision; with so many
     samples where one alone is quick, and does not fill the device."""
     with (
@@ -271,20 +270,20 @@ def _measured_rate(unet: Denoiser, precision: torch.dtype | None, samples: int) 
         FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter,
         torch.no_grad(),
     ):
-        unet_call(_weightless(unet), batch_size=1)()
+        denoiser_call(_weightless(denoiser), batch_size=1)()
 
     def rate(batch_size: int) -> float:
-        with torch.autocast(unet.device.type, precision, enabled=precision is not None):
-            call = unet_call(unet, batch_size)
-            times = measure_interleaved({"unet": call}, rounds=3, warmup=1, device=unet.device)
-        return batch_size * counter.get_total_flops() / (times["unet"].ms / 1000)
+        with torch.autocast(denoiser.device.type, precision, enabled=precision is not None):
+            call = denoiser_call(denoiser, batch_size)
+            times = measure_interleaved({"denoiser": call}, rounds=3, warmup=1, device=denoiser.device)
+        return batch_size * counter.get_total_flops() / (times["denoiser"].ms / 1000)
 
     alone = rate(1)
     if samples == 1 or counter.get_total_flops() / alone > QUICK:
         return alone
     try:
         return rate(samples)
-    except torch.OutOfMemoryError:  # as the training may be: it is asked whether it fits
+    except torch.OutOfMemoryError:  # the training may run out of it, too: whether it fits is the question
         return alone
 
 

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from diffusers import DiffusionPipeline
 
-from asdm.data.sources import ShuffledBatches
+from asdm.data.batches import ShuffledBatches
 from asdm.distillation.incubation import assembled, incubated_blocks
 from asdm.distillation.stages import Stage
 from asdm.distillation.tasks import make_task

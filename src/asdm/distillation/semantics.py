@@ -18,7 +18,7 @@ from asdm.diffusion.conditioning import Conditioning, predict
 from asdm.diffusion.parameterization import Parameterization, parameterization_of
 from asdm.errors import AsdmError, one_line
 from asdm.families import Denoiser, denoiser_of, family_of
-from asdm.pipelines.loading import clip_statistics, load_clip
+from asdm.pipelines.clip import clip_statistics, load_clip
 
 TIMESTEP = 0.2  # part of the schedule at which the denoiser reads latents: little noise, so that meaning shows
 

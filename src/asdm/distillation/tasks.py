@@ -27,7 +27,6 @@ from asdm.distillation.semantics import SemanticEncoder, make_encoder
 from asdm.distillation.stages import Stage
 from asdm.distillation.teaching import WHOLE, Batch, Noised, TeachingTask
 from asdm.distillation.training_set import TrainingSet
-from asdm.edits.drop_layers import teacher_key
 from asdm.errors import AsdmError
 from asdm.families import Denoiser, denoiser_of, family_of
 from asdm.measure.hooks import outputs_of
@@ -71,7 +70,7 @@ class DistillationTask(TeachingTask):
     ):
         super().__init__(teacher, student, parameterization, examples, stage)
         self.blocks = family_of(student).blocks(student)
-        self.teacher_blocks = {block: teacher_key(block, student, teacher) for block in self.blocks}
+        self.teacher_blocks = {block: family_of(student).teacher_key(block, student, teacher) for block in self.blocks}
         # Weights have a mean of 1 over the sampled time steps: in each batch, a single sample's would cancel out.
         sampled = self.timesteps(parameterization.num_timesteps, torch.Generator().manual_seed(0))
         self.mean_signal_power = parameterization.signal_power(sampled).mean()

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from asdm.data.prepared import PreparedData, is_prepared, open_prepared, prepare_data
+from asdm.data.preparation import prepare_data
+from asdm.data.prepared import PreparedData, is_prepared, open_prepared
 from asdm.diffusion.conditioning import Conditioning, embed_prompts
 
 

@@ -23,7 +23,8 @@ from transformers import CLIPModel
 
 from asdm import checks
 from asdm.data.calibration import DEFAULT_PROMPTS
-from asdm.data.sources import Example, can_be_decoded, load_pixels, open_data
+from asdm.data.examples import Example, can_be_decoded, load_pixels
+from asdm.data.sources import open_data
 from asdm.diffusion.conditioning import image_size
 from asdm.diffusion.generation import default_guidance, default_steps, generate, is_few_step, require_steps
 from asdm.errors import AsdmError, one_line
@@ -35,7 +36,8 @@ from asdm.images import to_images
 from asdm.measure.latency import Latency, Ratio, measure_interleaved
 from asdm.measure.load import LoadMeter, busy_line
 from asdm.measure.macs import counting_macs
-from asdm.pipelines.loading import clip_statistics, without_safety_checker
+from asdm.pipelines.clip import clip_statistics
+from asdm.pipelines.derived import without_safety_checker
 from asdm.records import Record, first_fault
 
 Progress = Callable[[str, int, int], None]

@@ -5,14 +5,16 @@ Nothing outside `families/` and the student's model classes names a block, a lay
 
 from __future__ import annotations
 
+import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
 from diffusers import DiffusionPipeline, ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 
+from asdm.choices import CompensationKind
 from asdm.errors import AsdmError
 
 Denoiser: TypeAlias = ModelMixin
@@ -81,6 +83,18 @@ class BlockIO:
             return output
         return output[self.image or 0]
 
+    def with_image_states(self, output: Any, states: Any) -> Any:
+        """What a block or layer put out, with other image states."""
+        if not isinstance(output, tuple):
+            return states
+        place = self.image or 0
+        return (*output[:place], states, *output[place + 1 :])
+
+    def image_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The image states that a block or layer is called with."""
+        states: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        return states
+
 
 @dataclass(frozen=True)
 class CacheCut:
@@ -95,12 +109,14 @@ class CacheCut:
     relative_to: str | None = None
 
 
-class ModelFamily(ABC):
-    """All that is known of a family's architecture. Instances have no state."""
+class Architecture(ABC):
+    """The structure of a family's models, and how edits change it: all that a saved student needs to be built.
+
+    Instances have no state.
+    """
 
     component: ClassVar[str]  # the pipeline's attribute that holds the denoiser: "unet", "transformer"
     model_class: ClassVar[type[Any]]  # the stock class
-    layer_classes: ClassVar[tuple[type[Any], ...]] = ()  # whose weights FSDP gathers together
 
     # -- structure -------------------------------------------------------------------------------------
 
@@ -131,6 +147,58 @@ class ModelFamily(ABC):
     @abstractmethod
     def is_covered_by(self, name: str, removed: Collection[str]) -> bool:
         """Whether a unit goes when `removed` does: by itself, with what contains it, or with what it is coupled to."""
+
+    # -- edits -----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def removed(
+        self, model: Denoiser, unit: str, compensate: CompensationKind, compensate_time: bool
+    ) -> dict[str, nn.Module]:
+        """Return the modules that take a removed unit's place, by their paths; change nothing.
+
+        Raises:
+            AsdmError: it cannot be removed, or not be compensated so.
+        """
+
+    @abstractmethod
+    def projection_channels(self, model: Denoiser, unit: str) -> int:
+        """Return the channels of the projection that can take the place of a removal; 0 where none can."""
+
+    def conv_channels(self, model: Denoiser) -> dict[str, tuple[int, int]]:
+        """Return the input channels of each convolution that can get expert kernels: of hidden states, and of the skip
+        connection behind them."""
+        return {}
+
+    def shorter_config(self, model: Denoiser, edit: Any) -> dict[str, Any]:
+        """Return the config of the stock model without the layers that an edit `drop_layers` drops.
+
+        Raises:
+            AsdmError: the model does not allow the edit.
+        """
+        raise AsdmError(f"drop_layers: is not for a {type(model).__name__}; remove its units or blocks")
+
+    def dropped_layers(self, edit: Any, units: Sequence[str]) -> list[str]:
+        """Return the units that an edit `drop_layers` drops, given the names of all."""
+        return []
+
+    def teacher_key(self, name: str, student: Denoiser, teacher: Denoiser) -> str:
+        """Return the teacher's name of a student's block, module or tensor."""
+        return name
+
+    def no_such_unit(self, model: Denoiser, name: str) -> AsdmError:
+        """Return the error for a name that no unit has; it names the nearest one."""
+        known = [unit.name for unit in self.units(model)]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+        return AsdmError(
+            f"{name}: no such unit in this model, which has {len(known)}; "
+            f"the nearest is {near[0] if near else 'none'} (`asdm analyze` lists them)"
+        )
+
+
+class ModelFamily(Architecture):
+    """All that is known of a family's models: their structure, how they are called, and where features are cached."""
+
+    layer_classes: ClassVar[tuple[type[Any], ...]] = ()  # whose weights FSDP gathers together
 
     def semantic_module(self, model: Denoiser) -> str | None:
         """Path of the module whose output says what an image means; None where there is none."""
@@ -167,6 +235,22 @@ class ModelFamily(ABC):
     def random_inputs(self, model: Denoiser, batch_size: int, seed: int = 0) -> dict[str, Any]:
         """Random keyword arguments of a call at native size, the sample among them as "sample" or "hidden_states"."""
 
+    def require_known_inputs(self, model: Denoiser, name: str = "") -> None:
+        """Raise an AsdmError where a model reads what neither prompts nor masks bring.
+
+        Args:
+            name: of the checkpoint, for the message.
+        """
+
+    @abstractmethod
+    def fingerprint(self, model: Denoiser) -> str:
+        """A digest of the architecture (tensor names and shapes), equal for fine-tunes of one model."""
+
+    @abstractmethod
+    def unlike(self, model: Denoiser, other: Denoiser) -> str | None:
+        """The first config field by which two models read or write other tensors; None where one can replace the
+        other."""
+
     @abstractmethod
     def cache_cut(self, model: Denoiser, depth: int, fresh: Sequence[str] = ()) -> CacheCut:
         """What is cached where the last `depth` layers, and the modules named in `fresh`, are always computed."""
@@ -191,17 +275,33 @@ def families() -> Sequence[ModelFamily]:
 
 
 def family_of(model: Any) -> ModelFamily:
-    """The family of a denoiser, or of a pipeline's denoiser.
+    """The family of a denoiser, or of a pipeline's denoiser. What stands in for a denoiser, such as exported graphs,
+    names its family in its attribute `family`.
 
     Raises:
         AsdmError: it is of none of the registered families.
     """
     if isinstance(model, DiffusionPipeline):
         return family_of(denoiser_of(model))
+    named = getattr(model, "family", None)
+    if isinstance(named, ModelFamily):
+        return named
     for family in _FAMILIES:
         if isinstance(model, family.model_class):
             return family
     raise _unknown(type(model).__name__)
+
+
+def family_named(class_name: str) -> ModelFamily:
+    """The family whose stock class, or a subclass of it, has this name.
+
+    Raises:
+        AsdmError: there is none.
+    """
+    for family in _FAMILIES:
+        if class_name.endswith(family.model_class.__name__):
+            return family
+    raise _unknown(class_name)
 
 
 def denoiser_of(pipeline: DiffusionPipeline) -> Any:
@@ -210,11 +310,39 @@ def denoiser_of(pipeline: DiffusionPipeline) -> Any:
     Raises:
         AsdmError: it has none of a registered family.
     """
+    return getattr(pipeline, component_of(pipeline))
+
+
+def component_of(pipeline: DiffusionPipeline) -> str:
+    """The name of the pipeline's component that is its denoiser.
+
+    Raises:
+        AsdmError: it has none of a registered family.
+    """
     for family in _FAMILIES:
-        model = getattr(pipeline, family.component, None)
-        if model is not None:
-            return model
+        if getattr(pipeline, family.component, None) is not None:
+            return family.component
     raise _unknown(type(pipeline).__name__)
+
+
+def require_plain(model: Denoiser) -> None:
+    """Raise an AsdmError where a denoiser's weights are not its own alone, or not there."""
+    names = model.state_dict().keys()
+    if any(".base_layer." in name for name in names):
+        raise AsdmError("a LoRA is loaded; keep it with fuse_lora(), then unload_lora_weights()")
+    if any(name.startswith("_orig_mod.") for name in names):
+        raise AsdmError("the model is compiled; give the original of it, its attribute _orig_mod")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise AsdmError("the model's weights are offloaded, one module at a time; load it without that")
+
+
+def denoiser_call(model: Denoiser, batch_size: int = 2, seed: int = 0) -> Callable[[], Tensor]:
+    """One call of a denoiser on random inputs at its native size; batch 2 is one image with guidance."""
+    arguments = family_of(model).random_inputs(model, batch_size, seed)
+    # By its place, as pipelines give it: what others patch into a denoiser may rely on it.
+    sample = arguments.pop("sample" if "sample" in arguments else "hidden_states")
+    call: Any = model
+    return lambda: call(sample, **arguments, return_dict=False)[0]
 
 
 def _unknown(name: str) -> AsdmError:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
-
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 
+from asdm.devices import LONGEST_WAIT
 from asdm.measure.machine import fastest_precision
-
-LONGEST_WAIT = timedelta(days=7)  # for another process: one may generate images, or incubate a block, for hours
 
 
 def make_accelerator(
