@@ -1,5 +1,7 @@
-"""Guidance that ends before the sampling does: at low noise it costs as much as anywhere and helps least (arXiv
-2404.07724, whose interval this is the lower end of)."""
+"""Guidance that ends before the sampling does: at low noise it helps least and costs the same.
+
+After arXiv 2404.07724; this is the lower end of its interval.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,12 @@ from torch import Tensor
 
 from asdm import checks
 from asdm.errors import AsdmError
+from asdm.families import denoiser_of
 
 PART = checks.number(above=0, high=1, remedy="for no guidance at all give guidance_scale=1")
-# Pipelines whose loop asks a callback what it wants to see, takes back all that it holds once for each branch, and asks
-# at every step whether there is guidance. Others, as those with perturbed attention, with a union of ControlNets, or
-# that inpaint by a ControlNet, do not.
+# Pipelines whose loop passes a callback the tensors that it names, reads back all that it holds for each branch, and
+# checks at every step whether there is guidance. Others, as those with perturbed attention, with a union of
+# ControlNets, or that inpaint by a ControlNet, do not.
 _LOOPS = frozenset(
     {
         "StableDiffusionPipeline",
@@ -36,10 +39,10 @@ _LOOPS = frozenset(
         "LatentConsistencyModelImg2ImgPipeline",
     }
 )
-# Of how many branches, and which of them has both the prompt and the image.
+# The number of branches, and which of them has both the prompt and the image.
 _BRANCHES = {"StableDiffusionInstructPix2PixPipeline": (3, 0)}
 _TWO_BRANCHES = (2, 1)  # without the prompt, and with it
-# What they hold for each branch, and let a callback change.
+# The tensors that they hold for each branch, and that a callback may change.
 _BRANCHED = (
     "prompt_embeds",
     "add_text_embeds",
@@ -61,7 +64,7 @@ class CfgCutoff(PipelineCallback):
     Kolors, image-to-image, inpainting, InstructPix2Pix, ControlNet.
 
     Args:
-        pipeline: which is going to call it.
+        pipeline: the one that will call it.
         cfg_cutoff: part of the steps, in (0, 1], that are guided; at least one is.
 
     Raises:
@@ -72,7 +75,7 @@ class CfgCutoff(PipelineCallback):
     def __init__(self, pipeline: DiffusionPipeline, cfg_cutoff: float):
         super().__init__(cutoff_step_ratio=float(cfg_cutoff))
         self._branched, self._branches = _held_by(pipeline)
-        if pipeline.unet.config.get("encoder_hid_dim_type") == "ip_image_proj":
+        if denoiser_of(pipeline).config.get("encoder_hid_dim_type") == "ip_image_proj":
             raise AsdmError("cfg_cutoff does not go with an IP-Adapter, whose images no callback can change; unload it")
 
     @property
@@ -87,12 +90,12 @@ class CfgCutoff(PipelineCallback):
             return callback_kwargs
         if _held_by(pipeline) != (self._branched, self._branches):
             raise AsdmError(f"this CfgCutoff was made for another kind of pipeline than {type(pipeline).__name__}")
-        pipeline._guidance_scale = 1.0  # set anew by each call of the pipeline
+        pipeline._guidance_scale = 1.0  # set again by each call of the pipeline
         size = len(callback_kwargs["prompt_embeds"])
         return {name: self._conditional(value, size) for name, value in callback_kwargs.items()}
 
     def _conditional(self, value: Any, size: int) -> Any:
-        """The branch with the prompt, of what has all; a ControlNet's image in guess mode has one."""
+        """The branch with the prompt of a tensor that has all; a ControlNet's image in guess mode has one."""
         if isinstance(value, list):
             return [self._conditional(each, size) for each in value]
         count, which = self._branches
@@ -100,7 +103,8 @@ class CfgCutoff(PipelineCallback):
 
 
 def _held_by(pipeline: DiffusionPipeline) -> tuple[list[str], tuple[int, int]]:
-    """What a pipeline holds for each branch, and lets a callback change; of how many branches, and which one stays."""
+    """The tensors that a pipeline holds for each branch and a callback may change; the number of branches, and which
+    one stays."""
     owner = next((kind for kind in type(pipeline).__mro__ if "__call__" in vars(kind)), type(pipeline))
     if owner.__name__ not in _LOOPS or not owner.__module__.startswith("diffusers."):
         raise AsdmError(

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 
 from asdm import checks
 from asdm.data.prepared import digest_of
@@ -41,7 +41,7 @@ from asdm.training.optimizers import require_installed
 )
 def distill(
     teacher: DiffusionPipeline,
-    student: UNet2DConditionModel,
+    student: Denoiser,
     data: str | Path,
     folder: str | Path,
     *,
