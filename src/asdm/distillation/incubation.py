@@ -13,9 +13,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from asdm.edits import CondConv, Remove
 from asdm.errors import AsdmError
-from asdm.families.unet_structure import block_of, is_covered_by, is_level, layers, unlike_in
+from asdm.families.unet_structure import block_of, is_level, unlike_in
 from asdm.families.unet_structure import blocks as unet_blocks
 from asdm.measure.hooks import swapped
 from asdm.student.unet import edits_of
@@ -41,51 +40,19 @@ def incubated_blocks(student: UNet2DConditionModel) -> list[str]:
 
 
 def set_trainable(student: UNet2DConditionModel, trained: str) -> None:
-    """Let only a part of the student's parameters move.
+    """Let all of the student's parameters be trained, or only the routers of its expert kernels.
 
     Raises:
-        AsdmError: there is nothing of that kind in it.
+        AsdmError: it has no router.
     """
+    student.requires_grad_(trained == "all")
     if trained == "all":
-        student.requires_grad_(True)
         return
-    student.requires_grad_(False)
-    if trained == "routers":
-        chosen = [module for name, module in student.named_modules() if name.endswith(".router")]
-    else:
-        chosen = [student.get_submodule(name) for name in _beside_cuts(student)]
-    for module in chosen:
-        module.requires_grad_(True)
-    if not any(parameter.requires_grad for parameter in student.parameters()):
+    routers = [module for name, module in student.named_modules() if name.endswith(".router")]
+    for router in routers:
+        router.requires_grad_(True)
+    if not routers:
         raise AsdmError(f"trained={trained}: this student has none; use all")
-
-
-def _beside_cuts(student: UNet2DConditionModel) -> list[str]:
-    """The layers before and behind each edit, and what is left of the edited one."""
-    edits = edits_of(student)
-    removed = [edit.unit for edit in edits if isinstance(edit, Remove)]
-    blocks = [unit for unit in removed if unit in unet_blocks(student)]
-    order = [name for name in layers(student) if not is_covered_by(name, blocks)]
-    near: set[str] = set()
-    for edit in edits:
-        unit = edit.unit.rpartition(".")[0] if isinstance(edit, CondConv) else edit.unit
-        layer = unit.partition(".transformer_blocks.")[0]
-        if layer in order:
-            index = order.index(layer)
-            near |= set(order[max(0, index - 1) : index + 2])
-        elif unit in blocks:
-            before = [name for name in order if _place(name) < _place(unit)]
-            behind = [name for name in order if _place(name) > _place(unit)]
-            near |= {unit, *before[-1:], *behind[:1]}
-            if is_level(unit):  # which also goes from the way up
-                near |= {*[name for name in order if _place(name) > _place("up_blocks.0")][:1]}
-    return sorted(near)
-
-
-def _place(name: str) -> tuple[int, int]:
-    """By which blocks are in order of execution."""
-    side, _, index = block_of(name).partition(".")
-    return ("down_blocks", "mid_block", "up_blocks").index(side), int(index or 0)
 
 
 @contextmanager
@@ -101,14 +68,16 @@ def assembled(
         yield
         return
     if unlike_in(student, teacher, "layers_per_block", "block_out_channels", "mid_block_type"):
-        raise AsdmError("assembled: this student's blocks are not its teacher's; leave the stage's assembled out")
+        raise AsdmError(
+            "student_blocks: this student's blocks are not its teacher's; leave the field out"
+        )
     known = {*unet_blocks(student), *unet_blocks(teacher)}
     for name in blocks:
         if name not in known:
-            raise AsdmError(f"assembled: {name}: no such block; they are {', '.join(sorted(known))}")
+            raise AsdmError(f"student_blocks: {name}: no such block; they are {', '.join(sorted(known))}")
     for group in groups_of(student):
         if 0 < len(set(group) & set(blocks)) < len(group):
-            raise AsdmError(f"assembled: {', '.join(group)} go together in this student; name all or none")
+            raise AsdmError(f"student_blocks: {', '.join(group)} go together in this student; name all or none")
     others = [name for name in unet_blocks(teacher) if name not in blocks]
     with swapped(student, {name: teacher.get_submodule(name) for name in others}):
         yield
