@@ -52,7 +52,8 @@ from asdm.measure.latency import measure_interleaved, seconds_of
 from asdm.measure.machine import prepare_for_training
 from asdm.pipelines.clip import load_clip
 from asdm.sensitivity.profile import RedundancyMap
-from asdm.student.plan import PruningPlan, build_student
+from asdm.student.build import build_student
+from asdm.student.plan import PruningPlan
 from asdm.training.loop import make_accelerator
 from asdm.training.optimizers import make_optimizer
 

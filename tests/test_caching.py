@@ -41,7 +41,7 @@ from asdm.benchmark.methods import deep_cache
 from asdm.caching.calibration import best_steps, extrapolation_errors, observe_sampling
 from asdm.caching.session import _Inheriting, computed_steps, cut_of, noise_level
 from asdm.cli import app
-from asdm.families.unet_structure import fingerprint
+from asdm.families.tensors import fingerprint
 from asdm.measure.macs import counting_macs
 from conftest import predict, tiny_inpainting_pipeline, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet, unet_inputs
 

@@ -49,8 +49,8 @@ if TYPE_CHECKING:
     from asdm.runtime.switching import switch_unets as switch_unets
     from asdm.sensitivity.profile import RedundancyMap as RedundancyMap
     from asdm.sensitivity.profile import analyze as analyze
+    from asdm.student.build import build_student as build_student
     from asdm.student.plan import PruningPlan as PruningPlan
-    from asdm.student.plan import build_student as build_student
     from asdm.student.unet import AsdmUNet2DConditionModel as AsdmUNet2DConditionModel
 
 # Each name is imported when it is first used: torch and diffusers take seconds, and `asdm --help` needs neither.
@@ -69,7 +69,7 @@ _HOME = {
     "Stage": "asdm.distillation.stages",
     "add_cond_conv": "asdm.planning.program",
     "analyze": "asdm.sensitivity.profile",
-    "build_student": "asdm.student.plan",
+    "build_student": "asdm.student.build",
     "calibrate_cache": "asdm.caching.calibration",
     "compress": "asdm.compression",
     "distill": "asdm.distillation.distill",

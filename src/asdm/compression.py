@@ -36,7 +36,8 @@ from asdm.pipelines.saving import save_pipeline_into
 from asdm.planning.program import make_plan, require_budget, require_params
 from asdm.planning.refine import ROUNDS, refine_plan
 from asdm.sensitivity.profile import RedundancyMap, Sensitivity, analyze
-from asdm.student.plan import PruningPlan, build_student
+from asdm.student.build import build_student
+from asdm.student.plan import PruningPlan
 from asdm.training.loop import read_log
 
 Progress = Callable[[str, int, int, str], None]

@@ -37,7 +37,7 @@ from asdm.data.sources import open_data
 from asdm.diffusion.conditioning import latent_shape
 from asdm.diffusion.generation import default_guidance, nothing_to_keep, require_steps
 from asdm.errors import AsdmError
-from asdm.families.unet_structure import fingerprint
+from asdm.families.tensors import fingerprint
 from asdm.measure.latency import Ratio, Timing
 
 Progress = Callable[[int, int, str], None]

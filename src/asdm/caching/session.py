@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from asdm import checks
 from asdm.errors import AsdmError
+from asdm.families.tensors import fingerprint
 from asdm.families.unet_calls import unet_call
-from asdm.families.unet_structure import block_of, blocks, fingerprint, layers, removable_units
+from asdm.families.unet_structure import block_of, blocks, layers, removable_units
 from asdm.files import write_text
 from asdm.measure.latency import Ratio, Timing, measure_interleaved
 from asdm.records import Record, first_fault

@@ -7,7 +7,8 @@ from pathlib import Path
 from diffusers import DiffusionPipeline, LCMScheduler
 from huggingface_hub import ModelCardData
 
-from asdm.student.unet import MODULE_NAME, edits_of
+from asdm.student.edited_model import edits_of
+from asdm.student.unet import MODULE_NAME
 
 _CARD = """---
 {metadata}

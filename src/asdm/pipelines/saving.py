@@ -16,7 +16,7 @@ from transformers import CLIPTextModel
 
 from asdm import checks
 from asdm.errors import AsdmError
-from asdm.families.unet_structure import require_plain
+from asdm.families.tensors import require_plain
 from asdm.files import MARKER, replacing_folder, require_ours
 from asdm.pipelines.model_card import model_card
 from asdm.pipelines.quiet import quiet
