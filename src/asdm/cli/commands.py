@@ -111,8 +111,8 @@ def analyze(
     cache: Annotated[
         float | None,
         typer.Option(
-            help="Instead find when which features can be inherited between sampling steps, so that the UNet is this "
-            "many times faster.",
+            help="Instead find at which sampling steps features can be cached so that the denoiser is this many times "
+            "faster.",
             min=1,
             callback=SPEEDUP,
             show_default=False,
@@ -146,7 +146,7 @@ def analyze(
                 "--timesteps"
             )
         pipeline = _load(model, device, prediction_type=prediction_type, config=config)
-        _calibrate_inheritance(pipeline, model, cache, out, data=data, steps=steps, samples=samples, seed=seed)
+        _calibrate_cache(pipeline, model, cache, out, data=data, steps=steps, samples=samples, seed=seed)
         return
     import asdm
     from asdm.evaluation.plots import redundancy_plot
@@ -626,7 +626,7 @@ def generate(
         raise AsdmError(f"{mask}: {hole.size} pixels; it must be of the size of {image}, {start.size}")
     if out.is_file():
         raise AsdmError(f"{out}: a file; name a folder")
-    inheritance = None if cache is None else _inheritance(cache)
+    caching = None if cache is None else _cache_settings(cache)
     pipeline = _load(model, device, dtype, prediction_type=prediction_type, config=config)
     if steps is not None:
         require_steps(pipeline, steps)
@@ -638,13 +638,13 @@ def generate(
         )
         below = SWITCH_AT if switch_at is None else switch_at
         pipeline = asdm.switch_unets(pipeline, [pipeline.unet, original], below=[below])
-    inheriting = nullcontext() if inheritance is None else asdm.cache_features(pipeline, **inheritance)
+    cached = nullcontext() if caching is None else asdm.cache_features(pipeline, **caching)
     if start is not None:
         start = cropped(start, side)
     if hole is not None:
         hole = cropped(hole, side)
     paths: list[Path] = []
-    with inheriting, _progress(otherwise=f"images that were done are in {out}") as report:
+    with cached, _progress(otherwise=f"images that were done are in {out}") as report:
         for first in range(0, len(prompts), SAVED_TOGETHER):
             some = prompts[first : first + SAVED_TOGETHER]
             pixels = asdm.generate(
@@ -690,8 +690,8 @@ def export(
     cache: Annotated[
         int | None,
         typer.Option(
-            help="Also the UNet in two graphs, of which the inner one can be inherited (cache_features); so many of "
-            "the last layers are in the outer one.",
+            help="Also the UNet as two graphs, so that the inner one's features can be cached (cache_features); this "
+            "many of the last layers are in the outer one.",
             min=1,
             max=100,
             show_default=False,
@@ -1033,9 +1033,9 @@ def _progress(resumable: bool = False, otherwise: str = "nothing was written") -
             progress.stop()
 
 
-def _calibrate_inheritance(pipeline: Any, model: str, speedup: float, out: Path | None, **settings: Any) -> None:
+def _calibrate_cache(pipeline: Any, model: str, speedup: float, out: Path | None, **settings: Any) -> None:
     import asdm
-    from asdm.caching.calibration import FILE_NAME
+    from asdm.caching.schedule import FILE_NAME
 
     with _progress() as report:
         schedule = asdm.calibrate_cache(
@@ -1047,17 +1047,17 @@ def _calibrate_inheritance(pipeline: Any, model: str, speedup: float, out: Path 
     out = out or (Path(model) if Path(model).is_dir() else Path()) / FILE_NAME
     schedule.save(out)
     console.print(
-        f"{len(schedule.computed)} of {schedule.steps} steps compute: {', '.join(map(str, schedule.computed))}; the "
-        f"others compute the last {schedule.depth} of the layers and "
-        f"{'extrapolate' if schedule.order else 'copy'} what these read. The UNet's speed-up is {schedule.ratio} "
-        f"({schedule.whole_ms:.0f} ms a whole call, {schedule.cached_ms:.0f} ms one that inherits); distance of "
-        f"the final latents {schedule.distance:.2g}, of copies at as many even steps {schedule.uniform_distance:.2g}",
+        f"{len(schedule.full_steps)} of {schedule.steps} steps are full: {', '.join(map(str, schedule.full_steps))}; "
+        f"the cached ones compute the last {schedule.depth} of the layers and "
+        f"{'extrapolate' if schedule.order else 'copy'} what these read. The denoiser's speed-up is {schedule.ratio} "
+        f"({schedule.full_ms:.0f} ms a full call, {schedule.cached_ms:.0f} ms a cached one); distance of the final "
+        f"latents {schedule.distance:.2g}, of copies at as many uniform steps {schedule.uniform_distance:.2g}",
         highlight=False,
     )
     console.print(f"written to {out}", highlight=False, soft_wrap=True)
 
 
-def _inheritance(text: str) -> dict[str, Any]:
+def _cache_settings(text: str) -> dict[str, Any]:
     """Settings of `cache_features`: a number is a speed-up, all else a file."""
     from asdm import CacheSchedule
 

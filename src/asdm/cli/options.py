@@ -46,7 +46,7 @@ MapFile = Annotated[
     Path | None,
     typer.Option(
         help="Where to write the map, by default redundancy.json; with --cache the schedule, by default "
-        "inheritance.json in MODEL's folder.",
+        "cache_schedule.json in MODEL's folder.",
         callback=not_a_folder,
         show_default=False,
     ),

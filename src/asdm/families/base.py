@@ -5,9 +5,11 @@ Nothing outside `families/` and the student's model classes names a block, a lay
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, Literal, TypeAlias
 
 from diffusers import DiffusionPipeline, ModelMixin
@@ -157,6 +159,12 @@ class ModelFamily(ABC):
     def random_inputs(self, model: Denoiser, batch_size: int, seed: int = 0) -> dict[str, Any]:
         """Random keyword arguments of a call at native size, the sample among them as "sample" or "hidden_states"."""
 
+    def call_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call of the denoiser by name, the sample first."""
+        names = _forward_names(self.model_class)  # type: ignore[arg-type]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        return {names[0]: given.pop(names[0]), **given}
+
     @abstractmethod
     def fingerprint(self, model: Denoiser) -> str:
         """A digest of the architecture (tensor names and shapes), equal for fine-tunes of one model."""
@@ -173,6 +181,16 @@ class ModelFamily(ABC):
     @abstractmethod
     def deepest_cut(self, model: Denoiser) -> int:
         """The largest `depth` of a `cache_cut`."""
+
+    def cache_depths(self, model: Denoiser) -> list[int]:
+        """Depths that a calibration compares."""
+        return list(range(1, min(3, self.deepest_cut(model)) + 1))
+
+
+@cache
+def _forward_names(model_class: Any) -> tuple[str, ...]:
+    """The names of a denoiser's inputs, in order."""
+    return tuple(inspect.signature(model_class.forward).parameters)[1:]
 
 
 _FAMILIES: list[ModelFamily] = []
