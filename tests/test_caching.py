@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -40,10 +41,11 @@ from asdm import (
 from asdm.benchmark.methods import deep_cache
 from asdm.caching.calibration import best_steps, observe_sampling
 from asdm.caching.extrapolation import extrapolation_errors, noise_level
+from asdm.caching.recording import _values_at
 from asdm.caching.schedule import spaced_steps
 from asdm.caching.session import CachingHook, cut_of
 from asdm.cli import app
-from asdm.families import BlockIO
+from asdm.families import BlockIO, CacheCut, ModelFamily
 from asdm.families.unet_structure import fingerprint
 from asdm.measure.macs import counting_macs
 from conftest import predict, tiny_inpainting_pipeline, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet, unet_inputs
@@ -545,3 +547,93 @@ def test_what_changes_features_in_place_does_not_change_what_is_remembered(pipel
         with session.forced(True):
             for _ in range(2):
                 assert torch.equal(predict(unet), computed)
+
+
+# -- other families --------------------------------------------------------------------------------------
+
+
+class Block(torch.nn.Module):
+    """Adds a branch to the image states; with text states, these come first in the output, as FLUX's do."""
+
+    def __init__(self, with_text):
+        super().__init__()
+        self.linear, self.with_text = torch.nn.Linear(4, 4), with_text
+
+    def forward(self, hidden_states, encoder_hidden_states):
+        states = hidden_states + self.linear(hidden_states).tanh()
+        return (encoder_hidden_states + 1, states) if self.with_text else states
+
+
+class Transformer(torch.nn.Module):
+    """Four blocks on tokens; the last one is always computed, as is the first of a relative cut."""
+
+    def __init__(self, with_text):
+        super().__init__()
+        torch.manual_seed(0)
+        self.transformer_blocks = torch.nn.ModuleList(Block(with_text) for _ in range(4))
+        self.with_text, self.family = with_text, made_up_family(with_text)
+
+    def forward(self, hidden_states, encoder_hidden_states, timestep, return_dict=False):
+        states, text = hidden_states * (1 + timestep), encoder_hidden_states
+        for block in self.transformer_blocks:
+            output = block(hidden_states=states, encoder_hidden_states=text)
+            text, states = output if self.with_text else (text, output)
+        return (states + text,)
+
+
+def made_up_family(with_text):
+    cut = ["transformer_blocks.1", "transformer_blocks.2"]
+
+    class Family(ModelFamily):
+        component, model_class = "unet", Transformer
+
+        def cache_cut(self, model, depth, fresh=()):
+            return CacheCut(cut, frozenset(cut[-1:]), None if with_text else cut[0])
+
+        def block_io(self, model, path):
+            return BlockIO(image=1, text=0) if with_text else BlockIO()
+
+    Family.__abstractmethods__ = frozenset()
+    return Family()
+
+
+@pytest.mark.parametrize("with_text", [False, True])
+def test_features_of_any_family_are_cached_where_it_says(pipeline, with_text):
+    denoiser = Transformer(with_text)
+    pipeline.unet = denoiser
+    pipeline.scheduler.set_timesteps(4)
+    text = torch.randn(1, 3, 4)
+    samples = [torch.randn(1, 3, 4) for _ in pipeline.scheduler.timesteps]
+    steps = list(zip(samples, pipeline.scheduler.timesteps / 1000, strict=True))
+    pipeline.scheduler.timesteps = pipeline.scheduler.timesteps / 1000
+    first, *inner, last = denoiser.transformer_blocks
+    states = []
+    for sample, timestep in steps:
+        entering = image_of(first(sample * (1 + timestep), text))
+        left = entering
+        for block in inner:
+            left = image_of(block(left, text))
+        states.append((entering, left))
+    with torch.no_grad(), cache_features(pipeline, steps=[0, 2], order=0) as session:
+        found = [denoiser(sample, encoder_hidden_states=text, timestep=timestep)[0] for sample, timestep in steps]
+    assert (session.full_steps, session.cached_steps) == (2, 2)
+    for step, source in ((0, 0), (1, 0), (2, 2), (3, 2)):
+        left = states[source][1] if with_text else states[step][0] + states[source][1] - states[source][0]
+        expected = image_of(last(left, text)) + text + 4 * with_text
+        torch.testing.assert_close(found[step], expected)
+    with _values_at(denoiser, {1: denoiser.family.cache_cut(denoiser, 1)}) as values:
+        denoiser(samples[0], text, timestep=steps[0][1])
+    torch.testing.assert_close(values[1], states[0][1] - (0 if with_text else states[0][0]))
+
+
+def image_of(output):
+    return output[1] if isinstance(output, tuple) else output
+
+
+def test_schedules_of_version_0_1_load(pipeline, tmp_path):
+    schedule = made_schedule(pipeline.unet)
+    now = {"full_steps": "computed", "full_ms": "whole_ms", "cached_ms": "inheriting_ms"}
+    saved = {now.get(name, name): value for name, value in schedule.model_dump(mode="json").items()}
+    assert {"computed", "whole_ms", "inheriting_ms"} < saved.keys()
+    (tmp_path / "inheritance.json").write_text(json.dumps(saved))
+    assert CacheSchedule.load(tmp_path / "inheritance.json") == schedule
