@@ -27,14 +27,15 @@ from asdm.caching.features import cache_features
 from asdm.caching.schedule import Spacing
 from asdm.diffusion.conditioning import latent_shape
 from asdm.diffusion.generation import generate
+from asdm.diffusion.kinds import is_sdxl
 from asdm.distillation.consistency import lcm_scheduler
 from asdm.distillation.stages import Consistency
-from asdm.edits.base import GriAttention
+from asdm.edits import GriAttention
 from asdm.errors import AsdmError, needs_extra
 from asdm.families.unet_calls import unet_call
 from asdm.families.unet_structure import blocks, removable_units
 from asdm.measure.macs import counting_macs
-from asdm.pipelines.loading import is_sdxl, with_unet
+from asdm.pipelines.derived import with_unet
 from asdm.planning.program import PRESETS, make_plan
 from asdm.runtime.export import export
 from asdm.runtime.openvino import with_openvino_graphs

@@ -15,10 +15,12 @@ from diffusers import DiffusionPipeline
 from asdm import checks
 from asdm.caching.session import require_uncached
 from asdm.diffusion.conditioning import image_size, require_size
+from asdm.diffusion.kinds import is_random
 from asdm.errors import AsdmError
 from asdm.families import denoiser_of, family_of
-from asdm.files import replacing_folder
-from asdm.pipelines.loading import MARKER, is_random, quiet, require_ours, write_vocabularies
+from asdm.files import MARKER, replacing_folder, require_ours
+from asdm.pipelines.quiet import quiet
+from asdm.pipelines.saving import write_vocabularies
 from asdm.runtime.graphs import calibration_inputs, graphs_of
 from asdm.runtime.writers import FILES, Format, Int8, difference, writer
 

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from asdm.caching.session import cut_of
 from asdm.data.calibration import calibration_calls
 from asdm.diffusion.conditioning import latent_shape
-from asdm.edits.surgery import swapped
 from asdm.families import BlockIO, CacheCut, denoiser_of, family_of
-from asdm.measure.hooks import CachedOutput, outputs_of
+from asdm.measure.hooks import CachedOutput, outputs_of, swapped
 
 CALIBRATION_STEPS = 8  # time steps at which int8's ranges are taken, each with two prompts
 CACHED_FEATURES = "cached_features"  # the outer graph's input that the inner graph computes

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from asdm import checks
 from asdm.errors import AsdmError, needs_extra, one_line
 from asdm.families import CacheCut, UNetFamily
+from asdm.files import read_marker
 from asdm.measure.latency import measure_interleaved
 from asdm.old_names import EXPORTED_FOLDER, OUTER_GRAPH_INPUT, renamed
-from asdm.pipelines.loading import read_marker, with_unet
+from asdm.pipelines.derived import with_unet
 from asdm.runtime.graphs import CACHED_FEATURES
 from asdm.runtime.writers import FILES
 

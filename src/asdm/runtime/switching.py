@@ -18,7 +18,7 @@ from asdm import checks
 from asdm.errors import AsdmError
 from asdm.families import Denoiser, ModelFamily, denoiser_call, family_of
 from asdm.measure.latency import measure_interleaved
-from asdm.pipelines.loading import with_unet
+from asdm.pipelines.derived import with_unet
 
 _DENOISERS = checks.each(checks.UNET, least=1)
 _FRACTIONS = checks.each(checks.number())
