@@ -6,9 +6,11 @@ Nothing outside `families/` and the student's model classes names a block, a lay
 from __future__ import annotations
 
 import difflib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, Literal, TypeAlias
 
 from diffusers import DiffusionPipeline, ModelMixin
@@ -219,6 +221,12 @@ class ModelFamily(Architecture):
             name: of the checkpoint, for the message.
         """
 
+    def call_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call of the denoiser by name, the sample first."""
+        names = _forward_names(self.model_class)  # type: ignore[arg-type]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        return {names[0]: given.pop(names[0]), **given}
+
     @abstractmethod
     def fingerprint(self, model: Denoiser) -> str:
         """A digest of the architecture (tensor names and shapes), equal for fine-tunes of one model."""
@@ -235,6 +243,16 @@ class ModelFamily(Architecture):
     @abstractmethod
     def deepest_cut(self, model: Denoiser) -> int:
         """The largest `depth` of a `cache_cut`."""
+
+    def cache_depths(self, model: Denoiser) -> list[int]:
+        """Depths that a calibration compares."""
+        return list(range(1, min(3, self.deepest_cut(model)) + 1))
+
+
+@cache
+def _forward_names(model_class: Any) -> tuple[str, ...]:
+    """The names of a denoiser's inputs, in order."""
+    return tuple(inspect.signature(model_class.forward).parameters)[1:]
 
 
 _FAMILIES: list[ModelFamily] = []
