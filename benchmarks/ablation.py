@@ -36,7 +36,7 @@ from torch import Tensor
 
 import asdm
 from asdm.benchmark.methods import outer_self_attentions
-from asdm.data.sources import ShuffledBatches
+from asdm.data.batches import ShuffledBatches
 from asdm.diffusion.conditioning import noise_schedule
 from asdm.distillation.distill import TrainingSet, make_task, prepare
 from asdm.distillation.recipes import CAPTION_SPLICE, SEMANTIC_WEIGHT, SEMANTICS, WEIGHTS, incubation_stages, pace

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from asdm import checks
 from asdm.choices import CompensationKind
 from asdm.compensation.fitting import CompensationReport, fit_compensation, fitted_tensors
-from asdm.data.prepared import require_usable
+from asdm.data.sources import require_usable
 from asdm.diffusion.generation import require_steps
 from asdm.distillation.distill import distill
 from asdm.distillation.recipes import RECIPES, read_stages, recipe_stages

@@ -46,6 +46,6 @@ def require_plain(model: Any) -> None:
     if any(".base_layer." in name for name in names):
         raise AsdmError("a LoRA is loaded; keep it with fuse_lora(), then unload_lora_weights()")
     if any(name.startswith("_orig_mod.") for name in names):
-        raise AsdmError("the model is compiled; give the original of it, its _orig_mod")
+        raise AsdmError("the model is compiled; give the original of it, its attribute _orig_mod")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise AsdmError("the model's weights are offloaded, one module at a time; load it without that")

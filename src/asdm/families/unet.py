@@ -68,6 +68,10 @@ class UNetFamily(UNetArchitecture, ModelFamily):
     def deepest_cut(self, model: Any) -> int:
         return sum(".resnets." in item[0] for item in _items(model, "up_blocks")) - 1
 
+    def cache_depths(self, model: Any) -> list[int]:
+        """One layer, two, and the whole last block."""
+        return sorted({1, 2, len(model.up_blocks[-1].resnets)})
+
 
 def _items(unet: Any, side: str) -> list[list[str]]:
     """The modules of each layer (a resnet and its attention) and of each sampler, in order of execution; those of the
