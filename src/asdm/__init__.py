@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from asdm.edits.base import Remove as Remove
     from asdm.errors import AsdmError as AsdmError
     from asdm.errors import AsdmWarning as AsdmWarning
-    from asdm.evaluation.comparison import Evaluation as Evaluation
     from asdm.evaluation.comparison import evaluate as evaluate
+    from asdm.evaluation.results import Evaluation as Evaluation
     from asdm.pipelines.loading import load_pipeline as load_pipeline
     from asdm.pipelines.loading import save_pipeline as save_pipeline
     from asdm.pipelines.loading import with_unet as with_unet

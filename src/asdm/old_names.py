@@ -9,6 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 OLD_EDIT_KINDS = {"shorten": "drop_layers"}
+# Evaluations of 0.1.0: latencies by their median and quartiles.
+OLD_LATENCY_FIELDS = {"median_ms": "ms", "lower_quartile_ms": "low_ms", "upper_quartile_ms": "high_ms"}
+# Results of `asdm benchmark`: fields of a row, and its groups.
+OLD_BENCHMARK_FIELDS = {"seconds_quartiles": "seconds_interval"}
+OLD_BENCHMARK_GROUPS = {"peer": "baseline"}
 
 
 def renamed(content: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

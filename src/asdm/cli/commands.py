@@ -51,7 +51,7 @@ from asdm.edits.base import compensated
 from asdm.errors import AsdmError, AsdmWarning, one_line
 
 if TYPE_CHECKING:
-    from asdm.evaluation.comparison import Evaluation
+    from asdm.evaluation.results import Evaluation
     from asdm.sensitivity.profile import RedundancyMap
     from asdm.student.plan import PruningPlan
 
@@ -508,7 +508,7 @@ def evaluate(
 ) -> None:
     """Measure speed and quality of a teacher and its students in one run."""
     import asdm
-    from asdm.evaluation.comparison import distinct_names
+    from asdm.evaluation.image_folders import distinct_names
     from asdm.pipelines.loading import load_clip
 
     _look_at(data)
@@ -819,7 +819,7 @@ def benchmark(
     from asdm.benchmark.run import Benchmark, BenchmarkRun, benchmark_rows
     from asdm.cli.tables import benchmark_table
     from asdm.diffusion.generation import is_few_step
-    from asdm.evaluation.comparison import distinct_names, folder_name
+    from asdm.evaluation.image_folders import distinct_names, folder_name
     from asdm.evaluation.report import save_figure
     from asdm.measure.limits import machine_limits
     from asdm.measure.load import LoadMeter, busy_line

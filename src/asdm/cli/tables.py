@@ -9,8 +9,8 @@ from rich.table import Table
 
 from asdm.benchmark.run import BenchmarkRow
 from asdm.distillation.estimate import StageEstimate
-from asdm.evaluation.comparison import Evaluation
 from asdm.evaluation.report import QUALITY_COLUMNS
+from asdm.evaluation.results import Evaluation
 from asdm.sensitivity.profile import RedundancyMap
 
 

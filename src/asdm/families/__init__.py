@@ -1,6 +1,7 @@
 """Families of denoisers: all that knows an architecture. `family_of` finds the family of a model or pipeline."""
 
 from asdm.families.base import BlockIO as BlockIO
+from asdm.families.base import BlockPlace as BlockPlace
 from asdm.families.base import Branch as Branch
 from asdm.families.base import CacheCut as CacheCut
 from asdm.families.base import Denoiser as Denoiser
@@ -11,5 +12,6 @@ from asdm.families.base import block_of as block_of
 from asdm.families.base import denoiser_call as denoiser_call
 from asdm.families.base import denoiser_of as denoiser_of
 from asdm.families.base import families as families
+from asdm.families.base import family_named as family_named
 from asdm.families.base import family_of as family_of
 from asdm.families.unet import UNetFamily as UNetFamily

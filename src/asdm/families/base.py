@@ -107,11 +107,20 @@ class CacheCut:
     relative_to: str | None = None
 
 
+@dataclass(frozen=True)
+class BlockPlace:
+    """Where a diagram of the model has a block: its level, 0 for the highest resolution, and its side."""
+
+    level: int
+    side: Literal["encoder", "middle", "decoder"]
+
+
 class ModelFamily(ABC):
     """All that is known of a family's architecture. Instances have no state."""
 
     component: ClassVar[str]  # the pipeline's attribute that holds the denoiser: "unet", "transformer"
     model_class: ClassVar[type[Any]]  # the stock class
+    label: ClassVar[str] = "denoiser"  # what reports call the denoiser
 
     # -- structure -------------------------------------------------------------------------------------
 
@@ -146,6 +155,10 @@ class ModelFamily(ABC):
     def block_io(self, model: Denoiser, path: str) -> BlockIO:
         """Where image and text states sit among the outputs of a block or layer."""
         return BlockIO()
+
+    def block_places(self, blocks: Sequence[str]) -> dict[str, BlockPlace]:
+        """Where a diagram has each of these blocks: by default in one column, in their order."""
+        return {block: BlockPlace(level, "middle") for level, block in enumerate(blocks)}
 
     # -- calls -----------------------------------------------------------------------------------------
 
@@ -205,6 +218,18 @@ def family_of(model: Any) -> ModelFamily:
         if isinstance(model, family.model_class):
             return family
     raise _unknown(type(model).__name__)
+
+
+def family_named(class_name: str) -> ModelFamily:
+    """The family whose stock class has this name.
+
+    Raises:
+        AsdmError: none of the registered families has it.
+    """
+    for family in _FAMILIES:
+        if family.model_class.__name__ == class_name:
+            return family
+    raise _unknown(class_name)
 
 
 def denoiser_of(pipeline: DiffusionPipeline) -> Any:

@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 
 from asdm.errors import AsdmError
 from asdm.families import unet_calls, unet_structure
-from asdm.families.base import Branch, CacheCut, ModelFamily, Unit, register_family
+from asdm.families.base import BlockPlace, Branch, CacheCut, ModelFamily, Unit, register_family
 from asdm.families.unet_structure import TRANSFORMER_BRANCHES, block_of, layers
 
 
@@ -19,6 +19,7 @@ class UNetFamily(ModelFamily):
 
     component = "unet"
     model_class = UNet2DConditionModel
+    label = "UNet"
 
     def blocks(self, model: Any) -> list[str]:
         return unet_structure.blocks(model)
@@ -52,6 +53,20 @@ class UNetFamily(ModelFamily):
 
     def is_covered_by(self, name: str, removed: Collection[str]) -> bool:
         return unet_structure.is_covered_by(name, removed)
+
+    def block_places(self, blocks: Sequence[str]) -> dict[str, BlockPlace]:
+        """The U: the encoder's and the decoder's blocks at their resolution, the mid block below them."""
+        levels = sum(block.startswith("down_blocks.") for block in blocks)
+        places = {}
+        for block in blocks:
+            side, _, index = block.partition(".")
+            if side == "down_blocks":
+                places[block] = BlockPlace(int(index), "encoder")
+            elif side == "up_blocks":
+                places[block] = BlockPlace(levels - 1 - int(index), "decoder")
+            else:
+                places[block] = BlockPlace(levels, "middle")
+        return places
 
     def sample_shape(self, model: Any) -> tuple[int, int, int]:
         size = model.config.sample_size
