@@ -36,12 +36,12 @@ from torch import Tensor
 
 import asdm
 from asdm.benchmark.methods import outer_self_attentions
-from asdm.data.sources import ShuffledBatches
+from asdm.data.batches import ShuffledBatches
 from asdm.diffusion.conditioning import noise_schedule
 from asdm.distillation.distill import TrainingSet, make_task, prepare
 from asdm.distillation.recipes import CAPTION_SPLICE, SEMANTIC_WEIGHT, SEMANTICS, WEIGHTS, incubation_stages, pace
 from asdm.distillation.stages import LossWeights, Stage
-from asdm.edits.base import GriAttention, Remove
+from asdm.edits import GriAttention, Remove
 from asdm.evaluation.metrics import Judge, feature_distance
 from asdm.evaluation.plots import image_sheet
 from asdm.evaluation.real_images import RealImages
@@ -51,7 +51,7 @@ from asdm.files import write_text
 from asdm.images import to_images
 from asdm.measure.latency import measure_interleaved, seconds_of
 from asdm.measure.machine import prepare_for_training
-from asdm.pipelines.loading import load_clip
+from asdm.pipelines.clip import load_clip
 from asdm.sensitivity.profile import RedundancyMap
 from asdm.student.plan import PruningPlan, build_student
 from asdm.training.loop import make_accelerator

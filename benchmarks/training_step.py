@@ -24,7 +24,7 @@ from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import asdm
-from asdm.data.sources import ShuffledBatches
+from asdm.data.batches import ShuffledBatches
 from asdm.diffusion.conditioning import noise_schedule
 from asdm.distillation.distill import make_task, prepare
 from asdm.distillation.estimate import estimate as estimated

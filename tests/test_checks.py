@@ -41,7 +41,6 @@ NEEDED = {
     "compress": ["demo", "--out", "out"],
     "demo": [],
     "benchmark": ["demo"],
-    "demo-build": [],
 }
 BAD = {float: ("nan", "inf", "-1"), int: ("-1", "1" + 30 * "0"), Literal: ("x",)}
 
@@ -69,7 +68,7 @@ def refusal(monkeypatch, capfd, tmp_path):
     def loaded(*_):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("asdm.cli.commands._load", loaded)
+    monkeypatch.setattr("asdm.cli.loading.load_model", loaded)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("asdm.compression.load_pipeline", loaded)
 
@@ -188,8 +187,8 @@ def calls(tiny):
             progress=print,
         ),
         "cache_features": dict(
-            pipeline=pipeline, speedup=1.1, every=2, steps=[0], budget=0.1, schedule="x", granularity="layer", depth=1,
-            spacing="early", order=1, damping=0.5,
+            pipeline=pipeline, speedup=1.1, every=2, steps=[0], budget=0.1, schedule="x", depth=1,
+            spacing="late", order=1, damping=0.5,
         ),
         "calibrate_cache": dict(
             pipeline=pipeline, speedup=1.1, steps=4, data="x", samples=1, guidance_scale=1.0, depth=1, seed=0,
@@ -260,7 +259,7 @@ RECORDS = {
     Consistency: {},
     PlanMetrics: {"target": {}, "predicted_sensitivity": 0.1, "predicted_speedup": 1.1},
     CacheSchedule: {
-        "fingerprint": "x", "steps": 4, "computed": (0,), "depth": 1, "order": 1, "whole_ms": 2.0, "cached_ms": 1.0,
+        "fingerprint": "x", "steps": 4, "full_steps": (0,), "depth": 1, "order": 1, "full_ms": 2.0, "cached_ms": 1.0,
         "speedup": 1.5,
     },
 }  # fmt: skip
@@ -349,7 +348,7 @@ def test_images_that_are_no_numbers_are_told_and_not_saved(monkeypatch, capfd, t
         asdm.generate(pipeline, "x", steps=1, guidance_scale=1e30)
     with torch.no_grad():
         pipeline.unet.conv_out.bias.fill_(NAN)
-    monkeypatch.setattr("asdm.cli.commands._load", lambda *_, **__: pipeline)
+    monkeypatch.setattr("asdm.cli.loading.load_model", lambda *_, **__: pipeline)
     monkeypatch.setattr(sys, "argv", ["asdm", "generate", "demo", "x", "--steps", "1", "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -409,7 +408,7 @@ def test_models_of_one_name_are_told_apart(monkeypatch, tmp_path):
         raise Evaluated
 
     monkeypatch.setattr("asdm.evaluation.comparison.evaluate", evaluated)
-    monkeypatch.setattr("asdm.cli.commands._load", lambda *_, **__: tiny_pipeline())
+    monkeypatch.setattr("asdm.cli.loading.load_model", lambda *_, **__: tiny_pipeline())
     monkeypatch.setattr(sys, "argv", ["asdm", "evaluate", "demo", "demo"])
     with pytest.raises(Evaluated):
         cli.main()

@@ -11,7 +11,8 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from asdm import AsdmError, PruningPlan, build_student, compress, evaluate, load_pipeline, save_pipeline, with_unet
-from asdm.data.sources import load_pixels, open_data
+from asdm.data.examples import load_pixels
+from asdm.data.sources import open_data
 from asdm.demo import images_folder
 from asdm.diffusion.generation import generate
 from asdm.evaluation import real_images as real_images_module
@@ -21,7 +22,7 @@ from asdm.evaluation.real_images import RealImages, image_embeds
 from asdm.evaluation.report import headline_of, metrics_section
 from asdm.evaluation.results import Evaluation
 from asdm.evaluation.sampling import evaluation_sets
-from asdm.pipelines.loading import clip_statistics
+from asdm.pipelines.clip import clip_statistics
 from conftest import tiny_pipeline
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"

@@ -15,30 +15,30 @@ import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from asdm.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from asdm.caching.calibration import calibrate_cache as calibrate_cache
-    from asdm.caching.session import CacheSchedule as CacheSchedule
-    from asdm.caching.session import cache_features as cache_features
+    from asdm.caching.features import cache_features as cache_features
+    from asdm.caching.schedule import CacheSchedule as CacheSchedule
     from asdm.compensation.fitting import fit_compensation as fit_compensation
     from asdm.compression import compress as compress
-    from asdm.data.prepared import prepare_data as prepare_data
+    from asdm.data.preparation import prepare_data as prepare_data
     from asdm.diffusion.generation import generate as generate
     from asdm.diffusion.guidance import CfgCutoff as CfgCutoff
     from asdm.distillation.consistency import lcm_scheduler as lcm_scheduler
     from asdm.distillation.distill import distill as distill
     from asdm.distillation.stages import Stage as Stage
-    from asdm.edits.base import CondConv as CondConv
-    from asdm.edits.base import GriAttention as GriAttention
-    from asdm.edits.base import Remove as Remove
+    from asdm.edits import CondConv as CondConv
+    from asdm.edits import GriAttention as GriAttention
+    from asdm.edits import Remove as Remove
     from asdm.errors import AsdmError as AsdmError
     from asdm.errors import AsdmWarning as AsdmWarning
     from asdm.evaluation.comparison import evaluate as evaluate
     from asdm.evaluation.results import Evaluation as Evaluation
+    from asdm.pipelines.derived import with_unet as with_unet
     from asdm.pipelines.loading import load_pipeline as load_pipeline
-    from asdm.pipelines.loading import save_pipeline as save_pipeline
-    from asdm.pipelines.loading import with_unet as with_unet
+    from asdm.pipelines.saving import save_pipeline as save_pipeline
     from asdm.planning.program import add_cond_conv as add_cond_conv
     from asdm.planning.program import make_plan as make_plan
     from asdm.planning.program import remeasure_plan as remeasure_plan
@@ -53,19 +53,19 @@ if TYPE_CHECKING:
     from asdm.student.plan import build_student as build_student
     from asdm.student.unet import AsdmUNet2DConditionModel as AsdmUNet2DConditionModel
 
-# Imported when first used: torch and diffusers take seconds, and `asdm --help` needs neither.
+# Each name is imported when it is first used: torch and diffusers take seconds, and `asdm --help` needs neither.
 _HOME = {
     "AsdmError": "asdm.errors",
     "AsdmUNet2DConditionModel": "asdm.student.unet",
     "AsdmWarning": "asdm.errors",
-    "CondConv": "asdm.edits.base",
+    "CondConv": "asdm.edits",
     "Evaluation": "asdm.evaluation.comparison",
-    "GriAttention": "asdm.edits.base",
+    "GriAttention": "asdm.edits",
     "CfgCutoff": "asdm.diffusion.guidance",
-    "CacheSchedule": "asdm.caching.session",
+    "CacheSchedule": "asdm.caching.schedule",
     "PruningPlan": "asdm.student.plan",
     "RedundancyMap": "asdm.sensitivity.profile",
-    "Remove": "asdm.edits.base",
+    "Remove": "asdm.edits",
     "Stage": "asdm.distillation.stages",
     "add_cond_conv": "asdm.planning.program",
     "analyze": "asdm.sensitivity.profile",
@@ -77,23 +77,23 @@ _HOME = {
     "export": "asdm.runtime.export",
     "fit_compensation": "asdm.compensation.fitting",
     "generate": "asdm.diffusion.generation",
-    "cache_features": "asdm.caching.session",
+    "cache_features": "asdm.caching.features",
     "lcm_scheduler": "asdm.distillation.consistency",
     "load_pipeline": "asdm.pipelines.loading",
     "make_plan": "asdm.planning.program",
     "optimize": "asdm.runtime.optimize",
-    "prepare_data": "asdm.data.prepared",
+    "prepare_data": "asdm.data.preparation",
     "remeasure_plan": "asdm.planning.program",
     "refine_plan": "asdm.planning.refine",
-    "save_pipeline": "asdm.pipelines.loading",
+    "save_pipeline": "asdm.pipelines.saving",
     "switch_unets": "asdm.runtime.switching",
     "with_openvino_graphs": "asdm.runtime.openvino",
-    "with_unet": "asdm.pipelines.loading",
+    "with_unet": "asdm.pipelines.derived",
 }
 __all__ = list(_HOME)
 
-# What other libraries say when they are imported or used, and a user of this package cannot act on: torchvision and
-# kernels are no dependencies of ours, and nothing here needs what they bring. Each by its logger and its words.
+# Log messages of other libraries that a user of this package cannot act on, by logger. Torchvision and kernels are not
+# dependencies, and nothing here needs them.
 _ADVICE = {
     "transformers.utils.import_utils": "requires torchvision (not installed); falling back to",
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",

@@ -14,13 +14,13 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from asdm import checks
+from asdm.choices import CompensationKind
 from asdm.compensation.fitting import CompensationReport, fit_compensation, fitted_tensors
-from asdm.data.prepared import require_usable
+from asdm.data.sources import require_usable
 from asdm.diffusion.generation import require_steps
 from asdm.distillation.distill import distill
 from asdm.distillation.recipes import RECIPES, read_stages, recipe_stages
 from asdm.distillation.stages import Stage
-from asdm.edits.base import CompensationKind
 from asdm.errors import AsdmError
 from asdm.evaluation.comparison import evaluate
 from asdm.evaluation.metrics import Judge
@@ -28,10 +28,13 @@ from asdm.evaluation.plots import redundancy_plot
 from asdm.evaluation.report import headline_of, metrics_section, save_figure, write_report
 from asdm.evaluation.results import Evaluation
 from asdm.evaluation.sampling import evaluation_sets
-from asdm.files import replacing_file, write_text
+from asdm.files import MARKER, replacing_file, require_ours, write_text
 from asdm.pipelines.checkpoints import PredictionType
-from asdm.pipelines.loading import MARKER, load_clip, load_pipeline, require_ours, save_pipeline_into, with_unet
+from asdm.pipelines.clip import load_clip
+from asdm.pipelines.derived import with_unet
+from asdm.pipelines.loading import load_pipeline
 from asdm.pipelines.model_card import model_card
+from asdm.pipelines.saving import save_pipeline_into
 from asdm.planning.program import make_plan, require_budget, require_params
 from asdm.planning.refine import ROUNDS, refine_plan
 from asdm.sensitivity.profile import RedundancyMap, Sensitivity, analyze

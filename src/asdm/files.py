@@ -1,26 +1,31 @@
-"""Writing so that an interrupted run leaves nothing half-written, and two runs at once nothing mixed."""
+"""Writing of files and folders: an interrupted run leaves nothing half-written, and two runs at once mix nothing.
+
+Folders that this tool wrote carry a marker, by which it knows what it may replace.
+"""
 
 from __future__ import annotations
 
 import glob
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 from filelock import FileLock, Timeout
 
 from asdm.errors import AsdmError
 
+MARKER = "asdm.json"  # in a folder that this tool wrote: what it is, and that it may be replaced
 PARTIAL, PREVIOUS = "partial", "previous"
 
 
 @contextmanager
 def replacing_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `target` that takes its place when the block ends without error; what a link points
-    to, where `target` is one."""
+    """Yield an empty folder beside `target` that replaces it when the block ends without error. A link is followed."""
     target = Path(os.path.realpath(target))
     partial, previous = _name_beside(target, PARTIAL), _name_beside(target, PREVIOUS)
     partial.mkdir(parents=True)
@@ -50,8 +55,9 @@ def replacing_file(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder until the block ends, or the process, however it does. Of a launch of several
-    processes the first one sees to it.
+    """Keep other runs out of a folder until the block or the process ends.
+
+    Of a launch of several processes, only rank 0 takes the lock.
 
     Raises:
         AsdmError: another run is at work there.
@@ -71,14 +77,16 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old text or the new, never a part."""
+    """Write a file so that a reader sees the old text or the new one, never a part."""
     with replacing_file(path) as partial:
         partial.write_text(text, "utf-8")
 
 
 def _name_beside(target: Path, kind: str) -> Path:
-    """A name of this process's own. What killed ones have left there is removed; but where one was killed as it put the
-    new folder in the old one's place, the old one is put back."""
+    """A temporary name beside `target` that is this process's own.
+
+    What killed processes left is removed. Where one was killed between the two renames, the old folder is put back.
+    """
     for left in target.parent.glob(f".{glob.escape(target.name)}.*.{kind}"):
         number = left.name.removeprefix(f".{target.name}.").removesuffix(f".{kind}")
         if not number.isdecimal() or (int(number) != os.getpid() and psutil.pid_exists(int(number))):
@@ -90,3 +98,34 @@ def _name_beside(target: Path, kind: str) -> Path:
         else:
             left.unlink(missing_ok=True)
     return target.with_name(f".{target.name}.{os.getpid()}.{kind}")
+
+
+def require_ours(folder: Path, kind: str) -> None:
+    """Raise an AsdmError unless `folder` can be replaced: it is empty, absent, or of this kind and this tool's.
+
+    Args:
+        kind: as it stands in the folder's `MARKER`: pipeline, prepared, compression or export.
+    """
+    if folder.is_file():
+        raise AsdmError(f"{folder}: a file; name a folder that does not exist yet")
+    if folder.name in ("", ".."):  # it could not be replaced as a whole
+        raise AsdmError(f"{folder}: name a folder in it, not itself")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).is_file():
+        raise AsdmError(
+            f"{folder}: exists and was not written by asdm (it has no {MARKER}); name another folder or remove it"
+        )
+    found = read_marker(folder).get("kind", kind)
+    if found != kind:
+        raise AsdmError(
+            f"{folder}: holds what asdm calls {found}, and would be replaced by {kind}; name another folder or remove "
+            "it"
+        )
+
+
+def read_marker(folder: Path) -> dict[str, Any]:
+    """Read a folder's `MARKER`; empty where there is none, or a damaged one."""
+    try:
+        about = json.loads((folder / MARKER).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return about if isinstance(about, dict) else {}

@@ -17,8 +17,9 @@ from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from asdm import checks
-from asdm.data.prepared import digest_of, is_prepared, open_prepared, prepare_data
-from asdm.data.sources import ShuffledBatches
+from asdm.data.batches import ShuffledBatches
+from asdm.data.preparation import prepare_data
+from asdm.data.prepared import digest_of, is_prepared, open_prepared
 from asdm.diffusion.conditioning import embed_prompts, noise_schedule, predicted_original
 from asdm.diffusion.generation import default_guidance
 from asdm.distillation.consistency import ConsistencyTask
@@ -38,8 +39,8 @@ from asdm.distillation.semantics import SemanticEncoder, make_encoder
 from asdm.distillation.stages import Stage
 from asdm.distillation.teaching import WHOLE, Batch, Noised, TeachingTask
 from asdm.distillation.teaching import TrainingSet as TrainingSet
-from asdm.edits.drop_layers import teacher_key
 from asdm.errors import AsdmError
+from asdm.families.unet_shorter import teacher_key
 from asdm.families.unet_structure import blocks as unet_blocks
 from asdm.families.unet_structure import require_known_inputs, unlike
 from asdm.files import folder_lock, write_text

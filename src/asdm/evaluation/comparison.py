@@ -22,7 +22,7 @@ from asdm.evaluation.results import Evaluation, QualityMetrics
 from asdm.evaluation.sampling import EvaluationSet, evaluation_sets, sampling_of
 from asdm.evaluation.speed import measure_speed
 from asdm.families import denoiser_of, family_of
-from asdm.pipelines.loading import without_safety_checker
+from asdm.pipelines.derived import without_safety_checker
 
 Progress = Callable[[str, int, int], None]
 

@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw
 
-from asdm.edits.drop_layers import removed_units
+from asdm.edits import removed_units
 from asdm.families import BlockPlace, ModelFamily, family_named
 from asdm.sensitivity.profile import RedundancyMap, UnitRecord
 from asdm.student.plan import PruningPlan
@@ -48,7 +48,8 @@ def redundancy_plot(redundancy: RedundancyMap, plan: PruningPlan | None = None) 
     What `plan` removes is crossed out.
     """
     family = family_named(redundancy.denoiser_class)
-    removed = set() if plan is None else set(removed_units(plan.edits, [unit.name for unit in redundancy.units]))
+    names = [unit.name for unit in redundancy.units]
+    removed = set() if plan is None else set(removed_units(plan.edits, names, family))
     covered = {unit.name for unit in redundancy.units if family.is_covered_by(unit.name, removed)}
     figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5.6), width_ratios=[1.35, 1], layout="constrained")
     _draw_blocks(figure, left, redundancy, family, covered)

@@ -13,11 +13,12 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from transformers import CLIPModel
 
-from asdm.data.sources import Example, load_pixels, open_data
+from asdm.data.examples import Example, load_pixels
+from asdm.data.sources import open_data
 from asdm.diffusion.conditioning import image_size
 from asdm.evaluation.metrics import Judge, kid, recognition, retrieval_at_1
 from asdm.evaluation.sampling import EvaluationSet
-from asdm.pipelines.loading import clip_statistics
+from asdm.pipelines.clip import clip_statistics
 
 _READ_TOGETHER = 64  # images whose pixels are in memory at once
 

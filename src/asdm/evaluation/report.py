@@ -14,7 +14,6 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image
 
-from asdm import __version__
 from asdm.compensation.fitting import CompensationReport
 from asdm.evaluation.image_folders import folder_name
 from asdm.evaluation.metrics import JUDGE_NAME
@@ -24,6 +23,7 @@ from asdm.evaluation.sampling import EvaluationSet
 from asdm.files import replacing_file, write_text
 from asdm.sensitivity.profile import RedundancyMap
 from asdm.student.plan import PruningPlan
+from asdm.version import __version__
 
 # Field of QualityMetrics, title in the report, title in a terminal, format.
 QUALITY_COLUMNS = (

@@ -13,7 +13,8 @@ from diffusers import DiffusionPipeline
 from pydantic import ConfigDict
 
 from asdm.data.calibration import DEFAULT_PROMPTS
-from asdm.data.sources import Example, can_be_decoded, open_data
+from asdm.data.examples import Example, can_be_decoded
+from asdm.data.sources import open_data
 from asdm.diffusion.generation import default_guidance, default_steps, is_few_step
 from asdm.records import Record
 

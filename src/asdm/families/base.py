@@ -5,14 +5,18 @@ Nothing outside `families/` and the student's model classes names a block, a lay
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, Literal, TypeAlias
 
 from diffusers import DiffusionPipeline, ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 
+from asdm.choices import CompensationKind
 from asdm.errors import AsdmError
 
 Denoiser: TypeAlias = ModelMixin
@@ -115,12 +119,14 @@ class BlockPlace:
     side: Literal["encoder", "middle", "decoder"]
 
 
-class ModelFamily(ABC):
-    """All that is known of a family's architecture. Instances have no state."""
+class Architecture(ABC):
+    """The structure of a family's models, and how edits change it: all that a saved student needs to be built.
+
+    Instances have no state.
+    """
 
     component: ClassVar[str]  # the pipeline's attribute that holds the denoiser: "unet", "transformer"
     model_class: ClassVar[type[Any]]  # the stock class
-    label: ClassVar[str] = "denoiser"  # what reports call the denoiser
 
     # -- structure -------------------------------------------------------------------------------------
 
@@ -152,6 +158,58 @@ class ModelFamily(ABC):
     def is_covered_by(self, name: str, removed: Collection[str]) -> bool:
         """Whether a unit goes when `removed` does: by itself, with what contains it, or with what it is coupled to."""
 
+    # -- edits -----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def removed(
+        self, model: Denoiser, unit: str, compensate: CompensationKind, compensate_time: bool
+    ) -> dict[str, nn.Module]:
+        """Return the modules that take a removed unit's place, by their paths; change nothing.
+
+        Raises:
+            AsdmError: it cannot be removed, or not be compensated so.
+        """
+
+    @abstractmethod
+    def projection_channels(self, model: Denoiser, unit: str) -> int:
+        """Return the channels of the projection that can take the place of a removal; 0 where none can."""
+
+    def conv_channels(self, model: Denoiser) -> dict[str, tuple[int, int]]:
+        """Return the input channels of each convolution that can get expert kernels: of hidden states, and of the skip
+        connection behind them."""
+        return {}
+
+    def shorter_config(self, model: Denoiser, edit: Any) -> dict[str, Any]:
+        """Return the config of the stock model without the layers that an edit `drop_layers` drops.
+
+        Raises:
+            AsdmError: the model does not allow the edit.
+        """
+        raise AsdmError(f"drop_layers: is not for a {type(model).__name__}; remove its units or blocks")
+
+    def dropped_layers(self, edit: Any, units: Sequence[str]) -> list[str]:
+        """Return the units that an edit `drop_layers` drops, given the names of all."""
+        return []
+
+    def teacher_key(self, name: str, student: Denoiser, teacher: Denoiser) -> str:
+        """Return the teacher's name of a student's block, module or tensor."""
+        return name
+
+    def no_such_unit(self, model: Denoiser, name: str) -> AsdmError:
+        """Return the error for a name that no unit has; it names the nearest one."""
+        known = [unit.name for unit in self.units(model)]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+        return AsdmError(
+            f"{name}: no such unit in this model, which has {len(known)}; "
+            f"the nearest is {near[0] if near else 'none'} (`asdm analyze` lists them)"
+        )
+
+
+class ModelFamily(Architecture):
+    """All that is known of a family's models: their structure, how they are called, and where features are cached."""
+
+    label: ClassVar[str] = "denoiser"  # what reports call the denoiser
+
     def block_io(self, model: Denoiser, path: str) -> BlockIO:
         """Where image and text states sit among the outputs of a block or layer."""
         return BlockIO()
@@ -170,6 +228,19 @@ class ModelFamily(ABC):
     def random_inputs(self, model: Denoiser, batch_size: int, seed: int = 0) -> dict[str, Any]:
         """Random keyword arguments of a call at native size, the sample among them as "sample" or "hidden_states"."""
 
+    def require_known_inputs(self, model: Denoiser, name: str = "") -> None:
+        """Raise an AsdmError where a model reads what neither prompts nor masks bring.
+
+        Args:
+            name: of the checkpoint, for the message.
+        """
+
+    def call_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call of the denoiser by name, the sample first."""
+        names = _forward_names(self.model_class)  # type: ignore[arg-type]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        return {names[0]: given.pop(names[0]), **given}
+
     @abstractmethod
     def fingerprint(self, model: Denoiser) -> str:
         """A digest of the architecture (tensor names and shapes), equal for fine-tunes of one model."""
@@ -186,6 +257,16 @@ class ModelFamily(ABC):
     @abstractmethod
     def deepest_cut(self, model: Denoiser) -> int:
         """The largest `depth` of a `cache_cut`."""
+
+    def cache_depths(self, model: Denoiser) -> list[int]:
+        """Depths that a calibration compares."""
+        return list(range(1, min(3, self.deepest_cut(model)) + 1))
+
+
+@cache
+def _forward_names(model_class: Any) -> tuple[str, ...]:
+    """The names of a denoiser's inputs, in order."""
+    return tuple(inspect.signature(model_class.forward).parameters)[1:]
 
 
 _FAMILIES: list[ModelFamily] = []
@@ -221,13 +302,13 @@ def family_of(model: Any) -> ModelFamily:
 
 
 def family_named(class_name: str) -> ModelFamily:
-    """The family whose stock class has this name.
+    """The family whose stock class, or a subclass of it, has this name.
 
     Raises:
-        AsdmError: none of the registered families has it.
+        AsdmError: there is none.
     """
     for family in _FAMILIES:
-        if family.model_class.__name__ == class_name:
+        if class_name.endswith(family.model_class.__name__):
             return family
     raise _unknown(class_name)
 
@@ -238,11 +319,30 @@ def denoiser_of(pipeline: DiffusionPipeline) -> Any:
     Raises:
         AsdmError: it has none of a registered family.
     """
+    return getattr(pipeline, component_of(pipeline))
+
+
+def component_of(pipeline: DiffusionPipeline) -> str:
+    """The name of the pipeline's component that is its denoiser.
+
+    Raises:
+        AsdmError: it has none of a registered family.
+    """
     for family in _FAMILIES:
-        model = getattr(pipeline, family.component, None)
-        if model is not None:
-            return model
+        if getattr(pipeline, family.component, None) is not None:
+            return family.component
     raise _unknown(type(pipeline).__name__)
+
+
+def require_plain(model: Denoiser) -> None:
+    """Raise an AsdmError where a denoiser's weights are not its own alone, or not there."""
+    names = model.state_dict().keys()
+    if any(".base_layer." in name for name in names):
+        raise AsdmError("a LoRA is loaded; keep it with fuse_lora(), then unload_lora_weights()")
+    if any(name.startswith("_orig_mod.") for name in names):
+        raise AsdmError("the model is compiled; give the original of it, its attribute _orig_mod")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise AsdmError("the model's weights are offloaded, one module at a time; load it without that")
 
 
 def denoiser_call(model: Denoiser, batch_size: int = 2, seed: int = 0) -> Callable[[], Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection
-from typing import Any, TypeVar
+from typing import Any
 
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from asdm.errors import AsdmError
 from asdm.families.base import Unit, UnitKind, block_of
 
-Kind = TypeVar("Kind", bound=nn.Module)
 # Branch of a BasicTransformerBlock -> (kind, the norm that feeds it alone)
 TRANSFORMER_BRANCHES: dict[str, tuple[UnitKind, str]] = {
     "attn1": ("self_attention", "norm1"),
@@ -139,24 +138,6 @@ def unlike_in(unet: UNet2DConditionModel, other: UNet2DConditionModel, *fields: 
         return list(found) if isinstance(found, tuple) else found
 
     return next((field for field in fields if value(unet, field) != value(other, field)), None)
-
-
-def recast(kind: type[Kind], module: nn.Module) -> Kind:
-    """A module again, as one of a subclass of its class; what it consists of is shared."""
-    same = kind.__new__(kind)
-    same.__setstate__({**vars(module), "_modules": dict(module._modules)})
-    return same
-
-
-def require_plain(unet: UNet2DConditionModel) -> None:
-    """Raise an AsdmError where a UNet's weights are not its own alone, or not there."""
-    names = unet.state_dict().keys()
-    if any(".base_layer." in name for name in names):
-        raise AsdmError("a LoRA is loaded; keep it with fuse_lora(), then unload_lora_weights()")
-    if any(name.startswith("_orig_mod.") for name in names):
-        raise AsdmError("the UNet is compiled; give the original of it, unet._orig_mod")
-    if any(parameter.is_meta for parameter in unet.parameters()):
-        raise AsdmError("the UNet's weights are offloaded, one module at a time; load it without that")
 
 
 # Fields of a UNet's config and the values whose inputs prompts bring; what the others are asked for in `forward`.
