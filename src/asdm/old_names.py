@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 OLD_EDIT_KINDS = {"shorten": "drop_layers"}
+OLD_COMPRESSION_SETTINGS = {"repair": "refine"}  # in the marker of a folder that `compress` wrote
 
 
 def renamed(content: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
