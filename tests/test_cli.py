@@ -207,8 +207,8 @@ def test_the_help_loads_no_heavy_package():
 def test_the_help_lists_what_the_api_allows():
     from asdm.cli import options
     from asdm.edits.base import CompensationKind
-    from asdm.pipelines.loading import MODEL_HELP
+    from asdm.pipelines.model_names import model_help
 
-    assert set(re.findall(r"random:[\w-]+", options.MODEL)) == set(re.findall(r"random:[\w-]+", MODEL_HELP))
+    assert set(re.findall(r"random:[\w-]+", options.MODEL)) == set(re.findall(r"random:[\w-]+", model_help()))
     kinds = next(kind for kind in get_args(get_args(options.CompensateOption)[0]) if kind is not type(None))
     assert set(get_args(kinds)) == set(get_args(CompensationKind))

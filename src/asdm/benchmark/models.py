@@ -13,11 +13,12 @@ from asdm.benchmark.methods import Method, methods, of, preset_students, with_dp
 from asdm.benchmark.plot import contest_plot
 from asdm.benchmark.run import Benchmark, BenchmarkRow, BenchmarkRun, Progress, benchmark_rows
 from asdm.diffusion.generation import is_few_step
+from asdm.diffusion.kinds import is_random
 from asdm.evaluation.comparison import folder_name
 from asdm.evaluation.report import save_figure
 from asdm.families import denoiser_of
 from asdm.measure.load import LoadMeter, busy_line
-from asdm.pipelines.loading import is_random, without_safety_checker
+from asdm.pipelines.derived import without_safety_checker
 
 RESULTS = "benchmark.json"  # in the benchmark's folder
 

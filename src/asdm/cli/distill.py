@@ -70,8 +70,8 @@ def distill(
     from asdm.distillation.pipelines import distill_pipeline
     from asdm.distillation.recipes import recipe_stages
     from asdm.families import denoiser_of
+    from asdm.files import require_ours
     from asdm.pipelines.compatibility import require_same_prediction
-    from asdm.pipelines.loading import require_ours
 
     length = training_steps(steps, recipe)
     if not dry_run and (device_tflops is not None or processes > 1 or fsdp):

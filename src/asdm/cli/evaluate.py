@@ -46,7 +46,7 @@ def evaluate(
 ) -> None:
     """Measure speed and quality of a teacher and its students in one run."""
     from asdm.evaluation.comparison import distinct_names
-    from asdm.pipelines.loading import load_clip
+    from asdm.pipelines.clip import load_clip
 
     warn_of_skipped(data)
     claims: list[dict[str, Any]] = [{"prediction_type": prediction_type, "config": config}, *({} for _ in models[1:])]

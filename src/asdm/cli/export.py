@@ -51,7 +51,7 @@ def export(
     config: ConfigOption = None,
 ) -> None:
     """Write a teacher or a student as OpenVINO or ONNX graphs, in a folder that optimum loads."""
-    from asdm.pipelines.loading import require_ours
+    from asdm.files import require_ours
 
     if weights_only and not int8:
         raise AsdmError("--weights-only goes with --int8")

@@ -11,7 +11,7 @@ import typer
 from asdm import checks
 from asdm.errors import AsdmError
 
-# The API's MODEL_HELP and DATA_HELP say the same; importing them for --help would take seconds.
+# The API's errors say the same; importing it for --help would take seconds.
 MODEL = (
     "demo, a Hub id, a folder, a .safetensors file, or random:sd15 | random:sd15-inpainting | random:sd21 | random:sdxl"
 )

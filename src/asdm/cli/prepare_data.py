@@ -36,7 +36,7 @@ def prepare_data(
 ) -> None:
     """Compute the latents and prompt embeddings of DATA once, for `distill --data`; run again to resume."""
     from asdm.data.prepared import require_usable
-    from asdm.pipelines.loading import require_ours
+    from asdm.files import require_ours
 
     require_ours(out, "prepared")
     require_usable(data)

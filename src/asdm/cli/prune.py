@@ -27,7 +27,7 @@ def prune(
     """Build the student of a plan: inherit the teacher's weights, fit the compensations, save the pipeline."""
     from asdm.compensation.fitting import fitted_tensors
     from asdm.families import denoiser_of
-    from asdm.pipelines.loading import require_ours
+    from asdm.files import require_ours
 
     require_ours(out, "pipeline")
     made = asdm.PruningPlan.load(plan)

@@ -21,8 +21,9 @@ from asdm.evaluation.comparison import Evaluation
 from asdm.evaluation.metrics import Judge
 from asdm.evaluation.report import headline_of
 from asdm.families import denoiser_of
+from asdm.files import require_ours
 from asdm.pipelines.checkpoints import PredictionType
-from asdm.pipelines.loading import load_pipeline, require_ours
+from asdm.pipelines.loading import load_pipeline
 from asdm.planning.program import require_params
 from asdm.sensitivity.profile import Sensitivity
 from asdm.student.plan import PruningPlan

@@ -13,10 +13,9 @@ from asdm.distillation.recipes import RECIPES, read_stages
 from asdm.distillation.stages import Stage, parse_stages
 from asdm.edits.base import CompensationKind
 from asdm.errors import AsdmError
-from asdm.files import write_text
+from asdm.files import MARKER, write_text
 from asdm.old_names import OLD_COMPRESSION_SETTINGS, renamed
 from asdm.pipelines.checkpoints import PredictionType
-from asdm.pipelines.loading import MARKER
 from asdm.planning.program import require_budget
 from asdm.planning.refine import ROUNDS
 from asdm.records import Record

@@ -26,8 +26,10 @@ from asdm.evaluation.plots import redundancy_plot
 from asdm.evaluation.report import figures_section, save_figure, write_report
 from asdm.families import Denoiser, denoiser_of
 from asdm.files import replacing_file, write_text
-from asdm.pipelines.loading import load_clip, save_pipeline_into, with_unet
+from asdm.pipelines.clip import load_clip
+from asdm.pipelines.derived import with_unet
 from asdm.pipelines.model_card import model_card
+from asdm.pipelines.saving import save_pipeline_into
 from asdm.planning.full_plan import full_plan
 from asdm.sensitivity.profile import RedundancyMap, analyze
 from asdm.student.plan import PruningPlan, build_student
