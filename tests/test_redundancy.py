@@ -7,7 +7,7 @@ from PIL import Image
 
 from asdm import AsdmError, GriAttention, PruningPlan, RedundancyMap, analyze, build_student, make_plan, with_unet
 from asdm.data.calibration import CalibrationCall, calibration_calls
-from asdm.edits.base import Remove
+from asdm.edits import Remove
 from asdm.evaluation.plots import redundancy_plot
 from asdm.families.unet_structure import removable_units
 from asdm.sensitivity.profile import ablate, trials_of

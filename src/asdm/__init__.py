@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from asdm.distillation.consistency import lcm_scheduler as lcm_scheduler
     from asdm.distillation.distill import distill as distill
     from asdm.distillation.stages import Stage as Stage
-    from asdm.edits.base import CondConv as CondConv
-    from asdm.edits.base import GriAttention as GriAttention
-    from asdm.edits.base import Remove as Remove
+    from asdm.edits import CondConv as CondConv
+    from asdm.edits import GriAttention as GriAttention
+    from asdm.edits import Remove as Remove
     from asdm.errors import AsdmError as AsdmError
     from asdm.errors import AsdmWarning as AsdmWarning
     from asdm.evaluation.comparison import Evaluation as Evaluation
@@ -58,14 +58,14 @@ _HOME = {
     "AsdmError": "asdm.errors",
     "AsdmUNet2DConditionModel": "asdm.student.unet",
     "AsdmWarning": "asdm.errors",
-    "CondConv": "asdm.edits.base",
+    "CondConv": "asdm.edits",
     "Evaluation": "asdm.evaluation.comparison",
-    "GriAttention": "asdm.edits.base",
+    "GriAttention": "asdm.edits",
     "CfgCutoff": "asdm.diffusion.guidance",
     "CacheSchedule": "asdm.caching.session",
     "PruningPlan": "asdm.student.plan",
     "RedundancyMap": "asdm.sensitivity.profile",
-    "Remove": "asdm.edits.base",
+    "Remove": "asdm.edits",
     "Stage": "asdm.distillation.stages",
     "add_cond_conv": "asdm.planning.program",
     "analyze": "asdm.sensitivity.profile",

@@ -29,7 +29,7 @@ from asdm.diffusion.generation import generate
 from asdm.diffusion.kinds import is_sdxl
 from asdm.distillation.consistency import lcm_scheduler
 from asdm.distillation.stages import Consistency
-from asdm.edits.base import GriAttention
+from asdm.edits import GriAttention
 from asdm.errors import AsdmError, needs_extra
 from asdm.families.unet_calls import unet_call
 from asdm.families.unet_structure import blocks, removable_units

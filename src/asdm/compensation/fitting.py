@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from asdm import checks
+from asdm.choices import CompensationKind
 from asdm.data.calibration import CalibrationCall, calibration_calls
 from asdm.diffusion.conditioning import latent_shape
-from asdm.edits.base import CompensationKind, Remove, compensated
-from asdm.edits.maps import Compensation
-from asdm.edits.surgery import RemovedBranch, RemovedResnet, edited, swapped
+from asdm.edits import Remove, compensated
+from asdm.edits.projections import Projection
+from asdm.edits.surgery import edited, swapped
 from asdm.errors import AsdmError
+from asdm.families.unet_removed import RemovedBranch, RemovedResnet
 from asdm.families.unet_structure import TRANSFORMER_BRANCHES, Unit, execution_order, removable_units, shortcut_of
 from asdm.measure.hooks import CachedOutput, outputs_of, preserve_module_state, tensor_of
 from asdm.records import Record
@@ -233,9 +235,9 @@ def compensating(unet: UNet2DConditionModel, edit: Remove, fitted: Map) -> Itera
 
 def _add_map(module: Any, weight: Tensor, bias: Tensor) -> None:
     holder = module if isinstance(module, RemovedResnet) else module.compensation
-    assert isinstance(holder, RemovedResnet | Compensation)
+    assert isinstance(holder, RemovedResnet | Projection)
     like = next(holder.parameters())
-    holder.add_map(weight.to(like.device, like.dtype), bias.to(like.device, like.dtype))
+    holder.add_projection(weight.to(like.device, like.dtype), bias.to(like.device, like.dtype))
 
 
 # -- one unit ------------------------------------------------------------------------------------------

@@ -11,5 +11,6 @@ from asdm.families.base import block_of as block_of
 from asdm.families.base import denoiser_call as denoiser_call
 from asdm.families.base import denoiser_of as denoiser_of
 from asdm.families.base import families as families
+from asdm.families.base import family_named as family_named
 from asdm.families.base import family_of as family_of
 from asdm.families.unet import UNetFamily as UNetFamily

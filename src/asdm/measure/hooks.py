@@ -1,8 +1,8 @@
-"""Hooks into a model's calls: record outputs, answer with recorded ones, restore what was changed."""
+"""Hooks into a model's calls: record outputs, answer with recorded ones, exchange modules, restore what was changed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,25 @@ class CachedOutput(nn.Module):
 
     def forward(self, *_: Any, **__: Any) -> Any:
         return self.output
+
+
+def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` at a dotted path below `root`."""
+    parent, _, child = path.rpartition(".")
+    setattr(root.get_submodule(parent), child, module)
+
+
+@contextmanager
+def swapped(root: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put modules at dotted paths below `root` for the length of the block, then restore those that were there."""
+    originals = {path: root.get_submodule(path) for path in replacements}
+    try:
+        for path, module in replacements.items():
+            set_module(root, path, module)
+        yield
+    finally:
+        for path, module in originals.items():
+            set_module(root, path, module)
 
 
 @contextmanager

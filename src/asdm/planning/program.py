@@ -12,11 +12,12 @@ from diffusers import UNet2DConditionModel
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from asdm import checks
+from asdm.choices import CompensationKind
 from asdm.devices import on_device
-from asdm.edits.base import CompensationKind, CondConv, DropLayers, Edit, GriAttention, Remove, UnitEdit, parse_edits
-from asdm.edits.drop_layers import dropped
+from asdm.edits import CondConv, DropLayers, Edit, GriAttention, Remove, UnitEdit, parse_edits
 from asdm.errors import AsdmError
 from asdm.families.unet_calls import unet_call
+from asdm.families.unet_shorter import dropped
 from asdm.families.unet_structure import conv_channels, is_covered_by, is_level, layers
 from asdm.measure.hooks import preserve_module_state
 from asdm.measure.latency import Ratio, measure_interleaved
@@ -206,7 +207,7 @@ def possible_edits(redundancy: RedundancyMap, compensate: CompensationKind) -> l
         choices.append(_possible(redundancy, unit, edit, covers, "none" if unit.has_shortcut else compensate))
     for other in redundancy.others:
         (parsed,) = parse_edits([other.edit])
-        assert not isinstance(parsed, DropLayers)
+        assert isinstance(parsed, UnitEdit)
         fitted: CompensationKind = "none"
         if isinstance(parsed, Remove) and other.channels:
             fitted, parsed = compensate, replace(parsed, compensate=compensate)

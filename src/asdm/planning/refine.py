@@ -19,13 +19,15 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from asdm import checks
+from asdm.choices import CompensationKind
 from asdm.compensation.fitting import fit_to_calls, prediction_error, predictions, samples_to_fit, unit_maps
 from asdm.data.calibration import CalibrationCall, calibration_calls
-from asdm.edits.base import CompensationKind, GriAttention, Remove, UnitEdit
+from asdm.edits import GriAttention, Remove, UnitEdit
+from asdm.edits.recast import recast
 from asdm.edits.regional_attention import AttentionOnMap
 from asdm.edits.surgery import replaced_paths, swapped
 from asdm.errors import AsdmError
-from asdm.families.unet_structure import execution_order, recast, removable_units
+from asdm.families.unet_structure import execution_order, removable_units
 from asdm.measure.hooks import preserve_module_state
 from asdm.planning.program import (
     MEASUREMENT_MARGIN,
@@ -86,7 +88,7 @@ def refine_plan(
     """
     teacher: UNet2DConditionModel = pipeline.unet
     plan.require_for(teacher)
-    choices = possible_edits(redundancy, _compensation_of(plan))
+    choices = possible_edits(redundancy, _projection_of(plan))
     chosen = [choice for choice in choices if choice.edit in plan.edits]
     if len(chosen) < len(plan.edits):
         strange = next(edit for edit in plan.edits if edit not in [choice.edit for choice in chosen])
@@ -196,7 +198,7 @@ def _restored(teacher: UNet2DConditionModel, student: UNet2DConditionModel, edit
         yield
 
 
-def _compensation_of(plan: PruningPlan) -> CompensationKind:
+def _projection_of(plan: PruningPlan) -> CompensationKind:
     kinds = {edit.compensate for edit in plan.edits if isinstance(edit, Remove)}
     return next(iter(kinds - {"none"}), "none")
 

@@ -22,11 +22,12 @@ from pydantic import Field, ValidationError
 from torch import Tensor
 
 from asdm import checks
+from asdm.choices import CompensationKind
 from asdm.compensation.fitting import Map, compensating, unit_maps
 from asdm.data.calibration import CalibrationCall, calibration_calls, require_calibration
 from asdm.diffusion.conditioning import latent_shape
 from asdm.diffusion.kinds import is_random
-from asdm.edits.base import CompensationKind, GriAttention, Remove, UnitEdit
+from asdm.edits import GriAttention, Remove, UnitEdit
 from asdm.edits.surgery import edited, replaced_paths, swapped
 from asdm.errors import AsdmError, one_line
 from asdm.families.unet_calls import unet_call
@@ -576,7 +577,7 @@ def trials_of(
     trials = []
     for edit in edits:
         name = edit.unit if isinstance(edit, Remove) else str(edit)
-        applied = partial(edited, unet, edit)
+        applied: Any = partial(edited, unet, edit)
         if isinstance(edit, Remove):
             fitted = (maps or {}).get(edit.unit)
             if fitted is not None:

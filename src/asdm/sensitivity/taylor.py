@@ -20,7 +20,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from asdm.data.calibration import CalibrationCall
-from asdm.edits.base import GriAttention
+from asdm.edits import GriAttention
 from asdm.edits.regional_attention import GriAttnProcessor
 from asdm.families.unet_structure import Unit, shortcut_of
 from asdm.measure.hooks import outputs_of
