@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-from typing import get_args
 
 import pytest
 from PIL import Image
@@ -204,11 +203,8 @@ def test_the_help_loads_no_heavy_package():
     assert heavy & set(done.stdout.split()) == set()
 
 
-def test_the_help_lists_what_the_api_allows():
+def test_the_help_lists_the_models_that_the_api_allows():
     from asdm.cli import options
-    from asdm.edits.base import CompensationKind
     from asdm.pipelines.model_names import model_help
 
     assert set(re.findall(r"random:[\w-]+", options.MODEL)) == set(re.findall(r"random:[\w-]+", model_help()))
-    kinds = next(kind for kind in get_args(get_args(options.CompensateOption)[0]) if kind is not type(None))
-    assert set(get_args(kinds)) == set(get_args(CompensationKind))

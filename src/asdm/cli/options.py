@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from asdm import checks
+from asdm.choices import CompensationKind
 from asdm.errors import AsdmError
 
 # The API's errors say the same; importing it for --help would take seconds.
@@ -148,7 +149,7 @@ SensitivityOption = Annotated[
     ),
 ]
 CompensateOption = Annotated[
-    Literal["none", "bias", "diagonal", "linear"] | None,
+    CompensationKind | None,
     typer.Option(
         "--compensate",
         help="Projection that is fitted in place of each removed branch; by default linear, none for random weights, "

@@ -10,12 +10,12 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 
 from asdm import checks
+from asdm.choices import CompensationKind
 from asdm.compression.settings import KIND, Settings, claim_folder, make_settings
 from asdm.compression.steps import STEPS, Job, Progress
 from asdm.data.prepared import require_usable
 from asdm.diffusion.generation import require_steps
 from asdm.distillation.stages import Stage
-from asdm.edits.base import CompensationKind
 from asdm.errors import AsdmError
 from asdm.evaluation.comparison import Evaluation
 from asdm.evaluation.metrics import Judge
@@ -124,8 +124,17 @@ def compress(
     )
     require_ours(out, KIND)
     if all((out / name).is_file() for name in (REPORT, PLAN, EVALUATION)):
-        claim_folder(out, settings)
-        return _finished(out, speedup)
+        return _finished(out, settings)
+    return _run(out, settings, device, progress)
+
+
+def _require_one_process() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise AsdmError("compress works in one process; launch prepare-data and distill in several")
+
+
+def _run(out: Path, settings: Settings, device: str | None, progress: Progress | None) -> Compression:
+    """All steps in a row; those that are done are loaded."""
     teacher = _checked_teacher(settings, device)
     claim_folder(out, settings)
     job = Job(settings, out, teacher, progress or (lambda *_: None))
@@ -134,15 +143,11 @@ def compress(
     return Compression(out, out / REPORT, job.headline, job.plan, job.evaluation, job.skipped)
 
 
-def _require_one_process() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise AsdmError("compress works in one process; launch prepare-data and distill in several")
-
-
-def _finished(out: Path, speedup: float | None) -> Compression:
+def _finished(out: Path, settings: Settings) -> Compression:
     """What an earlier run made."""
+    claim_folder(out, settings)
     plan, evaluation = PruningPlan.load(out / PLAN), Evaluation.load(out / EVALUATION)
-    return Compression(out, out / REPORT, headline_of(evaluation, speedup), plan, evaluation, {})
+    return Compression(out, out / REPORT, headline_of(evaluation, settings.budget["speedup"]), plan, evaluation, {})
 
 
 def _checked_teacher(settings: Settings, device: str | None) -> DiffusionPipeline:

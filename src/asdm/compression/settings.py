@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import Field
 
+from asdm.choices import CompensationKind
 from asdm.distillation.recipes import RECIPES, read_stages
 from asdm.distillation.stages import Stage, parse_stages
-from asdm.edits.base import CompensationKind
 from asdm.errors import AsdmError
 from asdm.files import MARKER, write_text
 from asdm.old_names import OLD_COMPRESSION_SETTINGS, renamed
