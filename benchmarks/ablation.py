@@ -49,9 +49,10 @@ from asdm.distillation.stages import LossWeights, Stage
 from asdm.distillation.tasks import make_task
 from asdm.distillation.training_set import TrainingSet, prepare
 from asdm.edits import GriAttention, Remove
-from asdm.evaluation.comparison import EvaluationSet, RealImages, evaluation_sets
 from asdm.evaluation.metrics import Judge, feature_distance
 from asdm.evaluation.plots import image_sheet
+from asdm.evaluation.real_images import RealImages
+from asdm.evaluation.sampling import EvaluationSet, evaluation_sets
 from asdm.families.unet_calls import unet_call
 from asdm.files import write_text
 from asdm.images import to_images
@@ -59,7 +60,8 @@ from asdm.measure.latency import measure_interleaved, seconds_of
 from asdm.measure.machine import prepare_for_training
 from asdm.pipelines.clip import load_clip
 from asdm.sensitivity.profile import RedundancyMap
-from asdm.student.plan import PruningPlan, build_student
+from asdm.student.build import build_student
+from asdm.student.plan import PruningPlan
 from asdm.training.launch import make_accelerator
 from asdm.training.optimizers import make_optimizer
 
@@ -484,7 +486,7 @@ class _Judged:
                 to_images(torch.cat(list(images[:SHOWN]), dim=2)[None])[0].save(strip)
             features = self.judge.features(images)
             expected = self._teacher_features(each, seed, features if pipeline is self.pipeline else None)
-            found = self.real.figures(images, features, each.examples)
+            found = self.real.metrics(images, features, each.examples)
             found["teacher_distance"] = feature_distance(features, expected)
             split = each.split.replace("_", "")
             figures |= {f"{metric}_{split}": round(float(found[metric]), 4) for metric in METRICS}

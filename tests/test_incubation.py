@@ -11,7 +11,7 @@ from transformers import CLIPConfig, CLIPModel, ConvNextConfig, ConvNextModel, V
 from asdm import AsdmError, AsdmUNet2DConditionModel, PruningPlan, Stage, build_student, distill
 from asdm.diffusion.parameterization import parameterization_of
 from asdm.distillation.estimate import estimate
-from asdm.distillation.incubation import assembled, groups_of, incubated_blocks, set_trainable
+from asdm.distillation.incubation import blocks_in_teacher, groups_of, incubated_blocks, set_trainable
 from asdm.distillation.losses import _TERMS, loss_term, semantic_loss, squared_error
 from asdm.distillation.recipes import RECIPES, as_yaml, recipe_stages
 from asdm.distillation.semantics import DenoiserEncoder, VisionEncoder
@@ -93,26 +93,26 @@ def test_blocks_are_assembled_of_what_was_loaded_from_disk(pipeline, tmp_path):
     pruned(pipeline.unet).save_pretrained(tmp_path)
     student = AsdmUNet2DConditionModel.from_pretrained(tmp_path)
     assert isinstance(student.config.block_out_channels, list)  # and the teacher's is a tuple
-    with assembled(student, pipeline.unet, []):
+    with blocks_in_teacher(student, pipeline.unet, []):
         assert torch.equal(predict(student), predict(pipeline.unet))
     short = build_student(
         pipeline.unet, PruningPlan.for_unet(pipeline.unet, [{"edit": "drop_layers", "layers_per_block": 1}])
     )
-    with pytest.raises(AsdmError, match="blocks are not its teacher's"), assembled(short, pipeline.unet, []):
+    with pytest.raises(AsdmError, match="blocks are not its teacher's"), blocks_in_teacher(short, pipeline.unet, []):
         pass
 
 
 def test_the_teachers_blocks_stand_in_for_those_not_assembled_yet(pipeline):
     unet, student = pipeline.unet, pruned(pipeline.unet)
     alone, own = predict(student), student.mid_block
-    with assembled(student, unet, []):
+    with blocks_in_teacher(student, unet, []):
         assert torch.equal(predict(student), predict(unet))
-    with assembled(student, unet, ["mid_block", "up_blocks.0"]):
+    with blocks_in_teacher(student, unet, ["mid_block", "up_blocks.0"]):
         assert torch.equal(predict(student), predict(pruned(unet, "mid_block.resnets.1")))
     assert student.mid_block is own and torch.equal(predict(student), alone)
     with (
         pytest.raises(AsdmError, match=r"mid_blok: no such block; they are .*mid_block"),
-        assembled(student, unet, ["mid_blok"]),
+        blocks_in_teacher(student, unet, ["mid_blok"]),
     ):
         pass
 
@@ -124,10 +124,10 @@ def test_what_goes_with_the_innermost_stage_is_one_group(pipeline):
     assert incubated_blocks(student) == ["mid_block", "up_blocks.2"]
     with (
         pytest.raises(AsdmError, match="go together in this student"),
-        assembled(student, pipeline.unet, ["down_blocks.2"]),
+        blocks_in_teacher(student, pipeline.unet, ["down_blocks.2"]),
     ):
         pass
-    with assembled(student, pipeline.unet, together):
+    with blocks_in_teacher(student, pipeline.unet, together):
         predict(student)
 
 

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from asdm import checks
 from asdm.data.prepared import digest_of
 from asdm.diffusion.parameterization import parameterization_of
-from asdm.distillation.incubation import assembled
+from asdm.distillation.incubation import blocks_in_teacher
 from asdm.distillation.recipes import recipe_stages
 from asdm.distillation.run import StageRun, train_stage
 from asdm.distillation.stages import Stage
@@ -128,7 +128,7 @@ def _require_possible(teacher: DiffusionPipeline, student: Denoiser, stages: Seq
     nothing = TrainingSet(SimpleNamespace(captions=[""]), None)  # type: ignore[arg-type]
     for stage in stages:
         require_installed(stage.optimizer)
-        with assembled(student, denoiser_of(teacher), stage.student_blocks):
+        with blocks_in_teacher(student, denoiser_of(teacher), stage.student_blocks):
             make_task(teacher, student, nothing, stage)
 
 

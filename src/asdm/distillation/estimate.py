@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from asdm.diffusion.conditioning import Conditioning
-from asdm.distillation.incubation import assembled
+from asdm.distillation.incubation import blocks_in_teacher
 from asdm.distillation.stages import Stage
 from asdm.distillation.tasks import make_task
 from asdm.distillation.teaching import Batch
@@ -139,7 +139,7 @@ def _stage_cost(
     """Run a round of the stage's step without memory; semantic losses count by how often they are computed."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         pipeline, learning = with_unet(teacher, _weightless(denoiser_of(teacher))), _weightless(student)
-        with assembled(learning, denoiser_of(pipeline), stage.student_blocks):
+        with blocks_in_teacher(learning, denoiser_of(pipeline), stage.student_blocks):
             task = _weightless_task(pipeline, learning, stage, share)
             flops, activations = _round_cost(task, (torch.arange(stage.batch_size), 0), part, precision)
             if stage.semantics.every > 1:  # the first step has semantic losses, the second has none

@@ -14,7 +14,7 @@ from accelerate.utils import broadcast
 from diffusers import DiffusionPipeline
 
 from asdm.data.batches import ShuffledBatches
-from asdm.distillation.incubation import assembled, incubated_blocks
+from asdm.distillation.incubation import blocks_in_teacher, incubated_blocks
 from asdm.distillation.stages import Stage
 from asdm.distillation.tasks import make_task
 from asdm.distillation.teaching import WHOLE, Batch
@@ -92,7 +92,7 @@ def train_stage(
     accelerator.wait_for_everyone()
     _require_one_precision(teacher, student, stage, accelerator)
     order = ShuffledBatches(len(examples), stage.batch_size, run.seed)
-    with assembled(student, denoiser_of(teacher), stage.student_blocks):
+    with blocks_in_teacher(student, denoiser_of(teacher), stage.student_blocks):
         task = make_task(teacher, student, examples, stage, share)
         if task.trained():  # there may be more processes than blocks
             train(

@@ -11,31 +11,43 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
 from asdm.errors import AsdmError
-from asdm.families.base import CacheCut, ModelFamily, block_of, register_family
+from asdm.families.base import BlockPlace, CacheCut, ModelFamily, block_of, register_family
 from asdm.families.unet_architecture import UNetArchitecture
 from asdm.families.unet_calls import guidance_embedding, random_inputs
-from asdm.families.unet_structure import fingerprint, layers, require_known_inputs, unlike
+from asdm.families.unet_structure import layers, require_known_inputs, unlike
 
 
 @register_family
 class UNetFamily(UNetArchitecture, ModelFamily):
     """Stable Diffusion's UNets."""
 
+    label = "UNet"
     layer_classes = (ResnetBlock2D, BasicTransformerBlock)
+
+    def block_places(self, blocks: Sequence[str]) -> dict[str, BlockPlace]:
+        """The U: the encoder's and the decoder's blocks at their resolution, the mid block below them."""
+        levels = sum(block.startswith("down_blocks.") for block in blocks)
+        places = {}
+        for block in blocks:
+            side, _, index = block.partition(".")
+            if side == "down_blocks":
+                places[block] = BlockPlace(int(index), "encoder")
+            elif side == "up_blocks":
+                places[block] = BlockPlace(levels - 1 - int(index), "decoder")
+            else:
+                places[block] = BlockPlace(levels, "middle")
+        return places
 
     def semantic_module(self, model: Any) -> str | None:
         return None if model.mid_block is None else "mid_block"
 
-    def call_arguments(self, latents: Tensor, **conditioning: Tensor) -> dict[str, Any]:
+    def conditioned_call(self, latents: Tensor, **conditioning: Tensor) -> dict[str, Any]:
         """With `masked` behind the latents, and SDXL's pooled embeddings and image sizes among the added conditions."""
         states = dict(conditioning)
         masked = states.pop("masked", None)
         sample = latents if masked is None else torch.cat([latents, masked.to(latents)], dim=1)
         added = {name: states.pop(name) for name in ("text_embeds", "time_ids") if name in states}
         return {"sample": sample, **states, **({"added_cond_kwargs": added} if added else {})}
-
-    def guidance_embedding(self, model: Any, scales: Tensor) -> Tensor | None:
-        return guidance_embedding(model, scales)
 
     def embeds_guidance(self, model: Any) -> bool:
         return model.config.get("time_cond_proj_dim") is not None
@@ -51,8 +63,9 @@ class UNetFamily(UNetArchitecture, ModelFamily):
     def require_known_inputs(self, model: Any, name: str = "") -> None:
         require_known_inputs(model, name)
 
-    def fingerprint(self, model: Any) -> str:
-        return fingerprint(model)
+    def guidance_inputs(self, model: Any, scales: Tensor) -> dict[str, Tensor]:
+        embedded = guidance_embedding(model, scales)
+        return {} if embedded is None else {"timestep_cond": embedded}
 
     def unlike(self, model: Any, other: Any) -> str | None:
         return unlike(model, other)
@@ -88,6 +101,10 @@ class UNetFamily(UNetArchitecture, ModelFamily):
 
     def deepest_cut(self, model: Any) -> int:
         return sum(".resnets." in item[0] for item in _items(model, "up_blocks")) - 1
+
+    def cache_depths(self, model: Any) -> list[int]:
+        """One layer, two, and the whole last block."""
+        return sorted({1, 2, len(model.up_blocks[-1].resnets)})
 
 
 def _items(unet: Any, side: str) -> list[list[str]]:
