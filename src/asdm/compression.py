@@ -22,10 +22,12 @@ from asdm.distillation.distill import distill
 from asdm.distillation.recipes import RECIPES, read_stages, recipe_stages
 from asdm.distillation.stages import Stage
 from asdm.errors import AsdmError
-from asdm.evaluation.comparison import Evaluation, evaluate, evaluation_sets
+from asdm.evaluation.comparison import evaluate
 from asdm.evaluation.metrics import Judge
 from asdm.evaluation.plots import redundancy_plot
-from asdm.evaluation.report import figures_section, headline_of, save_figure, write_report
+from asdm.evaluation.report import headline_of, metrics_section, save_figure, write_report
+from asdm.evaluation.results import Evaluation
+from asdm.evaluation.sampling import evaluation_sets
 from asdm.files import MARKER, replacing_file, require_ours, write_text
 from asdm.pipelines.checkpoints import PredictionType
 from asdm.pipelines.clip import load_clip
@@ -208,7 +210,7 @@ def compress(
         progress=lambda title, done, total: report(f"images: {title}", done, total, ""),
     )
     evaluation.save(out / "evaluation.json")
-    card = model_card(smaller, out.name, model, figures_section(evaluation))
+    card = model_card(smaller, out.name, model, metrics_section(evaluation))
     write_text(out / "README.md", card)
     headline = write_report(
         out / "report.html",

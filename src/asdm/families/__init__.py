@@ -1,6 +1,7 @@
 """Families of denoisers: all that knows an architecture. `family_of` finds the family of a model or pipeline."""
 
 from asdm.families.base import BlockIO as BlockIO
+from asdm.families.base import BlockPlace as BlockPlace
 from asdm.families.base import Branch as Branch
 from asdm.families.base import CacheCut as CacheCut
 from asdm.families.base import Denoiser as Denoiser

@@ -112,6 +112,14 @@ class CacheCut:
     relative_to: str | None = None
 
 
+@dataclass(frozen=True)
+class BlockPlace:
+    """Where a diagram of the model has a block: its level, 0 for the highest resolution, and its side."""
+
+    level: int
+    side: Literal["encoder", "middle", "decoder"]
+
+
 class Architecture(ABC):
     """The structure of a family's models, and how edits change it: all that a saved student needs to be built.
 
@@ -209,9 +217,15 @@ class Architecture(ABC):
 class ModelFamily(Architecture):
     """All that is known of a family's models: their structure, how they are called, and where features are cached."""
 
+    label: ClassVar[str] = "denoiser"  # what reports call the denoiser
+
     def block_io(self, model: Denoiser, path: str) -> BlockIO:
         """Where image and text states sit among the outputs of a block or layer."""
         return BlockIO()
+
+    def block_places(self, blocks: Sequence[str]) -> dict[str, BlockPlace]:
+        """Where a diagram has each of these blocks: by default in one column, in their order."""
+        return {block: BlockPlace(level, "middle") for level, block in enumerate(blocks)}
 
     # -- calls -----------------------------------------------------------------------------------------
 

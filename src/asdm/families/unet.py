@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from asdm.errors import AsdmError
-from asdm.families.base import CacheCut, ModelFamily, block_of, register_family
+from asdm.families.base import BlockPlace, CacheCut, ModelFamily, block_of, register_family
 from asdm.families.unet_architecture import UNetArchitecture
 from asdm.families.unet_calls import guidance_embedding, random_inputs
 from asdm.families.unet_structure import layers, require_known_inputs, unlike
@@ -17,6 +17,24 @@ from asdm.families.unet_structure import layers, require_known_inputs, unlike
 @register_family
 class UNetFamily(UNetArchitecture, ModelFamily):
     """Stable Diffusion's UNets."""
+
+    label = "UNet"
+
+    label = "UNet"
+
+    def block_places(self, blocks: Sequence[str]) -> dict[str, BlockPlace]:
+        """The U: the encoder's and the decoder's blocks at their resolution, the mid block below them."""
+        levels = sum(block.startswith("down_blocks.") for block in blocks)
+        places = {}
+        for block in blocks:
+            side, _, index = block.partition(".")
+            if side == "down_blocks":
+                places[block] = BlockPlace(int(index), "encoder")
+            elif side == "up_blocks":
+                places[block] = BlockPlace(levels - 1 - int(index), "decoder")
+            else:
+                places[block] = BlockPlace(levels, "middle")
+        return places
 
     def sample_shape(self, model: Any) -> tuple[int, int, int]:
         size = model.config.sample_size
