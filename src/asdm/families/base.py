@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from asdm.choices import CompensationKind
+from asdm.edits.base import Edit
 from asdm.errors import AsdmError
 from asdm.families.tensors import fingerprint
 
@@ -188,6 +189,10 @@ class Architecture(ABC):
         connection behind them."""
         return {}
 
+    def stock_config(self, model: Denoiser, edits: Sequence[Edit]) -> dict[str, Any] | None:
+        """Return the config of a stock model that equals the edited one; None where there is none."""
+        return None
+
     def shorter_config(self, model: Denoiser, edit: Any) -> dict[str, Any]:
         """Return the config of the stock model without the layers that an edit `drop_layers` drops.
 
@@ -250,11 +255,6 @@ class ModelFamily(Architecture):
     def require_known_inputs(self, model: Denoiser, name: str = "") -> None:
         """Raise an AsdmError where a model has inputs beside latents, a time step, a guidance scale and what prompts
         give; `name` is the checkpoint's in the message."""
-
-    def guidance_inputs(self, model: Denoiser, scales: Tensor) -> dict[str, Tensor]:
-        """Return the keyword arguments by which a model that embeds the guidance scale reads `scales` (batch,); none
-        for other models."""
-        return {}
 
     @abstractmethod
     def unlike(self, model: Denoiser, other: Denoiser) -> str | None:

@@ -5,20 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
 from asdm.errors import AsdmError
 from asdm.families.base import BlockPlace, CacheCut, ModelFamily, block_of, register_family
 from asdm.families.unet_architecture import UNetArchitecture
-from asdm.families.unet_calls import guidance_embedding, random_inputs
+from asdm.families.unet_calls import random_inputs
 from asdm.families.unet_structure import layers, require_known_inputs, unlike
 
 
 @register_family
 class UNetFamily(UNetArchitecture, ModelFamily):
     """Stable Diffusion's UNets."""
-
-    label = "UNet"
 
     label = "UNet"
 
@@ -46,10 +42,6 @@ class UNetFamily(UNetArchitecture, ModelFamily):
 
     def require_known_inputs(self, model: Any, name: str = "") -> None:
         require_known_inputs(model, name)
-
-    def guidance_inputs(self, model: Any, scales: Tensor) -> dict[str, Tensor]:
-        embedded = guidance_embedding(model, scales)
-        return {} if embedded is None else {"timestep_cond": embedded}
 
     def unlike(self, model: Any, other: Any) -> str | None:
         return unlike(model, other)
