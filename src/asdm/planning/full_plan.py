@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from diffusers import DiffusionPipeline
 
-from asdm.edits.base import CompensationKind
+from asdm.choices import CompensationKind
 from asdm.errors import AsdmError
 from asdm.families import denoiser_of
 from asdm.measure.machine import fastest_device
