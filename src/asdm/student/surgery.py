@@ -49,11 +49,10 @@ def model_without_weights(model: Any, edits: Sequence[Edit]) -> Any:
 
 
 def inherit_weights(student: Denoiser, teacher: Denoiser) -> None:
-    """Copy every tensor that the student has from the teacher's tensor of the same name; what the student has
-    of its own starts where it changes nothing.
+    """Copy every tensor of the student from the teacher. A student's own modules give their starting tensors.
 
     Raises:
-        AsdmError: an expert of a new bank is not in the teacher.
+        AsdmError: an expert kernel is not in the teacher.
     """
     family = family_of(teacher)
     source = teacher.state_dict()
