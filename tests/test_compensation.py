@@ -5,8 +5,9 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from asdm import AsdmError, PruningPlan, analyze, build_student, fit_compensation
-from asdm.compensation import fitting as compensation
-from asdm.compensation.fitting import _Regression, fitted_tensors, prediction_error, predictions
+from asdm.compensation import partial_calls
+from asdm.compensation.fitting import fitted_tensors, prediction_error, predictions
+from asdm.compensation.regression import RidgeRegression
 from asdm.data.calibration import calibration_calls
 from asdm.student.unet import AsdmUNet2DConditionModel
 from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline
@@ -128,7 +129,7 @@ def test_regression_from_sums_equals_least_squares_on_all_rows():
     targets = features @ torch.randn(5, 2, generator=generator) + torch.randn(300, 2, generator=generator) - 1
     with_constant = torch.cat([features, torch.ones(300, 1)], 1)
     solution = torch.linalg.lstsq(with_constant, targets).solution
-    regression = _Regression(diagonal=False)
+    regression = RidgeRegression(is_diagonal=False)
     for rows in torch.arange(300).split(60):
         regression.add(features[rows].view(6, 10, 5), targets[rows].view(6, 10, 2))
     weight, bias, left = regression.solve(ridge=0.0)
@@ -143,7 +144,7 @@ def test_regression_from_sums_equals_least_squares_on_all_rows():
 def test_the_ridge_is_the_one_that_serves_the_other_half():
     generator = torch.Generator().manual_seed(0)
     features, noise = torch.randn(2, 16, 3, 20, generator=generator)
-    few, telling = _Regression(diagonal=False), _Regression(diagonal=False)
+    few, telling = RidgeRegression(is_diagonal=False), RidgeRegression(is_diagonal=False)
     few.add(features, features + noise)  # each half has 24 rows of 20 features
     telling.add(features, 2 * features)
     chosen, fixed = few.solve(), few.solve(ridge=1e-4)
@@ -155,7 +156,7 @@ def test_the_ridge_is_the_one_that_serves_the_other_half():
 
 
 def test_features_that_never_vary_leave_the_mean_as_the_map():
-    regression = _Regression(diagonal=False)
+    regression = RidgeRegression(is_diagonal=False)
     regression.add(torch.ones(8, 3, 4), torch.full((8, 3, 2), 5.0))
     weight, bias, left = regression.solve()
     assert torch.allclose(weight @ torch.ones(4) + bias, torch.full((2,), 5.0))
@@ -164,7 +165,7 @@ def test_features_that_never_vary_leave_the_mean_as_the_map():
 
 def test_diagonal_regression_is_one_line_for_each_channel():
     features = torch.randn(5, 10, 2, generator=torch.Generator().manual_seed(0))
-    regression = _Regression(diagonal=True)
+    regression = RidgeRegression(is_diagonal=True)
     regression.add(features, features * torch.tensor([2.0, -1.0]) + torch.tensor([0.5, 3.0]))
     weight, bias, left = regression.solve(ridge=0.0)
     assert torch.allclose(weight, torch.tensor([2.0, -1.0]), atol=1e-5)
@@ -208,8 +209,8 @@ def test_a_unit_is_tried_with_the_map_that_a_plan_of_it_alone_would_get(pipeline
 
 def test_a_fit_that_can_keep_nothing_is_the_same(pipeline, monkeypatch):
     fits = []
-    for kept in (compensation.KEPT_BYTES, 300_000, 0):
-        monkeypatch.setattr(compensation, "KEPT_BYTES", kept)
+    for kept in (partial_calls.CACHE_BYTES, 300_000, 0):
+        monkeypatch.setattr(partial_calls, "CACHE_BYTES", kept)
         student = build_student(pipeline.unet, plan_of(pipeline.unet, compensate="linear"))
         fit_compensation(pipeline, student, timesteps=2, samples=4)
         fits.append(fitted_tensors(student))

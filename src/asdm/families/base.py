@@ -6,7 +6,7 @@ Nothing outside `families/` and the student's model classes names a block, a lay
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -100,6 +100,7 @@ class ModelFamily(ABC):
 
     component: ClassVar[str]  # the pipeline's attribute that holds the denoiser: "unet", "transformer"
     model_class: ClassVar[type[Any]]  # the stock class
+    sample_argument: ClassVar[str] = "sample"  # of the denoiser's forward: the noisy latents
 
     # -- structure -------------------------------------------------------------------------------------
 
@@ -140,6 +141,12 @@ class ModelFamily(ABC):
     @abstractmethod
     def sample_shape(self, model: Denoiser) -> tuple[int, int, int]:
         """(channels, height, width) of the sample that a call at native size reads."""
+
+    def predict(self, model: Denoiser, arguments: Mapping[str, Any]) -> Tensor:
+        """The prediction of one call. The sample is passed by position, as pipelines do: other libraries' patches rely
+        on it."""
+        others = {name: value for name, value in arguments.items() if name != self.sample_argument}
+        return model(arguments[self.sample_argument], **others, return_dict=False)[0]
 
     @abstractmethod
     def random_inputs(self, model: Denoiser, batch_size: int, seed: int = 0) -> dict[str, Any]:

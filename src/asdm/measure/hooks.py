@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,6 +36,11 @@ def outputs_of(unet: UNet2DConditionModel, names: Sequence[str]) -> Iterator[dic
     finally:
         for handle in handles:
             handle.remove()
+
+
+def input_states(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The hidden states that a module is called with."""
+    return args[0] if args else kwargs["hidden_states"]
 
 
 def tensor_of(output: Any) -> Tensor:

@@ -19,7 +19,8 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from asdm import checks
-from asdm.compensation.fitting import fit_to_calls, prediction_error, predictions, samples_to_fit, unit_maps
+from asdm.compensation.fitting import fit_to_calls, prediction_error, predictions, samples_to_fit
+from asdm.compensation.projections import unit_projections
 from asdm.data.calibration import CalibrationCall, calibration_calls
 from asdm.edits.base import CompensationKind, GriAttention, Remove, UnitEdit
 from asdm.edits.regional_attention import AttentionOnMap
@@ -165,7 +166,7 @@ def _worth(
     units = [unit for unit in removable_units(student) if unit.name in {choice.edit.unit for choice in free}]
     kinds: list[CompensationKind] = [c.edit.compensate for c in free if isinstance(c.edit, Remove)]
     kind = kinds[0] if kinds else "none"
-    maps = unit_maps(student, units, calls, kind) if kind != "none" else {}
+    maps = unit_projections(student, units, calls, kind) if kind != "none" else {}
     trials = trials_of(student, [choice.edit for choice in free], maps)
     restored = [_restoring(teacher, student, choice.edit) for choice in chosen]
     errors, _ = ablate(student, [*trials, *restored], calls, None, references)

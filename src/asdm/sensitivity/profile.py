@@ -22,7 +22,7 @@ from pydantic import Field, ValidationError
 from torch import Tensor
 
 from asdm import checks
-from asdm.compensation.fitting import Map, compensating, unit_maps
+from asdm.compensation.projections import Projection, compensating, unit_projections
 from asdm.data.calibration import CalibrationCall, calibration_calls, require_calibration
 from asdm.diffusion.conditioning import latent_shape
 from asdm.edits.base import CompensationKind, GriAttention, Remove, UnitEdit
@@ -260,7 +260,7 @@ def analyze(
             forwards = 0.0
             if compensate != "none":
                 others_seen = calibration_calls(pipeline, data, prompts, timesteps, samples, seed + 1)
-                maps, forwards = unit_maps(unet, units, others_seen, compensate), float(len(calls))
+                maps, forwards = unit_projections(unet, units, others_seen, compensate), float(len(calls))
                 removals = [Remove(unit=unit.name, compensate=compensate) for unit in units]
                 everything = [*trials_of(unet, removals, maps), *other_trials]
             errors, more = ablate(unet, everything, calls, progress)
@@ -569,7 +569,7 @@ class Trial:
 
 
 def trials_of(
-    unet: UNet2DConditionModel, edits: Sequence[UnitEdit], maps: Mapping[str, Map] | None = None
+    unet: UNet2DConditionModel, edits: Sequence[UnitEdit], maps: Mapping[str, Projection] | None = None
 ) -> list[Trial]:
     """Trials of edits, each named as its edit's unit or, beside such a one, as the edit; removals with the map in
     their place that `maps` has for the unit, or plain."""
