@@ -50,7 +50,7 @@ from asdm.files import write_text
 from asdm.images import to_images
 from asdm.measure.latency import measure_interleaved, seconds_of
 from asdm.measure.machine import prepare_for_training
-from asdm.pipelines.loading import load_clip
+from asdm.pipelines.clip import load_clip
 from asdm.sensitivity.profile import RedundancyMap
 from asdm.student.plan import PruningPlan, build_student
 from asdm.training.loop import make_accelerator

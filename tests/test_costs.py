@@ -4,6 +4,7 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
+from torch import nn
 
 from asdm.edits.base import Remove
 from asdm.edits.surgery import edited
@@ -12,7 +13,7 @@ from asdm.measure.latency import measure_interleaved
 from asdm.measure.macs import counting_macs
 from asdm.measure.memory import peak_megabytes
 from asdm.pipelines.random_models import UNETS
-from conftest import tiny_sdxl_unet, tiny_unet
+from conftest import student_of_every_kind, tiny_sdxl_unet, tiny_unet
 
 
 def test_sd15_macs_are_the_published_ones():
@@ -48,7 +49,77 @@ def test_macs_are_per_sample(make):
 def test_counting_leaves_no_hooks(unet):
     with counting_macs(unet):
         unet_call(unet)()
-    assert not any(module._forward_hooks for module in unet.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in unet.modules())
+
+
+def fused():
+    unet = tiny_unet()
+    unet.fuse_qkv_projections()
+    return unet
+
+
+def adapted():
+    peft = pytest.importorskip("peft")
+    unet = tiny_unet()
+    unet.add_adapter(peft.LoraConfig(r=4, target_modules=["to_q", "conv1"]))
+    return unet
+
+
+def weightless():
+    with init_empty_weights():
+        return UNet2DConditionModel(**tiny_unet().config)
+
+
+@pytest.mark.parametrize(
+    ("make", "macs", "without_attention"),
+    [
+        (tiny_unet, 27103360, 25247744),
+        (fused, 27103360, 25247744),
+        (weightless, 27103360, 25247744),
+        (adapted, 28231040, 26375424),
+        (tiny_sdxl_unet, 23881728, 23431168),
+        # 0.1.0 counted 4608 products by element in it, and not the mixing of 64 biases.
+        (student_of_every_kind, 9120576 - 4608 + 64, 8661824 - 4608 + 64),
+    ],
+)
+def test_macs_are_those_of_earlier_versions(make, macs, without_attention):
+    unet = make()
+    with counting_macs(unet) as count:
+        unet_call(unet, batch_size=1)()
+    assert (count.below(), count.below(with_attention=False)) == (macs, without_attention)
+
+
+class Layers(nn.Module):
+    """Every kind of product: (batch, 4, 6, 6) to (batch, 36, 3)."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 8, 3, padding=1, stride=2)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.linear = nn.Linear(8, 3, bias=False)
+        self.constant = nn.Parameter(torch.zeros(3))
+
+    def forward(self, images):
+        tokens = self.depthwise(self.conv(images)).flatten(2)  # (batch, 8, 9)
+        tokens = self.linear(tokens.mT)  # its input is a view that is no matrix
+        tokens = tokens + self.constant.expand_as(tokens) * tokens.sigmoid()
+        scores = tokens @ tokens.mT
+        attended = nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)
+        return {"attended": attended + scores @ tokens}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_macs_are_counted_by_hand(device, batch_size):
+    model = Layers().to(device)
+    with counting_macs(model) as count:
+        model(torch.randn(batch_size, 4, 6, 6, device=device))
+    convolution, depthwise, linear = 9 * 4 * 8 * 9, 9 * 8 * 9, 9 * 8 * 3
+    assert count.below("conv") == convolution
+    assert count.below("depthwise") == depthwise
+    assert count.below("linear") == count.below("linear", with_attention=False) == linear
+    assert count.below(with_attention=False) == convolution + depthwise + linear
+    assert count.below() - count.below(with_attention=False) == 4 * 9 * 9 * 3
 
 
 def test_a_unit_and_what_is_below_it_are_counted_together(unet):

@@ -15,7 +15,7 @@ from asdm import AsdmError, PruningPlan, Remove, build_student, distill, prepare
 from asdm.data.prepared import PreparedData
 from asdm.data.sources import open_data
 from asdm.distillation.stages import LossWeights, Stage
-from asdm.pipelines.loading import with_unet
+from asdm.pipelines.derived import with_unet
 from asdm.training.loop import LoopSettings, TrainingTask, read_log, train
 from conftest import tiny_pipeline
 

@@ -17,7 +17,7 @@ from asdm.evaluation import comparison
 from asdm.evaluation.comparison import RealImages, evaluation_sets, image_embeds
 from asdm.evaluation.metrics import Judge, feature_distance, kid, psnr, recognition, retrieval_at_1
 from asdm.evaluation.report import headline_of
-from asdm.pipelines.loading import clip_statistics
+from asdm.pipelines.clip import clip_statistics
 from conftest import tiny_pipeline
 
 

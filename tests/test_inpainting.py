@@ -9,7 +9,7 @@ from asdm.data.calibration import calibration_calls
 from asdm.data.prepared import prepare_data
 from asdm.diffusion.conditioning import decode_latents, encode_images, masked_latents
 from asdm.distillation.recipes import joint_stages
-from asdm.pipelines.loading import with_unet
+from asdm.pipelines.derived import with_unet
 from conftest import tiny_inpainting_pipeline, tiny_pipeline
 
 PICTURE = Image.new("RGB", (16, 16), "red")

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from asdm import AsdmError, PruningPlan, Remove, build_student, generate, load_pipeline, save_pipeline, with_unet
 from asdm.diffusion.conditioning import embed_prompts, encode_images, image_size
-from asdm.files import replacing_folder
-from asdm.pipelines.loading import MARKER, save_pipeline_into
+from asdm.files import MARKER, replacing_folder
 from asdm.pipelines.model_card import model_card
+from asdm.pipelines.saving import save_pipeline_into
 from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet
 
 

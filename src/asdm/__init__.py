@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from asdm.errors import AsdmWarning as AsdmWarning
     from asdm.evaluation.comparison import Evaluation as Evaluation
     from asdm.evaluation.comparison import evaluate as evaluate
+    from asdm.pipelines.derived import with_unet as with_unet
     from asdm.pipelines.loading import load_pipeline as load_pipeline
-    from asdm.pipelines.loading import save_pipeline as save_pipeline
-    from asdm.pipelines.loading import with_unet as with_unet
+    from asdm.pipelines.saving import save_pipeline as save_pipeline
     from asdm.planning.program import add_cond_conv as add_cond_conv
     from asdm.planning.program import make_plan as make_plan
     from asdm.planning.program import remeasure_plan as remeasure_plan
@@ -85,10 +85,10 @@ _HOME = {
     "prepare_data": "asdm.data.prepared",
     "remeasure_plan": "asdm.planning.program",
     "refine_plan": "asdm.planning.refine",
-    "save_pipeline": "asdm.pipelines.loading",
+    "save_pipeline": "asdm.pipelines.saving",
     "switch_unets": "asdm.runtime.switching",
     "with_openvino_graphs": "asdm.runtime.openvino",
-    "with_unet": "asdm.pipelines.loading",
+    "with_unet": "asdm.pipelines.derived",
 }
 __all__ = list(_HOME)
 

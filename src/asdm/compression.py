@@ -26,10 +26,13 @@ from asdm.evaluation.comparison import Evaluation, evaluate, evaluation_sets
 from asdm.evaluation.metrics import Judge
 from asdm.evaluation.plots import redundancy_plot
 from asdm.evaluation.report import figures_section, headline_of, save_figure, write_report
-from asdm.files import replacing_file, write_text
+from asdm.files import MARKER, replacing_file, require_ours, write_text
 from asdm.pipelines.checkpoints import PredictionType
-from asdm.pipelines.loading import MARKER, load_clip, load_pipeline, require_ours, save_pipeline_into, with_unet
+from asdm.pipelines.clip import load_clip
+from asdm.pipelines.derived import with_unet
+from asdm.pipelines.loading import load_pipeline
 from asdm.pipelines.model_card import model_card
+from asdm.pipelines.saving import save_pipeline_into
 from asdm.planning.program import make_plan, require_budget, require_params
 from asdm.planning.refine import ROUNDS, refine_plan
 from asdm.sensitivity.profile import RedundancyMap, Sensitivity, analyze

@@ -1,19 +1,25 @@
-"""Writing so that an interrupted run leaves nothing half-written, and two runs at once nothing mixed."""
+"""Writing of files and folders: an interrupted run leaves nothing half-written, and two runs at once mix nothing.
+
+Folders that this tool wrote carry a marker, by which it knows what it may replace.
+"""
 
 from __future__ import annotations
 
 import glob
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 from filelock import FileLock, Timeout
 
 from asdm.errors import AsdmError
 
+MARKER = "asdm.json"  # in a folder that this tool wrote: what it is, and that it may be replaced
 PARTIAL, PREVIOUS = "partial", "previous"
 
 
@@ -50,8 +56,9 @@ def replacing_file(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder until the block ends, or the process, however it does. Of a launch of several
-    processes the first one sees to it.
+    """Keep other runs out of a folder until the block or the process ends.
+
+    Of a launch of several processes, only rank 0 takes the lock.
 
     Raises:
         AsdmError: another run is at work there.
@@ -90,3 +97,34 @@ def _name_beside(target: Path, kind: str) -> Path:
         else:
             left.unlink(missing_ok=True)
     return target.with_name(f".{target.name}.{os.getpid()}.{kind}")
+
+
+def require_ours(folder: Path, kind: str) -> None:
+    """Raise an AsdmError if `folder` exists, is not empty, and is not of this kind and written by this tool.
+
+    Args:
+        kind: as it stands in the folder's `MARKER`: pipeline, prepared, compression or export.
+    """
+    if folder.is_file():
+        raise AsdmError(f"{folder}: a file; name a folder that does not exist yet")
+    if folder.name in ("", ".."):  # it could not be replaced as a whole
+        raise AsdmError(f"{folder}: name a folder in it, not itself")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).is_file():
+        raise AsdmError(
+            f"{folder}: exists and was not written by asdm (it has no {MARKER}); name another folder or remove it"
+        )
+    found = read_marker(folder).get("kind", kind)
+    if found != kind:
+        raise AsdmError(
+            f"{folder}: holds what asdm calls {found}, and would be replaced by {kind}; name another folder or remove "
+            "it"
+        )
+
+
+def read_marker(folder: Path) -> dict[str, Any]:
+    """What a folder's `MARKER` says of it; nothing where there is none, or a damaged one."""
+    try:
+        about = json.loads((folder / MARKER).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return about if isinstance(about, dict) else {}

@@ -26,6 +26,7 @@ from asdm.caching.calibration import Observations, observe_sampling
 from asdm.caching.session import Granularity, Spacing, cache_features
 from asdm.diffusion.conditioning import latent_shape
 from asdm.diffusion.generation import generate
+from asdm.diffusion.kinds import is_sdxl
 from asdm.distillation.consistency import lcm_scheduler
 from asdm.distillation.stages import Consistency
 from asdm.edits.base import GriAttention
@@ -33,7 +34,7 @@ from asdm.errors import AsdmError, needs_extra
 from asdm.families.unet_calls import unet_call
 from asdm.families.unet_structure import blocks, removable_units
 from asdm.measure.macs import counting_macs
-from asdm.pipelines.loading import is_sdxl, with_unet
+from asdm.pipelines.derived import with_unet
 from asdm.planning.program import PRESETS, make_plan
 from asdm.runtime.export import Int8, export
 from asdm.runtime.openvino import with_openvino_graphs

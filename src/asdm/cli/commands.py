@@ -341,7 +341,7 @@ def prune(
 ) -> None:
     """Build the student that a plan describes: inherit the weights, fit the compensations, save the pipeline."""
     import asdm
-    from asdm.pipelines.loading import require_ours
+    from asdm.files import require_ours
 
     require_ours(out, "pipeline")
     made = asdm.PruningPlan.load(plan)
@@ -392,7 +392,7 @@ def prepare_data(
     """Compute the latents and prompt embeddings of DATA once, for `distill --data`; run again to resume."""
     import asdm
     from asdm.data.prepared import require_usable
-    from asdm.pipelines.loading import require_ours
+    from asdm.files import require_ours
 
     require_ours(out, "prepared")
     require_usable(data)
@@ -449,7 +449,7 @@ def distill(
     import asdm
     from asdm.data.prepared import require_usable
     from asdm.distillation.recipes import recipe_stages
-    from asdm.pipelines.loading import require_ours
+    from asdm.files import require_ours
 
     length = _training_steps(steps, recipe)
     if not dry_run and (device_tflops is not None or processes > 1 or fsdp):
@@ -509,7 +509,7 @@ def evaluate(
     """Measure speed and quality of a teacher and its students in one run."""
     import asdm
     from asdm.evaluation.comparison import distinct_names
-    from asdm.pipelines.loading import load_clip
+    from asdm.pipelines.clip import load_clip
 
     _look_at(data)
     said = [{"prediction_type": prediction_type, "config": config}, *({} for _ in models[1:])]
@@ -702,7 +702,7 @@ def export(
 ) -> None:
     """Write a teacher or a student as OpenVINO or ONNX graphs, in a folder that optimum loads."""
     import asdm
-    from asdm.pipelines.loading import require_ours
+    from asdm.files import require_ours
 
     if weights_only and not int8:
         raise AsdmError("--weights-only goes with --int8")
@@ -823,7 +823,7 @@ def benchmark(
     from asdm.evaluation.report import save_figure
     from asdm.measure.limits import machine_limits
     from asdm.measure.load import LoadMeter, busy_line
-    from asdm.pipelines.loading import without_safety_checker
+    from asdm.pipelines.derived import without_safety_checker
 
     models = models or ["demo"]
     twice = next((place for place in models if models.count(place) > 1), None)

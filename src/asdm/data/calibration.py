@@ -25,10 +25,10 @@ from asdm.diffusion.conditioning import (
     noise_schedule,
 )
 from asdm.diffusion.generation import default_guidance, nothing_to_keep
+from asdm.diffusion.kinds import is_inpainting, is_random
 from asdm.errors import AsdmError
 from asdm.families.unet_calls import guidance_embedding
 from asdm.families.unet_structure import require_known_inputs
-from asdm.pipelines.loading import is_inpainting, is_random
 
 # What a user's prompts are like, where no data says it.
 DEFAULT_PROMPTS = (

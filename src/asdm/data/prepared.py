@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from asdm import checks
 from asdm.data.sources import PIECE, PREPARED, Example, Source, Unread, Unusable, load_pixels, open_source, unusable
+from asdm.devices import LONGEST_WAIT
 from asdm.diffusion.conditioning import (
     Conditioning,
     decode_latents,
@@ -33,10 +34,9 @@ from asdm.diffusion.conditioning import (
     masked_latents,
 )
 from asdm.diffusion.generation import default_guidance, nothing_to_keep, require_steps
+from asdm.diffusion.kinds import is_inpainting, is_random
 from asdm.errors import AsdmError
-from asdm.files import replacing_file, write_text
-from asdm.pipelines.loading import MARKER, is_inpainting, is_random, read_marker, require_ours
-from asdm.training.loop import LONGEST_WAIT
+from asdm.files import MARKER, read_marker, replacing_file, require_ours, write_text
 
 Progress = Callable[[int, int], None]
 VALUES = 256  # of each parameter, that tell pipelines apart

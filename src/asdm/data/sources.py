@@ -24,8 +24,9 @@ from torch import Tensor
 
 from asdm import checks
 from asdm.errors import AsdmError, needs_extra, one_line
+from asdm.files import read_marker
 from asdm.images import UNREAD_SUFFIXES, image_fault, open_pixels, readable_suffixes, to_tensor, verify_pixels
-from asdm.pipelines.loading import read_marker
+from asdm.registry import DATASETS, registered_folder
 
 DATA_HELP = (
     "a folder of images with captions (name.txt beside each, or metadata.jsonl, .csv or .parquet), WebDataset shards "
@@ -162,10 +163,9 @@ def open_source(source: str | Path, split: Split = "train") -> Source:
     """
     checks.path("data", source)
     name = str(source)
-    if name == "demo":
-        from asdm.demo import images_folder
-
-        return FolderSource(images_folder(), split)
+    registered = registered_folder(name, DATASETS)
+    if registered is not None:
+        return FolderSource(registered, split)
     if name.startswith("hf:"):
         return DatasetSource(name.removeprefix("hf:"), split)
     if name.endswith(".tar") or "://" in name:

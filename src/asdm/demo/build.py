@@ -21,7 +21,8 @@ from asdm.evaluation.metrics import Judge, psnr, recognition, retrieval_at_1
 from asdm.evaluation.plots import image_sheet
 from asdm.files import write_text
 from asdm.images import load_images
-from asdm.pipelines.loading import load_clip, load_pipeline
+from asdm.pipelines.clip import load_clip
+from asdm.pipelines.loading import load_pipeline
 from asdm.training.loop import read_log
 
 STAGES = ("images", "tokenizer", "clip", "vae", "unet", "assemble", "check")

@@ -13,8 +13,8 @@ from diffusers import DDPMScheduler, DiffusionPipeline
 from torch import Tensor
 
 from asdm import checks
+from asdm.diffusion.kinds import is_sdxl
 from asdm.errors import AsdmError
-from asdm.pipelines.loading import is_sdxl
 
 PIPELINES_MULTIPLE = 8  # of diffusers' Stable Diffusion pipelines, whatever the VAE's factor
 LARGEST_IMAGE = 8192  # pixels a side

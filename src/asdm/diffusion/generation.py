@@ -18,9 +18,9 @@ from torch import Tensor
 from asdm import checks
 from asdm.diffusion.conditioning import LARGEST_IMAGE, PIPELINES_MULTIPLE, image_size, latent_shape, require_size
 from asdm.diffusion.guidance import PART, CfgCutoff
+from asdm.diffusion.kinds import image_to_image, is_inpainting, is_random
 from asdm.errors import AsdmError, one_line
 from asdm.images import as_rgb
-from asdm.pipelines.loading import image_to_image, is_inpainting, is_random
 
 
 @checks.arguments(

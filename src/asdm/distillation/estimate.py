@@ -31,7 +31,7 @@ from asdm.families.unet_calls import random_inputs, unet_call
 from asdm.measure.latency import measure_interleaved
 from asdm.measure.machine import fastest_precision
 from asdm.measure.memory import peak_megabytes
-from asdm.pipelines.loading import with_unet
+from asdm.pipelines.derived import with_unet
 from asdm.training.loop import BatchSlice, TrainingTask
 from asdm.training.optimizers import OptimizerName, is_matrix
 from asdm.training.sharding import GATHERED_TOGETHER

@@ -158,7 +158,7 @@ def make_encoder(
     from diffusers import AutoencoderTiny
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-    from asdm.pipelines.loading import clip_statistics, load_clip
+    from asdm.pipelines.clip import clip_statistics, load_clip
 
     try:
         vae = pipeline.vae if decoder is None else AutoencoderTiny.from_pretrained(decoder).eval()

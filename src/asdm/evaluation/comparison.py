@@ -35,7 +35,8 @@ from asdm.images import to_images
 from asdm.measure.latency import Latency, Ratio, measure_interleaved
 from asdm.measure.load import LoadMeter, busy_line
 from asdm.measure.macs import counting_macs
-from asdm.pipelines.loading import clip_statistics, without_safety_checker
+from asdm.pipelines.clip import clip_statistics
+from asdm.pipelines.derived import without_safety_checker
 from asdm.records import Record, first_fault
 
 Progress = Callable[[str, int, int], None]

@@ -8,6 +8,7 @@ from asdm.families.base import ModelFamily as ModelFamily
 from asdm.families.base import Unit as Unit
 from asdm.families.base import UnitKind as UnitKind
 from asdm.families.base import block_of as block_of
+from asdm.families.base import denoiser_call as denoiser_call
 from asdm.families.base import denoiser_of as denoiser_of
 from asdm.families.base import families as families
 from asdm.families.base import family_of as family_of

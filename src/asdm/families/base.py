@@ -81,6 +81,18 @@ class BlockIO:
             return output
         return output[self.image or 0]
 
+    def with_image_states(self, output: Any, states: Any) -> Any:
+        """What a block or layer put out, with other image states."""
+        if not isinstance(output, tuple):
+            return states
+        place = self.image or 0
+        return (*output[:place], states, *output[place + 1 :])
+
+    def image_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The image states that a block or layer is called with."""
+        states: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        return states
+
 
 @dataclass(frozen=True)
 class CacheCut:
@@ -153,6 +165,15 @@ class ModelFamily(ABC):
         """Random keyword arguments of a call at native size, the sample among them as "sample" or "hidden_states"."""
 
     @abstractmethod
+    def fingerprint(self, model: Denoiser) -> str:
+        """A digest of the architecture (tensor names and shapes), equal for fine-tunes of one model."""
+
+    @abstractmethod
+    def unlike(self, model: Denoiser, other: Denoiser) -> str | None:
+        """The first config field by which two models read or write other tensors; None where one can replace the
+        other."""
+
+    @abstractmethod
     def cache_cut(self, model: Denoiser, depth: int, fresh: Sequence[str] = ()) -> CacheCut:
         """What is cached where the last `depth` layers, and the modules named in `fresh`, are always computed."""
 
@@ -176,13 +197,17 @@ def families() -> Sequence[ModelFamily]:
 
 
 def family_of(model: Any) -> ModelFamily:
-    """The family of a denoiser, or of a pipeline's denoiser.
+    """The family of a denoiser, or of a pipeline's denoiser. What stands in for a denoiser, such as exported graphs,
+    names its family in its attribute `family`.
 
     Raises:
         AsdmError: it is of none of the registered families.
     """
     if isinstance(model, DiffusionPipeline):
         return family_of(denoiser_of(model))
+    named = getattr(model, "family", None)
+    if isinstance(named, ModelFamily):
+        return named
     for family in _FAMILIES:
         if isinstance(model, family.model_class):
             return family
@@ -200,6 +225,15 @@ def denoiser_of(pipeline: DiffusionPipeline) -> Any:
         if model is not None:
             return model
     raise _unknown(type(pipeline).__name__)
+
+
+def denoiser_call(model: Denoiser, batch_size: int = 2, seed: int = 0) -> Callable[[], Tensor]:
+    """One call of a denoiser on random inputs at its native size; batch 2 is one image with guidance."""
+    arguments = family_of(model).random_inputs(model, batch_size, seed)
+    # By its place, as pipelines give it: what others patch into a denoiser may rely on it.
+    sample = arguments.pop("sample" if "sample" in arguments else "hidden_states")
+    call: Any = model
+    return lambda: call(sample, **arguments, return_dict=False)[0]
 
 
 def _unknown(name: str) -> AsdmError:

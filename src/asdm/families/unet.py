@@ -63,6 +63,12 @@ class UNetFamily(ModelFamily):
     def random_inputs(self, model: Any, batch_size: int, seed: int = 0) -> dict[str, Any]:
         return unet_calls.random_inputs(model, batch_size, seed)
 
+    def fingerprint(self, model: Any) -> str:
+        return unet_structure.fingerprint(model)
+
+    def unlike(self, model: Any, other: Any) -> str | None:
+        return unet_structure.unlike(model, other)
+
     def cache_cut(self, model: Any, depth: int, fresh: Sequence[str] = ()) -> CacheCut:
         """All but the last `depth` layers of the decoder path and, on the encoder path, what their skip connections
         bring; with the first of these the input convolution alone (as DeepCache's branch 0, arXiv 2312.00858).

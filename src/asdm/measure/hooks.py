@@ -1,4 +1,4 @@
-"""Calls of a UNet that are looked into, or of which a part is known already and not computed again."""
+"""Hooks into a model's calls: record outputs, answer with recorded ones, restore what was changed."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 
 class CachedOutput(nn.Module):
-    """Answers with what a module answered before, without computing it."""
+    """Returns a module's recorded output without computing it."""
 
     def __init__(self, output: Any):
         super().__init__()
@@ -22,11 +21,11 @@ class CachedOutput(nn.Module):
 
 
 @contextmanager
-def outputs_of(unet: UNet2DConditionModel, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """What the named modules put out in the calls within the block, the last of each."""
+def outputs_of(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Record the last output of each named module within the block."""
     outputs: dict[str, Any] = {}
     handles = [
-        unet.get_submodule(name).register_forward_hook(
+        model.get_submodule(name).register_forward_hook(
             lambda _module, _args, output, name=name: outputs.__setitem__(name, output)
         )
         for name in names
@@ -44,19 +43,19 @@ def input_states(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 
 
 def tensor_of(output: Any) -> Tensor:
-    """The hidden states in what a module put out."""
+    """Return the hidden states in a module's output."""
     return output[0] if isinstance(output, tuple) else output
 
 
 @contextmanager
 def preserve_module_state(*modules: nn.Module) -> Iterator[None]:
-    """After the block the modules' modes and wishes for gradients are those of before, however it ends."""
+    """Restore the modules' training modes, gradient checkpointing and `requires_grad` after the block."""
     modes = [
         (module, module.training, getattr(module, "gradient_checkpointing", None))
-        for whole in modules
-        for module in whole.modules()
+        for root in modules
+        for module in root.modules()
     ]
-    wanted = [(parameter, parameter.requires_grad) for whole in modules for parameter in whole.parameters()]
+    trainable = [(parameter, parameter.requires_grad) for root in modules for parameter in root.parameters()]
     try:
         yield
     finally:
@@ -64,5 +63,5 @@ def preserve_module_state(*modules: nn.Module) -> Iterator[None]:
             module.training = training
             if checkpointing is not None:
                 module.gradient_checkpointing = checkpointing
-        for parameter, wants in wanted:
-            parameter.requires_grad_(wants)
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)

@@ -1,8 +1,8 @@
-"""How long calls take, and how much faster one is than another, with the uncertainty of both.
+"""Latencies of calls and their ratios, with the uncertainty of both.
 
-Noise only adds time: another process, a page fault and a thermal limit slow a call down, nothing makes it faster. So
-calls are timed in turns, in many short rounds, and the fastest rounds count. They are repeated until the interval is
-narrow, or a time limit is met.
+Noise only adds time: another process, a page fault or a thermal limit slows a call down; nothing makes it faster. So
+calls are timed in turns, in many short rounds, and the fastest rounds count. Rounds repeat until the interval is narrow
+or a time limit is met.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import torch
 
 from asdm.measure.load import BUSY, LoadMeter
 
-FASTEST = 5  # rounds that show how well the fastest agree
-PRECISION = 0.02  # an interval that reaches so far to each side, relative to its value, is narrow enough
+FASTEST = 5  # rounds that count
+PRECISION = 0.02  # half of a narrow interval, relative to its value
 PATIENCE = 20.0  # seconds after which no more rounds are added
-NO_DIFFERENCE = 0.03  # an interval no wider than this says how little was gained
-# What others' use of as many cores as we have threads does at most, by measurements beside processes that compute:
-SLOWDOWN = 25.0  # to a time, which is so much longer beside them,
-DISTORTION = 0.2  # and to a ratio of two times, relative to it.
+NO_DIFFERENCE = 0.03  # width of an interval that shows that there is hardly a difference
+# The most that other processes do when they use as many cores as we have threads, as measured beside such processes:
+SLOWDOWN = 25.0  # a time is so many times longer,
+DISTORTION = 0.2  # and a ratio of two times is off by so much, relative to it.
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds of one call on a machine that does nothing else: that of the fastest round.
+    """Milliseconds of one call on an idle machine: that of the fastest round.
 
-    The true value is taken to lie between `low_ms` and `high_ms`; with a single round that is a guess.
+    The true value lies between `low_ms` and `high_ms`. With a single round these are a guess.
     """
 
     ms: float
@@ -39,15 +39,16 @@ class Latency:
 
     @property
     def precision(self) -> float:
-        """How far the interval reaches to each side, relative to the value."""
+        """Half of the interval, relative to the value."""
         return (self.high_ms - self.low_ms) / self.ms / 2
 
     @classmethod
     def of(cls, seconds: Sequence[float], contention: float = 0.0, *, every: bool = False) -> Latency:
-        """The latency that rounds of so many seconds show, while others took a part of the cores (`LoadMeter`).
+        """Return the latency by the seconds of rounds.
 
         Args:
-            every: each round counts; else the fastest do.
+            contention: the part of the cores that other processes took meanwhile (`LoadMeter`).
+            every: all rounds count, not the fastest alone.
         """
         low, best, high = (1000 * value for value in _spread(seconds, len(seconds) if every else None))
         return cls(best, low / (1 + SLOWDOWN * contention), high, len(seconds))
@@ -55,7 +56,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times faster something is, and the interval that holds the true value."""
+    """A speed-up, and the interval that holds the true value."""
 
     value: float
     low: float
@@ -63,12 +64,12 @@ class Ratio:
 
     @property
     def is_measurable(self) -> bool:
-        """Whether the interval is narrower than the difference that it is about."""
+        """Whether the interval is narrower than the difference to 1."""
         return self.high - self.low <= abs(self.value - 1)
 
     @property
     def precision(self) -> float:
-        """How far the interval reaches to each side, relative to the value."""
+        """Half of the interval, relative to the value."""
         return (self.high - self.low) / self.value / 2
 
     @property
@@ -77,7 +78,7 @@ class Ratio:
 
     @property
     def is_known(self) -> bool:
-        """Whether it is measurable, or so narrow that there is hardly a difference."""
+        """Whether it is measurable, or the interval so narrow that there is hardly a difference."""
         return self.is_measurable or self.high - self.low <= NO_DIFFERENCE
 
     def __str__(self) -> str:
@@ -89,7 +90,7 @@ class Ratio:
         return f"{self.value:.2f}x ({span})"
 
     def brief(self) -> str:
-        """As `str`, in fewer letters: half the interval, relative to the value, in the place of its ends."""
+        """As `str`, shorter: half of the interval, relative to the value, instead of its ends."""
         if not self.is_known:
             return "not measurable now"
         if self.low == self.high:
@@ -98,14 +99,14 @@ class Ratio:
 
     @classmethod
     def of(cls, base: Latency, other: Latency, contention: float = 0.0) -> Ratio:
-        """The ratio of two times of the same rounds, in which others took a part of the cores."""
+        """Return the ratio of two times of the same rounds, in which others took a part of the cores (`contention`)."""
         doubt = 1 + DISTORTION * contention
         return cls(base.ms / other.ms, base.low_ms / other.high_ms / doubt, base.high_ms / other.low_ms * doubt)
 
 
 @dataclass(frozen=True)
 class Timing(Mapping[str, Latency]):
-    """What several calls took, round by round: each call once in a round, but where only latencies are asked for.
+    """The seconds of several calls, round by round. A ratio of two calls needs both in each round.
 
     `contention`: for each call and round, the part of this process's cores that others took meanwhile.
     """
@@ -124,10 +125,10 @@ class Timing(Mapping[str, Latency]):
         return len(self.seconds)
 
     def speedup(self, base: str, other: str) -> Ratio:
-        """How many times faster `other` is than `base`.
+        """Return how many times faster `other` is than `base`.
 
-        By the rounds in which both were fast, or by the fastest rounds of each, whichever interval is narrower. What
-        slows a whole round down changes the former little, and short bursts of other work the latter.
+        It is taken from the rounds in which both were fast, or from the fastest rounds of each, whichever interval is
+        narrower. A slow round changes the former little, short bursts of other work the latter.
         """
         if base == other:
             return Ratio(1.0, 1.0, 1.0)
@@ -139,14 +140,14 @@ class Timing(Mapping[str, Latency]):
         return min(paired, Ratio.of(self[base], self[other]), key=lambda ratio: ratio.precision)
 
     def precision(self) -> float:
-        """How far the widest interval reaches to each side, relative to its value: of the ratios to the first call,
-        or of the time of the only one."""
+        """Return half of the widest interval, relative to its value: of the ratios to the first call, or of the only
+        call's time."""
         first, *others = self.seconds
         ratios = [self.speedup(first, other).precision for other in others]
         return max(ratios, default=self[first].precision)
 
     def contention_of(self, name: str) -> float:
-        """What others took of the cores in the fastest rounds; 0 where it is too little to tell."""
+        """Return the part of the cores that others took in the fastest rounds; 0 where it is too small to measure."""
         seconds = self.seconds.get(name, [])
         return self._contention(name, sorted(range(len(seconds)), key=seconds.__getitem__)[: _counted(len(seconds))])
 
@@ -166,14 +167,14 @@ def measure_interleaved(
     precision: float = PRECISION,
     patience: float | None = None,
 ) -> Timing:
-    """Time several calls in turns, so that a slow minute of the machine falls on all of them.
+    """Time several calls in turns, so that a slow minute of the machine affects all of them.
 
     Args:
         rounds: the least number of rounds. More follow until the interval is narrow.
         warmup: rounds before them, which do not count.
-        precision: how far the interval may reach to each side, relative to its value.
-        patience: seconds after which the rounds end even if it is wider; `PATIENCE` by default, and always as long
-            as twice the least number of rounds takes.
+        precision: half of a narrow interval, relative to its value.
+        patience: seconds after which the rounds end in any case; `PATIENCE` by default, and always as long as twice the
+            least number of rounds takes.
     """
     for _ in range(warmup):
         for call in calls.values():
@@ -198,7 +199,7 @@ class Patience:
         """Return whether another round follows.
 
         Args:
-            reached: the precision of all rounds so far. It is asked for now and then.
+            reached: gives the precision of all rounds so far. It is called now and then.
         """
         done, spent = self._done, time.perf_counter() - self._start
         if done >= self._next_look:
@@ -219,21 +220,21 @@ class Stopwatch:
         self.spans: dict[str, list[tuple[float, float]]] = {}
 
     def time(self, name: str, call: Callable[[], Any]) -> Any:
-        """Call it, and return what it returns."""
+        """Call `call`, and return its result."""
         synchronise(self.device)
         start = time.perf_counter()
-        found = call()
+        result = call()
         synchronise(self.device)
         self.add(name, start, time.perf_counter())
         self.meter.mark()
-        return found
+        return result
 
     def add(self, name: str, start: float, end: float) -> None:
-        """Count a call that was timed elsewhere (`time.perf_counter`)."""
+        """Add a call that was timed elsewhere (`time.perf_counter`)."""
         self.spans.setdefault(name, []).append((start, end))
 
     def timing(self) -> Timing:
-        """What has been timed so far."""
+        """Return the timing of all calls so far."""
         return Timing(
             seconds={name: [end - start for start, end in spans] for name, spans in self.spans.items()},
             contention={name: [self.meter.contention(*span) for span in spans] for name, spans in self.spans.items()},
@@ -242,7 +243,7 @@ class Stopwatch:
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device | str = "cpu") -> float:
-    """How long one call takes, until the device is done with it."""
+    """Return the seconds of one call, until the device has finished it."""
     synchronise(device)
     start = time.perf_counter()
     call()
@@ -251,7 +252,7 @@ def seconds_of(call: Callable[[], Any], device: torch.device | str = "cpu") -> f
 
 
 def synchronise(device: torch.device | str) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     kind = torch.device(device).type
     if kind == "cuda":
         torch.cuda.synchronize(device)
@@ -260,12 +261,12 @@ def synchronise(device: torch.device | str) -> None:
 
 
 def _counted(rounds: int) -> int:
-    """How many of the fastest rounds count: the faster half of a few, `FASTEST` of many."""
+    """Return how many of the fastest rounds count: the faster half of a few, `FASTEST` of many."""
     return max(1, min(FASTEST, max(2, (rounds + 1) // 2), rounds))
 
 
 def _spread(seconds: Sequence[float], counted: int | None = None) -> tuple[float, float, float]:
-    """The least that the true value may be, the fastest round, and the slowest that counts.
+    """Return the lower bound of the true value, the fastest round, and the slowest that counts.
 
     The true value may lie below the fastest round by as much as the counted rounds lie above it (inferred).
     """

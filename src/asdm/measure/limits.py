@@ -1,4 +1,4 @@
-"""What a machine's arithmetic can do at best: the yardstick for what a model achieves."""
+"""The peak arithmetic rate of a machine, for comparison with the rate that a model achieves."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ def machine_limits(
     repeats: int = 5,
     size: int | None = None,
 ) -> dict[str, dict[str, float]]:
-    """GFLOP/s (two for each multiply and add) of the best of some matrix products, and of some 3x3 convolutions, by
-    dtype.
+    """Measure the GFLOP/s (two for a multiply and add) of the fastest matrix product and 3x3 convolution, by dtype.
 
     Args:
         dtypes: by default those that the device computes in.
-        size: rows and columns of the matrices, by default what keeps the device busy; the convolutions do as much work.
+        size: rows and columns of the matrices. The default keeps the device busy. The convolutions do as much work.
     """
     on_cpu = torch.device(device).type == "cpu"
     size = size or (2048 if on_cpu else 8192)
@@ -31,7 +30,7 @@ def machine_limits(
     limits = {}
     for dtype in dtypes or (torch.float32, *half):
         products = [_product(size, dtype, device)]
-        # As many channels and pixels as in Stable Diffusion's outer, middle and inner stages.
+        # The channels and pixels of Stable Diffusion's highest, middle and lowest resolutions.
         convolutions = [
             _convolution(channels, max(1, round((size**3 / 9) ** 0.5 / channels)), dtype, device, memory_format)
             for channels in (320, 640, 1280)

@@ -1,4 +1,4 @@
-"""How busy the machine is with other work: the CPU time of other processes while this one measures."""
+"""The load of the machine by other processes: their CPU time while this one measures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BUSY = 0.1  # contention from here on counts; below, it may be an error of the t
 
 
 class LoadMeter:
-    """Reads the CPU time of all other processes at each `mark`, and says what they took from ours between two."""
+    """Reads the CPU time of all other processes at each `mark`, and returns their load between two marks."""
 
     def __init__(self, threads: int | None = None) -> None:
         """Start to measure.

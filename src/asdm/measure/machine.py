@@ -1,4 +1,4 @@
-"""How the machine is used: memory allocation and floating-point modes."""
+"""Settings of the machine: memory allocation and floating-point modes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def keep_freed_memory() -> bool:
 
 
 def device_name(device: torch.device | str) -> str:
-    """What a figure was measured on: a GPU's name, else the device's kind."""
+    """Return a GPU's name, or the kind of another device."""
     kind = torch.device(device).type
     return torch.cuda.get_device_name(device) if kind == "cuda" else kind
 
@@ -55,7 +55,7 @@ def fastest_precision(device: torch.device | str) -> Literal["no", "bf16", "fp16
 
 @cache
 def _bfloat16_trains_faster() -> bool:
-    """Whether this CPU takes a convolution, forward and backward, in less time under autocast."""
+    """Measure whether autocast makes a convolution, forward and backward, faster on this CPU."""
     with torch.random.fork_rng(devices=[]):
         layer = nn.Conv2d(128, 128, 3, padding=1)
     images = torch.ones(8, 128, 16, 16)
@@ -72,7 +72,7 @@ def _bfloat16_trains_faster() -> bool:
 def prepare_for_training() -> None:
     """Settings that make training on CPUs faster and change no result that matters.
 
-    Denormal numbers, which an optimiser's moments of nearly silent layers consist of, count as zero.
+    Denormal numbers count as zero. An optimiser's moments have many of them in layers with tiny gradients.
     """
     keep_freed_memory()
     torch.set_flush_denormal(True)
@@ -80,8 +80,7 @@ def prepare_for_training() -> None:
 
 @contextmanager
 def fast_products() -> Iterator[None]:
-    """On GPUs, within the block, products in float32 read 10 bits of their factors' mantissas (TF32), as torch's
-    convolutions always do."""
+    """Compute float32 products on GPUs in TF32 (10 bits of mantissa) within the block, as torch's convolutions do."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     try:

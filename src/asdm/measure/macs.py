@@ -1,25 +1,30 @@
-"""Multiply-accumulate counts of a UNet by module, with and without the attention products."""
+"""Multiply-accumulate counts of a model by module, with and without the attention products.
+
+Torch's flop counter counts the operations that are executed, so this file knows no architecture and no edit.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from math import prod
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.hooks import RemovableHandle
 
-from asdm.edits.cond_conv import CondConv2d
-from asdm.edits.maps import ConstantMap
-from asdm.edits.regional_attention import MAP_SIDES, GriAttnProcessor
+aten: Any = torch.ops.aten
 
 
 @dataclass
 class MacCount:
-    """MACs of one call by module path: convolutions and linear layers, and attention products apart."""
+    """MACs of one call by module path: products with weights, and attention products apart."""
 
     plain: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     attention: dict[str, int] = field(default_factory=lambda: defaultdict(int))
@@ -36,55 +41,87 @@ class MacCount:
         )
 
 
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _lerp_flops(*_: Any, out_shape: Any, **__: Any) -> int:
+    return 2 * prod(out_shape)
+
+
+# What torch's counter leaves out: attention's kernel on CPUs, and the mixture of two convolution kernels.
+FORMULAS = {aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops, aten.lerp: _lerp_flops}
+_BATCHED_PRODUCTS = (aten.bmm, aten.baddbmm)
+
+
 @contextmanager
 def counting_macs(model: nn.Module) -> Iterator[MacCount]:
-    """Count what `model` computes in the block, per sample of its batch.
+    """Count what the calls of `model` in the block compute, per sample of their batch.
 
-    The two attention products of n queries and m keys of width c are 2 n m c MACs (scores and mix).
+    Convolutions, linear layers and matrix products count; products by element do not. The two attention products of n
+    queries and m keys of width c are 2 n m c MACs (scores and mix). What a call computes once for all samples is
+    divided among them.
     """
     count = MacCount()
-    handles = []
+    modules = dict(model.named_modules())
+    counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+    innermost: Any = _InnermostModule(modules)
+    counter.mod_tracker = innermost
 
-    def map_hook(name: str, weight: Tensor) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            count.plain[name] += output.numel() // output.shape[0] * (weight.numel() // weight.shape[0])
+    def before(*_: Any) -> None:
+        counter.flop_counts.clear()
 
-        return hook
+    def after(_module: nn.Module, _args: Any, output: Any) -> None:
+        batch_size = next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)).shape[0]
+        for path, flops_of in counter.flop_counts.items():
+            for operation, flops in flops_of.items():
+                counts = count.attention if _is_attention(operation, modules[path]) else count.plain
+                counts[path] += flops // 2 // batch_size
 
-    def attention_hook(name: str) -> Any:
-        def hook(module: Attention, args: Any, kwargs: Any, _output: Any) -> None:
-            hidden_states = args[0] if args else kwargs["hidden_states"]
-            context = kwargs.get("encoder_hidden_states")
-            context = hidden_states if context is None else context
-            queries, keys = _tokens(hidden_states), _tokens(context)
-            if isinstance(module.processor, GriAttnProcessor):
-                keys = module.processor.keys_per_query(*kwargs[MAP_SIDES])
-            count.attention[name] += 2 * queries * keys * module.inner_dim
-
-        return hook
-
-    def bank_hook(name: str) -> Any:
-        def hook(module: CondConv2d, _inputs: Any, output: Tensor) -> None:
-            size = module.weight.numel()
-            count.plain[name] += output.numel() // output.shape[0] * (size // module.out_channels)
-            count.plain[name] += len(module.sources) * size  # the mixing
-
-        return hook
-
-    for name, module in model.named_modules():
-        if isinstance(module, CondConv2d):
-            handles.append(module.register_forward_hook(bank_hook(name)))
-        elif isinstance(module, nn.Conv2d | nn.Linear) and not isinstance(module, ConstantMap):
-            handles.append(module.register_forward_hook(map_hook(name, module.weight)))
-        elif isinstance(module, Attention):
-            handles.append(module.register_forward_hook(attention_hook(name), with_kwargs=True))
-    try:
-        with torch.no_grad():
+    with torch.no_grad(), counter:
+        handles = [model.register_forward_pre_hook(before), model.register_forward_hook(after)]
+        try:
             yield count
-    finally:
-        for handle in handles:
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _InnermostModule:
+    """Tells `FlopCounterMode` the path of the module that computes.
+
+    Torch's own tracker names all modules around it, too, and fails where a module returns a view of its parameter.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self.modules = modules
+        self.running = [""]
+        self.handles: list[RemovableHandle] = []
+
+    @property
+    def parents(self) -> list[str]:
+        """The paths that an operation counts for."""
+        return self.running[-1:]
+
+    def __enter__(self) -> None:
+        for path, module in self.modules.items():
+            before = module.register_forward_pre_hook(partial(self._enter, path))
+            after = module.register_forward_hook(self._leave, always_call=True)
+            self.handles += [before, after]
+
+    def __exit__(self, *_: Any) -> None:
+        for handle in self.handles:
             handle.remove()
 
+    def _enter(self, path: str, *_: Any) -> None:
+        self.running.append(path)
 
-def _tokens(hidden_states: Tensor) -> int:
-    return hidden_states.shape[1] if hidden_states.ndim == 3 else hidden_states.shape[2] * hidden_states.shape[3]
+    def _leave(self, *_: Any) -> None:
+        self.running.pop()
+
+
+def _is_attention(operation: Any, module: nn.Module) -> bool:
+    """Whether an operation multiplies two activations. A layer's batched product is one with its weights, of an input
+    that is no matrix in memory."""
+    is_batched = operation in _BATCHED_PRODUCTS and not isinstance(module, nn.Linear | nn.Conv2d)
+    return is_batched or "scaled_dot_product" in str(operation)

@@ -1,4 +1,4 @@
-"""How much memory a call needs beside the weights, counted by the tensors that live at once."""
+"""The peak memory of a call beside the weights, counted by the tensors that live at once."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch.utils._pytree import tree_map_only
 
 @torch.no_grad()
 def peak_megabytes(call: Callable[[], Any]) -> float:
-    """The most memory that tensors made within `call` take at once; without what a kernel needs inside."""
+    """Return the megabytes that tensors made within `call` take at most at once, without a kernel's scratch memory."""
     with _LivingTensors() as living:
         call()
     return living.peak / 1e6
 
 
 class _LivingTensors(TorchDispatchMode):
-    """Counts the bytes of tensors from their making until nothing holds them any more."""
+    """Counts the bytes of tensors from their creation until their storage is freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class _LivingTensors(TorchDispatchMode):
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # What came in was there before, unless it was made here.
+        # A view shares the storage of an argument, which is counted already or was there before.
         given: set[int] = set()
         tree_map_only(Tensor, lambda tensor: given.add(tensor.untyped_storage()._cdata), (args, kwargs or {}))
         result = func(*args, **(kwargs or {}))

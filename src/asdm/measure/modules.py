@@ -1,4 +1,4 @@
-"""The time that a model's modules take in its calls."""
+"""Latencies of a model's modules within its calls."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def module_latencies(
     rounds: int = 5,
     patience: float | None = None,
 ) -> tuple[dict[str, Latency], Timing]:
-    """What each named module takes in a call of `model`; and the timing of the whole calls, as "model".
+    """Return each named module's latency in a call of `model`, and the timing of the whole calls, as "model".
 
     Args:
         rounds: the least number of calls. More follow until the modules' times agree (`PRECISION`). 0: none.
@@ -44,11 +44,11 @@ def module_latencies(
         return latencies(), watch.timing()
 
 
-_NEVER = Latency(0.0, 0.0, 0.0, 0)  # of a module that no call reaches
+_NEVER = Latency(0.0, 0.0, 0.0, 0)  # of a module that is never called
 
 
 def disagreement(latencies: Iterable[Latency]) -> float:
-    """How far the intervals reach to each side, all times together, relative to these."""
+    """Return half of all intervals together, relative to the sum of the times."""
     known = list(latencies)
     return sum(each.high_ms - each.low_ms for each in known) / 2 / max(sum(each.ms for each in known), 1e-9)
 
@@ -57,7 +57,7 @@ def disagreement(latencies: Iterable[Latency]) -> float:
 def timing_modules(
     model: nn.Module, names: Sequence[str], device: torch.device | str = "cpu"
 ) -> Iterator[dict[str, list[float]]]:
-    """Seconds that each named module takes in each call of `model` within the block."""
+    """Record the seconds of each call of each named module within the block."""
     seconds: dict[str, list[float]] = {name: [] for name in names}
     started: dict[str, float] = {}
     handles = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,15 +14,17 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from asdm.demo import pipeline_folder
+from asdm.diffusion.kinds import RANDOM
+from asdm.errors import AsdmError
+from asdm.families import UNetFamily
+from asdm.registry import PIPELINES, registered_folder
 from asdm.student.unet import AsdmUNet2DConditionModel
 
-# The published configs, where they differ from UNet2DConditionModel's defaults (which are SD 1.x's).
+# The published configs, where they differ from the defaults of the UNet's class (which are SD 1.x's).
 UNETS: dict[str, dict[str, Any]] = {
     "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
     "sd21": {
@@ -58,10 +61,16 @@ _CLIP_G = {
 
 
 def random_pipeline(shape: str, dtype: torch.dtype) -> DiffusionPipeline:
-    """A pipeline of a shape of `UNETS`; about as large in memory as the real one."""
-    unet = randomly_filled(lambda: UNet2DConditionModel(**UNETS[shape]), dtype)
+    """Make a pipeline of a shape of `UNETS`, about as large in memory as the real one.
+
+    Raises:
+        AsdmError: there is no such shape.
+    """
+    if shape not in UNETS:
+        raise AsdmError(f"{RANDOM}{shape}: no such shape; allowed: {', '.join(f'{RANDOM}{name}' for name in UNETS)}")
+    unet = randomly_filled(lambda: UNetFamily.model_class(**UNETS[shape]), dtype)
     vae = randomly_filled(lambda: _vae(0.13025 if shape == "sdxl" else 0.18215), dtype)
-    tokenizer = CLIPTokenizer.from_pretrained(pipeline_folder() / "tokenizer", model_max_length=77)
+    tokenizer = CLIPTokenizer.from_pretrained(_tokenizer_folder(), model_max_length=77)
     scheduler = PNDMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -90,14 +99,21 @@ def random_pipeline(shape: str, dtype: torch.dtype) -> DiffusionPipeline:
     )
 
 
+def _tokenizer_folder() -> Path:
+    """Where a CLIP tokenizer is at hand without the network."""
+    folder = registered_folder("demo", PIPELINES)
+    assert folder is not None
+    return folder / "tokenizer"
+
+
 def random_unet(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> AsdmUNet2DConditionModel:
-    """A UNet of this config (edits included) with random weights."""
+    """Make a UNet of this config (edits included) with random weights."""
     plain = {key: value for key, value in config.items() if not key.startswith("_")}
     return randomly_filled(lambda: AsdmUNet2DConditionModel.from_config(plain), dtype)
 
 
 def randomly_filled(make: Any, dtype: torch.dtype) -> Any:
-    """The module that `make` returns, filled cheaply: normal weights of variance 1 / fan-in, no biases."""
+    """Make a module and fill it cheaply: normal weights of variance 1 / fan-in, zero biases."""
     with init_empty_weights(include_buffers=False):
         module: nn.Module = make()
     for child in module.modules():

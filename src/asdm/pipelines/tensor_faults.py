@@ -13,13 +13,14 @@ import diffusers
 import torch
 import transformers
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.loaders import single_file_utils as layouts
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from asdm.errors import AsdmError, one_line
+from asdm.families import Denoiser, UNetFamily
 from asdm.pipelines.checkpoints import Header
 from asdm.student.unet import AsdmUNet2DConditionModel
 
@@ -67,6 +68,29 @@ def require_weights(path: Path) -> None:
         )
 
 
+def require_safetensors(path: Path) -> None:
+    """Raise an AsdmError unless `path` is a whole safetensors file."""
+    try:
+        with safe_open(path, "pt") as tensors:
+            tensors.keys()
+    except (SafetensorError, OSError) as error:
+        with path.open("rb") as file:
+            start = file.read(4)
+        pickled = start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+        why = "a pickle named .safetensors" if pickled else f"truncated or damaged ({one_line(error)})"
+        raise AsdmError(f"{path}: not a safetensors file: {why}; download or convert it again") from None
+
+
+def require_whole(pipeline: DiffusionPipeline, place: Path) -> None:
+    """Raise an AsdmError where a tensor was not there to be loaded from this folder or file."""
+    for part, module in pipeline.components.items():
+        if isinstance(module, nn.Module):
+            require_loaded(module, str(place), part, sorted((place / part).glob("*.safetensors")))
+    if isinstance(getattr(pipeline, "unet", None), UNetFamily.model_class):
+        files = [place] if place.is_file() else sorted((place / "unet").glob("*.safetensors"))
+        require_all_read(pipeline.unet, str(place), files)
+
+
 def require_shards(folder: Path) -> None:
     """Raise an AsdmError where a part of a pipeline's folder lacks a shard, or the index of its shards."""
     for index in sorted(folder.glob(f"*/{_INDEX}")):
@@ -95,7 +119,7 @@ def explain_single_file(header: Header, config: str, kind: str) -> None:
 
 def _explain_single_file(header: Header, config: str, kind: str) -> None:
     tensors = header.tensors
-    for part, made in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
+    for part, made in (("unet", UNetFamily.model_class), ("vae", AutoencoderKL)):
         settings = made.load_config(config, subfolder=part)
         with init_empty_weights():
             module = made.from_config(settings)
@@ -125,7 +149,7 @@ def explain_folder(folder: Path) -> None:
             _require_fit(module, found, str(folder), part, files)
 
 
-def require_all_read(unet: UNet2DConditionModel, name: str, files: Iterable[Path]) -> None:
+def require_all_read(unet: Denoiser, name: str, files: Iterable[Path]) -> None:
     """Raise an AsdmError where a UNet's files have tensors for an input that the loaded one has not: it would be left
     out in silence."""
     known = dict(unet.named_parameters())

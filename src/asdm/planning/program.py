@@ -12,6 +12,7 @@ from diffusers import UNet2DConditionModel
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from asdm import checks
+from asdm.devices import on_device
 from asdm.edits.base import CompensationKind, CondConv, DropLayers, Edit, GriAttention, Remove, UnitEdit, parse_edits
 from asdm.edits.drop_layers import dropped
 from asdm.errors import AsdmError
@@ -19,7 +20,6 @@ from asdm.families.unet_calls import unet_call
 from asdm.families.unet_structure import conv_channels, is_covered_by, is_level, layers
 from asdm.measure.hooks import preserve_module_state
 from asdm.measure.latency import Ratio, measure_interleaved
-from asdm.pipelines.loading import on_device
 from asdm.pipelines.random_models import random_unet
 from asdm.sensitivity.profile import EditRecord, RedundancyMap, UnitRecord
 from asdm.student.plan import PlanBase, PlanMetrics, PruningPlan, SpeedupBasis, build_student

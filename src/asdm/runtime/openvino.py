@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from asdm import checks
 from asdm.caching.session import Cut, Granularity
 from asdm.errors import AsdmError, needs_extra, one_line
+from asdm.files import read_marker
 from asdm.measure.latency import measure_interleaved
-from asdm.pipelines.loading import read_marker, with_unet
+from asdm.pipelines.derived import with_unet
 from asdm.runtime.export import FILES
 
 

@@ -16,7 +16,7 @@ from asdm.errors import AsdmError
 from asdm.families.unet_calls import unet_call
 from asdm.families.unet_structure import unlike
 from asdm.measure.latency import measure_interleaved
-from asdm.pipelines.loading import with_unet
+from asdm.pipelines.derived import with_unet
 
 _UNETS = checks.each(checks.UNET, least=1)
 _PARTS = checks.each(checks.number())

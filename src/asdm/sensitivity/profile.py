@@ -25,6 +25,7 @@ from asdm import checks
 from asdm.compensation.projections import Projection, compensating, unit_projections
 from asdm.data.calibration import CalibrationCall, calibration_calls, require_calibration
 from asdm.diffusion.conditioning import latent_shape
+from asdm.diffusion.kinds import is_random
 from asdm.edits.base import CompensationKind, GriAttention, Remove, UnitEdit
 from asdm.edits.surgery import edited, replaced_paths, swapped
 from asdm.errors import AsdmError, one_line
@@ -45,7 +46,6 @@ from asdm.measure.hooks import CachedOutput, outputs_of, preserve_module_state, 
 from asdm.measure.latency import Latency, seconds_of
 from asdm.measure.macs import MacCount, counting_macs
 from asdm.measure.modules import disagreement, module_latencies
-from asdm.pipelines.loading import is_random
 from asdm.records import Record, first_fault
 from asdm.sensitivity.taylor import taylor_sensitivity
 

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +28,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from asdm.devices import LONGEST_WAIT
 from asdm.errors import AsdmError
 from asdm.files import replacing_folder, write_text
 from asdm.measure.machine import fast_products, fastest_precision
@@ -37,7 +37,6 @@ from asdm.training.sharding import keep_in_host_memory, shard_like, sharded_twin
 
 Batch = Any
 Progress = Callable[[dict[str, float]], None]
-LONGEST_WAIT = timedelta(days=7)  # of a process for the others: one may draw images, or incubate a block, for hours
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""What calibrated feature inheritance is worth beside DeepCache, PAB and ToMe: how far the final latents move at equal
+"""Compare calibrated feature caching with DeepCache, PAB and ToMe: how far the final latents move at equal
 speed. Prints a table and writes its figures.
 
-    python benchmarks/inheritance.py                              # embedded pipeline
-    python benchmarks/inheritance.py --model MODEL --data DATA    # any other
+    python benchmarks/caching.py                                  # embedded pipeline
+    python benchmarks/caching.py --model MODEL --data DATA    # any other
 
 The speed counts the UNet calls of a sampling, each step's the fastest of some rounds, so that a busy machine matters
 little. The peers come from their own packages: pip install -e '.[benchmark]'.

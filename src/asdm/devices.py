@@ -1,0 +1,26 @@
+"""Where work runs, and how long processes of a launch wait for each other."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from asdm.errors import AsdmError, one_line
+
+LONGEST_WAIT = timedelta(days=7)  # of a process for the others: one may sample images, or incubate a block, for hours
+
+
+def on_device(part: Any, device: str | torch.device) -> Any:
+    """Move a pipeline or a module to a device.
+
+    Raises:
+        AsdmError: there is no such device here.
+    """
+    try:
+        if torch.device(device).type == "meta":
+            raise RuntimeError("it holds no numbers")
+        return part.to(device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise AsdmError(f"device {device}: not to be had ({one_line(error)}); use cpu") from None

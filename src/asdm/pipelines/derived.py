@@ -1,0 +1,33 @@
+"""Pipelines that share all parts of another one but one."""
+
+from __future__ import annotations
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from asdm import checks
+from asdm.diffusion.kinds import extra_arguments
+from asdm.families import Denoiser
+
+
+@checks.arguments(pipeline=checks.PIPELINE, unet=checks.a(nn.Module))
+def with_unet(pipeline: DiffusionPipeline, unet: Denoiser) -> DiffusionPipeline:
+    """Make a second pipeline that shares everything with `pipeline` but the UNet."""
+    parts = {**pipeline.components, "unet": unet}
+    other = type(pipeline)(**parts, **extra_arguments(pipeline))
+    other.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def without_safety_checker(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """The pipeline, or where it has a safety checker, a second one without it.
+
+    A safety checker replaces images by black ones, which must not be judged as generated images.
+    """
+    if getattr(pipeline, "safety_checker", None) is None:
+        return pipeline
+    other = with_unet(pipeline, pipeline.unet)
+    other.register_modules(safety_checker=None)
+    other.register_to_config(requires_safety_checker=False)
+    return other

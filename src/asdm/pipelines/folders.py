@@ -1,0 +1,148 @@
+"""Load a pipeline from a folder or from the Hub, students included."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
+
+from asdm.errors import AsdmError, one_line
+from asdm.pipelines.checkpoints import (
+    Header,
+    PredictionType,
+    claim_of,
+    claim_of_scheduler,
+    claims_of_tensors,
+    scheduler_for,
+    settled,
+    takes_zero_snr,
+)
+from asdm.pipelines.derived import with_unet
+from asdm.pipelines.model_names import model_help
+from asdm.pipelines.quiet import quiet
+from asdm.pipelines.tensor_faults import (
+    explain_folder,
+    require_safetensors,
+    require_shards,
+    require_weights,
+    require_whole,
+)
+from asdm.student.unet import AsdmUNet2DConditionModel
+
+VARIANT = "fp16"  # of weights that many checkpoints have alone
+
+
+def load_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
+    """Load a pipeline from a folder.
+
+    Raises:
+        AsdmError: the folder is no pipeline's, or it is incomplete or damaged.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise AsdmError(f"{folder}: not a pipeline folder (no model_index.json); MODEL is {model_help()}")
+    if not (folder / "unet" / "config.json").is_file():
+        raise AsdmError(f"{folder}: a pipeline folder without a UNet (no unet/config.json)")
+    _require_parts(folder)
+    for path in sorted(folder.glob("*/*.safetensors")):
+        require_safetensors(path)
+        require_weights(path)
+    require_shards(folder)
+    if not any((folder / "unet").glob("*.safetensors")):
+        raise AsdmError(f"{folder / 'unet'}: no .safetensors weights; pickles are not loaded, convert them first")
+    return _from_pretrained(str(folder), dtype)
+
+
+def load_from_hub(name: str, dtype: torch.dtype) -> DiffusionPipeline:
+    """Download a pipeline from the Hub, and load it.
+
+    Raises:
+        AsdmError: there is none of that name, or it is damaged.
+    """
+    try:
+        with quiet():
+            try:
+                folder = DiffusionPipeline.download(name, use_safetensors=True)
+            except OSError:  # also where the weights are there in this variant alone
+                folder = DiffusionPipeline.download(name, use_safetensors=True, variant=VARIANT)
+        return _from_pretrained(str(folder), dtype)
+    except (OSError, ValueError) as error:
+        if isinstance(error, AsdmError):
+            raise
+        told = f"not found, here or on the Hub ({one_line(error)}); MODEL is {model_help()}"
+        raise AsdmError(f"{name}: {told}") from error
+
+
+def set_parameterization(
+    pipeline: DiffusionPipeline, name: str, given: PredictionType | None, config: str | Path | None
+) -> list[str]:
+    """Set the scheduler of a pipeline from a folder as the user or its own config says.
+
+    diffusers passes over what a config says where the scheduler's class cannot do it, or where the config is too old to
+    say it. Returns remarks for the user.
+    """
+    own = claim_of_scheduler(pipeline.scheduler)
+    claims = [own if config is None else claim_of(config)]
+    if config is None and own.prediction_type is None:
+        headers = [Header.of(path) for path in sorted((Path(name) / "unet").glob("*.safetensors"))]
+        claims += [claim for header in headers for claim in claims_of_tensors(header)]
+    said = settled(claims, given, name)
+    passed_over = bool(said.zero_snr) and not takes_zero_snr(type(pipeline.scheduler))
+    passed_over |= own.prediction_type is None and said.prediction_type is not None
+    if given is None and config is None and not passed_over:
+        return []
+    with quiet():
+        pipeline.scheduler = scheduler_for(pipeline.scheduler, said)
+    return said.remarks
+
+
+def _require_parts(folder: Path) -> None:
+    """Raise an AsdmError where a part that a pipeline's index names has no folder."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    except ValueError as error:
+        raise AsdmError(f"{folder / 'model_index.json'}: damaged ({one_line(error)}); download it again") from None
+    for part, kind in index.items() if isinstance(index, dict) else ():
+        named = isinstance(kind, list) and len(kind) == 2 and None not in kind
+        if named and not (folder / part).is_dir():
+            raise AsdmError(f"{folder}: lacks its {part}, which model_index.json names ({kind[1]}); download it again")
+
+
+def _from_pretrained(name: str, dtype: torch.dtype) -> DiffusionPipeline:
+    how = {"dtype": dtype, "use_safetensors": True}
+    with quiet():
+        try:
+            parts = DiffusionPipeline.load_config(name)
+            variant = VARIANT if any(_has_variant_alone(Path(name) / part) for part in parts) else None
+            if not _is_student(Path(name) / "unet" / "config.json"):
+                pipeline = DiffusionPipeline.from_pretrained(name, **how, variant=variant)
+                require_whole(pipeline, Path(name))
+                return pipeline
+            # By the class of this package: code that lies in a model's folder is never run.
+            folder = Path(name) / "unet"
+            own = VARIANT if _has_variant_alone(folder) else None
+            unet = AsdmUNet2DConditionModel.from_pretrained(folder, **how, variant=own)
+            pipeline = DiffusionPipeline.from_pretrained(name, **how, variant=variant, unet=None)
+            pipeline = with_unet(pipeline, unet)
+            require_whole(pipeline, Path(name))
+            return pipeline
+        except (SafetensorError, RuntimeError, KeyError, OSError, ValueError, AttributeError, TypeError) as error:
+            if isinstance(error, AsdmError) or (isinstance(error, OSError | ValueError) and not Path(name).is_dir()):
+                raise
+            explain_folder(Path(name))
+            raise AsdmError(f"{name}: cannot be loaded: {one_line(error)}") from error
+
+
+def _has_variant_alone(folder: Path) -> bool:
+    names = [path.name for path in folder.glob("*.safetensors")]
+    return bool(names) and all(f".{VARIANT}" in name for name in names)
+
+
+def _is_student(config: Path) -> bool:
+    try:
+        return json.loads(config.read_text("utf-8")).get("_class_name") == AsdmUNet2DConditionModel.__name__
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+        return False  # what is wrong with it is told by who loads it

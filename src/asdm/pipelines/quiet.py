@@ -1,0 +1,25 @@
+"""Loading and saving without the libraries' progress bars and advice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from diffusers import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and no advice from the libraries while a pipeline is loaded or saved."""
+    level = diffusers_logging.get_verbosity()
+    with_bars = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
+    diffusers_logging.set_verbosity_error()
+    for log in with_bars:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(level)
+        for log in with_bars:
+            log.enable_progress_bar()

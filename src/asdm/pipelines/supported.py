@@ -1,0 +1,67 @@
+"""Which pipelines this package works on, and in which of diffusers' classes it takes them."""
+
+from __future__ import annotations
+
+from diffusers import (
+    DiffusionPipeline,
+    LatentConsistencyModelPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+)
+
+from asdm.diffusion.kinds import image_to_image, is_inpainting, is_sdxl, text_to_image
+from asdm.errors import AsdmError
+from asdm.families import UNetFamily
+from asdm.families.unet_structure import require_known_inputs
+
+_FROM_IMAGES = (
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+)
+_SUPPORTED = (StableDiffusionPipeline, StableDiffusionXLPipeline, LatentConsistencyModelPipeline, *_FROM_IMAGES)
+
+
+def require_supported(pipeline: DiffusionPipeline, name: str) -> None:
+    """Raise an AsdmError unless the pipeline is for text-to-image or inpainting, and its UNet reads what prompts and
+    masks bring.
+
+    Args:
+        name: of the model, for the message.
+    """
+    if not isinstance(pipeline, _SUPPORTED) or not isinstance(pipeline.unet, UNetFamily.model_class):
+        raise AsdmError(
+            f"{name}: a {type(pipeline).__name__}; use SD 1.x, 2.x or SDXL, for text-to-image or inpainting"
+        )
+    if pipeline.text_encoder is None:
+        raise AsdmError(f"{name}: has no first text encoder, as SDXL's refiner; use a base model")
+    if pipeline.unet.config.sample_size is None:
+        raise AsdmError(f"{name}: its UNet does not say for which size it is; write sample_size into unet/config.json")
+    channels = pipeline.unet.config.in_channels
+    if channels != pipeline.vae.config.latent_channels and not is_inpainting(pipeline):
+        raise AsdmError(
+            f"{name}: its UNet takes {channels} channels, as those for upscaling or edits do; use a checkpoint for "
+            "text-to-image or inpainting"
+        )
+    require_known_inputs(pipeline.unet, name)
+    if (pipeline.unet.config.addition_embed_type == "text_time") != is_sdxl(pipeline):
+        raise AsdmError(
+            f"{name}: a {type(pipeline).__name__} whose UNet has addition_embed_type "
+            f"{pipeline.unet.config.addition_embed_type}; SDXL has text_time, SD 1.x and 2.x none; correct its configs"
+        )
+
+
+def as_supported(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """The pipeline, or one of the class for inpainting or text-to-image that shares its parts."""
+    if is_inpainting(pipeline) and "Inpaint" not in type(pipeline).__name__:
+        return image_to_image(pipeline, with_mask=True)
+    if isinstance(pipeline, _FROM_IMAGES) and not is_inpainting(pipeline):
+        return text_to_image(pipeline)
+    if isinstance(pipeline, LatentConsistencyModelPipeline) and pipeline.unet.config.time_cond_proj_dim is None:
+        return text_to_image(pipeline)  # theirs embeds the guidance scale
+    return pipeline
