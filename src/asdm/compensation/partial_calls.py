@@ -60,7 +60,7 @@ class PartialCalls:
                 self.model.get_submodule(path).register_forward_hook(record(path), with_kwargs=True) for path in paths
             ]
             try:
-                self.model(**self.calls[index].arguments, return_dict=False)
+                self._family.predict(self.model, self.calls[index].arguments)
             except _ReachedError:
                 pass
             finally:

@@ -63,7 +63,7 @@ def unit_projections(
                 norm = model.get_submodule(branch.norm)
                 hooks.enter_context(norm.register_forward_pre_hook(record_input(name), with_kwargs=True))
         for call in calls:
-            model(**call.arguments, return_dict=False)
+            family.predict(model, call.arguments)
     return {name: regression.solve(ridge)[:2] for name, regression in regressions.items()}
 
 
