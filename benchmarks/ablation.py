@@ -41,7 +41,7 @@ from asdm.diffusion.conditioning import noise_schedule
 from asdm.distillation.distill import TrainingSet, make_task, prepare
 from asdm.distillation.recipes import CAPTION_SPLICE, SEMANTIC_WEIGHT, SEMANTICS, WEIGHTS, incubation_stages, pace
 from asdm.distillation.stages import LossWeights, Stage
-from asdm.edits.base import GriAttention, Remove
+from asdm.edits import GriAttention, Remove
 from asdm.evaluation.comparison import EvaluationSet, RealImages, evaluation_sets
 from asdm.evaluation.metrics import Judge, feature_distance
 from asdm.evaluation.plots import image_sheet

@@ -69,7 +69,7 @@ def refusal(monkeypatch, capfd, tmp_path):
     def loaded(*_):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("asdm.cli.commands._load", loaded)
+    monkeypatch.setattr("asdm.cli.loading.load_model", loaded)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("asdm.compression.load_pipeline", loaded)
 
@@ -349,7 +349,7 @@ def test_images_that_are_no_numbers_are_told_and_not_saved(monkeypatch, capfd, t
         asdm.generate(pipeline, "x", steps=1, guidance_scale=1e30)
     with torch.no_grad():
         pipeline.unet.conv_out.bias.fill_(NAN)
-    monkeypatch.setattr("asdm.cli.commands._load", lambda *_, **__: pipeline)
+    monkeypatch.setattr("asdm.cli.loading.load_model", lambda *_, **__: pipeline)
     monkeypatch.setattr(sys, "argv", ["asdm", "generate", "demo", "x", "--steps", "1", "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -409,7 +409,7 @@ def test_models_of_one_name_are_told_apart(monkeypatch, tmp_path):
         raise Evaluated
 
     monkeypatch.setattr("asdm.evaluation.comparison.evaluate", evaluated)
-    monkeypatch.setattr("asdm.cli.commands._load", lambda *_, **__: tiny_pipeline())
+    monkeypatch.setattr("asdm.cli.loading.load_model", lambda *_, **__: tiny_pipeline())
     monkeypatch.setattr(sys, "argv", ["asdm", "evaluate", "demo", "demo"])
     with pytest.raises(Evaluated):
         cli.main()

@@ -112,7 +112,7 @@ def test_sdxl_students_are_compensated_too():
     ("unit", "fields", "message"),
     [
         (ATTENTION, {"compensate": "linear", "compensate_time": True}, "no time embedding"),
-        ("down_blocks.3", {"compensate": "bias"}, "innermost stage has no compensation"),
+        ("down_blocks.3", {"compensate": "bias"}, "lowest-resolution level has no compensation"),
         (RESNET, {"compensate": "quadratic"}, "quadratic"),
         (RESNET, {"compensate": "diagonal", "compensate_time": True}, "bias or linear"),
         (RESNET, {"compensate_time": True}, "bias or linear"),

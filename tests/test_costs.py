@@ -6,8 +6,8 @@ from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from asdm.edits.base import Remove
-from asdm.edits.surgery import edited
+from asdm.edits import Remove, edited
+from asdm.families import family_of
 from asdm.families.unet_calls import unet_call
 from asdm.measure.latency import measure_interleaved
 from asdm.measure.macs import counting_macs
@@ -145,7 +145,7 @@ def test_interleaved_rounds_find_the_slower_call():
 
 def test_an_edit_is_undone_after_its_block(unet):
     before = {name: id(module) for name, module in unet.named_modules()}
-    with pytest.raises(KeyError), edited(unet, Remove(unit="down_blocks.3")):
+    with pytest.raises(KeyError), edited(unet, Remove(unit="down_blocks.3"), family_of(unet)):
         assert {name: id(module) for name, module in unet.named_modules()} != before
         raise KeyError
     assert {name: id(module) for name, module in unet.named_modules()} == before

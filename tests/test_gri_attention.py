@@ -6,8 +6,9 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
 from asdm import AsdmError, GriAttention, PruningPlan, build_student
+from asdm.edits import edited
 from asdm.edits.regional_attention import GriAttnProcessor
-from asdm.edits.surgery import edited
+from asdm.families import family_of
 from asdm.measure.macs import counting_macs
 from asdm.student.unet import AsdmUNet2DConditionModel
 from conftest import predict, tiny_sdxl_unet, tiny_unet, unet_inputs
@@ -123,7 +124,7 @@ def test_two_in_one_transformer():
 
 def test_an_edit_for_a_while_leaves_no_trace(unet):
     before = predict(unet)
-    with edited(unet, GriAttention(unit=f"{OUTER}.attn1", regions=4, pool=0)):
+    with edited(unet, GriAttention(unit=f"{OUTER}.attn1", regions=4, pool=0), family_of(unet)):
         assert not torch.equal(predict(unet), before)
     assert torch.equal(predict(unet), before)
     assert not any(isinstance(getattr(m, "processor", None), GriAttnProcessor) for m in unet.modules())

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from asdm import AsdmError
-from asdm.edits.maps import compensation_of
+from asdm.edits.projections import projection_of
 from asdm.training.optimizers import Muon, make_optimizer, orthogonalized
 
 
@@ -95,7 +95,7 @@ def test_a_missing_extra_is_named(monkeypatch):
 
 def test_scales_of_channels_are_no_matrices():
     """Neither decayed nor made orthogonal, though a depthwise 1x1 convolution holds them."""
-    weights = {"map": compensation_of("diagonal", 4).weight, "kernel": compensation_of("linear", 4).weight}
+    weights = {"map": projection_of("diagonal", 4).weight, "kernel": projection_of("linear", 4).weight}
     groups = make_optimizer(weights, "muon", 0.05, (0.9, 0.99), 0.1, {}).param_groups
     assert {tuple(group["params"][0].shape): (group["muon"], group["weight_decay"]) for group in groups} == {
         (4, 1, 1, 1): (False, 0.0),

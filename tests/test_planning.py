@@ -13,8 +13,11 @@ from asdm.families.unet_structure import fingerprint, removable_units
 from asdm.measure import latency
 from asdm.measure.macs import counting_macs
 from asdm.pipelines.random_models import UNETS, random_unet
-from asdm.planning.program import least_sensitive, measured_speedup, most_saved, possible_edits
-from asdm.sensitivity.profile import RedundancyMap, UnitRecord, structure_map
+from asdm.planning.possible_edits import possible_edits
+from asdm.planning.program import least_sensitive, most_saved
+from asdm.planning.speedup import measured_speedup
+from asdm.sensitivity.analysis import structure_map
+from asdm.sensitivity.profile import RedundancyMap, UnitRecord
 from asdm.student.plan import empty_student
 from conftest import tiny_pipeline
 
@@ -184,7 +187,7 @@ def test_banks_inherit_removed_convolutions_within_the_budget(redundancy):
 
 
 def test_our_presets_look_at_regions_and_drop_middle_layers(redundancy, monkeypatch):
-    monkeypatch.setattr("asdm.sensitivity.profile.MANY_TOKENS", 64)
+    monkeypatch.setattr("asdm.edits.regional_attention.MANY_TOKENS", 64)
     known = analyze(tiny_pipeline(), timesteps=1, samples=1, latency_rounds=1)
     unet = random_unet(known.unet_config)
     slow, fast = (make_plan(known, preset=preset, unet=unet) for preset in ("a-sdm", "a-sdm-fast"))
@@ -218,7 +221,7 @@ def test_a_preset_needs_no_weights_and_no_measurement():
 
 
 def test_each_kind_of_regional_attention_is_measured_by_itself(monkeypatch):
-    monkeypatch.setattr("asdm.sensitivity.profile.MANY_TOKENS", 64)
+    monkeypatch.setattr("asdm.edits.regional_attention.MANY_TOKENS", 64)
     known = structure_map(tiny_pipeline().unet)
     regional = [other for other in known.others if other.edit["edit"] == "gri_attention"]
     nearer, faster = regional[:2]

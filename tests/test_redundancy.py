@@ -7,10 +7,10 @@ from PIL import Image
 
 from asdm import AsdmError, GriAttention, PruningPlan, RedundancyMap, analyze, build_student, make_plan, with_unet
 from asdm.data.calibration import CalibrationCall, calibration_calls
-from asdm.edits.base import Remove
+from asdm.edits import Remove
 from asdm.evaluation.plots import redundancy_plot
 from asdm.families.unet_structure import removable_units
-from asdm.sensitivity.profile import ablate, trials_of
+from asdm.sensitivity.ablation import ablate, trials_of
 from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline
 
 
@@ -178,14 +178,14 @@ def test_random_weights_are_estimated_as_they_are_for_speed_alone():
 
 @pytest.fixture
 def many_tokens(monkeypatch):
-    monkeypatch.setattr("asdm.sensitivity.profile.MANY_TOKENS", 64)  # the outer level of the tiny UNets
+    monkeypatch.setattr("asdm.edits.regional_attention.MANY_TOKENS", 64)  # the outer level of the tiny UNets
 
 
 @pytest.mark.parametrize(
     ("even_more", "kinds"), [(64, [(4, 4), (8, 8)]), (65, [(4, 2), (4, 4)])], ids=["large map", "small map"]
 )
 def test_regions_are_smaller_where_tokens_are_more(pipeline, many_tokens, monkeypatch, even_more, kinds):
-    monkeypatch.setattr("asdm.sensitivity.profile.EVEN_MORE_TOKENS", even_more)
+    monkeypatch.setattr("asdm.edits.regional_attention.EVEN_MORE_TOKENS", even_more)
     redundancy = analyze(pipeline, sensitivity="taylor", timesteps=1, samples=1, latency_rounds=1)
     regional = [record.edit for record in redundancy.others if record.edit["edit"] == "gri_attention"]
     assert [(edit.get("regions", 4), edit.get("pool", 2)) for edit in regional] == kinds * 5

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from asdm import AsdmError, PruningPlan, build_student, load_pipeline, save_pipeline, with_unet
-from asdm.student.standalone import MODULE_NAME, module_source
-from asdm.student.unet import AsdmUNet2DConditionModel
+from asdm.student.standalone import module_source
+from asdm.student.unet import MODULE_NAME, AsdmUNet2DConditionModel
 from conftest import predict, tiny_sdxl_pipeline, unet_inputs
 
 OUTER = "down_blocks.0.attentions.0.transformer_blocks.0"
@@ -69,7 +69,7 @@ def test_a_student_loads_without_the_package_predicts_the_same_and_is_saved_agai
     )
     assert done.returncode == 0, done.stderr
     for folder in ("student", "second", "third"):
-        assert (tmp_path / folder / "unet" / f"{MODULE_NAME}.py").read_text() == module_source()
+        assert (tmp_path / folder / "unet" / f"{MODULE_NAME}.py").read_text() == module_source("asdm.student.unet")
     assert torch.equal(predict(load_pipeline(tmp_path / "third").unet), predict(student.unet))
 
 
@@ -100,13 +100,13 @@ def test_the_module_file_needs_torch_and_diffusers_only():
     import ast
 
     imported = set()
-    for node in ast.walk(ast.parse(module_source())):
+    for node in ast.walk(ast.parse(module_source("asdm.student.unet"))):
         if isinstance(node, ast.Import):
             imported |= {name.name.split(".")[0] for name in node.names}
         elif isinstance(node, ast.ImportFrom):
             imported.add((node.module or "").split(".")[0])
     assert imported - set(sys.stdlib_module_names) == {"torch", "diffusers"}
-    defined = [node.name for node in ast.parse(module_source()).body if hasattr(node, "name")]
+    defined = [node.name for node in ast.parse(module_source("asdm.student.unet")).body if hasattr(node, "name")]
     assert len(defined) == len(set(defined)), "two rooms define the same name"
 
 

@@ -6,7 +6,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
 from asdm import AsdmError, PruningPlan, Stage, build_student, distill, save_pipeline, with_unet
-from asdm.edits.drop_layers import dropped, teacher_key
+from asdm.families.unet_shorter import dropped, teacher_key
 from asdm.families.unet_structure import removable_units
 from asdm.training.loop import read_log
 from conftest import predict, tiny_pipeline, tiny_sdxl_unet, tiny_unet

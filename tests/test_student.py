@@ -71,7 +71,7 @@ def test_mid_block_and_innermost_stage_can_go(unet):
 
 
 def test_an_innermost_stage_that_changes_the_channels_cannot_go():
-    with pytest.raises(AsdmError, match=r"down_blocks\.2: the innermost stage.*32 to 64"):
+    with pytest.raises(AsdmError, match=r"down_blocks\.2: the lowest-resolution level.*32 to 64"):
         student_of(tiny_sdxl_unet(), "down_blocks.2")
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from asdm import AsdmError, AsdmUNet2DConditionModel, PruningPlan, build_student
 from asdm.edits.cond_conv import CondConv2d
-from asdm.edits.maps import compensation_of
+from asdm.edits.projections import projection_of
 from asdm.families.unet_structure import fingerprint
 from asdm.training.sharding import shard_like
 from conftest import predict, saved_by_0_1, student_of_every_kind, tiny_unet, unet_inputs
@@ -59,7 +59,7 @@ def test_a_folder_of_version_0_1_loads_and_computes_the_same_bits(student, tmp_p
 @pytest.mark.parametrize("kind", ["linear", "diagonal", "bias"])
 def test_a_map_computes_what_its_formula_says(kind, tokens):
     x = torch.randn(2, 9, 6) if tokens else torch.randn(2, 6, 3, 3)
-    layer = compensation_of(kind, 6, tokens=tokens)
+    layer = projection_of(kind, 6, tokens=tokens)
     assert torch.equal(layer(x), torch.zeros_like(x) if tokens else x)
     nn.init.normal_(layer.bias)
     bias = layer.bias if tokens else layer.bias[:, None, None]

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from asdm import analyze
 from asdm.benchmark.run import BenchmarkRow
-from asdm.cli.tables import benchmark_table, map_table
+from asdm.cli.tables import benchmark_table, profile_table
 
 
 def printed(table):
@@ -47,7 +47,7 @@ def test_no_figure_of_a_contest_is_cut_short(judged):
 
 def test_no_figure_of_a_map_is_cut_short(pipeline):
     redundancy = analyze(pipeline, sensitivity="taylor", timesteps=1, samples=1, latency_rounds=1)
-    text = printed(map_table(redundancy))
+    text = printed(profile_table(redundancy))
     assert "…" not in text
     for unit in redundancy.units:
         assert f"{unit.sensitivity:.5f}" in text

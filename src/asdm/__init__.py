@@ -15,7 +15,7 @@ import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from asdm.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from asdm.caching.calibration import calibrate_cache as calibrate_cache
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from asdm.distillation.consistency import lcm_scheduler as lcm_scheduler
     from asdm.distillation.distill import distill as distill
     from asdm.distillation.stages import Stage as Stage
-    from asdm.edits.base import CondConv as CondConv
-    from asdm.edits.base import GriAttention as GriAttention
-    from asdm.edits.base import Remove as Remove
+    from asdm.edits import CondConv as CondConv
+    from asdm.edits import GriAttention as GriAttention
+    from asdm.edits import Remove as Remove
     from asdm.errors import AsdmError as AsdmError
     from asdm.errors import AsdmWarning as AsdmWarning
     from asdm.evaluation.comparison import Evaluation as Evaluation
@@ -39,36 +39,36 @@ if TYPE_CHECKING:
     from asdm.pipelines.derived import with_unet as with_unet
     from asdm.pipelines.loading import load_pipeline as load_pipeline
     from asdm.pipelines.saving import save_pipeline as save_pipeline
-    from asdm.planning.program import add_cond_conv as add_cond_conv
-    from asdm.planning.program import make_plan as make_plan
-    from asdm.planning.program import remeasure_plan as remeasure_plan
+    from asdm.planning.budget import make_plan as make_plan
+    from asdm.planning.experts import add_cond_conv as add_cond_conv
     from asdm.planning.refine import refine_plan as refine_plan
+    from asdm.planning.speedup import remeasure_plan as remeasure_plan
     from asdm.runtime.export import export as export
     from asdm.runtime.openvino import with_openvino_graphs as with_openvino_graphs
     from asdm.runtime.optimize import optimize as optimize
     from asdm.runtime.switching import switch_unets as switch_unets
+    from asdm.sensitivity.analysis import analyze as analyze
     from asdm.sensitivity.profile import RedundancyMap as RedundancyMap
-    from asdm.sensitivity.profile import analyze as analyze
     from asdm.student.plan import PruningPlan as PruningPlan
     from asdm.student.plan import build_student as build_student
     from asdm.student.unet import AsdmUNet2DConditionModel as AsdmUNet2DConditionModel
 
-# Imported when first used: torch and diffusers take seconds, and `asdm --help` needs neither.
+# Each name is imported when it is first used: torch and diffusers take seconds, and `asdm --help` needs neither.
 _HOME = {
     "AsdmError": "asdm.errors",
     "AsdmUNet2DConditionModel": "asdm.student.unet",
     "AsdmWarning": "asdm.errors",
-    "CondConv": "asdm.edits.base",
+    "CondConv": "asdm.edits",
     "Evaluation": "asdm.evaluation.comparison",
-    "GriAttention": "asdm.edits.base",
+    "GriAttention": "asdm.edits",
     "CfgCutoff": "asdm.diffusion.guidance",
     "CacheSchedule": "asdm.caching.session",
     "PruningPlan": "asdm.student.plan",
     "RedundancyMap": "asdm.sensitivity.profile",
-    "Remove": "asdm.edits.base",
+    "Remove": "asdm.edits",
     "Stage": "asdm.distillation.stages",
-    "add_cond_conv": "asdm.planning.program",
-    "analyze": "asdm.sensitivity.profile",
+    "add_cond_conv": "asdm.planning.experts",
+    "analyze": "asdm.sensitivity.analysis",
     "build_student": "asdm.student.plan",
     "calibrate_cache": "asdm.caching.calibration",
     "compress": "asdm.compression",
@@ -80,10 +80,10 @@ _HOME = {
     "cache_features": "asdm.caching.session",
     "lcm_scheduler": "asdm.distillation.consistency",
     "load_pipeline": "asdm.pipelines.loading",
-    "make_plan": "asdm.planning.program",
+    "make_plan": "asdm.planning.budget",
     "optimize": "asdm.runtime.optimize",
     "prepare_data": "asdm.data.prepared",
-    "remeasure_plan": "asdm.planning.program",
+    "remeasure_plan": "asdm.planning.speedup",
     "refine_plan": "asdm.planning.refine",
     "save_pipeline": "asdm.pipelines.saving",
     "switch_unets": "asdm.runtime.switching",
@@ -92,8 +92,8 @@ _HOME = {
 }
 __all__ = list(_HOME)
 
-# What other libraries say when they are imported or used, and a user of this package cannot act on: torchvision and
-# kernels are no dependencies of ours, and nothing here needs what they bring. Each by its logger and its words.
+# Log messages of other libraries that a user of this package cannot act on, by logger. Torchvision and kernels are not
+# dependencies, and nothing here needs them.
 _ADVICE = {
     "transformers.utils.import_utils": "requires torchvision (not installed); falling back to",
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",

@@ -14,13 +14,13 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from asdm import checks
+from asdm.choices import CompensationKind
 from asdm.compensation.fitting import CompensationReport, fit_compensation, fitted_tensors
 from asdm.data.prepared import require_usable
 from asdm.diffusion.generation import require_steps
 from asdm.distillation.distill import distill
 from asdm.distillation.recipes import RECIPES, read_stages, recipe_stages
 from asdm.distillation.stages import Stage
-from asdm.edits.base import CompensationKind
 from asdm.errors import AsdmError
 from asdm.evaluation.comparison import Evaluation, evaluate, evaluation_sets
 from asdm.evaluation.metrics import Judge
@@ -33,9 +33,10 @@ from asdm.pipelines.derived import with_unet
 from asdm.pipelines.loading import load_pipeline
 from asdm.pipelines.model_card import model_card
 from asdm.pipelines.saving import save_pipeline_into
-from asdm.planning.program import make_plan, require_budget, require_params
+from asdm.planning.budget import make_plan, require_budget, require_params
 from asdm.planning.refine import ROUNDS, refine_plan
-from asdm.sensitivity.profile import RedundancyMap, Sensitivity, analyze
+from asdm.sensitivity.analysis import analyze
+from asdm.sensitivity.profile import RedundancyMap, Sensitivity
 from asdm.student.plan import PruningPlan, build_student
 from asdm.training.loop import read_log
 

@@ -1,31 +1,32 @@
-"""Figures as tables for the terminal."""
+"""Results as tables for a terminal of 80 columns."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from asdm.benchmark.run import BenchmarkRow
-from asdm.distillation.estimate import StageEstimate
-from asdm.evaluation.comparison import Evaluation
-from asdm.evaluation.report import QUALITY_COLUMNS
-from asdm.sensitivity.profile import RedundancyMap
+if TYPE_CHECKING:
+    from asdm.benchmark.run import BenchmarkRow
+    from asdm.distillation.estimate import StageEstimate
+    from asdm.evaluation.comparison import Evaluation
+    from asdm.sensitivity.profile import RedundancyMap
 
 
-def _table(title: str | None, words: Iterable[str], figures: Iterable[str]) -> Table:
-    """Columns of words, and behind them of figures; without frames, as a terminal may have 80 columns."""
+def _table(title: str | None, texts: Iterable[str], numbers: Iterable[str]) -> Table:
+    """An empty table with columns of text, then columns of numbers; narrow, without frames."""
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in words:
+    for name in texts:
         table.add_column(name, overflow="fold")
-    for name in figures:
+    for name in numbers:
         table.add_column(name, justify="right")
     return table
 
 
 def _legible(table: Table) -> Table:
-    """The filled table; where the terminal is narrow, names take more lines, and no figure is cut short."""
+    """The filled table with its numbers kept whole: in a narrow terminal the texts take more lines."""
     for column in table.columns:
         if column.justify == "right":
             words = [*str(column.header).split(), *map(str, column.cells)]
@@ -33,7 +34,8 @@ def _legible(table: Table) -> Table:
     return table
 
 
-def map_table(redundancy: RedundancyMap) -> Table:
+def profile_table(redundancy: RedundancyMap) -> Table:
+    """What each removable unit costs and how sensitive the prediction is to it."""
     table = _table(
         f"{redundancy.model}: {len(redundancy.units)} removable units",
         ["unit"],
@@ -51,13 +53,14 @@ def map_table(redundancy: RedundancyMap) -> Table:
     return _legible(table)
 
 
-def speed_table(figures: Evaluation) -> Table:
+def speed_table(evaluation: Evaluation) -> Table:
+    """Latencies, speed-ups and sizes of an evaluation's models."""
     table = _table(
-        f"Speed ({figures.dtype}, {figures.threads} threads; interleaved rounds, the fastest count)",
+        f"Speed ({evaluation.dtype}, {evaluation.threads} threads; interleaved rounds, the fastest count)",
         ["model"],
         ["UNet ms", "speed-up", "steps", "pipeline ms", "speed-up", "params M", "GMACs"],
     )
-    for row in figures.speed:
+    for row in evaluation.speed:
         table.add_row(
             row.name,
             f"{row.unet.ms:.1f}",
@@ -71,11 +74,14 @@ def speed_table(figures: Evaluation) -> Table:
     return _legible(table)
 
 
-def quality_table(figures: Evaluation) -> Table:
-    columns = [c for c in QUALITY_COLUMNS if any(getattr(q, c[0]) is not None for q in figures.quality)]
-    title = f"Quality ({figures.steps} steps, guidance {figures.guidance_scale:g}, seed {figures.seed})"
+def quality_table(evaluation: Evaluation) -> Table:
+    """The quality of an evaluation's images, by model and split; columns without a value are left out."""
+    from asdm.evaluation.report import QUALITY_COLUMNS
+
+    columns = [c for c in QUALITY_COLUMNS if any(getattr(q, c[0]) is not None for q in evaluation.quality)]
+    title = f"Quality ({evaluation.steps} steps, guidance {evaluation.guidance_scale:g}, seed {evaluation.seed})"
     table = _table(title, ["model", "prompts"], ["images", *(short for _, _, short, _ in columns)])
-    for judged in figures.quality:
+    for judged in evaluation.quality:
         cells = [
             _or_dash(getattr(judged, key), "{:.1%}" if kind == "percent" else "{:.3f}") for key, _, _, kind in columns
         ]
@@ -84,8 +90,8 @@ def quality_table(figures: Evaluation) -> Table:
 
 
 def benchmark_table(rows: Sequence[BenchmarkRow]) -> Table:
-    """The rows of one place: seconds, and the speed-up with its interval; where images were judged, what the speed
-    costs, else what it comes from. The file that the benchmark writes has all figures."""
+    """One model's rows: seconds and the speed-up with its interval; then the quality where images were judged, else
+    throughput and memory. The file that the benchmark writes has all results."""
     splits = list(dict.fromkeys(split for row in rows for split in row.teacher_distance))
     titles = [f"{title}, {split.replace('_', ' ')}" for split in splits for title in ("distance", "top-5")]
     measured = ["UNet ms", "GFLOP/s", "of limit", "weights MB", "peak MB"] if not splits else []
@@ -98,9 +104,9 @@ def benchmark_table(rows: Sequence[BenchmarkRow]) -> Table:
         if row.seconds is None or row.seconds_interval is None:
             table.add_row(f"{row.name}: {row.error}")
             continue
-        figures = [f"{row.seconds:.2f}", "–" if row.ratio is None else row.ratio.brief()]
+        cells = [f"{row.seconds:.2f}", "–" if row.ratio is None else row.ratio.brief()]
         if measured:
-            figures += [
+            cells += [
                 f"{1000 * row.parts['UNet, whole']:.0f}",
                 _or_dash(row.gflops, "{:.0f}"),
                 _or_dash(row.limit_share, "{:.0%}"),
@@ -108,8 +114,8 @@ def benchmark_table(rows: Sequence[BenchmarkRow]) -> Table:
                 f"{row.peak_megabytes:.0f}",
             ]
         for split in splits:
-            figures += [f"{row.teacher_distance[split]:.4f}", _or_dash(row.concept_top5.get(split), "{:.0%}")]
-        table.add_row(row.name, *figures)
+            cells += [f"{row.teacher_distance[split]:.4f}", _or_dash(row.concept_top5.get(split), "{:.0%}")]
+        table.add_row(row.name, *cells)
     return _legible(table)
 
 
@@ -118,7 +124,7 @@ def _or_dash(value: float | None, form: str) -> str:
 
 
 def estimate_tables(rows: Sequence[StageEstimate], processes: int) -> tuple[Table, Table]:
-    """What each stage trains and takes, and what its memory is for."""
+    """What each stage trains and how long it takes; and what its memory is used for."""
     titles = ("parameters", "steps", "batch", "TFLOP a step", "about", "memory")
     table = _table(None, ["stage", "trains"], titles)
     kinds = list(dict.fromkeys(kind for row in rows for kind in row.memory))
@@ -143,6 +149,7 @@ def estimate_tables(rows: Sequence[StageEstimate], processes: int) -> tuple[Tabl
 
 
 def duration(seconds: float) -> str:
+    """Seconds in the unit that suits them."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -21,7 +21,7 @@ from asdm.compensation.projections import add_projection, by_position, projectio
 from asdm.compensation.regression import RidgeRegression
 from asdm.data.calibration import CalibrationCall, calibration_calls
 from asdm.diffusion.conditioning import latent_shape
-from asdm.edits.base import Remove, compensated
+from asdm.edits import Remove, compensated
 from asdm.errors import AsdmError
 from asdm.families import Branch, Denoiser, denoiser_of, family_of
 from asdm.measure.hooks import preserve_module_state

@@ -10,9 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from asdm.data.calibration import CalibrationCall
-from asdm.edits.surgery import swapped
 from asdm.families import Denoiser, family_of
-from asdm.measure.hooks import CachedOutput, input_states, outputs_of
+from asdm.measure.hooks import CachedOutput, outputs_of, swapped
 
 CACHE_BYTES = 2**30  # the most that one model's cached outputs take
 
@@ -47,8 +46,8 @@ class PartialCalls:
 
         def record(path: str) -> Callable[..., None]:
             def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-                states = self._family.block_io(self.model, path).image_states(output)
-                seen[path] = ModuleCall(input_states(args, kwargs), states, args)
+                io = self._family.block_io(self.model, path)
+                seen[path] = ModuleCall(io.image_input(args, kwargs), io.image_states(output), args)
                 if path == last:
                     raise _ReachedError
 

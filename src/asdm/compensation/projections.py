@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from asdm.choices import CompensationKind
 from asdm.compensation.regression import RidgeRegression
 from asdm.data.calibration import CalibrationCall
-from asdm.edits.base import CompensationKind, Remove
-from asdm.edits.surgery import edited, swapped
+from asdm.edits import UnitEdit, edited
 from asdm.families import Branch, Denoiser, Unit, family_of
-from asdm.measure.hooks import input_states
+from asdm.measure.hooks import swapped
 
-Projection = tuple[Tensor, Tensor]  # weight (out, in) or (channels,), bias (out,)
+ProjectionTensors = tuple[Tensor, Tensor]  # weight (out, in) or (channels,), bias (out,)
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def unit_projections(
     calls: Sequence[CalibrationCall],
     kind: CompensationKind,
     ridge: float | None = None,
-) -> dict[str, Projection]:
+) -> dict[str, ProjectionTensors]:
     """Fit, for each unit alone, the projection that best replaces its branch: one call of the model for each of
     `calls`."""
     family = family_of(model)
@@ -40,14 +40,14 @@ def unit_projections(
 
     def record_input(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            before_norm[name] = input_states(args, kwargs)
+            before_norm[name] = family.block_io(model, name).image_input(args, kwargs)
 
         return hook
 
     def accumulate(name: str, branch: Branch) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            states = input_states(args, kwargs)
-            behind = family.block_io(model, name).image_states(output)
+            io = family.block_io(model, name)
+            states, behind = io.image_input(args, kwargs), io.image_states(output)
             kept = behind.new_zeros(()) if branch.kept is None else branch.kept(states)
             missing = by_position(behind - kept) * branch.scale
             read = before_norm.pop(name, states)
@@ -88,10 +88,11 @@ def by_position(hidden_states: Tensor) -> Tensor:
 
 
 @contextmanager
-def compensating(model: Denoiser, edit: Remove, projection: Projection) -> Iterator[None]:
+def compensating(model: Denoiser, edit: UnitEdit, projection: ProjectionTensors) -> Iterator[None]:
     """Apply a compensated removal with a fitted projection within the block; restore the original modules after it."""
-    folds_into = family_of(model).branch(model, edit.unit).folds_into
-    with edited(model, edit), ExitStack() as stack:
+    family = family_of(model)
+    folds_into = family.branch(model, edit.unit).folds_into
+    with edited(model, edit, family), ExitStack() as stack:
         if folds_into is not None:  # the original's own layer stays as it is
             stack.enter_context(swapped(model, {folds_into: deepcopy(model.get_submodule(folds_into))}))
         module = model.get_submodule(edit.unit)
@@ -101,8 +102,7 @@ def compensating(model: Denoiser, edit: Remove, projection: Projection) -> Itera
         yield
 
 
-def add_projection(removed: nn.Module, weight: Tensor, bias: Tensor) -> None:
+def add_projection(removed: Any, weight: Tensor, bias: Tensor) -> None:
     """Add a fitted projection to the module that stands in a removed branch's place."""
-    holder: Any = removed if hasattr(removed, "add_map") else removed.compensation
-    like = next(holder.parameters())
-    holder.add_map(weight.to(like.device, like.dtype), bias.to(like.device, like.dtype))
+    like = next(removed.parameters())
+    removed.add_projection(weight.to(like.device, like.dtype), bias.to(like.device, like.dtype))

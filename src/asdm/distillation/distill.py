@@ -38,8 +38,8 @@ from asdm.distillation.semantics import SemanticEncoder, make_encoder
 from asdm.distillation.stages import Stage
 from asdm.distillation.teaching import WHOLE, Batch, Noised, TeachingTask
 from asdm.distillation.teaching import TrainingSet as TrainingSet
-from asdm.edits.drop_layers import teacher_key
 from asdm.errors import AsdmError
+from asdm.families.unet_shorter import teacher_key
 from asdm.families.unet_structure import blocks as unet_blocks
 from asdm.families.unet_structure import require_known_inputs, unlike
 from asdm.files import folder_lock, write_text

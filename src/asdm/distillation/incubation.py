@@ -13,11 +13,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from asdm.edits.base import CondConv, Remove
-from asdm.edits.surgery import swapped
+from asdm.edits import CondConv, Remove
 from asdm.errors import AsdmError
 from asdm.families.unet_structure import block_of, is_covered_by, is_level, layers, unlike_in
 from asdm.families.unet_structure import blocks as unet_blocks
+from asdm.measure.hooks import swapped
 from asdm.student.unet import edits_of
 
 

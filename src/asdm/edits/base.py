@@ -1,20 +1,67 @@
-"""The edits that a plan is made of, as small typed records. What each does is in `surgery.py`."""
+"""The base of all edit kinds: the record, the registry, and how edits are parsed and applied.
+
+Each kind is one file beside this one. Its record has the methods by which every room asks what an edit does.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
+from torch import Tensor, nn
+
+from asdm.choices import CompensationKind
 from asdm.errors import AsdmError
+from asdm.measure.hooks import set_module, swapped
 from asdm.old_names import OLD_EDIT_KINDS
 
-CompensationKind = Literal["none", "bias", "diagonal", "linear"]
+
+class EditedFamily(Protocol):
+    """What edits ask of the family of the model that they change (`asdm.families.base.Architecture`)."""
+
+    def units(self, model: Any) -> Sequence[Any]: ...
+
+    def layers(self, model: Any) -> list[str]: ...
+
+    def removals(self, model: Any) -> list[str]: ...
+
+    def is_covered_by(self, name: str, removed: Collection[str]) -> bool: ...
+
+    def removed(
+        self, model: Any, unit: str, compensate: CompensationKind, compensate_time: bool
+    ) -> dict[str, nn.Module]: ...
+
+    def projection_channels(self, model: Any, unit: str) -> int: ...
+
+    def conv_channels(self, model: Any) -> dict[str, tuple[int, int]]: ...
+
+    def shorter_config(self, model: Any, edit: Any) -> dict[str, Any]: ...
+
+    def dropped_layers(self, edit: Any, units: Sequence[str]) -> list[str]: ...
+
+    def no_such_unit(self, model: Any, name: str) -> AsdmError: ...
 
 
 @dataclass(frozen=True)
-class _Edit:
+class Edit:
+    """One change of an architecture, as plans and configs hold it.
+
+    A kind must implement `replacements`. The other methods have defaults for an edit that changes one unit.
+
+    `order`: edits of a higher order are applied later. `is_exclusive`: whether the edit must be its plan's only one;
+    it then builds a whole model from `stock_config`. `is_removal`: whether nothing is computed in its place.
+    `has_first_order_estimate`: whether `estimated_output` is implemented. `no_split_modules`: classes of modules that
+    must stay on one device.
+    """
+
     edit: ClassVar[str]
+    order: ClassVar[int] = 0
+    is_exclusive: ClassVar[bool] = False
+    is_removal: ClassVar[bool] = False
+    has_first_order_estimate: ClassVar[bool] = False
+    no_split_modules: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -23,7 +70,7 @@ class _Edit:
                 raise AsdmError(f"{name}: {value!r} is not allowed; it is {_said(hints[name])}")
 
     def to_dict(self) -> dict[str, Any]:
-        """As it stands in plans and configs."""
+        """Return the edit as it stands in plans and configs."""
         return {"edit": self.edit, **asdict(self)}
 
     def __str__(self) -> str:
@@ -31,111 +78,128 @@ class _Edit:
         name = " ".join(str(rest.pop(key)) for key in ("edit", "unit") if key in rest)
         return f"{name} ({', '.join(f'{key}: {value}' for key, value in rest.items())})" if rest else name
 
+    # -- what it does ----------------------------------------------------------------------------------
+
+    def replacements(self, model: Any, family: EditedFamily) -> dict[str, nn.Module]:
+        """Return the new modules by the module paths that they go to; change nothing.
+
+        Raises:
+            AsdmError: the model does not allow the edit.
+        """
+        raise NotImplementedError
+
+    def stock_config(self, model: Any, family: EditedFamily) -> dict[str, Any]:
+        """Return the config of the stock model that an exclusive edit makes."""
+        raise NotImplementedError
+
+    # -- which units it is about -----------------------------------------------------------------------
+
+    def covers(self, units: Sequence[str], family: EditedFamily) -> list[str]:
+        """Return those of these units that the edit removes or changes, so that no other edit of a plan can."""
+        return self.removed_units(units, family)
+
+    def removed_units(self, units: Sequence[str], family: EditedFamily) -> list[str]:
+        """Return the names of what the edit removes, given all units of the model."""
+        return []
+
+    def gives_way_to(self, units: Collection[str], family: EditedFamily) -> bool:
+        """Whether the edit, made earlier, is void once new edits change these units."""
+        return False
+
+    # -- how it is analysed and planned ----------------------------------------------------------------
+
+    @classmethod
+    def candidates(cls, model: Any, family: EditedFamily, positions: Mapping[str, int]) -> Sequence[UnitEdit]:
+        """Return edits of this kind that `analyze` should try beside the removal of each unit.
+
+        Args:
+            positions: tokens or pixels of each layer's output, per sample.
+        """
+        return ()
+
+    @property
+    def trial_name(self) -> str:
+        """The name of the edit among all that are tried."""
+        return str(self)
+
+    @property
+    def measured_with(self) -> Hashable:
+        """Edits with equal values are measured together, each by its own `changed_paths`; None: measured alone."""
+        return None
+
+    def changed_paths(self, model: Any, family: EditedFamily) -> list[str]:
+        """Return the modules whose cost the edit changes."""
+        return list(self.replacements(model, family))
+
+    def estimated_output(self, module: Any, args: tuple[Any, ...], layer_input: Tensor) -> Tensor:
+        """Return what the unit's `module` would give with this edit; it is not in place.
+
+        Args:
+            args: the positional inputs of the unit's module.
+            layer_input: the first input of the layer that the unit belongs to.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def adapted(cls, path: str, module: nn.Module, student: Any) -> nn.Module:
+        """Return an original module in the form that a student with edits of this kind can call at `path`."""
+        return module
+
+    # -- compensation ----------------------------------------------------------------------------------
+
+    @property
+    def compensation(self) -> CompensationKind:
+        """The kind of projection that is fitted in place of what the edit removes."""
+        return "none"
+
+    def with_compensation(self, kind: CompensationKind) -> Edit:
+        """Return the edit with this kind of projection, or the edit itself where it can have none."""
+        return self
+
+    def projection_channels(self, model: Any, family: EditedFamily) -> int:
+        """Return the channels of the projection that can be fitted in its place; 0 where none can."""
+        return 0
+
 
 @dataclass(frozen=True)
-class Remove(_Edit):
-    """Drop a unit's residual branch and keep its shortcut.
+class UnitEdit(Edit):
+    """An edit of one unit of the model, or of one module inside a unit; `unit` is its module path."""
 
-    `unit` names a resnet, an attention, an `attn1`, `attn2` or `ff` inside one, the whole `mid_block`, or
-    the innermost stage by its down block ("down_blocks.3": with its up block and the resampling
-    between them and the next stage).
-
-    `compensate` puts a map of the unit's input in the branch's place, fitted to what the teacher does there
-    (`asdm.fit_compensation`; beyond the paper): a constant for each channel, a scale and a constant for each
-    channel, or a linear map of all channels (a 1x1 convolution). Where the unit has a 1x1 shortcut the fit
-    folds into it and costs nothing. `compensate_time` adds a term linear in the time embedding, in resnets.
-    """
-
-    edit = "remove"
     unit: str
-    compensate: CompensationKind = "none"
-    compensate_time: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.compensate_time and self.compensate not in ("bias", "linear"):
-            raise AsdmError(f"compensate_time goes with compensate bias or linear, not {self.compensate}")
+    def covers(self, units: Sequence[str], family: EditedFamily) -> list[str]:
+        return [name for name in units if family.is_covered_by(name, [self.unit])]
 
-    def to_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in super().to_dict().items() if value not in ("none", False)}
+    def gives_way_to(self, units: Collection[str], family: EditedFamily) -> bool:
+        return family.is_covered_by(self.unit, units)
 
-
-@dataclass(frozen=True)
-class GriAttention(_Edit):
-    """Global-regional attention in the place of a self-attention (`asdm.edits.regional_attention`).
-
-    `unit` names an `attn1`; `regions` along each side of the map of tokens; `pool`, the side of the squares of
-    tokens that are averaged to a global one, 0 for none; `weighted`, whether a global token counts for as many
-    of those as the region does not see itself.
-    """
-
-    edit = "gri_attention"
-    unit: str
-    regions: int = 4
-    pool: int = 2
-    weighted: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _at_least("regions", self.regions, 1)
-        _at_least("pool", self.pool, 0)
+    def changed_layer(self, layers: Sequence[str]) -> str:
+        """Return the first of these layers, in order of execution, that the edit changes."""
+        unit = f"{self.unit}."
+        return next(name for name in layers if unit.startswith(f"{name}.") or name.startswith(unit))
 
 
-@dataclass(frozen=True)
-class CondConv(_Edit):
-    """A bank of kernels in the place of one (CLME-CondConv, `asdm.edits.cond_conv`).
+# -- the registry --------------------------------------------------------------------------------------
 
-    `unit` names a resnet's `conv1` or `conv2` that stays, `experts` the teacher's convolutions, mostly of removed
-    units, whose kernels join the own one. `router`: what decides the mixture, the input's average, the time
-    embedding, or both.
-    """
-
-    edit = "cond_conv"
-    unit: str
-    experts: list[str]
-    router: Literal["input", "input+time", "time"] = "input"
-    activation: Literal["softmax", "sigmoid"] = "softmax"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.experts:
-            raise AsdmError("experts is empty; name the convolutions to inherit from")
+Kind = TypeVar("Kind", bound=type[Edit])
+EDIT_KINDS: dict[str, type[Edit]] = {}
 
 
-@dataclass(frozen=True)
-class DropLayers(_Edit):
-    """Drop whole layers, as BK-SDM does: the student is a stock UNet (`asdm.edits.drop_layers`).
-
-    Of each down block the first `layers_per_block` layers stay, of each up block these and the last; `levels`
-    counts the stages that stay, the outermost first. It is a plan's only edit.
-    """
-
-    edit = "drop_layers"
-    layers_per_block: int
-    mid_block: bool = True
-    levels: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _at_least("layers_per_block", self.layers_per_block, 1)
-        if self.levels is not None:
-            _at_least("levels", self.levels, 2)
-
-
-UnitEdit = Remove | GriAttention | CondConv
-Edit = UnitEdit | DropLayers
-EDIT_KINDS: dict[str, type[Edit]] = {kind.edit: kind for kind in (Remove, GriAttention, CondConv, DropLayers)}
+def register_edit(kind: Kind) -> Kind:
+    """Make an edit kind known by its name (a class decorator)."""
+    EDIT_KINDS[kind.edit] = kind
+    return kind
 
 
 def parse_edits(edits: Iterable[Any]) -> list[Edit]:
-    """Edits from records or plain dicts.
+    """Return edits from records or plain dicts.
 
     Raises:
         AsdmError: an edit of an unknown kind, or with a missing, unknown or impossible field.
     """
     if isinstance(edits, str | bytes | dict) or not isinstance(edits, Iterable):
         raise AsdmError(f"edits={edits!r}: must be a list of edits")
-    return [edit if isinstance(edit, _Edit) else _parse(edit) for edit in edits]  # type: ignore[misc]
+    return [edit if isinstance(edit, Edit) else _parse(edit) for edit in edits]
 
 
 def _parse(content: Any) -> Edit:
@@ -156,7 +220,7 @@ def _parse(content: Any) -> Edit:
         return kind(**values)
     except AsdmError as error:
         raise AsdmError(
-            f"not an edit: {content!r}: {error}; allowed kinds: {', '.join(EDIT_KINDS)}, "
+            f"not an edit: {content!r}: {error}; allowed kinds: {', '.join(sorted(EDIT_KINDS, reverse=True))}, "
             'for example {"edit": "remove", "unit": "mid_block"}'
         ) from None
 
@@ -176,11 +240,60 @@ def _said(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
 
 
-def _at_least(name: str, value: int, least: int) -> None:
+def require_at_least(name: str, value: int, least: int) -> None:
+    """Raise an AsdmError where a field of an edit is below its least value."""
     if value < least:
         raise AsdmError(f"{name} is {value}, and at least {least} is allowed")
 
 
-def compensated(edits: Iterable[Edit]) -> list[Remove]:
-    """The removals in whose place something is fitted."""
-    return [edit for edit in edits if isinstance(edit, Remove) and edit.compensate != "none"]
+# -- edits and models ----------------------------------------------------------------------------------
+
+
+def apply_edits(model: nn.Module, edits: Sequence[UnitEdit], family: EditedFamily) -> None:
+    """Change `model` in place.
+
+    Raises:
+        AsdmError: an edit names a unit that is not there, one named before, or one inside another.
+    """
+    names = [edit.unit for edit in edits]
+    for name in names:
+        if names.count(name) > 1:
+            raise AsdmError(f"{name}: named twice by the plan; name it once")
+        outer = next((other for other in names if name.startswith(f"{other}.")), None)
+        if outer is not None:
+            raise AsdmError(f"{name}: lies inside {outer}, which the plan removes as a whole; drop one of them")
+    for edit in sorted(edits, key=lambda edit: edit.order):
+        for path, module in edit.replacements(model, family).items():
+            set_module(model, path, module)
+
+
+@contextmanager
+def edited(model: nn.Module, edit: Edit, family: EditedFamily) -> Iterator[None]:
+    """Apply one edit for the length of the block, then put the original modules back."""
+    with swapped(model, edit.replacements(model, family)):
+        yield
+
+
+@contextmanager
+def restored(student: nn.Module, teacher: nn.Module, edit: Edit, family: EditedFamily) -> Iterator[None]:
+    """Put the teacher's modules in place of what an edit changed, for the length of the block."""
+    modules = {path: teacher.get_submodule(path) for path in edit.changed_paths(teacher, family)}
+    for kind in EDIT_KINDS.values():
+        modules = {path: kind.adapted(path, module, student) for path, module in modules.items()}
+    with swapped(student, modules):
+        yield
+
+
+def candidate_edits(model: Any, family: EditedFamily, positions: Mapping[str, int]) -> list[UnitEdit]:
+    """Return the edits that `analyze` tries beside the removal of each unit, of all kinds that offer some."""
+    return [edit for kind in EDIT_KINDS.values() for edit in kind.candidates(model, family, positions)]
+
+
+def removed_units(edits: Iterable[Edit], units: Sequence[str], family: EditedFamily) -> list[str]:
+    """Return the names of what these edits remove, given all units of the model."""
+    return [name for edit in edits for name in edit.removed_units(units, family)]
+
+
+def compensated(edits: Iterable[Edit]) -> list[Any]:
+    """Return the edits in whose place a projection is fitted."""
+    return [edit for edit in edits if edit.compensation != "none"]

@@ -1,4 +1,4 @@
-"""CLME-CondConv: a kept convolution beside removed units inherits their kernels as experts.
+"""The edit `cond_conv` (CLME-CondConv): a kept convolution inherits the kernels of removed ones as experts.
 
 Cross-layer multi-expert conditional convolution (named in the abstract of arXiv 2312.15516; the mixing of
 kernels before one convolution is CondConv's, arXiv 1904.04971, Sec. 3; the rest is inferred): y = conv(x, sum_i
@@ -7,10 +7,12 @@ a_i W_i), W_0 the convolution's own kernel, W_1.. those of convolutions elsewher
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import difflib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +20,74 @@ from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from asdm.edits.base import CondConv
+from asdm.edits.base import EditedFamily, UnitEdit, register_edit
+from asdm.edits.recast import recast
 from asdm.errors import AsdmError
 
 _IN_EXPERTS = "merged_into_experts"  # of an adapter's layer: the adapters that a bank's experts have in them
 Channels = tuple[int, int]  # of a convolution's input: of hidden states, and of the skip connection behind them
+
+
+@register_edit
+@dataclass(frozen=True)
+class CondConv(UnitEdit):
+    """Give a convolution expert kernels, mixed with its own (CLME-CondConv).
+
+    `unit` names a resnet's `conv1` or `conv2` that stays, `experts` the teacher's convolutions, mostly of removed
+    units, whose kernels join the own one. `router`: what decides the mixture, the input's average, the time
+    embedding, or both.
+    """
+
+    edit = "cond_conv"
+    no_split_modules: ClassVar = ("CondResnetBlock2D",)
+    experts: list[str]
+    router: Literal["input", "input+time", "time"] = "input"
+    activation: Literal["softmax", "sigmoid"] = "softmax"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.experts:
+            raise AsdmError("experts is empty; name the convolutions to inherit from")
+
+    def replacements(self, model: Any, family: EditedFamily) -> dict[str, nn.Module]:
+        resnet_name = self.unit.rpartition(".")[0]
+        self._require_known(family.conv_channels(model))
+        resnet, conv = model.get_submodule(resnet_name), model.get_submodule(self.unit)
+        for name in self.experts:
+            expert = model.get_submodule(name)
+            if not (isinstance(conv, nn.Conv2d) and isinstance(expert, nn.Conv2d)):
+                raise AsdmError(f"{self.unit}: has expert kernels already, or {name} has; drop the edit")
+            if name == self.unit or expert.weight.shape[0] != conv.weight.shape[0]:
+                raise AsdmError(
+                    f"{self.unit}: cannot inherit from {name}: an expert is another convolution with as many output "
+                    f"channels, here {conv.out_channels} and not {expert.out_channels}"
+                )
+        time_channels = None if resnet.time_emb_proj is None else resnet.time_emb_proj.in_features
+        if self.router != "input" and time_channels is None:
+            raise AsdmError(f"{self.unit}: has no time embedding to route by; use router input")
+        around = resnet if isinstance(resnet, CondResnetBlock2D) else recast(CondResnetBlock2D, resnet)
+        assert isinstance(conv, nn.Conv2d)
+        found: dict[str, nn.Module] = {resnet_name: around, self.unit: CondConv2d.around(conv, self, time_channels)}
+        if self.router == "time":
+            found["time_embedding"] = recast(OneTimestepEmbedding, model.time_embedding)
+        return found
+
+    def _require_known(self, channels: Mapping[str, Channels]) -> None:
+        for name in (self.unit, *self.experts):
+            if name not in channels:
+                near = difflib.get_close_matches(name, channels, n=1, cutoff=0.0)
+                raise AsdmError(
+                    f"{name}: no convolution for expert kernels in this model; those are conv1 and conv2 of its "
+                    f"resnets, the nearest is {near[0] if near else 'none'}"
+                )
+
+    def covers(self, units: Sequence[str], family: EditedFamily) -> list[str]:
+        """None: the resnet around the convolution stays as removable as it is."""
+        return []
+
+    def gives_way_to(self, units: Collection[str], family: EditedFamily) -> bool:
+        """Not to an edit of the same convolution, which is an error."""
+        return family.is_covered_by(self.unit, [unit for unit in units if unit != self.unit])
 
 
 class CondConv2d(nn.Conv2d):
@@ -118,14 +183,25 @@ class CondConv2d(nn.Conv2d):
         outputs = F.conv2d(hidden_states, weight, bias, self.stride, self.padding, self.dilation)
         return torch.einsum("be,beohw->bohw", routing.to(outputs.dtype), outputs.unflatten(1, (routing.shape[1], -1)))
 
-    def start(self, teacher: Mapping[str, Tensor], channels: Mapping[str, Channels], name: str) -> dict[str, Tensor]:
-        """The tensors that a new bank has beside its own kernel's: experts inherited from `teacher`."""
-        kernels = [_aligned(teacher[f"{source}.weight"], channels[source], channels[name]) for source in self.sources]
-        like = teacher[f"{name}.weight"]
+    def starting_tensors(self, path: str, teacher: nn.Module, family: EditedFamily) -> dict[str, Tensor]:
+        """Return the experts, inherited from `teacher`, and the router; nothing where the teacher has them at `path`.
+
+        Raises:
+            AsdmError: an expert is not in the teacher.
+        """
+        state = teacher.state_dict()
+        if f"{path}.expert_weight" in state:
+            return {}
+        gone = next((expert for expert in self.sources if f"{expert}.weight" not in state), None)
+        if gone is not None:
+            raise AsdmError(f"{path}: its expert {gone} is gone from this model; plan the edit with its removal")
+        channels = family.conv_channels(teacher)
+        kernels = [_aligned(state[f"{source}.weight"], channels[source], channels[path]) for source in self.sources]
+        like = state[f"{path}.weight"]
         router = torch.zeros(self.router.weight.shape, device=like.device, dtype=like.dtype)
         return {
             "expert_weight": torch.cat(kernels).flatten(1),
-            "expert_bias": torch.stack([teacher[f"{source}.bias"] for source in self.sources]),
+            "expert_bias": torch.stack([state[f"{source}.bias"] for source in self.sources]),
             "router.weight": router,
             "router.bias": router.new_zeros(len(router)),
         }

@@ -1,98 +1,38 @@
-"""A student whose whole layers are gone: a plain UNet2DConditionModel, which every tool loads.
-
-BK-SDM's removals (arXiv 2305.15798, Sec. 3.1): fewer layers a stage, no mid block, fewer levels. Unlike a removed
-unit, a dropped layer goes with its shortcut and its skip connection, so what stays is numbered anew.
-"""
+"""The edit `drop_layers`: drop whole layers, so that the student is a stock model, which every tool loads."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from accelerate import init_empty_weights
-from diffusers import UNet2DConditionModel
-
-from asdm.edits.base import DropLayers, Edit, Remove
-from asdm.errors import AsdmError
-
-_ON_THE_WAY_UP = ("up_block_types", "reverse_transformer_layers_per_block")
+from asdm.edits.base import Edit, EditedFamily, register_edit, require_at_least
 
 
-def with_dropped_layers(unet: UNet2DConditionModel, edit: DropLayers) -> UNet2DConditionModel:
-    """The shorter UNet, without weights (on the meta device).
+@register_edit
+@dataclass(frozen=True)
+class DropLayers(Edit):
+    """Drop whole layers of a UNet, as BK-SDM does (arXiv 2305.15798, Sec. 3.1).
 
-    Raises:
-        AsdmError: the UNet has fewer layers or levels than asked for, or edits of its own.
+    Of each down block the first `layers_per_block` layers stay, of each up block these and the last; `levels`
+    counts the levels that stay, the outermost first. It is a plan's only edit, as it gives layers new numbers.
     """
-    config: dict[str, Any] = {key: value for key, value in unet.config.items() if not key.startswith("_")}
-    if config.pop("edits", None):
-        raise AsdmError("drop_layers: is for an original UNet, and this one has edits; start from the original")
-    layers, levels = config["layers_per_block"], len(config["block_out_channels"])
-    if not isinstance(layers, int) or edit.layers_per_block > layers:
-        raise AsdmError(f"layers_per_block={edit.layers_per_block}: this UNet has {layers}; ask for no more")
-    kept = edit.levels or levels
-    if not 2 <= kept <= levels:
-        raise AsdmError(f"levels={kept}: this UNet has {levels}; allowed are 2 to {levels}")
-    channels = config["block_out_channels"]
-    if kept < levels and channels[kept - 1] != channels[kept]:
-        raise AsdmError(
-            f"levels={kept}: what enters the first level that would go has {channels[kept - 1]} channels, and what "
-            f"leaves it {channels[kept]}; keep more levels"
-        )
-    config["layers_per_block"] = edit.layers_per_block
-    if not edit.mid_block:
-        config["mid_block_type"] = None
-    # By level, from the outermost inwards, or on the way up; of a level, some by layer.
-    for name, value in config.items():
-        if isinstance(value, list | tuple) and len(value) == levels:
-            config[name] = value[levels - kept :] if name in _ON_THE_WAY_UP else value[:kept]
-    short = edit.layers_per_block
-    for name, fewer in (
-        ("transformer_layers_per_block", lambda counts: counts[:short]),
-        ("reverse_transformer_layers_per_block", lambda counts: [*counts[:short], counts[-1]]),
-    ):
-        by_layer = isinstance(config.get(name), list | tuple) and any(
-            isinstance(each, list | tuple) for each in config[name]
-        )
-        if by_layer:
-            config[name] = [fewer(each) if isinstance(each, list | tuple) else each for each in config[name]]
-    with init_empty_weights():
-        return UNet2DConditionModel.from_config(config)
 
+    edit = "drop_layers"
+    is_exclusive = True
+    is_removal = True
+    layers_per_block: int
+    mid_block: bool = True
+    levels: int | None = None
 
-def teacher_key(name: str, student: UNet2DConditionModel, original: UNet2DConditionModel) -> str:
-    """What a block, module or tensor of a shorter UNet is called in the one it was made of; the same name where
-    nothing was numbered anew."""
-    parts = name.split(".")
-    if parts[0] != "up_blocks":
-        return name
-    block = student.up_blocks[int(parts[1])]
-    parts[1] = str(int(parts[1]) + len(original.up_blocks) - len(student.up_blocks))
-    # The last layer of an up block reads the skip connection of the stage's entry, and stays the last.
-    if len(parts) > 3 and parts[2] in ("resnets", "attentions") and int(parts[3]) == len(block.resnets) - 1:
-        parts[3] = str(len(original.get_submodule(".".join(parts[:3]))) - 1)
-    return ".".join(parts)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least("layers_per_block", self.layers_per_block, 1)
+        if self.levels is not None:
+            require_at_least("levels", self.levels, 2)
 
+    def stock_config(self, model: Any, family: EditedFamily) -> dict[str, Any]:
+        return family.shorter_config(model, self)
 
-def dropped(edit: DropLayers, units: Sequence[str]) -> list[str]:
-    """Which resnets and attentions of a UNet go, of all their names."""
-    levels = 1 + max(int(name.split(".")[1]) for name in units if name.startswith("down_blocks."))
-    last = {name.split(".")[1]: int(name.split(".")[3]) for name in units if name.startswith("up_blocks.")}
-    kept_levels, layers = edit.levels or levels, edit.layers_per_block
-
-    def goes(name: str) -> bool:
-        side, *rest = name.split(".")
-        if side == "mid_block":
-            return not edit.mid_block
-        level, index = int(rest[0]), int(rest[2])
-        if side == "down_blocks":
-            return level >= kept_levels or index >= layers
-        return level < levels - kept_levels or layers <= index < last[rest[0]]
-
-    return [name for name in units if name.count(".") <= 3 and goes(name)]
-
-
-def removed_units(edits: Sequence[Edit], units: Sequence[str]) -> list[str]:
-    """What a plan's edits take away, of a UNet's units: by name, or as dropped layers."""
-    removed = [edit.unit for edit in edits if isinstance(edit, Remove)]
-    return removed + [name for edit in edits if isinstance(edit, DropLayers) for name in dropped(edit, units)]
+    def removed_units(self, units: Sequence[str], family: EditedFamily) -> list[str]:
+        return family.dropped_layers(self, units)

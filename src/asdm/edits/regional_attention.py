@@ -1,4 +1,4 @@
-"""GRI attention (global-regional interactive; our reading of the abstract of arXiv 2312.15516, inferred).
+"""The edit `gri_attention`: global-regional interactive attention (the abstract of arXiv 2312.15516, inferred).
 
 The map of tokens is split into regions. A region's queries attend, in one softmax, to the keys and values of
 their own region and to global ones, pooled from the whole map. There are no new parameters: the pretrained
@@ -7,7 +7,9 @@ projections are inherited, so it works before any training.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 from typing import Any
@@ -19,9 +21,105 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
+from asdm.edits.base import EditedFamily, UnitEdit, register_edit, require_at_least
+from asdm.edits.recast import recast
 from asdm.errors import AsdmError
 
+MANY_TOKENS = 256  # from here on global-regional attention can pay
+EVEN_MORE_TOKENS = 4096  # from here on with smaller regions and coarser global tokens
 MAP_SIDES = "map_sides"  # among the cross_attention_kwargs
+_INSIDE = ".transformer_blocks."  # between the path of a Transformer2DModel and its blocks'
+
+
+@register_edit
+@dataclass(frozen=True)
+class GriAttention(UnitEdit):
+    """Replace a self-attention by global-regional attention.
+
+    `unit` names an `attn1`; `regions` along each side of the map of tokens; `pool`, the side of the squares of
+    tokens that are averaged to a global one, 0 for none; `weighted`, whether a global token counts for as many
+    of those as the region does not see itself.
+    """
+
+    edit = "gri_attention"
+    has_first_order_estimate = True
+    regions: int = 4
+    pool: int = 2
+    weighted: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least("regions", self.regions, 1)
+        require_at_least("pool", self.pool, 0)
+
+    def replacements(self, model: Any, family: EditedFamily) -> dict[str, nn.Module]:
+        layer_name = self.unit.partition(_INSIDE)[0]
+        try:
+            layer, attention = model.get_submodule(layer_name), model.get_submodule(self.unit)
+        except AttributeError:
+            raise family.no_such_unit(model, self.unit) from None
+        if not isinstance(layer, Transformer2DModel) or not self.unit.endswith(".attn1"):
+            raise AsdmError(f"{self.unit}: not a self-attention; gri_attention is for units that end in .attn1")
+        block = model.get_submodule(self.unit.rpartition(".")[0])
+        if getattr(block, "only_cross_attention", False) or not _is_plain(attention):
+            raise AsdmError(f"{self.unit}: not a plain self-attention, and gri_attention knows no other; drop the edit")
+        around = layer if isinstance(layer, GriTransformer2DModel) else GriTransformer2DModel.around(layer)
+        attentions = {
+            f"{layer_name}.{name}": recast(AttentionOnMap, module)
+            for name, module in layer.named_modules()
+            if isinstance(module, Attention)
+        }
+        attentions[self.unit].set_processor(self._processor())
+        return {layer_name: around, **attentions}
+
+    def _processor(self) -> GriAttnProcessor:
+        return GriAttnProcessor(self.regions, self.pool, self.weighted)
+
+    @classmethod
+    def candidates(cls, model: Any, family: EditedFamily, positions: Mapping[str, int]) -> Sequence[UnitEdit]:
+        """A more exact and a faster kind for each self-attention over many tokens that allows the edit."""
+        found = []
+        for unit in family.units(model):
+            tokens = positions[unit.layer]
+            if unit.kind == "self_attention" and tokens >= MANY_TOKENS:
+                for regions, pool in gri_kinds(tokens):
+                    with suppress(AsdmError):
+                        edit = cls(unit=unit.name, regions=regions, pool=pool, weighted=True)
+                        edit.replacements(model, family)
+                        found.append(edit)
+        return found
+
+    @property
+    def measured_with(self) -> Hashable:
+        """All attentions of one kind: each changes its own unit's cost alone."""
+        return self.edit, self.regions, self.pool
+
+    def changed_paths(self, model: Any, family: EditedFamily) -> list[str]:
+        return [self.unit]
+
+    def estimated_output(self, module: Any, args: tuple[Any, ...], layer_input: Tensor) -> Tensor:
+        height, width = layer_input.shape[2:]
+        return self._processor()(module, args[0], map_sides=(height, width))
+
+    @classmethod
+    def adapted(cls, path: str, module: nn.Module, student: Any) -> nn.Module:
+        """An attention that accepts the sides of the map, which a `GriTransformer2DModel` gives to all of its own."""
+        return recast(AttentionOnMap, module) if isinstance(module, Attention) else module
+
+
+def gri_kinds(tokens: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return regions and pooling for a map of so many tokens: of a more exact and of a faster kind."""
+    return ((4, 4), (8, 8)) if tokens >= EVEN_MORE_TOKENS else ((4, 2), (4, 4))
+
+
+def _is_plain(attention: nn.Module) -> bool:
+    """Whether an attention is what a Stable Diffusion transformer has: projections and nothing else."""
+    extras = ("spatial_norm", "group_norm", "norm_q", "norm_k", "add_k_proj")
+    return (
+        isinstance(attention, Attention)
+        and not attention.residual_connection
+        and all(getattr(attention, name, None) is None for name in extras)
+    )
 
 
 class GriAttnProcessor(nn.Module):
@@ -81,7 +179,7 @@ class GriAttnProcessor(nn.Module):
         return attn.to_out[1](attn.to_out[0](mixed.to(query.dtype))) / attn.rescale_output_factor
 
     def keys_per_query(self, height: int, width: int) -> int:
-        """How many keys a query meets in a map of tokens."""
+        """Return how many keys each query meets in a map of tokens."""
         global_keys = ceil(height / self.pool) * ceil(width / self.pool) if self.pool else 0
         return _places(height, width, self.regions, "cpu")[0].shape[1] + global_keys
 

@@ -17,7 +17,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw
 
-from asdm.edits.drop_layers import removed_units
+from asdm.edits import removed_units
+from asdm.families import family_named
 from asdm.families.unet_structure import is_covered_by
 from asdm.sensitivity.profile import RedundancyMap, UnitRecord
 from asdm.student.plan import PruningPlan
@@ -37,7 +38,13 @@ def redundancy_plot(redundancy: RedundancyMap, plan: PruningPlan | None = None) 
 
     What `plan` removes is crossed out.
     """
-    removed = set() if plan is None else set(removed_units(plan.edits, [unit.name for unit in redundancy.units]))
+    removed = (
+        set()
+        if plan is None
+        else set(
+            removed_units(plan.edits, [unit.name for unit in redundancy.units], family_named(plan.base.class_name))
+        )
+    )
     figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5.6), width_ratios=[1.35, 1], layout="constrained")
     _draw_u(figure, left, redundancy, removed)
     _draw_scatter(right, redundancy, removed)

@@ -14,7 +14,6 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image
 
-from asdm import __version__
 from asdm.compensation.fitting import CompensationReport
 from asdm.evaluation.comparison import Evaluation, EvaluationSet, SpeedFigures, folder_name
 from asdm.evaluation.metrics import JUDGE_NAME
@@ -22,6 +21,7 @@ from asdm.evaluation.plots import loss_plot, redundancy_plot
 from asdm.files import replacing_file, write_text
 from asdm.sensitivity.profile import RedundancyMap
 from asdm.student.plan import PruningPlan
+from asdm.version import __version__
 
 # Field of QualityFigures, title in the report, title in a terminal, how it is written.
 QUALITY_COLUMNS = (

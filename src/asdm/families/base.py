@@ -5,14 +5,17 @@ Nothing outside `families/` and the student's model classes names a block, a lay
 
 from __future__ import annotations
 
+import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 from diffusers import DiffusionPipeline, ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 
+from asdm.choices import CompensationKind
+from asdm.edits.base import Edit
 from asdm.errors import AsdmError
 
 Denoiser: TypeAlias = ModelMixin
@@ -94,6 +97,35 @@ class BlockIO:
         return states
 
 
+class UnitLike(Protocol):
+    """What a `Unit` and its record in a redundancy map have in common."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kind(self) -> UnitKind: ...
+
+    @property
+    def parent(self) -> str | None: ...
+
+    @property
+    def block(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a published plan changes in a model.
+
+    `edit`: its only edit, where it is exclusive. Else `removed` names units and larger parts to remove, and the
+    self-attentions with the most tokens attend by region; `prefers_speed` chooses the faster kind of that.
+    """
+
+    edit: Edit | None = None
+    removed: frozenset[str] = frozenset()
+    prefers_speed: bool = False
+
+
 @dataclass(frozen=True)
 class CacheCut:
     """Which modules answer from a cache at a cached step, in order of execution, and which of them is read.
@@ -107,8 +139,11 @@ class CacheCut:
     relative_to: str | None = None
 
 
-class ModelFamily(ABC):
-    """All that is known of a family's architecture. Instances have no state."""
+class Architecture(ABC):
+    """The structure of a family's models, and how edits change it: all that a saved student needs to be built.
+
+    Instances have no state.
+    """
 
     component: ClassVar[str]  # the pipeline's attribute that holds the denoiser: "unet", "transformer"
     model_class: ClassVar[type[Any]]  # the stock class
@@ -143,6 +178,66 @@ class ModelFamily(ABC):
     @abstractmethod
     def is_covered_by(self, name: str, removed: Collection[str]) -> bool:
         """Whether a unit goes when `removed` does: by itself, with what contains it, or with what it is coupled to."""
+
+    # -- edits -----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def removed(
+        self, model: Denoiser, unit: str, compensate: CompensationKind, compensate_time: bool
+    ) -> dict[str, nn.Module]:
+        """Return the modules that take a removed unit's place, by their paths; change nothing.
+
+        Raises:
+            AsdmError: it cannot be removed, or not be compensated so.
+        """
+
+    @abstractmethod
+    def projection_channels(self, model: Denoiser, unit: str) -> int:
+        """Return the channels of the projection that can take the place of a removal; 0 where none can."""
+
+    def conv_channels(self, model: Denoiser) -> dict[str, tuple[int, int]]:
+        """Return the input channels of each convolution that can get expert kernels: of hidden states, and of the skip
+        connection behind them."""
+        return {}
+
+    def shorter_config(self, model: Denoiser, edit: Any) -> dict[str, Any]:
+        """Return the config of the stock model without the layers that an edit `drop_layers` drops.
+
+        Raises:
+            AsdmError: the model does not allow the edit.
+        """
+        raise AsdmError(f"drop_layers: is not for a {type(model).__name__}; remove its units or blocks")
+
+    def dropped_layers(self, edit: Any, units: Sequence[str]) -> list[str]:
+        """Return the units that an edit `drop_layers` drops, given the names of all."""
+        return []
+
+    def teacher_key(self, name: str, student: Denoiser, teacher: Denoiser) -> str:
+        """Return the teacher's name of a student's block, module or tensor."""
+        return name
+
+    def no_such_unit(self, model: Denoiser, name: str) -> AsdmError:
+        """Return the error for a name that no unit has; it names the nearest one."""
+        known = [unit.name for unit in self.units(model)]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+        return AsdmError(
+            f"{name}: no such unit in this model, which has {len(known)}; "
+            f"the nearest is {near[0] if near else 'none'} (`asdm analyze` lists them)"
+        )
+
+
+class ModelFamily(Architecture):
+    """All that is known of a family's models: their structure, how they are called, and where features are cached."""
+
+    presets: ClassVar[tuple[str, ...]] = ()  # names of the family's published plans
+
+    def preset(self, name: str, units: Sequence[UnitLike]) -> Preset:
+        """What a preset changes in a model with these units.
+
+        Raises:
+            AsdmError: the family has no such preset.
+        """
+        raise AsdmError(f"{name}: a preset for another family of models; give a budget instead")
 
     def block_io(self, model: Denoiser, path: str) -> BlockIO:
         """Where image and text states sit among the outputs of a block or layer."""
@@ -214,6 +309,18 @@ def family_of(model: Any) -> ModelFamily:
     raise _unknown(type(model).__name__)
 
 
+def family_named(class_name: str) -> ModelFamily:
+    """The family whose stock class, or a subclass of it, has this name.
+
+    Raises:
+        AsdmError: there is none.
+    """
+    for family in _FAMILIES:
+        if class_name.endswith(family.model_class.__name__):
+            return family
+    raise _unknown(class_name)
+
+
 def denoiser_of(pipeline: DiffusionPipeline) -> Any:
     """The pipeline's denoiser: its UNet or transformer.
 
@@ -229,11 +336,9 @@ def denoiser_of(pipeline: DiffusionPipeline) -> Any:
 
 def denoiser_call(model: Denoiser, batch_size: int = 2, seed: int = 0) -> Callable[[], Tensor]:
     """One call of a denoiser on random inputs at its native size; batch 2 is one image with guidance."""
-    arguments = family_of(model).random_inputs(model, batch_size, seed)
-    # By its place, as pipelines give it: what others patch into a denoiser may rely on it.
-    sample = arguments.pop("sample" if "sample" in arguments else "hidden_states")
-    call: Any = model
-    return lambda: call(sample, **arguments, return_dict=False)[0]
+    family = family_of(model)
+    arguments = family.random_inputs(model, batch_size, seed)
+    return lambda: family.predict(model, arguments)
 
 
 def _unknown(name: str) -> AsdmError:

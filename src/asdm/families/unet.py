@@ -2,58 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from diffusers import UNet2DConditionModel
-
 from asdm.errors import AsdmError
-from asdm.families import unet_calls, unet_structure
-from asdm.families.base import Branch, CacheCut, ModelFamily, Unit, register_family
-from asdm.families.unet_structure import TRANSFORMER_BRANCHES, block_of, layers
+from asdm.families.base import CacheCut, ModelFamily, Preset, UnitLike, block_of, register_family
+from asdm.families.unet_architecture import UNetArchitecture
+from asdm.families.unet_calls import random_inputs
+from asdm.families.unet_presets import PRESETS, preset
+from asdm.families.unet_structure import fingerprint, layers, unlike
 
 
 @register_family
-class UNetFamily(ModelFamily):
+class UNetFamily(UNetArchitecture, ModelFamily):
     """Stable Diffusion's UNets."""
 
-    component = "unet"
-    model_class = UNet2DConditionModel
+    presets = PRESETS
 
-    def blocks(self, model: Any) -> list[str]:
-        return unet_structure.blocks(model)
-
-    def layers(self, model: Any) -> list[str]:
-        return layers(model)
-
-    def units(self, model: Any) -> list[Unit]:
-        return unet_structure.removable_units(model)
-
-    def execution_order(self, model: Any) -> list[str]:
-        return unet_structure.execution_order(model)
-
-    def branch(self, model: Any, unit: str) -> Branch:
-        module: Any = model.get_submodule(unit)
-        if unit == "mid_block":
-            return Branch(unit, model.config.block_out_channels[-1], kept=lambda hidden_states: hidden_states)
-        if unit in layers(model):
-            shortcut = getattr(module, "conv_shortcut", None)
-            scale = getattr(module, "output_scale_factor", 1.0)
-
-            def kept(hidden_states: Any) -> Any:
-                return (hidden_states if shortcut is None else shortcut(hidden_states)) / scale
-
-            folds_into = None if shortcut is None else f"{unit}.conv_shortcut"
-            return Branch(unit, module.in_channels, kept=kept, scale=scale, folds_into=folds_into)
-        block, _, name = unit.rpartition(".")
-        return Branch(unit, model.get_submodule(block).dim, norm=f"{block}.{TRANSFORMER_BRANCHES[name][1]}")
-
-    def removals(self, model: Any) -> list[str]:
-        """The mid block, and the lowest-resolution level by its down block."""
-        return ["mid_block", f"down_blocks.{len(model.down_blocks) - 1}"]
-
-    def is_covered_by(self, name: str, removed: Collection[str]) -> bool:
-        return unet_structure.is_covered_by(name, removed)
+    def preset(self, name: str, units: Sequence[UnitLike]) -> Preset:
+        return preset(name, units)
 
     def sample_shape(self, model: Any) -> tuple[int, int, int]:
         size = model.config.sample_size
@@ -61,13 +28,13 @@ class UNetFamily(ModelFamily):
         return model.config.in_channels, height, width
 
     def random_inputs(self, model: Any, batch_size: int, seed: int = 0) -> dict[str, Any]:
-        return unet_calls.random_inputs(model, batch_size, seed)
+        return random_inputs(model, batch_size, seed)
 
     def fingerprint(self, model: Any) -> str:
-        return unet_structure.fingerprint(model)
+        return fingerprint(model)
 
     def unlike(self, model: Any, other: Any) -> str | None:
-        return unet_structure.unlike(model, other)
+        return unlike(model, other)
 
     def cache_cut(self, model: Any, depth: int, fresh: Sequence[str] = ()) -> CacheCut:
         """All but the last `depth` layers of the decoder path and, on the encoder path, what their skip connections

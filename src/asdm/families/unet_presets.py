@@ -25,7 +25,9 @@ def preset(name: str, units: Sequence[UnitLike]) -> Preset:
     if name in _BK:
         layers, mid_block, fewer = _BK[name]
         levels = sum(map(is_level, blocks))
-        return Preset(edit=DropLayers(layers_per_block=layers, mid_block=mid_block, levels=levels - fewer if fewer else None))
+        return Preset(
+            edit=DropLayers(layers_per_block=layers, mid_block=mid_block, levels=levels - fewer if fewer else None)
+        )
     layers_of = [unit for unit in units if unit.parent is None]
     second = [unit for unit in layers_of if unit.name.endswith((".resnets.1", ".attentions.1"))]
     if name == "a-sdm":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection
-from typing import Any, TypeVar
+from typing import Any
 
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from asdm.errors import AsdmError
 from asdm.families.base import Unit, UnitKind, block_of
 
-Kind = TypeVar("Kind", bound=nn.Module)
 # Branch of a BasicTransformerBlock -> (kind, the norm that feeds it alone)
 TRANSFORMER_BRANCHES: dict[str, tuple[UnitKind, str]] = {
     "attn1": ("self_attention", "norm1"),
@@ -139,13 +138,6 @@ def unlike_in(unet: UNet2DConditionModel, other: UNet2DConditionModel, *fields: 
         return list(found) if isinstance(found, tuple) else found
 
     return next((field for field in fields if value(unet, field) != value(other, field)), None)
-
-
-def recast(kind: type[Kind], module: nn.Module) -> Kind:
-    """A module again, as one of a subclass of its class; what it consists of is shared."""
-    same = kind.__new__(kind)
-    same.__setstate__({**vars(module), "_modules": dict(module._modules)})
-    return same
 
 
 def require_plain(unet: UNet2DConditionModel) -> None:

@@ -1,4 +1,4 @@
-"""Hooks into a model's calls: record outputs, answer with recorded ones, restore what was changed."""
+"""Hooks into a model's calls: record outputs, answer with recorded ones, exchange modules, restore what was changed."""
 
 from __future__ import annotations
 
@@ -20,6 +20,25 @@ class CachedOutput(nn.Module):
         return self.output
 
 
+def set_module(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` at a dotted path below `root`."""
+    parent, _, child = path.rpartition(".")
+    setattr(root.get_submodule(parent), child, module)
+
+
+@contextmanager
+def swapped(root: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put modules at dotted paths below `root` for the length of the block, then restore those that were there."""
+    originals = {path: root.get_submodule(path) for path in replacements}
+    try:
+        for path, module in replacements.items():
+            set_module(root, path, module)
+        yield
+    finally:
+        for path, module in originals.items():
+            set_module(root, path, module)
+
+
 @contextmanager
 def outputs_of(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Record the last output of each named module within the block."""
@@ -35,11 +54,6 @@ def outputs_of(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Any
     finally:
         for handle in handles:
             handle.remove()
-
-
-def input_states(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The hidden states that a module is called with."""
-    return args[0] if args else kwargs["hidden_states"]
 
 
 def tensor_of(output: Any) -> Tensor:

@@ -7,8 +7,7 @@ from pathlib import Path
 from diffusers import DiffusionPipeline, LCMScheduler
 from huggingface_hub import ModelCardData
 
-from asdm.student.standalone import MODULE_NAME
-from asdm.student.unet import edits_of
+from asdm.student.unet import MODULE_NAME, edits_of
 
 _CARD = """---
 {metadata}

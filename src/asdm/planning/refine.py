@@ -125,6 +125,9 @@ class _Refinement:
         self.savings = _savings(plan, choices)
         self.target = _target(plan)
         self.changes = CHANGES
+        self.best: _Candidate
+        self.saved: float
+        self.needed: float
         self._take(self._candidate(plan))
 
     @property
@@ -181,7 +184,9 @@ class _Refinement:
     def _take(self, candidate: _Candidate) -> None:
         """Make a candidate the best plan."""
         self.best = candidate
-        self.saved = sum(saved for choice, saved in zip(self.choices, self.savings, strict=True) if choice in self.chosen)
+        self.saved = sum(
+            saved for choice, saved in zip(self.choices, self.savings, strict=True) if choice in self.chosen
+        )
         self.needed = _needed(candidate.plan, self.saved, self.redundancy.latency_ms)
 
     def _speedup(self, plan: PruningPlan) -> Ratio | None:
@@ -216,7 +221,8 @@ def _worth(
     covered = {name for choice in chosen for name in choice.covers}
     free = [choice for choice in choices if not choice.covers & covered]
     units = [unit for unit in family.units(student) if unit.name in {choice.edit.unit for choice in free}]
-    kind = next((choice.edit.compensation for choice in free if choice.edit.is_removal), "none")
+    kinds: list[CompensationKind] = [choice.edit.compensation for choice in free if choice.edit.is_removal]
+    kind = kinds[0] if kinds else "none"
     projections = unit_projections(student, units, calls, kind) if kind != "none" else {}
     trials = trials_of(student, [choice.edit for choice in free], projections)
     restorations = [_restoration(teacher, student, choice.edit) for choice in chosen]

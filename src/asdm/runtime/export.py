@@ -24,12 +24,11 @@ from asdm.caching.session import Cut, cut_of, require_whole
 from asdm.data.calibration import calibration_calls
 from asdm.diffusion.conditioning import image_size, latent_shape, require_size
 from asdm.diffusion.kinds import is_random
-from asdm.edits.surgery import swapped
 from asdm.errors import AsdmError, needs_extra
 from asdm.families.unet_calls import random_inputs
 from asdm.families.unet_structure import fingerprint
 from asdm.files import MARKER, replacing_folder, require_ours
-from asdm.measure.hooks import CachedOutput, outputs_of, tensor_of
+from asdm.measure.hooks import CachedOutput, outputs_of, swapped, tensor_of
 from asdm.pipelines.quiet import quiet
 from asdm.pipelines.saving import write_vocabularies
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from asdm.compensation.projections import Projection, compensating
+from asdm.compensation.projections import ProjectionTensors, compensating
 from asdm.data.calibration import CalibrationCall
 from asdm.edits import UnitEdit, edited
 from asdm.families import Denoiser, family_of
@@ -35,7 +35,7 @@ class Trial:
 
 
 def trials_of(
-    model: Denoiser, edits: Sequence[UnitEdit], projections: Mapping[str, Projection] | None = None
+    model: Denoiser, edits: Sequence[UnitEdit], projections: Mapping[str, ProjectionTensors] | None = None
 ) -> list[Trial]:
     """Return the trials of edits. A removal is tried with the projection that `projections` has for its unit, or
     without one."""
@@ -117,9 +117,7 @@ def trial_errors(
     return errors
 
 
-def record_call(
-    model: Denoiser, names: Sequence[str], call: CalibrationCall
-) -> tuple[dict[str, Any], Tensor, float]:
+def record_call(model: Denoiser, names: Sequence[str], call: CalibrationCall) -> tuple[dict[str, Any], Tensor, float]:
     """Return the named modules' outputs in one call, the prediction, and the seconds that the call took."""
     with outputs_of(model, names) as outputs:
         predictions: list[Tensor] = []

@@ -17,12 +17,12 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from asdm import checks
-from asdm.compensation.projections import unit_projections
+from asdm.choices import CompensationKind
+from asdm.compensation.projections import ProjectionTensors, unit_projections
 from asdm.data.calibration import CalibrationCall, calibration_calls, require_calibration
 from asdm.diffusion.conditioning import latent_shape
 from asdm.diffusion.kinds import is_random
 from asdm.edits import Remove, UnitEdit, candidate_edits
-from asdm.edits.base import CompensationKind
 from asdm.families import Denoiser, Unit, denoiser_of, family_of
 from asdm.measure.hooks import preserve_module_state
 from asdm.sensitivity.ablation import Trial, ablate, record_call, trial_errors, trials_of
@@ -164,7 +164,9 @@ class _Subject:
     costs: Costs
     other_savings: Sequence[Cost]
 
-    def trials(self, compensate: CompensationKind = "none", projections: Mapping[str, Any] | None = None) -> list[Trial]:
+    def trials(
+        self, compensate: CompensationKind = "none", projections: Mapping[str, ProjectionTensors] | None = None
+    ) -> list[Trial]:
         """The removal of each unit, then the other edits."""
         removals = [Remove(unit=unit.name, compensate=compensate) for unit in self.units]
         return [*trials_of(self.model, removals, projections), *trials_of(self.model, self.others)]
@@ -228,6 +230,7 @@ def _map(subject: _Subject, errors: Errors, **fields: Any) -> RedundancyMap:
     measured = {"latency_doubt": costs.latency_doubt, "other_cores": costs.other_cores}
     return RedundancyMap(
         **{**measured, **fields},
+        model_class=family_of(model).model_class.__name__,
         fingerprint=family_of(model).fingerprint(model),
         unet_config=plain_config(model),
         parameters=costs.model.parameters,

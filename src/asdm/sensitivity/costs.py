@@ -143,7 +143,9 @@ def measure_edits(model: Denoiser, edits: Sequence[Edit], costs: Costs, rounds: 
                 after_ms, _ = module_latencies(model, call, computed, device=model.device, rounds=rounds)
             after = {edit: _cost_of(model, counted[edit], count, {}) for edit in group}
         for edit in group:
-            saved_ms = sum(before_ms[path].ms - (after_ms[path].ms if path in after_ms else 0.0) for path in changed[edit])
+            saved_ms = sum(
+                before_ms[path].ms - (after_ms[path].ms if path in after_ms else 0.0) for path in changed[edit]
+            )
             savings[edit] = replace(before[edit] - after[edit], ms=saved_ms)
     return [savings[edit] for edit in edits]
 

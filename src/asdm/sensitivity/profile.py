@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from asdm.edits.base import CompensationKind
+from asdm.choices import CompensationKind
 from asdm.errors import AsdmError, one_line
-from asdm.families import UnitKind, block_of
+from asdm.families import ModelFamily, UnitKind, block_of
+from asdm.families.base import family_named
 from asdm.files import write_text
 from asdm.records import Record, first_fault
 
@@ -66,6 +67,7 @@ class RedundancyMap(Record):
     """Every removable unit of a denoiser, and every other edit that a plan can choose, as a table of measurements."""
 
     model: str = Field(description="Name or path of the pipeline.")
+    model_class: str = Field("UNet2DConditionModel", description="Name of the denoiser's class.")
     fingerprint: str = Field(description="Digest of the denoiser's architecture.")
     unet_config: dict[str, Any] = Field(description="The denoiser's config.")
     parameters: int = Field(gt=0)
@@ -93,6 +95,11 @@ class RedundancyMap(Record):
     seconds: float = Field(description="How long the analysis took.")
     units: list[UnitRecord]
     others: list[EditRecord] = []
+
+    @property
+    def family(self) -> ModelFamily:
+        """The family of the denoiser."""
+        return family_named(self.model_class)
 
     @property
     def has_reliable_latencies(self) -> bool:

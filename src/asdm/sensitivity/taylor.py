@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from asdm.data.calibration import CalibrationCall
 from asdm.edits import UnitEdit
 from asdm.families import Branch, Denoiser, Unit, family_of
-from asdm.measure.hooks import input_states, outputs_of
+from asdm.measure.hooks import outputs_of
 
 Progress = Callable[[int, int, str], None]
 OnCall = Callable[[CalibrationCall, dict[str, Any], Tensor], None]
@@ -105,8 +105,8 @@ def _recording_products(
 
     def observe(unit: Unit, branch: Branch) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            behind = family.block_io(model, unit.name).image_states(output)
-            states = input_states(args, kwargs).detach()
+            io = family.block_io(model, unit.name)
+            states, behind = io.image_input(args, kwargs).detach(), io.image_states(output)
             with torch.no_grad():
                 kept = 0.0 if branch.kept is None else branch.kept(states)
                 removed = {unit.name: behind.detach() - kept}
@@ -119,7 +119,7 @@ def _recording_products(
 
     def record_input(layer: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            layer_inputs[layer] = input_states(args, kwargs).detach()
+            layer_inputs[layer] = family.block_io(model, layer).image_input(args, kwargs).detach()
 
         return hook
 

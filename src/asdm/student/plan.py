@@ -13,12 +13,10 @@ from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator, Validat
 from torch import Tensor
 
 from asdm import checks
-from asdm.edits.base import DropLayers, Edit, GriAttention, UnitEdit, parse_edits
-from asdm.edits.cond_conv import CondConv2d
-from asdm.edits.drop_layers import teacher_key, with_dropped_layers
-from asdm.edits.maps import Compensation, TimeCompensation
+from asdm.edits import Edit, UnitEdit, parse_edits, removed_units
 from asdm.errors import AsdmError
-from asdm.families.unet_structure import conv_channels, fingerprint, is_covered_by, is_level, require_plain
+from asdm.families import family_of
+from asdm.families.unet_structure import fingerprint, require_plain
 from asdm.files import write_text
 from asdm.measure.latency import Ratio
 from asdm.records import Record, first_fault
@@ -134,27 +132,27 @@ class PruningPlan(Record):
 def empty_student(unet: UNet2DConditionModel, plan: PruningPlan) -> UNet2DConditionModel:
     """The student's modules without weights (on the meta device)."""
     plan.require_for(unet)
-    shorter = next((edit for edit in plan.edits if isinstance(edit, DropLayers)), None)
-    if shorter is not None:
+    family = family_of(unet)
+    exclusive = next((edit for edit in plan.edits if edit.is_exclusive), None)
+    if exclusive is not None:
         if len(plan.edits) > 1:
-            raise AsdmError("drop_layers: goes with no other edit, as it numbers the layers anew; make two plans")
-        return with_dropped_layers(unet, shorter)
+            raise AsdmError(
+                f"{exclusive.edit}: goes with no other edit, as it gives layers new numbers; make two plans"
+            )
+        shorter = exclusive.stock_config(unet, family)
+        with init_empty_weights():
+            return family.model_class.from_config(shorter)
     config = {key: value for key, value in unet.config.items() if key != "edits"}
-    new = [edit.unit for edit in plan.edits if not isinstance(edit, DropLayers)]
-    innermost = next(filter(is_level, new), None)
+    new = [edit.unit for edit in plan.edits if isinstance(edit, UnitEdit)]
+    removed = removed_units(plan.edits, [], family)
     for name in new:
-        if innermost is not None and not is_level(name) and is_covered_by(name, [innermost]):
-            raise AsdmError(f"{name}: goes with {innermost}, which the plan removes; drop one of them")
-    earlier = [edit for edit in edits_of(unet) if not _gives_way(edit, new)]
+        outer = next((other for other in removed if other != name and family.is_covered_by(name, [other])), None)
+        if outer is not None and not name.startswith(f"{outer}."):
+            raise AsdmError(f"{name}: goes with {outer}, which the plan removes; drop one of them")
+    earlier = [edit for edit in edits_of(unet) if not edit.gives_way_to(new, family)]
     config["edits"] = [edit.to_dict() for edit in [*earlier, *plan.edits]]
     with init_empty_weights():
         return AsdmUNet2DConditionModel.from_config(config)
-
-
-def _gives_way(edit: UnitEdit, removed: list[str]) -> bool:
-    """Whether an earlier edit is void once `removed` goes."""
-    inside = any(edit.unit != unit and is_covered_by(edit.unit, [unit]) for unit in removed)
-    return inside or (isinstance(edit, GriAttention) and edit.unit in removed)
 
 
 @checks.arguments(unet=checks.UNET, plan=checks.a(PruningPlan, "asdm.make_plan makes one"))
@@ -181,21 +179,16 @@ def inherit_weights(student: UNet2DConditionModel, teacher: UNet2DConditionModel
     Raises:
         AsdmError: an expert of a new bank is not in the teacher.
     """
+    family = family_of(teacher)
     source = teacher.state_dict()
     like = next(iter(source.values()))
     own: dict[str, Tensor] = {}
     for path, module in student.named_modules():
-        started: dict[str, Tensor] = {}
-        if isinstance(module, Compensation | TimeCompensation):
-            started = module.start()
-        elif isinstance(module, CondConv2d) and f"{path}.expert_weight" not in source:
-            gone = next((expert for expert in module.sources if f"{expert}.weight" not in source), None)
-            if gone is not None:
-                raise AsdmError(f"{path}: its expert {gone} is gone from this UNet; plan a bank with its removal")
-            started = module.start(source, conv_channels(teacher), path)
-        own |= {f"{path}.{name}": tensor.to(like.device, like.dtype) for name, tensor in started.items()}
+        if hasattr(module, "starting_tensors"):
+            started = module.starting_tensors(path, teacher, family)
+            own |= {f"{path}.{name}": tensor.to(like.device, like.dtype) for name, tensor in started.items()}
     inherited = {}
     for name in student.state_dict():
-        original = teacher_key(name, student, teacher)
+        original = family.teacher_key(name, student, teacher)
         inherited[name] = source[original].detach().clone() if original in source else own[name]
     student.load_state_dict(inherited, strict=True, assign=True)

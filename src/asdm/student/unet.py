@@ -18,16 +18,18 @@ from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.model_loading_utils import load_state_dict
 from torch import Tensor, nn
 
-from asdm.edits.base import CondConv, DropLayers, parse_edits
+from asdm.edits.base import EDIT_KINDS, UnitEdit, apply_edits, parse_edits
 from asdm.edits.cond_conv import OneTimestepEmbedding, experts_following, repeated_row, require_fusable
-from asdm.edits.maps import Compensation, reshape_saved
+from asdm.edits.projections import Projection, reshape_saved
 from asdm.edits.regional_attention import GriAttnProcessor
-from asdm.edits.surgery import RemovedDownBlock, apply_edits
 from asdm.errors import AsdmError, one_line
-from asdm.families.unet_structure import recast
+from asdm.families.unet_architecture import UNetArchitecture
+from asdm.families.unet_removed import RemovedDownBlock
 from asdm.student.adapters import renumber
-from asdm.student.standalone import MODULE_NAME, module_source
+from asdm.student.standalone import module_source
 
+MODULE_NAME = "asdm_unet"  # of the module file beside the weights
+_HOME = "asdm.student.unet"
 # On disk the block types carry this prefix: the stock class would otherwise accept the folder, ignore the
 # edits and fill the missing weights at random; so it stops with "asdm.CrossAttnDownBlock2D does not exist".
 _BLOCK_PREFIX = "asdm."
@@ -38,23 +40,24 @@ class AsdmUNet2DConditionModel(UNet2DConditionModel):
     """A UNet2DConditionModel with a list of edits applied; `forward` and module names are the stock ones.
 
     Args:
-        edits: records of `asdm.edits.base`, or the same as dicts, but `DropLayers`, which needs no class of its
-            own. Without any, the stock UNet.
+        edits: records of `asdm.edits`, or the same as dicts, but exclusive ones, which make stock models. Without any,
+            the stock UNet.
         unet_config: the arguments of `UNet2DConditionModel`.
 
     Raises:
         AsdmError: an edit that this UNet does not allow.
     """
 
-    _no_split_modules: ClassVar = [*UNet2DConditionModel._no_split_modules, "CondResnetBlock2D", "RemovedResnet"]
+    _no_split_modules: ClassVar = [
+        *UNet2DConditionModel._no_split_modules,
+        *(name for kind in EDIT_KINDS.values() for name in kind.no_split_modules),
+    ]
 
     def __init__(self, edits: Sequence[Any] = (), **unet_config: Any):
         super().__init__(**unet_config)
-        records = [edit for edit in parse_edits(edits) if not isinstance(edit, DropLayers)]
-        apply_edits(self, records)
+        records = [edit for edit in parse_edits(edits) if isinstance(edit, UnitEdit)]
+        apply_edits(self, records, UNetArchitecture())
         self.register_to_config(edits=[record.to_dict() for record in records])
-        if any(isinstance(record, CondConv) and record.router == "time" for record in records):
-            self.time_embedding: Any = recast(OneTimestepEmbedding, self.time_embedding)
 
     @wraps(UNet2DConditionModel.forward)
     def forward(self, sample: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
@@ -79,7 +82,7 @@ class AsdmUNet2DConditionModel(UNet2DConditionModel):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         # Beside the weights, the module file that loads them without asdm.
         super().save_pretrained(save_directory, *args, **kwargs)
-        (Path(save_directory) / f"{MODULE_NAME}.py").write_text(module_source(), "utf-8")
+        (Path(save_directory) / f"{MODULE_NAME}.py").write_text(module_source(_HOME), "utf-8")
 
     def _original(self) -> UNet2DConditionModel:
         """The UNet without the edits and without weights (on the meta device)."""
@@ -170,7 +173,7 @@ class AsdmUNet2DConditionModel(UNet2DConditionModel):
         **kwargs: Any,
     ) -> Any:
         """As the stock class, from folders of version 0.1, too (`reshape_saved`)."""
-        maps = {name: module for name, module in model.named_modules() if isinstance(module, Compensation)}
+        maps = {name: module for name, module in model.named_modules() if isinstance(module, Projection)}
         if maps and state_dict is None:
             resolved_model_file = [load_state_dict(file) for file in resolved_model_file]
         for tensors in resolved_model_file if state_dict is None else [state_dict]:

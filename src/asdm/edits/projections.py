@@ -1,7 +1,7 @@
-"""What stands in the place of a removed branch: a map of its input that is fitted in closed form.
+"""Projections that replace a removed branch: functions of its input, fitted in closed form (`asdm.compensation`).
 
-Beyond the paper. How it is fitted is in `asdm.compensation.fitting`. Every map is an `nn.Conv2d` or `nn.Linear`, so
-tools that find layers by their type (casting, offloading, quantisation, LoRA) find it.
+Beyond the paper. Every projection is an `nn.Conv2d` or `nn.Linear`, so tools that find layers by their type (casting,
+offloading, quantisation, LoRA) find it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from asdm.edits.base import CompensationKind
+from asdm.choices import CompensationKind
 
 
-class Compensation(nn.Module):
+class Projection(nn.Module):
     """A map of hidden states to their like: a layer with `weight` and `bias`.
 
     With `adds`, what comes out is added to the input elsewhere; without, the input is part of it. At the
@@ -26,8 +26,8 @@ class Compensation(nn.Module):
     weight: Any
     bias: Any
 
-    def start(self) -> dict[str, Tensor]:
-        """The tensors with which nothing is changed."""
+    def starting_tensors(self, *_: Any) -> dict[str, Tensor]:
+        """Return the tensors with which nothing is changed."""
         identity = self._identity()
         weight = torch.zeros_like(identity) if self.adds else identity
         return {"weight": weight, "bias": torch.zeros(len(self.bias))}
@@ -40,10 +40,10 @@ class Compensation(nn.Module):
             super().reset_parameters()  # type: ignore[misc]
             return
         with torch.no_grad():
-            for name, tensor in self.start().items():
+            for name, tensor in self.starting_tensors().items():
                 getattr(self, name).copy_(tensor)
 
-    def add_map(self, weight: Tensor, bias: Tensor) -> None:
+    def add_projection(self, weight: Tensor, bias: Tensor) -> None:
         """Add a fitted map: weight (channels, channels), (channels,) for a diagonal one; bias (channels,)."""
         self.weight.data.add_(weight.view(self.weight.shape))
         self.bias.data.add_(bias)
@@ -53,14 +53,14 @@ class Compensation(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class LinearMap(Compensation, nn.Conv2d):
+class LinearProjection(Projection, nn.Conv2d):
     """A linear map of all channels, for hidden states (batch, channels, h, w): a 1x1 convolution."""
 
     def _identity(self) -> Tensor:
         return torch.eye(len(self.bias))[..., None, None]
 
 
-class LinearTokenMap(Compensation, nn.Linear):
+class LinearTokenProjection(Projection, nn.Linear):
     """A linear map of all channels, for hidden states (batch, tokens, channels)."""
 
     def __init__(self, channels: int, adds: bool = False):
@@ -71,7 +71,7 @@ class LinearTokenMap(Compensation, nn.Linear):
         return torch.eye(len(self.bias))
 
 
-class ScaleMap(Compensation, nn.Conv2d):
+class ScaleProjection(Projection, nn.Conv2d):
     """A scale and a constant for each channel: a depthwise 1x1 convolution; for tokens too."""
 
     def __init__(self, channels: int, adds: bool = False):
@@ -84,19 +84,19 @@ class ScaleMap(Compensation, nn.Conv2d):
         return hidden_states * self.weight.flatten() + self.bias
 
 
-class ConstantMap(Compensation, nn.Conv2d):
+class ConstantProjection(Projection, nn.Conv2d):
     """A constant for each channel: a depthwise 1x1 convolution whose weight is no parameter; for tokens too."""
 
     def __init__(self, channels: int, adds: bool = False):
         self.adds = adds
         super().__init__(channels, channels, 1, groups=channels)
         del self.weight
-        self.register_buffer("weight", super().start()["weight"], persistent=False)
+        self.register_buffer("weight", super().starting_tensors()["weight"], persistent=False)
 
-    def start(self) -> dict[str, Tensor]:
+    def starting_tensors(self, *_: Any) -> dict[str, Tensor]:
         return {"bias": torch.zeros(len(self.bias))}
 
-    def add_map(self, weight: Tensor, bias: Tensor) -> None:
+    def add_projection(self, weight: Tensor, bias: Tensor) -> None:
         self.bias.data.add_(bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -104,13 +104,13 @@ class ConstantMap(Compensation, nn.Conv2d):
         return bias.expand_as(hidden_states) if self.adds else hidden_states + bias
 
 
-def compensation_of(kind: CompensationKind, channels: int, *, tokens: bool = False) -> nn.Module | None:
+def projection_of(kind: CompensationKind, channels: int, *, tokens: bool = False) -> nn.Module | None:
     """The map of a kind that stands in for a branch: of a feature map, or of tokens to be added to what came in."""
     if kind == "none":
         return None
     if kind == "linear":
-        return LinearTokenMap(channels, adds=True) if tokens else LinearMap(channels, channels, 1)
-    return (ScaleMap if kind == "diagonal" else ConstantMap)(channels, adds=tokens)
+        return LinearTokenProjection(channels, adds=True) if tokens else LinearProjection(channels, channels, 1)
+    return (ScaleProjection if kind == "diagonal" else ConstantProjection)(channels, adds=tokens)
 
 
 def reshape_saved(maps: Mapping[str, Any], state_dict: dict[str, Tensor]) -> None:
@@ -122,7 +122,7 @@ def reshape_saved(maps: Mapping[str, Any], state_dict: dict[str, Tensor]) -> Non
             state_dict[key] = state_dict[key].view(module.weight.shape)
 
 
-class TimeCompensation(nn.Linear):
+class TimeProjection(nn.Linear):
     """A term linear in the activated time embedding: (batch, time channels) to (batch, channels)."""
 
     def __init__(self, time_channels: int, channels: int):
@@ -131,5 +131,5 @@ class TimeCompensation(nn.Linear):
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
 
-    def start(self) -> dict[str, Tensor]:
+    def starting_tensors(self, *_: Any) -> dict[str, Tensor]:
         return {"weight": torch.zeros(self.weight.shape)}

@@ -1,0 +1,146 @@
+"""`asdm analyze`: the cost and sensitivity of each unit, or a schedule of feature caching."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import asdm
+from asdm.cli import loading
+from asdm.cli.options import (
+    SPEEDUP,
+    CompensateOption,
+    ConfigOption,
+    DataOption,
+    DeviceOption,
+    ModelArgument,
+    PredictionTypeOption,
+    ProfileFile,
+    SeedOption,
+    SensitivityOption,
+    not_a_folder,
+)
+from asdm.cli.output import console, say, say_path, warn_if_busy, warn_of_skipped
+from asdm.cli.progress import reporting
+from asdm.cli.tables import profile_table
+from asdm.errors import AsdmError
+
+if TYPE_CHECKING:
+    from asdm.caching.session import CacheSchedule
+    from asdm.sensitivity.profile import RedundancyMap
+
+
+def analyze(
+    model: ModelArgument,
+    data: DataOption = None,
+    out: ProfileFile = None,
+    cache: Annotated[
+        float | None,
+        typer.Option(
+            help="Calibrate feature caching instead: find the sampling steps that can reuse cached features, so that "
+            "the denoiser is this many times faster.",
+            min=1,
+            callback=SPEEDUP,
+            show_default=False,
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Sampling steps, for --cache.", min=4, max=10_000)] = 25,
+    plot: Annotated[
+        Path | None, typer.Option(help="The plot to write (PNG).", callback=not_a_folder, show_default=False)
+    ] = None,
+    sensitivity: SensitivityOption = None,
+    compensate: CompensateOption = None,
+    timesteps: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of time steps to measure at; by default 4, or 2 for large models.",
+            min=1,
+            max=1000,
+            show_default=False,
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Images or prompts to calibrate on.", min=1, max=10**6, show_default=False)
+    ] = None,
+    prediction_type: PredictionTypeOption = None,
+    config: ConfigOption = None,
+    device: DeviceOption = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Measure the cost and the sensitivity of every removable unit."""
+    if cache is not None:
+        if plot or sensitivity or compensate or timesteps:
+            raise AsdmError(
+                "--cache: looks at sampling steps, not at units; leave out --plot, --sensitivity, --compensate and "
+                "--timesteps"
+            )
+        pipeline = loading.load_model(model, device, prediction_type=prediction_type, config=config)
+        _calibrate_cache(pipeline, model, out, speedup=cache, data=data, steps=steps, samples=samples, seed=seed)
+        return
+    warn_of_skipped(data)
+    pipeline = loading.load_model(model, device, prediction_type=prediction_type, config=config)
+    warn_if_busy()
+    with reporting() as report:
+        redundancy = asdm.analyze(
+            pipeline,
+            data=data,
+            sensitivity=sensitivity,
+            compensate=compensate,
+            timesteps=timesteps,
+            samples=samples,
+            seed=seed,
+            progress=lambda done, total, name: report("analyse", done, total, name),
+        )
+    out = out or Path("redundancy.json")
+    _print_profile(redundancy)  # before it is saved, should that fail
+    redundancy.save(out)
+    say(f"written to {out}")
+    if plot is not None:
+        _plot(redundancy, plot)
+
+
+def _print_profile(redundancy: RedundancyMap) -> None:
+    console.print(profile_table(redundancy))
+    say(
+        f"UNet: {redundancy.parameters / 1e6:.1f}M parameters, {redundancy.gmacs:.2f} GMACs with attention products "
+        f"({redundancy.gmacs_without_attention:.2f} without), {redundancy.latency_ms:.0f} ms at batch 2 "
+        f"({redundancy.dtype}, {redundancy.threads} threads). "
+        f"Sensitivity by {redundancy.estimator} took the time of {redundancy.unet_forwards:.0f} UNet calls "
+        f"(an exact ablation needs {redundancy.necessary_forwards:.0f}), "
+        f"{redundancy.seconds:.0f} s in all."
+    )
+
+
+def _plot(redundancy: RedundancyMap, path: Path) -> None:
+    from asdm.evaluation.plots import redundancy_plot
+    from asdm.evaluation.report import save_figure
+
+    save_figure(redundancy_plot(redundancy), path)
+    say(f"plotted in {path}")
+
+
+def _calibrate_cache(pipeline: Any, model: str, out: Path | None, **settings: Any) -> None:
+    """Find a schedule of feature caching, save it and describe it."""
+    from asdm.caching.calibration import FILE_NAME
+
+    with reporting() as report:
+        schedule = asdm.calibrate_cache(
+            pipeline, **settings, progress=lambda done, total, name: report("calibrate", done, total, name)
+        )
+    out = out or (Path(model) if Path(model).is_dir() else Path()) / FILE_NAME
+    schedule.save(out)
+    say(_description(schedule))
+    say_path(f"written to {out}")
+
+
+def _description(schedule: CacheSchedule) -> str:
+    reuse = "extrapolated" if schedule.order else "copied"
+    return (
+        f"{len(schedule.computed)} of {schedule.steps} steps are computed in full: "
+        f"{', '.join(map(str, schedule.computed))}. The others compute the last {schedule.depth} of the layers; the "
+        f"features that these read are {reuse}. The UNet's speed-up is {schedule.ratio} ({schedule.whole_ms:.0f} ms a "
+        f"full call, {schedule.cached_ms:.0f} ms a cached one); distance of the final latents "
+        f"{schedule.distance:.2g}, of copies at as many even steps {schedule.uniform_distance:.2g}"
+    )

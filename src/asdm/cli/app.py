@@ -1,0 +1,56 @@
+"""The application: its commands, in the order in which the help lists them, and the options before a command's name."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from asdm.cli.analyze import analyze
+from asdm.cli.benchmark import benchmark
+from asdm.cli.compress import compress
+from asdm.cli.demo import demo
+from asdm.cli.demo_build import demo_build
+from asdm.cli.distill import distill
+from asdm.cli.evaluate import evaluate
+from asdm.cli.export import export
+from asdm.cli.generate import generate
+from asdm.cli.plan import plan
+from asdm.cli.prepare_data import prepare_data
+from asdm.cli.prune import prune
+
+COMMANDS = (
+    analyze,
+    plan,
+    prune,
+    prepare_data,
+    distill,
+    evaluate,
+    generate,
+    export,
+    compress,
+    demo,
+    benchmark,
+    demo_build,
+)
+
+app = typer.Typer(
+    name="asdm",
+    help="Make a diffusion pipeline smaller and faster, and measure the gain in speed and the loss in quality.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+for command in COMMANDS:
+    app.command(command.__name__.replace("_", "-"))(command)
+
+
+@app.callback()
+def options(
+    threads: Annotated[int | None, typer.Option(help="CPU threads to use; all by default.", min=1, max=1024)] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")] = False,
+) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)

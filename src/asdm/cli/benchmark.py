@@ -1,0 +1,120 @@
+"""`asdm benchmark`: all ways to make a pipeline faster, measured in one run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from asdm.cli import loading
+from asdm.cli.options import (
+    DATA,
+    MODEL,
+    NAME,
+    ConfigOption,
+    DeviceOption,
+    DtypeOption,
+    PredictionTypeOption,
+    SeedOption,
+)
+from asdm.cli.output import console, say, warn_if_busy, warn_of_skipped
+from asdm.cli.progress import reporting
+from asdm.cli.tables import benchmark_table
+from asdm.errors import AsdmError
+
+
+def benchmark(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(help=f"One or more models, demo by default: {MODEL}.", callback=NAME, show_default=False),
+    ] = None,
+    students: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--student", help="A student of the first model, alone and combined with other methods.", show_default=False
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help=f"{DATA} Without it, speed only.", callback=NAME, show_default=False),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Images per split.", min=2, max=10**6)] = 64,
+    steps: Annotated[int, typer.Option(help="Sampling steps.", min=4, max=10_000)] = 25,
+    rounds: Annotated[int, typer.Option(help="Timed images of each method.", min=1, max=10_000)] = 5,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Only methods whose names contain this; may be repeated.", show_default=False),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder to write results and plots to.")] = Path("benchmark"),
+    images: Annotated[Path | None, typer.Option(help="The folder to save images to.", show_default=False)] = None,
+    prediction_type: PredictionTypeOption = None,
+    config: ConfigOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "float32",
+    seed: SeedOption = 0,
+) -> None:
+    """Compare methods that make a pipeline faster, ours and baselines, in one run: speed and loss of quality.
+
+    Results of other models that are already in the folder stay there.
+    """
+    from asdm.benchmark.models import RESULTS, benchmark_model, open_results, save_results
+    from asdm.evaluation.comparison import distinct_names
+    from asdm.measure.limits import machine_limits
+
+    models = models or ["demo"]
+    _require_distinct(models)
+    if out.is_file():
+        raise AsdmError(f"{out}: a file; name a folder")
+    warn_of_skipped(data)
+    names = distinct_names([str(folder) for folder in students or ()], shortest=True)
+    results, limits = open_results(out), None
+    for number, model in enumerate(models):
+        first = number == 0
+        claims: dict[str, Any] = {"prediction_type": prediction_type, "config": config} if first else {}
+        pipeline = loading.load_model(model, device, dtype, **claims)
+        limits = limits or machine_limits(pipeline.device)
+        folders = zip(names, students or (), strict=True) if first else ()
+        loaded = {name: loading.load_model(str(folder), device, dtype) for name, folder in folders}
+        warn_if_busy()
+        with reporting(otherwise=f"finished models are in {out / RESULTS}") as report:
+            measured = benchmark_model(
+                pipeline,
+                model,
+                students=loaded,
+                data=_data_of(model, data),
+                limits=limits,
+                samples=samples,
+                steps=steps,
+                rounds=rounds,
+                only=only or (),
+                seed=seed,
+                images_folder=images,
+                progress=lambda title, done, total, model=model: report(f"{title}, {model}", done, total),  # type: ignore[misc]
+            )
+        results = save_results(results, measured, out)
+        console.print(benchmark_table(measured.rows))
+        if measured.busy_line is not None:
+            say(f"during the measurement, {measured.busy_line}")
+    _print_limits(limits or {})
+    say(f"written to {out}")
+
+
+def _require_distinct(models: list[str]) -> None:
+    twice = next((model for model in models if models.count(model) > 1), None)
+    if twice is not None:
+        raise AsdmError(f"{twice}: named twice; name each model once")
+
+
+def _data_of(model: str, data: str | None) -> str | None:
+    """A model's data: the embedded model's own by default, and none for random weights."""
+    if model.startswith("random:"):
+        return None
+    return "demo" if data is None and model == "demo" else data
+
+
+def _print_limits(limits: Mapping[str, Mapping[str, float]]) -> None:
+    for precision, best in limits.items():
+        throughput = ", ".join(f"{what} {value:.0f}" for what, value in best.items())
+        say(f"this machine's best in {precision}, GFLOP/s: {throughput}")

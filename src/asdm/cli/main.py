@@ -1,0 +1,93 @@
+"""The entry point: errors become one line and an exit status, and other libraries' advice is silenced."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import warnings
+from typing import Any, NoReturn
+
+import typer
+
+from asdm.cli.app import app
+from asdm.cli.output import errors, is_main_process
+from asdm.errors import AsdmError, AsdmWarning, one_line
+
+_DISK_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EIO,
+    errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
+_DISK_WORDS = ("No space left on device", "Disk quota exceeded")  # safetensors reports a full disk by its own exception
+_MEMORY_WORDS = ("out of memory", "can't allocate memory", "Unable to allocate", "not enough memory")
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line and exit status 2."""
+    debug = "--debug" in sys.argv
+    _silence_libraries()
+    try:
+        status = app(standalone_mode=False)
+    except AsdmError as error:
+        if debug:
+            raise
+        _fail(str(error), 2)
+    except typer.Abort:
+        _fail("interrupted", 130)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # typer refuses an option or argument
+            _fail_to_parse(error)
+        cause = _disk_error(error) or _memory_error(error)
+        if debug or cause is None:
+            raise
+        _fail(f"{cause}; existing files are unchanged", 2)
+    raise SystemExit(status or 0)
+
+
+def _silence_libraries() -> None:
+    """Keep advice that a user of this tool cannot act on off the terminal, and print our own warnings in one line."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    warnings.simplefilter("ignore", FutureWarning)  # one library's about another
+    default_showwarning = warnings.showwarning
+
+    def show(message: Any, category: type[Warning], *place: Any) -> None:
+        if not issubclass(category, AsdmWarning):
+            default_showwarning(message, category, *place)
+        elif is_main_process():
+            errors.print(f"note: {message}", highlight=False, markup=False, soft_wrap=True)
+
+    warnings.showwarning = show  # type: ignore[assignment]
+    warnings.simplefilter("always", AsdmWarning)
+
+
+def _disk_error(error: Exception) -> str | None:
+    """A line about an error that the disk or a path caused; None for any other error."""
+    if isinstance(error, OSError) and (isinstance(error, PermissionError) or error.errno in _DISK_ERRORS):
+        return f"{error.filename or 'output'}: {error.strerror}"
+    return one_line(error) if any(words in str(error) for words in _DISK_WORDS) else None
+
+
+def _memory_error(error: Exception) -> str | None:
+    """A line about an error that too little memory caused, the device's or the machine's; None for any other error."""
+    if isinstance(error, MemoryError) or any(words in str(error) for words in _MEMORY_WORDS):
+        return f"out of memory ({one_line(error)}): use smaller images, a smaller batch or another device"
+    return None
+
+
+def _fail_to_parse(error: Any) -> NoReturn:
+    """Print in one line why typer refuses the command line; without any argument, print the help."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        raise SystemExit(error.exit_code)
+    command = getattr(getattr(error, "ctx", None), "command_path", "asdm")
+    given = error.__cause__.errors()[0]["input"] if hasattr(error.__cause__, "errors") else None
+    value = f" (given: {one_line(repr(given), 80)})" if given is not None else ""
+    _fail(f"{one_line(error.format_message(), 300).rstrip('.')}{value}; see {command} --help", 2)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    message = message.encode("utf-8", "replace").decode()  # a path may not be valid text
+    errors.print(f"error: {message}", highlight=False, markup=False, soft_wrap=True)
+    raise SystemExit(status)

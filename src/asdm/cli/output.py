@@ -1,0 +1,79 @@
+"""The two consoles, and what several commands print."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from asdm.cli.tables import quality_table, speed_table
+
+if TYPE_CHECKING:
+    from asdm.evaluation.comparison import Evaluation
+
+console = Console()
+errors = Console(stderr=True)
+LISTED_FILES = 10  # of those that were skipped
+
+
+def is_main_process() -> bool:
+    """Whether this process prints: rank 0 of a distributed launch, or the only one."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def say(text: str) -> None:
+    """Print a line of text as it is, apart from rich's markup."""
+    console.print(text, highlight=False)
+
+
+def say_path(text: str) -> None:
+    """Print a line that ends in a path, which is not wrapped."""
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+def warn_if_busy() -> None:
+    """Warn before a measurement if other processes use the cores."""
+    from asdm.measure.load import look_at_load
+
+    line = look_at_load()
+    if line is not None:
+        errors.print(line, highlight=False, soft_wrap=True)
+
+
+def print_skipped(skipped: Mapping[str, str]) -> None:
+    """List the data's files that were skipped, with reasons."""
+    if not skipped:
+        return
+    errors.print(f"{len(skipped)} of the data's files were skipped:", highlight=False)
+    for name, reason in list(skipped.items())[:LISTED_FILES]:
+        line = f"  {name}: {reason}".encode("utf-8", "replace").decode()  # a name may not be valid text
+        errors.print(line, highlight=False, markup=False)
+    if len(skipped) > LISTED_FILES:
+        errors.print(f"  and {len(skipped) - LISTED_FILES} more", highlight=False)
+
+
+def warn_of_skipped(data: str | None) -> None:
+    """Refuse unusable data before the work begins, and list the files of it that will be skipped."""
+    if data is None:
+        return
+    from asdm.data.skipped import skipped_files
+
+    print_skipped(skipped_files(data))
+
+
+def print_evaluation(evaluation: Evaluation) -> None:
+    """Print speed and, where images were generated, quality."""
+    console.print(speed_table(evaluation))
+    if evaluation.busy_line is not None:
+        say(f"during the measurement, {evaluation.busy_line}")
+    if not evaluation.quality:
+        return
+    console.print(quality_table(evaluation))
+    console.print(
+        "Concept (top-1, top-5), style and KID by EfficientNet-Lite0 features; R@1 by the pipeline's own CLIP; "
+        "distance to the first model's images of the same seeds.",
+        style="dim",
+        highlight=False,
+    )

@@ -1,0 +1,177 @@
+"""`asdm plan`: the edits that fit a budget, as a file to read and to edit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+import asdm
+from asdm.cli import loading
+from asdm.cli.options import (
+    MODEL,
+    NAME,
+    POSITIVE,
+    CompensateOption,
+    ConfigOption,
+    DataOption,
+    DeviceOption,
+    MacsOption,
+    ParamsOption,
+    PlanFile,
+    PredictionTypeOption,
+    PresetOption,
+    RefineOption,
+    SeedOption,
+    SpeedupOption,
+)
+from asdm.cli.output import say, warn_if_busy, warn_of_skipped
+from asdm.cli.progress import reporting
+from asdm.errors import AsdmError
+
+if TYPE_CHECKING:
+    from asdm.sensitivity.profile import RedundancyMap
+    from asdm.student.plan import PruningPlan
+
+
+def plan(
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            help=f"A profile that `asdm analyze` wrote, or a model: {MODEL}.", callback=NAME, show_default=False
+        ),
+    ] = None,
+    speedup: SpeedupOption = None,
+    params: ParamsOption = None,
+    macs: MacsOption = None,
+    preset: PresetOption = None,
+    compensate: CompensateOption = None,
+    experts: Annotated[
+        float | None,
+        typer.Option(
+            help="Expert kernels (CLME-CondConv): convolutions that remain also mix the kernels of removed ones. The "
+            "value limits the added parameters: a fraction of the original's (0.05), or a number.",
+            callback=POSITIVE,
+            show_default=False,
+        ),
+    ] = None,
+    router: Annotated[
+        Literal["input", "input+time", "time"], typer.Option(help="What the expert kernels' mixture depends on.")
+    ] = "input",
+    refine: RefineOption = None,
+    remeasure: Annotated[
+        Path | None,
+        typer.Option(help="Only measure this plan's speed-up, and write it into the plan.", show_default=False),
+    ] = None,
+    data: DataOption = None,
+    out: PlanFile = None,
+    prediction_type: PredictionTypeOption = None,
+    config: ConfigOption = None,
+    device: DeviceOption = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Choose the edits of least total sensitivity that fit a budget; a speed-up is measured on --device."""
+    from asdm.planning.budget import require_budget
+    from asdm.planning.full_plan import full_plan
+
+    if remeasure is not None:
+        if out is not None or any(value is not None for value in (speedup, params, macs, preset, experts, refine)):
+            raise AsdmError("--remeasure: measures a plan as it is, and writes into its file; leave out other options")
+        _remeasure(remeasure, source, device)
+        return
+    if source is None:
+        raise AsdmError("name a profile that `asdm analyze` wrote, or a model")
+    require_budget(speedup, params, macs, preset)
+    if compensate is None and source.startswith("random:"):
+        compensate = "none"
+    claims: dict[str, Any] = {"prediction_type": prediction_type, "config": config}
+    settings: dict[str, Any] = {"compensate": compensate, "data": data, "seed": seed}
+    pipeline = None
+    if source.endswith(".json"):
+        redundancy = _saved_profile(source, refine, claims)
+    elif preset is not None and not refine:
+        redundancy = _profile_for_preset(source)
+    else:
+        warn_of_skipped(data)
+        pipeline = loading.load_model(source, device, **claims)
+        redundancy = _measured_profile(pipeline, params, preset, **settings)
+    with reporting() as report:
+        made = full_plan(
+            redundancy,
+            pipeline,
+            budget={"speedup": speedup, "params": params, "macs": macs, "preset": preset},
+            refine=refine or 0,
+            experts=experts,
+            router=router,
+            device=device,
+            progress=lambda title, *rest: say(rest[-1]) if title == "plan" else report(title, *rest),
+            **settings,
+        )
+    out = out or Path("plan.json")
+    made.save(out)
+    for edit in made.edits:
+        say(f"  {edit}")
+    say(f"{_summary(made)}; written to {out}")
+
+
+def _saved_profile(path: str, refine: int | None, claims: dict[str, Any]) -> RedundancyMap:
+    if refine:
+        raise AsdmError(f"--refine {refine}: a profile has no weights to try the plan with; name the model instead")
+    if any(claims.values()):
+        raise AsdmError(f"{path}: a profile; --prediction-type and --config describe a model: leave them out")
+    return asdm.RedundancyMap.load(path)
+
+
+def _profile_for_preset(source: str) -> RedundancyMap:
+    """The units alone, without weights or measurements: a preset's edits are fixed."""
+    from asdm.pipelines.shapes import unet_without_weights
+    from asdm.sensitivity.analysis import structure_map
+
+    return structure_map(unet_without_weights(source), source)
+
+
+def _measured_profile(pipeline: Any, params: float | None, preset: str | None, **settings: Any) -> RedundancyMap:
+    from asdm.families import denoiser_of
+    from asdm.planning.budget import require_params
+
+    require_params(denoiser_of(pipeline), params)
+    warn_if_busy()
+    with reporting() as report:
+        return asdm.analyze(
+            pipeline,
+            sensitivity=None if preset is None else "taylor",  # the quick one: in a preset it chooses nothing
+            progress=lambda done, total, name: report("analyse", done, total, name),
+            **settings,
+        )
+
+
+def _remeasure(path: Path, model: str | None, device: str | None) -> None:
+    """Measure a plan's speed-up on the model that it names, or on another of the same architecture."""
+    from asdm.families import denoiser_of
+
+    made = asdm.PruningPlan.load(path)
+    model = model or (None if made.figures is None else made.figures.model)
+    if model is None:
+        raise AsdmError(f"{path}: does not name its model; name the model before --remeasure")
+    warn_if_busy()
+    made = asdm.remeasure_plan(made, denoiser_of(loading.load_model(model, device)))
+    made.save(path)
+    assert made.figures is not None and made.figures.measured_ratio is not None
+    target = made.figures.target.get("speedup", 0.0)
+    short = f", short of the requested {target:g}x" if made.figures.measured_ratio.high < target else ""
+    say(f"{_summary(made)}{short}; written to {path}")
+
+
+def _summary(plan: PruningPlan) -> str:
+    metrics, parts = plan.figures, [f"{len(plan.edits)} edits"]
+    if metrics is not None:
+        basis = " by MACs" if metrics.speedup_basis == "macs" else ""
+        parts.append(f"UNet predicted to be {metrics.predicted_speedup:.2f}x faster{basis}")
+        if metrics.measured_ratio is not None:
+            parts[-1] += f", measured {metrics.measured_ratio}"
+        if metrics.predicted_sensitivity is not None:
+            parts.append(f"sensitivity {metrics.predicted_sensitivity:.4f} as the sum over the edits")
+            if metrics.measured_sensitivity:
+                parts[-1] += f", {metrics.measured_sensitivity:.4f} measured for all edits together"
+    return "; ".join(parts)

@@ -1,0 +1,59 @@
+"""`asdm prune`: from a plan to a student that is saved as a pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import asdm
+from asdm.cli import loading
+from asdm.cli.options import ConfigOption, DataOption, DeviceOption, ModelArgument, PredictionTypeOption, SeedOption
+from asdm.cli.output import say, warn_of_skipped
+from asdm.cli.progress import reporting
+
+
+def prune(
+    model: ModelArgument,
+    plan: Annotated[Path, typer.Argument(help="A plan that `asdm plan` wrote, or one written by hand.")],
+    out: Annotated[Path, typer.Option(help="The folder to write the pipeline to.")],
+    data: DataOption = None,
+    prediction_type: PredictionTypeOption = None,
+    config: ConfigOption = None,
+    device: DeviceOption = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Build the student of a plan: inherit the teacher's weights, fit the compensations, save the pipeline."""
+    from asdm.compensation.fitting import fitted_tensors
+    from asdm.families import denoiser_of
+    from asdm.files import require_ours
+
+    require_ours(out, "pipeline")
+    made = asdm.PruningPlan.load(plan)
+    warn_of_skipped(data)
+    pipeline = loading.load_model(model, device, prediction_type=prediction_type, config=config)
+    teacher = denoiser_of(pipeline)
+    student = asdm.build_student(teacher, made)
+    fit = None
+    if fitted_tensors(student):
+        with reporting() as report:
+            fit = asdm.fit_compensation(
+                pipeline,
+                student,
+                data=data,
+                seed=seed,
+                progress=lambda done, total, name: report("compensate", done, total, name),
+            )
+    asdm.save_pipeline(asdm.with_unet(pipeline, student), out, {"teacher": model})
+    say(f"{out}: UNet of {_millions(student):.2f}M parameters, from {_millions(teacher):.2f}M")
+    if fit is not None:
+        say(
+            f"relative squared error of the prediction: {fit.error_before:.4f} pruned, {fit.error_after:.4f} with the "
+            "fitted compensations"
+        )
+
+
+def _millions(denoiser: Any) -> float:
+    """Its parameters in millions."""
+    return sum(p.numel() for p in denoiser.parameters()) / 1e6

@@ -1,0 +1,32 @@
+"""Distillation of a whole student pipeline: its denoiser, and the scheduler that it then samples with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+
+from asdm.distillation.consistency import lcm_scheduler
+from asdm.distillation.distill import TrainingSet, distill
+from asdm.distillation.stages import Stage
+from asdm.families import denoiser_of
+from asdm.training.loop import Progress
+
+
+def distill_pipeline(
+    teacher: DiffusionPipeline,
+    student: DiffusionPipeline,
+    data: str | Path,
+    folder: str | Path,
+    *,
+    stages: Sequence[Stage],
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> TrainingSet:
+    """Train the student's denoiser in place (`distill`); after a consistency stage it samples by `lcm_scheduler`."""
+    examples = distill(teacher, denoiser_of(student), data, folder, stages=stages, seed=seed, progress=progress)
+    last = stages[-1]
+    if last.scope == "consistency":
+        student.scheduler = lcm_scheduler(teacher.scheduler.config, last.consistency.solver_steps)
+    return examples

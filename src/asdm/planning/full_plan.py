@@ -1,0 +1,85 @@
+"""A plan from a profile in one call: choose edits, refine them by what they do together, add expert kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from diffusers import DiffusionPipeline
+
+from asdm.choices import CompensationKind
+from asdm.errors import AsdmError
+from asdm.families import denoiser_of
+from asdm.measure.machine import fastest_device
+from asdm.pipelines.random_models import random_unet
+from asdm.planning.budget import make_plan
+from asdm.planning.experts import add_cond_conv
+from asdm.planning.refine import refine_plan
+from asdm.sensitivity.profile import RedundancyMap
+from asdm.student.plan import PruningPlan
+
+Progress = Callable[[str, int, int, str], None]
+
+
+def full_plan(
+    redundancy: RedundancyMap,
+    pipeline: DiffusionPipeline | None = None,
+    *,
+    budget: Mapping[str, Any],
+    compensate: CompensationKind | None = None,
+    refine: int = 0,
+    experts: float | None = None,
+    router: Literal["input", "input+time", "time"] = "input",
+    data: str | Path | None = None,
+    device: str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> PruningPlan:
+    """Make a plan, refine it, and add expert kernels.
+
+    Args:
+        pipeline: the profile's model, to measure with and to refine on; without it, random weights are measured.
+        budget: one of speedup, params, macs and preset, as for `make_plan`.
+        refine: rounds of `refine_plan`; they need the pipeline.
+        experts: the parameters that expert kernels may add, as for `add_cond_conv`; None for no expert kernels.
+        data, seed: the calibration of the refinement.
+        device: where random weights are measured; the fastest by default.
+        progress: called with a title, its done and total, and a note; with "plan" for each measured attempt, and with
+            "refine".
+
+    Raises:
+        AsdmError: as `make_plan`, `refine_plan` and `add_cond_conv`.
+    """
+    report = progress or (lambda *_: None)
+    denoiser = None if pipeline is None else denoiser_of(pipeline)
+    attempts: list[str] = []
+
+    def attempted(note: str) -> None:
+        attempts.append(note)
+        report("plan", len(attempts), len(attempts), note)
+
+    plan = make_plan(
+        redundancy,
+        **budget,
+        compensate=compensate,
+        unet=denoiser,
+        device=device or fastest_device(),
+        progress=attempted,
+    )
+    if refine:
+        if pipeline is None:
+            raise AsdmError(f"refine={refine}: a profile has no weights to try the plan with; give the pipeline too")
+        plan = refine_plan(
+            pipeline,
+            redundancy,
+            plan,
+            data=data,
+            rounds=refine,
+            seed=seed,
+            progress=lambda done, total, note: report("refine", done, total, note),
+        )
+    if experts is not None:
+        denoiser = random_unet(redundancy.unet_config) if denoiser is None else denoiser
+        plan = add_cond_conv(plan, denoiser, params=experts, router=router)
+    return plan
