@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from asdm.choices import CompensationKind
 from asdm.edits import Remove, UnitEdit, parse_edits
+from asdm.errors import AsdmError
 from asdm.sensitivity.profile import EditRecord, RedundancyMap, UnitRecord
 from asdm.student.plan import PlanBase, PlanMetrics, PruningPlan, SpeedupBasis
 
@@ -39,7 +40,8 @@ def possible_edits(redundancy: RedundancyMap, compensate: CompensationKind) -> l
         (edit,) = parse_edits([other.edit])
         if other.channels:
             edit = edit.with_compensation(compensate)
-        assert isinstance(edit, UnitEdit)
+        if not isinstance(edit, UnitEdit):
+            raise AsdmError(f"{edit}: among a map's other edits, and not an edit of one unit; make the map again")
         choices.append(_possible(redundancy, other, edit, other.covers, edit.compensation))
     return choices
 

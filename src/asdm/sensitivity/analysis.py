@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,26 +91,20 @@ def analyze(
     started = time.perf_counter()
     sensitivity = sensitivity or ("taylor" if is_random(pipeline) else "ablation")
     compensate = compensate or ("none" if is_random(pipeline) else "linear")
+    if sensitivity == "taylor":
+        compensate = "none"
     timesteps = timesteps or (2 if latent_shape(pipeline)[1] > 32 else 4)
     model = denoiser_of(pipeline)
-
-    def calibration(seed: int) -> list[CalibrationCall]:
-        return calibration_calls(pipeline, data, prompts, timesteps, samples, seed)
-
+    calibration = partial(calibration_calls, pipeline, data, prompts, timesteps, samples)
     with preserve_module_state(model):
         model.eval()
-        units = family_of(model).units(model)
-        if progress is not None:
-            progress(0, len(units), "measuring what each unit costs")
-        subject = _measure(model, units, latency_rounds)
+        subject = _measure(model, latency_rounds, progress)
         calls = calibration(seed)
         if sensitivity == "taylor":
             errors, forwards = _estimate(subject, calls, seed, progress)
         else:
-            # Projections are fitted to other noise than they are tried on.
-            fit_calls = calibration(seed + 1) if compensate != "none" else []
+            fit_calls = calibration(seed + 1) if compensate != "none" else []  # other noise than they are tried on
             errors, forwards = _ablate(subject, calls, fit_calls, compensate, progress)
-    layers = [trial.layer for trial in subject.trials()]
     return _map(
         subject,
         errors,
@@ -118,9 +113,9 @@ def analyze(
         prompts=len(calls[0].arguments[family_of(model).sample_argument]),
         seed=seed,
         estimator=sensitivity,
-        compensate=compensate if sensitivity == "ablation" else "none",
+        compensate=compensate,
         unet_forwards=forwards,
-        necessary_forwards=len(calls) * (1 + sum(subject.costs.forwards_after[layer] for layer in layers)),
+        necessary_forwards=len(calls) * subject.necessary_forwards,
         seconds=time.perf_counter() - started,
     )
 
@@ -137,7 +132,7 @@ def structure_map(unet: Denoiser, model: str = "") -> RedundancyMap:
     started = time.perf_counter()
     with preserve_module_state(unet):
         unet.eval()
-        subject = _measure(unet, family_of(unet).units(unet), 0)
+        subject = _measure(unet, 0)
     return _map(
         subject,
         {},
@@ -171,11 +166,20 @@ class _Subject:
         removals = [Remove(unit=unit.name, compensate=compensate) for unit in self.units]
         return [*trials_of(self.model, removals, projections), *trials_of(self.model, self.others)]
 
+    @property
+    def necessary_forwards(self) -> float:
+        """The least number of calls that an exact ablation takes for each calibration call."""
+        return 1 + sum(self.costs.forwards_after[trial.layer] for trial in self.trials())
 
-def _measure(model: Denoiser, units: Sequence[Unit], rounds: int) -> _Subject:
+
+def _measure(model: Denoiser, rounds: int, progress: Progress | None = None) -> _Subject:
     """Measure what each unit and each other edit saves."""
+    family = family_of(model)
+    units = family.units(model)
+    if progress is not None:
+        progress(0, len(units), "measuring what each unit costs")
     costs = measure_costs(model, units, rounds)
-    others = candidate_edits(model, family_of(model), costs.positions)
+    others = candidate_edits(model, family, costs.positions)
     return _Subject(model, units, others, costs, measure_edits(model, others, costs, rounds))
 
 

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 
 from asdm.choices import CompensationKind
 from asdm.errors import AsdmError, one_line
-from asdm.families import ModelFamily, UnitKind, block_of
+from asdm.families import ModelFamily, UNetFamily, UnitKind, block_of
 from asdm.families.base import family_named
 from asdm.files import write_text
 from asdm.records import Record, first_fault
@@ -67,7 +67,8 @@ class RedundancyMap(Record):
     """Every removable unit of a denoiser, and every other edit that a plan can choose, as a table of measurements."""
 
     model: str = Field(description="Name or path of the pipeline.")
-    model_class: str = Field("UNet2DConditionModel", description="Name of the denoiser's class.")
+    # Maps of version 0.1 do not name the class: all are of UNets.
+    model_class: str = Field(UNetFamily.model_class.__name__, description="Name of the denoiser's stock class.")
     fingerprint: str = Field(description="Digest of the denoiser's architecture.")
     unet_config: dict[str, Any] = Field(description="The denoiser's config.")
     parameters: int = Field(gt=0)
