@@ -37,7 +37,8 @@ from asdm.pipelines.random_models import UNETS, random_unet
 from asdm.planning.budget import require_budget
 from asdm.planning.presets import PRESETS
 from asdm.sensitivity.analysis import structure_map
-from asdm.student.plan import PruningPlan, build_student
+from asdm.student.build import build_student
+from asdm.student.plan import PruningPlan
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 KINDS = ("none", "bias", "diagonal", "linear")

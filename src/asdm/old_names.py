@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 OLD_EDIT_KINDS = {"shorten": "drop_layers"}
+CACHE_SCHEDULE = {"computed": "full_steps", "whole_ms": "full_ms", "inheriting_ms": "cached_ms"}
+EXPORTED_FOLDER = {"inherit": "cache"}
+OUTER_GRAPH_INPUT = "inherited"  # an exported graph's input for cached features
 
 
 def renamed(content: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

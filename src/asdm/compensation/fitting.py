@@ -26,7 +26,7 @@ from asdm.errors import AsdmError
 from asdm.families import Branch, Denoiser, denoiser_of, family_of
 from asdm.measure.hooks import preserve_module_state
 from asdm.records import Record
-from asdm.student.unet import edits_of
+from asdm.student.edited_model import edits_of
 
 Progress = Callable[[int, int, str], None]
 

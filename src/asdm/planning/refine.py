@@ -30,7 +30,8 @@ from asdm.planning.program import least_sensitive
 from asdm.planning.speedup import MEASUREMENT_MARGIN, is_precise, measured_speedup, with_measured, without_measured
 from asdm.sensitivity.ablation import Trial, ablate, trials_of
 from asdm.sensitivity.profile import RedundancyMap
-from asdm.student.plan import PlanMetrics, PruningPlan, build_student
+from asdm.student.build import build_student
+from asdm.student.plan import PlanMetrics, PruningPlan
 
 ROUNDS = 2
 CHANGES = 8  # edits that the first round may restore or add, in all

@@ -18,7 +18,8 @@ from asdm.pipelines.random_models import random_unet
 from asdm.planning.possible_edits import PossibleEdit, plan_of
 from asdm.planning.program import least_sensitive, most_saved
 from asdm.sensitivity.profile import RedundancyMap
-from asdm.student.plan import PlanMetrics, PruningPlan, SpeedupBasis, build_student
+from asdm.student.build import build_student
+from asdm.student.plan import PlanMetrics, PruningPlan, SpeedupBasis
 
 MEASUREMENT_ATTEMPTS = 6
 PRECISE_ENOUGH = 0.05  # half of a measured speed-up's interval, relative to it, up to which a plan goes by it
