@@ -3,12 +3,16 @@
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from torch import nn
 
 from asdm import AsdmError, PruningPlan, analyze, build_student, fit_compensation
 from asdm.compensation import partial_calls
-from asdm.compensation.fitting import fitted_tensors, prediction_error, predictions
+from asdm.compensation.fitting import _states_around, fitted_tensors, prediction_error, predictions
+from asdm.compensation.partial_calls import PartialCalls
+from asdm.compensation.projections import unit_projections
 from asdm.compensation.regression import RidgeRegression
-from asdm.data.calibration import calibration_calls
+from asdm.data.calibration import CalibrationCall, calibration_calls
+from asdm.families import Branch, UNetFamily, Unit
 from asdm.student.unet import AsdmUNet2DConditionModel
 from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline
 
@@ -224,3 +228,68 @@ def test_predictions_give_the_sample_by_its_place(pipeline):
     predictions(pipeline.unet, calls)
     handle.remove()
     assert [args[0] is call.arguments["sample"] for args, call in zip(places, calls, strict=True)] == [True, True]
+
+
+class Block(nn.Module):
+    """A transformer block with branches of three kinds: gated outside the module, behind its own norm, and direct."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(6), nn.LayerNorm(6)
+        self.gated, self.normed, self.direct = (nn.Linear(6, 6) for _ in range(3))
+        self.family = BlockFamily()
+
+    def forward(self, hidden_states):
+        hidden_states = hidden_states + 0.3 * self.gated(2 * self.norm1(hidden_states) + 1)
+        hidden_states = hidden_states + self.normed(self.norm2(hidden_states))
+        return hidden_states + self.direct(hidden_states)
+
+
+class BlockFamily(UNetFamily):
+    def branch(self, model, unit):
+        norm = {"gated": "norm1", "normed": "norm2"}.get(unit)
+        return Branch(unit, 6, norm=norm, is_gated=unit == "gated")
+
+    def execution_order(self, model):
+        return []
+
+    def predict(self, model, arguments):
+        return model(**arguments)
+
+
+@pytest.fixture
+def block_and_calls():
+    torch.manual_seed(0)
+    return Block(), [CalibrationCall(0, {"hidden_states": torch.randn(8, 20, 6)})]
+
+
+@torch.no_grad()
+def test_a_gated_branch_is_fitted_from_what_it_reads_to_its_own_output(block_and_calls):
+    block, calls = block_and_calls
+    units, states = [Unit(name, "feed_forward") for name in ("gated", "normed", "direct")], {}
+    for name, layer in block.named_children():
+        layer.register_forward_hook(lambda _, args, output, name=name: states.update({name: (args[0], output)}))
+    fitted = unit_projections(block, units, calls, "linear", ridge=0.0)
+    for name in ("gated", "direct"):  # both are linear in what they read
+        read, output = states[name]
+        torch.testing.assert_close(nn.functional.linear(read, *fitted[name]), output, atol=1e-3, rtol=0)
+    read, output = states["norm2"][0], states["normed"][1]  # what enters the norm that goes with the branch
+    left = (nn.functional.linear(read, *fitted["normed"]) - output).square().sum() / output.square().sum()
+    assert 1e-3 < left < 0.3
+
+
+@torch.no_grad()
+def test_the_states_behind_a_branch_are_the_sum_unless_it_is_gated(block_and_calls):
+    block, calls = block_and_calls
+    family, runs = block.family, PartialCalls(block, calls)
+    start = calls[0].arguments["hidden_states"]
+    modulated = 2 * block.norm1(start) + 1
+    entered = start + 0.3 * block.gated(modulated)
+    behind = entered + block.normed(block.norm2(entered))
+    expected = {
+        "gated": (modulated, block.gated(modulated)),
+        "normed": (entered, behind),
+        "direct": (behind, behind + block.direct(behind)),
+    }
+    for name, states in expected.items():
+        torch.testing.assert_close(_states_around(runs, family.branch(block, name), 0), states)

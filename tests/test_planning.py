@@ -234,3 +234,9 @@ def test_each_kind_of_regional_attention_is_measured_by_itself(monkeypatch):
     with counting_macs(student) as after:
         unet_call(student, batch_size=1)()
     assert faster.gmacs == pytest.approx((before.below() - after.below()) / 1e9)
+
+
+def test_a_map_with_an_edit_that_is_not_of_a_unit_is_refused(redundancy):
+    record = redundancy.others[0].model_copy(update={"edit": {"edit": "drop_layers", "layers_per_block": 1}})
+    with pytest.raises(AsdmError, match="not an edit of one unit"):
+        make_plan(redundancy.model_copy(update={"others": [record]}), macs=0.7)

@@ -1,5 +1,7 @@
 """The map tells what removal of each unit costs and saves, and its shortcut is exact."""
 
+import json
+
 import pytest
 import torch
 from matplotlib import pyplot as plt
@@ -109,6 +111,10 @@ def test_map_survives_its_file(pipeline, tmp_path):
     redundancy = analyze(pipeline, timesteps=1, samples=1, latency_rounds=1)
     redundancy.save(tmp_path / "map.json")
     assert RedundancyMap.load(tmp_path / "map.json") == redundancy
+    named = json.loads((tmp_path / "map.json").read_text())
+    assert named.pop("model_class") == "UNet2DConditionModel"
+    (tmp_path / "old.json").write_text(json.dumps(named))  # version 0.1 knew UNets alone
+    assert RedundancyMap.load(tmp_path / "old.json") == redundancy
     (tmp_path / "bad.json").write_text("{}")
     for name in ("bad", "absent"):
         with pytest.raises(AsdmError, match=f"{name}.json"):
@@ -189,6 +195,9 @@ def test_regions_are_smaller_where_tokens_are_more(pipeline, many_tokens, monkey
     redundancy = analyze(pipeline, sensitivity="taylor", timesteps=1, samples=1, latency_rounds=1)
     regional = [record.edit for record in redundancy.others if record.edit["edit"] == "gri_attention"]
     assert [(edit.get("regions", 4), edit.get("pool", 2)) for edit in regional] == kinds * 5
+    errors = [record.sensitivity for record in redundancy.others if record.edit["edit"] == "gri_attention"]
+    if even_more == 65:  # 8x8 squares of an 8x8 map are the whole, so that only these kinds differ from each other
+        assert all(0 < error for error in errors) and len(set(errors)) == len(errors)  # each by its own estimate
 
 
 @pytest.mark.parametrize("sensitivity", ["ablation", "taylor"])

@@ -101,7 +101,7 @@ class BlockIO:
 
 
 class UnitLike(Protocol):
-    """What a `Unit` and its record in a redundancy map have in common."""
+    """What a `Unit` and its record in a redundancy profile have in common."""
 
     @property
     def name(self) -> str: ...

@@ -69,7 +69,7 @@ def make_plan(
 ) -> PruningPlan:
     """Choose the edits of least total sensitivity inside one budget; a speed-up is measured.
 
-    The choices are the removal of each unit, and all other edits that the map has measured.
+    The choices are the removal of each unit, and all other edits that the profile has measured.
 
     Args:
         speedup: how many times faster a denoiser call must be, measured in turns with the original.
@@ -78,12 +78,12 @@ def make_plan(
         preset: in place of a budget "a-sdm" (the paper's 22% less time, for SD 1.5's shape), "a-sdm-fast" (half the
             time), or BK-SDM's "bk-base", "bk-small", "bk-tiny".
         compensate: what to fit in place of the removed branches (`fit_compensation`), by default "linear", or what
-            the map's ablation tried; "none" for plain removal. BK-SDM's presets drop whole layers and fit nothing.
-        unet: the denoiser to measure; by default one of the map's shape and precision with random weights.
+            the profile's ablation tried; "none" for plain removal. BK-SDM's presets drop whole layers and fit nothing.
+        unet: the denoiser to measure; by default one of the profile's shape and precision with random weights.
         device: where to make it; the CPU by default.
         rounds: the least number of timed rounds per measurement, by default 4 to 10; more follow on a busy machine.
-            Where even these are not precise, the plan goes by the map's latencies or by MACs, with a correction, and
-            its `speedup_basis` says so; `remeasure_plan` measures it later.
+            Where even these are not precise, the plan goes by the profile's latencies or by MACs, with a correction,
+            and its `speedup_basis` says so; `remeasure_plan` measures it later.
 
     Raises:
         AsdmError: not exactly one of the four given, an unknown preset, or a budget that even removing

@@ -29,7 +29,7 @@ class PossibleEdit:
 
 
 def possible_edits(redundancy: RedundancyMap, compensate: CompensationKind) -> list[PossibleEdit]:
-    """Return all edits of a map: the removals of its units first, in their order, with this compensation."""
+    """Return all edits of a profile: the removals of its units first, in their order, with this compensation."""
     names = [unit.name for unit in redundancy.units]
     choices = []
     for unit in redundancy.units:
@@ -41,7 +41,7 @@ def possible_edits(redundancy: RedundancyMap, compensate: CompensationKind) -> l
         if other.channels:
             edit = edit.with_compensation(compensate)
         if not isinstance(edit, UnitEdit):
-            raise AsdmError(f"{edit}: among a map's other edits, and not an edit of one unit; make the map again")
+            raise AsdmError(f"{edit}: in a profile, and not an edit of one unit; make the profile again")
         choices.append(_possible(redundancy, other, edit, other.covers, edit.compensation))
     return choices
 

@@ -69,13 +69,14 @@ def refine_plan(
     |teacher|^2 of the prediction with all edits made and their compensations fitted.
 
     Args:
-        redundancy: the map that the plan was made from.
+        redundancy: the profile that the plan was made from.
         data, prompts, timesteps, samples: the calibration, as for `analyze`.
         rounds: the most attempts to improve it; 0 only measures.
         progress: called with rounds done, rounds in all, and a note.
 
     Raises:
-        AsdmError: the plan has edits that the map does not know, such as expert kernels: refine first, then add them.
+        AsdmError: the plan has edits that the profile does not know, such as expert kernels: refine first, then add
+            them.
     """
     teacher = denoiser_of(pipeline)
     plan.require_for(teacher)
@@ -192,7 +193,7 @@ class _Refinement:
 
     def _speedup(self, plan: PruningPlan) -> Ratio | None:
         """The plan's measured speed-up; None where it has no target, or the measurement is not precise. The programme
-        has then kept the budget by the map's latencies."""
+        has then kept the budget by the profile's latencies."""
         if not self.target:
             return None
         measured = measured_speedup(self.teacher, plan)
@@ -215,7 +216,7 @@ def _worth(
     """How much nearer to the teacher the student would be without each chosen edit, or how much farther with each other
     one.
 
-    It is the map's sensitivity for an edit that cannot be tried, because what it changes is removed with something
+    It is the profile's sensitivity for an edit that cannot be tried, because what it changes is removed with something
     larger.
     """
     student, family = best.student, family_of(best.student)
@@ -249,7 +250,7 @@ def _require_known(plan: PruningPlan, choices: Sequence[PossibleEdit]) -> None:
     known = [choice.edit for choice in choices]
     unknown = next((edit for edit in plan.edits if edit not in known), None)
     if unknown is not None:
-        raise AsdmError(f"{unknown}: the map does not know this edit; refine a plan as `make_plan` made it")
+        raise AsdmError(f"{unknown}: the profile does not know this edit; refine a plan as `make_plan` made it")
 
 
 def _compensation_of(plan: PruningPlan) -> CompensationKind:

@@ -44,7 +44,7 @@ def plan_for_speedup(
     """Return the least sensitive plan whose measured speed-up reaches the target.
 
     Args:
-        unet: the denoiser to measure; by default one of the map's shape with random weights, on `device`.
+        unet: the denoiser to measure; by default one of the profile's shape with random weights, on `device`.
         rounds: the least number of timed rounds per measurement.
         note: called with a line about each attempt.
 
@@ -123,7 +123,7 @@ class _Aim:
 def _plan_unmeasured(
     redundancy: RedundancyMap, target: float, choices: list[PossibleEdit], note: Note | None
 ) -> PruningPlan:
-    """Plan by the map's latencies, or by MACs where those are in doubt too."""
+    """Plan by the profile's latencies, or by MACs where those are in doubt too."""
     basis = _basis(redundancy)
     correction, by_latency = CORRECTIONS[basis], basis == "latency"
     total = redundancy.latency_ms if by_latency else redundancy.gmacs * 1e9
@@ -131,11 +131,11 @@ def _plan_unmeasured(
     chosen = least_sensitive(choices, savings, total * (1 - 1 / (target * correction)))
     if chosen is None:
         raise AsdmError(
-            f"speedup={target:g}: out of reach by the map's {basis}, and not measurable now as the machine is busy; "
-            "ask for less, or plan on a quiet machine"
+            f"speedup={target:g}: out of reach by the profile's {basis}, and not measurable now as the machine is "
+            "busy; ask for less, or plan on a quiet machine"
         )
     if note is not None:
-        source = "the map's latencies" if by_latency else "MACs"
+        source = "the profile's latencies" if by_latency else "MACs"
         note(
             f"not measurable now, as the machine is busy: planned by {source} for {target:g}x times a correction of "
             f"{correction:g}; measure it later with `asdm plan --remeasure`"
@@ -181,7 +181,7 @@ def with_measured(plan: PruningPlan, measured: Ratio) -> PruningPlan:
 
 
 def without_measured(plan: PruningPlan, redundancy: RedundancyMap) -> PruningPlan:
-    """Return the plan without a measured speed-up: it is predicted from the map."""
+    """Return the plan without a measured speed-up: it is predicted from the profile."""
     return _with_speedup(plan, None, None, _basis(redundancy))
 
 

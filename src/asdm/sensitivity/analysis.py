@@ -82,7 +82,7 @@ def analyze(
         progress: called with units done, units in all, and the unit's name.
 
     Returns:
-        The map, with `unet_forwards` and `necessary_forwards` to judge its own cost by.
+        The profile, with `unet_forwards` and `necessary_forwards` to judge its own cost by.
 
     Raises:
         AsdmError: the data folder cannot be used.
@@ -127,7 +127,7 @@ def structure_map(unet: Denoiser, model: str = "") -> RedundancyMap:
     It takes a second, and needs no weights: the denoiser may be on the meta device.
 
     Args:
-        model: the name that the map gives the denoiser.
+        model: the name that the profile gives the denoiser.
     """
     started = time.perf_counter()
     with preserve_module_state(unet):
@@ -229,7 +229,7 @@ def _estimate(
 
 
 def _map(subject: _Subject, errors: Errors, **fields: Any) -> RedundancyMap:
-    """The map of what was measured; `fields` are those that the measurements do not determine."""
+    """The profile of what was measured; `fields` are those that the measurements do not determine."""
     model, costs = subject.model, subject.costs
     measured = {"latency_doubt": costs.latency_doubt, "other_cores": costs.other_cores}
     return RedundancyMap(

@@ -1,4 +1,4 @@
-"""The redundancy map: what each removable unit of a denoiser costs, and how sensitive the prediction is to it.
+"""The redundancy profile: what each removable unit of a denoiser costs, and how sensitive the prediction is to it.
 
 Only the records and their file live here. `analysis` makes them.
 """
@@ -38,7 +38,7 @@ class UnitRecord(Record):
     has_shortcut: bool = Field(False, description="Whether a projection folds into its shortcut and costs nothing.")
     sensitivity: float = Field(
         description="|prediction without it - prediction|^2 / |prediction|^2, averaged over time steps and prompts "
-        "(inferred), with the projection in its place that the map's `compensate` names."
+        "(inferred), with the projection in its place that the profile's `compensate` names."
     )
     sensitivity_by_timestep: dict[int, float]
 
@@ -67,7 +67,7 @@ class RedundancyMap(Record):
     """Every removable unit of a denoiser, and every other edit that a plan can choose, as a table of measurements."""
 
     model: str = Field(description="Name or path of the pipeline.")
-    # Maps of version 0.1 do not name the class: all are of UNets.
+    # Profiles of version 0.1 do not name the class: all are of UNets.
     model_class: str = Field(UNetFamily.model_class.__name__, description="Name of the denoiser's stock class.")
     fingerprint: str = Field(description="Digest of the denoiser's architecture.")
     unet_config: dict[str, Any] = Field(description="The denoiser's config.")
@@ -108,21 +108,21 @@ class RedundancyMap(Record):
         return self.latency_doubt <= MAX_LATENCY_DOUBT
 
     def save(self, path: str | Path) -> None:
-        """Write the map as JSON."""
+        """Write the profile as JSON."""
         write_text(Path(path), json.dumps(self.model_dump(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> RedundancyMap:
-        """Read a map.
+        """Read a profile.
 
         Raises:
-            AsdmError: no such file, or not a map.
+            AsdmError: no such file, or not a profile.
         """
         path = Path(path)
         if not path.is_file():
-            raise AsdmError(f"{path}: no such redundancy map; make one with `asdm analyze`")
+            raise AsdmError(f"{path}: no such redundancy profile; make one with `asdm analyze`")
         try:
             return cls.model_validate_json(path.read_text("utf-8"))
         except (ValidationError, UnicodeDecodeError) as error:
             fault = first_fault(error) if isinstance(error, ValidationError) else one_line(error)
-            raise AsdmError(f"{path}: not a redundancy map: {fault}; make one with `asdm analyze`") from None
+            raise AsdmError(f"{path}: not a redundancy profile: {fault}; make one with `asdm analyze`") from None
