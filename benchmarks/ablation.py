@@ -42,9 +42,10 @@ from asdm.distillation.distill import TrainingSet, make_task, prepare
 from asdm.distillation.recipes import CAPTION_SPLICE, SEMANTIC_WEIGHT, SEMANTICS, WEIGHTS, incubation_stages, pace
 from asdm.distillation.stages import LossWeights, Stage
 from asdm.edits import GriAttention, Remove
-from asdm.evaluation.comparison import EvaluationSet, RealImages, evaluation_sets
 from asdm.evaluation.metrics import Judge, feature_distance
 from asdm.evaluation.plots import image_sheet
+from asdm.evaluation.real_images import RealImages
+from asdm.evaluation.sampling import EvaluationSet, evaluation_sets
 from asdm.families.unet_calls import unet_call
 from asdm.files import write_text
 from asdm.images import to_images
@@ -478,7 +479,7 @@ class _Judged:
                 to_images(torch.cat(list(images[:SHOWN]), dim=2)[None])[0].save(strip)
             features = self.judge.features(images)
             expected = self._teacher_features(each, seed, features if pipeline is self.pipeline else None)
-            found = self.real.figures(images, features, each.examples)
+            found = self.real.metrics(images, features, each.examples)
             found["teacher_distance"] = feature_distance(features, expected)
             split = each.split.replace("_", "")
             figures |= {f"{metric}_{split}": round(float(found[metric]), 4) for metric in METRICS}

@@ -21,7 +21,7 @@ from asdm.benchmark.methods import deep_cache, methods, t_gate, tome
 from asdm.data.sources import open_data
 from asdm.diffusion.generation import default_steps, most_steps
 from asdm.distillation.stages import Consistency, LossWeights, Semantics, parse_stages
-from asdm.evaluation.comparison import distinct_names, folder_names
+from asdm.evaluation.image_folders import distinct_names, folder_names
 from asdm.evaluation.metrics import Judge
 from asdm.student.plan import PlanMetrics
 from conftest import tiny_pipeline, tiny_sdxl_pipeline
@@ -70,7 +70,7 @@ def refusal(monkeypatch, capfd, tmp_path):
 
     monkeypatch.setattr("asdm.cli.loading.load_model", loaded)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("asdm.compression.load_pipeline", loaded)
+    monkeypatch.setattr("asdm.compression.compress.load_pipeline", loaded)
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["asdm", *map(str, arguments)])

@@ -112,7 +112,7 @@ def test_map_survives_its_file(pipeline, tmp_path):
     redundancy.save(tmp_path / "map.json")
     assert RedundancyMap.load(tmp_path / "map.json") == redundancy
     named = json.loads((tmp_path / "map.json").read_text())
-    assert named.pop("model_class") == "UNet2DConditionModel"
+    assert named.pop("denoiser_class") == "UNet2DConditionModel"
     (tmp_path / "old.json").write_text(json.dumps(named))  # version 0.1 knew UNets alone
     assert RedundancyMap.load(tmp_path / "old.json") == redundancy
     (tmp_path / "bad.json").write_text("{}")
@@ -197,7 +197,7 @@ def test_regions_are_smaller_where_tokens_are_more(pipeline, many_tokens, monkey
     assert [(edit.get("regions", 4), edit.get("pool", 2)) for edit in regional] == kinds * 5
     errors = [record.sensitivity for record in redundancy.others if record.edit["edit"] == "gri_attention"]
     if even_more == 65:  # 8x8 squares of an 8x8 map are the whole, so that only these kinds differ from each other
-        assert all(0 < error for error in errors) and len(set(errors)) == len(errors)  # each by its own estimate
+        assert all(error > 0 for error in errors) and len(set(errors)) == len(errors)  # each by its own estimate
 
 
 @pytest.mark.parametrize("sensitivity", ["ablation", "taylor"])

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from asdm.caching.features import cache_features as cache_features
     from asdm.caching.schedule import CacheSchedule as CacheSchedule
     from asdm.compensation.fitting import fit_compensation as fit_compensation
-    from asdm.compression import compress as compress
+    from asdm.compression.compress import compress as compress
     from asdm.data.preparation import prepare_data as prepare_data
     from asdm.diffusion.generation import generate as generate
     from asdm.diffusion.guidance import CfgCutoff as CfgCutoff
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from asdm.edits import Remove as Remove
     from asdm.errors import AsdmError as AsdmError
     from asdm.errors import AsdmWarning as AsdmWarning
-    from asdm.evaluation.comparison import Evaluation as Evaluation
     from asdm.evaluation.comparison import evaluate as evaluate
+    from asdm.evaluation.results import Evaluation as Evaluation
     from asdm.pipelines.derived import with_unet as with_unet
     from asdm.pipelines.loading import load_pipeline as load_pipeline
     from asdm.pipelines.saving import save_pipeline as save_pipeline
@@ -71,7 +71,7 @@ _HOME = {
     "analyze": "asdm.sensitivity.analysis",
     "build_student": "asdm.student.build",
     "calibrate_cache": "asdm.caching.calibration",
-    "compress": "asdm.compression",
+    "compress": "asdm.compression.compress",
     "distill": "asdm.distillation.distill",
     "evaluate": "asdm.evaluation.comparison",
     "export": "asdm.runtime.export",

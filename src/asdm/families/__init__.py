@@ -1,6 +1,7 @@
 """Families of denoisers: all that knows an architecture. `family_of` finds the family of a model or pipeline."""
 
 from asdm.families.base import BlockIO as BlockIO
+from asdm.families.base import BlockPlace as BlockPlace
 from asdm.families.base import Branch as Branch
 from asdm.families.base import CacheCut as CacheCut
 from asdm.families.base import Denoiser as Denoiser
@@ -18,4 +19,5 @@ from asdm.families.base import family_named as family_named
 from asdm.families.base import family_of as family_of
 from asdm.families.tensors import fingerprint as fingerprint
 from asdm.families.tensors import require_plain as require_plain
+from asdm.families.transformers import PixArtFamily as PixArtFamily
 from asdm.families.unet import UNetFamily as UNetFamily

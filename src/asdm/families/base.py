@@ -142,6 +142,14 @@ class CacheCut:
     relative_to: str | None = None
 
 
+@dataclass(frozen=True)
+class BlockPlace:
+    """Where a diagram of the model has a block: its level, 0 for the highest resolution, and its side."""
+
+    level: int
+    side: Literal["encoder", "middle", "decoder"]
+
+
 class Architecture(ABC):
     """The structure of a family's models, and how edits change it: all that a saved student needs to be built.
 
@@ -211,6 +219,10 @@ class Architecture(ABC):
         connection behind them."""
         return {}
 
+    def stock_config(self, model: Denoiser, edits: Sequence[Edit]) -> dict[str, Any] | None:
+        """Return the config of a stock model that equals the edited one; None where there is none."""
+        return None
+
     def shorter_config(self, model: Denoiser, edit: Any) -> dict[str, Any]:
         """Return the config of the stock model without the layers that an edit `drop_layers` drops.
 
@@ -240,6 +252,7 @@ class Architecture(ABC):
 class ModelFamily(Architecture):
     """All that is known of a family's models: their structure, how they are called, and where features are cached."""
 
+    label: ClassVar[str] = "denoiser"  # what reports call the denoiser
     presets: ClassVar[tuple[str, ...]] = ()  # names of the family's published plans
 
     def preset(self, name: str, units: Sequence[UnitLike]) -> Preset:
@@ -253,6 +266,10 @@ class ModelFamily(Architecture):
     def block_io(self, model: Denoiser, path: str) -> BlockIO:
         """Where image and text states sit among the outputs of a block or layer."""
         return BlockIO()
+
+    def block_places(self, blocks: Sequence[str]) -> dict[str, BlockPlace]:
+        """Where a diagram has each of these blocks: by default in one column, in their order."""
+        return {block: BlockPlace(level, "middle") for level, block in enumerate(blocks)}
 
     # -- calls -----------------------------------------------------------------------------------------
 
@@ -283,11 +300,6 @@ class ModelFamily(Architecture):
     def require_known_inputs(self, model: Denoiser, name: str = "") -> None:
         """Raise an AsdmError where a model has inputs beside latents, a time step, a guidance scale and what prompts
         give; `name` is the checkpoint's in the message."""
-
-    def guidance_inputs(self, model: Denoiser, scales: Tensor) -> dict[str, Tensor]:
-        """Return the keyword arguments by which a model that embeds the guidance scale reads `scales` (batch,); none
-        for other models."""
-        return {}
 
     @abstractmethod
     def unlike(self, model: Denoiser, other: Denoiser) -> str | None:

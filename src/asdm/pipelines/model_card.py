@@ -46,7 +46,7 @@ def model_card(pipeline: DiffusionPipeline, title: str, teacher: str | None = No
     Args:
         title: what the model is called; where it is loaded from, in the snippet.
         teacher: the model it was made of; one with a Hub id is named as the base model.
-        figures: a section of measured figures (`asdm.evaluation.report.figures_section`).
+        figures: a section of measured figures (`asdm.evaluation.report.metrics_section`).
     """
     denoiser = denoiser_of(pipeline)
     edits = edits_of(denoiser)

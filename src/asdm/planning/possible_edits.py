@@ -88,7 +88,7 @@ def plan_of(
     saved = sum(choice.ms if timed else choice.macs for choice in chosen)
     sensitivity = sum(choice.sensitivity for choice in chosen)
     return PruningPlan(
-        base=PlanBase.of(redundancy.fingerprint, redundancy.model_class),
+        base=PlanBase.of(redundancy.fingerprint, redundancy.denoiser_class),
         edits=[choice.edit for choice in chosen],
         figures=PlanMetrics(
             model=redundancy.model or None,

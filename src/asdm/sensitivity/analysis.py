@@ -234,7 +234,7 @@ def _map(subject: _Subject, errors: Errors, **fields: Any) -> RedundancyMap:
     measured = {"latency_doubt": costs.latency_doubt, "other_cores": costs.other_cores}
     return RedundancyMap(
         **{**measured, **fields},
-        model_class=family_of(model).model_class.__name__,
+        denoiser_class=family_of(model).model_class.__name__,
         fingerprint=family_of(model).fingerprint(model),
         unet_config=plain_config(model),
         parameters=costs.model.parameters,

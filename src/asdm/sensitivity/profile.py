@@ -68,7 +68,7 @@ class RedundancyMap(Record):
 
     model: str = Field(description="Name or path of the pipeline.")
     # Profiles of version 0.1 do not name the class: all are of UNets.
-    model_class: str = Field(UNetFamily.model_class.__name__, description="Name of the denoiser's stock class.")
+    denoiser_class: str = Field(UNetFamily.model_class.__name__, description="Name of the denoiser's stock class.")
     fingerprint: str = Field(description="Digest of the denoiser's architecture.")
     unet_config: dict[str, Any] = Field(description="The denoiser's config.")
     parameters: int = Field(gt=0)
@@ -100,7 +100,7 @@ class RedundancyMap(Record):
     @property
     def family(self) -> ModelFamily:
         """The family of the denoiser."""
-        return family_named(self.model_class)
+        return family_named(self.denoiser_class)
 
     @property
     def has_reliable_latencies(self) -> bool:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from asdm.families import ModelFamily
+from asdm.student.transformer import AsdmPixArtTransformer2DModel
 from asdm.student.unet import AsdmUNet2DConditionModel
 
-STUDENT_CLASSES: tuple[Any, ...] = (AsdmUNet2DConditionModel,)
+STUDENT_CLASSES: tuple[Any, ...] = (AsdmUNet2DConditionModel, AsdmPixArtTransformer2DModel)
 
 
 def student_class_of(family: ModelFamily) -> Any:
