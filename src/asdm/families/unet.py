@@ -18,8 +18,6 @@ class UNetFamily(UNetArchitecture, ModelFamily):
 
     label = "UNet"
 
-    label = "UNet"
-
     def block_places(self, blocks: Sequence[str]) -> dict[str, BlockPlace]:
         """The U: the encoder's and the decoder's blocks at their resolution, the mid block below them."""
         levels = sum(block.startswith("down_blocks.") for block in blocks)
