@@ -36,7 +36,7 @@ from torch import Tensor
 
 import asdm
 from asdm.benchmark.methods import outer_self_attentions
-from asdm.data.sources import ShuffledBatches
+from asdm.data.batches import ShuffledBatches
 from asdm.diffusion.conditioning import noise_schedule
 from asdm.distillation.distill import TrainingSet, make_task, prepare
 from asdm.distillation.recipes import CAPTION_SPLICE, SEMANTIC_WEIGHT, SEMANTICS, WEIGHTS, incubation_stages, pace
@@ -52,7 +52,8 @@ from asdm.measure.latency import measure_interleaved, seconds_of
 from asdm.measure.machine import prepare_for_training
 from asdm.pipelines.clip import load_clip
 from asdm.sensitivity.profile import RedundancyMap
-from asdm.student.plan import PruningPlan, build_student
+from asdm.student.build import build_student
+from asdm.student.plan import PruningPlan
 from asdm.training.loop import make_accelerator
 from asdm.training.optimizers import make_optimizer
 

@@ -41,7 +41,6 @@ NEEDED = {
     "compress": ["demo", "--out", "out"],
     "demo": [],
     "benchmark": ["demo"],
-    "demo-build": [],
 }
 BAD = {float: ("nan", "inf", "-1"), int: ("-1", "1" + 30 * "0"), Literal: ("x",)}
 

@@ -10,7 +10,8 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from asdm import AsdmError, PruningPlan, build_student, compress, evaluate, load_pipeline, save_pipeline, with_unet
-from asdm.data.sources import load_pixels, open_data
+from asdm.data.examples import load_pixels
+from asdm.data.sources import open_data
 from asdm.demo import images_folder
 from asdm.diffusion.generation import generate
 from asdm.evaluation import comparison

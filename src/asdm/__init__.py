@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from asdm.caching.schedule import CacheSchedule as CacheSchedule
     from asdm.compensation.fitting import fit_compensation as fit_compensation
     from asdm.compression import compress as compress
-    from asdm.data.prepared import prepare_data as prepare_data
+    from asdm.data.preparation import prepare_data as prepare_data
     from asdm.diffusion.generation import generate as generate
     from asdm.diffusion.guidance import CfgCutoff as CfgCutoff
     from asdm.distillation.consistency import lcm_scheduler as lcm_scheduler
@@ -49,8 +49,8 @@ if TYPE_CHECKING:
     from asdm.runtime.switching import switch_unets as switch_unets
     from asdm.sensitivity.profile import RedundancyMap as RedundancyMap
     from asdm.sensitivity.profile import analyze as analyze
+    from asdm.student.build import build_student as build_student
     from asdm.student.plan import PruningPlan as PruningPlan
-    from asdm.student.plan import build_student as build_student
     from asdm.student.unet import AsdmUNet2DConditionModel as AsdmUNet2DConditionModel
 
 # Each name is imported when it is first used: torch and diffusers take seconds, and `asdm --help` needs neither.
@@ -69,7 +69,7 @@ _HOME = {
     "Stage": "asdm.distillation.stages",
     "add_cond_conv": "asdm.planning.program",
     "analyze": "asdm.sensitivity.profile",
-    "build_student": "asdm.student.plan",
+    "build_student": "asdm.student.build",
     "calibrate_cache": "asdm.caching.calibration",
     "compress": "asdm.compression",
     "distill": "asdm.distillation.distill",
@@ -82,7 +82,7 @@ _HOME = {
     "load_pipeline": "asdm.pipelines.loading",
     "make_plan": "asdm.planning.program",
     "optimize": "asdm.runtime.optimize",
-    "prepare_data": "asdm.data.prepared",
+    "prepare_data": "asdm.data.preparation",
     "remeasure_plan": "asdm.planning.program",
     "refine_plan": "asdm.planning.refine",
     "save_pipeline": "asdm.pipelines.saving",

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from asdm import checks
 from asdm.choices import CompensationKind
 from asdm.compensation.fitting import CompensationReport, fit_compensation, fitted_tensors
-from asdm.data.prepared import require_usable
+from asdm.data.sources import require_usable
 from asdm.diffusion.generation import require_steps
 from asdm.distillation.distill import distill
 from asdm.distillation.recipes import RECIPES, read_stages, recipe_stages
@@ -36,7 +36,8 @@ from asdm.pipelines.saving import save_pipeline_into
 from asdm.planning.program import make_plan, require_budget, require_params
 from asdm.planning.refine import ROUNDS, refine_plan
 from asdm.sensitivity.profile import RedundancyMap, Sensitivity, analyze
-from asdm.student.plan import PruningPlan, build_student
+from asdm.student.build import build_student
+from asdm.student.plan import PruningPlan
 from asdm.training.loop import read_log
 
 Progress = Callable[[str, int, int, str], None]

@@ -43,7 +43,8 @@ from asdm.runtime.optimize import optimize
 from asdm.runtime.switching import switch_unets
 from asdm.runtime.writers import Int8
 from asdm.sensitivity.profile import RedundancyMap, analyze, gri_kinds
-from asdm.student.plan import PruningPlan, build_student
+from asdm.student.build import build_student
+from asdm.student.plan import PruningPlan
 
 Prepared = Callable[[DiffusionPipeline], AbstractContextManager[DiffusionPipeline]]
 Maker = Callable[[DiffusionPipeline], DiffusionPipeline]

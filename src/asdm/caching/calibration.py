@@ -25,7 +25,7 @@ from asdm.caching.recording import Recording, Sampling, prepare_sampling, record
 from asdm.caching.schedule import CacheSchedule, spaced_steps
 from asdm.caching.session import CachingSession, cut_of
 from asdm.caching.speedup import full_fraction, timed_calls
-from asdm.data.prepared import require_usable
+from asdm.data.sources import require_usable
 from asdm.diffusion.generation import require_steps
 from asdm.errors import AsdmError
 from asdm.families import denoiser_of, family_of

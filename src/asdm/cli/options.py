@@ -11,7 +11,7 @@ import typer
 from asdm import checks
 from asdm.errors import AsdmError
 
-# MODEL_HELP and DATA_HELP of the API, which are not imported for --help: torch and diffusers take seconds.
+# What model_help() and data_help() of the API say, which are not imported for --help: torch and diffusers take seconds.
 MODEL = (
     "demo, a Hub id, a folder, a .safetensors file, or random:sd15 | random:sd15-inpainting | random:sd21 | random:sdxl"
 )

@@ -23,7 +23,8 @@ from transformers import CLIPModel
 
 from asdm import checks
 from asdm.data.calibration import DEFAULT_PROMPTS
-from asdm.data.sources import Example, can_be_decoded, load_pixels, open_data
+from asdm.data.examples import Example, can_be_decoded, load_pixels
+from asdm.data.sources import open_data
 from asdm.diffusion.conditioning import image_size
 from asdm.diffusion.generation import default_guidance, default_steps, generate, is_few_step, require_steps
 from asdm.errors import AsdmError, one_line

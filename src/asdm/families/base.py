@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from asdm.choices import CompensationKind
 from asdm.errors import AsdmError
+from asdm.families.tensors import fingerprint
 
 Denoiser: TypeAlias = ModelMixin
 UnitKind = Literal["resnet", "attention", "self_attention", "cross_attention", "feed_forward", "block"]
@@ -150,6 +151,14 @@ class Architecture(ABC):
     def is_covered_by(self, name: str, removed: Collection[str]) -> bool:
         """Whether a unit goes when `removed` does: by itself, with what contains it, or with what it is coupled to."""
 
+    def coupled_blocks(self, model: Denoiser, removed: Collection[str]) -> list[list[str]]:
+        """Return the groups of blocks that removals change together, so that none of them works without the others."""
+        return []
+
+    def has_blocks_of(self, student: Denoiser, teacher: Denoiser) -> bool:
+        """Whether each of the student's blocks can be replaced by the teacher's of the same name."""
+        return self.blocks(student) == self.blocks(teacher)
+
     # -- edits -----------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -220,9 +229,18 @@ class ModelFamily(Architecture):
         given = dict(zip(names, args, strict=False)) | kwargs
         return {names[0]: given.pop(names[0]), **given}
 
-    @abstractmethod
     def fingerprint(self, model: Denoiser) -> str:
         """A digest of the architecture (tensor names and shapes), equal for fine-tunes of one model."""
+        return fingerprint(model)
+
+    def require_known_inputs(self, model: Denoiser, name: str = "") -> None:
+        """Raise an AsdmError where a model has inputs beside latents, a time step, a guidance scale and what prompts
+        give; `name` is the checkpoint's in the message."""
+
+    def guidance_inputs(self, model: Denoiser, scales: Tensor) -> dict[str, Tensor]:
+        """Return the keyword arguments by which a model that embeds the guidance scale reads `scales` (batch,); none
+        for other models."""
+        return {}
 
     @abstractmethod
     def unlike(self, model: Denoiser, other: Denoiser) -> str | None:
@@ -298,10 +316,18 @@ def denoiser_of(pipeline: DiffusionPipeline) -> Any:
     Raises:
         AsdmError: it has none of a registered family.
     """
+    return getattr(pipeline, component_of(pipeline))
+
+
+def component_of(pipeline: DiffusionPipeline) -> str:
+    """The name of the pipeline's component that is its denoiser.
+
+    Raises:
+        AsdmError: it has none of a registered family.
+    """
     for family in _FAMILIES:
-        model = getattr(pipeline, family.component, None)
-        if model is not None:
-            return model
+        if getattr(pipeline, family.component, None) is not None:
+            return family.component
     raise _unknown(type(pipeline).__name__)
 
 

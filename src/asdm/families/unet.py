@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from asdm.errors import AsdmError
 from asdm.families.base import CacheCut, ModelFamily, block_of, register_family
 from asdm.families.unet_architecture import UNetArchitecture
-from asdm.families.unet_calls import random_inputs
-from asdm.families.unet_structure import fingerprint, layers, unlike
+from asdm.families.unet_calls import guidance_embedding, random_inputs
+from asdm.families.unet_structure import layers, require_known_inputs, unlike
 
 
 @register_family
@@ -24,8 +26,12 @@ class UNetFamily(UNetArchitecture, ModelFamily):
     def random_inputs(self, model: Any, batch_size: int, seed: int = 0) -> dict[str, Any]:
         return random_inputs(model, batch_size, seed)
 
-    def fingerprint(self, model: Any) -> str:
-        return fingerprint(model)
+    def require_known_inputs(self, model: Any, name: str = "") -> None:
+        require_known_inputs(model, name)
+
+    def guidance_inputs(self, model: Any, scales: Tensor) -> dict[str, Tensor]:
+        embedded = guidance_embedding(model, scales)
+        return {} if embedded is None else {"timestep_cond": embedded}
 
     def unlike(self, model: Any, other: Any) -> str | None:
         return unlike(model, other)

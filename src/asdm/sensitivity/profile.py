@@ -30,6 +30,7 @@ from asdm.diffusion.kinds import is_random
 from asdm.edits import GriAttention, Remove, UnitEdit
 from asdm.edits.surgery import edited, replaced_paths, swapped
 from asdm.errors import AsdmError, one_line
+from asdm.families.tensors import fingerprint
 from asdm.families.unet_calls import unet_call
 from asdm.families.unet_structure import (
     TRANSFORMER_BRANCHES,
@@ -37,7 +38,6 @@ from asdm.families.unet_structure import (
     UnitKind,
     block_of,
     execution_order,
-    fingerprint,
     is_covered_by,
     layers,
     removable_units,
