@@ -3,12 +3,17 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test benchmark ablation slow lint clean
+.PHONY: demo demo-build test benchmark ablation slow lint clean
 demo: $(INSTALLED)
 	$(BIN)/asdm demo --out asdm-demo
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n logical --maxprocesses 8 --dist loadfile
+
+# Builds the embedded pipeline by its recipe (hours). STEP: images, tokenizer, clip, vae, unet, assemble, check or all.
+STEP ?= all
+demo-build: $(INSTALLED)
+	$(BIN)/python -m tools.demo $(STEP)
 
 # STUDENTS: folders of distilled students of the embedded pipeline; they take part under their folders' names.
 STUDENTS ?= $(wildcard runs/students/*)
@@ -27,8 +32,8 @@ slow: $(INSTALLED)
 	$(BIN)/pytest -q -m slow
 
 lint: $(INSTALLED)
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests tools benchmarks
+	$(BIN)/ruff format --check src tests tools benchmarks
 	$(BIN)/mypy
 
 $(INSTALLED): pyproject.toml constraints.txt

@@ -36,15 +36,16 @@ from torch import Tensor
 
 import asdm
 from asdm.benchmark.methods import outer_self_attentions
-from asdm.data.sources import ShuffledBatches
+from asdm.data.batches import ShuffledBatches
 from asdm.diffusion.conditioning import noise_schedule
 from asdm.distillation.distill import TrainingSet, make_task, prepare
 from asdm.distillation.recipes import CAPTION_SPLICE, SEMANTIC_WEIGHT, SEMANTICS, WEIGHTS, incubation_stages, pace
 from asdm.distillation.stages import LossWeights, Stage
 from asdm.edits import GriAttention, Remove
-from asdm.evaluation.comparison import EvaluationSet, RealImages, evaluation_sets
 from asdm.evaluation.metrics import Judge, feature_distance
 from asdm.evaluation.plots import image_sheet
+from asdm.evaluation.real_images import RealImages
+from asdm.evaluation.sampling import EvaluationSet, evaluation_sets
 from asdm.families.unet_calls import unet_call
 from asdm.files import write_text
 from asdm.images import to_images
@@ -52,7 +53,8 @@ from asdm.measure.latency import measure_interleaved, seconds_of
 from asdm.measure.machine import prepare_for_training
 from asdm.pipelines.clip import load_clip
 from asdm.sensitivity.profile import RedundancyMap
-from asdm.student.plan import PruningPlan, build_student
+from asdm.student.build import build_student
+from asdm.student.plan import PruningPlan
 from asdm.training.loop import make_accelerator
 from asdm.training.optimizers import make_optimizer
 
@@ -477,7 +479,7 @@ class _Judged:
                 to_images(torch.cat(list(images[:SHOWN]), dim=2)[None])[0].save(strip)
             features = self.judge.features(images)
             expected = self._teacher_features(each, seed, features if pipeline is self.pipeline else None)
-            found = self.real.figures(images, features, each.examples)
+            found = self.real.metrics(images, features, each.examples)
             found["teacher_distance"] = feature_distance(features, expected)
             split = each.split.replace("_", "")
             figures |= {f"{metric}_{split}": round(float(found[metric]), 4) for metric in METRICS}

@@ -73,7 +73,7 @@ def main(
                 "name": entry.name,
                 "speedup": speedups[entry.name],
                 "distance": float(moved.square().mean() / whole.square().mean()),
-                "computed": " ".join(map(str, schedule.computed)) if schedule else "",
+                "computed": " ".join(map(str, schedule.full_steps)) if schedule else "",
                 "depth": schedule.depth if schedule else "",
                 "order": schedule.order if schedule else "",
                 "damping": schedule.damping if schedule else "",

@@ -36,7 +36,8 @@ from asdm.measure.modules import timing_modules
 from asdm.pipelines.random_models import UNETS, random_unet
 from asdm.planning.program import PRESETS, require_budget
 from asdm.sensitivity.profile import structure_map
-from asdm.student.plan import PruningPlan, build_student
+from asdm.student.build import build_student
+from asdm.student.plan import PruningPlan
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 KINDS = ("none", "bias", "diagonal", "linear")

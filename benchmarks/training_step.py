@@ -24,7 +24,7 @@ from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import asdm
-from asdm.data.sources import ShuffledBatches
+from asdm.data.batches import ShuffledBatches
 from asdm.diffusion.conditioning import noise_schedule
 from asdm.distillation.distill import make_task, prepare
 from asdm.distillation.estimate import estimate as estimated
@@ -33,7 +33,7 @@ from asdm.measure.hooks import outputs_of, tensor_of
 from asdm.measure.latency import Latency, seconds_of
 from asdm.measure.machine import prepare_for_training
 from asdm.measure.memory import peak_megabytes
-from asdm.student.plan import build_student
+from asdm.student.build import build_student
 from asdm.training.loop import BatchSlice, make_accelerator, train
 from asdm.training.optimizers import OptimizerName
 

@@ -240,7 +240,7 @@ def test_our_parts_leave_the_pipeline_as_it_was():
     }
     (switched,) = (entry for entry in entries if entry.name == "lean, from 50% of the schedule on the original")
     with switched.prepared(pipeline) as ready:
-        assert [unet is pipeline.unet for unet in ready.unet.unets] == [False, True]
+        assert [unet is pipeline.unet for unet in ready.unet.denoisers] == [False, True]
     for entry in entries:
         if entry.name.startswith("inheritance") and entry.kinds(1) != "mixed":
             with entry.prepared(pipeline) as ready:

@@ -1,7 +1,8 @@
-"""Inheriting steps compute little, answer with what was computed before, and leave no trace."""
+"""Cached steps compute little, reuse what was computed before, and leave no trace."""
 
 import copy
 import itertools
+import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -38,14 +39,18 @@ from asdm import (
     with_unet,
 )
 from asdm.benchmark.methods import deep_cache
-from asdm.caching.calibration import best_steps, extrapolation_errors, observe_sampling
-from asdm.caching.session import _Inheriting, computed_steps, cut_of, noise_level
+from asdm.caching.calibration import best_steps, observe_sampling
+from asdm.caching.extrapolation import extrapolation_errors, noise_level
+from asdm.caching.recording import _values_at
+from asdm.caching.schedule import spaced_steps
+from asdm.caching.session import CachingHook, cut_of
 from asdm.cli import app
-from asdm.families.unet_structure import fingerprint
+from asdm.families import BlockIO, CacheCut, ModelFamily
+from asdm.families.tensors import fingerprint
 from asdm.measure.macs import counting_macs
 from conftest import predict, tiny_inpainting_pipeline, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet, unet_inputs
 
-GRANULARITIES = ("block", "layer", "unit")
+DEPTHS = (1, 3)  # one layer, and the whole last block
 
 
 def draw(pipeline, prompt="octopus, noto", steps=6, seed=0, **arguments) -> np.ndarray:
@@ -60,38 +65,28 @@ def parts(pipeline, **more):
 
 
 @pytest.mark.parametrize("make", [tiny_pipeline, tiny_sdxl_pipeline])
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_computing_at_every_step_changes_nothing_and_leaving_leaves_no_trace(make, granularity):
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_computing_at_every_step_changes_nothing_and_leaving_leaves_no_trace(make, depth):
     pipeline = make()
     before, modules = draw(pipeline), dict(pipeline.unet.named_modules())
-    with cache_features(pipeline, every=1, granularity=granularity) as session:
+    with cache_features(pipeline, every=1, depth=depth) as session:
         np.testing.assert_array_equal(draw(pipeline), before)
-    assert (session.computed, session.inherited) == (6, 0)
-    with cache_features(pipeline, every=3, granularity=granularity) as session:
+    assert (session.full_steps, session.cached_steps) == (6, 0)
+    with cache_features(pipeline, every=3, depth=depth) as session:
         assert np.abs(draw(pipeline) - before).max() > 1e-3
-    assert (session.computed, session.inherited) == (2, 4)
+    assert (session.full_steps, session.cached_steps) == (2, 4)
     assert dict(pipeline.unet.named_modules()) == modules
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in pipeline.unet.modules())
     assert not any({"forward", "_diffusers_hook"} & vars(module).keys() for module in pipeline.unet.modules())
     np.testing.assert_array_equal(draw(pipeline), before)
 
 
-def macs_of(unet, session, inheriting):
+def macs_of(unet, session, is_cached):
     from asdm.families.unet_calls import unet_call
 
-    with session.forced(inheriting), counting_macs(unet) as count:
+    with session.forced(is_cached), counting_macs(unet) as count:
         unet_call(unet, batch_size=1)()
     return count.below()
-
-
-def test_inheriting_costs_less_the_more_inherits(pipeline):
-    costs = {}
-    for granularity in GRANULARITIES:
-        with cache_features(pipeline, every=2, granularity=granularity) as session:
-            whole = macs_of(pipeline.unet, session, False)
-            costs[granularity] = macs_of(pipeline.unet, session, True) / whole
-    assert costs["layer"] < costs["unit"] < 1
-    assert costs["layer"] < costs["block"] < 1
 
 
 def test_each_layer_of_depth_is_computed_and_costs(pipeline):
@@ -101,16 +96,13 @@ def test_each_layer_of_depth_is_computed_and_costs(pipeline):
             whole = macs_of(pipeline.unet, session, False)
             costs.append(macs_of(pipeline.unet, session, True))
     assert [*costs, whole] == sorted({*costs, whole})
-    with cache_features(pipeline, every=2, granularity="block") as session:
-        macs_of(pipeline.unet, session, False)
-        assert macs_of(pipeline.unet, session, True) == costs[2]
 
 
 @pytest.mark.parametrize(
     ("depth", "border"), [(1, "up_blocks.3.attentions.1"), (3, "up_blocks.2"), (11, "up_blocks.0.resnets.0")]
 )
-def test_only_what_a_computed_layer_reads_is_extrapolated(unet, depth, border):
-    assert cut_of(unet, "layer", depth).read == {border}
+def test_only_what_a_computed_layer_reads_is_extrapolated(pipeline, depth, border):
+    assert cut_of(pipeline, depth).read == {border}
 
 
 def test_copies_at_even_steps_are_what_deepcache_draws(pipeline):
@@ -124,23 +116,23 @@ def test_copies_at_even_steps_are_what_deepcache_draws(pipeline):
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_extrapolation_is_exact_for_polynomials_of_its_order(pipeline, order):
     with cache_features(pipeline, every=2, order=order) as session:
-        module, sampling = torch.nn.Identity(), session.sampling
-        HookRegistry.check_if_exists_or_initialize(module).register_hook(_Inheriting(session), "inherit")
+        module, state = torch.nn.Identity(), session.state
+        HookRegistry.check_if_exists_or_initialize(module).register_hook(CachingHook(session, BlockIO()), "cache")
 
         def result(t, degree):
             return torch.full((1, 2), float(t) ** degree)
 
         for degree in range(order + 1):
-            sampling.forget()
-            sampling.inheriting = False
+            state.clear()
+            state.is_cached = False
             for t in (1.0, 0.8, 0.6):
-                sampling.sigma = t
+                state.sigma = t
                 module(result(t, degree))
-            sampling.inheriting, sampling.sigma = True, 0.5
+            state.is_cached, state.sigma = True, 0.5
             torch.testing.assert_close(module(torch.zeros(1, 2)), result(0.5, degree))
 
 
-def test_nothing_is_inherited_from_another_sampling(pipeline):
+def test_nothing_is_reused_from_another_sampling(pipeline):
     expected = {seed: draw(pipeline, seed=seed) for seed in (0, 1)}
     with cache_features(pipeline, every=3):
         first = draw(pipeline, seed=0)
@@ -186,7 +178,7 @@ def test_other_schedulers(pipeline, scheduler):
     before = draw(pipeline)
     with cache_features(pipeline, every=2) as session:
         images = draw(pipeline)
-    assert session.inherited > 0 and np.isfinite(images).all()
+    assert session.cached_steps > 0 and np.isfinite(images).all()
     with cache_features(pipeline, every=1):
         np.testing.assert_array_equal(draw(pipeline), before)
 
@@ -203,14 +195,14 @@ def test_inpainting_and_controlnet_with_students_without_a_mid_block(pipeline):
     torch.manual_seed(0)
     controlnet = ControlNetModel.from_unet(pipeline.unet, conditioning_embedding_out_channels=(16, 32))
     for student in (lean, short, stock):
-        for granularity in GRANULARITIES:
-            with cache_features(student, every=2, granularity=granularity) as session:
+        for depth in DEPTHS:
+            with cache_features(student, every=2, depth=depth) as session:
                 draw(student)
                 inpainting = StableDiffusionInpaintPipeline(**parts(student))
                 draw(inpainting, image=image, mask_image=mask, height=16, width=16)
                 if student is lean:
                     draw(StableDiffusionControlNetPipeline(**parts(student, controlnet=controlnet)), image=image)
-            assert session.inherited > 0
+            assert session.cached_steps > 0
 
 
 def test_a_budget_decides_by_what_has_changed(pipeline):
@@ -218,27 +210,26 @@ def test_a_budget_decides_by_what_has_changed(pipeline):
     for budget in (0.0, 0.2, 1e9):
         with cache_features(pipeline, budget=budget) as session:
             draw(pipeline, steps=12)
-        assert session.computed + session.inherited == 12
-        counts.append(session.computed)
+        assert session.full_steps + session.cached_steps == 12
+        counts.append(session.full_steps)
     assert counts[0] == 12 > counts[1] > counts[2] == 1
 
 
-@pytest.mark.parametrize("spacing", ["uniform", "early", "late"])
-def test_the_steps_that_compute_begin_with_the_first(spacing):
-    for count, computed in ((25, 10), (6, 6), (50, 7), (3, 1)):
-        steps = computed_steps(count, computed, spacing)
-        assert 0 in steps and len(steps) == computed and max(steps) < count
-    early, late = (sum(computed_steps(50, 10, kind)) for kind in ("early", "late"))
-    assert early < sum(computed_steps(50, 10, "uniform")) < late
+@pytest.mark.parametrize("spacing", ["uniform", "late"])
+def test_the_full_steps_begin_with_the_first(spacing):
+    for count, full in ((25, 10), (6, 6), (50, 7), (3, 1)):
+        steps = spaced_steps(count, full, spacing)
+        assert 0 in steps and len(steps) == full and max(steps) < count
+    assert sum(spaced_steps(50, 10, "uniform")) < sum(spaced_steps(50, 10, "late"))
 
 
 def test_a_speedup_is_turned_into_steps(pipeline):
     with cache_features(pipeline, speedup=1.2) as session:
         draw(pipeline, steps=10)
-    assert 0 < session.inherited < 10
+    assert 0 < session.cached_steps < 10
     with cache_features(pipeline, steps=[0, 4]) as session:
         draw(pipeline)
-    assert (session.computed, session.inherited) == (2, 4)
+    assert (session.full_steps, session.cached_steps) == (2, 4)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +242,6 @@ def test_a_speedup_is_turned_into_steps(pipeline):
         ({"every": 2, "order": 3}, "order=3: must be a whole number from 0 to 2"),
         ({"every": 2, "depth": 12}, "depth=12: .*12 layers; allowed are 1 to 11"),
         ({"schedule": "absent.json"}, "absent.json: no such file; `asdm analyze"),
-        ({"every": 2, "granularity": "pixel"}, "granularity='pixel': must be one of block, layer, unit"),
         ({"speedup": 1.1, "spacing": "odd"}, "spacing='odd': must be one of"),
     ],
 )
@@ -262,8 +252,8 @@ def test_wrong_settings_are_named_and_nothing_is_left_behind(pipeline, arguments
     assert dict(pipeline.unet.named_modules()) == modules
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_names_stay_as_they_are_within_the_block(pipeline, granularity, tmp_path):
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_names_stay_as_they_are_within_the_block(pipeline, depth, tmp_path):
     peft = pytest.importorskip("peft")
     from peft.utils import get_peft_model_state_dict
 
@@ -274,7 +264,7 @@ def test_names_stay_as_they_are_within_the_block(pipeline, granularity, tmp_path
     lender.save_lora_weights(tmp_path / "lora", unet_lora_layers=lora)
     names, tensors = list(dict(pipeline.unet.named_modules())), list(pipeline.unet.state_dict())
     before = draw(pipeline)
-    with cache_features(pipeline, every=2, granularity=granularity):
+    with cache_features(pipeline, every=2, depth=depth):
         draw(pipeline)
         assert list(dict(pipeline.unet.named_modules())) == names
         assert list(pipeline.unet.state_dict()) == tensors
@@ -298,9 +288,9 @@ def test_a_unet_is_not_copied_with_what_it_remembers(pipeline):
 def test_what_needs_a_whole_unet_is_refused_within_the_block(pipeline, tmp_path):
     before = draw(pipeline)
     with cache_features(pipeline, every=2):
-        with pytest.raises(AsdmError, match="optimize: this UNet inherits features; leave the block"):
+        with pytest.raises(AsdmError, match="optimize: the denoiser's features are cached; leave the block"):
             optimize(pipeline)
-        with pytest.raises(AsdmError, match="export: this UNet inherits features; leave the block"):
+        with pytest.raises(AsdmError, match="export: the denoiser's features are cached; leave the block"):
             export(pipeline, tmp_path / "out")
         switched = switch_unets(pipeline, [tiny_unet(seed=1), pipeline.unet], below=[0.5])
         assert np.isfinite(draw(switched)).all()
@@ -316,7 +306,7 @@ def test_each_thread_has_its_own_sampling(pipeline):
     with cache_features(pipeline, every=3) as session:
         own = draw(pipeline, seed=9)
         expected = [draw(other, seed=seed) for seed, other in enumerate(others)]
-        assert session.inherited == 3 * 4
+        assert session.cached_steps == 3 * 4
         with ThreadPoolExecutor(2) as threads:
             drawn = threads.map(lambda seed: [draw(others[seed], seed=seed) for _ in range(4)], range(2))
             for _ in range(4):
@@ -324,10 +314,10 @@ def test_each_thread_has_its_own_sampling(pipeline):
         for images, alone in zip(drawn, expected, strict=True):
             for image in images:
                 np.testing.assert_array_equal(image, alone)
-        assert session.inherited == (3 + 3 * 4) * 4
+        assert session.cached_steps == (3 + 3 * 4) * 4
 
 
-def test_a_pipeline_that_goes_on_where_another_failed_inherits_nothing(pipeline):
+def test_a_pipeline_that_goes_on_where_another_failed_reuses_nothing(pipeline):
     """With a scheduler of its own, in the same prompt, within and behind a sampling of the block's pipeline."""
     image = Image.new("RGB", (16, 16), "red")
     other = StableDiffusionImg2ImgPipeline(**parts(pipeline))
@@ -356,10 +346,10 @@ def test_a_pipeline_that_goes_on_where_another_failed_inherits_nothing(pipeline)
 
 def test_one_block_at_a_time(pipeline):
     with cache_features(pipeline, every=2):
-        with pytest.raises(AsdmError, match="inherits features already"), cache_features(pipeline, every=2):
+        with pytest.raises(AsdmError, match="features are cached already"), cache_features(pipeline, every=2):
             pass
         assert sum(hasattr(module, "_diffusers_hook") for module in pipeline.unet.modules()) == len(
-            cut_of(tiny_unet(), "layer").inheriting
+            cut_of(pipeline, 1).cached
         )
 
 
@@ -407,8 +397,8 @@ def test_errors_of_extrapolations_follow_from_scalar_products(damping):
     assert errors[p, p, i] == pytest.approx(((features[p] - features[i]) ** 2).sum())
 
 
-@pytest.mark.parametrize("computed", [1, 2, 4, 8])
-def test_the_best_steps_are_those_of_all_choices(computed):
+@pytest.mark.parametrize("full", [1, 2, 4, 8])
+def test_the_best_steps_are_those_of_all_choices(full):
     features, sigmas = walk()
     errors = extrapolation_errors(features @ features.T, sigmas, 1.0) * np.linspace(1, 5, len(sigmas))
 
@@ -419,8 +409,8 @@ def test_the_best_steps_are_those_of_all_choices(computed):
             before = last
         return sum(runs)
 
-    choices = [(0, *rest) for rest in itertools.combinations(range(1, len(sigmas)), computed - 1)]
-    steps, distance = best_steps(errors, computed)
+    choices = [(0, *rest) for rest in itertools.combinations(range(1, len(sigmas)), full - 1)]
+    steps, distance = best_steps(errors, full)
     assert tuple(steps) == min(choices, key=total)
     assert distance == pytest.approx(total(steps))
 
@@ -441,9 +431,9 @@ def test_a_calibrated_schedule_is_nearer_than_even_copies_and_draws_as_it_says(m
     schedule = observed.schedule(2.0)
     assert schedule.steps == 8 and schedule.speedup >= 2.0
     assert schedule.distance < schedule.uniform_distance
-    schedule.save(tmp_path / "inheritance.json")
-    assert CacheSchedule.load(tmp_path / "inheritance.json") == schedule
-    assert observed.distance(schedule=tmp_path / "inheritance.json") == pytest.approx(schedule.distance)
+    schedule.save(tmp_path / "cache_schedule.json")
+    assert CacheSchedule.load(tmp_path / "cache_schedule.json") == schedule
+    assert observed.distance(schedule=tmp_path / "cache_schedule.json") == pytest.approx(schedule.distance)
     assert dict(pipeline.unet.named_modules()) == modules
     assert observed.distance(every=1) < 1e-9
     deeper = observe_sampling(pipeline, steps=8, samples=1, depth=2)
@@ -452,32 +442,32 @@ def test_a_calibrated_schedule_is_nearer_than_even_copies_and_draws_as_it_says(m
 
 
 def made_schedule(unet, **changes):
-    settings = {"steps": 6, "computed": (0, 1, 4), "depth": 1, "order": 1}
-    costs = {"whole_ms": 10, "cached_ms": 1, "speedup": 1.8}
+    settings = {"steps": 6, "full_steps": (0, 1, 4), "depth": 1, "order": 1}
+    costs = {"full_ms": 10, "cached_ms": 1, "speedup": 1.8}
     return CacheSchedule(fingerprint=fingerprint(unet), **{**settings, **costs, **changes})
 
 
-def test_a_schedule_says_what_computes_also_in_a_sampling_of_other_length(pipeline):
+def test_a_schedule_says_which_steps_are_full_also_in_a_sampling_of_other_length(pipeline):
     schedule = made_schedule(pipeline.unet)
     with cache_features(pipeline, schedule=schedule) as session:
         draw(pipeline)
-        assert (session.computed, session.inherited) == (3, 3)
+        assert (session.full_steps, session.cached_steps) == (3, 3)
         draw(pipeline, steps=12)
-        assert (session.computed, session.inherited) == (3 + 6, 3 + 6)
-    assert schedule.steps_of(6) == {0, 1, 4}
-    longer = schedule.steps_of(12)
+        assert (session.full_steps, session.cached_steps) == (3 + 6, 3 + 6)
+    assert schedule.full_steps_of(6) == {0, 1, 4}
+    longer = schedule.full_steps_of(12)
     assert {0, 2, 8} <= longer and len(longer) == 6  # what is dense stays dense
-    assert schedule.steps_of(2) == {0} and schedule.steps_of(1) == {0}
+    assert schedule.full_steps_of(2) == {0} and schedule.full_steps_of(1) == {0}
 
 
 def test_schedules_that_do_not_fit_are_named(pipeline, tmp_path):
     other = made_schedule(tiny_unet(layers_per_block=1))
     with pytest.raises(AsdmError, match="is for the architecture"), cache_features(pipeline, schedule=other):
         pass
-    path = tmp_path / "inheritance.json"
+    path = tmp_path / "cache_schedule.json"
     for text in ("[", "{}", made_schedule(pipeline.unet).model_dump_json().replace("[0,1,4]", "[1,4]")):
         path.write_text(text)
-        with pytest.raises(AsdmError, match="not a schedule of inheritance"):
+        with pytest.raises(AsdmError, match="not a cache schedule"):
             CacheSchedule.load(path)
     with pytest.raises(AsdmError, match="steps=3: too few"):
         calibrate_cache(pipeline, speedup=1.5, steps=3)
@@ -491,9 +481,9 @@ def test_the_command_line_calibrates_and_uses_a_schedule(pipeline, tmp_path):
     run = CliRunner().invoke
     made = run(app, ["analyze", str(model), "--cache", "1.2", "--steps", "4", "--samples", "1"])
     assert made.exit_code == 0, made.output
-    assert CacheSchedule.load(model / "inheritance.json").steps == 4
-    inherit = ["--cache", str(model / "inheritance.json")]
-    made = run(app, ["generate", str(model), "pear", "--steps", "4", "--out", str(drawn), *inherit])
+    assert CacheSchedule.load(model / "cache_schedule.json").steps == 4
+    cached = ["--cache", str(model / "cache_schedule.json")]
+    made = run(app, ["generate", str(model), "pear", "--steps", "4", "--out", str(drawn), *cached])
     assert made.exit_code == 0 and len(list(drawn.iterdir())) == 1
 
 
@@ -507,7 +497,7 @@ def test_a_sampling_begins_where_its_scheduler_says(pipeline):
         np.testing.assert_array_equal(draw(other, image=image, strength=0.5), first)
 
 
-def test_samplings_that_take_turns_inherit_nothing_from_each_other(pipeline):
+def test_interleaved_samplings_reuse_nothing_from_each_other(pipeline):
     """A loop of one's own over several latents, in the same prompt."""
     inputs = unet_inputs(pipeline.unet)
     several = [inputs["sample"], inputs["sample"].flip(0)]
@@ -524,7 +514,7 @@ def test_samplings_that_take_turns_inherit_nothing_from_each_other(pipeline):
     expected = predictions()
     with cache_features(pipeline, every=3):
         found = predictions()
-    # The second of the first step is the first that tells; what comes behind is computed.
+    # The second call of the first step shows it; all later ones are full.
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -534,7 +524,7 @@ def test_calls_before_any_sampling_are_computed(pipeline):
     with cache_features(pipeline, speedup=1.1) as session:
         for _ in range(3):
             assert torch.equal(predict(pipeline.unet), expected)
-        assert (session.computed, session.inherited) == (3, 0)
+        assert (session.full_steps, session.cached_steps) == (3, 0)
 
 
 def test_a_schedule_fits_with_adapters_and_fused_projections(pipeline):
@@ -557,3 +547,93 @@ def test_what_changes_features_in_place_does_not_change_what_is_remembered(pipel
         with session.forced(True):
             for _ in range(2):
                 assert torch.equal(predict(unet), computed)
+
+
+# -- other families --------------------------------------------------------------------------------------
+
+
+class Block(torch.nn.Module):
+    """Adds a branch to the image states; with text states, these come first in the output, as FLUX's do."""
+
+    def __init__(self, with_text):
+        super().__init__()
+        self.linear, self.with_text = torch.nn.Linear(4, 4), with_text
+
+    def forward(self, hidden_states, encoder_hidden_states):
+        states = hidden_states + self.linear(hidden_states).tanh()
+        return (encoder_hidden_states + 1, states) if self.with_text else states
+
+
+class Transformer(torch.nn.Module):
+    """Four blocks on tokens; the last one is always computed, as is the first of a relative cut."""
+
+    def __init__(self, with_text):
+        super().__init__()
+        torch.manual_seed(0)
+        self.transformer_blocks = torch.nn.ModuleList(Block(with_text) for _ in range(4))
+        self.with_text, self.family = with_text, made_up_family(with_text)
+
+    def forward(self, hidden_states, encoder_hidden_states, timestep, return_dict=False):
+        states, text = hidden_states * (1 + timestep), encoder_hidden_states
+        for block in self.transformer_blocks:
+            output = block(hidden_states=states, encoder_hidden_states=text)
+            text, states = output if self.with_text else (text, output)
+        return (states + text,)
+
+
+def made_up_family(with_text):
+    cut = ["transformer_blocks.1", "transformer_blocks.2"]
+
+    class Family(ModelFamily):
+        component, model_class = "unet", Transformer
+
+        def cache_cut(self, model, depth, fresh=()):
+            return CacheCut(cut, frozenset(cut[-1:]), None if with_text else cut[0])
+
+        def block_io(self, model, path):
+            return BlockIO(image=1, text=0) if with_text else BlockIO()
+
+    Family.__abstractmethods__ = frozenset()
+    return Family()
+
+
+@pytest.mark.parametrize("with_text", [False, True])
+def test_features_of_any_family_are_cached_where_it_says(pipeline, with_text):
+    denoiser = Transformer(with_text)
+    pipeline.unet = denoiser
+    pipeline.scheduler.set_timesteps(4)
+    text = torch.randn(1, 3, 4)
+    samples = [torch.randn(1, 3, 4) for _ in pipeline.scheduler.timesteps]
+    steps = list(zip(samples, pipeline.scheduler.timesteps / 1000, strict=True))
+    pipeline.scheduler.timesteps = pipeline.scheduler.timesteps / 1000
+    first, *inner, last = denoiser.transformer_blocks
+    states = []
+    for sample, timestep in steps:
+        entering = image_of(first(sample * (1 + timestep), text))
+        left = entering
+        for block in inner:
+            left = image_of(block(left, text))
+        states.append((entering, left))
+    with torch.no_grad(), cache_features(pipeline, steps=[0, 2], order=0) as session:
+        found = [denoiser(sample, encoder_hidden_states=text, timestep=timestep)[0] for sample, timestep in steps]
+    assert (session.full_steps, session.cached_steps) == (2, 2)
+    for step, source in ((0, 0), (1, 0), (2, 2), (3, 2)):
+        left = states[source][1] if with_text else states[step][0] + states[source][1] - states[source][0]
+        expected = image_of(last(left, text)) + text + 4 * with_text
+        torch.testing.assert_close(found[step], expected)
+    with _values_at(denoiser, {1: denoiser.family.cache_cut(denoiser, 1)}) as values:
+        denoiser(samples[0], text, timestep=steps[0][1])
+    torch.testing.assert_close(values[1], states[0][1] - (0 if with_text else states[0][0]))
+
+
+def image_of(output):
+    return output[1] if isinstance(output, tuple) else output
+
+
+def test_schedules_of_version_0_1_load(pipeline, tmp_path):
+    schedule = made_schedule(pipeline.unet)
+    now = {"full_steps": "computed", "full_ms": "whole_ms", "cached_ms": "inheriting_ms"}
+    saved = {now.get(name, name): value for name, value in schedule.model_dump(mode="json").items()}
+    assert {"computed", "whole_ms", "inheriting_ms"} < saved.keys()
+    (tmp_path / "inheritance.json").write_text(json.dumps(saved))
+    assert CacheSchedule.load(tmp_path / "inheritance.json") == schedule

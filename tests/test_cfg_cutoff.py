@@ -121,10 +121,10 @@ def test_other_kinds_of_guidance_end_too(kind, parts, given, branches):
     assert seen == [2 * branches, 2 * branches, 2, 2]
 
 
-def test_features_are_not_inherited_from_both_branches(pipeline):
+def test_features_of_both_branches_are_not_reused_for_one(pipeline):
     with cache_features(pipeline, every=4) as session:
         assert generate(pipeline, PROMPTS, steps=6, cfg_cutoff=0.5).isfinite().all()
-    assert session.computed == 2 + 1  # the first, the first of one branch, and the fourth behind that
+    assert session.full_steps == 2 + 1  # the first, the first of one branch, and the fourth behind that
 
 
 def test_without_guidance_nothing_changes(pipeline):

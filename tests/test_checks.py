@@ -21,7 +21,7 @@ from asdm.benchmark.methods import deep_cache, methods, t_gate, tome
 from asdm.data.sources import open_data
 from asdm.diffusion.generation import default_steps, most_steps
 from asdm.distillation.stages import Consistency, LossWeights, Semantics, parse_stages
-from asdm.evaluation.comparison import distinct_names, folder_names
+from asdm.evaluation.image_folders import distinct_names, folder_names
 from asdm.evaluation.metrics import Judge
 from asdm.student.plan import PlanMetrics
 from conftest import tiny_pipeline, tiny_sdxl_pipeline
@@ -41,7 +41,6 @@ NEEDED = {
     "compress": ["demo", "--out", "out"],
     "demo": [],
     "benchmark": ["demo"],
-    "demo-build": [],
 }
 BAD = {float: ("nan", "inf", "-1"), int: ("-1", "1" + 30 * "0"), Literal: ("x",)}
 
@@ -188,8 +187,8 @@ def calls(tiny):
             progress=print,
         ),
         "cache_features": dict(
-            pipeline=pipeline, speedup=1.1, every=2, steps=[0], budget=0.1, schedule="x", granularity="layer", depth=1,
-            spacing="early", order=1, damping=0.5,
+            pipeline=pipeline, speedup=1.1, every=2, steps=[0], budget=0.1, schedule="x", depth=1,
+            spacing="late", order=1, damping=0.5,
         ),
         "calibrate_cache": dict(
             pipeline=pipeline, speedup=1.1, steps=4, data="x", samples=1, guidance_scale=1.0, depth=1, seed=0,
@@ -260,7 +259,7 @@ RECORDS = {
     Consistency: {},
     PlanMetrics: {"target": {}, "predicted_sensitivity": 0.1, "predicted_speedup": 1.1},
     CacheSchedule: {
-        "fingerprint": "x", "steps": 4, "computed": (0,), "depth": 1, "order": 1, "whole_ms": 2.0, "cached_ms": 1.0,
+        "fingerprint": "x", "steps": 4, "full_steps": (0,), "depth": 1, "order": 1, "full_ms": 2.0, "cached_ms": 1.0,
         "speedup": 1.5,
     },
 }  # fmt: skip

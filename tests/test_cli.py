@@ -74,9 +74,6 @@ def mistakes(model, tmp_path):
         (["generate", model, "x", "--image", tmp_path / "absent.png", "--out", "drawn"], "no such image file"),
         (["compress", model, "--out", "made", "--speedup", "1.5"], "need data"),
         (["compress", model, "--out", "theirs", "--speedup", "1.5", "--steps", "0"], "was not written by asdm"),
-        (["demo-build", "nothing"], "no such stage"),
-        (["demo-build", "clip", "--folder", "built"], "no tokenizer; run that stage first"),
-        (["demo-build", "assemble", "--folder", "built", "--warm-start"], "no checkpoint; run that stage first"),
         (["analyze", model, "--out", "theirs"], "is a folder; name a file"),
         (["plan", model, "--speedup", "1.1", "--out", "theirs"], "is a folder; name a file"),
         (["generate", model, "x", "--image", tmp_path / "real.png", "--strength", "0.01"], "leave at least one"),
@@ -205,6 +202,6 @@ def test_the_help_loads_no_heavy_package():
 
 def test_the_help_lists_the_models_that_the_api_allows():
     from asdm.cli import options
-    from asdm.pipelines.model_names import model_help
+    from asdm.pipelines.names import model_help
 
     assert set(re.findall(r"random:[\w-]+", options.MODEL)) == set(re.findall(r"random:[\w-]+", model_help()))

@@ -15,7 +15,8 @@ from pyarrow import parquet
 
 from asdm import AsdmError
 from asdm.data import sources as data_module
-from asdm.data.sources import AT_HAND, Example, load_pixels, open_data, open_source
+from asdm.data.examples import Example, load_pixels
+from asdm.data.sources import AT_HAND, open_data, open_source
 from asdm.images import open_image, to_tensor
 
 

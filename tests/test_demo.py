@@ -10,13 +10,15 @@ from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipe
 from PIL import Image
 
 from asdm import generate, load_pipeline
-from asdm.data.sources import load_pixels, open_data
+from asdm.data.examples import load_pixels
+from asdm.data.sources import open_data
 from asdm.demo import images_folder, pipeline_folder
-from asdm.demo.emoji import STYLES, Pair, all_pairs, held_out_pairs, seen_pairs
-from asdm.demo.recipe import StyleSwap, make_tokenizer, make_unet, make_vae, normalise_latents
 from asdm.evaluation.metrics import Judge, cosine_similarity
 from asdm.families.unet_structure import removable_units
 from asdm.images import load_images
+from tools.demo.__main__ import main
+from tools.demo.emoji import STYLES, Pair, all_pairs, held_out_pairs, seen_pairs
+from tools.demo.recipe import StyleSwap, make_tokenizer, make_unet, make_vae, normalise_latents
 
 
 def test_a_tenth_of_the_pairs_is_held_out_and_never_both_styles_of_a_concept():
@@ -77,10 +79,27 @@ def test_its_unet_has_sd1s_topology():
     assert names == {unit.name for unit in removable_units(sd)}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nothing"], "no such stage"),
+        (["clip", "--folder", "built"], "no tokenizer; run that stage first"),
+        (["assemble", "--folder", "built", "--warm-start"], "no checkpoint; run that stage first"),
+    ],
+)
+def test_a_mistake_in_the_recipes_command_is_one_line(tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["tools.demo", *arguments])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert exit.value.code == 2
+    assert said in capsys.readouterr().err
+
+
 def test_it_draws_what_it_is_asked_to():
     """Of 24 real images, a drawn one's own is among the nearest three almost always (by chance, 3 of 24).
 
-    The figures that count are those of `asdm demo-build check`.
+    The figures that count are those of `python -m tools.demo check`.
     """
     chosen, real = load_pixels(open_data("demo").sample(24, 0), 64, {})
     judge = Judge()

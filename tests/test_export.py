@@ -8,11 +8,12 @@ import torch
 from PIL import Image
 
 from asdm import AsdmError, PruningPlan, Remove, build_student, cache_features, export, generate, with_unet
-from asdm.families.unet_structure import fingerprint
+from asdm.families.tensors import fingerprint
 from asdm.measure.latency import Latency
 from asdm.runtime import openvino as openvino_graphs
-from asdm.runtime.export import _Graph, _program
+from asdm.runtime.graphs import Graph
 from asdm.runtime.openvino import with_openvino_graphs
+from asdm.runtime.writers import program_of
 from conftest import (
     predict,
     tiny_inpainting_pipeline,
@@ -127,7 +128,7 @@ def test_int8_keeps_weights_in_8_bits_and_computes_in_them_where_asked(pipeline,
     assert json.loads((tmp_path / "int8" / "asdm.json").read_text())["int8"] == int8
 
 
-def test_two_graphs_inherit_as_the_torch_unet_does(pipeline, tmp_path):
+def test_two_graphs_cache_as_the_torch_unet_does(pipeline, tmp_path):
     parts = ["unet_inner", "unet_outer", "vae_decoder"]
     student = student_of(pipeline, *EDITS[:3], EDITS[3] | {"router": "time"})
     export(student, tmp_path / "out", cache=1, parts=parts)
@@ -136,13 +137,13 @@ def test_two_graphs_inherit_as_the_torch_unet_does(pipeline, tmp_path):
     for name, each in (("torch", student), ("graphs", ready)):
         with cache_features(each, every=2, order=1) as session:
             images[name] = generate(each, ["a prompt"], steps=6, seed=3)
-        assert (session.computed, session.inherited) == (3, 3)
+        assert (session.full_steps, session.cached_steps) == (3, 3)
     assert (images["graphs"] - images["torch"]).abs().max() < 0.05
-    assert (generate(ready, ["a prompt"], steps=6, seed=3) - images["torch"]).abs().max() > 0.01  # it did inherit
+    assert (generate(ready, ["a prompt"], steps=6, seed=3) - images["torch"]).abs().max() > 0.01  # it did cache
     assert fingerprint(ready.unet) == fingerprint(student.unet)  # so a schedule that was found for one fits the other
     for settings, message in (
-        ({"every": 2, "depth": 2}, "granularity layer and depth 1; export others with cache=2"),
-        ({"budget": 0.1}, "is told by a layer"),
+        ({"every": 2, "depth": 2}, "for depth 1; export others with cache=2"),
+        ({"budget": 0.1}, "compares a layer's outputs"),
     ):
         with pytest.raises(AsdmError, match=message), cache_features(ready, **settings):
             pass
@@ -164,7 +165,7 @@ def test_two_graphs_in_8_bits_with_ranges_from_data(pipeline, data_folder, tmp_p
         assert any(op.get_type_name() == "FakeQuantize" for op in model.get_ops())
 
 
-def test_one_graph_inherits_nothing(drawing, tmp_path):
+def test_nothing_is_cached_within_one_graph(drawing, tmp_path):
     pipeline, folder = drawing
     ready = with_openvino_graphs(pipeline, folder)
     with pytest.raises(AsdmError, match="one graph, in which nothing"), cache_features(ready, every=2):
@@ -250,9 +251,9 @@ def test_a_graph_for_one_batch_alone_is_refused():
         def forward(self, sample):
             return (torch.cat([each * 2 for each in sample.split(1)]),)
 
-    graph = _Graph("unet", EachAlone(), {"sample": torch.zeros(2, 3)}, ["out_sample"], {})
+    graph = Graph("unet", EachAlone(), {"sample": torch.zeros(2, 3)}, ["out_sample"], {})
     with pytest.raises(AsdmError, match="unet: its graph takes no other batch than the examples'"):
-        _program(graph)
+        program_of(graph)
 
 
 def test_what_cannot_be_exported_is_said_before_anything_is_written(pipeline, tmp_path):

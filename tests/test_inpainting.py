@@ -6,7 +6,7 @@ from PIL import Image
 
 from asdm import PruningPlan, Remove, build_student, compress, distill, generate, load_pipeline, save_pipeline
 from asdm.data.calibration import calibration_calls
-from asdm.data.prepared import prepare_data
+from asdm.data.preparation import prepare_data
 from asdm.diffusion.conditioning import decode_latents, encode_images, masked_latents
 from asdm.distillation.recipes import joint_stages
 from asdm.pipelines.derived import with_unet

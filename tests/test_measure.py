@@ -10,8 +10,8 @@ import torch
 
 import asdm
 from asdm.evaluation import image_timing
-from asdm.evaluation.comparison import measure_speed
 from asdm.evaluation.image_timing import ImageJob, time_images
+from asdm.evaluation.speed import measure_speed
 from asdm.measure import latency, load
 from asdm.measure.latency import Latency, Ratio, Timing, measure_interleaved
 from asdm.measure.load import LoadMeter, busy_line
@@ -205,10 +205,10 @@ def test_beside_a_process_that_computes_on_and_off_plans_and_evaluations_hold(on
         found = measure_speed({"teacher": pipeline, "pruned": student}, steps=25, guidance_scale=3.0, rounds=None)
     true = measured_speedup(pipeline.unet, plan, 20)
     assert true.value == pytest.approx(1.4, rel=0.1)
-    row = found.figures[1]
+    row = found.rows[1]
     assert row.unet_ratio.low <= true.value <= row.unet_ratio.high
     if plan.figures.measured_ratio is not None:
         assert plan.figures.measured_ratio.low <= true.value <= plan.figures.measured_ratio.high
     calm = measure_speed({"teacher": pipeline, "pruned": student}, steps=25, guidance_scale=3.0, rounds=None)
-    assert row.pipeline_ratio.low <= calm.figures[1].pipeline_speedup <= row.pipeline_ratio.high
+    assert row.pipeline_ratio.low <= calm.rows[1].pipeline_speedup <= row.pipeline_ratio.high
     assert found.contention > 0.1 > calm.contention

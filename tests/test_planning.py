@@ -8,14 +8,15 @@ from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 
 from asdm import AsdmError, CondConv, PruningPlan, add_cond_conv, analyze, build_student, make_plan
+from asdm.families.tensors import fingerprint
 from asdm.families.unet_calls import unet_call
-from asdm.families.unet_structure import fingerprint, removable_units
+from asdm.families.unet_structure import removable_units
 from asdm.measure import latency
 from asdm.measure.macs import counting_macs
 from asdm.pipelines.random_models import UNETS, random_unet
 from asdm.planning.program import least_sensitive, measured_speedup, most_saved, possible_edits
 from asdm.sensitivity.profile import RedundancyMap, UnitRecord, structure_map
-from asdm.student.plan import empty_student
+from asdm.student.build import empty_student
 from conftest import tiny_pipeline
 
 

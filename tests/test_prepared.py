@@ -12,12 +12,15 @@ from PIL import Image
 
 import asdm.data.sources as data_module
 from asdm import AsdmError, evaluate
+from asdm.data import examples
 from asdm.data.calibration import calibration_calls
-from asdm.data.prepared import PreparedData, prepare_data
+from asdm.data.preparation import prepare_data
+from asdm.data.prepared import PreparedData
 from asdm.data.sources import open_data
 from asdm.diffusion.conditioning import embed_prompts, encode_images
-from asdm.evaluation.comparison import RealImages, evaluation_sets
 from asdm.evaluation.metrics import Judge
+from asdm.evaluation.real_images import RealImages
+from asdm.evaluation.sampling import evaluation_sets
 from conftest import tiny_pipeline
 
 
@@ -85,7 +88,7 @@ def test_a_shard_that_does_not_come_is_asked_for_again(pipeline, shards, tmp_pat
     whole = (shards / "00000.tar").read_bytes()
     (shards / "00000.tar").write_bytes(whole[:2000])
     url, folder = f"file://{shards}/{{00000..00001}}.tar", tmp_path / "prepared"
-    with pytest.raises(AsdmError, match=r"1 of 2 shards did not come \(.*00000.tar: not read to its end"):
+    with pytest.raises(AsdmError, match=r"1 of 2 shards could not be read \(.*00000.tar: not read to its end"):
         prepare_data(pipeline, url, folder)
     assert not (folder / "00000.tar").exists()
     second = (folder / "00001.tar").stat().st_mtime_ns
@@ -176,7 +179,7 @@ def test_prepared_shards_are_webdataset_shards(pipeline, shards, tmp_path):
 
 
 def test_an_interrupted_preparation_goes_on_at_the_next_piece(pipeline, data_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(data_module, "PIECE", 2)
+    monkeypatch.setattr(examples, "PIECE", 2)
     whole = prepare_data(pipeline, data_folder, tmp_path / "whole")
     done = []
 
@@ -245,4 +248,4 @@ def test_labelled_shards_are_judged_wherever_their_samples_lie(tmp_path, monkeyp
     assert len(real.examples) == 6
     for each in sets:
         images = torch.stack([example.pixels(16) for example in each.examples])
-        assert real.figures(images, judge.features(images), each.examples)["concept_top1"] == 1.0
+        assert real.metrics(images, judge.features(images), each.examples)["concept_top1"] == 1.0

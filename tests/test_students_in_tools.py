@@ -13,7 +13,7 @@ from torch import nn
 from asdm import AsdmError, AsdmUNet2DConditionModel, PruningPlan, build_student
 from asdm.edits.cond_conv import CondConv2d
 from asdm.edits.projections import projection_of
-from asdm.families.unet_structure import fingerprint
+from asdm.families.tensors import fingerprint
 from asdm.training.sharding import shard_like
 from conftest import predict, saved_by_0_1, student_of_every_kind, tiny_unet, unet_inputs
 

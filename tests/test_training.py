@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from asdm import AsdmError, PruningPlan, Stage, build_student, distill
-from asdm.data.sources import ShuffledBatches
+from asdm.data.batches import ShuffledBatches
 from asdm.diffusion.conditioning import noise_schedule
 from asdm.distillation.distill import make_task, prepare
 from asdm.distillation.estimate import estimate

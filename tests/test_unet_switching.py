@@ -41,7 +41,7 @@ def test_it_draws_from_text_and_from_images(pipeline):
     )
 
 
-def test_sdxl_draws_and_features_are_not_inherited_across_unets():
+def test_sdxl_draws_and_features_are_not_cached_across_unets():
     pipeline = tiny_sdxl_pipeline()
     switched = switch_unets(pipeline, [lean(pipeline), pipeline.unet], below=[0.5])
     assert generate(switched, ["octopus"], steps=4).isfinite().all()
@@ -64,15 +64,15 @@ def test_a_speedup_decides_where_to_switch(pipeline, monkeypatch):
     for target, part in ((1.25, 0.4), (1.6, 0.75)):
         switched = switch_unets(pipeline, [lean(pipeline), pipeline.unet], speedup=target)
         assert switched.unet.boundaries == pytest.approx([1000 * (1 - part)], abs=1)
-    with pytest.raises(AsdmError, match=r"the first UNet alone is 2\.00 times as fast"):
+    with pytest.raises(AsdmError, match=r"the first denoiser alone is 2\.00 times as fast"):
         switch_unets(pipeline, [lean(pipeline), pipeline.unet], speedup=2.0)
 
 
 def test_what_does_not_fit_is_named(pipeline, tmp_path):
     student = lean(pipeline)
     for unets, settings, message in (
-        ([student, pipeline.unet], {"below": []}, "for 2 UNets give 1 falling"),
-        ([student, pipeline.unet], {"below": [1.5]}, "falling parts of the schedule"),
+        ([student, pipeline.unet], {"below": []}, "for 2 denoisers give 1 falling"),
+        ([student, pipeline.unet], {"below": [1.5]}, "falling fractions of the schedule"),
         ([student, pipeline.unet], {"speedup": 50.0}, "speedup=50: out of reach"),
         ([student, pipeline.unet], {}, "either below or speedup"),
         ([student, tiny_unet(in_channels=9)], {"below": [0.5]}, "in_channels: 4 and 9"),

@@ -19,11 +19,11 @@ from asdm.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from asdm.caching.calibration import calibrate_cache as calibrate_cache
-    from asdm.caching.session import CacheSchedule as CacheSchedule
-    from asdm.caching.session import cache_features as cache_features
+    from asdm.caching.features import cache_features as cache_features
+    from asdm.caching.schedule import CacheSchedule as CacheSchedule
     from asdm.compensation.fitting import fit_compensation as fit_compensation
     from asdm.compression.compress import compress as compress
-    from asdm.data.prepared import prepare_data as prepare_data
+    from asdm.data.preparation import prepare_data as prepare_data
     from asdm.diffusion.generation import generate as generate
     from asdm.diffusion.guidance import CfgCutoff as CfgCutoff
     from asdm.distillation.consistency import lcm_scheduler as lcm_scheduler
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from asdm.edits import Remove as Remove
     from asdm.errors import AsdmError as AsdmError
     from asdm.errors import AsdmWarning as AsdmWarning
-    from asdm.evaluation.comparison import Evaluation as Evaluation
     from asdm.evaluation.comparison import evaluate as evaluate
+    from asdm.evaluation.results import Evaluation as Evaluation
     from asdm.pipelines.derived import with_unet as with_unet
     from asdm.pipelines.loading import load_pipeline as load_pipeline
     from asdm.pipelines.saving import save_pipeline as save_pipeline
@@ -49,8 +49,8 @@ if TYPE_CHECKING:
     from asdm.runtime.switching import switch_unets as switch_unets
     from asdm.sensitivity.profile import RedundancyMap as RedundancyMap
     from asdm.sensitivity.profile import analyze as analyze
+    from asdm.student.build import build_student as build_student
     from asdm.student.plan import PruningPlan as PruningPlan
-    from asdm.student.plan import build_student as build_student
     from asdm.student.unet import AsdmUNet2DConditionModel as AsdmUNet2DConditionModel
 
 # Each name is imported when it is first used: torch and diffusers take seconds, and `asdm --help` needs neither.
@@ -62,14 +62,14 @@ _HOME = {
     "Evaluation": "asdm.evaluation.comparison",
     "GriAttention": "asdm.edits",
     "CfgCutoff": "asdm.diffusion.guidance",
-    "CacheSchedule": "asdm.caching.session",
+    "CacheSchedule": "asdm.caching.schedule",
     "PruningPlan": "asdm.student.plan",
     "RedundancyMap": "asdm.sensitivity.profile",
     "Remove": "asdm.edits",
     "Stage": "asdm.distillation.stages",
     "add_cond_conv": "asdm.planning.program",
     "analyze": "asdm.sensitivity.profile",
-    "build_student": "asdm.student.plan",
+    "build_student": "asdm.student.build",
     "calibrate_cache": "asdm.caching.calibration",
     "compress": "asdm.compression.compress",
     "distill": "asdm.distillation.distill",
@@ -77,12 +77,12 @@ _HOME = {
     "export": "asdm.runtime.export",
     "fit_compensation": "asdm.compensation.fitting",
     "generate": "asdm.diffusion.generation",
-    "cache_features": "asdm.caching.session",
+    "cache_features": "asdm.caching.features",
     "lcm_scheduler": "asdm.distillation.consistency",
     "load_pipeline": "asdm.pipelines.loading",
     "make_plan": "asdm.planning.program",
     "optimize": "asdm.runtime.optimize",
-    "prepare_data": "asdm.data.prepared",
+    "prepare_data": "asdm.data.preparation",
     "remeasure_plan": "asdm.planning.program",
     "refine_plan": "asdm.planning.refine",
     "save_pipeline": "asdm.pipelines.saving",

@@ -25,8 +25,7 @@ PARTIAL, PREVIOUS = "partial", "previous"
 
 @contextmanager
 def replacing_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `target` that takes its place when the block ends without error; what a link points
-    to, where `target` is one."""
+    """Yield an empty folder beside `target` that replaces it when the block ends without error. A link is followed."""
     target = Path(os.path.realpath(target))
     partial, previous = _name_beside(target, PARTIAL), _name_beside(target, PREVIOUS)
     partial.mkdir(parents=True)
@@ -78,14 +77,16 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old text or the new, never a part."""
+    """Write a file so that a reader sees the old text or the new one, never a part."""
     with replacing_file(path) as partial:
         partial.write_text(text, "utf-8")
 
 
 def _name_beside(target: Path, kind: str) -> Path:
-    """A name of this process's own. What killed ones have left there is removed; but where one was killed as it put the
-    new folder in the old one's place, the old one is put back."""
+    """A temporary name beside `target` that is this process's own.
+
+    What killed processes left is removed. Where one was killed between the two renames, the old folder is put back.
+    """
     for left in target.parent.glob(f".{glob.escape(target.name)}.*.{kind}"):
         number = left.name.removeprefix(f".{target.name}.").removesuffix(f".{kind}")
         if not number.isdecimal() or (int(number) != os.getpid() and psutil.pid_exists(int(number))):
@@ -100,7 +101,7 @@ def _name_beside(target: Path, kind: str) -> Path:
 
 
 def require_ours(folder: Path, kind: str) -> None:
-    """Raise an AsdmError if `folder` exists, is not empty, and is not of this kind and written by this tool.
+    """Raise an AsdmError unless `folder` can be replaced: it is empty, absent, or of this kind and this tool's.
 
     Args:
         kind: as it stands in the folder's `MARKER`: pipeline, prepared, compression or export.
@@ -122,7 +123,7 @@ def require_ours(folder: Path, kind: str) -> None:
 
 
 def read_marker(folder: Path) -> dict[str, Any]:
-    """What a folder's `MARKER` says of it; nothing where there is none, or a damaged one."""
+    """Read a folder's `MARKER`; empty where there is none, or a damaged one."""
     try:
         about = json.loads((folder / MARKER).read_text("utf-8"))
     except (OSError, ValueError):

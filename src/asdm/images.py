@@ -1,4 +1,4 @@
-"""Images as tensors and back; which image files can be read, also those whose metadata is damaged."""
+"""Images as tensors and back. Image files are read even where their metadata is damaged."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from torch import Tensor
 
 from asdm.errors import AsdmError, one_line
 
-# What Pillow opens, and is no image, or only with another program's help (Ghostscript's, Windows').
+# Formats that Pillow opens and that are no images, or need another program (Ghostscript, Windows).
 _NO_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"}
-# What people call images, and Pillow reads not at all, or only newer versions or plugins of it.
+# Formats of images that Pillow does not read, or only newer versions or plugins of it.
 _OF_IMAGES = (
     "ai arw avif bpg cdr cr2 cr3 djvu dng emf eps exr hdr heic heics heif heifs hif jls jp2 jxl jxr kra ktx ktx2 nef "
     "orf pef psb psd qoi raf raw rw2 srw svg svgz tif tiff wdp webp wmf xcf"
 )
 UNREAD_SUFFIXES = frozenset(f".{suffix}" for suffix in _OF_IMAGES.split())
 _ORIENTATION = 0x0112
-_TURNED = {
+_TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -38,26 +38,28 @@ _TURNED = {
 
 
 def readable_formats() -> list[str]:
-    """The formats that the installed Pillow, with its plugins, reads as images by itself."""
+    """The formats of images that the installed Pillow reads, with its plugins."""
     Image.init()
     return [name for name in Image.OPEN if name not in _NO_IMAGES]
 
 
 def readable_suffixes() -> frozenset[str]:
-    """The endings of the names of such files, in lower case, each with its dot."""
+    """The suffixes of such files, in lower case, with the dot."""
     formats = readable_formats()
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
 
 
 def open_pixels(file: Path | bytes) -> Image.Image:
-    """The image in a file, or in a file's content: the first frame of several. Metadata that is damaged is left out.
+    """Open the image in a file, or in a file's content; of several frames the first. Damaged metadata is left out.
 
     Raises:
-        OSError: not an image that can be read; or what else Pillow's readers raise.
+        OSError: the file is no image, or cannot be read. Pillow's readers raise other kinds too.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damaged EXIF; and of many pixels, of which twice as many are refused
+            warnings.simplefilter(
+                "ignore"
+            )  # about damaged EXIF, and about large images; twice as many pixels are refused
             return Image.open(_stream(file), formats=readable_formats())
     except (Image.DecompressionBombError, FileNotFoundError):
         raise
@@ -69,7 +71,7 @@ def open_pixels(file: Path | bytes) -> Image.Image:
 
 
 def verify_pixels(file: Path | bytes) -> None:
-    """Raise what Pillow raises for a file that is no image, as far as it tells without decoding the pixels."""
+    """Raise what Pillow raises for a file that is no image, as far as it can tell without decoding the pixels."""
     try:
         with open_pixels(file) as image:
             image.verify()
@@ -84,11 +86,11 @@ def verify_pixels(file: Path | bytes) -> None:
 
 
 def image_fault(error: Exception, name: str = "") -> str:
-    """Why an image cannot be used, from what Pillow raised and the file's name."""
+    """Say why an image cannot be used, from what Pillow raised and the file's name."""
     suffix = os.path.splitext(name)[1].lower()
     if suffix in UNREAD_SUFFIXES - readable_suffixes():
         return f"this Pillow does not read {suffix}; convert it to PNG or JPEG"
-    if isinstance(error, Image.UnidentifiedImageError):  # whose words name an object in memory
+    if isinstance(error, Image.UnidentifiedImageError):  # its message names an object in memory
         return "not an image that Pillow knows"
     return one_line(error)
 
@@ -98,7 +100,7 @@ def _stream(file: Path | bytes) -> Path | io.BytesIO:
 
 
 def _without_metadata(file: Path | bytes) -> bytes | None:
-    """The content of a PNG or WebP file with what makes its pixels alone; None of any other file."""
+    """The content of a PNG or WebP file reduced to its pixels; None for any other format."""
     content = file if isinstance(file, bytes) else file.read_bytes()
     if content.startswith(b"\x89PNG\r\n\x1a\n"):
         return content[:8] + b"".join(_png_chunks(content))
@@ -109,8 +111,8 @@ def _without_metadata(file: Path | bytes) -> bytes | None:
 
 
 def _png_chunks(content: bytes) -> Iterator[bytes]:
-    """The chunks that PNG calls critical, and transparency; where the length of another is damaged, from the next of
-    these on."""
+    """The critical chunks of a PNG file, and transparency. A chunk whose length is damaged is skipped up to the next of
+    these."""
     start, kept = 8, (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
     while len(content) >= start + 12:
         (length,) = struct.unpack(">I", content[start : start + 4])
@@ -127,8 +129,8 @@ def _png_chunks(content: bytes) -> Iterator[bytes]:
 
 
 def _webp_chunks(content: bytes) -> Iterator[bytes]:
-    """The chunks up to EXIF and XMP, which come last, without the colour profile; the header says that they are not
-    there."""
+    """The chunks of a WebP file before EXIF and XMP, which come last, without the colour profile. The flags in the
+    header are cleared."""
     start = 12
     while len(content) >= start + 8 and content[start : start + 4] not in (b"EXIF", b"XMP "):
         (length,) = struct.unpack("<I", content[start + 4 : start + 8])
@@ -141,26 +143,26 @@ def _webp_chunks(content: bytes) -> Iterator[bytes]:
 
 
 def load_images(paths: Sequence[Path], size: int) -> Tensor:
-    """Images (count, 3, size, size) in [-1, 1], centre-cropped to a square and resized."""
+    """Load images (count, 3, size, size) in [-1, 1], centre-cropped to a square and resized."""
     return torch.stack([to_tensor(open_pixels(path), size) for path in paths])
 
 
 def to_tensor(image: Image.Image, size: int) -> Tensor:
-    """One image as (3, size, size) in [-1, 1], as `as_rgb` has it."""
+    """Convert one image to (3, size, size) in [-1, 1], after `as_rgb`."""
     pixels = torch.from_numpy(np.array(cropped(as_rgb(image), size))).permute(2, 0, 1)
     return pixels.float() / 127.5 - 1
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """An image in 8 bits a channel, turned as its EXIF says, transparent parts on white.
+    """Convert an image to RGB with 8 bits a channel, oriented by its EXIF, with transparent parts on white.
 
     Raises:
-        OSError: its pixels are floating-point numbers, of which nothing tells the range.
+        OSError: its pixels are floating-point numbers, whose range is not known.
     """
     image = _upright(image)
     if image.mode == "F":
         raise OSError("its pixels are floating-point numbers; convert it to 8 bits")
-    if image.mode.startswith("I"):  # 16 bits, which PIL would cut off at 255
+    if image.mode.startswith("I"):  # 16 bits, which PIL would clip at 255
         image = Image.fromarray((np.array(image).clip(0, 65535) / 257).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
@@ -170,19 +172,19 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF says, where that can be read."""
-    image.load()  # some formats have their metadata behind the pixels
+    """The image oriented by its EXIF, where that can be read."""
+    image.load()  # some formats store their metadata behind the pixels
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what is damaged in it
-            turned = _TURNED.get(image.getexif().get(_ORIENTATION, 1))
+            warnings.simplefilter("ignore")  # about damaged EXIF
+            transposition = _TRANSPOSITIONS.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # of Pillow's reader of TIFF, many kinds
         return image
-    return image if turned is None else image.transpose(turned)
+    return image if transposition is None else image.transpose(transposition)
 
 
 def cropped(image: Image.Image, size: int) -> Image.Image:
-    """The middle square of an image, `size` pixels wide."""
+    """Crop the middle square of an image and resize it to `size` pixels."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side))
@@ -190,13 +192,13 @@ def cropped(image: Image.Image, size: int) -> Image.Image:
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
-    """(count, 3, height, width) in [-1, 1] as PIL images."""
+    """Convert (count, 3, height, width) in [-1, 1] to PIL images."""
     as_bytes = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(image) for image in as_bytes]
 
 
 def open_image(path: Path) -> Image.Image:
-    """A user's image file, as `as_rgb` has it.
+    """Open a user's image file as RGB.
 
     Raises:
         AsdmError: no such file, or not an image.

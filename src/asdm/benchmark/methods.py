@@ -23,7 +23,8 @@ from diffusers import (
 )
 
 from asdm.caching.calibration import Observations, observe_sampling
-from asdm.caching.session import Granularity, Spacing, cache_features
+from asdm.caching.features import cache_features
+from asdm.caching.schedule import Spacing
 from asdm.diffusion.conditioning import latent_shape
 from asdm.diffusion.generation import generate
 from asdm.diffusion.kinds import is_sdxl
@@ -36,12 +37,14 @@ from asdm.families.unet_structure import blocks, removable_units
 from asdm.measure.macs import counting_macs
 from asdm.pipelines.derived import with_unet
 from asdm.planning.program import PRESETS, make_plan
-from asdm.runtime.export import Int8, export
+from asdm.runtime.export import export
 from asdm.runtime.openvino import with_openvino_graphs
 from asdm.runtime.optimize import optimize
 from asdm.runtime.switching import switch_unets
+from asdm.runtime.writers import Int8
 from asdm.sensitivity.profile import RedundancyMap, analyze, gri_kinds
-from asdm.student.plan import PruningPlan, build_student
+from asdm.student.build import build_student
+from asdm.student.plan import PruningPlan
 
 Prepared = Callable[[DiffusionPipeline], AbstractContextManager[DiffusionPipeline]]
 Maker = Callable[[DiffusionPipeline], DiffusionPipeline]
@@ -300,9 +303,9 @@ def calibrated(speedup: float, observed: Observing, graphs: Prepared | None = No
     return prepared
 
 
-def inherits(steps: int, every: int, granularity: Granularity = "layer", order: int = 0) -> Method:
-    name = f"inheritance, {granularity}, every {every}, order {order}"
-    part = inheriting(every=every, granularity=granularity, order=order)
+def inherits(steps: int, every: int, order: int = 0) -> Method:
+    name = f"inheritance, layer, every {every}, order {order}"
+    part = inheriting(every=every, order=order)
     return combined(name, "ours", part, steps=steps, kinds=at_every(every))
 
 
@@ -506,16 +509,15 @@ def _switches(steps: int, students: dict[str, Maker], data: str | Path | None) -
 
 def _inheritances(steps: int, data: str | Path | None) -> list[Method]:
     intervals = (2, 3, 5)
-    granularities: tuple[Granularity, ...] = ("layer", "block", "unit")
-    entries = [inherits(steps, every, kind) for kind in granularities for every in intervals]
+    entries = [inherits(steps, every) for every in intervals]
     if data is None:
         return entries
     observed = observing(steps, data)
     for speedup in (1.5, 2.0, 2.5, 3.0):
         part = calibrated(speedup, observed)
         entries.append(combined(f"inheritance, calibrated, {speedup:g}x", "ours", part, steps=steps, kinds=unforeseen))
-    entries += [inherits(steps, every, kind, 1) for kind in ("layer", "unit") for every in intervals]  # type: ignore[arg-type]
-    entries += [inherits_to(steps, 2.0, spacing) for spacing in ("early", "late")]  # type: ignore[arg-type]
+    entries += [inherits(steps, every, order=1) for every in intervals]
+    entries.append(inherits_to(steps, 2.0, "late"))
     return entries + [inherits_within(steps, budget) for budget in (0.1, 0.3)]
 
 

@@ -14,7 +14,7 @@ from asdm.benchmark.plot import contest_plot
 from asdm.benchmark.run import Benchmark, BenchmarkRow, BenchmarkRun, Progress, benchmark_rows
 from asdm.diffusion.generation import is_few_step
 from asdm.diffusion.kinds import is_random
-from asdm.evaluation.comparison import folder_name
+from asdm.evaluation.image_folders import folder_name
 from asdm.evaluation.report import save_figure
 from asdm.families import denoiser_of
 from asdm.measure.load import LoadMeter, busy_line

@@ -28,9 +28,11 @@ from asdm.benchmark.methods import Method, Way, forget_graphs, unforeseen
 from asdm.diffusion.generation import default_guidance, generate, nothing_to_keep
 from asdm.diffusion.guidance import CfgCutoff
 from asdm.errors import AsdmError, one_line
-from asdm.evaluation.comparison import EvaluationSet, RealImages, evaluation_sets, folder_names, save_images
+from asdm.evaluation.image_folders import folder_names, save_images
 from asdm.evaluation.image_timing import ImageJob, ImageTiming, add_calls, decoder_key, time_image, watching_calls
 from asdm.evaluation.metrics import Judge, feature_distance
+from asdm.evaluation.real_images import RealImages
+from asdm.evaluation.sampling import EvaluationSet, evaluation_sets
 from asdm.families.unet_calls import unet_call
 from asdm.files import write_text
 from asdm.measure.latency import Patience, Ratio, Stopwatch, seconds_of, synchronise
@@ -439,7 +441,7 @@ def _judged(
                 if entry is entries[0]:
                     originals[each.split] = features
                 found["images"] += len(images)
-                told = {} if real is None else real.figures(images, features, each.examples)
+                told = {} if real is None else real.metrics(images, features, each.examples)
                 if each.split in originals:
                     told["teacher_distance"] = feature_distance(features, originals[each.split])
                 for key in QUALITIES:

@@ -28,7 +28,7 @@ from asdm.cli.tables import profile_table
 from asdm.errors import AsdmError
 
 if TYPE_CHECKING:
-    from asdm.caching.session import CacheSchedule
+    from asdm.caching.schedule import CacheSchedule
     from asdm.sensitivity.profile import RedundancyMap
 
 
@@ -123,7 +123,7 @@ def _plot(redundancy: RedundancyMap, path: Path) -> None:
 
 def _calibrate_cache(pipeline: Any, model: str, out: Path | None, **settings: Any) -> None:
     """Find a schedule of feature caching, save it and describe it."""
-    from asdm.caching.calibration import FILE_NAME
+    from asdm.caching.schedule import FILE_NAME
 
     with reporting() as report:
         schedule = asdm.calibrate_cache(
@@ -138,9 +138,9 @@ def _calibrate_cache(pipeline: Any, model: str, out: Path | None, **settings: An
 def _description(schedule: CacheSchedule) -> str:
     reuse = "extrapolated" if schedule.order else "copied"
     return (
-        f"{len(schedule.computed)} of {schedule.steps} steps are computed in full: "
-        f"{', '.join(map(str, schedule.computed))}. The others compute the last {schedule.depth} of the layers; the "
-        f"features that these read are {reuse}. The UNet's speed-up is {schedule.ratio} ({schedule.whole_ms:.0f} ms a "
+        f"{len(schedule.full_steps)} of {schedule.steps} steps are computed in full: "
+        f"{', '.join(map(str, schedule.full_steps))}. The others compute the last {schedule.depth} of the layers; the "
+        f"features that these read are {reuse}. The UNet's speed-up is {schedule.ratio} ({schedule.full_ms:.0f} ms a "
         f"full call, {schedule.cached_ms:.0f} ms a cached one); distance of the final latents "
         f"{schedule.distance:.2g}, of copies at as many even steps {schedule.uniform_distance:.2g}"
     )

@@ -10,7 +10,6 @@ from asdm.cli.analyze import analyze
 from asdm.cli.benchmark import benchmark
 from asdm.cli.compress import compress
 from asdm.cli.demo import demo
-from asdm.cli.demo_build import demo_build
 from asdm.cli.distill import distill
 from asdm.cli.evaluate import evaluate
 from asdm.cli.export import export
@@ -31,7 +30,6 @@ COMMANDS = (
     compress,
     demo,
     benchmark,
-    demo_build,
 )
 
 app = typer.Typer(

@@ -66,7 +66,7 @@ def distill(
     seed: SeedOption = 0,
 ) -> None:
     """Train a student to predict what its teacher predicts, or to sample in a few steps; run again to resume."""
-    from asdm.data.prepared import require_usable
+    from asdm.data.sources import require_usable
     from asdm.distillation.pipelines import distill_pipeline
     from asdm.distillation.recipes import recipe_stages
     from asdm.families import denoiser_of

@@ -100,7 +100,7 @@ ProfileFile = Annotated[
     Path | None,
     typer.Option(
         help="The profile to write, by default redundancy.json; with --cache the schedule, by default "
-        "inheritance.json in MODEL's folder.",
+        "cache_schedule.json in MODEL's folder.",
         callback=not_a_folder,
         show_default=False,
     ),

@@ -35,7 +35,7 @@ def prepare_data(
     seed: SeedOption = 0,
 ) -> None:
     """Compute the latents and prompt embeddings of DATA once, for `distill --data`; run again to resume."""
-    from asdm.data.prepared import require_usable
+    from asdm.data.sources import require_usable
     from asdm.files import require_ours
 
     require_ours(out, "prepared")

@@ -11,7 +11,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from asdm.benchmark.run import BenchmarkRow
     from asdm.distillation.estimate import StageEstimate
-    from asdm.evaluation.comparison import Evaluation
+    from asdm.evaluation.results import Evaluation
     from asdm.sensitivity.profile import RedundancyMap
 
 

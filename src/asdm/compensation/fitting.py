@@ -31,7 +31,7 @@ from asdm.families.unet_removed import RemovedBranch, RemovedResnet
 from asdm.families.unet_structure import TRANSFORMER_BRANCHES, Unit, execution_order, removable_units, shortcut_of
 from asdm.measure.hooks import CachedOutput, outputs_of, preserve_module_state, tensor_of
 from asdm.records import Record
-from asdm.student.unet import edits_of
+from asdm.student.edited_model import edits_of
 
 Progress = Callable[[int, int, str], None]
 RIDGE = 1e-3

@@ -13,7 +13,7 @@ from asdm import checks
 from asdm.choices import CompensationKind
 from asdm.compression.settings import KIND, Settings, claim_folder, make_settings
 from asdm.compression.steps import STEPS, Job, Progress
-from asdm.data.prepared import require_usable
+from asdm.data.sources import require_usable
 from asdm.diffusion.generation import require_steps
 from asdm.distillation.stages import Stage
 from asdm.errors import AsdmError

@@ -23,7 +23,7 @@ from asdm.distillation.recipes import recipe_stages
 from asdm.distillation.stages import Stage
 from asdm.evaluation.comparison import Evaluation, evaluate, evaluation_sets
 from asdm.evaluation.plots import redundancy_plot
-from asdm.evaluation.report import figures_section, save_figure, write_report
+from asdm.evaluation.report import metrics_section, save_figure, write_report
 from asdm.families import Denoiser, denoiser_of
 from asdm.files import replacing_file, write_text
 from asdm.pipelines.clip import load_clip
@@ -32,7 +32,8 @@ from asdm.pipelines.model_card import model_card
 from asdm.pipelines.saving import save_pipeline_into
 from asdm.planning.full_plan import full_plan
 from asdm.sensitivity.profile import RedundancyMap, analyze
-from asdm.student.plan import PruningPlan, build_student
+from asdm.student.build import build_student
+from asdm.student.plan import PruningPlan
 from asdm.training.loop import read_log
 
 Progress = Callable[[str, int, int, str], None]
@@ -231,7 +232,7 @@ class WriteReport(Step):
 
     def run(self, job: Job) -> None:
         settings, evaluation = job.settings, job.evaluation
-        card = model_card(job.result, job.out.name, settings.model, figures_section(evaluation))
+        card = model_card(job.result, job.out.name, settings.model, metrics_section(evaluation))
         write_text(job.out / "README.md", card)
         sets = evaluation_sets(settings.data, None, settings.samples, settings.seed) if evaluation.quality else []
         job.headline = write_report(

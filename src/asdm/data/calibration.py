@@ -1,4 +1,4 @@
-"""What a UNet is observed on: noisy latents of images at stratified time steps, with their prompts."""
+"""Calls that a denoiser is observed in: noisy latents of images at stratified time steps, with their prompts."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from asdm.data.prepared import is_prepared, open_prepared, require_usable
-from asdm.data.sources import load_pixels, open_data
+from asdm.data.examples import load_pixels
+from asdm.data.prepared import is_prepared, open_prepared
+from asdm.data.sources import open_data, require_usable
 from asdm.diffusion.conditioning import (
     Conditioning,
     decode_latents,
@@ -27,10 +28,10 @@ from asdm.diffusion.conditioning import (
 from asdm.diffusion.generation import default_guidance, nothing_to_keep
 from asdm.diffusion.kinds import is_inpainting, is_random
 from asdm.errors import AsdmError
+from asdm.families import denoiser_of, family_of
 from asdm.families.unet_calls import guidance_embedding
-from asdm.families.unet_structure import require_known_inputs
 
-# What a user's prompts are like, where no data says it.
+# Prompts such as users write, where no data has any.
 DEFAULT_PROMPTS = (
     "a photograph of an astronaut riding a horse",
     "a bowl of fruit on a wooden table, still life",
@@ -45,7 +46,7 @@ DEFAULT_PROMPTS = (
 
 @dataclass(frozen=True)
 class CalibrationCall:
-    """Arguments of one UNet call at one time step."""
+    """Arguments of one call of the denoiser at one time step."""
 
     timestep: int
     arguments: dict[str, Any]
@@ -59,33 +60,35 @@ def calibration_calls(
     samples: int | None,
     seed: int,
 ) -> list[CalibrationCall]:
-    """Noisy latents of real or generated images, one call for each time step, all with the same prompts.
+    """Make the calls: noisy latents of real or generated images, one call for each time step, with the same prompts.
 
     Args:
-        data: images with captions (as for `open_source`, or prepared); without it, latents that the pipeline
-            itself makes from `prompts` (pure noise where its weights are random).
+        data: images with captions (as for `open_source`, or prepared). Without it, the pipeline generates latents from
+            `prompts` (pure noise where its weights are random).
         prompts: captions; `DEFAULT_PROMPTS` where neither they nor `data` are given.
-        timesteps: at how many time steps, the middles of equal parts of the schedule.
-        samples: how many images or prompts; by default 16 at up to 32x32 latents, else 1.
+        timesteps: how many time steps, the middles of equal parts of the schedule.
+        samples: how many images or prompts; the default is 16 at up to 32x32 latents, else 1.
 
     Raises:
-        AsdmError: the data cannot be used, or was prepared by another model; or the UNet has inputs that no prompt
+        AsdmError: the data cannot be used, or was prepared by another model; or the denoiser reads what no prompt
             brings.
     """
-    unet = pipeline.unet
-    require_known_inputs(unet)
+    denoiser = denoiser_of(pipeline)
+    family_of(denoiser).require_known_inputs(denoiser)
     generator = torch.Generator().manual_seed(seed)
     side = latent_shape(pipeline)[1]
     samples = samples or (16 if side <= 32 else 1)
-    latents, conditioning = _observed(pipeline, data, prompts, samples, seed, generator)
+    latents, conditioning = _latents_and_prompts(pipeline, data, prompts, samples, seed, generator)
     if not (torch.isfinite(latents).all() or is_random(pipeline)):
         raise AsdmError(
             "the latents to calibrate on are no numbers (NaN): the pipeline's weights are damaged, or its precision "
             "overflows; load it in float32"
         )
-    latents = latents.to(unet.device, unet.dtype)
+    latents = latents.to(denoiser.device, denoiser.dtype)
     scales = torch.full((len(latents),), default_guidance(pipeline))
-    conditioning = replace(conditioning, timestep_cond=guidance_embedding(unet, scales)).to(unet.device, unet.dtype)
+    conditioning = replace(conditioning, timestep_cond=guidance_embedding(denoiser, scales)).to(
+        denoiser.device, denoiser.dtype
+    )
     noise = torch.randn(latents.shape, generator=generator).to(latents)
     schedule = noise_schedule(pipeline)
     count = schedule.config.num_train_timesteps
@@ -99,14 +102,14 @@ def calibration_calls(
 
 
 def require_calibration(pipeline: DiffusionPipeline, data: str | Path | None) -> None:
-    """Raise an AsdmError for data that the pipeline cannot be calibrated on, before anything is measured."""
+    """Raise an AsdmError unless the pipeline can be calibrated on the data; for a check before anything is measured."""
     if data is not None and is_prepared(data):
         open_prepared(pipeline, data)
     elif data is not None:
         require_usable(data)
 
 
-def _observed(
+def _latents_and_prompts(
     pipeline: DiffusionPipeline,
     data: str | Path | None,
     prompts: Sequence[str] | None,
@@ -114,21 +117,21 @@ def _observed(
     seed: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, Conditioning]:
-    """Latents (samples, 4, h, w) and their prompts."""
+    """Latents (samples, channels, h, w) and their prompts."""
     if data is not None and is_prepared(data):
         prepared = open_prepared(pipeline, data)
         return prepared.batch(random.Random(seed).choices(range(len(prepared)), k=samples))
-    drawn = [] if data is None else open_data(data).sample(samples, seed)
+    examples = [] if data is None else open_data(data).sample(samples, seed)
     images = None
-    if drawn and drawn[0].file is not None:
-        examples, pixels = load_pixels(drawn, image_size(pipeline), {})
+    if examples and examples[0].file is not None:
+        examples, pixels = load_pixels(examples, image_size(pipeline), {})
         if not pixels:
-            raise AsdmError(f"{data}: none of the images drawn for calibration can be decoded; mend the data")
+            raise AsdmError(f"{data}: none of the images for calibration can be decoded; repair the data")
         conditioning = embed_prompts(pipeline, [example.caption for example in examples])
         images = torch.stack(pixels)
         latents = encode_images(pipeline.vae, images)
     else:
-        chosen = [example.caption for example in drawn] or list(prompts or DEFAULT_PROMPTS)
+        chosen = [example.caption for example in examples] or list(prompts or DEFAULT_PROMPTS)
         chosen = [chosen[i % len(chosen)] for i in range(samples)]
         conditioning = embed_prompts(pipeline, chosen)
         latents = _own_latents(pipeline, chosen, generator)
@@ -139,7 +142,7 @@ def _observed(
 
 
 def _own_latents(pipeline: DiffusionPipeline, prompts: list[str], generator: torch.Generator) -> Tensor:
-    """Latents that the pipeline makes of the prompts in ten steps; noise where its weights are random."""
+    """Generate latents from the prompts in ten steps; noise where the pipeline's weights are random."""
     if is_random(pipeline):
         return torch.randn(len(prompts), *latent_shape(pipeline), generator=generator)
     options = {"num_inference_steps": 10, "guidance_scale": default_guidance(pipeline), "output_type": "latent"}

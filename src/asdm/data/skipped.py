@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from asdm.data.prepared import is_prepared, require_usable
-from asdm.data.sources import open_data, open_source
+from asdm.data.prepared import is_prepared
+from asdm.data.sources import open_data, open_source, require_usable
 
 
 def skipped_files(data: str | Path) -> dict[str, str]:

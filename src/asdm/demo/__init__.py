@@ -1,4 +1,7 @@
-"""The embedded default: a small Stable Diffusion pipeline, its captioned images and how both were made."""
+"""The assets of the embedded default: a small Stable Diffusion pipeline and its captioned images.
+
+`tools/demo` builds them. The rest of the package knows them by their registered name, `demo`.
+"""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from asdm import checks
 from asdm.diffusion.conditioning import LARGEST_IMAGE, PIPELINES_MULTIPLE, image_size, latent_shape, require_size
-from asdm.diffusion.guidance import PART, CfgCutoff
+from asdm.diffusion.guidance import CFG_CUTOFF, CfgCutoff
 from asdm.diffusion.kinds import image_to_image, is_inpainting, is_random
 from asdm.errors import AsdmError, one_line
 from asdm.images import as_rgb
@@ -27,7 +27,7 @@ from asdm.images import as_rgb
     pipeline=checks.PIPELINE,
     prompts=checks.any_of(checks.text, checks.each(checks.text, 1, "a text or a list of texts")),
     guidance_scale=checks.GUIDANCE,
-    cfg_cutoff=PART,
+    cfg_cutoff=CFG_CUTOFF,
     seed=checks.whole(0, 2**63 - 1),
     image=checks.a(Image.Image),
     mask=checks.a(Image.Image),

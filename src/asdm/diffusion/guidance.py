@@ -1,5 +1,5 @@
-"""Guidance that ends before the sampling does: at low noise it costs as much as anywhere and helps least (arXiv
-2404.07724, whose interval this is the lower end of)."""
+"""Classifier-free guidance that ends before the sampling does. At low noise it helps least and costs as much as at high
+noise (arXiv 2404.07724; this is the lower end of its interval)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from torch import Tensor
 
 from asdm import checks
 from asdm.errors import AsdmError
+from asdm.families import denoiser_of
 
-PART = checks.number(above=0, high=1, remedy="for no guidance at all give guidance_scale=1")
-# Pipelines whose loop asks a callback what it wants to see, takes back all that it holds once for each branch, and asks
-# at every step whether there is guidance. Others, as those with perturbed attention, with a union of ControlNets, or
-# that inpaint by a ControlNet, do not.
+CFG_CUTOFF = checks.number(above=0, high=1, remedy="for no guidance at all give guidance_scale=1")
+# Pipelines whose loop hands a callback the tensors that it requests, takes back those that have a row for each branch,
+# and checks at every step whether there is guidance. Others do not: those with perturbed attention or a union of
+# ControlNets, and inpainting by a ControlNet.
 _LOOPS = frozenset(
     {
         "StableDiffusionPipeline",
@@ -36,10 +37,10 @@ _LOOPS = frozenset(
         "LatentConsistencyModelImg2ImgPipeline",
     }
 )
-# Of how many branches, and which of them has both the prompt and the image.
+# The number of branches, and the index of the one with both the prompt and the image.
 _BRANCHES = {"StableDiffusionInstructPix2PixPipeline": (3, 0)}
 _TWO_BRANCHES = (2, 1)  # without the prompt, and with it
-# What they hold for each branch, and let a callback change.
+# Tensors with rows for each branch that a callback may change.
 _BRANCHED = (
     "prompt_embeds",
     "add_text_embeds",
@@ -53,26 +54,26 @@ _BRANCHED = (
 
 
 class CfgCutoff(PipelineCallback):
-    """Ends a pipeline's classifier-free guidance after a part of its steps: the others take one branch, half the work.
+    """End a pipeline's classifier-free guidance after a fraction of its steps. The other steps take half the work.
 
         pipeline(prompts, callback_on_step_end=asdm.CfgCutoff(pipeline, 0.8))
 
-    As `SDCFGCutoffCallback` of diffusers, but for any number of prompts and for its Stable Diffusion pipelines: XL,
-    Kolors, image-to-image, inpainting, InstructPix2Pix, ControlNet.
+    It works like `SDCFGCutoffCallback` of diffusers, but for any number of prompts and for the pipelines of SD, SDXL
+    and Kolors: text-to-image, image-to-image, inpainting, InstructPix2Pix, ControlNet.
 
     Args:
-        pipeline: which is going to call it.
-        cfg_cutoff: part of the steps, in (0, 1], that are guided; at least one is.
+        pipeline: the one that will call it.
+        cfg_cutoff: fraction of the steps, in (0, 1], that are guided; at least one is.
 
     Raises:
         AsdmError: `cfg_cutoff` is out of range, or the pipeline's guidance cannot be ended by a callback.
     """
 
-    @checks.arguments(cfg_cutoff=PART)
+    @checks.arguments(cfg_cutoff=CFG_CUTOFF)
     def __init__(self, pipeline: DiffusionPipeline, cfg_cutoff: float):
         super().__init__(cutoff_step_ratio=float(cfg_cutoff))
-        self._branched, self._branches = _held_by(pipeline)
-        if pipeline.unet.config.get("encoder_hid_dim_type") == "ip_image_proj":
+        self._branched, self._branches = _branches_of(pipeline)
+        if denoiser_of(pipeline).config.get("encoder_hid_dim_type") == "ip_image_proj":
             raise AsdmError("cfg_cutoff does not go with an IP-Adapter, whose images no callback can change; unload it")
 
     @property
@@ -85,27 +86,28 @@ class CfgCutoff(PipelineCallback):
         guided = math.ceil(self.config.cutoff_step_ratio * pipeline.num_timesteps)
         if step_index + 1 != guided or not pipeline.do_classifier_free_guidance:
             return callback_kwargs
-        if _held_by(pipeline) != (self._branched, self._branches):
+        if _branches_of(pipeline) != (self._branched, self._branches):
             raise AsdmError(f"this CfgCutoff was made for another kind of pipeline than {type(pipeline).__name__}")
-        pipeline._guidance_scale = 1.0  # set anew by each call of the pipeline
+        pipeline._guidance_scale = 1.0  # each call of the pipeline sets it
         size = len(callback_kwargs["prompt_embeds"])
         return {name: self._conditional(value, size) for name, value in callback_kwargs.items()}
 
     def _conditional(self, value: Any, size: int) -> Any:
-        """The branch with the prompt, of what has all; a ControlNet's image in guess mode has one."""
+        """Take the branch with the prompt from what has all branches. A ControlNet's image in guess mode has one."""
         if isinstance(value, list):
             return [self._conditional(each, size) for each in value]
         count, which = self._branches
         return value.chunk(count)[which] if isinstance(value, Tensor) and len(value) == size else value
 
 
-def _held_by(pipeline: DiffusionPipeline) -> tuple[list[str], tuple[int, int]]:
-    """What a pipeline holds for each branch, and lets a callback change; of how many branches, and which one stays."""
+def _branches_of(pipeline: DiffusionPipeline) -> tuple[list[str], tuple[int, int]]:
+    """Names of a pipeline's tensors with rows for each branch; the number of branches, and the index of the one that
+    stays."""
     owner = next((kind for kind in type(pipeline).__mro__ if "__call__" in vars(kind)), type(pipeline))
     if owner.__name__ not in _LOOPS or not owner.__module__.startswith("diffusers."):
         raise AsdmError(
             f"{type(pipeline).__name__}: its guidance cannot end early; leave cfg_cutoff out, or take a pipeline of "
-            "Stable Diffusion without more kinds of guidance"
+            "Stable Diffusion without other kinds of guidance"
         )
-    held = [name for name in _BRANCHED if name in pipeline._callback_tensor_inputs]
-    return held, _BRANCHES.get(owner.__name__, _TWO_BRANCHES)
+    branched = [name for name in _BRANCHED if name in pipeline._callback_tensor_inputs]
+    return branched, _BRANCHES.get(owner.__name__, _TWO_BRANCHES)

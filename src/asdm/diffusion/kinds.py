@@ -14,6 +14,8 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 
+from asdm.families import denoiser_of
+
 RANDOM = "random:"  # how names of pipelines with random weights begin
 
 
@@ -28,8 +30,8 @@ def is_random(pipeline: DiffusionPipeline) -> bool:
 
 
 def is_inpainting(pipeline: DiffusionPipeline) -> bool:
-    """Whether the UNet also reads a mask and the latents of a masked image."""
-    return pipeline.unet.config.in_channels == 2 * pipeline.vae.config.latent_channels + 1
+    """Whether its denoiser also reads a mask and the latents of a masked image."""
+    return denoiser_of(pipeline).config.in_channels == 2 * pipeline.vae.config.latent_channels + 1
 
 
 def image_to_image(pipeline: DiffusionPipeline, with_mask: bool = False) -> DiffusionPipeline:

@@ -17,8 +17,9 @@ from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from asdm import checks
-from asdm.data.prepared import digest_of, is_prepared, open_prepared, prepare_data
-from asdm.data.sources import ShuffledBatches
+from asdm.data.batches import ShuffledBatches
+from asdm.data.preparation import prepare_data
+from asdm.data.prepared import digest_of, is_prepared, open_prepared
 from asdm.diffusion.conditioning import embed_prompts, noise_schedule, predicted_original
 from asdm.diffusion.generation import default_guidance
 from asdm.distillation.consistency import ConsistencyTask

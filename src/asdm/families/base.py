@@ -6,9 +6,11 @@ Nothing outside `families/` and the student's model classes names a block, a lay
 from __future__ import annotations
 
 import difflib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, Literal, TypeAlias
 
 from diffusers import DiffusionPipeline, ModelMixin
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from asdm.choices import CompensationKind
 from asdm.errors import AsdmError
+from asdm.families.tensors import fingerprint
 
 Denoiser: TypeAlias = ModelMixin
 UnitKind = Literal["resnet", "attention", "self_attention", "cross_attention", "feed_forward", "block"]
@@ -109,6 +112,14 @@ class CacheCut:
     relative_to: str | None = None
 
 
+@dataclass(frozen=True)
+class BlockPlace:
+    """Where a diagram of the model has a block: its level, 0 for the highest resolution, and its side."""
+
+    level: int
+    side: Literal["encoder", "middle", "decoder"]
+
+
 class Architecture(ABC):
     """The structure of a family's models, and how edits change it: all that a saved student needs to be built.
 
@@ -147,6 +158,14 @@ class Architecture(ABC):
     @abstractmethod
     def is_covered_by(self, name: str, removed: Collection[str]) -> bool:
         """Whether a unit goes when `removed` does: by itself, with what contains it, or with what it is coupled to."""
+
+    def coupled_blocks(self, model: Denoiser, removed: Collection[str]) -> list[list[str]]:
+        """Return the groups of blocks that removals change together, so that none of them works without the others."""
+        return []
+
+    def has_blocks_of(self, student: Denoiser, teacher: Denoiser) -> bool:
+        """Whether each of the student's blocks can be replaced by the teacher's of the same name."""
+        return self.blocks(student) == self.blocks(teacher)
 
     # -- edits -----------------------------------------------------------------------------------------
 
@@ -198,9 +217,15 @@ class Architecture(ABC):
 class ModelFamily(Architecture):
     """All that is known of a family's models: their structure, how they are called, and where features are cached."""
 
+    label: ClassVar[str] = "denoiser"  # what reports call the denoiser
+
     def block_io(self, model: Denoiser, path: str) -> BlockIO:
         """Where image and text states sit among the outputs of a block or layer."""
         return BlockIO()
+
+    def block_places(self, blocks: Sequence[str]) -> dict[str, BlockPlace]:
+        """Where a diagram has each of these blocks: by default in one column, in their order."""
+        return {block: BlockPlace(level, "middle") for level, block in enumerate(blocks)}
 
     # -- calls -----------------------------------------------------------------------------------------
 
@@ -212,9 +237,24 @@ class ModelFamily(Architecture):
     def random_inputs(self, model: Denoiser, batch_size: int, seed: int = 0) -> dict[str, Any]:
         """Random keyword arguments of a call at native size, the sample among them as "sample" or "hidden_states"."""
 
-    @abstractmethod
+    def call_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call of the denoiser by name, the sample first."""
+        names = _forward_names(self.model_class)  # type: ignore[arg-type]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        return {names[0]: given.pop(names[0]), **given}
+
     def fingerprint(self, model: Denoiser) -> str:
         """A digest of the architecture (tensor names and shapes), equal for fine-tunes of one model."""
+        return fingerprint(model)
+
+    def require_known_inputs(self, model: Denoiser, name: str = "") -> None:
+        """Raise an AsdmError where a model has inputs beside latents, a time step, a guidance scale and what prompts
+        give; `name` is the checkpoint's in the message."""
+
+    def guidance_inputs(self, model: Denoiser, scales: Tensor) -> dict[str, Tensor]:
+        """Return the keyword arguments by which a model that embeds the guidance scale reads `scales` (batch,); none
+        for other models."""
+        return {}
 
     @abstractmethod
     def unlike(self, model: Denoiser, other: Denoiser) -> str | None:
@@ -228,6 +268,16 @@ class ModelFamily(Architecture):
     @abstractmethod
     def deepest_cut(self, model: Denoiser) -> int:
         """The largest `depth` of a `cache_cut`."""
+
+    def cache_depths(self, model: Denoiser) -> list[int]:
+        """Depths that a calibration compares."""
+        return list(range(1, min(3, self.deepest_cut(model)) + 1))
+
+
+@cache
+def _forward_names(model_class: Any) -> tuple[str, ...]:
+    """The names of a denoiser's inputs, in order."""
+    return tuple(inspect.signature(model_class.forward).parameters)[1:]
 
 
 _FAMILIES: list[ModelFamily] = []
@@ -280,10 +330,18 @@ def denoiser_of(pipeline: DiffusionPipeline) -> Any:
     Raises:
         AsdmError: it has none of a registered family.
     """
+    return getattr(pipeline, component_of(pipeline))
+
+
+def component_of(pipeline: DiffusionPipeline) -> str:
+    """The name of the pipeline's component that is its denoiser.
+
+    Raises:
+        AsdmError: it has none of a registered family.
+    """
     for family in _FAMILIES:
-        model = getattr(pipeline, family.component, None)
-        if model is not None:
-            return model
+        if getattr(pipeline, family.component, None) is not None:
+            return family.component
     raise _unknown(type(pipeline).__name__)
 
 

@@ -5,16 +5,36 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from asdm.errors import AsdmError
-from asdm.families.base import CacheCut, ModelFamily, block_of, register_family
+from asdm.families.base import BlockPlace, CacheCut, ModelFamily, block_of, register_family
 from asdm.families.unet_architecture import UNetArchitecture
-from asdm.families.unet_calls import random_inputs
-from asdm.families.unet_structure import fingerprint, layers, unlike
+from asdm.families.unet_calls import guidance_embedding, random_inputs
+from asdm.families.unet_structure import layers, require_known_inputs, unlike
 
 
 @register_family
 class UNetFamily(UNetArchitecture, ModelFamily):
     """Stable Diffusion's UNets."""
+
+    label = "UNet"
+
+    label = "UNet"
+
+    def block_places(self, blocks: Sequence[str]) -> dict[str, BlockPlace]:
+        """The U: the encoder's and the decoder's blocks at their resolution, the mid block below them."""
+        levels = sum(block.startswith("down_blocks.") for block in blocks)
+        places = {}
+        for block in blocks:
+            side, _, index = block.partition(".")
+            if side == "down_blocks":
+                places[block] = BlockPlace(int(index), "encoder")
+            elif side == "up_blocks":
+                places[block] = BlockPlace(levels - 1 - int(index), "decoder")
+            else:
+                places[block] = BlockPlace(levels, "middle")
+        return places
 
     def sample_shape(self, model: Any) -> tuple[int, int, int]:
         size = model.config.sample_size
@@ -24,8 +44,12 @@ class UNetFamily(UNetArchitecture, ModelFamily):
     def random_inputs(self, model: Any, batch_size: int, seed: int = 0) -> dict[str, Any]:
         return random_inputs(model, batch_size, seed)
 
-    def fingerprint(self, model: Any) -> str:
-        return fingerprint(model)
+    def require_known_inputs(self, model: Any, name: str = "") -> None:
+        require_known_inputs(model, name)
+
+    def guidance_inputs(self, model: Any, scales: Tensor) -> dict[str, Tensor]:
+        embedded = guidance_embedding(model, scales)
+        return {} if embedded is None else {"timestep_cond": embedded}
 
     def unlike(self, model: Any, other: Any) -> str | None:
         return unlike(model, other)
@@ -61,6 +85,10 @@ class UNetFamily(UNetArchitecture, ModelFamily):
 
     def deepest_cut(self, model: Any) -> int:
         return sum(".resnets." in item[0] for item in _items(model, "up_blocks")) - 1
+
+    def cache_depths(self, model: Any) -> list[int]:
+        """One layer, two, and the whole last block."""
+        return sorted({1, 2, len(model.up_blocks[-1].resnets)})
 
 
 def _items(unet: Any, side: str) -> list[list[str]]:

@@ -6,8 +6,6 @@ connection and no channel count changes.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Collection
 from typing import Any
 
@@ -26,8 +24,6 @@ TRANSFORMER_BRANCHES: dict[str, tuple[UnitKind, str]] = {
     "attn2": ("cross_attention", "norm2"),
     "ff": ("feed_forward", "norm3"),
 }
-# In the names of tensors that adapters (LoRA, IP-Adapter) and fused projections add to a UNet.
-ADDED_LATER = ("lora_", ".to_qkv.", ".to_kv.", "_ip.", "encoder_hid_proj.")
 
 
 def blocks(unet: UNet2DConditionModel) -> list[str]:
@@ -140,17 +136,6 @@ def unlike_in(unet: UNet2DConditionModel, other: UNet2DConditionModel, *fields: 
     return next((field for field in fields if value(unet, field) != value(other, field)), None)
 
 
-def require_plain(unet: UNet2DConditionModel) -> None:
-    """Raise an AsdmError where a UNet's weights are not its own alone, or not there."""
-    names = unet.state_dict().keys()
-    if any(".base_layer." in name for name in names):
-        raise AsdmError("a LoRA is loaded; keep it with fuse_lora(), then unload_lora_weights()")
-    if any(name.startswith("_orig_mod.") for name in names):
-        raise AsdmError("the UNet is compiled; give the original of it, unet._orig_mod")
-    if any(parameter.is_meta for parameter in unet.parameters()):
-        raise AsdmError("the UNet's weights are offloaded, one module at a time; load it without that")
-
-
 # Fields of a UNet's config and the values whose inputs prompts bring; what the others are asked for in `forward`.
 _KNOWN_INPUTS: dict[str, tuple[tuple[Any, ...], str]] = {
     "class_embed_type": ((None,), "class_labels"),
@@ -177,26 +162,3 @@ def require_known_inputs(unet: UNet2DConditionModel, name: str = "") -> None:
     widths = unet.config.cross_attention_dim
     if isinstance(widths, list | tuple) and len(set(map(str, widths))) > 1:
         raise AsdmError(f"{before}its UNet has cross_attention_dim {list(widths)}; one width for all blocks is needed")
-
-
-def fingerprint(unet: UNet2DConditionModel) -> str:
-    """A digest of the architecture (tensor names and shapes): equal for fine-tunes of one model, whatever adapters are
-    loaded or projections fused, and told by an exported one."""
-    known = getattr(unet, "fingerprint", None)
-    if isinstance(known, str):
-        return known
-    shapes = {
-        name.replace(".base_layer", ""): _digested_shape(name, tensor)
-        for name, tensor in unet.state_dict().items()
-        if not any(added in name for added in ADDED_LATER)
-    }
-    return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _digested_shape(name: str, tensor: Tensor) -> list[int]:
-    """A shape as it counts for the fingerprint: of a map in a removed branch's place, without a kernel's sides, which
-    it did not have in version 0.1."""
-    shape = list(tensor.shape)
-    while name.endswith(".compensation.weight") and shape[-1] == 1:
-        shape.pop()
-    return shape

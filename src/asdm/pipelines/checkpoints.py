@@ -1,7 +1,7 @@
 """What a checkpoint says of itself: what its UNet predicts, whether its noise schedule ends at pure noise (zero
 terminal SNR), and what kind of model it is.
 
-Nothing is loaded here: names, shapes and metadata of files are read, and configs beside them.
+Only names, shapes and metadata of files are read, and configs beside them. No weights are loaded.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Claim:
-    """What one source says; None where it says nothing.
+    """What one source says of a checkpoint; None where it says nothing.
 
     `source` is its name for messages; `scheduler` a whole config of a diffusers scheduler, or parts of one.
     """
@@ -111,7 +111,7 @@ class Parameterization:
 
 
 def as_prediction_type(value: Any, source: str) -> PredictionType:
-    """What is predicted, however it is spelt.
+    """Read a prediction type in any of its spellings.
 
     Raises:
         AsdmError: no such prediction type.
@@ -126,9 +126,9 @@ def as_prediction_type(value: Any, source: str) -> PredictionType:
 
 
 def kind_of(header: Header) -> str:
-    """What kind of model a checkpoint in one file is, by diffusers' names (`SD_KINDS` and others).
+    """Find the kind of a checkpoint in one file, by diffusers' names (`SD_KINDS` and others).
 
-    Of SDXL, SD 2.x and inpainting also where the tensor is missing by which diffusers knows them.
+    SDXL, SD 2.x and inpainting are also found where the tensor is missing by which diffusers knows them.
     """
     try:
         kind: str = infer_diffusers_model_type(header.tensors)
@@ -149,8 +149,10 @@ def kind_of(header: Header) -> str:
 
 
 def claims_of(header: Header, kind: str) -> list[Claim]:
-    """What a checkpoint in one file and the configs beside it say, the strongest first: a config of the file's name,
-    its marker tensors, its metadata, the folder's config, the number of its steps.
+    """Read what a checkpoint in one file and the configs beside it say.
+
+    The strongest comes first: a config of the file's name, its marker tensors, its metadata, the folder's config, its
+    number of training steps.
 
     Raises:
         AsdmError: a config is damaged, or a prediction type not known.
@@ -164,19 +166,19 @@ def claims_of(header: Header, kind: str) -> list[Claim]:
 
 
 def claims_of_tensors(header: Header) -> list[Claim]:
-    """What marker tensors and the metadata of a file say."""
+    """Read what marker tensors and the metadata of a file say."""
     return [claim for claim in (_by_markers(header), *_by_metadata(header)) if claim]
 
 
 def claim_of_scheduler(scheduler: Any) -> Claim:
-    """What the scheduler of a pipeline says, which was loaded from a folder."""
+    """Read what the scheduler of a pipeline says that was loaded from a folder."""
     claim = _claim_of(scheduler.config, type(scheduler).__name__)
     is_default = "prediction_type" in scheduler.config.get("_use_default_values", ())
     return replace(claim, prediction_type=None) if is_default else claim
 
 
 def claim_of_config(path: Path) -> Claim:
-    """What a config says: a diffusers scheduler's (.json), or a training's in the original code's layout (.yaml).
+    """Read a config: a diffusers scheduler's (.json), or a training's in the original code's layout (.yaml).
 
     Raises:
         AsdmError: it is neither YAML nor JSON.
@@ -185,12 +187,12 @@ def claim_of_config(path: Path) -> Claim:
         text = path.read_text("utf-8")
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError, OSError) as error:
-        raise AsdmError(f"{path}: not a config ({one_line(error)}); mend it, or take it away") from None
+        raise AsdmError(f"{path}: not a config ({one_line(error)}); correct it, or remove it") from None
     return _claim_of(content, str(path)) if isinstance(content, dict) else Claim(str(path))
 
 
 def claim_of(config: str | Path) -> Claim:
-    """What the config says that a user names: a file, a folder (a pipeline's, or a scheduler's), or a Hub id.
+    """Read the config that a user names: a file, a folder (a pipeline's, or a scheduler's), or a Hub id.
 
     Raises:
         AsdmError: there is none there, or it says nothing of what a UNet predicts.
@@ -219,7 +221,7 @@ def claim_of(config: str | Path) -> Claim:
 
 
 def settled(claims: Sequence[Claim], given: PredictionType | None, name: str) -> Parameterization:
-    """What claims, the strongest first, say together; the user's own word, `given`, is above them.
+    """Combine claims, the strongest first. The user's own statement, `given`, overrides them.
 
     Raises:
         AsdmError: the one that decides names no prediction type; `name` is the checkpoint's in the message.
@@ -245,7 +247,7 @@ def settled(claims: Sequence[Claim], given: PredictionType | None, name: str) ->
 
 
 def scheduler_for(scheduler: Any, said: Parameterization) -> Any:
-    """The scheduler, or one of its class (of another where it cannot do so) that samples as was said."""
+    """Make a scheduler that samples as was said, of the same class where that class can."""
     if type(scheduler).__name__.startswith("EDM") and not said.scheduler:
         return scheduler.from_config(scheduler.config, **_without_none(prediction_type=said.prediction_type))
     named = said.scheduler.get("_class_name")
@@ -264,7 +266,7 @@ def scheduler_for(scheduler: Any, said: Parameterization) -> Any:
 
 
 def takes_zero_snr(kind: type) -> bool:
-    """Whether a class of schedulers can end at zero SNR; others drop that of a config."""
+    """Whether a class of schedulers can end at zero SNR. Others ignore the config's field."""
     return "rescale_betas_zero_snr" in inspect.signature(kind.__init__).parameters  # type: ignore[misc]
 
 
@@ -309,7 +311,7 @@ def _contradictions(claims: Sequence[Claim], name: str, what: str = "") -> Itera
 def _by_markers(header: Header) -> Claim:
     predicts, ends = header.marker("v_pred"), header.marker("ztsnr")
     if header.marker("edm_mean") or header.marker("edm_vpred.sigma_max"):
-        return Claim("")  # by which the whole sampler is told
+        return Claim("")  # `edm_scheduler` reads these
     source = " and ".join(name for name in (predicts, ends) if name)
     return Claim(f"the tensor {source}", "v_prediction" if predicts else None, True if ends else None)
 

@@ -7,13 +7,13 @@ from torch import nn
 
 from asdm import checks
 from asdm.diffusion.kinds import extra_arguments
-from asdm.families import Denoiser
+from asdm.families import Denoiser, component_of, denoiser_of
 
 
 @checks.arguments(pipeline=checks.PIPELINE, unet=checks.a(nn.Module))
 def with_unet(pipeline: DiffusionPipeline, unet: Denoiser) -> DiffusionPipeline:
     """Make a second pipeline that shares everything with `pipeline` but the UNet."""
-    parts = {**pipeline.components, "unet": unet}
+    parts = {**pipeline.components, component_of(pipeline): unet}
     other = type(pipeline)(**parts, **extra_arguments(pipeline))
     other.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
     other.set_progress_bar_config(disable=True)
@@ -27,7 +27,7 @@ def without_safety_checker(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     """
     if getattr(pipeline, "safety_checker", None) is None:
         return pipeline
-    other = with_unet(pipeline, pipeline.unet)
+    other = with_unet(pipeline, denoiser_of(pipeline))
     other.register_modules(safety_checker=None)
     other.register_to_config(requires_safety_checker=False)
     return other

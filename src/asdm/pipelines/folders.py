@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
 from asdm.errors import AsdmError, one_line
+from asdm.families import component_of, families
 from asdm.pipelines.checkpoints import (
     Header,
     PredictionType,
@@ -21,7 +23,7 @@ from asdm.pipelines.checkpoints import (
     takes_zero_snr,
 )
 from asdm.pipelines.derived import with_unet
-from asdm.pipelines.model_names import model_help
+from asdm.pipelines.names import model_help
 from asdm.pipelines.quiet import quiet
 from asdm.pipelines.tensor_faults import (
     explain_folder,
@@ -30,7 +32,7 @@ from asdm.pipelines.tensor_faults import (
     require_weights,
     require_whole,
 )
-from asdm.student.unet import AsdmUNet2DConditionModel
+from asdm.student.classes import student_class
 
 VARIANT = "fp16"  # of weights that many checkpoints have alone
 
@@ -44,15 +46,16 @@ def load_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
     index = folder / "model_index.json"
     if not index.is_file():
         raise AsdmError(f"{folder}: not a pipeline folder (no model_index.json); MODEL is {model_help()}")
-    if not (folder / "unet" / "config.json").is_file():
-        raise AsdmError(f"{folder}: a pipeline folder without a UNet (no unet/config.json)")
+    denoiser = folder / _component_in(folder)
+    if not (denoiser / "config.json").is_file():
+        raise AsdmError(f"{folder}: a pipeline folder without a UNet (no {denoiser.name}/config.json)")
     _require_parts(folder)
     for path in sorted(folder.glob("*/*.safetensors")):
         require_safetensors(path)
         require_weights(path)
     require_shards(folder)
-    if not any((folder / "unet").glob("*.safetensors")):
-        raise AsdmError(f"{folder / 'unet'}: no .safetensors weights; pickles are not loaded, convert them first")
+    if not any(denoiser.glob("*.safetensors")):
+        raise AsdmError(f"{denoiser}: no .safetensors weights; pickles are not loaded, convert them first")
     return _from_pretrained(str(folder), dtype)
 
 
@@ -87,7 +90,8 @@ def set_parameterization(
     own = claim_of_scheduler(pipeline.scheduler)
     claims = [own if config is None else claim_of(config)]
     if config is None and own.prediction_type is None:
-        headers = [Header.of(path) for path in sorted((Path(name) / "unet").glob("*.safetensors"))]
+        weights = (Path(name) / component_of(pipeline)).glob("*.safetensors")
+        headers = [Header.of(path) for path in sorted(weights)]
         claims += [claim for header in headers for claim in claims_of_tensors(header)]
     said = settled(claims, given, name)
     passed_over = bool(said.zero_snr) and not takes_zero_snr(type(pipeline.scheduler))
@@ -112,21 +116,9 @@ def _require_parts(folder: Path) -> None:
 
 
 def _from_pretrained(name: str, dtype: torch.dtype) -> DiffusionPipeline:
-    how = {"dtype": dtype, "use_safetensors": True}
     with quiet():
         try:
-            parts = DiffusionPipeline.load_config(name)
-            variant = VARIANT if any(_has_variant_alone(Path(name) / part) for part in parts) else None
-            if not _is_student(Path(name) / "unet" / "config.json"):
-                pipeline = DiffusionPipeline.from_pretrained(name, **how, variant=variant)
-                require_whole(pipeline, Path(name))
-                return pipeline
-            # By the class of this package: code that lies in a model's folder is never run.
-            folder = Path(name) / "unet"
-            own = VARIANT if _has_variant_alone(folder) else None
-            unet = AsdmUNet2DConditionModel.from_pretrained(folder, **how, variant=own)
-            pipeline = DiffusionPipeline.from_pretrained(name, **how, variant=variant, unet=None)
-            pipeline = with_unet(pipeline, unet)
+            pipeline = _with_its_denoiser(Path(name), dtype)
             require_whole(pipeline, Path(name))
             return pipeline
         except (SafetensorError, RuntimeError, KeyError, OSError, ValueError, AttributeError, TypeError) as error:
@@ -136,13 +128,37 @@ def _from_pretrained(name: str, dtype: torch.dtype) -> DiffusionPipeline:
             raise AsdmError(f"{name}: cannot be loaded: {one_line(error)}") from error
 
 
+def _with_its_denoiser(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
+    """The pipeline in a folder. A student is loaded by this package's class: code in a model's folder is never run."""
+    how = {"dtype": dtype, "use_safetensors": True}
+    parts = DiffusionPipeline.load_config(str(folder))
+    variant = VARIANT if any(_has_variant_alone(folder / part) for part in parts) else None
+    component = _component_in(folder)
+    kind = _student_class(folder / component / "config.json")
+    if kind is None:
+        return DiffusionPipeline.from_pretrained(str(folder), **how, variant=variant)
+    own = VARIANT if _has_variant_alone(folder / component) else None
+    student = kind.from_pretrained(folder / component, **how, variant=own)
+    rest = DiffusionPipeline.from_pretrained(str(folder), **how, variant=variant, **{component: None})
+    rest.register_modules(**{component: student})
+    return with_unet(rest, student)
+
+
+def _component_in(folder: Path) -> str:
+    """The name of the part of a pipeline's folder that is its denoiser."""
+    names = [family.component for family in families()]
+    return next((name for name in names if (folder / name / "config.json").is_file()), names[0])
+
+
 def _has_variant_alone(folder: Path) -> bool:
     names = [path.name for path in folder.glob("*.safetensors")]
     return bool(names) and all(f".{VARIANT}" in name for name in names)
 
 
-def _is_student(config: Path) -> bool:
+def _student_class(config: Path) -> type[Any] | None:
+    """The class of the student that a denoiser's config describes; None of a stock model."""
     try:
-        return json.loads(config.read_text("utf-8")).get("_class_name") == AsdmUNet2DConditionModel.__name__
+        name = json.loads(config.read_text("utf-8")).get("_class_name")
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, AttributeError):
-        return False  # what is wrong with it is told by who loads it
+        return None  # loading says what is wrong with it
+    return student_class(name)

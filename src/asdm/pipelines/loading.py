@@ -15,12 +15,12 @@ from asdm.devices import on_device
 from asdm.errors import AsdmError, AsdmWarning
 from asdm.pipelines.checkpoints import PredictionType, as_prediction_type
 from asdm.pipelines.folders import load_folder, load_from_hub, set_parameterization
-from asdm.pipelines.model_names import looks_like_path, model_help
+from asdm.pipelines.names import looks_like_path, model_help
 from asdm.pipelines.random_models import RANDOM, random_pipeline
 from asdm.pipelines.single_file import load_single_file
 from asdm.pipelines.supported import as_supported, require_supported
 from asdm.registry import PIPELINES, registered_folder
-from asdm.student.unet import align_weights
+from asdm.student.edited_model import align_weights
 
 
 @checks.arguments(model=checks.path, dtype=checks.floating)

@@ -7,7 +7,9 @@ from pathlib import Path
 from diffusers import DiffusionPipeline, LCMScheduler
 from huggingface_hub import ModelCardData
 
-from asdm.student.unet import MODULE_NAME, edits_of
+from asdm.families import denoiser_of
+from asdm.student.edited_model import edits_of
+from asdm.student.unet import MODULE_NAME
 
 _CARD = """---
 {metadata}
@@ -44,10 +46,11 @@ def model_card(pipeline: DiffusionPipeline, title: str, teacher: str | None = No
     Args:
         title: what the model is called; where it is loaded from, in the snippet.
         teacher: the model it was made of; one with a Hub id is named as the base model.
-        figures: a section of measured figures (`asdm.evaluation.report.figures_section`).
+        figures: a section of measured figures (`asdm.evaluation.report.metrics_section`).
     """
-    edits = edits_of(pipeline.unet)
-    parameters = sum(p.numel() for p in pipeline.unet.parameters()) / 1e6
+    denoiser = denoiser_of(pipeline)
+    edits = edits_of(denoiser)
+    parameters = sum(p.numel() for p in denoiser.parameters()) / 1e6
     base = teacher if teacher is not None and _is_hub_id(teacher) else None
     metadata = ModelCardData(
         library_name="diffusers", pipeline_tag="text-to-image", base_model=base, tags=["asdm", "stable-diffusion"]

@@ -16,7 +16,7 @@ from transformers import CLIPTextModel
 
 from asdm import checks
 from asdm.errors import AsdmError
-from asdm.families.unet_structure import require_plain
+from asdm.families import denoiser_of, require_plain
 from asdm.files import MARKER, replacing_folder, require_ours
 from asdm.pipelines.model_card import model_card
 from asdm.pipelines.quiet import quiet
@@ -63,7 +63,7 @@ def save_pipeline_into(pipeline: DiffusionPipeline, folder: Path) -> None:
 
 
 def _require_savable(pipeline: DiffusionPipeline) -> None:
-    require_plain(pipeline.unet)
+    require_plain(denoiser_of(pipeline))
     for name in ("text_encoder", "text_encoder_2"):
         if getattr(getattr(pipeline, name, None), "peft_config", None):
             raise AsdmError(f"a LoRA is loaded in the {name}; keep it with fuse_lora(), then unload_lora_weights()")

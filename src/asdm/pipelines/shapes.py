@@ -9,7 +9,7 @@ from accelerate import init_empty_weights
 
 from asdm.diffusion.kinds import RANDOM
 from asdm.errors import AsdmError, one_line
-from asdm.families import Denoiser, UNetFamily
+from asdm.families import Denoiser, UNetFamily, denoiser_of
 from asdm.pipelines.loading import load_pipeline
 from asdm.pipelines.quiet import quiet
 from asdm.pipelines.random_models import UNETS
@@ -29,7 +29,7 @@ def unet_without_weights(model: str) -> Denoiser:
         AsdmError: there is no such model, or its configuration cannot be read.
     """
     if Path(model).is_file() or (model.startswith(RANDOM) and model.removeprefix(RANDOM) not in UNETS):
-        return load_pipeline(model).unet.to("meta")
+        return denoiser_of(load_pipeline(model)).to("meta")
     with init_empty_weights():
         return AsdmUNet2DConditionModel.from_config(_unet_config(model))
 

@@ -29,7 +29,7 @@ from asdm.pipelines.checkpoints import (
     scheduler_for,
     settled,
 )
-from asdm.pipelines.model_names import PICKLE_SUFFIXES
+from asdm.pipelines.names import PICKLE_SUFFIXES
 from asdm.pipelines.quiet import quiet
 from asdm.pipelines.tensor_faults import explain_single_file, require_safetensors, require_weights, require_whole
 

@@ -15,8 +15,7 @@ from diffusers import (
 
 from asdm.diffusion.kinds import image_to_image, is_inpainting, is_sdxl, text_to_image
 from asdm.errors import AsdmError
-from asdm.families import UNetFamily
-from asdm.families.unet_structure import require_known_inputs
+from asdm.families import UNetFamily, family_of
 
 _FROM_IMAGES = (
     StableDiffusionImg2ImgPipeline,
@@ -48,7 +47,7 @@ def require_supported(pipeline: DiffusionPipeline, name: str) -> None:
             f"{name}: its UNet takes {channels} channels, as those for upscaling or edits do; use a checkpoint for "
             "text-to-image or inpainting"
         )
-    require_known_inputs(pipeline.unet, name)
+    family_of(pipeline.unet).require_known_inputs(pipeline.unet, name)
     if (pipeline.unet.config.addition_embed_type == "text_time") != is_sdxl(pipeline):
         raise AsdmError(
             f"{name}: a {type(pipeline).__name__} whose UNet has addition_embed_type "

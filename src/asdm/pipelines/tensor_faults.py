@@ -22,10 +22,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from asdm.errors import AsdmError, one_line
 from asdm.families import Denoiser, UNetFamily
 from asdm.pipelines.checkpoints import Header
-from asdm.student.unet import AsdmUNet2DConditionModel
+from asdm.student.classes import student_class
 
 TEXT_ENCODERS = (CLIPTextModel, CLIPTextModelWithProjection)
-OF_TEXT = re.compile("^text_model[.]")  # which only some versions of transformers have before a text encoder's names
+OF_TEXT = re.compile("^text_model[.]")  # which some versions of transformers put before a text encoder's names
 _INDEX = "*.safetensors.index*.json"  # of shards, also in a variant
 _NAMED = 3  # tensors that a message names
 _WEIGHT_TYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -34,8 +34,9 @@ _INPUTS = ("time_embedding.cond_proj.", "class_embedding.", "add_embedding.", "e
 
 
 def require_loaded(module: nn.Module, name: str, part: str, files: Iterable[Path] = ()) -> None:
-    """Raise an AsdmError where a tensor of a loaded part was not there: the libraries warn, and go on with what memory
-    holds, or with random numbers.
+    """Raise an AsdmError where a tensor of a loaded part was not there.
+
+    The libraries only warn, and go on with uninitialised memory or with random numbers.
 
     Args:
         name: of the checkpoint, for the message.
@@ -57,7 +58,7 @@ def absent_of(module: nn.Module, files: Iterable[Path]) -> list[str]:
 
 
 def require_weights(path: Path) -> None:
-    """Raise an AsdmError where tensors of a file are no weights as they stand: whole numbers, or scaled ones."""
+    """Raise an AsdmError where a file holds quantised weights: integers, or numbers with a scale beside them."""
     dtypes = _dtypes(path)
     wrong = [f"{name} ({kind})" for name, kind in dtypes.items() if kind not in _WEIGHT_TYPES and _is_weight(name)]
     scaled = [name for name in dtypes if name.endswith(("scaled_fp8", ".scale_weight", ".weight_scale"))]
@@ -82,13 +83,15 @@ def require_safetensors(path: Path) -> None:
 
 
 def require_whole(pipeline: DiffusionPipeline, place: Path) -> None:
-    """Raise an AsdmError where a tensor was not there to be loaded from this folder or file."""
+    """Raise an AsdmError where a folder or file lacked a tensor of the pipeline that was loaded from it."""
     for part, module in pipeline.components.items():
         if isinstance(module, nn.Module):
             require_loaded(module, str(place), part, sorted((place / part).glob("*.safetensors")))
-    if isinstance(getattr(pipeline, "unet", None), UNetFamily.model_class):
-        files = [place] if place.is_file() else sorted((place / "unet").glob("*.safetensors"))
-        require_all_read(pipeline.unet, str(place), files)
+    component = UNetFamily.component
+    denoiser = getattr(pipeline, component, None)
+    if isinstance(denoiser, UNetFamily.model_class):
+        files = [place] if place.is_file() else sorted((place / component).glob("*.safetensors"))
+        require_all_read(denoiser, str(place), files)
 
 
 def require_shards(folder: Path) -> None:
@@ -150,8 +153,10 @@ def explain_folder(folder: Path) -> None:
 
 
 def require_all_read(unet: Denoiser, name: str, files: Iterable[Path]) -> None:
-    """Raise an AsdmError where a UNet's files have tensors for an input that the loaded one has not: it would be left
-    out in silence."""
+    """Raise an AsdmError where a UNet's files have tensors for an input that the loaded UNet lacks.
+
+    diffusers drops such tensors in silence.
+    """
     known = dict(unet.named_parameters())
     labels = unet.config.class_embed_type is None and unet.config.addition_embed_type is None
     for tensor in (tensor for path in files for tensor in _dtypes(path)):
@@ -165,15 +170,14 @@ def require_all_read(unet: Denoiser, name: str, files: Iterable[Path]) -> None:
 
 
 def _empty(folder: Path) -> nn.Module | None:
-    """The part that a folder's config describes, without weights; None where it is not known what that is."""
+    """Make the part that a folder's config describes, without weights; None where its class is not known."""
     try:
         settings = json.loads((folder / "config.json").read_text("utf-8"))
         with init_empty_weights():
             if "architectures" in settings:
                 return getattr(transformers, settings["architectures"][0])(CLIPTextConfig.from_pretrained(folder))
             named = settings["_class_name"]
-            kind = AsdmUNet2DConditionModel if named == AsdmUNet2DConditionModel.__name__ else getattr(diffusers, named)
-            return kind.from_config(settings)
+            return (student_class(named) or getattr(diffusers, named)).from_config(settings)
     except (OSError, KeyError, AttributeError, ValueError, TypeError, RuntimeError):
         return None
 

@@ -40,7 +40,8 @@ from asdm.planning.program import (
     without_measured,
 )
 from asdm.sensitivity.profile import RedundancyMap, Trial, ablate, first_layer, trials_of
-from asdm.student.plan import PlanMetrics, PruningPlan, build_student
+from asdm.student.build import build_student
+from asdm.student.plan import PlanMetrics, PruningPlan
 
 ROUNDS = 2
 CHANGES = 8  # edits that the first round may take back or add, in all

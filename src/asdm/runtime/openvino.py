@@ -1,6 +1,6 @@
-"""An exported folder's OpenVINO graphs in a diffusers pipeline: OpenVINO computes, the pipeline's loop stays as it is.
+"""Exported OpenVINO graphs as modules of a diffusers pipeline. The pipeline's loop stays as it is.
 
-`optimum.intel` has pipelines of its own for such folders; these modules need neither it nor its versions of the rest.
+`optimum.intel` has its own pipelines for such folders; these modules do not need it.
 """
 
 from __future__ import annotations
@@ -20,27 +20,29 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
 from asdm import checks
-from asdm.caching.session import Cut, Granularity
 from asdm.errors import AsdmError, needs_extra, one_line
+from asdm.families import CacheCut, UNetFamily
 from asdm.files import read_marker
 from asdm.measure.latency import measure_interleaved
+from asdm.old_names import EXPORTED_FOLDER, OUTER_GRAPH_INPUT, renamed
 from asdm.pipelines.derived import with_unet
-from asdm.runtime.export import FILES
+from asdm.runtime.graphs import CACHED_FEATURES
+from asdm.runtime.writers import FILES
 
 
 @checks.arguments(pipeline=checks.PIPELINE, folder=checks.path)
 def with_openvino_graphs(pipeline: DiffusionPipeline, folder: str | Path) -> DiffusionPipeline:
-    """A second pipeline whose UNet and VAE decoder are those that `asdm.export` wrote to `folder`, on the CPU.
+    """Make a second pipeline whose UNet and VAE decoder are the graphs that `asdm.export` wrote to `folder`.
 
-    The text encoder and the VAE's encoder, which run once for an image, stay torch's; so do the scheduler and the loop.
-    `pipeline` is the one that was exported, or for a student's graphs its teacher. The graphs compute in
-    bfloat16 where OpenVINO chooses that and it is measured to be faster than float32.
+    They run on the CPU. The text encoder, the VAE's encoder, the scheduler and the loop stay torch's. `pipeline` is the
+    one that was exported, or a student's teacher. The graphs compute in bfloat16 if OpenVINO chooses it and it is
+    measured to be faster than float32.
 
     Raises:
         AsdmError: OpenVINO is not installed, or the folder holds no such graphs.
     """
     folder = Path(folder)
-    about = read_marker(folder)
+    about = renamed(read_marker(folder), EXPORTED_FOLDER)
     if about.get("format") != "openvino":
         raise AsdmError(f"{folder}: holds no OpenVINO graphs; write them with `asdm export MODEL --to openvino`")
     try:
@@ -60,8 +62,8 @@ def _config_of(folder: Path) -> FrozenDict:
 
 @cache
 def _options(threads: int) -> dict[str, Any]:
-    """With how many threads OpenVINO computes, and in float32 where that is faster than what it would choose: there are
-    CPUs whose instructions for bfloat16 are slower. Measured on a convolution."""
+    """OpenVINO's options for a number of threads. They ask for float32 if a convolution is measured to be faster in it
+    than in OpenVINO's own choice: some CPUs' bfloat16 instructions are slower."""
     import openvino
     from openvino import opset13 as ops
 
@@ -81,7 +83,7 @@ def _options(threads: int) -> dict[str, Any]:
 
 
 class _Graph(nn.Module):
-    """A graph, compiled for the shapes that it was last called with: two, as guidance may end within each image."""
+    """A graph, compiled for the last two sets of input shapes: guidance may end within each image."""
 
     def __init__(self, path: Path):
         super().__init__()
@@ -91,10 +93,10 @@ class _Graph(nn.Module):
         self._core = openvino.Core()
         self._model = self._core.read_model(path)
         self._read = {name for each in self._model.inputs for name in each.names}
-        self._compiled: dict[str, Any] = {}  # by shapes, the last used behind
+        self._compiled: dict[str, Any] = {}  # by shapes, the last used at the end
 
     def forward(self, **inputs: Tensor) -> Tensor:
-        """The first output; of the inputs, those that the graph reads."""
+        """Compute the first output. Inputs that the graph does not have are ignored."""
         inputs = {name: torch.as_tensor(value).cpu() for name, value in inputs.items() if name in self._read}
         inputs = {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
         compiled = self._for({name: list(value.shape) for name, value in inputs.items()})
@@ -119,26 +121,28 @@ class _Graph(nn.Module):
 
     @property
     def precision(self) -> str:
-        """In what it computes; known once it has been called."""
+        """The dtype of its computation, known after the first call."""
         return {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}[
             next(reversed(self._compiled.values())).get_property("INFERENCE_PRECISION_HINT").get_type_name()
         ]
 
 
 class OpenVinoUNet(nn.Module):
-    """In the place of a UNet2DConditionModel; exported in two graphs, it can inherit the inner one's features."""
+    """Stands in for a pipeline's UNet. The features of the inner one of two graphs can be cached."""
+
+    family = UNetFamily()
 
     def __init__(self, folder: Path, about: dict[str, Any]):
         super().__init__()
         self.about = about
         self.dtype, self.device = torch.float32, torch.device("cpu")
-        # Of the architecture, for a schedule of inheritance that was found for it.
+        # Of the architecture, which cache schedules are compared with.
         self.fingerprint: str | None = about.get("fingerprint")
         names = ("unet_inner", "unet_outer") if (folder / "unet_inner").is_dir() else ("unet",)
         *inner, self.outer = (_Graph(folder / name / FILES["openvino"]) for name in names)
         self.inner = inner[0] if inner else None
         self.config = _config_of(folder / names[0])
-        # SDXL's pipelines ask it for its width.
+        # SDXL's pipelines read its width.
         width = self.config.get("projection_class_embeddings_input_dim")
         self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
 
@@ -150,21 +154,20 @@ class OpenVinoUNet(nn.Module):
     def precision(self) -> str:
         return "int8" if self.about.get("int8") == "activations" else self.outer.precision
 
-    def cut(self, granularity: Granularity, depth: int) -> Cut:
-        """Where features can be inherited: as it was exported.
+    def cache_cut(self, depth: int) -> CacheCut:
+        """Where features can be cached: at the exported cut.
 
         Raises:
-            AsdmError: it was exported in one graph, or for another cut.
+            AsdmError: it was exported as one graph, or at another depth.
         """
-        mine = self.about.get("inherit")
+        exported = self.about.get("cache")
         if self.inner is None:
-            raise AsdmError("this UNet is one graph, in which nothing can be inherited; export it with cache=1")
-        if (granularity, depth) != ("layer", mine):
+            raise AsdmError("this UNet is one graph, in which nothing can be cached; export it with cache=1")
+        if depth != exported:
             raise AsdmError(
-                f"granularity={granularity}, depth={depth}: these graphs were exported for granularity layer and depth "
-                f"{mine}; export others with cache={depth}"
+                f"depth={depth}: these graphs were exported for depth {exported}; export others with cache={depth}"
             )
-        return Cut(["inner"], frozenset(["inner"]))
+        return CacheCut(["inner"], frozenset(["inner"]))
 
     def forward(
         self,
@@ -181,13 +184,13 @@ class OpenVinoUNet(nn.Module):
         inputs = {"sample": sample, "timestep": timestep, "encoder_hidden_states": encoder_hidden_states}
         inputs |= added_cond_kwargs or {}
         if self.inner is not None:
-            inputs["inherited"] = self.inner(**inputs)
+            inputs |= dict.fromkeys((CACHED_FEATURES, OUTER_GRAPH_INPUT), self.inner(**inputs))
         predicted = self.outer(**inputs)
         return UNet2DConditionOutput(sample=predicted) if return_dict else (predicted,)
 
 
 class OpenVinoVae(nn.Module):
-    """In the place of an AutoencoderKL, which still encodes."""
+    """Stands in for a pipeline's VAE. It decodes by a graph; the original still encodes."""
 
     def __init__(self, folder: Path, original: Any):
         super().__init__()

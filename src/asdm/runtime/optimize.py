@@ -1,30 +1,35 @@
-"""The best way to run a pipeline on the machine at hand: each measure is measured, and kept only where it helps."""
+"""The best way to run a pipeline on the machine at hand: each measure is timed, and kept only where it helps."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
-from torch import nn
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
 
 from asdm import checks
-from asdm.caching.session import require_whole
+from asdm.caching.session import require_uncached
 from asdm.edits.regional_attention import GriAttnProcessor
 from asdm.errors import AsdmError, one_line
-from asdm.families.unet_calls import random_inputs, unet_call
+from asdm.families import denoiser_call, denoiser_of, family_of
 from asdm.measure.latency import Latency, Ratio, measure_interleaved
 
-WORTH_IT = 1.03  # what gains less than noise is not kept
+WORTH_IT = 1.03  # a smaller gain could be noise
+CHANNELS_LAST = "channels last"
+Change = Callable[[Any], Any]
+"""Changes a denoiser in place."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One thing tried: how many times faster it made the UNet, with the interval of that, and how far it moved its
-    prediction (relative squared error); `kept` or not, with the reason where it could not be tried."""
+    """One measure: its speed-up of the denoiser with the interval, and the relative squared error of the prediction.
+
+    `kept` says whether it stays, `reason` why it could not be tried.
+    """
 
     name: str
     speedup: Ratio | None
@@ -35,7 +40,7 @@ class Measure:
 
 @dataclass
 class Optimization:
-    """What was tried, in order, and what all that was kept gains together."""
+    """All measures in order, and the latency before and after those that were kept."""
 
     measures: list[Measure] = field(default_factory=list)
     before: Latency | None = None
@@ -71,95 +76,113 @@ def optimize(
     rounds: int = 5,
     progress: Callable[[str], None] | None = None,
 ) -> Optimization:
-    """Try, one after another, channels-last memory, half precision, fused projections, thread counts and, if asked,
-    `torch.compile`; keep what makes a UNet call at least 3% faster and moves its prediction by no more than
-    `max_error`. Changes the pipeline in place.
+    """Try channels-last memory, half precision, fused projections, thread counts and, with `compile`, `torch.compile`.
 
-    What other pipelines share with it is left as it is. A LoRA is loaded before, or once projections are not fused any
-    longer (`pipeline.unet.unfuse_qkv_projections()`).
+    A measure is kept if it makes a denoiser call at least 3% faster and moves its prediction by no more than
+    `max_error`. The pipeline is changed in place; what other pipelines share with it is not. Load a LoRA before, or
+    once projections are not fused any longer (`pipeline.unet.unfuse_qkv_projections()`).
 
     Args:
         max_error: relative squared error of the prediction on random inputs against the pipeline as it came.
         compile: also compile the repeated blocks, which takes minutes at the first call.
 
     Raises:
-        AsdmError: `max_error` is negative, the UNet is offloaded or inherits features, or an IP-Adapter is loaded.
+        AsdmError: the denoiser is offloaded or its features are cached, or an IP-Adapter is loaded.
     """
-    if max_error < 0:
-        raise AsdmError(f"max_error={max_error:g}: must not be negative")
-    require_whole(pipeline.unet, "optimize")
-    unet: UNet2DConditionModel = pipeline.unet.eval()
-    if getattr(unet, "_hf_hook", None) is not None:
-        raise AsdmError("the UNet is offloaded; optimize the pipeline first, then enable offloading")
+    original = denoiser_of(pipeline)
+    require_uncached(original, "optimize")
+    original.eval()
+    if getattr(original, "_hf_hook", None) is not None:
+        raise AsdmError("the denoiser is offloaded; optimize the pipeline first, then enable offloading")
     result, threads = Optimization(), torch.get_num_threads()
-    reference = _prediction(unet)
-    trials: list[tuple[str, Callable[[UNet2DConditionModel], Any]]] = [
-        ("channels last", lambda model: model.to(memory_format=torch.channels_last)),
-        *((str(dtype).removeprefix("torch."), _to(dtype)) for dtype in _half_precisions(pipeline.device, unet.dtype)),
-        ("fused projections", _fuse),
-    ]
-    if compile:
-        trials.append(("compiled blocks", lambda model: model.compile_repeated_blocks()))
-    current = unet
-    for name, change in trials:
-        if name in ("bfloat16", "float16") and current.dtype != unet.dtype:
+    reference, current = _prediction(original), original
+    for name, change in _changes(pipeline.device, original.dtype, compile):
+        if _is_half(name) and current.dtype != original.dtype:
             continue  # one of them is enough
         if progress is not None:
             progress(name)
-        try:
-            candidate = copy.deepcopy(current)
-            change(candidate)
-            error = _error(_prediction(candidate), reference)
-            times = measure_interleaved(
-                {"now": unet_call(current), "changed": unet_call(candidate)}, rounds=rounds, device=pipeline.device
-            )
-        except (RuntimeError, AsdmError, ValueError, NotImplementedError) as problem:
-            result.measures.append(Measure(name, None, None, False, one_line(problem, 100)))
-            continue
-        gain = times.speedup("now", "changed")
-        kept = _is_worth_it(gain) and error <= max_error
-        result.measures.append(Measure(name, gain, error, kept))
-        if kept:
+        measure, candidate = _try(name, change, current, reference, max_error, pipeline.device, rounds)
+        result.measures.append(measure)
+        if measure.kept:
             current = candidate
     result.measures += _threads(current, pipeline.device, rounds)
     chosen = torch.get_num_threads()
-    calls = {"before": _in_threads(threads, unet_call(unet)), "after": _in_threads(chosen, unet_call(current))}
+    calls = {
+        "before": _in_threads(threads, denoiser_call(original)),
+        "after": _in_threads(chosen, denoiser_call(current)),
+    }
     times = measure_interleaved(calls, rounds=rounds, device=pipeline.device)
     result.before, result.after = times["before"], times["after"]
     result.ratio = times.speedup("before", "after")
-    if current is not unet:
-        others = [name for name, part in pipeline.components.items() if isinstance(part, nn.Module) and name != "unet"]
-        pipeline.register_modules(unet=current, **{name: copy.deepcopy(getattr(pipeline, name)) for name in others})
-        pipeline.to(dtype=current.dtype)
-        if any(measure.kept and measure.name == "channels last" for measure in result.measures):
-            pipeline.vae.to(memory_format=torch.channels_last)
+    if current is not original:
+        channels_last = any(measure.kept and measure.name == CHANNELS_LAST for measure in result.measures)
+        _install(pipeline, current, channels_last)
     return result
 
 
-def _half_precisions(device: torch.device, dtype: torch.dtype) -> list[torch.dtype]:
-    if dtype != torch.float32:
-        return []
-    return [torch.float16, torch.bfloat16] if device.type in ("cuda", "mps") else [torch.bfloat16]
+def _changes(device: torch.device, dtype: torch.dtype, compile: bool) -> Iterator[tuple[str, Change]]:
+    """The measures to try, in order, by name."""
+    yield CHANNELS_LAST, lambda model: model.to(memory_format=torch.channels_last)
+    if dtype == torch.float32:
+        if device.type in ("cuda", "mps"):
+            yield "float16", lambda model: model.to(torch.float16)
+        yield "bfloat16", lambda model: model.to(torch.bfloat16)
+    yield "fused projections", _fuse
+    if compile:
+        yield "compiled blocks", lambda model: model.compile_repeated_blocks()
 
 
-def _to(dtype: torch.dtype) -> Callable[[UNet2DConditionModel], Any]:
-    return lambda model: model.to(dtype)
+def _is_half(name: str) -> bool:
+    return name in ("bfloat16", "float16")
 
 
-def _fuse(model: UNet2DConditionModel) -> None:
+def _try(
+    name: str,
+    change: Change,
+    current: Any,
+    reference: Tensor,
+    max_error: float,
+    device: torch.device,
+    rounds: int,
+) -> tuple[Measure, Any]:
+    """Try a measure on a copy of the denoiser; also that copy."""
+    try:
+        candidate = copy.deepcopy(current)
+        change(candidate)
+        error = _error(_prediction(candidate), reference)
+        calls = {"now": denoiser_call(current), "changed": denoiser_call(candidate)}
+        times = measure_interleaved(calls, rounds=rounds, device=device)
+    except (RuntimeError, AsdmError, ValueError, NotImplementedError) as problem:
+        return Measure(name, None, None, False, one_line(problem, 100)), current
+    gain = times.speedup("now", "changed")
+    return Measure(name, gain, error, _is_worth_it(gain) and error <= max_error), candidate
+
+
+def _install(pipeline: DiffusionPipeline, denoiser: Any, channels_last: bool) -> None:
+    """Put the denoiser into the pipeline, beside copies of the other parts in its dtype and memory format."""
+    component = family_of(denoiser).component
+    others = [name for name, part in pipeline.components.items() if isinstance(part, nn.Module) and name != component]
+    copies = {name: copy.deepcopy(getattr(pipeline, name)) for name in others}
+    pipeline.register_modules(**{component: denoiser}, **copies)
+    pipeline.to(dtype=denoiser.dtype)
+    if channels_last:
+        pipeline.vae.to(memory_format=torch.channels_last)
+
+
+def _fuse(model: Any) -> None:
     if any(isinstance(processor, GriAttnProcessor) for processor in model.attn_processors.values()):
         raise AsdmError("not with global-regional attention")
     if getattr(model, "peft_config", None):
-        raise AsdmError("not with a LoRA, whose share would be left out")
+        raise AsdmError("not with a LoRA, which fused projections would leave out")
     model.fuse_qkv_projections()
 
 
-def _threads(unet: UNet2DConditionModel, device: torch.device, rounds: int) -> list[Measure]:
+def _threads(denoiser: Any, device: torch.device, rounds: int) -> list[Measure]:
     """On the CPU: half as many threads, where hyper-threads share a core's arithmetic units."""
     now = torch.get_num_threads()
     if device.type != "cpu" or now < 4:
         return []
-    call, chosen = unet_call(unet), now
+    call, chosen = denoiser_call(denoiser), now
     try:
         times = measure_interleaved({"now": _in_threads(now, call), "half": _in_threads(now // 2, call)}, rounds=rounds)
         gain = times.speedup("now", "half")
@@ -182,10 +205,9 @@ def _in_threads(count: int, call: Callable[[], Any]) -> Callable[[], Any]:
     return run
 
 
-def _prediction(unet: UNet2DConditionModel) -> torch.Tensor:
-    generator_inputs = random_inputs(unet, 2, seed=1)
-    return unet(**generator_inputs, return_dict=False)[0].float()
+def _prediction(denoiser: Any) -> Tensor:
+    return denoiser_call(denoiser, seed=1)().float()
 
 
-def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+def _error(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).square().sum() / wanted.square().sum())

@@ -30,6 +30,8 @@ from asdm.diffusion.kinds import is_random
 from asdm.edits import GriAttention, Remove, UnitEdit
 from asdm.edits.surgery import edited, replaced_paths, swapped
 from asdm.errors import AsdmError, one_line
+from asdm.families import family_of
+from asdm.families.tensors import fingerprint
 from asdm.families.unet_calls import unet_call
 from asdm.families.unet_structure import (
     TRANSFORMER_BRANCHES,
@@ -37,7 +39,6 @@ from asdm.families.unet_structure import (
     UnitKind,
     block_of,
     execution_order,
-    fingerprint,
     is_covered_by,
     layers,
     removable_units,
@@ -118,6 +119,7 @@ class RedundancyMap(Record):
 
     model: str
     fingerprint: str
+    denoiser_class: str = "UNet2DConditionModel"  # of maps that were saved before it was noted
     unet_config: dict[str, Any]
     parameters: int = Field(gt=0)
     gmacs: float = Field(gt=0)
@@ -270,6 +272,7 @@ def analyze(
     return RedundancyMap(
         model=str(pipeline.config.get("_name_or_path") or ""),
         fingerprint=fingerprint(unet),
+        denoiser_class=family_of(unet).model_class.__name__,
         unet_config=plain_config(unet),
         parameters=sum(p.numel() for p in unet.parameters()),
         gmacs=costs.count.below() / 1e9,
@@ -320,6 +323,7 @@ def structure_map(unet: UNet2DConditionModel, model: str = "") -> RedundancyMap:
     return RedundancyMap(
         model=model,
         fingerprint=fingerprint(unet),
+        denoiser_class=family_of(unet).model_class.__name__,
         unet_config=plain_config(unet),
         parameters=costs.parameters,
         gmacs=costs.count.below() / 1e9,

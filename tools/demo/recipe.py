@@ -25,9 +25,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from asdm.data.sources import ShuffledBatches
-from asdm.demo.emoji import IMAGE_SIZE, Pair, all_pairs, seen_pairs
-from asdm.demo.tasks import AutoencoderTask, ContrastTask, NoisePredictionTask
+from asdm.data.batches import ShuffledBatches
 from asdm.diffusion.conditioning import encode_images
 from asdm.errors import AsdmError
 from asdm.files import replacing_folder, write_text
@@ -42,6 +40,8 @@ from asdm.training.loop import (
     make_accelerator,
     train,
 )
+from tools.demo.emoji import IMAGE_SIZE, Pair, all_pairs, seen_pairs
+from tools.demo.tasks import AutoencoderTask, ContrastTask, NoisePredictionTask
 
 CAPTION_LENGTH = 16
 TEXT_WIDTH = 256

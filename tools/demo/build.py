@@ -1,4 +1,4 @@
-"""The command behind `asdm demo-build`: render the images, train the stages, check what came out."""
+"""Render the images, train the stages, check what came out."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from asdm.data.sources import Example, load_pixels, open_data
+from asdm.data.examples import Example, load_pixels
+from asdm.data.sources import open_data
 from asdm.demo import images_folder, pipeline_folder
-from asdm.demo.emoji import held_out_pairs, render_dataset
-from asdm.demo.recipe import LOOPS, Recipe
 from asdm.diffusion.conditioning import decode_latents, encode_images
 from asdm.errors import AsdmError
-from asdm.evaluation.comparison import evaluate, evaluation_sets, image_embeds, text_embeds
+from asdm.evaluation.comparison import evaluate
 from asdm.evaluation.metrics import Judge, psnr, recognition, retrieval_at_1
 from asdm.evaluation.plots import image_sheet
+from asdm.evaluation.real_images import image_embeds, text_embeds
+from asdm.evaluation.sampling import evaluation_sets
 from asdm.files import write_text
 from asdm.images import load_images
 from asdm.pipelines.clip import load_clip
 from asdm.pipelines.loading import load_pipeline
 from asdm.training.loop import read_log
+from tools.demo.emoji import held_out_pairs, render_dataset
+from tools.demo.recipe import LOOPS, Recipe
 
 STAGES = ("images", "tokenizer", "clip", "vae", "unet", "assemble", "check")
 Report = Callable[[str, int, int, str], None]

@@ -39,7 +39,7 @@ class Pair:
 
 def concepts() -> dict[str, str]:
     """Name of each concept -> its emoji character."""
-    lines = resources.files("asdm.demo").joinpath("concepts.tsv").read_text("utf-8").splitlines()
+    lines = resources.files("tools.demo").joinpath("concepts.tsv").read_text("utf-8").splitlines()
     return {name: character for character, name in (line.split("\t") for line in lines)}
 
 
@@ -50,7 +50,7 @@ def all_pairs() -> list[Pair]:
 
 def held_out_pairs() -> list[Pair]:
     """The tenth of the pairs that no training sees; never both styles of one concept."""
-    lines = resources.files("asdm.demo").joinpath("held_out.txt").read_text("utf-8").splitlines()
+    lines = resources.files("tools.demo").joinpath("held_out.txt").read_text("utf-8").splitlines()
     return [Pair(*line.rsplit(", ", 1)) for line in lines]
 
 

@@ -1,4 +1,4 @@
-"""`asdm demo-build`: the recipe of the embedded pipeline."""
+"""The command of the recipe: `python -m tools.demo unet --minutes 60`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,26 @@ from typing import Annotated
 import typer
 
 from asdm.cli.options import POSITIVE
-from asdm.cli.output import say
+from asdm.cli.output import errors, say
 from asdm.cli.progress import reporting
+from asdm.errors import AsdmError
+from tools.demo.build import build
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
+def main() -> None:
+    """Run the command; a user's mistake is one line and exit status 2."""
+    try:
+        app()
+    except AsdmError as error:
+        errors.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        raise SystemExit(2) from None
+
+
+@app.command()
 def demo_build(
-    stage: Annotated[
+    step: Annotated[
         str, typer.Argument(help="images, tokenizer, clip, vae, unet, assemble, check; all is all of them but images.")
     ] = "all",
     folder: Annotated[Path, typer.Option(help="Where checkpoints and the result go.")] = Path("runs/demo-build"),
@@ -30,11 +44,9 @@ def demo_build(
     ] = None,
 ) -> None:
     """Build the embedded pipeline again by its recipe; each build step resumes where it stopped."""
-    from asdm.demo.build import build
-
     with reporting(resumable=True) as report:
         build(
-            stage,
+            step,
             folder,
             minutes=minutes,
             warm_start=warm_start,
@@ -43,3 +55,7 @@ def demo_build(
             progress=report,
             say=say,
         )
+
+
+if __name__ == "__main__":
+    main()

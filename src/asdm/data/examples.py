@@ -1,0 +1,157 @@
+"""Examples of a data source: captions with their images. And the interface of a source.
+
+A source is read in pieces (a thousand files of a folder, a shard), each by itself, so that several processes can share
+them and an interrupted run resumes at the next one. What cannot be used is counted and named, never fatal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from PIL import Image
+from torch import Tensor
+
+from asdm.errors import one_line
+from asdm.images import image_fault, open_pixels, to_tensor
+
+PIECE = 1024  # examples of a folder, a dataset or a file of captions that are read at a time
+CAPTION_FIELDS = ("caption", "text", "prompt")
+
+Split = Literal["train", "held_out", "all"]
+_LABELS = ("concept", "style")
+_FALSE = ("", "0", "false", "no")  # in a table of texts
+
+
+@dataclass(frozen=True)
+class Example:
+    """A caption, and its image where the source has images: a file, or a file's content.
+
+    `concept` and `style` name what it shows and in which style, where the source says so.
+    """
+
+    name: str
+    caption: str
+    file: Path | bytes | None = field(default=None, repr=False)
+    concept: str | None = None
+    style: str | None = None
+    held_out: bool = False
+
+    def image(self) -> Image.Image:
+        """Open the image.
+
+        Raises:
+            OSError: not an image that can be read.
+        """
+        if self.file is None:
+            raise OSError("captions alone have no images")
+        return open_pixels(self.file)
+
+    def pixels(self, size: int) -> Tensor:
+        """Load the image (3, size, size) in [-1, 1], centre-cropped.
+
+        Raises:
+            OSError: the file is not an image that can be read.
+        """
+        with self.image() as image:
+            return to_tensor(image, size)
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """A row that cannot be used, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Unread(Unusable):
+    """A remote piece that could not be read to its end. It may be readable another time."""
+
+
+class Source(Protocol):
+    """What gives examples, piece by piece."""
+
+    identity: str  # what tells this source from another one
+    remote: bool  # whether reading it means downloading it
+    split: Split  # which examples it gives
+
+    def __len__(self) -> int:
+        """How many pieces there are."""
+        ...
+
+    def read(self, piece: int) -> Iterator[Example | Unusable]: ...
+
+
+def count_of_pieces(rows: int) -> int:
+    """How many pieces so many rows make."""
+    return -(-rows // PIECE)
+
+
+def rows_of_piece(piece: int, rows: int) -> range:
+    """Which of so many rows are in a piece."""
+    return range(piece * PIECE, min((piece + 1) * PIECE, rows))
+
+
+def example_of(name: str, caption: Any, file: Path | bytes | None, about: dict[str, Any]) -> Example | Unusable:
+    """Make an example, or say why there is none.
+
+    Args:
+        name: what messages call it.
+        caption: what stands where the caption should, of any type; of a list the first text.
+        about: other fields of its row: `held_out`, and its labels.
+    """
+    if isinstance(caption, list):  # several people's; COCO and Flickr have five
+        caption = next((each for each in caption if isinstance(each, str) and each.strip()), "")
+    if caption is not None and not isinstance(caption, str):
+        return Unusable(name, f"its caption is no text: {one_line(caption)}")
+    if "\0" in (caption or ""):
+        return Unusable(name, "its caption is not text in UTF-8")
+    caption = " ".join((caption or "").encode("utf-8", "replace").decode().split())  # half an emoji is no character
+    if not caption:
+        return Unusable(name, "its caption is empty")
+    if file is None:
+        return Unusable(name, "it has no image")
+    labels = {key: found if isinstance(found := about.get(key), str) and found else None for key in _LABELS}
+    held_out = about.get("held_out")
+    is_held_out = held_out.lower() not in _FALSE if isinstance(held_out, str) else bool(held_out)
+    return Example(name, caption, file, **labels, held_out=is_held_out)
+
+
+def in_split(example: Example, split: Split) -> bool:
+    """Whether a split has the example."""
+    return split == "all" or example.held_out == (split == "held_out")
+
+
+def digest(rows: Iterable[Any]) -> str:
+    """What tells these rows from others."""
+    return hashlib.sha256(json.dumps(list(rows)).encode()).hexdigest()
+
+
+def can_be_decoded(example: Example) -> bool:
+    """Whether the image can be decoded. Its header alone does not say."""
+    try:
+        with example.image() as image:
+            image.load()
+    except Exception:  # PIL's readers raise many kinds
+        return False
+    return True
+
+
+def load_pixels(examples: Sequence[Example], size: int, skipped: dict[str, str]) -> tuple[list[Example], list[Tensor]]:
+    """Load images (3, size, size) of the examples that can be decoded; the others go to `skipped`."""
+    kept, pixels = [], []
+    for example in examples:
+        try:
+            pixels.append(example.pixels(size))
+        except Exception as error:  # PIL's readers raise many kinds
+            name = example.file.name if isinstance(example.file, Path) else ""
+            skipped[example.name] = f"cannot be decoded: {image_fault(error, name)}"
+        else:
+            kept.append(example)
+    return kept, pixels

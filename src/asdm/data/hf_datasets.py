@@ -1,0 +1,87 @@
+"""Examples of datasets of Hugging Face's `datasets`, from the Hub or from disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from asdm.data.examples import (
+    CAPTION_FIELDS,
+    Example,
+    Split,
+    Unusable,
+    count_of_pieces,
+    example_of,
+    in_split,
+    rows_of_piece,
+)
+from asdm.data.names import data_help
+from asdm.errors import AsdmError, needs_extra, one_line
+
+
+class DatasetSource:
+    """A dataset of the `datasets` library: a Hub id, streamed, or a local folder; `NAME@SPLIT`, or its train split.
+
+    The image column is the one of that type, the caption's is `caption`, `text` or `prompt`.
+    """
+
+    def __init__(self, name: str, split: Split):
+        with needs_extra("data", "Hugging Face datasets"):
+            import datasets
+        self.identity, self.split = f"hf:{name}", split
+        path, _, part = name.rpartition("@")
+        if os.path.exists(name) or not path or "/" in part:
+            path, part = name, "train"
+        try:
+            if (Path(path) / "state.json").is_file() or (Path(path) / "dataset_dict.json").is_file():
+                found: Any = datasets.load_from_disk(path)
+                found = found[part] if isinstance(found, dict) else found
+            else:
+                found = datasets.load_dataset(path, split=part, streaming=not Path(path).exists())
+        except Exception as error:
+            raise AsdmError(f"hf:{name}: no such dataset or split ({one_line(error)}); DATA is {data_help()}") from None
+        features = found.features or {}
+        images = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
+        captions = [column for column in CAPTION_FIELDS if column in features]
+        if not captions or not images:
+            raise AsdmError(
+                f"hf:{name}: its columns are {', '.join(features) or 'not known'}; it needs one of images and one of "
+                f"captions named {', '.join(CAPTION_FIELDS)}: rename_column and save_to_disk make one"
+            )
+        self.column, self.caption = images[0], captions[0]
+        self.dataset = found.cast_column(self.column, datasets.Image(decode=False))
+        self.remote = isinstance(found, datasets.IterableDataset)
+
+    def __len__(self) -> int:
+        return self.dataset.num_shards if self.remote else count_of_pieces(len(self.dataset))
+
+    def read(self, piece: int) -> Iterator[Example | Unusable]:
+        if self.remote:
+            rows = self.dataset.shard(num_shards=self.dataset.num_shards, index=piece)
+        else:
+            rows = self.dataset.select(rows_of_piece(piece, len(self.dataset)))
+        for number, row in enumerate(rows):
+            name = f"{piece}/{number}"
+            try:
+                file = _file_of(row[self.column] or {})
+            except Exception as error:  # of whatever holds the file
+                yield Unusable(name, f"its image cannot be read: {one_line(error)}")
+                continue
+            found = example_of(name, row[self.caption], file, row)
+            if isinstance(found, Unusable) or in_split(found, self.split):
+                yield found
+
+
+def _file_of(content: dict[str, Any]) -> Path | bytes | None:
+    """A dataset's image: its bytes, a file, or the content of a remote file, as folders on the Hub have."""
+    path = content.get("path")
+    if content.get("bytes") or not path:
+        return content.get("bytes")
+    if "://" not in path:
+        return Path(path)
+    import fsspec  # by which datasets itself opens them
+
+    with fsspec.open(path, "rb") as file:
+        return file.read()

@@ -1,0 +1,245 @@
+"""Compute latents and prompt embeddings of a data source once, and write them as WebDataset shards.
+
+One shard is written for each piece of the source (`asdm.data.examples`), by the process of a launch that has the piece.
+A shard is whole or absent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from asdm import checks
+from asdm.data.examples import PIECE, Example, Source, Unread, Unusable, load_pixels
+from asdm.data.names import unusable
+from asdm.data.prepared import PREPARED, PreparedData, fingerprint, is_prepared, missing_path, piece_path, shard_path
+from asdm.data.sources import open_source, require_usable_examples
+from asdm.devices import LONGEST_WAIT
+from asdm.diffusion.conditioning import decode_latents, embed_prompts, encode_images, image_size, masked_latents
+from asdm.diffusion.generation import default_guidance, nothing_to_keep, require_steps
+from asdm.diffusion.kinds import is_inpainting, is_random
+from asdm.errors import AsdmError
+from asdm.files import MARKER, read_marker, replacing_file, require_ours, write_text
+
+Progress = Callable[[int, int], None]
+
+
+@checks.arguments(
+    pipeline=checks.PIPELINE,
+    data=checks.path,
+    folder=checks.path,
+    batch_size=checks.whole(1, 10**6),
+    steps=checks.STEPS,
+    seed=checks.SEED,
+    ignore_missing_shards=checks.flag,
+    progress=checks.function,
+)
+@torch.no_grad()
+def prepare_data(
+    pipeline: DiffusionPipeline,
+    data: str | Path,
+    folder: str | Path,
+    *,
+    batch_size: int = 16,
+    steps: int = 25,
+    seed: int = 0,
+    ignore_missing_shards: bool = False,
+    progress: Progress | None = None,
+) -> PreparedData:
+    """Write latents and caption embeddings of a source's training examples, in float16, as shards into `folder`.
+
+    A second call resumes with the missing pieces. The processes of a launch share the pieces.
+
+    Args:
+        data: as for `open_source`. Of captions alone the pipeline generates the images, in `steps` steps.
+        ignore_missing_shards: use what was read of remote shards that cannot be read to their end.
+        progress: called with pieces done and in all.
+
+    Raises:
+        AsdmError: the source cannot be used; or a shard could not be read, when all else is prepared; or `folder` is
+            not this tool's, or holds another source's or another model's data.
+    """
+    require_steps(pipeline, steps)
+    folder = Path(folder)
+    made_by = fingerprint(pipeline)
+    if is_prepared(data):
+        raise AsdmError(f"{data}: prepared already; give it to distill as it is")
+    source = open_source(data)
+    if is_prepared(folder):
+        _require_same(folder, data, source, made_by)
+        return PreparedData(folder)
+    require_ours(folder, "prepared")
+    state = PartialState(cpu=pipeline.device.type == "cpu", timeout=LONGEST_WAIT)
+    if state.is_main_process:
+        require_usable_examples(source, data)
+        if (folder / MARKER).is_file():
+            _require_same(folder, data, source, made_by)
+        about = {"kind": "prepared", "source": _identity(source), "made_by": made_by}
+        write_text(folder / MARKER, json.dumps(about, indent=1) + "\n")
+    state.wait_for_everyone()
+    preparation = _Preparation(pipeline, source, folder, batch_size, steps, seed, ignore_missing_shards)
+    numbers = range(state.process_index, len(source), state.num_processes)
+    for done, number in enumerate(numbers, start=1):
+        if not piece_path(folder, number).is_file():
+            try:
+                preparation.write_piece(number)
+            except _UnreadError as error:
+                write_text(missing_path(folder, number), f"{error}\n")
+        if progress is not None:
+            progress(done, len(numbers))
+    state.wait_for_everyone()
+    if state.is_main_process:
+        _finish(folder, data, len(source), made_by)
+    state.wait_for_everyone()
+    return PreparedData(folder)
+
+
+class _UnreadError(Exception):
+    """A piece could not be read to its end."""
+
+
+@dataclass(frozen=True)
+class _Preparation:
+    """What is computed of a source, with what, and where to."""
+
+    pipeline: DiffusionPipeline
+    source: Source
+    folder: Path
+    batch_size: int
+    steps: int
+    seed: int
+    ignore_missing_shards: bool
+
+    def write_piece(self, number: int) -> None:
+        """Write a piece's shard, and the index of the shard.
+
+        Raises:
+            _UnreadError: the piece could not be read to its end.
+        """
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        captions: list[str] = []
+        places: list[tuple[int, int]] = []
+        skipped: dict[str, str] = {}
+        with replacing_file(shard_path(self.folder, number)) as partial, tarfile.open(partial, "w") as shard:
+            for batch in self._batches(number, skipped):
+                for example, arrays in self._encoded(batch, skipped, generator):
+                    key = f"{number:05d}-{len(captions):05d}"
+                    content = io.BytesIO()
+                    np.savez(content, **arrays)
+                    places.append(_add(shard, f"{key}.npz", content.getvalue()))
+                    _add(shard, f"{key}.txt", example.caption.encode())
+                    captions.append(example.caption)
+        about = {"captions": captions, "places": places, "skipped": skipped}
+        write_text(piece_path(self.folder, number), json.dumps(about) + "\n")
+        missing_path(self.folder, number).unlink(missing_ok=True)
+
+    def _batches(self, number: int, skipped: dict[str, str]) -> Iterator[list[Example]]:
+        """A piece's examples in batches; what cannot be used goes to `skipped`."""
+        batch: list[Example] = []
+        for row in self.source.read(number):
+            if isinstance(row, Unread) and not self.ignore_missing_shards:
+                raise _UnreadError(f"{row.name}: {row.reason}")
+            if isinstance(row, Unusable):
+                skipped[row.name] = row.reason
+                continue
+            batch.append(row)
+            if len(batch) == self.batch_size:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+    def _encoded(
+        self, batch: list[Example], skipped: dict[str, str], generator: torch.Generator
+    ) -> list[tuple[Example, dict[str, Any]]]:
+        """The examples of a batch that can be decoded, each with its latents and its caption's embeddings."""
+        pipeline = self.pipeline
+        images = None
+        if batch[0].file is None:
+            latents = self._generated([example.caption for example in batch], generator)
+        else:
+            batch, pixels = load_pixels(batch, image_size(pipeline), skipped)
+            if not pixels:
+                return []
+            images = torch.stack(pixels)
+            latents = encode_images(pipeline.vae, images)
+        if not (torch.isfinite(latents).all() or is_random(pipeline)):
+            raise AsdmError(
+                f"{batch[0].name}: its latents are no numbers (NaN): the pipeline's weights are damaged, or its "
+                "precision overflows; load it in float32"
+            )
+        conditioning = embed_prompts(pipeline, [example.caption for example in batch])
+        if is_inpainting(pipeline):
+            images = decode_latents(pipeline, latents) if images is None else images
+            conditioning = replace(conditioning, masked=masked_latents(pipeline, images, generator))
+        named = {"latents": latents} | {name: value for name, value in vars(conditioning).items() if value is not None}
+        arrays = {name: value.to("cpu", torch.float16).numpy() for name, value in named.items()}
+        return [(example, {name: rows[i] for name, rows in arrays.items()}) for i, example in enumerate(batch)]
+
+    def _generated(self, captions: list[str], generator: torch.Generator) -> Tensor:
+        """Latents that the pipeline generates from captions."""
+        call: Any = self.pipeline
+        return call(
+            captions,
+            num_inference_steps=self.steps,
+            guidance_scale=default_guidance(self.pipeline),
+            generator=generator,
+            output_type="latent",
+            **nothing_to_keep(self.pipeline),
+        ).images
+
+
+def _add(shard: tarfile.TarFile, name: str, content: bytes) -> tuple[int, int]:
+    """Add a file to the shard; return where its content begins, and its size."""
+    header = tarfile.TarInfo(name)
+    header.size = len(content)
+    shard.addfile(header, io.BytesIO(content))
+    padded = -(-len(content) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    return shard.offset - padded, len(content)  # type: ignore[attr-defined]
+
+
+def _finish(folder: Path, data: str | Path, pieces: int, made_by: str) -> None:
+    """Write the index of a folder whose pieces are all there.
+
+    Raises:
+        AsdmError: a piece is missing, or nothing in them can be used.
+    """
+    absent = [number for number in range(pieces) if not piece_path(folder, number).is_file()]
+    if absent:
+        reason = missing_path(folder, absent[0]).read_text("utf-8").strip()
+        raise AsdmError(
+            f"{data}: {len(absent)} of {pieces} shards could not be read ({reason}); run again to resume with "
+            "those, or leave them out: asdm prepare-data --ignore-missing-shards"
+        )
+
+    def about() -> Iterator[dict[str, Any]]:
+        return (json.loads(piece_path(folder, number).read_text("utf-8")) for number in range(pieces))
+
+    if not any(piece["places"] for piece in about()):
+        raise unusable(data, {name: reason for piece in about() for name, reason in piece["skipped"].items()})
+    write_text(folder / PREPARED, json.dumps({"pieces": pieces, "made_by": made_by}) + "\n")
+
+
+def _require_same(folder: Path, data: str | Path, source: Source, made_by: str) -> None:
+    """Raise an AsdmError where a folder was prepared from another source, or by another model."""
+    about = read_marker(folder)
+    if about.get("source") != _identity(source):
+        raise AsdmError(f"{folder}: prepared from other data than {data}; use another output folder")
+    if about.get("made_by") != made_by:
+        raise AsdmError(f"{folder}: prepared by another model, or at another image size; use another output folder")
+
+
+def _identity(source: Source) -> str:
+    return hashlib.sha256(f"{PIECE} {source.identity}".encode()).hexdigest()[:16]

@@ -1,0 +1,85 @@
+"""Examples of WebDataset shards, on disk or from afar."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from asdm.data.examples import CAPTION_FIELDS, Example, Split, Unread, Unusable, example_of, in_split
+from asdm.data.names import data_help
+from asdm.errors import AsdmError, needs_extra, one_line
+from asdm.images import UNREAD_SUFFIXES, readable_suffixes
+
+
+class ShardSource:
+    """WebDataset shards, as img2dataset writes them: an image, and its caption as `.txt` or in the `.json`.
+
+    Args:
+        urls: paths or URLs, or one pattern such as `https://host/{00000..00099}.tar`.
+    """
+
+    def __init__(self, urls: str | list[str], split: Split):
+        with needs_extra("data", "WebDataset shards"):
+            from webdataset import shardlists
+        self.urls = shardlists.expand_urls(urls) if isinstance(urls, str) else urls
+        self.split = split
+        self.remote = any("://" in url for url in self.urls)
+        absent = [url for url in self.urls if "://" not in url and not Path(url).is_file()]
+        if absent:
+            raise AsdmError(f"{absent[0]}: no such shard ({len(absent)} of {len(self.urls)}); DATA is {data_help()}")
+        self.identity = json.dumps([url if "://" in url else _state_of(Path(url)) for url in self.urls])
+
+    def __len__(self) -> int:
+        return len(self.urls)
+
+    def read(self, piece: int) -> Iterator[Example | Unusable]:
+        from webdataset.tariterators import tarfile_samples
+
+        url = self.urls[piece]
+        faults: list[Unusable] = []
+
+        def note(error: Exception) -> bool:
+            kind = Unread if "://" in url else Unusable
+            faults.append(kind(url, f"not read to its end: {one_line(error)}"))
+            return False
+
+        for sample in tarfile_samples([{"url": url}], handler=note):
+            row = _from_sample(sample)
+            if isinstance(row, Unusable) or in_split(row, self.split):
+                yield row
+        yield from faults
+
+
+def _from_sample(sample: dict[str, Any]) -> Example | Unusable:
+    """A sample of a shard."""
+    name = sample["__key__"]
+    members = sorted(key for key in sample if not key.startswith("__"))
+    found = f"its members are {', '.join(f'.{member}' for member in members)}"
+    try:
+        about = json.loads(sample.get("json") or b"{}")
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return Unusable(name, "its .json is damaged")
+    if not isinstance(about, dict):
+        return Unusable(name, "its .json has no fields")
+    suffixes = readable_suffixes()
+    images = [member for member in members if f".{member}" in suffixes]
+    if not images:
+        unread = next((member for member in members if f".{member}" in UNREAD_SUFFIXES), None)
+        why = "" if unread is None else f"; this Pillow does not read .{unread}, convert it to PNG or JPEG"
+        # WebDataset takes everything behind the first dot of a name for the suffix
+        why = why or ("; its name has a dot too many" if any("." in member for member in members) else "")
+        return Unusable(name, f"it has no image: {found}{why}")
+    caption = sample["txt"].decode("utf-8-sig", "replace") if "txt" in sample else None
+    caption = caption or next((about[key] for key in CAPTION_FIELDS if about.get(key)), None)
+    if caption is None and "txt" not in sample:
+        fields = f", its .json's fields {', '.join(map(str, about)) or 'none'}" if "json" in sample else ""
+        return Unusable(name, f"it has no caption, as .txt or as caption, text or prompt in .json: {found}{fields}")
+    return example_of(name, caption, sample[next(key for key in sample if key in images)], about)
+
+
+def _state_of(path: Path) -> list[Any]:
+    """A local shard, and what tells whether it is still the same."""
+    about = path.stat()
+    return [str(path.resolve()), about.st_size, about.st_mtime_ns]

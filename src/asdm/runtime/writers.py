@@ -1,0 +1,138 @@
+"""Writing one graph as OpenVINO's or ONNX's file, also in 8 bits, and running what was written."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
+
+from asdm.errors import AsdmError, needs_extra
+from asdm.runtime.graphs import Graph
+
+Format = Literal["openvino", "onnx"]
+Int8 = Literal["weights", "activations"]
+FILES = {"openvino": "openvino_model.xml", "onnx": "model.onnx"}
+Run = Callable[[], list[np.ndarray]]
+"""Runs a written graph on its example inputs."""
+Write = Callable[[Graph, Path], Run]
+"""Writes a graph to a file."""
+
+
+def writer(to: Format, int8: Int8 | None) -> Write:
+    """The function that writes graphs in a format.
+
+    Raises:
+        AsdmError: the format's packages are not installed.
+    """
+    return _openvino_writer(int8) if to == "openvino" else _onnx_writer()
+
+
+def program_of(graph: Graph) -> torch.export.ExportedProgram:
+    """The graph, for any batch.
+
+    Raises:
+        AsdmError: something in it depends on the batch of the examples.
+    """
+    shapes = {name: {0: torch.export.Dim.AUTO} if value.ndim else {} for name, value in graph.inputs.items()}
+    program = torch.export.export(graph.module.eval(), (), kwargs=graph.inputs, dynamic_shapes=shapes)
+    examples = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    if any(value.ndim and is_concrete_int(examples[name].shape[0]) for name, value in graph.inputs.items()):
+        raise AsdmError(
+            f"export: {graph.name}: its graph takes no other batch than the examples'; this part cannot be exported"
+        )
+    return program
+
+
+def _openvino_writer(int8: Int8 | None) -> Write:
+    with needs_extra("openvino", "export to OpenVINO"):
+        import openvino
+    quantised = _quantiser() if int8 is not None else lambda model, _: model
+
+    def write(graph: Graph, path: Path) -> Run:
+        model = openvino.convert_model(program_of(graph))
+        for output, name in zip(model.outputs, graph.outputs, strict=True):
+            output.get_tensor().set_names({name})
+        openvino.save_model(quantised(model, graph.calibration), path)
+
+        def run() -> list[np.ndarray]:
+            compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+            read = {name for each in compiled.inputs for name in each.names}
+            found = compiled({name: value.numpy() for name, value in graph.inputs.items() if name in read})
+            return [found[name] for name in graph.outputs]
+
+        return run
+
+    return write
+
+
+def _quantiser() -> Callable[[Any, list[dict[str, Tensor]]], Any]:
+    """A function of an OpenVINO model and calibration inputs; without inputs it quantises weights alone."""
+    with needs_extra("int8", "export in 8 bits"):
+        import nncf
+    nncf.set_log_level(logging.ERROR)
+
+    def quantised(model: Any, calibration: list[dict[str, Tensor]]) -> Any:
+        with redirect_stdout(io.StringIO()):  # its progress bars would mix with ours
+            if not calibration:
+                return nncf.compress_weights(model)
+            # Bias correction would run the model once more for each of its hundreds of layers.
+            without = nncf.AdvancedQuantizationParameters(disable_bias_correction=True)
+            convolutions, products = (
+                nncf.IgnoredScope(types=[kind], validate=False) for kind in ("Convolution", "MatMul")
+            )
+            return nncf.quantize(
+                nncf.compress_weights(model, ignored_scope=convolutions),
+                nncf.Dataset(calibration, lambda call: {name: value.numpy() for name, value in call.items()}),
+                subset_size=len(calibration),
+                model_type=nncf.ModelType.TRANSFORMER,
+                ignored_scope=products,
+                advanced_parameters=without,
+            )
+
+    return quantised
+
+
+def _onnx_writer() -> Write:
+    with needs_extra("onnx", "export to ONNX"):
+        import onnxruntime
+        import onnxscript  # noqa: F401
+
+    def write(graph: Graph, path: Path) -> Run:
+        names: dict[str, Any] = {"input_names": list(graph.inputs), "output_names": list(graph.outputs)}
+        program = torch.onnx.export(program_of(graph), dynamo=True, verbose=False, **names)
+        assert program is not None
+        program.save(path)
+
+        def run() -> list[np.ndarray]:
+            session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+            return session.run(list(graph.outputs), {name: value.numpy() for name, value in graph.inputs.items()})
+
+        return run
+
+    return write
+
+
+def difference(graph: Graph, run: Run, tolerance: float) -> float:
+    """The largest difference between the graph's outputs and torch's, relative to each output's largest value.
+
+    Raises:
+        AsdmError: it is above the tolerance.
+    """
+    worst = 0.0
+    for name, found, expected in zip(graph.outputs, run(), graph.module(**graph.inputs), strict=True):
+        scale = max(float(expected.abs().max()), 1e-12)
+        worst = max(worst, float((torch.from_numpy(found) - expected).abs().max()) / scale)
+        if not worst < tolerance:
+            raise AsdmError(
+                f"export: {graph.name}: its {name} differs from torch's by {worst:.1%}, more than {tolerance:.0%}; "
+                "this part cannot be exported to that format"
+            )
+    return worst

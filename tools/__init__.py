@@ -1,0 +1,1 @@
+"""What builds the parts of this project that are shipped as data."""
