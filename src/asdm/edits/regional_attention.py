@@ -21,7 +21,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from asdm.edits.base import Edit, EditedFamily, UnitEdit, register_edit, require_at_least
+from asdm.edits.base import EditedFamily, UnitEdit, register_edit, require_at_least
 from asdm.edits.recast import recast
 from asdm.errors import AsdmError
 
@@ -76,7 +76,7 @@ class GriAttention(UnitEdit):
         return GriAttnProcessor(self.regions, self.pool, self.weighted)
 
     @classmethod
-    def candidates(cls, model: Any, family: EditedFamily, positions: Mapping[str, int]) -> Sequence[Edit]:
+    def candidates(cls, model: Any, family: EditedFamily, positions: Mapping[str, int]) -> Sequence[UnitEdit]:
         """A more exact and a faster kind for each self-attention over many tokens that allows the edit."""
         found = []
         for unit in family.units(model):

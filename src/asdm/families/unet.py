@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from asdm.errors import AsdmError
-from asdm.families.base import BlockPlace, CacheCut, ModelFamily, block_of, register_family
+from asdm.families.base import BlockPlace, CacheCut, ModelFamily, Preset, UnitLike, block_of, register_family
 from asdm.families.unet_architecture import UNetArchitecture
 from asdm.families.unet_calls import random_inputs
+from asdm.families.unet_presets import PRESETS, preset
 from asdm.families.unet_structure import layers, require_known_inputs, unlike
 
 
@@ -17,6 +18,10 @@ class UNetFamily(UNetArchitecture, ModelFamily):
     """Stable Diffusion's UNets."""
 
     label = "UNet"
+    presets = PRESETS
+
+    def preset(self, name: str, units: Sequence[UnitLike]) -> Preset:
+        return preset(name, units)
 
     def block_places(self, blocks: Sequence[str]) -> dict[str, BlockPlace]:
         """The U: the encoder's and the decoder's blocks at their resolution, the mid block below them."""
