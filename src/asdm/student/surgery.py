@@ -11,8 +11,8 @@ from torch import Tensor
 from asdm.edits import Edit, UnitEdit, removed_units
 from asdm.errors import AsdmError
 from asdm.families import Denoiser, family_of
+from asdm.student.classes import student_class_of
 from asdm.student.edited_model import edits_of
-from asdm.student.models import student_class_of
 
 
 def model_without_weights(model: Any, edits: Sequence[Edit]) -> Any:
