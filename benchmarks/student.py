@@ -34,8 +34,9 @@ from asdm.measure.latency import Latency, Ratio, measure_interleaved
 from asdm.measure.memory import peak_megabytes
 from asdm.measure.modules import timing_modules
 from asdm.pipelines.random_models import UNETS, random_unet
-from asdm.planning.program import PRESETS, require_budget
-from asdm.sensitivity.profile import structure_map
+from asdm.planning.budget import require_budget
+from asdm.planning.presets import PRESETS
+from asdm.sensitivity.analysis import structure_map
 from asdm.student.build import build_student
 from asdm.student.plan import PruningPlan
 

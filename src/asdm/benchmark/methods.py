@@ -31,18 +31,21 @@ from asdm.diffusion.kinds import is_sdxl
 from asdm.distillation.consistency import lcm_scheduler
 from asdm.distillation.stages import Consistency
 from asdm.edits import GriAttention
+from asdm.edits.regional_attention import gri_kinds
 from asdm.errors import AsdmError, needs_extra
 from asdm.families.unet_calls import unet_call
 from asdm.families.unet_structure import blocks, removable_units
 from asdm.measure.macs import counting_macs
 from asdm.pipelines.derived import with_unet
-from asdm.planning.program import PRESETS, make_plan
+from asdm.planning.budget import make_plan
+from asdm.planning.presets import PRESETS
 from asdm.runtime.export import export
 from asdm.runtime.openvino import with_openvino_graphs
 from asdm.runtime.optimize import optimize
 from asdm.runtime.switching import switch_unets
 from asdm.runtime.writers import Int8
-from asdm.sensitivity.profile import RedundancyMap, analyze, gri_kinds
+from asdm.sensitivity.analysis import analyze
+from asdm.sensitivity.profile import RedundancyMap
 from asdm.student.build import build_student
 from asdm.student.plan import PruningPlan
 

@@ -32,7 +32,7 @@ from asdm.pipelines.tensor_faults import (
     require_weights,
     require_whole,
 )
-from asdm.student.models import student_class_named
+from asdm.student.classes import student_class
 
 VARIANT = "fp16"  # of weights that many checkpoints have alone
 
@@ -161,4 +161,4 @@ def _student_class(config: Path) -> type[Any] | None:
         name = json.loads(config.read_text("utf-8")).get("_class_name")
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, AttributeError):
         return None  # loading says what is wrong with it
-    return student_class_named(name)
+    return student_class(name)

@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from asdm.errors import AsdmError, one_line
 from asdm.families import Denoiser, UNetFamily
 from asdm.pipelines.checkpoints import Header
-from asdm.student.models import student_class_named
+from asdm.student.classes import student_class
 
 TEXT_ENCODERS = (CLIPTextModel, CLIPTextModelWithProjection)
 OF_TEXT = re.compile("^text_model[.]")  # which some versions of transformers put before a text encoder's names
@@ -177,7 +177,7 @@ def _empty(folder: Path) -> nn.Module | None:
             if "architectures" in settings:
                 return getattr(transformers, settings["architectures"][0])(CLIPTextConfig.from_pretrained(folder))
             named = settings["_class_name"]
-            return (student_class_named(named) or getattr(diffusers, named)).from_config(settings)
+            return (student_class(named) or getattr(diffusers, named)).from_config(settings)
     except (OSError, KeyError, AttributeError, ValueError, TypeError, RuntimeError):
         return None
 
