@@ -35,7 +35,7 @@ from PIL import Image
 from torch import Tensor
 
 import asdm
-from asdm.benchmark.methods import outer_self_attentions
+from asdm.benchmark.techniques import outer_self_attentions
 from asdm.data.batches import ShuffledBatches
 from asdm.diffusion.conditioning import noise_schedule
 from asdm.distillation.distill import TrainingSet, make_task, prepare

@@ -24,7 +24,7 @@ from diffusers import UNet2DConditionModel
 from scipy.stats import spearmanr
 
 import asdm
-from asdm.benchmark.methods import outer_self_attentions
+from asdm.benchmark.techniques import outer_self_attentions
 from asdm.compensation.fitting import prediction_error, predictions
 from asdm.data.calibration import calibration_calls
 from asdm.errors import needs_extra
