@@ -33,7 +33,7 @@ from asdm.measure.hooks import outputs_of, tensor_of
 from asdm.measure.latency import Latency, seconds_of
 from asdm.measure.machine import prepare_for_training
 from asdm.measure.memory import peak_megabytes
-from asdm.student.plan import build_student
+from asdm.student.build import build_student
 from asdm.training.loop import BatchSlice, make_accelerator, train
 from asdm.training.optimizers import OptimizerName
 

@@ -46,7 +46,7 @@ from asdm.caching.schedule import spaced_steps
 from asdm.caching.session import CachingHook, cut_of
 from asdm.cli import app
 from asdm.families import BlockIO, CacheCut, ModelFamily
-from asdm.families.unet_structure import fingerprint
+from asdm.families.tensors import fingerprint
 from asdm.measure.macs import counting_macs
 from conftest import predict, tiny_inpainting_pipeline, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet, unet_inputs
 

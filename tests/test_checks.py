@@ -71,7 +71,7 @@ def refusal(monkeypatch, capfd, tmp_path):
 
     monkeypatch.setattr("asdm.cli.loading.load_model", loaded)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("asdm.compression.load_pipeline", loaded)
+    monkeypatch.setattr("asdm.compression.compress.load_pipeline", loaded)
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["asdm", *map(str, arguments)])

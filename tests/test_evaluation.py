@@ -220,19 +220,17 @@ def test_compress_makes_a_folder_that_loads_and_a_report_without_network(model, 
 
 
 def test_compress_goes_on_where_it_was(model, data_folder, tmp_path, monkeypatch):
-    import asdm.compression as compression
-
     def killed(*_, **__):
         raise KeyboardInterrupt
 
     settings = SETTINGS | {"sensitivity": "taylor"}
-    monkeypatch.setattr(compression, "evaluate", killed)
+    monkeypatch.setattr("asdm.compression.steps.evaluate", killed)
     with pytest.raises(KeyboardInterrupt):
         compress(model, tmp_path / "out", data=data_folder, **settings)
     plan = (tmp_path / "out" / "plan.json").read_bytes()
     monkeypatch.undo()
-    monkeypatch.setattr(compression, "analyze", killed)
-    monkeypatch.setattr(compression, "make_plan", killed)
+    monkeypatch.setattr("asdm.compression.steps.analyze", killed)
+    monkeypatch.setattr("asdm.compression.steps.full_plan", killed)
     titles = set()
     compress(model, tmp_path / "out", data=data_folder, progress=lambda title, *_: titles.add(title), **settings)
     assert (tmp_path / "out" / "plan.json").read_bytes() == plan

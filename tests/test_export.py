@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from asdm import AsdmError, PruningPlan, Remove, build_student, cache_features, export, generate, with_unet
-from asdm.families.unet_structure import fingerprint
+from asdm.families.tensors import fingerprint
 from asdm.measure.latency import Latency
 from asdm.runtime import openvino as openvino_graphs
 from asdm.runtime.graphs import Graph

@@ -33,7 +33,6 @@ from asdm import (
     build_student,
     cli,
     compress,
-    compression,
     generate,
     lcm_scheduler,
     load_pipeline,
@@ -506,8 +505,10 @@ def test_a_student_keeps_what_its_teacher_predicts(tmp_path, sd15):
 
 def test_compress_remembers_what_was_said_of_the_model(tmp_path, sd15, monkeypatch):
     given = []
-    monkeypatch.setattr(compression, "load_pipeline", lambda model, **said: given.append(said) or load_pipeline("demo"))
-    monkeypatch.setattr(compression, "_analyzed", lambda *_: pytest.fail("far enough"))
+    monkeypatch.setattr(
+        "asdm.compression.compress.load_pipeline", lambda model, **said: given.append(said) or load_pipeline("demo")
+    )
+    monkeypatch.setattr("asdm.compression.steps.analyze", lambda *_, **__: pytest.fail("far enough"))
     budget = {"params": 0.8, "refine": 0, "steps": 0, "samples": 0}
     with pytest.raises(pytest.fail.Exception):
         compress("demo", tmp_path / "out", **budget, prediction_type="v_prediction", config="theirs")

@@ -16,7 +16,8 @@ from asdm import (
     load_pipeline,
     save_pipeline,
 )
-from asdm.families.unet_structure import fingerprint, removable_units
+from asdm.families.tensors import fingerprint
+from asdm.families.unet_structure import removable_units
 from conftest import predict, tiny_pipeline, tiny_sdxl_unet, tiny_unet, unet_inputs
 
 

@@ -18,6 +18,8 @@ LATENCY = {"median_ms": "ms", "lower_quartile_ms": "low_ms", "upper_quartile_ms"
 BENCHMARK_ROW = {"seconds_quartiles": "seconds_interval"}
 BENCHMARK_GROUPS = {"peer": "baseline"}
 
+OLD_COMPRESSION_SETTINGS = {"repair": "refine"}  # in the marker of a folder that `compress` wrote
+
 
 def renamed(content: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """`content` with its keys' present names, in the same order."""

@@ -22,18 +22,21 @@ from asdm.diffusion.generation import generate
 from asdm.distillation.consistency import lcm_scheduler
 from asdm.distillation.stages import Consistency
 from asdm.edits import GriAttention
+from asdm.edits.regional_attention import gri_kinds
 from asdm.errors import AsdmError
 from asdm.families import Denoiser, denoiser_call, denoiser_of, family_of
 from asdm.measure.macs import counting_macs
 from asdm.pipelines.derived import with_unet
-from asdm.planning.program import PRESETS, make_plan
+from asdm.planning.budget import make_plan
 from asdm.runtime.export import export
 from asdm.runtime.openvino import with_openvino_graphs
 from asdm.runtime.optimize import optimize
 from asdm.runtime.switching import switch_unets
 from asdm.runtime.writers import Int8
-from asdm.sensitivity.profile import RedundancyMap, analyze, gri_kinds
-from asdm.student.plan import PruningPlan, build_student
+from asdm.sensitivity.analysis import analyze
+from asdm.sensitivity.profile import RedundancyMap
+from asdm.student.build import build_student
+from asdm.student.plan import PruningPlan
 
 Observing = Callable[[DiffusionPipeline], Observations]
 
@@ -70,7 +73,7 @@ def preset_students(pipeline: DiffusionPipeline) -> dict[str, Maker]:
     def student(preset: str) -> Maker:
         return lambda given: pruned(make_plan(redundancy(), preset=preset, unet=denoiser_of(given)))(given)
 
-    return {preset: student(preset) for preset in PRESETS}
+    return {preset: student(preset) for preset in family_of(denoiser_of(pipeline)).presets}
 
 
 def with_gri(pipeline: DiffusionPipeline, faster: bool = False) -> DiffusionPipeline:

@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 import typer
 
 from asdm import checks
+from asdm.choices import CompensationKind
 from asdm.errors import AsdmError
 
-# What model_help() and data_help() of the API say, which are not imported for --help: torch and diffusers take seconds.
+# The API's errors say the same; importing it for --help would take seconds.
 MODEL = (
     "demo, a Hub id, a folder, a .safetensors file, or random:sd15 | random:sd15-inpainting | random:sd21 | random:sdxl"
 )
@@ -148,7 +149,7 @@ SensitivityOption = Annotated[
     ),
 ]
 CompensateOption = Annotated[
-    Literal["none", "bias", "diagonal", "linear"] | None,
+    CompensationKind | None,
     typer.Option(
         "--compensate",
         help="Projection that is fitted in place of each removed branch; by default linear, none for random weights, "

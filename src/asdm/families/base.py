@@ -8,16 +8,18 @@ from __future__ import annotations
 import difflib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from asdm.choices import CompensationKind
+from asdm.edits.base import Edit
 from asdm.errors import AsdmError
+from asdm.families.tensors import fingerprint
 
 Denoiser: TypeAlias = ModelMixin
 UnitKind = Literal["resnet", "attention", "self_attention", "cross_attention", "feed_forward", "block"]
@@ -98,6 +100,35 @@ class BlockIO:
         return states
 
 
+class UnitLike(Protocol):
+    """What a `Unit` and its record in a redundancy profile have in common."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kind(self) -> UnitKind: ...
+
+    @property
+    def parent(self) -> str | None: ...
+
+    @property
+    def block(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a published plan changes in a model.
+
+    `edit`: its only edit, where it is exclusive. Else `removed` names units and larger parts to remove, and the
+    self-attentions with the most tokens attend by region; `prefers_speed` chooses the faster kind of that.
+    """
+
+    edit: Edit | None = None
+    removed: frozenset[str] = frozenset()
+    prefers_speed: bool = False
+
+
 @dataclass(frozen=True)
 class CacheCut:
     """Which modules answer from a cache at a cached step, in order of execution, and which of them is read.
@@ -127,6 +158,7 @@ class Architecture(ABC):
 
     component: ClassVar[str]  # the pipeline's attribute that holds the denoiser: "unet", "transformer"
     model_class: ClassVar[type[Any]]  # the stock class
+    sample_argument: ClassVar[str] = "sample"  # of the denoiser's forward: the noisy latents
 
     # -- structure -------------------------------------------------------------------------------------
 
@@ -158,6 +190,14 @@ class Architecture(ABC):
     def is_covered_by(self, name: str, removed: Collection[str]) -> bool:
         """Whether a unit goes when `removed` does: by itself, with what contains it, or with what it is coupled to."""
 
+    def coupled_blocks(self, model: Denoiser, removed: Collection[str]) -> list[list[str]]:
+        """Return the groups of blocks that removals change together, so that none of them works without the others."""
+        return []
+
+    def has_blocks_of(self, student: Denoiser, teacher: Denoiser) -> bool:
+        """Whether each of the student's blocks can be replaced by the teacher's of the same name."""
+        return self.blocks(student) == self.blocks(teacher)
+
     # -- edits -----------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -178,6 +218,10 @@ class Architecture(ABC):
         """Return the input channels of each convolution that can get expert kernels: of hidden states, and of the skip
         connection behind them."""
         return {}
+
+    def stock_config(self, model: Denoiser, edits: Sequence[Edit]) -> dict[str, Any] | None:
+        """Return the config of a stock model that equals the edited one; None where there is none."""
+        return None
 
     def shorter_config(self, model: Denoiser, edit: Any) -> dict[str, Any]:
         """Return the config of the stock model without the layers that an edit `drop_layers` drops.
@@ -209,6 +253,15 @@ class ModelFamily(Architecture):
     """All that is known of a family's models: their structure, how they are called, and where features are cached."""
 
     label: ClassVar[str] = "denoiser"  # what reports call the denoiser
+    presets: ClassVar[tuple[str, ...]] = ()  # names of the family's published plans
+
+    def preset(self, name: str, units: Sequence[UnitLike]) -> Preset:
+        """What a preset changes in a model with these units.
+
+        Raises:
+            AsdmError: the family has no such preset.
+        """
+        raise AsdmError(f"{name}: a preset for another family of models; give a budget instead")
 
     def block_io(self, model: Denoiser, path: str) -> BlockIO:
         """Where image and text states sit among the outputs of a block or layer."""
@@ -224,16 +277,15 @@ class ModelFamily(Architecture):
     def sample_shape(self, model: Denoiser) -> tuple[int, int, int]:
         """(channels, height, width) of the sample that a call at native size reads."""
 
+    def predict(self, model: Denoiser, arguments: Mapping[str, Any]) -> Tensor:
+        """The prediction of one call. The sample is passed by position, as pipelines do: other libraries' patches rely
+        on it."""
+        others = {name: value for name, value in arguments.items() if name != self.sample_argument}
+        return model(arguments[self.sample_argument], **others, return_dict=False)[0]
+
     @abstractmethod
     def random_inputs(self, model: Denoiser, batch_size: int, seed: int = 0) -> dict[str, Any]:
         """Random keyword arguments of a call at native size, the sample among them as "sample" or "hidden_states"."""
-
-    def require_known_inputs(self, model: Denoiser, name: str = "") -> None:
-        """Raise an AsdmError where a model reads what neither prompts nor masks bring.
-
-        Args:
-            name: of the checkpoint, for the message.
-        """
 
     def call_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call of the denoiser by name, the sample first."""
@@ -241,9 +293,13 @@ class ModelFamily(Architecture):
         given = dict(zip(names, args, strict=False)) | kwargs
         return {names[0]: given.pop(names[0]), **given}
 
-    @abstractmethod
     def fingerprint(self, model: Denoiser) -> str:
         """A digest of the architecture (tensor names and shapes), equal for fine-tunes of one model."""
+        return fingerprint(model)
+
+    def require_known_inputs(self, model: Denoiser, name: str = "") -> None:
+        """Raise an AsdmError where a model has inputs beside latents, a time step, a guidance scale and what prompts
+        give; `name` is the checkpoint's in the message."""
 
     @abstractmethod
     def unlike(self, model: Denoiser, other: Denoiser) -> str | None:
@@ -334,24 +390,11 @@ def component_of(pipeline: DiffusionPipeline) -> str:
     raise _unknown(type(pipeline).__name__)
 
 
-def require_plain(model: Denoiser) -> None:
-    """Raise an AsdmError where a denoiser's weights are not its own alone, or not there."""
-    names = model.state_dict().keys()
-    if any(".base_layer." in name for name in names):
-        raise AsdmError("a LoRA is loaded; keep it with fuse_lora(), then unload_lora_weights()")
-    if any(name.startswith("_orig_mod.") for name in names):
-        raise AsdmError("the model is compiled; give the original of it, its attribute _orig_mod")
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise AsdmError("the model's weights are offloaded, one module at a time; load it without that")
-
-
 def denoiser_call(model: Denoiser, batch_size: int = 2, seed: int = 0) -> Callable[[], Tensor]:
     """One call of a denoiser on random inputs at its native size; batch 2 is one image with guidance."""
-    arguments = family_of(model).random_inputs(model, batch_size, seed)
-    # By its place, as pipelines give it: what others patch into a denoiser may rely on it.
-    sample = arguments.pop("sample" if "sample" in arguments else "hidden_states")
-    call: Any = model
-    return lambda: call(sample, **arguments, return_dict=False)[0]
+    family = family_of(model)
+    arguments = family.random_inputs(model, batch_size, seed)
+    return lambda: family.predict(model, arguments)
 
 
 def _unknown(name: str) -> AsdmError:

@@ -21,6 +21,7 @@ from asdm.families.unet_structure import (
     is_level,
     layers,
     removable_units,
+    unlike_in,
 )
 
 
@@ -44,6 +45,8 @@ class UNetArchitecture(Architecture):
 
     def branch(self, model: Any, unit: str) -> Branch:
         module: Any = model.get_submodule(unit)
+        if unit == "mid_block":
+            return Branch(unit, model.config.block_out_channels[-1], kept=lambda hidden_states: hidden_states)
         if unit in layers(model):
             shortcut = getattr(module, "conv_shortcut", None)
             scale = getattr(module, "output_scale_factor", 1.0)
@@ -62,6 +65,14 @@ class UNetArchitecture(Architecture):
 
     def is_covered_by(self, name: str, removed: Collection[str]) -> bool:
         return is_covered_by(name, removed)
+
+    def coupled_blocks(self, model: Any, removed: Collection[str]) -> list[list[str]]:
+        """The lowest-resolution level: its down block and up block, and the block whose resampler goes with it."""
+        levels = [int(name.rpartition(".")[2]) for name in removed if is_level(name)]
+        return [[f"down_blocks.{level - 1}", f"down_blocks.{level}", "up_blocks.0"] for level in levels]
+
+    def has_blocks_of(self, student: Any, teacher: Any) -> bool:
+        return unlike_in(student, teacher, "layers_per_block", "block_out_channels", "mid_block_type") is None
 
     def removed(
         self, model: Any, unit: str, compensate: CompensationKind, compensate_time: bool

@@ -20,7 +20,7 @@ from asdm.pipelines.random_models import RANDOM, random_pipeline
 from asdm.pipelines.single_file import load_single_file
 from asdm.pipelines.supported import as_supported, require_supported
 from asdm.registry import PIPELINES, registered_folder
-from asdm.student.unet import align_weights
+from asdm.student.edited_model import align_weights
 
 
 @checks.arguments(model=checks.path, dtype=checks.floating)

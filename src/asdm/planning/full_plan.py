@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 from diffusers import DiffusionPipeline
 
-from asdm.edits.base import CompensationKind
+from asdm.choices import CompensationKind
 from asdm.errors import AsdmError
 from asdm.families import denoiser_of
 from asdm.measure.machine import fastest_device
 from asdm.pipelines.random_models import random_unet
-from asdm.planning.program import add_cond_conv, make_plan
+from asdm.planning.budget import make_plan
+from asdm.planning.experts import add_cond_conv
 from asdm.planning.refine import refine_plan
 from asdm.sensitivity.profile import RedundancyMap
 from asdm.student.plan import PruningPlan

@@ -7,55 +7,51 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from accelerate import init_empty_weights
-from diffusers import UNet2DConditionModel
 from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
-from torch import Tensor
 
-from asdm import checks
-from asdm.edits import Edit, UnitEdit, parse_edits, removed_units
+from asdm.edits import Edit, parse_edits
 from asdm.errors import AsdmError
-from asdm.families import family_of
-from asdm.families.base import require_plain
-from asdm.families.unet_structure import fingerprint
+from asdm.families import Denoiser, family_of
 from asdm.files import write_text
 from asdm.measure.latency import Ratio
 from asdm.records import Record, first_fault
-from asdm.student.unet import AsdmUNet2DConditionModel, edits_of
+from asdm.student.surgery import model_without_weights
 
 
 class PlanBase(Record):
-    """The UNet that a plan is for: its class and the digest of its architecture."""
+    """The denoiser that a plan is for: its stock class and the digest of its architecture."""
 
     model_config = ConfigDict(populate_by_name=True)
     class_name: str = Field(alias="class")
     fingerprint: str
 
     @classmethod
-    def of(cls, fingerprint: str) -> PlanBase:
-        return cls.model_validate({"class": "UNet2DConditionModel", "fingerprint": fingerprint})
+    def of(cls, fingerprint: str, class_name: str = "UNet2DConditionModel") -> PlanBase:
+        return cls.model_validate({"class": class_name, "fingerprint": fingerprint})
 
 
 SpeedupBasis = Literal["measured", "latency", "macs"]
 
 
 class PlanMetrics(Record):
-    """What the planner aimed at and measured: ratios teacher / student; `predicted_sensitivity`, the sum of the map's
-    for the edits, and `measured_sensitivity`, that of all edits together (`refine_plan`).
+    """What the planner aimed at, predicted and measured; ratios are teacher / student."""
 
-    `model`: the teacher's name. `predicted_sensitivity` is None where no sensitivities were needed. `speedup_basis`:
-    what tells that the target is met, a measurement, or on a machine that was too busy for one the map's latencies or
-    MACs. `measured_speedup_interval` holds the true speed-up.
-    """
-
-    model: str | None = None
-    target: dict[str, float]
-    predicted_sensitivity: float | None = None
-    predicted_speedup: float
-    measured_speedup: float | None = None
-    measured_speedup_interval: tuple[float, float] | None = None
-    speedup_basis: SpeedupBasis | None = None
-    measured_sensitivity: float | None = None
+    model: str | None = Field(None, description="the teacher's name")
+    target: dict[str, float] = Field(description="the budget: speedup, or the part of params or macs that may remain")
+    predicted_sensitivity: float | None = Field(
+        None, description="the sum of the edits' sensitivities; None where the profile has none"
+    )
+    predicted_speedup: float = Field(description="by the profile's latencies, or its MACs where it has no latencies")
+    measured_speedup: float | None = Field(None, description="of student and teacher timed in turns")
+    measured_speedup_interval: tuple[float, float] | None = Field(None, description="contains the true speed-up")
+    speedup_basis: SpeedupBasis | None = Field(
+        None,
+        description="what shows that the target is met: a measurement, or on a busy machine the profile's latencies or "
+        "MACs",
+    )
+    measured_sensitivity: float | None = Field(
+        None, description="of all edits together, with their compensations fitted (`refine_plan`)"
+    )
 
     @property
     def measured_ratio(self) -> Ratio | None:
@@ -71,24 +67,23 @@ Edits = Annotated[
 
 
 class PruningPlan(Record):
-    """A list of edits for one UNet architecture."""
+    """A list of edits for one architecture."""
 
     base: PlanBase
     edits: Edits
     figures: PlanMetrics | None = None
 
     @classmethod
-    def for_unet(cls, unet: UNet2DConditionModel, edits: Iterable[Any] = ()) -> PruningPlan:
-        """A plan made by hand; `edits` are records or dicts such as `{"edit": "remove", "unit": "mid_block"}`.
+    def for_unet(cls, unet: Denoiser, edits: Iterable[Any] = ()) -> PruningPlan:
+        """Make a plan by hand; `edits` are records or dicts such as `{"edit": "remove", "unit": "mid_block"}`.
 
         Raises:
             AsdmError: an edit that is malformed, or names a unit that `unet` does not have.
         """
-        plan = cls(
-            base=PlanBase.of(fingerprint(unet)),
-            edits=parse_edits(edits),
-        )
-        empty_student(unet, plan)
+        family = family_of(unet)
+        base = PlanBase.of(family.fingerprint(unet), family.model_class.__name__)
+        plan = cls(base=base, edits=parse_edits(edits))
+        model_without_weights(unet, plan.edits)
         return plan
 
     def to_json(self) -> str:
@@ -120,76 +115,11 @@ class PruningPlan(Record):
         except ValidationError as error:
             raise AsdmError(f"{path}: not a plan: {first_fault(error)}; make one with `asdm plan`") from None
 
-    def require_for(self, unet: UNet2DConditionModel) -> None:
+    def require_for(self, unet: Denoiser) -> None:
         """Raise an AsdmError unless the plan was made for this architecture."""
-        found = fingerprint(unet)
+        found = family_of(unet).fingerprint(unet)
         if self.base.fingerprint != found:
             raise AsdmError(
-                f"plan for another model: its fingerprint is {self.base.fingerprint}, this UNet's {found}; "
+                f"plan for another model: its fingerprint is {self.base.fingerprint}, this one's {found}; "
                 "make a plan for this one with `asdm plan`"
             )
-
-
-def empty_student(unet: UNet2DConditionModel, plan: PruningPlan) -> UNet2DConditionModel:
-    """The student's modules without weights (on the meta device)."""
-    plan.require_for(unet)
-    family = family_of(unet)
-    exclusive = next((edit for edit in plan.edits if edit.is_exclusive), None)
-    if exclusive is not None:
-        if len(plan.edits) > 1:
-            raise AsdmError(
-                f"{exclusive.edit}: goes with no other edit, as it gives layers new numbers; make two plans"
-            )
-        shorter = exclusive.stock_config(unet, family)
-        with init_empty_weights():
-            return family.model_class.from_config(shorter)
-    config = {key: value for key, value in unet.config.items() if key != "edits"}
-    new = [edit.unit for edit in plan.edits if isinstance(edit, UnitEdit)]
-    removed = removed_units(plan.edits, [], family)
-    for name in new:
-        outer = next((other for other in removed if other != name and family.is_covered_by(name, [other])), None)
-        if outer is not None and not name.startswith(f"{outer}."):
-            raise AsdmError(f"{name}: goes with {outer}, which the plan removes; drop one of them")
-    earlier = [edit for edit in edits_of(unet) if not edit.gives_way_to(new, family)]
-    config["edits"] = [edit.to_dict() for edit in [*earlier, *plan.edits]]
-    with init_empty_weights():
-        return AsdmUNet2DConditionModel.from_config(config)
-
-
-@checks.arguments(unet=checks.UNET, plan=checks.a(PruningPlan, "asdm.make_plan makes one"))
-def build_student(unet: UNet2DConditionModel, plan: PruningPlan) -> UNet2DConditionModel:
-    """A student UNet: the teacher's architecture with the plan's edits, its weights inherited (copied).
-
-    An `AsdmUNet2DConditionModel`, or a stock UNet2DConditionModel where the plan shortens. A plan without edits
-    gives bit-identical outputs. The teacher is not changed; device, dtype and mode are the teacher's.
-
-    Raises:
-        AsdmError: a plan for another architecture, or with an edit that this UNet does not allow; or a LoRA is loaded,
-            the UNet compiled or its weights offloaded.
-    """
-    require_plain(unet)
-    student = empty_student(unet, plan)
-    inherit_weights(student, unet)
-    return student.train(unet.training)
-
-
-def inherit_weights(student: UNet2DConditionModel, teacher: UNet2DConditionModel) -> None:
-    """Copy every tensor that the student has from the teacher's tensor of the same name; what the student has
-    of its own starts where it changes nothing.
-
-    Raises:
-        AsdmError: an expert of a new bank is not in the teacher.
-    """
-    family = family_of(teacher)
-    source = teacher.state_dict()
-    like = next(iter(source.values()))
-    own: dict[str, Tensor] = {}
-    for path, module in student.named_modules():
-        if hasattr(module, "starting_tensors"):
-            started = module.starting_tensors(path, teacher, family)
-            own |= {f"{path}.{name}": tensor.to(like.device, like.dtype) for name, tensor in started.items()}
-    inherited = {}
-    for name in student.state_dict():
-        original = family.teacher_key(name, student, teacher)
-        inherited[name] = source[original].detach().clone() if original in source else own[name]
-    student.load_state_dict(inherited, strict=True, assign=True)
