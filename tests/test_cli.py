@@ -63,7 +63,7 @@ def mistakes(model, tmp_path):
         (["analyze", model, "--data", tmp_path / "empty"], "no images with captions"),
         (["plan", model, "--speedup", "1000"], "out of reach"),
         (["plan", model, "--preset", "huge"], "no such preset"),
-        (["plan", "absent.json", "--speedup", "2"], "no such redundancy map"),
+        (["plan", "absent.json", "--speedup", "2"], "no such redundancy profile"),
         (["plan", model], "exactly one of"),
         (["prune", model, "absent.json", "--out", "pruned"], "no such plan file"),
         (["prune", model, plan, "--out", "pruned"], "plan for another model"),

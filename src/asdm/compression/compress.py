@@ -24,7 +24,7 @@ from asdm.families import denoiser_of
 from asdm.files import require_ours
 from asdm.pipelines.checkpoints import PredictionType
 from asdm.pipelines.loading import load_pipeline
-from asdm.planning.program import require_params
+from asdm.planning.budget import require_params
 from asdm.sensitivity.profile import Sensitivity
 from asdm.student.plan import PruningPlan
 

@@ -16,7 +16,7 @@ from asdm.errors import AsdmError
 from asdm.files import MARKER, write_text
 from asdm.old_names import OLD_COMPRESSION_SETTINGS, renamed
 from asdm.pipelines.checkpoints import PredictionType
-from asdm.planning.program import require_budget
+from asdm.planning.budget import require_budget
 from asdm.planning.refine import ROUNDS
 from asdm.records import Record
 from asdm.sensitivity.profile import Sensitivity

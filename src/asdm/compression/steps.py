@@ -31,7 +31,8 @@ from asdm.pipelines.derived import with_unet
 from asdm.pipelines.model_card import model_card
 from asdm.pipelines.saving import save_pipeline_into
 from asdm.planning.full_plan import full_plan
-from asdm.sensitivity.profile import RedundancyMap, analyze
+from asdm.sensitivity.analysis import analyze
+from asdm.sensitivity.profile import RedundancyMap
 from asdm.student.build import build_student
 from asdm.student.plan import PruningPlan
 from asdm.training.log import read_log

@@ -109,7 +109,7 @@ class Edit:
     # -- how it is analysed and planned ----------------------------------------------------------------
 
     @classmethod
-    def candidates(cls, model: Any, family: EditedFamily, positions: Mapping[str, int]) -> Sequence[Edit]:
+    def candidates(cls, model: Any, family: EditedFamily, positions: Mapping[str, int]) -> Sequence[UnitEdit]:
         """Return edits of this kind that `analyze` should try beside the removal of each unit.
 
         Args:
@@ -284,7 +284,7 @@ def restored(student: nn.Module, teacher: nn.Module, edit: Edit, family: EditedF
         yield
 
 
-def candidate_edits(model: Any, family: EditedFamily, positions: Mapping[str, int]) -> list[Edit]:
+def candidate_edits(model: Any, family: EditedFamily, positions: Mapping[str, int]) -> list[UnitEdit]:
     """Return the edits that `analyze` tries beside the removal of each unit, of all kinds that offer some."""
     return [edit for kind in EDIT_KINDS.values() for edit in kind.candidates(model, family, positions)]
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from asdm.choices import CompensationKind
-from asdm.edits.base import Edit, EditedFamily, UnitEdit, register_edit
+from asdm.edits.base import EditedFamily, UnitEdit, register_edit
 from asdm.errors import AsdmError
 
 
@@ -58,7 +58,7 @@ class Remove(UnitEdit):
         return family.is_covered_by(self.unit, [unit for unit in units if unit != self.unit])
 
     @classmethod
-    def candidates(cls, model: Any, family: EditedFamily, positions: Mapping[str, int]) -> Sequence[Edit]:
+    def candidates(cls, model: Any, family: EditedFamily, positions: Mapping[str, int]) -> Sequence[UnitEdit]:
         """The larger parts that the family names, where they can be removed and are not yet."""
         found = []
         for name in family.removals(model):

@@ -91,7 +91,7 @@ class RemovedBranch(RemovedUnit):
         if self.compensation is not None:
             return self.compensation(hidden_states)
         nothing = hidden_states.new_zeros(())
-        # Of the shape that token merging expects; a graph's runtime would compute it.
+        # Token merging expects this shape. A graph's runtime would compute it, so graphs get the scalar.
         return nothing if is_traced() else nothing.expand(hidden_states.shape)
 
 
@@ -121,7 +121,7 @@ class RemovedDownsampler(nn.Module):
     """The identity in place of what halves the resolution before the lowest level: a convolution, or a resnet."""
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        # What follows may be added to in place (by a T2I-Adapter), and what came in is a skip connection.
+        # A T2I-Adapter may add to the output in place, and the input is a skip connection.
         return hidden_states.clone()
 
 
@@ -188,7 +188,7 @@ def _removed_branch(
 
 
 def _remove_lowest_level(unet: UNet2DConditionModel) -> dict[str, nn.Module]:
-    """As BK-SDM-Tiny does (arXiv 2305.15798, Sec. 3.1): the two innermost blocks and the resampling."""
+    """Remove the two lowest-resolution blocks and the resampling, as BK-SDM-Tiny does (arXiv 2305.15798, Sec. 3.1)."""
     last = len(unet.down_blocks) - 1
     outer, inner = unet.config.block_out_channels[last - 1 :]
     if outer != inner:
