@@ -22,7 +22,7 @@ from asdm.diffusion.kinds import RANDOM
 from asdm.errors import AsdmError
 from asdm.families import ModelFamily, UNetFamily
 from asdm.registry import PIPELINES, registered_folder
-from asdm.student.models import student_class_of
+from asdm.student.classes import student_class_of
 from asdm.student.unet import AsdmUNet2DConditionModel
 
 # The published configs, where they differ from the defaults of the UNet's class (which are SD 1.x's).
