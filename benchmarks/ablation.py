@@ -35,7 +35,7 @@ from PIL import Image
 from torch import Tensor
 
 import asdm
-from asdm.benchmark.methods import outer_self_attentions
+from asdm.benchmark.techniques import outer_self_attentions
 from asdm.data.batches import ShuffledBatches
 from asdm.diffusion.conditioning import noise_schedule
 from asdm.distillation.distill import TrainingSet, make_task, prepare
@@ -46,7 +46,7 @@ from asdm.evaluation.metrics import Judge, feature_distance
 from asdm.evaluation.plots import image_sheet
 from asdm.evaluation.real_images import RealImages
 from asdm.evaluation.sampling import EvaluationSet, evaluation_sets
-from asdm.families.unet_calls import unet_call
+from asdm.families import denoiser_call
 from asdm.files import write_text
 from asdm.images import to_images
 from asdm.measure.latency import measure_interleaved, seconds_of
@@ -193,7 +193,7 @@ def time(rounds: int = 40) -> None:
             for name, components in variants(target).items()
             if not name.endswith(SHORT)
         }
-        calls = {name: unet_call(unet) for name, unet in {"teacher": pipeline.unet, **students}.items()}
+        calls = {name: denoiser_call(unet) for name, unet in {"teacher": pipeline.unet, **students}.items()}
         times = measure_interleaved(calls, rounds=rounds)
         for row in rows:
             if row["target"] == target:

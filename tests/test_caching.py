@@ -38,7 +38,7 @@ from asdm import (
     switch_unets,
     with_unet,
 )
-from asdm.benchmark.methods import deep_cache
+from asdm.benchmark.baselines import deep_cache
 from asdm.caching.calibration import best_steps, observe_sampling
 from asdm.caching.extrapolation import extrapolation_errors, noise_level
 from asdm.caching.recording import _values_at

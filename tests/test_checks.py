@@ -17,7 +17,8 @@ from PIL import Image
 
 import asdm
 from asdm import AsdmError, CacheSchedule, PruningPlan, Stage, cli, lcm_scheduler
-from asdm.benchmark.methods import deep_cache, methods, t_gate, tome
+from asdm.benchmark.baselines import deep_cache, t_gate, tome
+from asdm.benchmark.methods import methods
 from asdm.data.sources import open_data
 from asdm.diffusion.generation import default_steps, most_steps
 from asdm.distillation.stages import Consistency, LossWeights, Semantics, parse_stages

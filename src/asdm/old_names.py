@@ -24,3 +24,8 @@ OLD_COMPRESSION_SETTINGS = {"repair": "refine"}  # in the marker of a folder tha
 def renamed(content: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """`content` with its keys' present names, in the same order."""
     return {names.get(key, key): value for key, value in content.items()}
+
+
+def benchmark_name(name: str) -> str:
+    """The present name of a benchmark's method: feature caching was called inheritance."""
+    return name.replace("inheritance, layer, ", "caching, ").replace("inheritance, ", "caching, ")

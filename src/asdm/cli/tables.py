@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from asdm.benchmark.run import BenchmarkRow
+    from asdm.benchmark.results import BenchmarkRow
     from asdm.distillation.estimate import StageEstimate
     from asdm.evaluation.results import Evaluation
     from asdm.sensitivity.profile import RedundancyMap

@@ -9,9 +9,9 @@ from typing import Any, Literal
 from diffusers import DiffusionPipeline
 
 from asdm.choices import CompensationKind
+from asdm.devices import fastest_device
 from asdm.errors import AsdmError
 from asdm.families import denoiser_of
-from asdm.measure.machine import fastest_device
 from asdm.pipelines.random_models import random_denoiser
 from asdm.planning.budget import make_plan
 from asdm.planning.experts import add_cond_conv
