@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,10 @@ class PixArtFamily(PixArtArchitecture, ModelFamily):
             "timestep": torch.full((batch_size,), 500, device=model.device),
             "added_cond_kwargs": self.size_conditions(model, batch_size),
         }
+
+    def predict(self, model: Any, arguments: Mapping[str, Any]) -> Tensor:
+        """The predicted noise, without a learned variance behind it."""
+        return super().predict(model, arguments)[:, : model.config.in_channels]
 
     def size_conditions(self, model: Any, batch_size: int) -> dict[str, Tensor | None]:
         """The image size in pixels and the aspect ratio, which models for 1024 pixels read; None for others."""
