@@ -28,7 +28,6 @@ from asdm.families import Denoiser, denoiser_call, denoiser_of, family_of
 from asdm.measure.macs import counting_macs
 from asdm.pipelines.derived import with_unet
 from asdm.planning.budget import make_plan
-from asdm.planning.presets import PRESETS
 from asdm.runtime.export import export
 from asdm.runtime.openvino import with_openvino_graphs
 from asdm.runtime.optimize import optimize
@@ -74,7 +73,7 @@ def preset_students(pipeline: DiffusionPipeline) -> dict[str, Maker]:
     def student(preset: str) -> Maker:
         return lambda given: pruned(make_plan(redundancy(), preset=preset, unet=denoiser_of(given)))(given)
 
-    return {preset: student(preset) for preset in PRESETS}
+    return {preset: student(preset) for preset in family_of(denoiser_of(pipeline)).presets}
 
 
 def with_gri(pipeline: DiffusionPipeline, faster: bool = False) -> DiffusionPipeline:

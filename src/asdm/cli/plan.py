@@ -124,10 +124,10 @@ def _saved_profile(path: str, refine: int | None, claims: dict[str, Any]) -> Red
 
 def _profile_for_preset(source: str) -> RedundancyMap:
     """The units alone, without weights or measurements: a preset's edits are fixed."""
-    from asdm.pipelines.shapes import unet_without_weights
+    from asdm.pipelines.shapes import denoiser_without_weights
     from asdm.sensitivity.analysis import structure_map
 
-    return structure_map(unet_without_weights(source), source)
+    return structure_map(denoiser_without_weights(source), source)
 
 
 def _measured_profile(pipeline: Any, params: float | None, preset: str | None, **settings: Any) -> RedundancyMap:

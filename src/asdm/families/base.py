@@ -263,6 +263,12 @@ class ModelFamily(Architecture):
         """
         raise AsdmError(f"{name}: a preset for another family of models; give a budget instead")
 
+    layer_classes: ClassVar[tuple[type[Any], ...]] = ()  # whose weights FSDP gathers together
+
+    def semantic_module(self, model: Denoiser) -> str | None:
+        """Path of the module whose output says what an image means; None where there is none."""
+        return None
+
     def block_io(self, model: Denoiser, path: str) -> BlockIO:
         """Where image and text states sit among the outputs of a block or layer."""
         return BlockIO()
@@ -274,6 +280,19 @@ class ModelFamily(Architecture):
     # -- calls -----------------------------------------------------------------------------------------
 
     @abstractmethod
+    def conditioned_call(self, latents: Tensor, **conditioning: Tensor) -> dict[str, Any]:
+        """Keyword arguments of a call on noisy latents, but for the time step; `conditioning` are the fields of
+        `asdm.diffusion.conditioning.Conditioning` that are set."""
+
+    def prediction(self, model: Denoiser, output: Tensor) -> Tensor:
+        """The prediction (batch, channels, height, width) in what the denoiser puts out."""
+        return output
+
+    def embeds_guidance(self, model: Denoiser) -> bool:
+        """Whether the denoiser reads the guidance scale, and its prediction is guided."""
+        return False
+
+    @abstractmethod
     def sample_shape(self, model: Denoiser) -> tuple[int, int, int]:
         """(channels, height, width) of the sample that a call at native size reads."""
 
@@ -281,7 +300,7 @@ class ModelFamily(Architecture):
         """The prediction of one call. The sample is passed by position, as pipelines do: other libraries' patches rely
         on it."""
         others = {name: value for name, value in arguments.items() if name != self.sample_argument}
-        return model(arguments[self.sample_argument], **others, return_dict=False)[0]
+        return self.prediction(model, model(arguments[self.sample_argument], **others, return_dict=False)[0])
 
     @abstractmethod
     def random_inputs(self, model: Denoiser, batch_size: int, seed: int = 0) -> dict[str, Any]:
@@ -300,6 +319,11 @@ class ModelFamily(Architecture):
     def require_known_inputs(self, model: Denoiser, name: str = "") -> None:
         """Raise an AsdmError where a model has inputs beside latents, a time step, a guidance scale and what prompts
         give; `name` is the checkpoint's in the message."""
+
+    def guidance_inputs(self, model: Denoiser, scales: Tensor) -> dict[str, Tensor]:
+        """Return the keyword arguments by which a model that embeds the guidance scale reads `scales` (batch,); none
+        for other models."""
+        return {}
 
     @abstractmethod
     def unlike(self, model: Denoiser, other: Denoiser) -> str | None:

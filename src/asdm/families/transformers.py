@@ -24,6 +24,16 @@ class PixArtFamily(PixArtArchitecture, ModelFamily):
     def sample_shape(self, model: Any) -> tuple[int, int, int]:
         return model.config.in_channels, model.config.sample_size, model.config.sample_size
 
+    def conditioned_call(self, latents: Tensor, **conditioning: Tensor) -> dict[str, Any]:
+        """With the image size and the aspect ratio among the added conditions."""
+        states: dict[str, Any] = dict(conditioning)
+        added = {name: states.pop(name, None) for name in ("resolution", "aspect_ratio")}
+        return {"hidden_states": latents, **states, "added_cond_kwargs": added}
+
+    def prediction(self, model: Any, output: Tensor) -> Tensor:
+        """Without the learned variance, which is behind it."""
+        return output[:, : model.config.in_channels]
+
     def random_inputs(self, model: Any, batch_size: int, seed: int = 0) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(seed)
         channels = model.config.caption_channels or model.inner_dim
