@@ -308,7 +308,7 @@ class ModelFamily(Architecture):
         """The prediction of one call. The sample is passed by position, as pipelines do: other libraries' patches rely
         on it."""
         others = {name: value for name, value in arguments.items() if name != self.sample_argument}
-        return model(arguments[self.sample_argument], **others, return_dict=False)[0]
+        return self.prediction(model, model(arguments[self.sample_argument], **others, return_dict=False)[0])
 
     @abstractmethod
     def random_inputs(self, model: Denoiser, batch_size: int, seed: int = 0) -> dict[str, Any]:

@@ -23,8 +23,8 @@ class UNetFamily(UNetArchitecture, ModelFamily):
     """Stable Diffusion's UNets."""
 
     label = "UNet"
-    layer_classes = (ResnetBlock2D, BasicTransformerBlock)
     presets = PRESETS
+    layer_classes = (ResnetBlock2D, BasicTransformerBlock)
 
     def preset(self, name: str, units: Sequence[UnitLike]) -> Preset:
         return preset(name, units)
