@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import asdm
+from asdm.choices import Router
 from asdm.cli import loading
 from asdm.cli.options import (
     MODEL,
@@ -56,9 +57,7 @@ def plan(
             show_default=False,
         ),
     ] = None,
-    router: Annotated[
-        Literal["input", "input+time", "time"], typer.Option(help="What the expert kernels' mixture depends on.")
-    ] = "input",
+    router: Annotated[Router, typer.Option(help="What the expert kernels' mixture depends on.")] = "input",
     refine: RefineOption = None,
     remeasure: Annotated[
         Path | None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,9 +38,16 @@ class PixArtFamily(PixArtArchitecture, ModelFamily):
             "added_cond_kwargs": self.size_conditions(model, batch_size),
         }
 
-    def predict(self, model: Any, arguments: Mapping[str, Any]) -> Tensor:
-        """The predicted noise, without a learned variance behind it."""
-        return super().predict(model, arguments)[:, : model.config.in_channels]
+    def conditioned_call(self, model: Any, latents: Tensor, **conditioning: Tensor) -> dict[str, Any]:
+        return {
+            "hidden_states": latents,
+            **conditioning,
+            "added_cond_kwargs": self.size_conditions(model, len(latents)),
+        }
+
+    def prediction(self, model: Any, output: Tensor) -> Tensor:
+        """Without the variance that some models predict, too."""
+        return output[:, : model.config.in_channels]
 
     def size_conditions(self, model: Any, batch_size: int) -> dict[str, Tensor | None]:
         """The image size in pixels and the aspect ratio, which models for 1024 pixels read; None for others."""

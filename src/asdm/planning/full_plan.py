@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from asdm.choices import CompensationKind
+from asdm.choices import CompensationKind, Router
 from asdm.devices import fastest_device
 from asdm.errors import AsdmError
 from asdm.families import denoiser_of
@@ -30,7 +30,7 @@ def full_plan(
     compensate: CompensationKind | None = None,
     refine: int = 0,
     experts: float | None = None,
-    router: Literal["input", "input+time", "time"] = "input",
+    router: Router = "input",
     data: str | Path | None = None,
     device: str | None = None,
     seed: int = 0,
