@@ -214,7 +214,7 @@ def test_compress_makes_a_folder_that_loads_and_a_report_without_network(model, 
     assert made.headline.replace("'", "&#39;") in html
     assert not re.search(r"""(src|href)=["'](?!data:)""", html)
     assert "2.png" in html
-    assert made.plan.figures.measured_sensitivity > 0
+    assert made.plan.metrics.measured_sensitivity > 0
     assert "all edits together move" in html.replace("\n", " ")
     assert html.count("<img") >= 2 + 3 * 4
 

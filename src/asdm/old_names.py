@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 OLD_EDIT_KINDS = {"shorten": "drop_layers"}
+PLAN = {"figures": "metrics"}
 CACHE_SCHEDULE = {"computed": "full_steps", "whole_ms": "full_ms", "inheriting_ms": "cached_ms"}
 EXPORTED_FOLDER = {"inherit": "cache"}
 OUTER_GRAPH_INPUT = "inherited"  # an exported graph's input for cached features
