@@ -219,6 +219,9 @@ def test_a_distilled_folder_draws_in_4_steps_without_guidance(data_folder, tmp_p
     (tmp_path / "recipe.json").write_text(json.dumps([stage(steps=2).model_dump(mode="json")]))
     arguments = ["distill", model, model, "--data", data_folder, "--out", tmp_path / "lcm"]
     told = CliRunner().invoke(app, [str(a) for a in [*arguments, "--recipe", tmp_path / "recipe.json"]])
+    import traceback
+
+    traceback.print_exception(*told.exc_info)
     assert told.exit_code == 0, told.output
     index = json.loads((tmp_path / "lcm" / "model_index.json").read_text())
     assert index["scheduler"] == ["diffusers", "LCMScheduler"]

@@ -28,11 +28,6 @@ OLD_STAGE_FIELDS = {
 OLD_STAGE_VALUES = {"feature_weighting": {"area": "spatial"}, "timestep_sampling": {"angle": "uniform_angle"}}
 
 
-def benchmark_name(name: str) -> str:
-    """The present name of a benchmark's method: feature caching was called inheritance."""
-    return name.replace("inheritance, layer, ", "caching, ").replace("inheritance, ", "caching, ")
-
-
 def renamed(
     content: Mapping[str, Any], names: Mapping[str, str], values: Mapping[str, Mapping[str, Any]] | None = None
 ) -> dict[str, Any]:
@@ -48,3 +43,8 @@ def renamed(
 def renamed_stage(content: Mapping[str, Any]) -> dict[str, Any]:
     """A distillation stage, as recipes, run records and `asdm.json` hold it, with the present names."""
     return renamed(content, OLD_STAGE_FIELDS, OLD_STAGE_VALUES)
+
+
+def benchmark_name(name: str) -> str:
+    """The present name of a benchmark's method: feature caching was called inheritance."""
+    return name.replace("inheritance, layer, ", "caching, ").replace("inheritance, ", "caching, ")

@@ -85,8 +85,8 @@ def calibration_calls(
         )
     latents = latents.to(denoiser.device, denoiser.dtype)
     scales = torch.full((len(latents),), default_guidance(pipeline))
-    conditioning = replace(conditioning, **family_of(denoiser).guidance_inputs(denoiser, scales))
-    conditioning = conditioning.to(denoiser.device, denoiser.dtype)
+    embedding = family_of(denoiser).guidance_embedding(denoiser, scales)
+    conditioning = replace(conditioning, timestep_cond=embedding).to(denoiser.device, denoiser.dtype)
     noise = torch.randn(latents.shape, generator=generator).to(latents)
     parameterization = parameterization_of(pipeline.scheduler)
     count = parameterization.num_timesteps

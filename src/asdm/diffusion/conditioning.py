@@ -28,7 +28,7 @@ class Conditioning:
     `encoder_hidden_states` (prompts, tokens, channels); for SDXL also `text_embeds` (prompts, channels) and `time_ids`
     (prompts, 6); for inpainting `masked` (prompts, 1 + 4, h, w), the mask and the latents of what it leaves, which go
     in behind the noisy latents; for denoisers that embed the guidance scale `timestep_cond` (prompts, channels), as
-    the family's `guidance_inputs` makes it.
+    the family's `guidance_embedding` makes it.
     """
 
     encoder_hidden_states: Tensor
@@ -49,7 +49,7 @@ class Conditioning:
     def denoiser_arguments(self, denoiser: Denoiser, latents: Tensor) -> dict[str, Any]:
         """Keyword arguments of a call of `denoiser` on noisy `latents` (prompts, channels, h, w), but for the time
         step."""
-        return family_of(denoiser).conditioned_call(latents, **self._fields())
+        return family_of(denoiser).conditioned_call(denoiser, latents, **self._fields())
 
     def where(self, mask: Tensor, other: Conditioning) -> Conditioning:
         """Rows of `self` where `mask` (prompts,) is set, else of `other` (one prompt)."""

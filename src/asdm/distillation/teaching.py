@@ -84,8 +84,8 @@ class TeachingTask(TrainingTask):
         target = self.parameterization.target(latents, noise, timesteps)
         if self.embeds_guidance:
             scales = self._guidance_scales(count, generator)
-            embedded = family_of(self.teacher).guidance_inputs(self.teacher, scales)
-            captions = replace(captions.to(device), **{name: rows[chosen] for name, rows in embedded.items()})
+            embedding = family_of(self.teacher).guidance_embedding(self.teacher, scales)
+            captions = replace(captions.to(device), timestep_cond=None if embedding is None else embedding[chosen])
         return Noised(noisy, timesteps, target, captions.to(device, torch.float32))
 
     @property

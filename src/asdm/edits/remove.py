@@ -77,6 +77,10 @@ class Remove(UnitEdit):
     def compensation(self) -> CompensationKind:
         return self.compensate
 
+    @property
+    def compensates_time(self) -> bool:
+        return self.compensate_time
+
     def with_compensation(self, kind: CompensationKind) -> Remove:
         return replace(self, compensate=kind, compensate_time=self.compensate_time and kind in ("bias", "linear"))
 

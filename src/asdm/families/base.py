@@ -253,6 +253,7 @@ class ModelFamily(Architecture):
     """All that is known of a family's models: their structure, how they are called, and where features are cached."""
 
     label: ClassVar[str] = "denoiser"  # what reports call the denoiser
+    layer_classes: ClassVar[tuple[type[Any], ...]] = ()  # whose weights FSDP gathers together
     presets: ClassVar[tuple[str, ...]] = ()  # names of the family's published plans
 
     def preset(self, name: str, units: Sequence[UnitLike]) -> Preset:
@@ -262,8 +263,6 @@ class ModelFamily(Architecture):
             AsdmError: the family has no such preset.
         """
         raise AsdmError(f"{name}: a preset for another family of models; give a budget instead")
-
-    layer_classes: ClassVar[tuple[type[Any], ...]] = ()  # whose weights FSDP gathers together
 
     def semantic_module(self, model: Denoiser) -> str | None:
         """Path of the module whose output says what an image means; None where there is none."""
@@ -280,13 +279,17 @@ class ModelFamily(Architecture):
     # -- calls -----------------------------------------------------------------------------------------
 
     @abstractmethod
-    def conditioned_call(self, latents: Tensor, **conditioning: Tensor) -> dict[str, Any]:
+    def conditioned_call(self, model: Denoiser, latents: Tensor, **conditioning: Tensor) -> dict[str, Any]:
         """Keyword arguments of a call on noisy latents, but for the time step; `conditioning` are the fields of
         `asdm.diffusion.conditioning.Conditioning` that are set."""
 
     def prediction(self, model: Denoiser, output: Tensor) -> Tensor:
         """The prediction (batch, channels, height, width) in what the denoiser puts out."""
         return output
+
+    def guidance_embedding(self, model: Denoiser, scales: Tensor) -> Tensor | None:
+        """The embedding of guidance scales (batch,) that the denoiser reads; None where it reads none."""
+        return None
 
     def embeds_guidance(self, model: Denoiser) -> bool:
         """Whether the denoiser reads the guidance scale, and its prediction is guided."""
@@ -319,11 +322,6 @@ class ModelFamily(Architecture):
     def require_known_inputs(self, model: Denoiser, name: str = "") -> None:
         """Raise an AsdmError where a model has inputs beside latents, a time step, a guidance scale and what prompts
         give; `name` is the checkpoint's in the message."""
-
-    def guidance_inputs(self, model: Denoiser, scales: Tensor) -> dict[str, Tensor]:
-        """Return the keyword arguments by which a model that embeds the guidance scale reads `scales` (batch,); none
-        for other models."""
-        return {}
 
     @abstractmethod
     def unlike(self, model: Denoiser, other: Denoiser) -> str | None:

@@ -24,16 +24,6 @@ class PixArtFamily(PixArtArchitecture, ModelFamily):
     def sample_shape(self, model: Any) -> tuple[int, int, int]:
         return model.config.in_channels, model.config.sample_size, model.config.sample_size
 
-    def conditioned_call(self, latents: Tensor, **conditioning: Tensor) -> dict[str, Any]:
-        """With the image size and the aspect ratio among the added conditions."""
-        states: dict[str, Any] = dict(conditioning)
-        added = {name: states.pop(name, None) for name in ("resolution", "aspect_ratio")}
-        return {"hidden_states": latents, **states, "added_cond_kwargs": added}
-
-    def prediction(self, model: Any, output: Tensor) -> Tensor:
-        """Without the learned variance, which is behind it."""
-        return output[:, : model.config.in_channels]
-
     def random_inputs(self, model: Any, batch_size: int, seed: int = 0) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(seed)
         channels = model.config.caption_channels or model.inner_dim
@@ -47,6 +37,17 @@ class PixArtFamily(PixArtArchitecture, ModelFamily):
             "timestep": torch.full((batch_size,), 500, device=model.device),
             "added_cond_kwargs": self.size_conditions(model, batch_size),
         }
+
+    def conditioned_call(self, model: Any, latents: Tensor, **conditioning: Tensor) -> dict[str, Any]:
+        return {
+            "hidden_states": latents,
+            **conditioning,
+            "added_cond_kwargs": self.size_conditions(model, len(latents)),
+        }
+
+    def prediction(self, model: Any, output: Tensor) -> Tensor:
+        """Without the variance that some models predict, too."""
+        return output[:, : model.config.in_channels]
 
     def size_conditions(self, model: Any, batch_size: int) -> dict[str, Tensor | None]:
         """The image size in pixels and the aspect ratio, which models for 1024 pixels read; None for others."""

@@ -46,13 +46,16 @@ class UNetFamily(UNetArchitecture, ModelFamily):
     def semantic_module(self, model: Any) -> str | None:
         return None if model.mid_block is None else "mid_block"
 
-    def conditioned_call(self, latents: Tensor, **conditioning: Tensor) -> dict[str, Any]:
+    def conditioned_call(self, model: Any, latents: Tensor, **conditioning: Tensor) -> dict[str, Any]:
         """With `masked` behind the latents, and SDXL's pooled embeddings and image sizes among the added conditions."""
         states = dict(conditioning)
         masked = states.pop("masked", None)
         sample = latents if masked is None else torch.cat([latents, masked.to(latents)], dim=1)
         added = {name: states.pop(name) for name in ("text_embeds", "time_ids") if name in states}
         return {"sample": sample, **states, **({"added_cond_kwargs": added} if added else {})}
+
+    def guidance_embedding(self, model: Any, scales: Tensor) -> Tensor | None:
+        return guidance_embedding(model, scales)
 
     def embeds_guidance(self, model: Any) -> bool:
         return model.config.get("time_cond_proj_dim") is not None
@@ -67,10 +70,6 @@ class UNetFamily(UNetArchitecture, ModelFamily):
 
     def require_known_inputs(self, model: Any, name: str = "") -> None:
         require_known_inputs(model, name)
-
-    def guidance_inputs(self, model: Any, scales: Tensor) -> dict[str, Tensor]:
-        embedded = guidance_embedding(model, scales)
-        return {} if embedded is None else {"timestep_cond": embedded}
 
     def unlike(self, model: Any, other: Any) -> str | None:
         return unlike(model, other)
