@@ -14,6 +14,7 @@ from asdm.families.unet_structure import removable_units
 from asdm.measure import latency
 from asdm.measure.macs import counting_macs
 from asdm.pipelines.random_models import UNETS, random_unet
+from asdm.planning.full_plan import full_plan
 from asdm.planning.possible_edits import possible_edits
 from asdm.planning.program import least_sensitive, most_saved
 from asdm.planning.speedup import measured_speedup
@@ -240,3 +241,15 @@ def test_a_map_with_an_edit_that_is_not_of_a_unit_is_refused(redundancy):
     record = redundancy.others[0].model_copy(update={"edit": {"edit": "drop_layers", "layers_per_block": 1}})
     with pytest.raises(AsdmError, match="not an edit of one unit"):
         make_plan(redundancy.model_copy(update={"others": [record]}), macs=0.7)
+
+
+def test_a_full_plan_is_refined_and_has_expert_kernels(pipeline):
+    redundancy = analyze(pipeline, sensitivity="taylor", timesteps=1, samples=1, latency_rounds=1)
+    titles = []
+    plan = full_plan(
+        redundancy, pipeline, budget={"params": 0.7}, refine=1, experts=0.2, progress=lambda *row: titles.append(row[0])
+    )
+    assert {edit.edit for edit in plan.edits} >= {"remove", "cond_conv"}
+    assert plan.figures.measured_sensitivity > 0 and set(titles) <= {"plan", "refine"}
+    with pytest.raises(AsdmError, match="refine=1: a profile has no weights"):
+        full_plan(redundancy, budget={"params": 0.7}, refine=1)

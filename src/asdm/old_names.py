@@ -10,6 +10,7 @@ from typing import Any
 
 OLD_EDIT_KINDS = {"shorten": "drop_layers"}
 PLAN = {"figures": "metrics"}
+OLD_COMPRESSION_SETTINGS = {"repair": "refine"}  # in the marker of a folder that `compress` wrote
 CACHE_SCHEDULE = {"computed": "full_steps", "whole_ms": "full_ms", "inheriting_ms": "cached_ms"}
 EXPORTED_FOLDER = {"inherit": "cache"}
 OUTER_GRAPH_INPUT = "inherited"  # an exported graph's input for cached features
@@ -18,8 +19,6 @@ LATENCY = {"median_ms": "ms", "lower_quartile_ms": "low_ms", "upper_quartile_ms"
 # Results of `asdm benchmark`: fields of a row, and its groups.
 BENCHMARK_ROW = {"seconds_quartiles": "seconds_interval"}
 BENCHMARK_GROUPS = {"peer": "baseline"}
-
-OLD_COMPRESSION_SETTINGS = {"repair": "refine"}  # in the marker of a folder that `compress` wrote
 OLD_STAGE_FIELDS = {
     "features_by": "feature_weighting",
     "timesteps": "timestep_sampling",

@@ -163,10 +163,14 @@ def _remeasure(path: Path, model: str | None, device: str | None) -> None:
 
 
 def _summary(plan: PruningPlan) -> str:
+    from asdm.families.base import family_named
+
     metrics, parts = plan.metrics, [f"{len(plan.edits)} edits"]
     if metrics is not None:
         basis = " by MACs" if metrics.speedup_basis == "macs" else ""
-        parts.append(f"UNet predicted to be {metrics.predicted_speedup:.2f}x faster{basis}")
+        parts.append(
+            f"{family_named(plan.base.class_name).label} predicted to be {metrics.predicted_speedup:.2f}x faster{basis}"
+        )
         if metrics.measured_ratio is not None:
             parts[-1] += f", measured {metrics.measured_ratio}"
         if metrics.predicted_sensitivity is not None:
