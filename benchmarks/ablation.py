@@ -35,17 +35,25 @@ from PIL import Image
 from torch import Tensor
 
 import asdm
-from asdm.benchmark.methods import outer_self_attentions
+from asdm.benchmark.techniques import outer_self_attentions
 from asdm.data.batches import ShuffledBatches
-from asdm.diffusion.conditioning import noise_schedule
-from asdm.distillation.distill import TrainingSet, make_task, prepare
-from asdm.distillation.recipes import CAPTION_SPLICE, SEMANTIC_WEIGHT, SEMANTICS, WEIGHTS, incubation_stages, pace
+from asdm.distillation.recipes import (
+    CAPTION_MIXING,
+    SEMANTIC_WEIGHT,
+    SEMANTICS,
+    WEIGHTS,
+    default_hyperparameters,
+    incubation_stages,
+)
 from asdm.distillation.stages import LossWeights, Stage
+from asdm.distillation.tasks import make_task
+from asdm.distillation.training_set import TrainingSet, prepare
 from asdm.edits import GriAttention, Remove
-from asdm.evaluation.comparison import EvaluationSet, RealImages, evaluation_sets
 from asdm.evaluation.metrics import Judge, feature_distance
 from asdm.evaluation.plots import image_sheet
-from asdm.families.unet_calls import unet_call
+from asdm.evaluation.real_images import RealImages
+from asdm.evaluation.sampling import EvaluationSet, evaluation_sets
+from asdm.families import denoiser_call
 from asdm.files import write_text
 from asdm.images import to_images
 from asdm.measure.latency import measure_interleaved, seconds_of
@@ -54,7 +62,7 @@ from asdm.pipelines.clip import load_clip
 from asdm.sensitivity.profile import RedundancyMap
 from asdm.student.build import build_student
 from asdm.student.plan import PruningPlan
-from asdm.training.loop import make_accelerator
+from asdm.training.launch import make_accelerator
 from asdm.training.optimizers import make_optimizer
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -192,7 +200,7 @@ def time(rounds: int = 40) -> None:
             for name, components in variants(target).items()
             if not name.endswith(SHORT)
         }
-        calls = {name: unet_call(unet) for name, unet in {"teacher": pipeline.unet, **students}.items()}
+        calls = {name: denoiser_call(unet) for name, unet in {"teacher": pipeline.unet, **students}.items()}
         times = measure_interleaved(calls, rounds=rounds)
         for row in rows:
             if row["target"] == target:
@@ -348,10 +356,10 @@ def _stages(student: UNet2DConditionModel, components: tuple[str, ...], steps: i
     weights = WEIGHTS if "normalised" in components else LossWeights()
     changes: dict[str, Any] = {
         "relative": "normalised" in components,
-        "features_by": "area" if "normalised" in components else "block",
-        "timesteps": "angle" if "normalised" in components else "uniform",
+        "feature_weighting": "spatial" if "normalised" in components else "block",
+        "timestep_sampling": "uniform_angle" if "normalised" in components else "uniform",
         "min_timestep_fraction": SWITCHED_BELOW if EARLY in components else 0.0,
-        "caption_mixing": CAPTION_SPLICE if "splice" in components else 0.0,
+        "caption_mixing": CAPTION_MIXING if "splice" in components else 0.0,
         "optimizer": "muon" if "muon" in components else "adamw",
         "losses": weights.model_copy(update={"semantic": SEMANTIC_WEIGHT if "sas" in components else 0.0}),
         "semantics": SEMANTICS,
@@ -359,7 +367,7 @@ def _stages(student: UNet2DConditionModel, components: tuple[str, ...], steps: i
     if "incubation" in components:
         stages = incubation_stages(student, steps)
     else:
-        stages = [Stage(name="joint", **pace(student, steps))]
+        stages = [Stage(name="joint", **default_hyperparameters(student, steps))]
     return [stage.model_copy(update=changes) for stage in stages]
 
 
@@ -444,7 +452,7 @@ def _step_of(
     pipeline: DiffusionPipeline, student: UNet2DConditionModel, examples: TrainingSet, stage: Stage
 ) -> Callable[[], None]:
     """A training step of the stage: forward, backward, optimiser."""
-    task = make_task(pipeline, student, noise_schedule(pipeline), examples, stage)
+    task = make_task(pipeline, student, examples, stage)
     wanted = set(task.trained())
     indices = ShuffledBatches(len(examples), stage.batch_size, 0)(0)
     accelerator = make_accelerator(pipeline.device, stage.mixed_precision)
@@ -478,7 +486,7 @@ class _Judged:
                 to_images(torch.cat(list(images[:SHOWN]), dim=2)[None])[0].save(strip)
             features = self.judge.features(images)
             expected = self._teacher_features(each, seed, features if pipeline is self.pipeline else None)
-            found = self.real.figures(images, features, each.examples)
+            found = self.real.metrics(images, features, each.examples)
             found["teacher_distance"] = feature_distance(features, expected)
             split = each.split.replace("_", "")
             figures |= {f"{metric}_{split}": round(float(found[metric]), 4) for metric in METRICS}

@@ -20,7 +20,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 import asdm
-from asdm.benchmark.methods import Method, attention_broadcast, deep_cache, inheriting, tome
+from asdm.benchmark.baselines import attention_broadcast, deep_cache, tome
+from asdm.benchmark.method import Method
+from asdm.benchmark.techniques import caching
 from asdm.caching.calibration import observe_sampling
 from asdm.data.sources import open_data
 from asdm.diffusion.generation import default_guidance
@@ -46,7 +48,7 @@ def main(
         *(tome(steps, ratio) for ratio in (0.25, 0.5, 0.75)),
     ]
     even = [
-        Method(f"even steps, every {every}, order {order}", "ours", inheriting(every=every, order=order), steps)
+        Method(f"even steps, every {every}, order {order}", "ours", caching(every=every, order=order), steps)
         for every in (2, 3, 5)
         for order in (0, 1, 2)
     ]
@@ -60,7 +62,7 @@ def main(
         for name, speedup in {f"{target:g}x": target, **targets}.items()
         if speedup < limit
     }
-    ours = [Method(name, "ours", inheriting(schedule=schedule), steps) for name, schedule in schedules.items()]
+    ours = [Method(name, "ours", caching(schedule=schedule), steps) for name, schedule in schedules.items()]
     again = counted(pipeline, [original, *ours], steps, rounds)
     speedups |= {name: again["original"] / time for name, time in again.items()}
     whole = final_latents(pipeline, original, prompts, steps)

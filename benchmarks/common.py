@@ -16,7 +16,7 @@ from rich.table import Table
 
 import asdm
 from asdm.errors import AsdmError
-from asdm.families.unet_structure import removable_units
+from asdm.families import family_of
 from asdm.files import write_text
 from asdm.measure.machine import device_name
 from asdm.student.plan import PruningPlan
@@ -61,5 +61,5 @@ def finish(name: str, rows: list[dict[str, Any]], device: torch.device | str = "
 
 def without_second_layers(unet: UNet2DConditionModel) -> PruningPlan:
     """A plan that removes the second resnet and attention of every stage."""
-    names = [unit.name for unit in removable_units(unet) if unit.name.endswith((".resnets.1", ".attentions.1"))]
+    names = [unit.name for unit in family_of(unet).units(unet) if unit.name.endswith((".resnets.1", ".attentions.1"))]
     return PruningPlan.for_unet(unet, [asdm.Remove(unit=name) for name in names if not name.startswith("mid_block")])

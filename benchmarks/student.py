@@ -24,18 +24,18 @@ from diffusers import UNet2DConditionModel
 from scipy.stats import spearmanr
 
 import asdm
-from asdm.benchmark.methods import outer_self_attentions
+from asdm.benchmark.techniques import outer_self_attentions
 from asdm.compensation.fitting import prediction_error, predictions
 from asdm.data.calibration import calibration_calls
 from asdm.errors import needs_extra
-from asdm.families.unet_calls import unet_call
-from asdm.families.unet_structure import blocks
+from asdm.families import denoiser_call, family_of
 from asdm.measure.latency import Latency, Ratio, measure_interleaved
 from asdm.measure.memory import peak_megabytes
 from asdm.measure.modules import timing_modules
 from asdm.pipelines.random_models import UNETS, random_unet
-from asdm.planning.program import PRESETS, require_budget
-from asdm.sensitivity.profile import structure_map
+from asdm.planning.budget import require_budget
+from asdm.planning.presets import PRESETS
+from asdm.sensitivity.analysis import structure_map
 from asdm.student.build import build_student
 from asdm.student.plan import PruningPlan
 
@@ -49,7 +49,7 @@ def compensation(target: float = 1.5) -> None:
     """The prediction's error, untrained, with each kind of map at one speed-up: between the plans on both sides of it,
     each kind's by its own sensitivities; as planned, and repaired."""
     pipeline = asdm.load_pipeline("demo")
-    rows, calls = [], {"original": unet_call(pipeline.unet)}
+    rows, calls = [], {"original": denoiser_call(pipeline.unet)}
     for kind in KINDS:
         redundancy = asdm.analyze(pipeline, data="demo", compensate=kind)
         for kept in (0.75, 0.65):
@@ -58,7 +58,7 @@ def compensation(target: float = 1.5) -> None:
                 plan = asdm.refine_plan(pipeline, redundancy, made, data="demo", rounds=repair)
                 row = {"compensate": kind, "repair": repair, "macs_kept": kept, "edits": len(plan.edits)}
                 rows.append(row | {"error": plan.figures.measured_sensitivity})
-                calls[str(len(rows))] = unet_call(build_student(pipeline.unet, plan))
+                calls[str(len(rows))] = denoiser_call(build_student(pipeline.unet, plan))
     times = measure_interleaved(calls, rounds=30)
     for number, row in enumerate(rows, start=1):
         row["speedup"] = times.speedup("original", str(number)).value
@@ -151,9 +151,9 @@ def cond_conv(rounds: int = 6) -> None:
     for router in ("time", "input"):
         models[f"router {router}"] = build_student(unet, asdm.add_cond_conv(plan, unet, router=router))
     with ExitStack() as entered:
-        seconds = {name: entered.enter_context(timing_modules(m, blocks(m))) for name, m in models.items()}
+        seconds = {name: entered.enter_context(timing_modules(m, family_of(m).blocks(m))) for name, m in models.items()}
         rows = [{"stage": "all"} | row for row in timed(models, rounds)]
-    for stage in blocks(unet):
+    for stage in family_of(unet).blocks(unet):
         latencies = {name: Latency.of(seconds[name][stage]) for name in models}
         for name, latency in latencies.items():
             faster = str(Ratio.of(latencies["pruned"], latency))
@@ -200,7 +200,7 @@ def keys_of_a_query(student: UNet2DConditionModel, unit: str) -> int:
 
 
 def timed(models: dict[str, UNet2DConditionModel], rounds: int) -> list[dict[str, Any]]:
-    calls = {name: unet_call(model, batch_size=1) for name, model in models.items()}
+    calls = {name: denoiser_call(model, batch_size=1) for name, model in models.items()}
     times = measure_interleaved(calls, rounds=rounds, warmup=1)
     first = next(iter(times))
     return [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    PixArtTransformer2DModel,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -155,6 +157,20 @@ def tiny_sdxl_pipeline() -> StableDiffusionXLPipeline:
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def tiny_transformer(seed: int = 0, **changes: Any) -> PixArtTransformer2DModel:
+    """PixArt's shape with five blocks, for 8x8 latents and a T5 of 24 channels."""
+    torch.manual_seed(seed)
+    config = {
+        "sample_size": 8,
+        "num_layers": 5,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "cross_attention_dim": 32,
+        "caption_channels": 24,
+    }
+    return PixArtTransformer2DModel(**{**config, **changes}).eval()
 
 
 @pytest.fixture

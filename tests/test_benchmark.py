@@ -1,9 +1,10 @@
-"""The benchmark times all in turns, draws the same prompts with each, and lets no contestant's failure hide."""
+"""The benchmark times all in turns, generates the same prompts with each, and reports each method's failure."""
 
 import json
 import time
 from collections import defaultdict
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,31 +14,18 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from asdm import AsdmError, PruningPlan
-from asdm.benchmark.methods import (
-    Method,
-    anew,
-    at_every,
-    attention_broadcast,
-    by_lcm,
-    combined,
-    deep_cache,
-    guided_until,
-    in_openvino,
-    inheriting,
-    inherits,
-    kept,
-    methods,
-    pruned,
-    t_gate,
-    tome,
-    with_dpm_solver,
-    with_gri,
-)
-from asdm.benchmark.plot import contest_plot, pareto_front
-from asdm.benchmark.run import Benchmark, BenchmarkRow, BenchmarkRun, benchmark_rows
+from asdm.benchmark.baselines import attention_broadcast, deep_cache, t_gate, tome
+from asdm.benchmark.method import Method, at_every, cached, combined, fresh
+from asdm.benchmark.methods import cached_every, guided_until, methods
+from asdm.benchmark.plot import benchmark_plot, pareto_front
+from asdm.benchmark.results import Benchmark, BenchmarkRow, BenchmarkRun
+from asdm.benchmark.run import benchmark_rows
+from asdm.benchmark.techniques import by_lcm, caching, in_openvino, pruned, with_dpm_solver, with_gri
 from asdm.diffusion.generation import generate
 from asdm.measure.limits import machine_limits
 from conftest import tiny_pipeline
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
 
 class FakeJudge:
@@ -52,7 +40,7 @@ def without_mid_block(unet):
     return pruned(PruningPlan.for_unet(unet, [{"edit": "remove", "unit": "mid_block"}]))
 
 
-def test_a_contest_measures_everyone_and_tells_failures(pipeline, data_folder, monkeypatch, tmp_path):
+def test_a_benchmark_measures_all_methods_and_reports_failures(pipeline, data_folder, monkeypatch, tmp_path):
     monkeypatch.setattr("asdm.benchmark.run.Judge", FakeJudge)
     entered = []
 
@@ -67,10 +55,10 @@ def test_a_contest_measures_everyone_and_tells_failures(pipeline, data_folder, m
         Method("original", "original", steps=4),
         Method("same", "ours", steps=4),
         Method("2 steps", "fewer steps", steps=2),
-        inherits(4, 2),
-        combined("lean stack", "stack", kept(lean), inheriting(every=2), steps=2, kinds=at_every(2)),
+        cached_every(4, 2),
+        combined("lean stack", "stack", cached(lean), caching(every=2), steps=2, kinds=at_every(2)),
         combined("few steps", "stack", by_lcm, steps=4),
-        Method("broken", "peer", failing),
+        Method("broken", "baseline", failing),
     ]
     limits = {"float32": {"matrix product": 1e-3, "3x3 convolution": 1e-4}}
     found = benchmark_rows(
@@ -117,7 +105,7 @@ def test_a_contest_measures_everyone_and_tells_failures(pipeline, data_folder, m
     with pytest.raises(AsdmError, match="not the results of a benchmark"):
         Benchmark.load(tmp_path / "made.json")
     known = [row.model_copy(update={"speedup_interval": (row.speedup, row.speedup)}) for row in found if row.speedup]
-    figure = contest_plot(known)
+    figure = benchmark_plot(known)
     assert [axes.get_title() for axes in figure.axes] == ["seen prompts", "held-out prompts"]
     assert any("lean" in text.get_text() for text in figure.axes[0].texts)
     plt.close(figure)
@@ -169,7 +157,7 @@ def test_steps_without_guidance_are_timed_apart(pipeline, longest):
 
 
 @pytest.mark.parametrize("make", [tome, deep_cache, attention_broadcast, t_gate])
-def test_a_peer_runs_and_leaves_the_pipeline_as_it_was(make, pipeline):
+def test_a_baseline_runs_and_leaves_the_pipeline_as_it_was(make, pipeline):
     pytest.importorskip({tome: "tomesd", deep_cache: "DeepCache", t_gate: "tgate"}.get(make, "diffusers"))
     entry = make(8, 0.5 if make is tome else 2)
     expected = generate(with_dpm_solver(pipeline), ["a photograph"], steps=8)
@@ -204,16 +192,16 @@ def test_what_takes_long_to_make_is_made_once_and_so_is_its_failure(pipeline):
             raise ValueError("not on this machine")
         return given
 
-    failing = kept(maker)
+    failing = cached(maker)
     for _ in range(2):
         with pytest.raises(ValueError, match="not on this machine"):
             failing(pipeline)
-    working = kept(maker, maker)
+    working = cached(maker, maker)
     for _ in range(2):
         with working(pipeline) as ready:
             assert ready is pipeline
     assert len(calls) == 3
-    with anew(maker)(pipeline):
+    with fresh(maker)(pipeline):
         assert len(calls) == 4
 
 
@@ -232,8 +220,8 @@ def test_our_parts_leave_the_pipeline_as_it_was():
     names = [entry.name for entry in entries]
     assert len(names) == len(set(names)) and names[0] == "original"
     groups = {entry.name: entry.group for entry in entries}
-    assert (groups["bk-base"], groups["lean"]) == ("peer", "ours")
-    assert "lean + runtime + inheritance, every 3, 3 steps" in names
+    assert (groups["bk-base"], groups["lean"]) == ("baseline", "ours")
+    assert "lean + runtime + caching, every 3, 3 steps" in names
     assert {name for name in names if name.endswith("4 steps of LCM")} == {
         f"{name}4 steps of LCM"
         for name in ("", "OpenVINO, ", "lean + runtime, ", "lean + OpenVINO, ", "quick, ", "quick + OpenVINO, ")
@@ -242,7 +230,7 @@ def test_our_parts_leave_the_pipeline_as_it_was():
     with switched.prepared(pipeline) as ready:
         assert [unet is pipeline.unet for unet in ready.unet.denoisers] == [False, True]
     for entry in entries:
-        if entry.name.startswith("inheritance") and entry.kinds(1) != "mixed":
+        if entry.name.startswith("caching") and entry.kinds(1) != "mixed":
             with entry.prepared(pipeline) as ready:
                 assert ready is pipeline
             assert dict(pipeline.unet.named_modules()) == modules
@@ -272,16 +260,35 @@ def test_the_front_holds_what_no_other_beats():
         )
 
     rows = [row("base", 1, 0.0), row("good", 2, 0.1), row("worse", 1.5, 0.2), row("fast", 3, 0.3), row("far", 3, 0.4)]
-    rows.append(BenchmarkRow(place="p", name="broken", group="peer", steps=1, error="x"))
+    rows.append(BenchmarkRow(place="p", name="broken", group="baseline", steps=1, error="x"))
     for quality in ("teacher_distance", "concept_top5"):
         assert [found.name for found in pareto_front(rows, "seen", quality)] == ["base", "good", "fast"]
+
+
+@pytest.mark.parametrize("name", ["benchmark", "benchmark_gpu"])
+def test_results_of_earlier_versions_load_are_continued_and_drawn(name, tmp_path):
+    saved = json.loads((RESULTS / f"{name}.json").read_text())
+    found = Benchmark.load(RESULTS / f"{name}.json")
+    assert len(found.rows) == len(saved)
+    for before, row in zip(saved, found.rows, strict=True):
+        assert row.group == {"peer": "baseline"}.get(before["group"], before["group"])
+        assert "inheritance" not in row.name and ("inheritance" not in before["name"] or "caching" in row.name)
+        interval = before.get("seconds_quartiles") or before.get("seconds_interval")
+        assert row.seconds_interval == (interval and tuple(interval))
+        assert row.ratio is None or row.ratio.value == before["speedup"]
+    place, run = next(iter(found.runs.items()))
+    continued = found.with_place("another", run, [found.rows[0].model_copy(update={"place": "another"})])
+    continued.save(tmp_path / "continued.json")
+    again = Benchmark.load(tmp_path / "continued.json")
+    assert again == continued and again.rows[:-1] == found.rows
+    plt.close(benchmark_plot([row for row in found.rows if row.place == place]))
 
 
 def test_labels_of_the_plot_do_not_cover_each_other():
     rows = [
         BenchmarkRow(
             place="p",
-            name=f"a contestant, number {index}",
+            name=f"a method, number {index}",
             group="stack",
             steps=1,
             speedup=1 + index / 50,
@@ -289,7 +296,7 @@ def test_labels_of_the_plot_do_not_cover_each_other():
         )
         for index in range(12)
     ]
-    figure = contest_plot(rows)
+    figure = benchmark_plot(rows)
     figure.canvas.draw()  # which places the labels
     renderer = figure.canvas.get_renderer()
     boxes = [Text.get_window_extent(text, renderer) for text in figure.axes[0].texts]

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -62,7 +63,7 @@ def mistakes(model, tmp_path):
         (["analyze", model, "--data", tmp_path / "empty"], "no images with captions"),
         (["plan", model, "--speedup", "1000"], "out of reach"),
         (["plan", model, "--preset", "huge"], "no such preset"),
-        (["plan", "absent.json", "--speedup", "2"], "no such redundancy map"),
+        (["plan", "absent.json", "--speedup", "2"], "no such redundancy profile"),
         (["plan", model], "exactly one of"),
         (["prune", model, "absent.json", "--out", "pruned"], "no such plan file"),
         (["prune", model, plan, "--out", "pruned"], "plan for another model"),
@@ -80,7 +81,7 @@ def mistakes(model, tmp_path):
         (["generate", model, "x", "--size", "25"], "must be a positive multiple"),
         (["generate", model, "x", "--size", "100"], "multiple of 8; the nearest is 96"),
         (["generate", model, "x", "--steps", "1001"], "has 1000; give as many at most"),
-        (["plan", model, "--params", "1e9"], "params=1e.09: the UNet has"),
+        (["plan", model, "--params", "1e9"], "params=1e.09: the denoiser has"),
         (["generate", model, "x", "--strength", "0.5"], "0.5: has no effect without --image"),
         (["generate", model, "x", "--switch-at", "0.5"], "0.5: has no effect without --low-noise-model"),
         (["generate", model, "x", "--low-noise-model", model, "--switch-at", "1"], "above 0 and below 1"),
@@ -156,12 +157,10 @@ def test_main_job_by_its_single_commands(run, model, data_folder, tmp_path):
 
 
 def test_compress_interrupted_says_how_to_go_on(run, model, monkeypatch, tmp_path):
-    import asdm.compression as compression
-
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compression, "make_plan", interrupted)
+    monkeypatch.setattr("asdm.compression.steps.full_plan", interrupted)
     command = ["compress", model, "--out", "made", "--params", 0.8, "--sampling-steps", 2]
     command += ["--sensitivity", "taylor", "--refine", 0, "--steps", 0, "--samples", 0]
     status, _, error = run(*command)
@@ -192,3 +191,17 @@ def test_a_device_that_is_not_there_is_told(run, model):
     status, _, error = run("generate", model, "x", "--device", "quantum")
     assert status == 2
     assert "device quantum" in error
+
+
+def test_the_help_loads_no_heavy_package():
+    script = "import sys, asdm.cli; print(*{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    heavy = {"torch", "diffusers", "transformers", "accelerate", "numpy", "scipy", "matplotlib", "pydantic", "PIL"}
+    assert heavy & set(done.stdout.split()) == set()
+
+
+def test_the_help_lists_the_models_that_the_api_allows():
+    from asdm.cli import options
+    from asdm.pipelines.names import model_help
+
+    assert set(re.findall(r"random:[\w-]+", options.MODEL)) == set(re.findall(r"random:[\w-]+", model_help()))

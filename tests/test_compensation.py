@@ -3,11 +3,16 @@
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from torch import nn
 
 from asdm import AsdmError, PruningPlan, analyze, build_student, fit_compensation
-from asdm.compensation import fitting as compensation
-from asdm.compensation.fitting import _Regression, fitted_tensors, prediction_error, predictions
-from asdm.data.calibration import calibration_calls
+from asdm.compensation import partial_calls
+from asdm.compensation.fitting import _states_around, fitted_tensors, prediction_error, predictions
+from asdm.compensation.partial_calls import PartialCalls
+from asdm.compensation.projections import unit_projections
+from asdm.compensation.regression import RidgeRegression
+from asdm.data.calibration import CalibrationCall, calibration_calls
+from asdm.families import Branch, UNetFamily, Unit
 from asdm.student.unet import AsdmUNet2DConditionModel
 from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline
 
@@ -128,7 +133,7 @@ def test_regression_from_sums_equals_least_squares_on_all_rows():
     targets = features @ torch.randn(5, 2, generator=generator) + torch.randn(300, 2, generator=generator) - 1
     with_constant = torch.cat([features, torch.ones(300, 1)], 1)
     solution = torch.linalg.lstsq(with_constant, targets).solution
-    regression = _Regression(diagonal=False)
+    regression = RidgeRegression(is_diagonal=False)
     for rows in torch.arange(300).split(60):
         regression.add(features[rows].view(6, 10, 5), targets[rows].view(6, 10, 2))
     weight, bias, left = regression.solve(ridge=0.0)
@@ -143,7 +148,7 @@ def test_regression_from_sums_equals_least_squares_on_all_rows():
 def test_the_ridge_is_the_one_that_serves_the_other_half():
     generator = torch.Generator().manual_seed(0)
     features, noise = torch.randn(2, 16, 3, 20, generator=generator)
-    few, telling = _Regression(diagonal=False), _Regression(diagonal=False)
+    few, telling = RidgeRegression(is_diagonal=False), RidgeRegression(is_diagonal=False)
     few.add(features, features + noise)  # each half has 24 rows of 20 features
     telling.add(features, 2 * features)
     chosen, fixed = few.solve(), few.solve(ridge=1e-4)
@@ -155,7 +160,7 @@ def test_the_ridge_is_the_one_that_serves_the_other_half():
 
 
 def test_features_that_never_vary_leave_the_mean_as_the_map():
-    regression = _Regression(diagonal=False)
+    regression = RidgeRegression(is_diagonal=False)
     regression.add(torch.ones(8, 3, 4), torch.full((8, 3, 2), 5.0))
     weight, bias, left = regression.solve()
     assert torch.allclose(weight @ torch.ones(4) + bias, torch.full((2,), 5.0))
@@ -164,7 +169,7 @@ def test_features_that_never_vary_leave_the_mean_as_the_map():
 
 def test_diagonal_regression_is_one_line_for_each_channel():
     features = torch.randn(5, 10, 2, generator=torch.Generator().manual_seed(0))
-    regression = _Regression(diagonal=True)
+    regression = RidgeRegression(is_diagonal=True)
     regression.add(features, features * torch.tensor([2.0, -1.0]) + torch.tensor([0.5, 3.0]))
     weight, bias, left = regression.solve(ridge=0.0)
     assert torch.allclose(weight, torch.tensor([2.0, -1.0]), atol=1e-5)
@@ -208,8 +213,8 @@ def test_a_unit_is_tried_with_the_map_that_a_plan_of_it_alone_would_get(pipeline
 
 def test_a_fit_that_can_keep_nothing_is_the_same(pipeline, monkeypatch):
     fits = []
-    for kept in (compensation.KEPT_BYTES, 300_000, 0):
-        monkeypatch.setattr(compensation, "KEPT_BYTES", kept)
+    for kept in (partial_calls.CACHE_BYTES, 300_000, 0):
+        monkeypatch.setattr(partial_calls, "CACHE_BYTES", kept)
         student = build_student(pipeline.unet, plan_of(pipeline.unet, compensate="linear"))
         fit_compensation(pipeline, student, timesteps=2, samples=4)
         fits.append(fitted_tensors(student))
@@ -223,3 +228,68 @@ def test_predictions_give_the_sample_by_its_place(pipeline):
     predictions(pipeline.unet, calls)
     handle.remove()
     assert [args[0] is call.arguments["sample"] for args, call in zip(places, calls, strict=True)] == [True, True]
+
+
+class Block(nn.Module):
+    """A transformer block with branches of three kinds: gated outside the module, behind its own norm, and direct."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(6), nn.LayerNorm(6)
+        self.gated, self.normed, self.direct = (nn.Linear(6, 6) for _ in range(3))
+        self.family = BlockFamily()
+
+    def forward(self, hidden_states):
+        hidden_states = hidden_states + 0.3 * self.gated(2 * self.norm1(hidden_states) + 1)
+        hidden_states = hidden_states + self.normed(self.norm2(hidden_states))
+        return hidden_states + self.direct(hidden_states)
+
+
+class BlockFamily(UNetFamily):
+    def branch(self, model, unit):
+        norm = {"gated": "norm1", "normed": "norm2"}.get(unit)
+        return Branch(unit, 6, norm=norm, is_gated=unit == "gated")
+
+    def execution_order(self, model):
+        return []
+
+    def predict(self, model, arguments):
+        return model(**arguments)
+
+
+@pytest.fixture
+def block_and_calls():
+    torch.manual_seed(0)
+    return Block(), [CalibrationCall(0, {"hidden_states": torch.randn(8, 20, 6)})]
+
+
+@torch.no_grad()
+def test_a_gated_branch_is_fitted_from_what_it_reads_to_its_own_output(block_and_calls):
+    block, calls = block_and_calls
+    units, states = [Unit(name, "feed_forward") for name in ("gated", "normed", "direct")], {}
+    for name, layer in block.named_children():
+        layer.register_forward_hook(lambda _, args, output, name=name: states.update({name: (args[0], output)}))
+    fitted = unit_projections(block, units, calls, "linear", ridge=0.0)
+    for name in ("gated", "direct"):  # both are linear in what they read
+        read, output = states[name]
+        torch.testing.assert_close(nn.functional.linear(read, *fitted[name]), output, atol=1e-3, rtol=0)
+    read, output = states["norm2"][0], states["normed"][1]  # what enters the norm that goes with the branch
+    left = (nn.functional.linear(read, *fitted["normed"]) - output).square().sum() / output.square().sum()
+    assert 1e-3 < left < 0.3
+
+
+@torch.no_grad()
+def test_the_states_behind_a_branch_are_the_sum_unless_it_is_gated(block_and_calls):
+    block, calls = block_and_calls
+    family, runs = block.family, PartialCalls(block, calls)
+    start = calls[0].arguments["hidden_states"]
+    modulated = 2 * block.norm1(start) + 1
+    entered = start + 0.3 * block.gated(modulated)
+    behind = entered + block.normed(block.norm2(entered))
+    expected = {
+        "gated": (modulated, block.gated(modulated)),
+        "normed": (entered, behind),
+        "direct": (behind, behind + block.direct(behind)),
+    }
+    for name, states in expected.items():
+        torch.testing.assert_close(_states_around(runs, family.branch(block, name), 0), states)

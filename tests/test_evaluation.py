@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,12 +15,17 @@ from asdm.data.examples import load_pixels
 from asdm.data.sources import open_data
 from asdm.demo import images_folder
 from asdm.diffusion.generation import generate
-from asdm.evaluation import comparison
-from asdm.evaluation.comparison import RealImages, evaluation_sets, image_embeds
+from asdm.evaluation import real_images as real_images_module
+from asdm.evaluation import speed as speed_module
 from asdm.evaluation.metrics import Judge, feature_distance, kid, psnr, recognition, retrieval_at_1
-from asdm.evaluation.report import headline_of
+from asdm.evaluation.real_images import RealImages, image_embeds
+from asdm.evaluation.report import headline_of, metrics_section
+from asdm.evaluation.results import Evaluation
+from asdm.evaluation.sampling import evaluation_sets
 from asdm.pipelines.clip import clip_statistics
 from conftest import tiny_pipeline
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
 
 def test_recognition_on_features_with_a_known_answer():
@@ -130,7 +136,7 @@ def test_of_unlabelled_images_those_are_read_that_are_compared(data_folder, monk
     judge, pipeline = Judge(), tiny_pipeline()
     whole = RealImages.of(data_folder, sets, judge, pipeline, None)
     assert len(whole.examples) == sum(len(each.examples) for each in sets) == 3
-    monkeypatch.setattr(comparison, "_READ_TOGETHER", 2)
+    monkeypatch.setattr(real_images_module, "_READ_TOGETHER", 2)
     torch.testing.assert_close(RealImages.of(data_folder, sets, judge, pipeline, None).features, whole.features)
 
 
@@ -138,10 +144,10 @@ def test_an_extrapolated_image_has_all_its_unet_calls(monkeypatch):
     """A second-order scheduler makes 2n - 1 in n steps."""
     pipeline = tiny_pipeline()
     pipeline.scheduler = HeunDiscreteScheduler.from_config(pipeline.scheduler.config)
-    monkeypatch.setattr(comparison, "_LONGEST_TIMED_PIPELINE_MS", 1)
+    monkeypatch.setattr(speed_module, "_LONGEST_TIMED_IMAGE_MS", 1)
     calls = []
     pipeline.unet.register_forward_hook(lambda *_: calls.append(1))
-    (row,) = comparison.measure_speed({"it": pipeline}, steps=25, guidance_scale=7.5, rounds=1).figures
+    (row,) = speed_module.measure_speed({"it": pipeline}, steps=25, guidance_scale=7.5, rounds=1).rows
     assert row.pipeline_extrapolated and len(calls) < 100
     call = row.pipeline_parts_ms["UNet"] / 49
     assert 0 < call < 5 * row.unet.ms and row.pipeline.ms >= 49 * call
@@ -160,6 +166,23 @@ def test_few_step_pipelines_sample_as_they_were_made_to():
     assert batches["teacher"].count(1) == 1  # counting MACs
     images, left = divmod(batches["few"].count(1) - 1, 4)  # without guidance
     assert images >= 3 and left == 0  # warming up and timed
+
+
+def test_an_evaluation_of_0_1_0_loads(tmp_path):
+    path = RESULTS / "demo_evaluation.json"
+    assert "median_ms" in path.read_text()
+    found = Evaluation.load(path)
+    teacher, pruned = found.speed[:2]
+    assert (teacher.unet.ms, found.denoiser) == (json.loads(path.read_text())["speed"][0]["unet"]["median_ms"], "UNet")
+    assert teacher.unet_speedup_interval == (1.0, 1.0)
+    low, high = pruned.unet_speedup_interval
+    assert low < pruned.unet_speedup < high
+    assert low == teacher.unet.low_ms / pruned.unet.high_ms
+    found.save(tmp_path / "saved.json")
+    assert Evaluation.load(tmp_path / "saved.json") == found
+    assert "UNet parameters" in metrics_section(found)
+    of_a_transformer = found.model_copy(update={"denoiser": "transformer"})
+    assert "UNet" not in metrics_section(of_a_transformer) and "The transformer" in headline_of(of_a_transformer)
 
 
 def test_without_the_judges_packages_the_extra_is_named(monkeypatch):
@@ -197,19 +220,17 @@ def test_compress_makes_a_folder_that_loads_and_a_report_without_network(model, 
 
 
 def test_compress_goes_on_where_it_was(model, data_folder, tmp_path, monkeypatch):
-    import asdm.compression as compression
-
     def killed(*_, **__):
         raise KeyboardInterrupt
 
     settings = SETTINGS | {"sensitivity": "taylor"}
-    monkeypatch.setattr(compression, "evaluate", killed)
+    monkeypatch.setattr("asdm.compression.steps.evaluate", killed)
     with pytest.raises(KeyboardInterrupt):
         compress(model, tmp_path / "out", data=data_folder, **settings)
     plan = (tmp_path / "out" / "plan.json").read_bytes()
     monkeypatch.undo()
-    monkeypatch.setattr(compression, "analyze", killed)
-    monkeypatch.setattr(compression, "make_plan", killed)
+    monkeypatch.setattr("asdm.compression.steps.analyze", killed)
+    monkeypatch.setattr("asdm.compression.steps.full_plan", killed)
     titles = set()
     compress(model, tmp_path / "out", data=data_folder, progress=lambda title, *_: titles.add(title), **settings)
     assert (tmp_path / "out" / "plan.json").read_bytes() == plan
@@ -233,7 +254,7 @@ def test_compress_refuses_other_settings_and_missing_data_and_says_what_it_misse
     with pytest.raises(AsdmError, match=r"made with other settings \(budget\)"):
         compress(model, tmp_path / "out", params=0.7, **short)
     # And says when the target was missed.
-    assert "short of the 50x asked for" in headline_of(made.evaluation, 50)
+    assert "short of the 50x requested" in headline_of(made.evaluation, 50)
     assert "short of" not in headline_of(made.evaluation, 0.01)
 
 

@@ -10,12 +10,13 @@ import torch
 
 import asdm
 from asdm.evaluation import image_timing
-from asdm.evaluation.comparison import measure_speed
 from asdm.evaluation.image_timing import ImageJob, time_images
+from asdm.evaluation.speed import measure_speed
 from asdm.measure import latency, load
 from asdm.measure.latency import Latency, Ratio, Timing, measure_interleaved
 from asdm.measure.load import LoadMeter, busy_line
-from asdm.planning.program import CORRECTIONS, make_plan, measured_speedup, remeasure_plan
+from asdm.planning.budget import make_plan
+from asdm.planning.speedup import CORRECTIONS, measured_speedup, remeasure_plan
 from conftest import tiny_pipeline
 
 
@@ -172,7 +173,7 @@ def redundancy():
 def test_a_plan_that_cannot_be_measured_goes_by_the_map_and_is_measured_later(redundancy, monkeypatch):
     unet, notes = tiny_pipeline().unet, []
     wide, narrow = Ratio(2.0, 0.5, 8.0), Ratio(1.37, 1.36, 1.38)
-    monkeypatch.setattr("asdm.planning.program.measured_speedup", lambda *_: wide)
+    monkeypatch.setattr("asdm.planning.speedup.measured_speedup", lambda *_: wide)
     for doubt, basis in ((0.01, "latency"), (0.5, "macs")):
         known = redundancy.model_copy(update={"latency_doubt": doubt})
         plan = make_plan(known, speedup=1.3, unet=unet, progress=notes.append)
@@ -181,7 +182,7 @@ def test_a_plan_that_cannot_be_measured_goes_by_the_map_and_is_measured_later(re
         assert "not measurable now" in notes[-1] and "--remeasure" in notes[-1]
     with pytest.raises(asdm.AsdmError, match=r"not measurable now.*try again later"):
         remeasure_plan(plan, unet)
-    monkeypatch.setattr("asdm.planning.program.measured_speedup", lambda *_: narrow)
+    monkeypatch.setattr("asdm.planning.speedup.measured_speedup", lambda *_: narrow)
     again = remeasure_plan(plan, unet)
     assert again.edits == plan.edits and again.figures.speedup_basis == "measured"
     assert again.figures.measured_speedup_interval == (1.36, 1.38)
@@ -205,10 +206,10 @@ def test_beside_a_process_that_computes_on_and_off_plans_and_evaluations_hold(on
         found = measure_speed({"teacher": pipeline, "pruned": student}, steps=25, guidance_scale=3.0, rounds=None)
     true = measured_speedup(pipeline.unet, plan, 20)
     assert true.value == pytest.approx(1.4, rel=0.1)
-    row = found.figures[1]
+    row = found.rows[1]
     assert row.unet_ratio.low <= true.value <= row.unet_ratio.high
     if plan.figures.measured_ratio is not None:
         assert plan.figures.measured_ratio.low <= true.value <= plan.figures.measured_ratio.high
     calm = measure_speed({"teacher": pipeline, "pruned": student}, steps=25, guidance_scale=3.0, rounds=None)
-    assert row.pipeline_ratio.low <= calm.figures[1].pipeline_speedup <= row.pipeline_ratio.high
+    assert row.pipeline_ratio.low <= calm.rows[1].pipeline_speedup <= row.pipeline_ratio.high
     assert found.contention > 0.1 > calm.contention

@@ -14,8 +14,11 @@ from asdm.families.unet_structure import removable_units
 from asdm.measure import latency
 from asdm.measure.macs import counting_macs
 from asdm.pipelines.random_models import UNETS, random_unet
-from asdm.planning.program import least_sensitive, measured_speedup, most_saved, possible_edits
-from asdm.sensitivity.profile import RedundancyMap, UnitRecord, structure_map
+from asdm.planning.possible_edits import possible_edits
+from asdm.planning.program import least_sensitive, most_saved
+from asdm.planning.speedup import measured_speedup
+from asdm.sensitivity.analysis import structure_map
+from asdm.sensitivity.profile import RedundancyMap, UnitRecord
 from asdm.student.build import empty_student
 from conftest import tiny_pipeline
 
@@ -185,7 +188,7 @@ def test_banks_inherit_removed_convolutions_within_the_budget(redundancy):
 
 
 def test_our_presets_look_at_regions_and_drop_middle_layers(redundancy, monkeypatch):
-    monkeypatch.setattr("asdm.sensitivity.profile.MANY_TOKENS", 64)
+    monkeypatch.setattr("asdm.edits.regional_attention.MANY_TOKENS", 64)
     known = analyze(tiny_pipeline(), timesteps=1, samples=1, latency_rounds=1)
     unet = random_unet(known.unet_config)
     slow, fast = (make_plan(known, preset=preset, unet=unet) for preset in ("a-sdm", "a-sdm-fast"))
@@ -219,7 +222,7 @@ def test_a_preset_needs_no_weights_and_no_measurement():
 
 
 def test_each_kind_of_regional_attention_is_measured_by_itself(monkeypatch):
-    monkeypatch.setattr("asdm.sensitivity.profile.MANY_TOKENS", 64)
+    monkeypatch.setattr("asdm.edits.regional_attention.MANY_TOKENS", 64)
     known = structure_map(tiny_pipeline().unet)
     regional = [other for other in known.others if other.edit["edit"] == "gri_attention"]
     nearer, faster = regional[:2]
@@ -231,3 +234,9 @@ def test_each_kind_of_regional_attention_is_measured_by_itself(monkeypatch):
     with counting_macs(student) as after:
         unet_call(student, batch_size=1)()
     assert faster.gmacs == pytest.approx((before.below() - after.below()) / 1e9)
+
+
+def test_a_map_with_an_edit_that_is_not_of_a_unit_is_refused(redundancy):
+    record = redundancy.others[0].model_copy(update={"edit": {"edit": "drop_layers", "layers_per_block": 1}})
+    with pytest.raises(AsdmError, match="not an edit of one unit"):
+        make_plan(redundancy.model_copy(update={"others": [record]}), macs=0.7)

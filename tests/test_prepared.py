@@ -18,8 +18,9 @@ from asdm.data.preparation import prepare_data
 from asdm.data.prepared import PreparedData
 from asdm.data.sources import open_data
 from asdm.diffusion.conditioning import embed_prompts, encode_images
-from asdm.evaluation.comparison import RealImages, evaluation_sets
 from asdm.evaluation.metrics import Judge
+from asdm.evaluation.real_images import RealImages
+from asdm.evaluation.sampling import evaluation_sets
 from conftest import tiny_pipeline
 
 
@@ -247,4 +248,4 @@ def test_labelled_shards_are_judged_wherever_their_samples_lie(tmp_path, monkeyp
     assert len(real.examples) == 6
     for each in sets:
         images = torch.stack([example.pixels(16) for example in each.examples])
-        assert real.figures(images, judge.features(images), each.examples)["concept_top1"] == 1.0
+        assert real.metrics(images, judge.features(images), each.examples)["concept_top1"] == 1.0

@@ -1,5 +1,7 @@
 """The map tells what removal of each unit costs and saves, and its shortcut is exact."""
 
+import json
+
 import pytest
 import torch
 from matplotlib import pyplot as plt
@@ -10,7 +12,7 @@ from asdm.data.calibration import CalibrationCall, calibration_calls
 from asdm.edits import Remove
 from asdm.evaluation.plots import redundancy_plot
 from asdm.families.unet_structure import removable_units
-from asdm.sensitivity.profile import ablate, trials_of
+from asdm.sensitivity.ablation import ablate, trials_of
 from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline
 
 
@@ -109,6 +111,10 @@ def test_map_survives_its_file(pipeline, tmp_path):
     redundancy = analyze(pipeline, timesteps=1, samples=1, latency_rounds=1)
     redundancy.save(tmp_path / "map.json")
     assert RedundancyMap.load(tmp_path / "map.json") == redundancy
+    named = json.loads((tmp_path / "map.json").read_text())
+    assert named.pop("denoiser_class") == "UNet2DConditionModel"
+    (tmp_path / "old.json").write_text(json.dumps(named))  # version 0.1 knew UNets alone
+    assert RedundancyMap.load(tmp_path / "old.json") == redundancy
     (tmp_path / "bad.json").write_text("{}")
     for name in ("bad", "absent"):
         with pytest.raises(AsdmError, match=f"{name}.json"):
@@ -178,17 +184,20 @@ def test_random_weights_are_estimated_as_they_are_for_speed_alone():
 
 @pytest.fixture
 def many_tokens(monkeypatch):
-    monkeypatch.setattr("asdm.sensitivity.profile.MANY_TOKENS", 64)  # the outer level of the tiny UNets
+    monkeypatch.setattr("asdm.edits.regional_attention.MANY_TOKENS", 64)  # the outer level of the tiny UNets
 
 
 @pytest.mark.parametrize(
     ("even_more", "kinds"), [(64, [(4, 4), (8, 8)]), (65, [(4, 2), (4, 4)])], ids=["large map", "small map"]
 )
 def test_regions_are_smaller_where_tokens_are_more(pipeline, many_tokens, monkeypatch, even_more, kinds):
-    monkeypatch.setattr("asdm.sensitivity.profile.EVEN_MORE_TOKENS", even_more)
+    monkeypatch.setattr("asdm.edits.regional_attention.EVEN_MORE_TOKENS", even_more)
     redundancy = analyze(pipeline, sensitivity="taylor", timesteps=1, samples=1, latency_rounds=1)
     regional = [record.edit for record in redundancy.others if record.edit["edit"] == "gri_attention"]
     assert [(edit.get("regions", 4), edit.get("pool", 2)) for edit in regional] == kinds * 5
+    errors = [record.sensitivity for record in redundancy.others if record.edit["edit"] == "gri_attention"]
+    if even_more == 65:  # 8x8 squares of an 8x8 map are the whole, so that only these kinds differ from each other
+        assert all(error > 0 for error in errors) and len(set(errors)) == len(errors)  # each by its own estimate
 
 
 @pytest.mark.parametrize("sensitivity", ["ablation", "taylor"])

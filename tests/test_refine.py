@@ -7,9 +7,12 @@ import pytest
 from asdm import AsdmError, CondConv, PruningPlan, Remove, analyze, build_student, fit_compensation, make_plan
 from asdm.compensation.fitting import prediction_error, predictions
 from asdm.data.calibration import calibration_calls
+from asdm.edits import restored
+from asdm.families import family_of
 from asdm.measure.latency import Ratio
-from asdm.planning.program import least_sensitive, possible_edits
-from asdm.planning.refine import _restored, refine_plan
+from asdm.planning.possible_edits import possible_edits
+from asdm.planning.program import least_sensitive
+from asdm.planning.refine import refine_plan
 from conftest import predict, tiny_pipeline
 
 
@@ -82,7 +85,7 @@ def test_restoring_every_edit_gives_the_teacher_back(pipeline, redundancy):
     cut = predict(student)
     with ExitStack() as stack:
         for edit in plan.edits:
-            stack.enter_context(_restored(pipeline.unet, student, edit))
+            stack.enter_context(restored(student, pipeline.unet, edit, family_of(student)))
         assert predict(student).equal(predict(pipeline.unet))
     assert predict(student).equal(cut)
 

@@ -33,14 +33,13 @@ from asdm import (
     build_student,
     cli,
     compress,
-    compression,
     generate,
     lcm_scheduler,
     load_pipeline,
     save_pipeline,
     with_unet,
 )
-from asdm.diffusion.conditioning import noise_schedule
+from asdm.diffusion.parameterization import parameterization_of
 from conftest import _text_encoder, tiny_inpainting_pipeline, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet
 
 RESNET = {
@@ -499,15 +498,17 @@ def test_a_student_keeps_what_its_teacher_predicts(tmp_path, sd15):
     config = load_pipeline(save_pipeline(with_unet(teacher, student), tmp_path / "student")).scheduler.config
     assert config.prediction_type == "v_prediction" and config.rescale_betas_zero_snr
     assert config.timestep_spacing == "trailing"
-    assert noise_schedule(teacher).alphas_cumprod[-1] == 0
+    assert parameterization_of(teacher.scheduler).signal_power(torch.tensor(999)) == 0
     few_steps = lcm_scheduler(config, 50).config
     assert few_steps.prediction_type == "v_prediction" and few_steps.rescale_betas_zero_snr
 
 
 def test_compress_remembers_what_was_said_of_the_model(tmp_path, sd15, monkeypatch):
     given = []
-    monkeypatch.setattr(compression, "load_pipeline", lambda model, **said: given.append(said) or load_pipeline("demo"))
-    monkeypatch.setattr(compression, "_analyzed", lambda *_: pytest.fail("far enough"))
+    monkeypatch.setattr(
+        "asdm.compression.compress.load_pipeline", lambda model, **said: given.append(said) or load_pipeline("demo")
+    )
+    monkeypatch.setattr("asdm.compression.steps.analyze", lambda *_, **__: pytest.fail("far enough"))
     budget = {"params": 0.8, "refine": 0, "steps": 0, "samples": 0}
     with pytest.raises(pytest.fail.Exception):
         compress("demo", tmp_path / "out", **budget, prediction_type="v_prediction", config="theirs")

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from asdm import analyze
-from asdm.benchmark.run import BenchmarkRow
+from asdm.benchmark.results import BenchmarkRow
 from asdm.cli.tables import benchmark_table, profile_table
 
 
@@ -19,7 +19,7 @@ def printed(table):
 def row(**figures):
     return BenchmarkRow(
         place="demo",
-        name="a student + OpenVINO + inheritance, calibrated, 1.5x, 12 steps",
+        name="a student + OpenVINO + caching, calibrated, 1.5x, 12 steps",
         group="stack",
         steps=12,
         speedup=12.59,
@@ -35,9 +35,9 @@ def row(**figures):
 
 
 @pytest.mark.parametrize("judged", [True, False])
-def test_no_figure_of_a_contest_is_cut_short(judged):
+def test_no_number_of_a_benchmark_is_cut_short(judged):
     quality = {"teacher_distance": {"seen": 0.1276, "held_out": 0.1942}, "concept_top5": {"seen": 1.0}}
-    failed = BenchmarkRow(place="demo", name="T-GATE", group="peer", steps=25, error="ImportError: no such thing here")
+    failed = BenchmarkRow(place="demo", name="T-GATE", group="baseline", steps=25, error="ImportError: none such")
     text = printed(benchmark_table([row(**(quality if judged else {})), failed]))
     expected = ["0.1276", "0.1942", "100%", "–"] if judged else ["6523", "246", "–", "3438", "274"]
     for figure in ["174.29", "12.59x", "±4%", *expected]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from asdm.caching.features import cache_features as cache_features
     from asdm.caching.schedule import CacheSchedule as CacheSchedule
     from asdm.compensation.fitting import fit_compensation as fit_compensation
-    from asdm.compression import compress as compress
+    from asdm.compression.compress import compress as compress
     from asdm.data.preparation import prepare_data as prepare_data
     from asdm.diffusion.generation import generate as generate
     from asdm.diffusion.guidance import CfgCutoff as CfgCutoff
@@ -34,21 +34,21 @@ if TYPE_CHECKING:
     from asdm.edits import Remove as Remove
     from asdm.errors import AsdmError as AsdmError
     from asdm.errors import AsdmWarning as AsdmWarning
-    from asdm.evaluation.comparison import Evaluation as Evaluation
     from asdm.evaluation.comparison import evaluate as evaluate
+    from asdm.evaluation.results import Evaluation as Evaluation
     from asdm.pipelines.derived import with_unet as with_unet
     from asdm.pipelines.loading import load_pipeline as load_pipeline
     from asdm.pipelines.saving import save_pipeline as save_pipeline
-    from asdm.planning.program import add_cond_conv as add_cond_conv
-    from asdm.planning.program import make_plan as make_plan
-    from asdm.planning.program import remeasure_plan as remeasure_plan
+    from asdm.planning.budget import make_plan as make_plan
+    from asdm.planning.experts import add_cond_conv as add_cond_conv
     from asdm.planning.refine import refine_plan as refine_plan
+    from asdm.planning.speedup import remeasure_plan as remeasure_plan
     from asdm.runtime.export import export as export
     from asdm.runtime.openvino import with_openvino_graphs as with_openvino_graphs
     from asdm.runtime.optimize import optimize as optimize
     from asdm.runtime.switching import switch_unets as switch_unets
+    from asdm.sensitivity.analysis import analyze as analyze
     from asdm.sensitivity.profile import RedundancyMap as RedundancyMap
-    from asdm.sensitivity.profile import analyze as analyze
     from asdm.student.build import build_student as build_student
     from asdm.student.plan import PruningPlan as PruningPlan
     from asdm.student.unet import AsdmUNet2DConditionModel as AsdmUNet2DConditionModel
@@ -67,11 +67,11 @@ _HOME = {
     "RedundancyMap": "asdm.sensitivity.profile",
     "Remove": "asdm.edits",
     "Stage": "asdm.distillation.stages",
-    "add_cond_conv": "asdm.planning.program",
-    "analyze": "asdm.sensitivity.profile",
+    "add_cond_conv": "asdm.planning.experts",
+    "analyze": "asdm.sensitivity.analysis",
     "build_student": "asdm.student.build",
     "calibrate_cache": "asdm.caching.calibration",
-    "compress": "asdm.compression",
+    "compress": "asdm.compression.compress",
     "distill": "asdm.distillation.distill",
     "evaluate": "asdm.evaluation.comparison",
     "export": "asdm.runtime.export",
@@ -80,10 +80,10 @@ _HOME = {
     "cache_features": "asdm.caching.features",
     "lcm_scheduler": "asdm.distillation.consistency",
     "load_pipeline": "asdm.pipelines.loading",
-    "make_plan": "asdm.planning.program",
+    "make_plan": "asdm.planning.budget",
     "optimize": "asdm.runtime.optimize",
     "prepare_data": "asdm.data.preparation",
-    "remeasure_plan": "asdm.planning.program",
+    "remeasure_plan": "asdm.planning.speedup",
     "refine_plan": "asdm.planning.refine",
     "save_pipeline": "asdm.pipelines.saving",
     "switch_unets": "asdm.runtime.switching",

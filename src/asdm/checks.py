@@ -206,8 +206,13 @@ def has(*attributes: str, allowed: str) -> Check:
     return check
 
 
-PIPELINE = has("unet", "scheduler", allowed="a pipeline with a UNet and a scheduler; asdm.load_pipeline loads one")
-UNET = has("config", "parameters", allowed="a UNet, such as asdm.load_pipeline(MODEL).unet")
+PIPELINE = any_of(
+    *(
+        has(denoiser, "scheduler", allowed="a pipeline with a denoiser and a scheduler; asdm.load_pipeline loads one")
+        for denoiser in ("unet", "transformer")
+    )
+)
+UNET = has("config", "parameters", allowed="a denoiser, such as asdm.load_pipeline(MODEL).unet")
 SEED = whole(0, 2**32 - 1)
 STEPS = whole(1, 10_000)  # of sampling; a scheduler allows fewer
 TRAINING_STEPS = whole(0, 10**9)

@@ -15,14 +15,16 @@ from asdm.data.sources import open_data
 from asdm.demo import images_folder, pipeline_folder
 from asdm.diffusion.conditioning import decode_latents, encode_images
 from asdm.errors import AsdmError
-from asdm.evaluation.comparison import evaluate, evaluation_sets, image_embeds, text_embeds
+from asdm.evaluation.comparison import evaluate
 from asdm.evaluation.metrics import Judge, psnr, recognition, retrieval_at_1
 from asdm.evaluation.plots import image_sheet
+from asdm.evaluation.real_images import image_embeds, text_embeds
+from asdm.evaluation.sampling import evaluation_sets
 from asdm.files import write_text
 from asdm.images import load_images
 from asdm.pipelines.clip import load_clip
 from asdm.pipelines.loading import load_pipeline
-from asdm.training.loop import read_log
+from asdm.training.log import read_log
 from tools.demo.emoji import held_out_pairs, render_dataset
 from tools.demo.recipe import LOOPS, Recipe
 

@@ -9,12 +9,16 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from asdm.benchmark.methods import Method, methods, of, preset_students, with_dpm_solver
-from asdm.benchmark.plot import contest_plot
-from asdm.benchmark.run import Benchmark, BenchmarkRow, BenchmarkRun, Progress, benchmark_rows
+from asdm.benchmark.method import Method
+from asdm.benchmark.methods import methods
+from asdm.benchmark.plot import benchmark_plot
+from asdm.benchmark.results import Benchmark, BenchmarkRow, BenchmarkRun
+from asdm.benchmark.run import benchmark_rows
+from asdm.benchmark.techniques import preset_students, with_denoiser, with_dpm_solver
+from asdm.benchmark.timing import Progress
 from asdm.diffusion.generation import is_few_step
 from asdm.diffusion.kinds import is_random
-from asdm.evaluation.comparison import folder_name
+from asdm.evaluation.image_folders import folder_name
 from asdm.evaluation.report import save_figure
 from asdm.families import denoiser_of
 from asdm.measure.load import LoadMeter, busy_line
@@ -45,7 +49,7 @@ def save_results(results: Benchmark, measured: MeasuredModel, folder: Path) -> B
     results.save(folder / RESULTS)
     if any(row.teacher_distance for row in measured.rows):
         title = f"{measured.model}, {measured.run.machine}, {measured.run.threads} threads"
-        save_figure(contest_plot(measured.rows, title), folder / f"benchmark_{folder_name(measured.model)}.png")
+        save_figure(benchmark_plot(measured.rows, title), folder / f"benchmark_{folder_name(measured.model)}.png")
     return results
 
 
@@ -74,11 +78,11 @@ def benchmark_model(
         only: parts of the methods' names; none of them for all methods. The original is always measured.
     """
     pipeline = without_safety_checker(with_dpm_solver(pipeline))
-    entries = _chosen_methods(pipeline, students, data, steps, only)
+    chosen = _chosen_methods(pipeline, students, data, steps, only)
     meter = LoadMeter()
     rows = benchmark_rows(
         pipeline,
-        entries,
+        chosen,
         place=model,
         data=data,
         samples=samples,
@@ -104,9 +108,9 @@ def _chosen_methods(
     trained: dict[str, Any] = preset_students(pipeline) if is_random(pipeline) else {}
     few_step: dict[str, Any] = {}
     for name, student in students.items():
-        (few_step if is_few_step(student) else trained)[name] = of(denoiser_of(student))
+        (few_step if is_few_step(student) else trained)[name] = with_denoiser(denoiser_of(student))
     on_cpu = pipeline.device.type == "cpu"
-    entries = methods(steps, trained, few_step=few_step, data=data, graphs=on_cpu)
+    found = methods(steps, trained, few_step=few_step, data=data, graphs=on_cpu)
     if not only:
-        return entries
-    return [entry for entry in entries if entry.group == "original" or any(part in entry.name for part in only)]
+        return found
+    return [method for method in found if method.group == "original" or any(part in method.name for part in only)]

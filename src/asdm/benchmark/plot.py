@@ -1,8 +1,9 @@
-"""The benchmark's picture: what each way to be faster costs, and which no other beats in both."""
+"""The benchmark's plot: quality against speed of each method, and the Pareto front."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -10,17 +11,17 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from asdm.benchmark.run import BenchmarkRow
+from asdm.benchmark.results import BenchmarkRow
 
 COLOURS = {
     "original": "black",
     "fewer steps": "tab:gray",
     "runtime": "tab:purple",
-    "peer": "tab:orange",
+    "baseline": "tab:orange",
     "ours": "tab:blue",
     "stack": "tab:red",
 }
-_PANELS = {
+_PANELS = {  # quality metric -> label of its axis
     "teacher_distance": "distance to the original's images (1 - cosine), lower is better",
     "concept_top5": "concept among the five nearest, higher is better",
 }
@@ -29,12 +30,12 @@ _LABELS_OF_A_GROUP = 3
 
 
 def pareto_front(rows: Sequence[BenchmarkRow], split: str, quality: str = "teacher_distance") -> list[BenchmarkRow]:
-    """The rows that no other beats in both speed and a quality, slowest first."""
+    """Return the rows that no other one beats in both speed and a quality metric, slowest first."""
     sign = 1 if quality in _LOWER_IS_BETTER else -1
     front: list[BenchmarkRow] = []
 
     def worse(row: BenchmarkRow) -> float:
-        return sign * _of(row, split, quality)
+        return sign * _value(row, split, quality)
 
     for row in sorted(_judged_rows(rows, split, quality), key=lambda row: (-_speedup(row), worse(row))):
         if not front or worse(row) < worse(front[-1]):
@@ -42,39 +43,41 @@ def pareto_front(rows: Sequence[BenchmarkRow], split: str, quality: str = "teach
     return front[::-1]
 
 
-def contest_plot(rows: Sequence[BenchmarkRow], title: str = "") -> Figure:
-    """Quality against speed of one place's methods, with the Pareto front, by split; the front and the best of each
-    group are named."""
+def benchmark_plot(rows: Sequence[BenchmarkRow], title: str = "") -> Figure:
+    """Plot quality against speed of one place's methods, by split, with the Pareto front.
+
+    The front and the best of each group are labelled.
+    """
     splits = list(dict.fromkeys(split for row in rows for split in row.teacher_distance))
     panels = [quality for quality in _PANELS if any(_judged_rows(rows, split, quality) for split in splits)]
     shape = (max(1, len(splits)), max(1, len(panels)))
     figure, axes = plt.subplots(*shape, figsize=(11 * shape[1], 8 * shape[0]), squeeze=False)
-    drawn = [
+    shown = [
         (axes[i][j], split, quality)
         for i, split in enumerate(splits)
         for j, quality in enumerate(panels)
         if _judged_rows(rows, split, quality)
     ]
-    for panel, split, quality in drawn:
-        _draw(panel, _judged_rows(rows, split, quality), split, quality)
+    for panel, split, quality in shown:
+        _draw_points(panel, _judged_rows(rows, split, quality), split, quality)
     figure.suptitle(title)
     figure.tight_layout(rect=(0, 0, 1, 0.99))
-    figure.canvas.draw()  # labels are placed by what is where
-    for panel, split, quality in drawn:
-        _name(panel, _judged_rows(rows, split, quality), split, quality)
+    figure.canvas.draw()  # fixes the positions by which labels are placed
+    for panel, split, quality in shown:
+        _label(panel, _judged_rows(rows, split, quality), split, quality)
     return figure
 
 
-def _draw(axes: Axes, rows: Sequence[BenchmarkRow], split: str, quality: str) -> None:
+def _draw_points(axes: Axes, rows: Sequence[BenchmarkRow], split: str, quality: str) -> None:
     for group, colour in COLOURS.items():
         of_group = [row for row in rows if row.group == group]
         if of_group:
-            places = [(_speedup(row), _of(row, split, quality)) for row in of_group]
+            places = [(_speedup(row), _value(row, split, quality)) for row in of_group]
             speeds, qualities = zip(*places, strict=True)
             axes.scatter(speeds, qualities, color=colour, label=group, zorder=3, s=18)
             low, high = zip(*[(r.ratio.low, r.ratio.high) if r.ratio else (0, 0) for r in of_group], strict=True)
             axes.hlines(qualities, low, high, color=colour, lw=0.8, alpha=0.5)
-    front = [(_speedup(row), _of(row, split, quality)) for row in pareto_front(rows, split, quality)]
+    front = [(_speedup(row), _value(row, split, quality)) for row in pareto_front(rows, split, quality)]
     axes.plot(*zip(*front, strict=True), color="tab:green", lw=1, label="Pareto front")
     axes.set_xscale("log")
     ticks = [tick for tick in (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30) if tick <= 1.1 * max(map(_speedup, rows))]
@@ -88,27 +91,26 @@ def _draw(axes: Axes, rows: Sequence[BenchmarkRow], split: str, quality: str) ->
     axes.legend(loc="upper left" if quality in _LOWER_IS_BETTER else "lower left")
 
 
-def _named(rows: Sequence[BenchmarkRow], split: str, quality: str) -> list[BenchmarkRow]:
-    """The front, and of each group's own front the ends and the middle."""
-    named = pareto_front(rows, split, quality)
+def _labelled(rows: Sequence[BenchmarkRow], split: str, quality: str) -> list[BenchmarkRow]:
+    """Return the front, and of each group's own front the ends and the middle."""
+    labelled = pareto_front(rows, split, quality)
     for group in COLOURS:
         front = pareto_front([row for row in rows if row.group == group], split, quality)
         if len(front) > _LABELS_OF_A_GROUP:
             front = [front[0], front[len(front) // 2], front[-1]]
-        named += [row for row in front if row not in named]
-    return named
+        labelled += [row for row in front if row not in labelled]
+    return labelled
 
 
-def _name(axes: Axes, rows: Sequence[BenchmarkRow], split: str, quality: str) -> None:
-    """Label the best rows, each at that of some places around its point where it covers least of labels and points."""
+def _label(axes: Axes, rows: Sequence[BenchmarkRow], split: str, quality: str) -> None:
+    """Label the best rows, each where its label covers the fewest labels and points."""
     figure = axes.figure
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     frame, pixels = axes.get_window_extent(renderer), figure.dpi / 72  # type: ignore[union-attr]
-    points = [axes.transData.transform((_speedup(row), _of(row, split, quality))) for row in rows]
+    points = [axes.transData.transform((_speedup(row), _value(row, split, quality))) for row in rows]
     taken = [Bbox.from_extents(x - 4, y - 4, x + 4, y + 4) for x, y in points]
-    for row in _named(rows, split, quality):
-        place = (_speedup(row), _of(row, split, quality))
-        point = axes.transData.transform(place)
+    for row in _labelled(rows, split, quality):
+        place = (_speedup(row), _value(row, split, quality))
         label = axes.annotate(
             row.name,
             place,
@@ -120,18 +122,32 @@ def _name(axes: Axes, rows: Sequence[BenchmarkRow], split: str, quality: str) ->
             arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "silver"},
         )
         size = Text.get_window_extent(label, renderer).size  # without the line to the point
-        best: tuple[float, tuple[float, float], Bbox] | None = None
-        for x, y in _AROUND:
-            # to the left of its point a label ends there, above and below it is centred
-            corner = (point[0] + x * pixels - size[0] * (0.5 - 0.5 * _sign(x)), point[1] + y * pixels)
-            box = Bbox.from_bounds(*corner, *size)
-            covered = sum(_overlap(box, other) for other in taken) + size[0] * size[1] - _overlap(box, frame)
-            if best is None or covered < best[0] - 1:
-                best = (covered, (x, y), box)
-        assert best is not None
-        label.set_position(best[1])
-        label.set_horizontalalignment(("right", "center", "left")[_sign(best[1][0]) + 1])  # type: ignore[arg-type]
-        taken.append(best[2])
+        offset, box = _best_offset(axes.transData.transform(place), size, taken, frame, pixels)
+        label.set_position(offset)
+        label.set_horizontalalignment(("right", "center", "left")[_sign(offset[0]) + 1])  # type: ignore[arg-type]
+        taken.append(box)
+
+
+def _best_offset(
+    point: Any, size: tuple[float, float], taken: Sequence[Bbox], frame: Bbox, pixels: float
+) -> tuple[tuple[float, float], Bbox]:
+    """Return the first offset (in points) at which a label covers the least, and the label's box there.
+
+    Args:
+        taken: boxes of the labels and points that are there already; all boxes are in pixels.
+        frame: the plot's box, beyond which a label is not to reach.
+        pixels: of a point.
+    """
+    best: tuple[float, tuple[float, float], Bbox] | None = None
+    for x, y in _AROUND:
+        # A label on the left ends at its point; one above or below is centred.
+        corner = (point[0] + x * pixels - size[0] * (0.5 - 0.5 * _sign(x)), point[1] + y * pixels)
+        box = Bbox.from_bounds(*corner, *size)
+        covered = sum(_overlap(box, other) for other in taken) + size[0] * size[1] - _overlap(box, frame)
+        if best is None or covered < best[0] - 1:
+            best = (covered, (x, y), box)
+    assert best is not None
+    return best[1], best[2]
 
 
 # Offsets in points, near ones first.
@@ -152,7 +168,7 @@ def _overlap(box: Bbox, other: Bbox) -> float:
 
 
 def _judged_rows(rows: Sequence[BenchmarkRow], split: str, quality: str) -> list[BenchmarkRow]:
-    """Those of which quality and speed are known."""
+    """Return the rows whose quality and speed are known."""
     return [row for row in rows if row.ratio is not None and row.ratio.is_known and split in getattr(row, quality)]
 
 
@@ -160,5 +176,5 @@ def _speedup(row: BenchmarkRow) -> float:
     return row.speedup or 0.0
 
 
-def _of(row: BenchmarkRow, split: str, quality: str) -> float:
+def _value(row: BenchmarkRow, split: str, quality: str) -> float:
     return getattr(row, quality)[split]

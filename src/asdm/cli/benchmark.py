@@ -60,7 +60,7 @@ def benchmark(
     Results of other models that are already in the folder stay there.
     """
     from asdm.benchmark.models import RESULTS, benchmark_model, open_results, save_results
-    from asdm.evaluation.comparison import distinct_names
+    from asdm.evaluation.image_folders import distinct_names
     from asdm.measure.limits import machine_limits
 
     models = models or ["demo"]

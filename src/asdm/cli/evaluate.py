@@ -45,7 +45,7 @@ def evaluate(
     seed: SeedOption = 0,
 ) -> None:
     """Measure speed and quality of a teacher and its students in one run."""
-    from asdm.evaluation.comparison import distinct_names
+    from asdm.evaluation.image_folders import distinct_names
     from asdm.pipelines.clip import load_clip
 
     warn_of_skipped(data)

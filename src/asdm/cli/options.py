@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 import typer
 
 from asdm import checks
+from asdm.choices import CompensationKind, PredictionType, Sensitivity
 from asdm.errors import AsdmError
 
-# What model_help() and data_help() of the API say, which are not imported for --help: torch and diffusers take seconds.
+# The API's errors say the same; importing it for --help would take seconds.
 MODEL = (
     "demo, a Hub id, a folder, a .safetensors file, or random:sd15 | random:sd15-inpainting | random:sd21 | random:sdxl"
 )
@@ -74,7 +75,7 @@ DtypeOption = Annotated[
     typer.Option("--dtype", help="Precision of the computation; float16 and bfloat16 are for GPUs."),
 ]
 PredictionTypeOption = Annotated[
-    Literal["epsilon", "v_prediction", "sample"] | None,
+    PredictionType | None,
     typer.Option(
         "--prediction-type",
         help="What the model predicts, if the checkpoint does not say it or is wrong.",
@@ -140,7 +141,7 @@ PresetOption = Annotated[
     ),
 ]
 SensitivityOption = Annotated[
-    Literal["ablation", "taylor"] | None,
+    Sensitivity | None,
     typer.Option(
         help="Remove each unit and compare the predictions (ablation, the default), or estimate all sensitivities from "
         "a few backward passes (taylor, the default for random weights).",
@@ -148,7 +149,7 @@ SensitivityOption = Annotated[
     ),
 ]
 CompensateOption = Annotated[
-    Literal["none", "bias", "diagonal", "linear"] | None,
+    CompensationKind | None,
     typer.Option(
         "--compensate",
         help="Projection that is fitted in place of each removed branch; by default linear, none for random weights, "

@@ -11,7 +11,7 @@ from rich.console import Console
 from asdm.cli.tables import quality_table, speed_table
 
 if TYPE_CHECKING:
-    from asdm.evaluation.comparison import Evaluation
+    from asdm.evaluation.results import Evaluation
 
 console = Console()
 errors = Console(stderr=True)

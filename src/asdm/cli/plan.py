@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import asdm
+from asdm.choices import Router
 from asdm.cli import loading
 from asdm.cli.options import (
     MODEL,
@@ -56,9 +57,7 @@ def plan(
             show_default=False,
         ),
     ] = None,
-    router: Annotated[
-        Literal["input", "input+time", "time"], typer.Option(help="What the expert kernels' mixture depends on.")
-    ] = "input",
+    router: Annotated[Router, typer.Option(help="What the expert kernels' mixture depends on.")] = "input",
     refine: RefineOption = None,
     remeasure: Annotated[
         Path | None,
@@ -72,8 +71,8 @@ def plan(
     seed: SeedOption = 0,
 ) -> None:
     """Choose the edits of least total sensitivity that fit a budget; a speed-up is measured on --device."""
+    from asdm.planning.budget import require_budget
     from asdm.planning.full_plan import full_plan
-    from asdm.planning.program import require_budget
 
     if remeasure is not None:
         if out is not None or any(value is not None for value in (speedup, params, macs, preset, experts, refine)):
@@ -125,15 +124,15 @@ def _saved_profile(path: str, refine: int | None, claims: dict[str, Any]) -> Red
 
 def _profile_for_preset(source: str) -> RedundancyMap:
     """The units alone, without weights or measurements: a preset's edits are fixed."""
-    from asdm.pipelines.shapes import unet_without_weights
-    from asdm.sensitivity.profile import structure_map
+    from asdm.pipelines.shapes import denoiser_without_weights
+    from asdm.sensitivity.analysis import structure_map
 
-    return structure_map(unet_without_weights(source), source)
+    return structure_map(denoiser_without_weights(source), source)
 
 
 def _measured_profile(pipeline: Any, params: float | None, preset: str | None, **settings: Any) -> RedundancyMap:
     from asdm.families import denoiser_of
-    from asdm.planning.program import require_params
+    from asdm.planning.budget import require_params
 
     require_params(denoiser_of(pipeline), params)
     warn_if_busy()

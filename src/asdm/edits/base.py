@@ -109,7 +109,7 @@ class Edit:
     # -- how it is analysed and planned ----------------------------------------------------------------
 
     @classmethod
-    def candidates(cls, model: Any, family: EditedFamily, positions: Mapping[str, int]) -> Sequence[Edit]:
+    def candidates(cls, model: Any, family: EditedFamily, positions: Mapping[str, int]) -> Sequence[UnitEdit]:
         """Return edits of this kind that `analyze` should try beside the removal of each unit.
 
         Args:
@@ -151,6 +151,11 @@ class Edit:
     def compensation(self) -> CompensationKind:
         """The kind of projection that is fitted in place of what the edit removes."""
         return "none"
+
+    @property
+    def compensates_time(self) -> bool:
+        """Whether the projection reads the time embedding, too."""
+        return False
 
     def with_compensation(self, kind: CompensationKind) -> Edit:
         """Return the edit with this kind of projection, or the edit itself where it can have none."""
@@ -284,7 +289,7 @@ def restored(student: nn.Module, teacher: nn.Module, edit: Edit, family: EditedF
         yield
 
 
-def candidate_edits(model: Any, family: EditedFamily, positions: Mapping[str, int]) -> list[Edit]:
+def candidate_edits(model: Any, family: EditedFamily, positions: Mapping[str, int]) -> list[UnitEdit]:
     """Return the edits that `analyze` tries beside the removal of each unit, of all kinds that offer some."""
     return [edit for kind in EDIT_KINDS.values() for edit in kind.candidates(model, family, positions)]
 

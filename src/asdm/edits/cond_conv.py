@@ -24,7 +24,7 @@ from asdm.edits.base import EditedFamily, UnitEdit, register_edit
 from asdm.edits.recast import recast
 from asdm.errors import AsdmError
 
-_IN_EXPERTS = "merged_into_experts"  # of an adapter's layer: the adapters that a bank's experts have in them
+_IN_EXPERTS = "merged_into_experts"  # an attribute of an adapter's layer: the adapters merged into the experts
 Channels = tuple[int, int]  # of a convolution's input: of hidden states, and of the skip connection behind them
 
 
@@ -93,10 +93,10 @@ class CondConv(UnitEdit):
 class CondConv2d(nn.Conv2d):
     """A convolution whose kernel is a mixture, by the input, the time embedding or both.
 
-    `weight` and `bias` are the own kernel, under the names they had. The mixture starts at the own kernel
-    alone, exactly, and yet learns: a = (1, 0, ..) + softmax(logits) - 1/E, or (1, 0, ..) + 2 sigmoid(logits) - 1,
-    with logits of 0 at the start. Made as any `nn.Conv2d` it has no experts and is one: peft makes a LoRA's layers of
-    the class of the layer that they are for.
+    `weight` and `bias` are the own kernel, under their original names. The mixture starts at exactly the own kernel,
+    and has a gradient there: a = (1, 0, ..) + softmax(logits) - 1/E, or (1, 0, ..) + 2 sigmoid(logits) - 1, with
+    logits of 0 at the start. Constructed as an `nn.Conv2d` it has no experts and computes as one, because peft
+    constructs a LoRA's layers from the class of the layer that it adapts.
     """
 
     sources: Sequence[str] = ()
@@ -109,27 +109,29 @@ class CondConv2d(nn.Conv2d):
 
     @classmethod
     def around(cls, conv: nn.Conv2d, edit: CondConv, time_channels: int | None) -> CondConv2d:
-        """A convolution with room for the experts of `edit`, its own kernel shared."""
+        """Return a convolution with empty experts for `edit`; its own kernel is shared."""
         assert conv.bias is not None and conv.groups == 1
         places: Any = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "device": "meta"}
         kernel_size: Any = conv.kernel_size
-        bank = cls(conv.in_channels, conv.out_channels, kernel_size, **places)
-        bank.weight, bank.bias = conv.weight, conv.bias
-        bank.router_kind, bank.activation, bank.sources = edit.router, edit.activation, list(edit.experts)
+        mixed = cls(conv.in_channels, conv.out_channels, kernel_size, **places)
+        mixed.weight, mixed.bias = conv.weight, conv.bias
+        mixed.router_kind, mixed.activation, mixed.sources = edit.router, edit.activation, list(edit.experts)
         experts = len(edit.experts)
-        # A matrix of all experts' kernels, one below the other (experts * out, in * k * k), as optimisers for matrices
-        # take kernels; `.to(memory_format=torch.channels_last)` refuses tensors of five dimensions.
-        bank.expert_weight = nn.Parameter(torch.zeros(experts * conv.out_channels, conv.weight[0].numel()))
-        bank.expert_bias = nn.Parameter(torch.zeros(experts, conv.out_channels))
+        # One matrix of all experts' kernels (experts * out, in * k * k): optimisers for matrices reshape kernels so,
+        # and `.to(memory_format=torch.channels_last)` rejects tensors of five dimensions.
+        mixed.expert_weight = nn.Parameter(torch.zeros(experts * conv.out_channels, conv.weight[0].numel()))
+        mixed.expert_bias = nn.Parameter(torch.zeros(experts, conv.out_channels))
         inputs = conv.in_channels * (edit.router != "time") + (time_channels or 0) * (edit.router != "input")
-        bank.router = nn.Linear(inputs, experts + 1)
-        nn.init.zeros_(bank.router.weight)
-        nn.init.zeros_(bank.router.bias)
-        return bank
+        mixed.router = nn.Linear(inputs, experts + 1)
+        nn.init.zeros_(mixed.router.weight)
+        nn.init.zeros_(mixed.router.bias)
+        return mixed
 
     def forward(self, hidden_states: Tensor, temb: Tensor | None = None) -> Tensor:
-        """(batch, in, h, w) and the time embedding (batch, time channels) to (batch, out, h, w): one convolution,
-        whatever the number of experts."""
+        """Convolve (batch, in, h, w), with the time embedding (batch, time channels), to (batch, out, h, w).
+
+        It is one convolution, for any number of experts.
+        """
         if not self.sources:
             return super().forward(hidden_states)
         routing = self.routing(hidden_states, temb)
@@ -147,16 +149,18 @@ class CondConv2d(nn.Conv2d):
         return output.unflatten(1, (batch, self.out_channels)).squeeze(0)
 
     def routing(self, hidden_states: Tensor, temb: Tensor | None) -> Tensor:
-        """The experts' parts (batch, experts + 1), the own kernel's first; one row where all are at one time step
-        and nothing else is looked at."""
-        seen = []
+        """Return the weights of the kernels (batch, experts + 1), the own kernel's first.
+
+        It is one row where the router reads the time step alone and all samples have the same one.
+        """
+        read = []
         if self.router_kind != "time":
-            seen.append(hidden_states.mean(dim=(2, 3)))
+            read.append(hidden_states.mean(dim=(2, 3)))
         if self.router_kind != "input":
             assert temb is not None
             activated = F.silu(temb)
-            seen.append(activated[:1] if self._mixes_once(temb) else activated)
-        logits = self.router(torch.cat(seen, dim=1))
+            read.append(activated[:1] if self._mixes_once(temb) else activated)
+        logits = self.router(torch.cat(read, dim=1))
         if self.activation == "softmax":
             moved = logits.softmax(dim=1) - 1 / logits.shape[1]
         else:
@@ -167,17 +171,19 @@ class CondConv2d(nn.Conv2d):
         return self.router_kind == "time" and temb is not None and repeats_one_row(temb)
 
     def _mixed(self, routing: Tensor, own: Tensor, experts: Tensor) -> Tensor:
-        """Mixtures (rows of routing, *own.shape) of tensors."""
+        """Return the mixtures (rows of routing, *own.shape) of tensors."""
         rows, flat = routing.to(own.dtype), own.flatten()
         experts = experts.view(-1, len(flat))
         if len(rows) == 1 and len(experts) == 1 and self.activation == "softmax":
-            # The parts' sum is 1. Kernels are larger than caches, and this reads each but once.
+            # The weights add up to 1. Kernels are larger than caches, and lerp reads each once.
             return torch.lerp(flat, experts[0], rows[0, 1]).view(1, *own.shape)
         return (rows[:, 1:] @ experts + rows[:, :1] * flat).view(-1, *own.shape)
 
     def _mixed_outputs(self, routing: Tensor, hidden_states: Tensor) -> Tensor:
-        """The same by linearity, for a batch that would need more mixed kernels than there are experts, and for graphs
-        that take any batch: mixtures of what each kernel gives."""
+        """Return the same by linearity: the mixtures of all kernels' outputs.
+
+        It is for a batch that would need more mixed kernels than there are experts, and for graphs of any batch size.
+        """
         weight = torch.cat([self.weight, self.expert_weight.view(-1, *self.weight.shape[1:])])
         bias = torch.cat([self.bias, self.expert_bias.flatten()])
         outputs = F.conv2d(hidden_states, weight, bias, self.stride, self.padding, self.dilation)
@@ -208,13 +214,15 @@ class CondConv2d(nn.Conv2d):
 
 
 def is_traced() -> bool:
-    """Whether a graph is made of the call that serves batches of any size."""
+    """Whether the call is traced into a graph for batches of any size."""
     return torch.jit.is_tracing() or getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
 
 
 def _aligned(kernel: Tensor, has: Channels, wanted: Channels) -> Tensor:
-    """A kernel (out, in, k, k) on other input channels: hidden states on hidden states, the skip connection on the
-    skip connection, zero where there is nothing to inherit."""
+    """Return a kernel (out, in, k, k) on other input channels.
+
+    Those of hidden states go to hidden states, those of the skip connection to the skip connection; the rest is zero.
+    """
     aligned = kernel.new_zeros(kernel.shape[0], sum(wanted), *kernel.shape[2:])
     hidden, skip = (min(pair) for pair in zip(has, wanted, strict=True))
     aligned[:, :hidden] = kernel[:, :hidden]
@@ -223,17 +231,17 @@ def _aligned(kernel: Tensor, has: Channels, wanted: Channels) -> Tensor:
 
 
 class CondResnetBlock2D(ResnetBlock2D):
-    """A ResnetBlock2D that hands its conditional convolutions the time embedding."""
+    """A ResnetBlock2D that passes the time embedding to its convolutions with expert kernels."""
 
     def forward(self, input_tensor: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         convolutions = {name: getattr(self, name) for name in ("conv1", "conv2")}
-        banks = {name: partial(conv, temb=temb) for name, conv in convolutions.items() if _has_bank(conv)}
-        # The stock forward: in this call, `self.conv1` and `self.conv2` are given one argument more.
-        return ResnetBlock2D.forward(_Seen(self, banks), input_tensor, temb, *args, **kwargs)  # type: ignore[arg-type]
+        conditional = {name: partial(conv, temb=temb) for name, conv in convolutions.items() if _has_experts(conv)}
+        # The stock forward; in this call, `self.conv1` and `self.conv2` get one more argument.
+        return ResnetBlock2D.forward(_Seen(self, conditional), input_tensor, temb, *args, **kwargs)  # type: ignore[arg-type]
 
 
 class _Seen:
-    """A module with some other attributes, for one call."""
+    """A module with some attributes replaced, for one call."""
 
     def __init__(self, module: nn.Module, attributes: Mapping[str, Any]):
         vars(self).update(attributes, _module=module)
@@ -242,11 +250,11 @@ class _Seen:
         return getattr(self._module, name)
 
 
-def _has_bank(conv: nn.Module) -> bool:
-    """Whether a convolution is a bank, or a layer of peft's around one.
+def _has_experts(conv: nn.Module) -> bool:
+    """Whether a convolution has expert kernels, or is peft's layer around one that has.
 
     Raises:
-        AsdmError: a LoRA was merged into the own kernel alone, or is switched off while it is merged.
+        AsdmError: a LoRA was merged into the own kernel alone, or is disabled while it is merged.
     """
     if not any(isinstance(module, CondConv2d) and module.sources for module in conv.modules()):
         return False
@@ -254,42 +262,44 @@ def _has_bank(conv: nn.Module) -> bool:
     if merged != _followed(conv) or (merged and getattr(conv, "disable_adapters", False)):
         names = ", ".join(merged or _followed(conv))
         raise AsdmError(
-            f"a LoRA ({names}) was merged into a bank's own kernel, or out of it, and not "
-            "its experts: merge and unmerge by fuse_lora() and unfuse_lora() of the UNet or the pipeline"
+            f"a LoRA ({names}) was merged into a convolution's own kernel, or out of it, and not "
+            "its expert kernels: merge and unmerge by fuse_lora() and unfuse_lora() of the UNet or the pipeline"
         )
     return True
 
 
 def require_fusable(unet: nn.Module) -> None:
-    """Raise an AsdmError where an adapter on a bank cannot be merged into its kernels: the bank is not mixed by a
-    softmax, or the adapter does more than add to a kernel."""
-    for name, layer in _adapted_banks(unet).items():
-        _has_bank(layer)
+    """Raise an AsdmError where an adapter cannot be merged into a convolution with expert kernels.
+
+    The kernels must be mixed by a softmax, and the adapter must do no more than add to a kernel.
+    """
+    for name, layer in _adapted(unet).items():
+        _has_experts(layer)
         if layer.base_layer.activation != "softmax" or not _only_adds(layer):
             raise AsdmError(
-                f"{name}: a bank mixed by {layer.base_layer.activation} and an adapter of type {type(layer).__name__} "
-                "cannot be fused; softmax and a plain LoRA can: leave the adapter loaded, unfused"
+                f"{name}: expert kernels mixed by {layer.base_layer.activation} and an adapter of type "
+                f"{type(layer).__name__} cannot be fused; softmax and a plain LoRA can: leave the adapter unfused"
             )
 
 
 @contextmanager
 def experts_following(unet: nn.Module) -> Iterator[None]:
-    """What adapters add in the block to the own kernel of a bank, or take from it, is done to its experts, too.
+    """Repeat on the expert kernels what adapters add to the own kernel, or subtract, within the block.
 
-    The parts of the kernels that a softmax mixes add up to 1, so this is what an adapter adds beside the bank.
+    The weights of a softmax add up to 1, so the result equals that of the adapter beside the convolution.
     """
-    layers = {name: layer for name, layer in _adapted_banks(unet).items() if _merged(layer) == _followed(layer)}
+    layers = {name: layer for name, layer in _adapted(unet).items() if _merged(layer) == _followed(layer)}
     before = {name: (layer.base_layer.weight.clone(), layer.base_layer.bias.clone()) for name, layer in layers.items()}
     yield
     for name, layer in layers.items():
-        bank, (weight, bias) = layer.base_layer, before[name]
-        bank.expert_weight.data += (bank.weight.data - weight.data).flatten(1).repeat(len(bank.sources), 1)
-        bank.expert_bias.data += bank.bias.data - bias.data
+        conv, (weight, bias) = layer.base_layer, before[name]
+        conv.expert_weight.data += (conv.weight.data - weight.data).flatten(1).repeat(len(conv.sources), 1)
+        conv.expert_bias.data += conv.bias.data - bias.data
         setattr(layer, _IN_EXPERTS, _merged(layer))
 
 
-def _adapted_banks(unet: nn.Module) -> dict[str, Any]:
-    """Peft's layers around banks, by name."""
+def _adapted(unet: nn.Module) -> dict[str, Any]:
+    """Return peft's layers around convolutions with expert kernels, by name."""
     layers = {name: module for name, module in unet.named_modules() if hasattr(module, "merged_adapters")}
     return {
         name: layer
@@ -299,23 +309,23 @@ def _adapted_banks(unet: nn.Module) -> dict[str, Any]:
 
 
 def _merged(layer: nn.Module) -> tuple[str, ...]:
-    """The adapters in a bank's own kernel."""
+    """Return the adapters merged into the own kernel."""
     return tuple(getattr(layer, "merged_adapters", ()))
 
 
 def _followed(layer: nn.Module) -> tuple[str, ...]:
-    """The adapters in its experts."""
+    """Return the adapters merged into the expert kernels."""
     return tuple(getattr(layer, _IN_EXPERTS, ()))
 
 
 def _only_adds(layer: nn.Module) -> bool:
-    """Whether peft's layer adds to the kernel; not to be imported here, as a student loads without peft."""
+    """Whether peft's layer only adds to the kernel; by class names, as a student loads without peft."""
     kinds = {kind.__name__ for kind in type(layer).__mro__}
     return bool(kinds & {"LoraLayer", "LycorisLayer"}) and not getattr(layer, "lora_variant", None)
 
 
 class OneTimestepEmbedding(TimestepEmbedding):
-    """A TimestepEmbedding whose output says whether it is of one time step: then it is one row, repeated."""
+    """A TimestepEmbedding whose output shows whether all time steps are equal: it is then one row, repeated."""
 
     def forward(self, sample: Tensor, condition: Tensor | None = None) -> Tensor:
         embedded = super().forward(sample.contiguous(), condition)
@@ -323,10 +333,10 @@ class OneTimestepEmbedding(TimestepEmbedding):
 
 
 def repeated_row(rows: Tensor) -> Tensor:
-    """Equal rows (batch, channels) as views of the first one, which `repeats_one_row` tells."""
+    """Return equal rows (batch, channels) as views of the first one, which `repeats_one_row` recognizes."""
     return rows[:1].expand_as(rows)
 
 
 def repeats_one_row(rows: Tensor) -> bool:
-    """Whether all rows (batch, channels) are one in memory; adding another embedding to them makes them several."""
+    """Whether all rows (batch, channels) are one in memory. Adding another embedding to them makes them several."""
     return rows.stride(0) == 0

@@ -16,10 +16,10 @@ from asdm.choices import CompensationKind
 
 
 class Projection(nn.Module):
-    """A map of hidden states to their like: a layer with `weight` and `bias`.
+    """A projection of hidden states to states of the same shape: a layer with `weight` and `bias`.
 
-    With `adds`, what comes out is added to the input elsewhere; without, the input is part of it. At the
-    start it changes nothing.
+    With `adds`, the output is added to the input elsewhere; without it, the output contains the input. Its starting
+    tensors change nothing.
     """
 
     adds = False
@@ -36,7 +36,7 @@ class Projection(nn.Module):
         return torch.ones(len(self.bias), 1, 1, 1)
 
     def reset_parameters(self) -> None:
-        if self.bias is None:  # a LoRA's layer, which peft makes of the class of the layer that it is for
+        if self.bias is None:  # a LoRA's layer, which peft constructs from the class of the layer that it adapts
             super().reset_parameters()  # type: ignore[misc]
             return
         with torch.no_grad():
@@ -44,7 +44,7 @@ class Projection(nn.Module):
                 getattr(self, name).copy_(tensor)
 
     def add_projection(self, weight: Tensor, bias: Tensor) -> None:
-        """Add a fitted map: weight (channels, channels), (channels,) for a diagonal one; bias (channels,)."""
+        """Add a fitted projection: weight (channels, channels), or (channels,) of a diagonal one; bias (channels,)."""
         self.weight.data.add_(weight.view(self.weight.shape))
         self.bias.data.add_(bias)
 
@@ -54,14 +54,14 @@ class Projection(nn.Module):
 
 
 class LinearProjection(Projection, nn.Conv2d):
-    """A linear map of all channels, for hidden states (batch, channels, h, w): a 1x1 convolution."""
+    """A linear projection of all channels, for hidden states (batch, channels, h, w): a 1x1 convolution."""
 
     def _identity(self) -> Tensor:
         return torch.eye(len(self.bias))[..., None, None]
 
 
 class LinearTokenProjection(Projection, nn.Linear):
-    """A linear map of all channels, for hidden states (batch, tokens, channels)."""
+    """A linear projection of all channels, for hidden states (batch, tokens, channels)."""
 
     def __init__(self, channels: int, adds: bool = False):
         self.adds = adds
@@ -105,7 +105,7 @@ class ConstantProjection(Projection, nn.Conv2d):
 
 
 def projection_of(kind: CompensationKind, channels: int, *, tokens: bool = False) -> nn.Module | None:
-    """The map of a kind that stands in for a branch: of a feature map, or of tokens to be added to what came in."""
+    """Return the projection that replaces a branch: of a feature map, or of tokens, whose output is added to them."""
     if kind == "none":
         return None
     if kind == "linear":
@@ -113,10 +113,12 @@ def projection_of(kind: CompensationKind, channels: int, *, tokens: bool = False
     return (ScaleProjection if kind == "diagonal" else ConstantProjection)(channels, adds=tokens)
 
 
-def reshape_saved(maps: Mapping[str, Any], state_dict: dict[str, Tensor]) -> None:
-    """Give weights of these maps, by module path, the shape of a convolution's: folders of version 0.1 have them as
-    (channels, channels) and (channels,)."""
-    for path, module in maps.items():
+def reshape_saved(projections: Mapping[str, Any], state_dict: dict[str, Tensor]) -> None:
+    """Give the weights of these projections, by module path, the shape of a convolution's.
+
+    Folders of version 0.1 have them as (channels, channels) and (channels,).
+    """
+    for path, module in projections.items():
         key = f"{path}.weight" if path else "weight"
         if key in state_dict and state_dict[key].numel() == module.weight.numel():
             state_dict[key] = state_dict[key].view(module.weight.shape)

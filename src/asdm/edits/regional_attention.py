@@ -21,7 +21,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from asdm.edits.base import Edit, EditedFamily, UnitEdit, register_edit, require_at_least
+from asdm.edits.base import EditedFamily, UnitEdit, register_edit, require_at_least
 from asdm.edits.recast import recast
 from asdm.errors import AsdmError
 
@@ -76,7 +76,7 @@ class GriAttention(UnitEdit):
         return GriAttnProcessor(self.regions, self.pool, self.weighted)
 
     @classmethod
-    def candidates(cls, model: Any, family: EditedFamily, positions: Mapping[str, int]) -> Sequence[Edit]:
+    def candidates(cls, model: Any, family: EditedFamily, positions: Mapping[str, int]) -> Sequence[UnitEdit]:
         """A more exact and a faster kind for each self-attention over many tokens that allows the edit."""
         found = []
         for unit in family.units(model):
@@ -126,8 +126,8 @@ class GriAttnProcessor(nn.Module):
     """A diffusers attention processor for self-attention over a map of tokens.
 
     Args:
-        regions: how many regions along each side; 1 is the whole map. 0, as diffusers makes processors anew, is none
-            that attends: a student's `set_attn_processor` puts the one that was there in its place.
+        regions: how many regions along each side; 1 is the whole map. With 0, the value when diffusers constructs
+            processors itself, it cannot attend, and a student's `set_attn_processor` keeps the one it had.
         pool: side of the squares of tokens whose keys and values are averaged to a global one; 0 for none.
         weighted: a global token counts for as many of those it was averaged from as the region does not see itself, by
             a term on its logit (as merged tokens do in ToMe, arXiv 2210.09461, Eq. 1).
@@ -142,7 +142,7 @@ class GriAttnProcessor(nn.Module):
     def __call__(
         self, attn: Attention, hidden_states: Tensor, *_: Any, map_sides: tuple[int, int] | None = None, **__: Any
     ) -> Tensor:
-        """Hidden states (batch, height * width, channels) to the same shape; `map_sides` are height and width.
+        """Attend over hidden states (batch, height * width, channels); `map_sides` are height and width.
 
         Raises:
             AsdmError: there are more or fewer tokens than the map has.
@@ -150,8 +150,9 @@ class GriAttnProcessor(nn.Module):
         if map_sides is None or map_sides[0] * map_sides[1] != hidden_states.shape[1]:
             sides = "unknown sides" if map_sides is None else "x".join(str(side) for side in map_sides)
             raise AsdmError(
-                f"gri_attention: {hidden_states.shape[1]} tokens of a map of {sides}; it goes with nothing that merges "
-                "or drops tokens (tomesd): use that with the original, or with a student without gri_attention"
+                f"gri_attention: {hidden_states.shape[1]} tokens of a map of {sides}; it does not work with "
+                "methods that merge or drop tokens (tomesd): use those with the original, or a student without "
+                "gri_attention"
             )
         query, key, value = (project(hidden_states) for project in (attn.to_q, attn.to_k, attn.to_v))
         where, back = _places(*map_sides, self.regions, str(query.device))
@@ -184,15 +185,17 @@ class GriAttnProcessor(nn.Module):
         return _places(height, width, self.regions, "cpu")[0].shape[1] + global_keys
 
     def _pooled(self, states: Tensor, sides: tuple[int, int]) -> Tensor:
-        """Averages (batch, squares, channels) of the squares of a map of tokens."""
+        """Return the averages (batch, squares, channels) of the squares of a map of tokens."""
         as_map = states.mT.unflatten(2, sides)
         pooled = F.avg_pool2d(as_map, self.pool, ceil_mode=True, count_include_pad=False)
         return pooled.flatten(2).mT
 
 
-def _remembered(computed: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with a memory; but not of what an export computes, whose tensors are none, and of no tensor that
-    inference mode would keep from a later training."""
+def _memoized(computed: Callable[..., Any]) -> Callable[..., Any]:
+    """Memoize a function of tensors, but not while a graph is exported, whose tensors are symbolic.
+
+    Tensors are computed outside inference mode, so that a later training can use them.
+    """
     known = lru_cache(maxsize=64)(computed)
 
     def found(*args: Any) -> Any:
@@ -204,13 +207,11 @@ def _remembered(computed: Callable[..., Any]) -> Callable[..., Any]:
     return found
 
 
-@_remembered
+@_memoized
 def _places(height: int, width: int, regions: int, device: str) -> tuple[Tensor, Tensor]:
-    """Which token stands at each place (regions, size) of each region of a map; and where among all those
-    places each token (height * width,) is found again.
+    """Return the token at each place of each region (regions, size), and the place of each token (height * width,).
 
-    All regions have one size, so where `regions` does not divide a side, neighbours overlap, and no key has
-    to be masked.
+    All regions have one size, so no key has to be masked. Where `regions` does not divide a side, neighbours overlap.
     """
     axes = []
     for side in (height, width):
@@ -227,24 +228,27 @@ def _places(height: int, width: int, regions: int, device: str) -> tuple[Tensor,
     return where.reshape(-1, size).to(device), back.flatten().to(device)
 
 
-@_remembered
+@_memoized
 def _weights(height: int, width: int, regions: int, pool: int, device: str) -> Tensor:
-    """What is added to each region's logits (regions, 1, 1, keys): zero for its own tokens, and for a global one the
-    logarithm of how many of its tokens the region does not see."""
+    """Return the bias of each region's logits (regions, 1, 1, keys).
+
+    It is zero for the region's own tokens, and for a global token the logarithm of how many of its tokens the region
+    does not see.
+    """
     where, _ = _places(height, width, regions, device)
     unseen = torch.ones(len(where), height * width, device=device).scatter(1, where, 0)
     as_map = unseen.view(-1, 1, height, width)
     whole = F.pad(as_map, (0, -width % pool, 0, -height % pool))
-    # Sums by squares; not by pooling, for which OpenVINO has no kernel where it computes in half precision.
+    # Sums by squares, not by pooling, for which OpenVINO has no kernel in half precision.
     counts = whole.unflatten(3, (-1, pool)).unflatten(2, (-1, pool)).sum((3, 5)).flatten(1)
     return torch.cat([torch.zeros(where.shape, device=device), counts.log()], dim=1)[:, None, None]
 
 
 class AttentionOnMap(Attention):
-    """An Attention that may be told the sides of the map of tokens; regional attention alone wants to know them."""
+    """An Attention that accepts the sides of the map of tokens; only regional attention uses them."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Processors are set as attributes, too (by PAG), and torch lets no other object take a module's place.
+        # PAG sets processors as attributes, and torch lets no other object replace a module.
         if name == "processor" and not isinstance(value, nn.Module):
             vars(self).get("_modules", {}).pop(name, None)
         super().__setattr__(name, value)
@@ -258,11 +262,11 @@ class AttentionOnMap(Attention):
 
 
 class GriTransformer2DModel(Transformer2DModel):
-    """A Transformer2DModel that hands its attentions the sides of the map of tokens."""
+    """A Transformer2DModel that passes the sides of the map of tokens to its attentions."""
 
     @classmethod
     def around(cls, transformer: Transformer2DModel) -> GriTransformer2DModel:
-        """The same transformer, its modules shared."""
+        """Return the same transformer; its modules are shared."""
         with torch.device("meta"):
             same = cls(**{key: value for key, value in transformer.config.items() if not key.startswith("_")})
         for name, child in transformer.named_children():
@@ -280,7 +284,7 @@ class GriTransformer2DModel(Transformer2DModel):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        told = {**(cross_attention_kwargs or {}), MAP_SIDES: tuple(hidden_states.shape[2:])}
+        with_sides = {**(cross_attention_kwargs or {}), MAP_SIDES: tuple(hidden_states.shape[2:])}
         return super().forward(
-            hidden_states, encoder_hidden_states, timestep, added_cond_kwargs, class_labels, told, *args, **kwargs
+            hidden_states, encoder_hidden_states, timestep, added_cond_kwargs, class_labels, with_sides, *args, **kwargs
         )

@@ -1,7 +1,7 @@
-"""What an image takes, part by part: the text encoders, each UNet call, the scheduler, the decoder.
+"""The latency of an image, part by part: the text encoders, each denoiser call, the scheduler, the decoder.
 
-A burst of other work spoils some calls, and hardly ever all of a kind. So each part is taken from its fastest calls,
-and an image from its parts. It cannot come out faster than its parts allow.
+A burst of other work slows some calls down, but hardly ever all of a kind. So each part is taken from its fastest
+calls, and an image is the sum of its parts. Its speed-up cannot exceed that of its fastest part.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from asdm.families import denoiser_of
 from asdm.measure.latency import Latency, Patience, Ratio, Stopwatch, Timing, synchronise
 
 IMAGES = 3  # of each pipeline at least
@@ -26,20 +27,21 @@ IMAGE_PRECISION = 0.03  # of their ratio
 
 
 def one_kind(_step: int) -> str:
-    """All UNet calls are of one kind."""
+    """Name the part that all denoiser calls belong to where they are of one kind."""
     return "UNet"
 
 
 @dataclass(frozen=True)
 class ImageJob:
-    """How a pipeline draws one image: `draw` does, maybe in fewer than the `calls` of the UNet that it needs.
+    """How a pipeline generates one image.
 
-    `kinds` names the part that the UNet call of each step belongs to. Where the calls are `data_dependent`, all but the
-    first are timed as a whole, with the scheduler between them.
+    `generate` may take fewer denoiser calls than the `calls` that an image needs. `kinds` names the part that the
+    denoiser call of each step belongs to. Where the calls are `data_dependent`, all but the first are timed as a whole,
+    with the scheduler between them.
     """
 
     pipeline: DiffusionPipeline
-    draw: Callable[[], Any]
+    generate: Callable[[], Any]
     calls: int
     kinds: Callable[[int], str] = one_kind
     data_dependent: bool = False
@@ -47,20 +49,20 @@ class ImageJob:
 
 @dataclass(frozen=True)
 class ImageTiming:
-    """The timed parts of several pipelines' images, and how often each part comes in an image.
+    """The timed parts of several pipelines' images, and how often each part occurs in an image.
 
     `parts` maps a pipeline's name to the part's name, its key in `timing`, and its count. Pipelines that share a
-    module share its key. `unet_ratios`, of names of two pipelines, say how many times faster the UNet calls of one are
-    than those of the other, where these were timed in turns: then both were slowed down alike.
+    module share its key. `denoiser_ratios` maps the names of two pipelines to the speed-up of the second one's denoiser
+    calls over the first one's, where these were timed in turns: noise slowed both down alike.
     """
 
     timing: Timing
     parts: dict[str, dict[str, tuple[str, int]]]
     images: int
-    unet_ratios: Mapping[tuple[str, str], Ratio] = field(default_factory=dict)
+    denoiser_ratios: Mapping[tuple[str, str], Ratio] = field(default_factory=dict)
 
     def latency(self, name: str) -> Latency:
-        """An image's milliseconds, put together from its parts."""
+        """Return an image's milliseconds: the sum of its parts."""
         known = {key: (self.timing[key], count) for key, count in self.parts[name].values()}
         low, best, high = (
             sum(getattr(latency, bound) * count for latency, count in known.values())
@@ -69,35 +71,35 @@ class ImageTiming:
         return Latency(best, low, high, self.images)
 
     def by_part(self, name: str) -> dict[str, float]:
-        """Milliseconds that each part takes of an image."""
+        """Return the milliseconds of each part in an image."""
         return {part: self.timing[key].ms * count for part, (key, count) in self.parts[name].items()}
 
     def each_part(self, name: str) -> dict[str, float]:
-        """Milliseconds that each part takes once."""
+        """Return the milliseconds of each part, once."""
         return {part: self.timing[key].ms for part, (key, _) in self.parts[name].items()}
 
     def speedup(self, base: str, other: str) -> Ratio:
-        """How many times faster an image of `other` is than one of `base`."""
+        """Return how many times faster an image of `other` is than one of `base`."""
         if base == other:
             return Ratio(1.0, 1.0, 1.0)
         shared = {key for key, _ in self.parts[base].values()} & {key for key, _ in self.parts[other].values()}
-        unet = self.unet_ratios.get((base, other))
+        denoiser = self.denoiser_ratios.get((base, other))
 
         def total(name: str, own: str, common: str, faster: float | None) -> float:
-            """Milliseconds of an image, its own parts and the shared ones at a bound of their intervals."""
+            """Sum an image's milliseconds, with its own parts and the shared ones at a bound of their intervals."""
             milliseconds = 0.0
             for part, (key, count) in self.parts[name].items():
                 if faster is not None and part == one_kind(0):
-                    # What both UNets' calls take is shared, too: the other's follow from the first one's.
+                    # The denoiser calls are shared, too: the other's latency follows from the first one's.
                     first = self.parts[base][part][0]
                     milliseconds += getattr(self.timing[first], common) * count / faster
                 else:
                     milliseconds += getattr(self.timing[key], common if key in shared else own) * count
             return milliseconds
 
-        def ratio(own: str, others: str, common: str, unet_bound: str) -> float:
-            faster = None if unet is None else getattr(unet, unet_bound)
-            return total(base, own, common, None if unet is None else 1.0) / total(other, others, common, faster)
+        def ratio(own: str, others: str, common: str, denoiser_bound: str) -> float:
+            faster = None if denoiser is None else getattr(denoiser, denoiser_bound)
+            return total(base, own, common, None if denoiser is None else 1.0) / total(other, others, common, faster)
 
         commons = ("low_ms", "high_ms")
         return Ratio(
@@ -107,7 +109,7 @@ class ImageTiming:
         )
 
     def precision(self) -> float:
-        """How far the widest interval of the ratios to the first pipeline reaches to each side, relative to it."""
+        """Return half of the widest interval of the ratios to the first pipeline, relative to its value."""
         first, *others = self.parts
         ratios = [self.speedup(first, other).precision for other in others]
         return max(ratios, default=self.latency(first).precision)
@@ -119,24 +121,24 @@ def time_images(
     *,
     rounds: int = IMAGES,
     patience: float | None = None,
-    unet_ratios: Mapping[tuple[str, str], Ratio] | None = None,
+    denoiser_ratios: Mapping[tuple[str, str], Ratio] | None = None,
 ) -> ImageTiming:
-    """Let pipelines draw in turns, one image each and round, until their ratios to the first one are narrow.
+    """Generate an image by each pipeline in turns, until the intervals of the ratios to the first one are narrow.
 
     Args:
-        unet_ratios: of the UNet calls of two pipelines by name, where these have been timed in turns.
-        rounds: the least number of images of each; an untimed one goes before them.
+        rounds: the least number of images of each, after an untimed one.
         patience: seconds after which no more follow, as for `measure_interleaved`.
+        denoiser_ratios: as `ImageTiming` has them.
     """
     for job in jobs.values():
-        job.draw()
+        job.generate()
     watch = Stopwatch(next(iter(jobs.values())).pipeline.device)
     more = Patience(rounds, IMAGES_PATIENCE if patience is None else patience, IMAGE_PRECISION)
     parts: dict[str, dict[str, tuple[str, int]]] = {}
     images = 0
 
     def timed() -> ImageTiming:
-        return ImageTiming(watch.timing(), parts, images, unet_ratios or {})
+        return ImageTiming(watch.timing(), parts, images, denoiser_ratios or {})
 
     shared = {id(module) for job in jobs.values() for module in job.pipeline.components.values()}
     while more.another_round(lambda: timed().precision()):
@@ -147,7 +149,7 @@ def time_images(
 
 
 def time_image(watch: Stopwatch, name: str, job: ImageJob, shared: Collection[int]) -> dict[str, tuple[str, int]]:
-    """Draw one image and time its parts; return their keys and counts, as `ImageTiming` has them.
+    """Generate one image and time its parts; return their keys and counts, as `ImageTiming` has them.
 
     Args:
         shared: identities of modules that live through all rounds, which pipelines may have in common.
@@ -155,8 +157,8 @@ def time_image(watch: Stopwatch, name: str, job: ImageJob, shared: Collection[in
     pipeline = job.pipeline
     watch.meter.mark()
     start = time.perf_counter()
-    with watching_calls(pipeline.unet, watch.device, watch.meter.mark) as calls:
-        job.draw()
+    with watching_calls(denoiser_of(pipeline), watch.device, watch.meter.mark) as calls:
+        job.generate()
     synchronise(watch.device)
     end = time.perf_counter()
     watch.meter.mark()
@@ -171,14 +173,14 @@ def time_image(watch: Stopwatch, name: str, job: ImageJob, shared: Collection[in
 
 
 def decoder_key(name: str, pipeline: DiffusionPipeline, shared: Collection[int]) -> str:
-    """The key that pipelines with the same decoder have in common."""
+    """Return the timing key of a pipeline's decoder, which pipelines with the same decoder share."""
     return f"decoder {id(pipeline.vae)}" if id(pipeline.vae) in shared else f"{name}: decoder"
 
 
 def add_calls(
     watch: Stopwatch, name: str, job: ImageJob, calls: Sequence[tuple[float, float]]
 ) -> dict[str, tuple[str, int]]:
-    """Count UNet calls and what the scheduler does between them; return the parts of a whole image."""
+    """Add the timed denoiser calls, and the scheduler between them; return the parts of a whole image."""
     if job.data_dependent:
         watch.add(f"{name}: {job.kinds(0)}", *calls[0])
         parts = {job.kinds(0): (f"{name}: {job.kinds(0)}", 1)}
@@ -199,9 +201,9 @@ def add_calls(
 
 @contextmanager
 def watching_calls(
-    unet: nn.Module, device: torch.device | str, called: Callable[[], Any] = lambda: None
+    denoiser: nn.Module, device: torch.device | str, called: Callable[[], Any] = lambda: None
 ) -> Iterator[list[tuple[float, float]]]:
-    """When each call of the UNet started and ended (`time.perf_counter`); `called` is told after each."""
+    """Record when each call of the denoiser starts and ends (`time.perf_counter`); run `called` after each."""
     calls: list[tuple[float, float]] = []
     started = [0.0]
 
@@ -214,7 +216,7 @@ def watching_calls(
         calls.append((started[0], time.perf_counter()))
         called()
 
-    handles = [unet.register_forward_pre_hook(before), unet.register_forward_hook(after)]
+    handles = [denoiser.register_forward_pre_hook(before), denoiser.register_forward_hook(after)]
     try:
         yield calls
     finally:

@@ -1,4 +1,4 @@
-"""Quality metrics as functions of features, apart from the extractors that make them."""
+"""Quality metrics as functions of features, and the judge, which extracts the features."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ JUDGE_NAME = "EfficientNet-Lite0 features"
 
 
 class Judge:
-    """Frozen EfficientNet-Lite0 (ImageNet weights): features that no training and no loss ever touches.
+    """Frozen EfficientNet-Lite0 (ImageNet weights): features that no training and no loss uses.
 
     Args:
-        device: where it looks at images; their features come back to the CPU.
+        device: where it computes; the features are returned on the CPU.
 
     Raises:
         AsdmError: its packages are not installed.
@@ -41,7 +41,7 @@ class Judge:
 
     @torch.no_grad()
     def features(self, images: Tensor, batch_size: int = 32) -> Tensor:
-        """Features (images, 1280) of `images` (images, 3, height, width) in [-1, 1]."""
+        """Return features (images, 1280) of `images` (images, 3, height, width) in [-1, 1]."""
         features = []
         for batch in images.float().split(batch_size):
             batch = batch.to(self.device)
@@ -54,7 +54,7 @@ class Judge:
 
 @dataclass(frozen=True)
 class Recognition:
-    """How often a generated image's nearest real images show what its caption says, in [0, 1]."""
+    """How often the real images nearest to a generated one show its caption's concept and style, in [0, 1]."""
 
     concept_top1: float
     concept_top5: float
@@ -68,31 +68,31 @@ def recognition(
     real_labels: Sequence[tuple[str, str]],
     without: Sequence[int] | None = None,
 ) -> Recognition:
-    """Concept and style accuracy by nearest neighbours (cosine) among the real images' features.
+    """Measure concept and style accuracy by nearest neighbours (cosine) among the real images' features.
 
     Args:
         generated, real: features (images, channels).
         labels, real_labels: (concept, style) of each.
-        without: for each image the index of a real one that does not count, such as the image itself.
+        without: for each image the index of a real one to leave out, such as the image itself.
 
-    Top-1 and style look at the nearest real image, top-5 at the five nearest.
+    Top-1 and style use the nearest real image, top-5 the five nearest.
     """
     similarity = cosine_similarity(generated, real)
     if without is not None:
         similarity[torch.arange(len(similarity)), torch.tensor(without)] = -torch.inf
     order = similarity.argsort(dim=1, descending=True)[:, :5].tolist()
     top1 = top5 = style = 0
-    for (concept, drawn), nearest in zip(labels, order, strict=True):
+    for (concept, wanted_style), nearest in zip(labels, order, strict=True):
         names = [real_labels[index][0] for index in nearest]
         top1 += names[0] == concept
         top5 += concept in names
-        style += real_labels[nearest[0]][1] == drawn
+        style += real_labels[nearest[0]][1] == wanted_style
     count = len(labels)
     return Recognition(top1 / count, top5 / count, style / count)
 
 
 def kid(generated: Tensor, real: Tensor, *, subsets: int = 50, seed: int = 0) -> tuple[float, float]:
-    """Kernel inception distance (arXiv 1801.01401) on the judge's features: mean and deviation over subsets."""
+    """Return the kernel inception distance (arXiv 1801.01401) of features: mean and deviation over subsets."""
     size = min(len(generated), len(real), 100)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer")
@@ -106,18 +106,18 @@ def kid(generated: Tensor, real: Tensor, *, subsets: int = 50, seed: int = 0) ->
 
 
 def feature_distance(images: Tensor, others: Tensor) -> float:
-    """Mean 1 - cosine between paired features: 0 for the same images."""
+    """Return the mean 1 - cosine between paired features: 0 for equal images."""
     return float((1 - F.cosine_similarity(images, others)).mean().clamp(min=0))
 
 
 def retrieval_at_1(image_embeds: Tensor, text_embeds: Tensor, targets: Sequence[int]) -> float:
-    """How often an image's most similar caption (cosine) of the pool is its own; `targets` are its indices."""
+    """Return how often an image's most similar caption (cosine) of the pool is its own, by `targets`, the indices."""
     nearest = cosine_similarity(image_embeds, text_embeds).argmax(dim=1)
     return float((nearest.cpu() == torch.tensor(targets)).float().mean())
 
 
 def psnr(images: Tensor, references: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio (images,) in dB of images in [-1, 1]."""
+    """Return the peak signal-to-noise ratio (images,) in dB of images in [-1, 1]."""
     squared = (images.float() - references.float()).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(4 / squared)
 

@@ -1,8 +1,9 @@
-"""The pictures of a report: the U with what each unit costs and is worth, loss curves, sheets of images."""
+"""The plots of a report: the model's blocks with each unit's cost and sensitivity, loss curves, sheets of images."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import matplotlib
 
@@ -18,133 +19,135 @@ from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw
 
 from asdm.edits import removed_units
-from asdm.families import family_named
-from asdm.families.unet_structure import is_covered_by
+from asdm.families import BlockPlace, ModelFamily, family_named
 from asdm.sensitivity.profile import RedundancyMap, UnitRecord
 from asdm.student.plan import PruningPlan
 
 KIND_COLOURS = {
     "resnet": "#4477aa",
     "attention": "#ee6677",
+    "block": "#66ccee",
     "self_attention": "#ccbb44",
     "cross_attention": "#228833",
     "feed_forward": "#aa3377",
 }
+_UNIT_LETTERS = {"resnet": "R", "attention": "A", "block": "B"}
 _PART_LETTERS = {"self_attention": "S", "cross_attention": "C", "feed_forward": "F"}
+_LEAST_SENSITIVITY = 1e-6  # of a logarithmic scale
+# Of the diagram, in widths of a resnet's cell:
+_CELL_WIDTHS = {"resnet": 1.0}
+_OTHER_CELL_WIDTH = 1.9
+_CELL_HEIGHT, _CELL_GAP = 0.5, 0.08
+_MIDDLE = 1.2
+_STEP = 0.45  # by which the U gets wider from a level to the next one above
 
 
 def redundancy_plot(redundancy: RedundancyMap, plan: PruningPlan | None = None) -> Figure:
-    """Left: the U, each unit coloured by its sensitivity. Right: latency share against sensitivity.
+    """Draw the model's blocks, each unit coloured by its sensitivity, and latency share against sensitivity.
 
     What `plan` removes is crossed out.
     """
-    removed = (
-        set()
-        if plan is None
-        else set(
-            removed_units(plan.edits, [unit.name for unit in redundancy.units], family_named(plan.base.class_name))
-        )
-    )
+    family = family_named(redundancy.denoiser_class)
+    names = [unit.name for unit in redundancy.units]
+    removed = set() if plan is None else set(removed_units(plan.edits, names, family))
+    covered = {unit.name for unit in redundancy.units if family.is_covered_by(unit.name, removed)}
     figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5.6), width_ratios=[1.35, 1], layout="constrained")
-    _draw_u(figure, left, redundancy, removed)
-    _draw_scatter(right, redundancy, removed)
+    _draw_blocks(figure, left, redundancy, family, covered)
+    _draw_scatter(right, redundancy, covered)
     return figure
 
 
-def _draw_u(figure: Figure, axes: plt.Axes, redundancy: RedundancyMap, removed: set[str]) -> None:
-    values = [max(unit.sensitivity, 1e-6) for unit in redundancy.units]
-    colours = ScalarMappable(LogNorm(min(values), max(values)), "viridis")
-    levels = len({unit.block for unit in redundancy.units if unit.block.startswith("down_blocks")})
-    by_block: dict[str, list[UnitRecord]] = {}
+def _draw_blocks(
+    figure: Figure, axes: plt.Axes, redundancy: RedundancyMap, family: ModelFamily, covered: set[str]
+) -> None:
+    values = [max(unit.sensitivity, _LEAST_SENSITIVITY) for unit in redundancy.units]
+    cells = _Cells(axes, ScalarMappable(LogNorm(min(values), max(values)), "viridis"), covered)
+    units_of: dict[str, list[UnitRecord]] = {}
+    parts_of: dict[str, list[UnitRecord]] = {}
     for unit in redundancy.units:
         if unit.parent is None:
-            by_block.setdefault(unit.block, []).append(unit)
-    parts: dict[str, list[UnitRecord]] = {}
-    for unit in redundancy.units:
-        if unit.parent is not None:
-            parts.setdefault(unit.parent, []).append(unit)
-    for stage, units in by_block.items():
-        side, _, number = stage.partition(".")
-        level = levels if side == "mid_block" else int(number) if side == "down_blocks" else levels - 1 - int(number)
-        widths = [1.0 if unit.kind == "resnet" else 1.9 for unit in units]
-        total = sum(widths)
-        start = {
-            "down_blocks": -1.2 - total - 0.45 * (levels - level) + 1.2,
-            "mid_block": -total / 2 + 1.2,
-        }.get(side, 1.2 + 0.45 * (levels - level))
+            units_of.setdefault(unit.block, []).append(unit)
+        else:
+            parts_of.setdefault(unit.parent, []).append(unit)
+    places = family.block_places(list(units_of))
+    levels = max(place.level for place in places.values())
+    for block, units in units_of.items():
+        widths = [_CELL_WIDTHS.get(unit.kind, _OTHER_CELL_WIDTH) for unit in units]
+        left, bottom = _left_end(places[block], levels, sum(widths)), -places[block].level
         share = sum(unit.latency_share for unit in units)
-        axes.text(
-            start + total / 2,
-            -level + 0.56,
-            f"{stage}  {100 * share:.0f}%",
-            ha="center",
-            va="bottom",
-            fontsize=8,
-        )
+        title = f"{block}  {100 * share:.0f}%"
+        axes.text(left + sum(widths) / 2, bottom + 0.56, title, ha="center", va="bottom", fontsize=8)
         for unit, width in zip(units, widths, strict=True):
-            _draw_cell(axes, unit, parts.get(unit.name, []), start, -level, width - 0.08, colours, removed)
-            start += width
+            cells.draw(unit, parts_of.get(unit.name, []), left, bottom, width - _CELL_GAP)
+            left += width
     axes.autoscale_view()
     axes.set_aspect("auto")
     axes.axis("off")
     axes.margins(0.02, 0.06)
-    axes.set_title(
-        "R resnet, A attention (S self, C cross, F feed-forward inside); % of the UNet's latency; X removed",
-        fontsize=9,
-    )
-    figure.colorbar(
-        colours,
-        ax=axes,
-        location="bottom",
-        shrink=0.6,
-        pad=0.02,
-        label="sensitivity (relative squared error)",
-    )
+    axes.set_title(_legend(redundancy, family), fontsize=9)
+    label = "sensitivity (relative squared error)"
+    figure.colorbar(cells.colours, ax=axes, location="bottom", shrink=0.6, pad=0.02, label=label)
 
 
-def _draw_cell(
-    axes: plt.Axes,
-    unit: UnitRecord,
-    parts: Sequence[UnitRecord],
-    left: float,
-    bottom: float,
-    width: float,
-    colours: ScalarMappable,
-    removed: set[str],
-) -> None:
-    def box(of: UnitRecord, x: float, y: float, w: float, h: float, letter: str) -> None:
-        colour = colours.to_rgba(np.clip(of.sensitivity, 1e-6, None))
-        axes.add_patch(Rectangle((x, y), w, h, facecolor=colour, edgecolor="white", linewidth=0.8))
+def _left_end(place: BlockPlace, levels: int, width: float) -> float:
+    """Where a block's first cell begins: the encoder ends, and the decoder begins, at the sides of the U."""
+    widening = _STEP * (levels - place.level)
+    if place.side == "middle":
+        return _MIDDLE - width / 2
+    return _MIDDLE + widening if place.side == "decoder" else -width - widening
+
+
+def _legend(redundancy: RedundancyMap, family: ModelFamily) -> str:
+    kinds = {unit.kind for unit in redundancy.units}
+    letters = ", ".join(f"{letter} {kind}" for kind, letter in _UNIT_LETTERS.items() if kind in kinds)
+    return f"{letters} (S self, C cross, F feed-forward inside); % of the {family.label}'s latency; X removed"
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """Draws units as cells, those that are removed crossed out."""
+
+    axes: plt.Axes
+    colours: ScalarMappable
+    covered: set[str]
+
+    def draw(self, unit: UnitRecord, parts: Sequence[UnitRecord], left: float, bottom: float, width: float) -> None:
+        """Draw a unit; its parts, where it has some, take the lower half."""
+        letter = _UNIT_LETTERS.get(unit.kind, "")
+        if not parts:
+            self._box(unit, left, bottom, width, _CELL_HEIGHT, letter)
+            return
+        half, each = _CELL_HEIGHT / 2, width / len(parts)
+        self._box(unit, left, bottom + half, width, half, letter)
+        for index, part in enumerate(parts):
+            part_letter = _PART_LETTERS.get(part.kind, "") if len(parts) <= 6 else ""
+            self._box(part, left + index * each, bottom, each, half, part_letter)
+
+    def _box(self, unit: UnitRecord, x: float, y: float, width: float, height: float, letter: str) -> None:
+        colour = self.colours.to_rgba(np.clip(unit.sensitivity, _LEAST_SENSITIVITY, None))
+        self.axes.add_patch(Rectangle((x, y), width, height, facecolor=colour, edgecolor="white", linewidth=0.8))
         luminance = 0.3 * colour[0] + 0.6 * colour[1] + 0.1 * colour[2]
         ink = "black" if luminance > 0.5 else "white"
-        axes.text(x + w / 2, y + h / 2, letter, ha="center", va="center", fontsize=8, color=ink)
-        if is_covered_by(of.name, removed):
-            axes.plot([x, x + w], [y, y + h], color="red", linewidth=2)
-            axes.plot([x, x + w], [y + h, y], color="red", linewidth=2)
-
-    if not parts:
-        box(unit, left, bottom, width, 0.5, "R" if unit.kind == "resnet" else "A")
-        return
-    box(unit, left, bottom + 0.25, width, 0.25, "A")
-    each = width / len(parts)
-    for index, part in enumerate(parts):
-        letter = _PART_LETTERS.get(part.kind, "") if len(parts) <= 6 else ""
-        box(part, left + index * each, bottom, each, 0.25, letter)
+        self.axes.text(x + width / 2, y + height / 2, letter, ha="center", va="center", fontsize=8, color=ink)
+        if unit.name in self.covered:
+            self.axes.plot([x, x + width], [y, y + height], color="red", linewidth=2)
+            self.axes.plot([x, x + width], [y + height, y], color="red", linewidth=2)
 
 
-def _draw_scatter(axes: plt.Axes, redundancy: RedundancyMap, removed: set[str]) -> None:
+def _draw_scatter(axes: plt.Axes, redundancy: RedundancyMap, covered: set[str]) -> None:
     for unit in redundancy.units:
+        is_removed = unit.name in covered
         axes.scatter(
             100 * unit.latency_share,
-            max(unit.sensitivity, 1e-6),
+            max(unit.sensitivity, _LEAST_SENSITIVITY),
             color=KIND_COLOURS[unit.kind],
-            marker="X" if is_covered_by(unit.name, removed) else "o",
-            s=70 if is_covered_by(unit.name, removed) else 28,
-            edgecolors="black" if is_covered_by(unit.name, removed) else "none",
+            marker="X" if is_removed else "o",
+            s=70 if is_removed else 28,
+            edgecolors="black" if is_removed else "none",
             linewidths=0.8,
         )
     axes.set_yscale("log")
-    axes.set_xlabel("latency saved by removal, % of a UNet call")
+    axes.set_xlabel("latency saved by removal, % of a call")
     axes.set_ylabel("sensitivity (relative squared error)")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -153,7 +156,7 @@ def _draw_scatter(axes: plt.Axes, redundancy: RedundancyMap, removed: set[str]) 
         for kind, colour in KIND_COLOURS.items()
         if any(unit.kind == kind for unit in redundancy.units)
     ]
-    if removed:
+    if covered:
         handles.append(Line2D([], [], color="gray", marker="X", markeredgecolor="black", linestyle="", label="removed"))
     axes.legend(handles=handles, fontsize=8, frameon=False)
 
@@ -168,15 +171,13 @@ _LOSS_COLOURS = {
 
 
 def loss_plot(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
-    """Each stage's loss terms against the step, one line each, or its loss where it has no other; stages one after
-    another."""
+    """Plot the loss terms of each stage against the step, or its loss where it has no terms; stage after stage."""
     figure, axes = plt.subplots(figsize=(9, 3.4), layout="constrained")
     offset = 0
     for name, rows in logs.items():
         terms = [term for term in _LOSS_COLOURS if any(term in row for row in rows)]
         for term in terms or ["loss"]:
-            found = [(row["step"], row[term]) for row in rows if term in row]
-            steps, values = np.array(found).T
+            steps, values = np.array([(row["step"], row[term]) for row in rows if term in row]).T
             colour = _LOSS_COLOURS.get(term, "black")
             axes.plot(offset + steps, values, color=colour, alpha=0.2, linewidth=0.8)
             window = max(1, len(values) // 25)
@@ -195,7 +196,7 @@ def loss_plot(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
 def image_sheet(
     captions: Sequence[str], rows: Sequence[Sequence[Image.Image]], *, side: int = 64, across: int = 12
 ) -> Image.Image:
-    """A sheet of cells, `across` to a line: a caption, and under it one image of each of `rows`."""
+    """Make a sheet of cells, `across` in a line: a caption, and below it one image of each of `rows`."""
     label, gap = 14, 6
     cell_height = label + len(rows) * side + gap
     lines = -(-len(captions) // across)

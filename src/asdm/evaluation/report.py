@@ -1,4 +1,4 @@
-"""The HTML report: one file, no network, with the headline, what was cut, speed, quality and images."""
+"""The HTML report: one file that needs no network, with the headline, the edits, speed, quality and images."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from asdm.compensation.fitting import CompensationReport
-from asdm.evaluation.comparison import Evaluation, EvaluationSet, SpeedFigures, folder_name
+from asdm.evaluation.image_folders import folder_name
 from asdm.evaluation.metrics import JUDGE_NAME
 from asdm.evaluation.plots import loss_plot, redundancy_plot
+from asdm.evaluation.results import Evaluation, SpeedMetrics
+from asdm.evaluation.sampling import EvaluationSet
 from asdm.files import replacing_file, write_text
 from asdm.sensitivity.profile import RedundancyMap
 from asdm.student.plan import PruningPlan
 from asdm.version import __version__
 
-# Field of QualityFigures, title in the report, title in a terminal, how it is written.
+# Field of QualityMetrics, title in the report, title in a terminal, format.
 QUALITY_COLUMNS = (
     ("concept_top1", "concept, top-1", "top-1", "percent"),
     ("concept_top5", "concept, top-5", "top-5", "percent"),
@@ -36,7 +38,7 @@ QUALITY_COLUMNS = (
 
 @dataclass(frozen=True)
 class ImageRow:
-    """A prompt and its image by each model, as data URIs; the real image first where there is one."""
+    """A prompt and each model's image of it, as data URIs; the real image first where there is one."""
 
     caption: str
     images: list[str]
@@ -56,7 +58,7 @@ def write_report(
     rows_per_split: int = 10,
     skipped: Mapping[str, str] | None = None,
 ) -> str:
-    """Write the report; returns its headline."""
+    """Write the report; return its headline."""
     names = [row.name for row in evaluation.speed]
     headline = headline_of(evaluation, target_speedup)
     environment = jinja2.Environment(
@@ -69,7 +71,7 @@ def write_report(
         plan=plan,
         compensation=compensation,
         names=names,
-        columns=_known_columns(evaluation),
+        columns=known_columns(evaluation),
         written=_written,
         splits=[s.split for s in sets],
         image_rows={s.split: _image_rows(s, names, images_folder, rows_per_split) for s in sets},
@@ -83,15 +85,16 @@ def write_report(
     return headline
 
 
-def figures_section(evaluation: Evaluation) -> str:
-    """The figures as Markdown tables, for a model card."""
+def metrics_section(evaluation: Evaluation) -> str:
+    """Return the metrics as Markdown tables, for a model card."""
     environment = jinja2.Environment(loader=jinja2.FunctionLoader(_template), trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template("figures.md.j2").render(
-        evaluation=evaluation, columns=_known_columns(evaluation), written=_written
+    return environment.get_template("metrics.md.j2").render(
+        evaluation=evaluation, columns=known_columns(evaluation), written=_written
     )
 
 
-def _known_columns(evaluation: Evaluation) -> list[tuple[str, str, str, str]]:
+def known_columns(evaluation: Evaluation) -> list[tuple[str, str, str, str]]:
+    """Return those of `QUALITY_COLUMNS` that have values."""
     return [c for c in QUALITY_COLUMNS if any(getattr(row, c[0]) is not None for row in evaluation.quality)]
 
 
@@ -102,13 +105,13 @@ def _written(value: float | None, kind: str) -> str:
 
 
 def headline_of(evaluation: Evaluation, target_speedup: float | None = None) -> str:
-    """One sentence: how much faster and smaller the last model is than the first, and what it kept."""
+    """Say in one sentence how much faster and smaller the last model is than the first, and what quality it keeps."""
     teacher, student = evaluation.speed[0], evaluation.speed[-1]
     size = 100 * student.unet_parameters / teacher.unet_parameters
-    sentence = f"{_faster(student)}, with {size:.0f}% of the UNet's parameters"
+    sentence = f"{_faster(student, evaluation.denoiser)}, with {size:.0f}% of the {evaluation.denoiser}'s parameters"
     unet_speedup = student.unet_ratio
     if target_speedup is not None and unet_speedup.high < target_speedup:
-        sentence += f" (short of the {target_speedup:g}x asked for)"
+        sentence += f" (short of the {target_speedup:g}x requested)"
     for split, words in (
         ("held_out", "held-out prompts"),
         ("seen", "seen prompts"),
@@ -127,14 +130,15 @@ def headline_of(evaluation: Evaluation, target_speedup: float | None = None) -> 
     return f"{sentence}."
 
 
-def _faster(student: SpeedFigures) -> str:
-    """What the last model gained, as far as it was measurable."""
-    unet, pipeline = student.unet_ratio, student.pipeline_ratio
-    if unet.is_measurable and pipeline.is_measurable:
-        return f"The UNet is {unet} faster and the pipeline {pipeline}"
-    if unet.is_measurable:
-        return f"The UNet is {unet} faster; the pipeline's speed-up is {pipeline}"
-    return f"The UNet's speed-up is {unet} and the pipeline's {pipeline}; the UNet computes {student.gmacs:.3g} GMACs"
+def _faster(student: SpeedMetrics, denoiser: str) -> str:
+    """Say how much faster the last model is, as far as it was measurable."""
+    own, pipeline = student.unet_ratio, student.pipeline_ratio
+    if own.is_measurable and pipeline.is_measurable:
+        return f"The {denoiser} is {own} faster and the pipeline {pipeline}"
+    if own.is_measurable:
+        return f"The {denoiser} is {own} faster; the pipeline's speed-up is {pipeline}"
+    gmacs = f"the {denoiser} computes {student.gmacs:.3g} GMACs"
+    return f"The {denoiser}'s speed-up is {own} and the pipeline's {pipeline}; {gmacs}"
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -1,12 +1,15 @@
 """Families of denoisers: all that knows an architecture. `family_of` finds the family of a model or pipeline."""
 
 from asdm.families.base import BlockIO as BlockIO
+from asdm.families.base import BlockPlace as BlockPlace
 from asdm.families.base import Branch as Branch
 from asdm.families.base import CacheCut as CacheCut
 from asdm.families.base import Denoiser as Denoiser
 from asdm.families.base import ModelFamily as ModelFamily
+from asdm.families.base import Preset as Preset
 from asdm.families.base import Unit as Unit
 from asdm.families.base import UnitKind as UnitKind
+from asdm.families.base import UnitLike as UnitLike
 from asdm.families.base import block_of as block_of
 from asdm.families.base import component_of as component_of
 from asdm.families.base import denoiser_call as denoiser_call
@@ -17,3 +20,6 @@ from asdm.families.base import family_of as family_of
 from asdm.families.tensors import fingerprint as fingerprint
 from asdm.families.tensors import require_plain as require_plain
 from asdm.families.unet import UNetFamily as UNetFamily
+
+# Registered after UNets, which messages name where a model's family is not known.
+from asdm.families.transformers import PixArtFamily as PixArtFamily  # isort: skip

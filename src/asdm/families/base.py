@@ -8,15 +8,16 @@ from __future__ import annotations
 import difflib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from asdm.choices import CompensationKind
+from asdm.edits.base import Edit
 from asdm.errors import AsdmError
 from asdm.families.tensors import fingerprint
 
@@ -99,6 +100,35 @@ class BlockIO:
         return states
 
 
+class UnitLike(Protocol):
+    """What a `Unit` and its record in a redundancy profile have in common."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kind(self) -> UnitKind: ...
+
+    @property
+    def parent(self) -> str | None: ...
+
+    @property
+    def block(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a published plan changes in a model.
+
+    `edit`: its only edit, where it is exclusive. Else `removed` names units and larger parts to remove, and the
+    self-attentions with the most tokens attend by region; `prefers_speed` chooses the faster kind of that.
+    """
+
+    edit: Edit | None = None
+    removed: frozenset[str] = frozenset()
+    prefers_speed: bool = False
+
+
 @dataclass(frozen=True)
 class CacheCut:
     """Which modules answer from a cache at a cached step, in order of execution, and which of them is read.
@@ -112,6 +142,14 @@ class CacheCut:
     relative_to: str | None = None
 
 
+@dataclass(frozen=True)
+class BlockPlace:
+    """Where a diagram of the model has a block: its level, 0 for the highest resolution, and its side."""
+
+    level: int
+    side: Literal["encoder", "middle", "decoder"]
+
+
 class Architecture(ABC):
     """The structure of a family's models, and how edits change it: all that a saved student needs to be built.
 
@@ -120,6 +158,7 @@ class Architecture(ABC):
 
     component: ClassVar[str]  # the pipeline's attribute that holds the denoiser: "unet", "transformer"
     model_class: ClassVar[type[Any]]  # the stock class
+    sample_argument: ClassVar[str] = "sample"  # of the denoiser's forward: the noisy latents
 
     # -- structure -------------------------------------------------------------------------------------
 
@@ -180,6 +219,10 @@ class Architecture(ABC):
         connection behind them."""
         return {}
 
+    def stock_config(self, model: Denoiser, edits: Sequence[Edit]) -> dict[str, Any] | None:
+        """Return the config of a stock model that equals the edited one; None where there is none."""
+        return None
+
     def shorter_config(self, model: Denoiser, edit: Any) -> dict[str, Any]:
         """Return the config of the stock model without the layers that an edit `drop_layers` drops.
 
@@ -209,15 +252,58 @@ class Architecture(ABC):
 class ModelFamily(Architecture):
     """All that is known of a family's models: their structure, how they are called, and where features are cached."""
 
+    label: ClassVar[str] = "denoiser"  # what reports call the denoiser
+    layer_classes: ClassVar[tuple[type[Any], ...]] = ()  # whose weights FSDP gathers together
+    presets: ClassVar[tuple[str, ...]] = ()  # names of the family's published plans
+
+    def preset(self, name: str, units: Sequence[UnitLike]) -> Preset:
+        """What a preset changes in a model with these units.
+
+        Raises:
+            AsdmError: the family has no such preset.
+        """
+        raise AsdmError(f"{name}: a preset for another family of models; give a budget instead")
+
+    def semantic_module(self, model: Denoiser) -> str | None:
+        """Path of the module whose output says what an image means; None where there is none."""
+        return None
+
     def block_io(self, model: Denoiser, path: str) -> BlockIO:
         """Where image and text states sit among the outputs of a block or layer."""
         return BlockIO()
 
+    def block_places(self, blocks: Sequence[str]) -> dict[str, BlockPlace]:
+        """Where a diagram has each of these blocks: by default in one column, in their order."""
+        return {block: BlockPlace(level, "middle") for level, block in enumerate(blocks)}
+
     # -- calls -----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def conditioned_call(self, model: Denoiser, latents: Tensor, **conditioning: Tensor) -> dict[str, Any]:
+        """Keyword arguments of a call on noisy latents, but for the time step; `conditioning` are the fields of
+        `asdm.diffusion.conditioning.Conditioning` that are set."""
+
+    def prediction(self, model: Denoiser, output: Tensor) -> Tensor:
+        """The prediction (batch, channels, height, width) in what the denoiser puts out."""
+        return output
+
+    def guidance_embedding(self, model: Denoiser, scales: Tensor) -> Tensor | None:
+        """The embedding of guidance scales (batch,) that the denoiser reads; None where it reads none."""
+        return None
+
+    def embeds_guidance(self, model: Denoiser) -> bool:
+        """Whether the denoiser reads the guidance scale, and its prediction is guided."""
+        return False
 
     @abstractmethod
     def sample_shape(self, model: Denoiser) -> tuple[int, int, int]:
         """(channels, height, width) of the sample that a call at native size reads."""
+
+    def predict(self, model: Denoiser, arguments: Mapping[str, Any]) -> Tensor:
+        """The prediction of one call. The sample is passed by position, as pipelines do: other libraries' patches rely
+        on it."""
+        others = {name: value for name, value in arguments.items() if name != self.sample_argument}
+        return self.prediction(model, model(arguments[self.sample_argument], **others, return_dict=False)[0])
 
     @abstractmethod
     def random_inputs(self, model: Denoiser, batch_size: int, seed: int = 0) -> dict[str, Any]:
@@ -236,11 +322,6 @@ class ModelFamily(Architecture):
     def require_known_inputs(self, model: Denoiser, name: str = "") -> None:
         """Raise an AsdmError where a model has inputs beside latents, a time step, a guidance scale and what prompts
         give; `name` is the checkpoint's in the message."""
-
-    def guidance_inputs(self, model: Denoiser, scales: Tensor) -> dict[str, Tensor]:
-        """Return the keyword arguments by which a model that embeds the guidance scale reads `scales` (batch,); none
-        for other models."""
-        return {}
 
     @abstractmethod
     def unlike(self, model: Denoiser, other: Denoiser) -> str | None:
@@ -333,11 +414,9 @@ def component_of(pipeline: DiffusionPipeline) -> str:
 
 def denoiser_call(model: Denoiser, batch_size: int = 2, seed: int = 0) -> Callable[[], Tensor]:
     """One call of a denoiser on random inputs at its native size; batch 2 is one image with guidance."""
-    arguments = family_of(model).random_inputs(model, batch_size, seed)
-    # By its place, as pipelines give it: what others patch into a denoiser may rely on it.
-    sample = arguments.pop("sample" if "sample" in arguments else "hidden_states")
-    call: Any = model
-    return lambda: call(sample, **arguments, return_dict=False)[0]
+    family = family_of(model)
+    arguments = family.random_inputs(model, batch_size, seed)
+    return lambda: family.predict(model, arguments)
 
 
 def _unknown(name: str) -> AsdmError:

@@ -5,18 +5,60 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
 from asdm.errors import AsdmError
-from asdm.families.base import CacheCut, ModelFamily, block_of, register_family
+from asdm.families.base import BlockPlace, CacheCut, ModelFamily, Preset, UnitLike, block_of, register_family
 from asdm.families.unet_architecture import UNetArchitecture
 from asdm.families.unet_calls import guidance_embedding, random_inputs
+from asdm.families.unet_presets import PRESETS, preset
 from asdm.families.unet_structure import layers, require_known_inputs, unlike
 
 
 @register_family
 class UNetFamily(UNetArchitecture, ModelFamily):
     """Stable Diffusion's UNets."""
+
+    label = "UNet"
+    presets = PRESETS
+    layer_classes = (ResnetBlock2D, BasicTransformerBlock)
+
+    def preset(self, name: str, units: Sequence[UnitLike]) -> Preset:
+        return preset(name, units)
+
+    def block_places(self, blocks: Sequence[str]) -> dict[str, BlockPlace]:
+        """The U: the encoder's and the decoder's blocks at their resolution, the mid block below them."""
+        levels = sum(block.startswith("down_blocks.") for block in blocks)
+        places = {}
+        for block in blocks:
+            side, _, index = block.partition(".")
+            if side == "down_blocks":
+                places[block] = BlockPlace(int(index), "encoder")
+            elif side == "up_blocks":
+                places[block] = BlockPlace(levels - 1 - int(index), "decoder")
+            else:
+                places[block] = BlockPlace(levels, "middle")
+        return places
+
+    def semantic_module(self, model: Any) -> str | None:
+        return None if model.mid_block is None else "mid_block"
+
+    def conditioned_call(self, model: Any, latents: Tensor, **conditioning: Tensor) -> dict[str, Any]:
+        """With `masked` behind the latents, and SDXL's pooled embeddings and image sizes among the added conditions."""
+        states = dict(conditioning)
+        masked = states.pop("masked", None)
+        sample = latents if masked is None else torch.cat([latents, masked.to(latents)], dim=1)
+        added = {name: states.pop(name) for name in ("text_embeds", "time_ids") if name in states}
+        return {"sample": sample, **states, **({"added_cond_kwargs": added} if added else {})}
+
+    def guidance_embedding(self, model: Any, scales: Tensor) -> Tensor | None:
+        return guidance_embedding(model, scales)
+
+    def embeds_guidance(self, model: Any) -> bool:
+        return model.config.get("time_cond_proj_dim") is not None
 
     def sample_shape(self, model: Any) -> tuple[int, int, int]:
         size = model.config.sample_size
@@ -28,10 +70,6 @@ class UNetFamily(UNetArchitecture, ModelFamily):
 
     def require_known_inputs(self, model: Any, name: str = "") -> None:
         require_known_inputs(model, name)
-
-    def guidance_inputs(self, model: Any, scales: Tensor) -> dict[str, Tensor]:
-        embedded = guidance_embedding(model, scales)
-        return {} if embedded is None else {"timestep_cond": embedded}
 
     def unlike(self, model: Any, other: Any) -> str | None:
         return unlike(model, other)

@@ -45,6 +45,8 @@ class UNetArchitecture(Architecture):
 
     def branch(self, model: Any, unit: str) -> Branch:
         module: Any = model.get_submodule(unit)
+        if unit == "mid_block":
+            return Branch(unit, model.config.block_out_channels[-1], kept=lambda hidden_states: hidden_states)
         if unit in layers(model):
             shortcut = getattr(module, "conv_shortcut", None)
             scale = getattr(module, "output_scale_factor", 1.0)

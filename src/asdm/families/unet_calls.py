@@ -20,10 +20,10 @@ def unet_call(unet: UNet2DConditionModel, batch_size: int = 2, seed: int = 0) ->
 
 
 def random_inputs(unet: UNet2DConditionModel, batch_size: int, seed: int = 0) -> dict[str, Any]:
-    """Random arguments of a UNet call at its native size, 77 tokens (16 for the embedded default's width).
+    """Return random arguments of a UNet call at its native size, with 77 tokens (16 for narrow models).
 
     Raises:
-        AsdmError: it has inputs that no prompt brings, as an IP-Adapter's image.
+        AsdmError: the UNet has inputs that no prompt gives, such as an IP-Adapter's image.
     """
     config = unet.config
     require_known_inputs(unet)
@@ -53,10 +53,12 @@ def random_inputs(unet: UNet2DConditionModel, batch_size: int, seed: int = 0) ->
 
 
 def guidance_embedding(unet: UNet2DConditionModel, scales: Tensor) -> Tensor | None:
-    """What a UNet that embeds the guidance scale (`time_cond_proj_dim`, LCM's) reads as `timestep_cond` for `scales`
-    (batch,): (batch, channels), on its device and in its dtype; None for all others."""
+    """Return `timestep_cond` (batch, channels) for guidance scales (batch,); None where the UNet embeds none.
+
+    LCM's UNets embed it (`time_cond_proj_dim`).
+    """
     width = unet.config.get("time_cond_proj_dim")
     if width is None:
         return None
-    embed: Any = StableDiffusionPipeline.get_guidance_scale_embedding  # which asks nothing of a pipeline
+    embed: Any = StableDiffusionPipeline.get_guidance_scale_embedding  # it uses nothing of the pipeline
     return embed(None, scales.cpu().float() - 1, embedding_dim=width).to(unet.device, unet.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import Any
 
 import torch.nn.functional as F
@@ -38,13 +37,6 @@ class RemovedResnet(RemovedUnit):
             if resnet.time_emb_proj is None:
                 raise AsdmError(f"{unit}: has no time embedding to compensate with; drop compensate_time")
             self.time_compensation = TimeProjection(resnet.time_emb_proj.in_features, resnet.out_channels)
-
-    @property
-    def folds(self) -> bool:
-        return self.conv_shortcut is not None
-
-    def unshare(self) -> None:
-        self.conv_shortcut = deepcopy(self.conv_shortcut)
 
     def add_projection(self, weight: Tensor, bias: Tensor) -> None:
         """As the base's, and of the time embedding behind the input: weight (out, in + time)."""
@@ -85,13 +77,11 @@ class RemovedAttention(RemovedUnit):
 class RemovedBranch(RemovedUnit):
     """Adds nothing in place of a branch of a transformer block, or a projection of its input."""
 
-    adds_to_input = True
-
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         if self.compensation is not None:
             return self.compensation(hidden_states)
         nothing = hidden_states.new_zeros(())
-        # Of the shape that token merging expects; a graph's runtime would compute it.
+        # Token merging expects this shape. A graph's runtime would compute it, so graphs get the scalar.
         return nothing if is_traced() else nothing.expand(hidden_states.shape)
 
 
@@ -121,7 +111,7 @@ class RemovedDownsampler(nn.Module):
     """The identity in place of what halves the resolution before the lowest level: a convolution, or a resnet."""
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        # What follows may be added to in place (by a T2I-Adapter), and what came in is a skip connection.
+        # A T2I-Adapter may add to the output in place, and the input is a skip connection.
         return hidden_states.clone()
 
 
@@ -188,7 +178,7 @@ def _removed_branch(
 
 
 def _remove_lowest_level(unet: UNet2DConditionModel) -> dict[str, nn.Module]:
-    """As BK-SDM-Tiny does (arXiv 2305.15798, Sec. 3.1): the two innermost blocks and the resampling."""
+    """Remove the two lowest-resolution blocks and the resampling, as BK-SDM-Tiny does (arXiv 2305.15798, Sec. 3.1)."""
     last = len(unet.down_blocks) - 1
     outer, inner = unet.config.block_out_channels[last - 1 :]
     if outer != inner:

@@ -1,7 +1,7 @@
-"""The structure of a Stable Diffusion UNet: its removable units, how they are named and ordered.
+"""The structure of a Stable Diffusion UNet: its removable units, their names and their order.
 
-Every unit is a residual branch, so each can be removed alone: its shortcut stays, and no skip
-connection and no channel count changes.
+Every unit is a residual branch, so each can be removed alone: its shortcut stays, and no skip connection and no channel
+count changes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from torch import Tensor, nn
+from torch import nn
 
 from asdm.errors import AsdmError
 from asdm.families.base import Unit, UnitKind, block_of
@@ -27,14 +27,14 @@ TRANSFORMER_BRANCHES: dict[str, tuple[UnitKind, str]] = {
 
 
 def blocks(unet: UNet2DConditionModel) -> list[str]:
-    """The UNet's blocks in order of execution."""
+    """Return the UNet's blocks: the encoder's, the mid block, the decoder's."""
     down = [f"down_blocks.{i}" for i in range(len(unet.down_blocks))]
     up = [f"up_blocks.{i}" for i in range(len(unet.up_blocks))]
     return [*down, *(["mid_block"] if unet.mid_block is not None else []), *up]
 
 
 def layers(unet: UNet2DConditionModel) -> list[str]:
-    """Every resnet and attention, in order of execution."""
+    """Return every resnet and attention, in order of execution."""
     names = []
     for block_name in blocks(unet):
         block = unet.get_submodule(block_name)
@@ -45,7 +45,7 @@ def layers(unet: UNet2DConditionModel) -> list[str]:
 
 
 def execution_order(unet: UNet2DConditionModel) -> list[str]:
-    """Module paths that can be replayed, in order of execution: each block's layers, then its resampler."""
+    """Return the modules whose outputs can be cached, in order: each block's layers, then its resampler."""
     order: list[str] = []
     for block_name in blocks(unet):
         order += [name for name in layers(unet) if block_of(name) == block_name]
@@ -56,7 +56,7 @@ def execution_order(unet: UNet2DConditionModel) -> list[str]:
 
 
 def removable_units(unet: UNet2DConditionModel) -> list[Unit]:
-    """All removable units in order of execution, an attention before its parts."""
+    """Return all removable units in order of execution, an attention before its parts."""
     units = []
     for name in layers(unet):
         module = unet.get_submodule(name)
@@ -73,39 +73,33 @@ def removable_units(unet: UNet2DConditionModel) -> list[Unit]:
     return units
 
 
-def shortcut_of(unit: Unit, module: Any, args: tuple[Any, ...]) -> Tensor | float:
-    """The part of a unit's output that stays when its branch goes."""
-    if unit.kind == "resnet":
-        kept = args[0] if module.conv_shortcut is None else module.conv_shortcut(args[0])
-        return kept.detach() / module.output_scale_factor
-    return args[0].detach() if unit.kind == "attention" else 0.0
-
-
 def is_level(name: str) -> bool:
-    """Whether a removal's name is the lowest-resolution level's: that of its down block."""
+    """Whether the name of a removal is that of the lowest-resolution level: its down block's."""
     return name.startswith("down_blocks.") and name.count(".") == 1
 
 
 def conv_channels(unet: UNet2DConditionModel) -> dict[str, tuple[int, int]]:
-    """Input channels of each resnet's `conv1` and `conv2`: of hidden states, and of the skip connection that the
-    first convolution of an up block's resnet reads behind them."""
+    """Return the input channels of each resnet's `conv1` and `conv2`: of hidden states, and of the skip connection.
+
+    Only the first convolution of an up block's resnet reads a skip connection, behind the hidden states.
+    """
     channels: dict[str, tuple[int, int]] = {}
     hidden = unet.config.block_out_channels[-1]
     for name in layers(unet):
         resnet = unet.get_submodule(name)
-        goes_up = name.startswith("up_blocks.")
+        in_decoder = name.startswith("up_blocks.")
         if isinstance(resnet, ResnetBlock2D):
-            skip = resnet.in_channels - hidden if goes_up else 0
+            skip = resnet.in_channels - hidden if in_decoder else 0
             channels[f"{name}.conv1"] = (resnet.in_channels - skip, skip)
             channels[f"{name}.conv2"] = (resnet.out_channels, 0)
-        if goes_up and ".resnets." in name:
-            shortcut = getattr(resnet, "conv_shortcut", None)  # what is left of a removed resnet has it, too
+        if in_decoder and ".resnets." in name:
+            shortcut = getattr(resnet, "conv_shortcut", None)  # a removed resnet keeps it
             hidden = hidden if shortcut is None else shortcut.out_channels
     return channels
 
 
 def is_covered_by(name: str, removed: Collection[str]) -> bool:
-    """Whether a unit goes when `removed` does: by itself, with what contains it, or as the up half of the
+    """Whether removing `removed` removes a unit: by name, with what contains it, or as the up block of the
     lowest-resolution level, which is named by its down block."""
     innermost = any(is_level(other) for other in removed)
     inside = any(name == other or name.startswith(f"{other}.") for other in removed)
@@ -113,7 +107,7 @@ def is_covered_by(name: str, removed: Collection[str]) -> bool:
 
 
 def is_branch(block: nn.Module, branch: str) -> bool:
-    """Whether `branch` is there in a transformer block, and not removed already."""
+    """Whether a transformer block has this branch, and it is not removed already."""
     module = getattr(block, branch, None)
     if not isinstance(block, BasicTransformerBlock) or not isinstance(module, nn.Module):
         return False
@@ -121,13 +115,14 @@ def is_branch(block: nn.Module, branch: str) -> bool:
 
 
 def unlike(unet: UNet2DConditionModel, other: UNet2DConditionModel) -> str | None:
-    """By which field of their configs two UNets read or write other things; None where one can stand for the other."""
+    """Return the first config field by which two UNets read or write other tensors; None where one can replace the
+    other."""
     fields = ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type", "time_cond_proj_dim")
     return unlike_in(unet, other, *fields)
 
 
 def unlike_in(unet: UNet2DConditionModel, other: UNet2DConditionModel, *fields: str) -> str | None:
-    """The first of these fields that two UNets' configs differ in; what was a tuple is a list once it was saved."""
+    """Return the first of these fields that two UNets' configs differ in. Saving turns tuples into lists."""
 
     def value(of: UNet2DConditionModel, field: str) -> Any:
         found = of.config[field]
@@ -136,7 +131,7 @@ def unlike_in(unet: UNet2DConditionModel, other: UNet2DConditionModel, *fields: 
     return next((field for field in fields if value(unet, field) != value(other, field)), None)
 
 
-# Fields of a UNet's config and the values whose inputs prompts bring; what the others are asked for in `forward`.
+# Fields of a UNet's config, the values that need no further input, and the input that other values need.
 _KNOWN_INPUTS: dict[str, tuple[tuple[Any, ...], str]] = {
     "class_embed_type": ((None,), "class_labels"),
     "num_class_embeds": ((None,), "class_labels"),
@@ -147,16 +142,16 @@ _KNOWN_INPUTS: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def require_known_inputs(unet: UNet2DConditionModel, name: str = "") -> None:
-    """Raise an AsdmError where a UNet's config asks for inputs beside noisy latents, a time step, a guidance scale and
-    what prompts bring."""
+    """Raise an AsdmError where a UNet needs inputs beside noisy latents, a time step, a guidance scale and what prompts
+    give."""
     before = f"{name}: " if name else ""
     if unet.config.get("encoder_hid_dim_type") == "ip_image_proj":
         raise AsdmError(f"{before}an IP-Adapter is loaded, and there is no image for it here; unload it first")
-    for asked, (known, read) in _KNOWN_INPUTS.items():
-        value = unet.config.get(asked, known[0])
+    for field, (known, read) in _KNOWN_INPUTS.items():
+        value = unet.config.get(field, known[0])
         if value not in known:
             raise AsdmError(
-                f"{before}its UNet has {asked} {value}, and reads {read}, which is not given to it here; use a "
+                f"{before}its UNet has {field} {value}, and reads {read}, which is not given to it here; use a "
                 "checkpoint that is conditioned by prompts alone"
             )
     widths = unet.config.cross_attention_dim

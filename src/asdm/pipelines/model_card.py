@@ -1,4 +1,4 @@
-"""The README.md of a saved pipeline: what was done to its UNet, and how to load it."""
+"""The README.md of a saved pipeline: what was done to its denoiser, and how to load it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from pathlib import Path
 from diffusers import DiffusionPipeline, LCMScheduler
 from huggingface_hub import ModelCardData
 
-from asdm.families import denoiser_of
+from asdm.families import component_of, denoiser_of, family_of
 from asdm.student.edited_model import edits_of
-from asdm.student.unet import MODULE_NAME
 
 _CARD = """---
 {metadata}
@@ -32,12 +31,13 @@ image = pipeline("a prompt"{images}{few_steps}).images[0]
 
 {plan}
 """
-_HINT = f"""The flag lets the code of its UNet run, `unet/{MODULE_NAME}.py`, which needs nothing but diffusers. With
-`asdm` installed, `asdm.load_pipeline` loads the folder without running code that lies in it. Another pipeline takes
-its UNet by name, as diffusers compares classes exactly: `StableDiffusionImg2ImgPipeline.from_pipe(pipeline,
-unet=pipeline.unet)`; or use `AutoPipelineForImage2Image.from_pipe(pipeline)`.
+_HINT = """The flag lets the code of its {label} run, `{component}/{module}.py`, which needs nothing but diffusers. With
+`asdm` installed, `asdm.load_pipeline` loads the folder without running code that lies in it.{other_pipelines}
 
 """
+_OTHER_PIPELINES = """ Pass the UNet by name
+to another pipeline, as diffusers compares classes exactly: `StableDiffusionImg2ImgPipeline.from_pipe(pipeline,
+unet=pipeline.unet)`; or use `AutoPipelineForImage2Image.from_pipe(pipeline)`."""
 
 
 def model_card(pipeline: DiffusionPipeline, title: str, teacher: str | None = None, figures: str = "") -> str:
@@ -46,10 +46,10 @@ def model_card(pipeline: DiffusionPipeline, title: str, teacher: str | None = No
     Args:
         title: what the model is called; where it is loaded from, in the snippet.
         teacher: the model it was made of; one with a Hub id is named as the base model.
-        figures: a section of measured figures (`asdm.evaluation.report.figures_section`).
+        figures: a section of measured figures (`asdm.evaluation.report.metrics_section`).
     """
     denoiser = denoiser_of(pipeline)
-    edits = edits_of(denoiser)
+    edits, label = edits_of(denoiser), family_of(pipeline).label
     parameters = sum(p.numel() for p in denoiser.parameters()) / 1e6
     base = teacher if teacher is not None and _is_hub_id(teacher) else None
     metadata = ModelCardData(
@@ -59,13 +59,23 @@ def model_card(pipeline: DiffusionPipeline, title: str, teacher: str | None = No
     return _CARD.format(
         metadata=metadata.to_yaml(),
         title=title,
-        what=f"A {type(pipeline).__name__} with a UNet of {parameters:.1f}M parameters{made_of}.",
+        what=f"A {type(pipeline).__name__} with a {label} of {parameters:.1f}M parameters{made_of}.",
         flag=", trust_remote_code=True" if edits else "",
         images=", image=image, mask_image=mask" if "Inpaint" in type(pipeline).__name__ else "",
         few_steps=", num_inference_steps=4, guidance_scale=1" if isinstance(pipeline.scheduler, LCMScheduler) else "",
-        hint=_HINT if edits else "",
+        hint=_hint(pipeline) if edits else "",
         figures=f"## Figures\n\n{figures.strip()}\n\n" if figures else "",
-        plan="\n".join(f"- {edit}" for edit in edits) or "No edits: the UNet is a stock one, as its config says.",
+        plan="\n".join(f"- {edit}" for edit in edits) or f"No edits: the {label} is a stock one, as its config says.",
+    )
+
+
+def _hint(pipeline: DiffusionPipeline) -> str:
+    component = component_of(pipeline)
+    return _HINT.format(
+        label=family_of(pipeline).label,
+        component=component,
+        module=denoiser_of(pipeline).module_name,
+        other_pipelines=_OTHER_PIPELINES if component == "unet" else "",
     )
 
 

@@ -1,50 +1,40 @@
-"""Sensitivities of edits do not add up: look at what a plan's edits do together, and exchange those that are not worth
-it. Beyond the paper.
+"""Refinement of plans by what their edits do together, as sensitivities of edits do not add up. Beyond the paper.
 
-Each round is one step of sequential integer programming: what each edit is worth beside the others is measured anew,
-the programme is solved again near the plan, and what it proposes is kept where the student is nearer to the teacher.
+Each round is one step of sequential integer programming: measure what each edit is worth beside the others, solve the
+programme again near the plan, and keep the result if its student is nearer to the teacher.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from asdm import checks
 from asdm.choices import CompensationKind
-from asdm.compensation.fitting import fit_to_calls, prediction_error, predictions, samples_to_fit, unit_maps
+from asdm.compensation.fitting import fit_to_calls, prediction_error, predictions, samples_to_fit
+from asdm.compensation.projections import unit_projections
 from asdm.data.calibration import CalibrationCall, calibration_calls
-from asdm.edits import GriAttention, Remove, UnitEdit
-from asdm.edits.recast import recast
-from asdm.edits.regional_attention import AttentionOnMap
-from asdm.edits.surgery import replaced_paths, swapped
+from asdm.edits import UnitEdit, restored
 from asdm.errors import AsdmError
-from asdm.families.unet_structure import execution_order, removable_units
+from asdm.families import Denoiser, denoiser_of, family_of
 from asdm.measure.hooks import preserve_module_state
-from asdm.planning.program import (
-    MEASUREMENT_MARGIN,
-    PossibleEdit,
-    is_precise,
-    least_sensitive,
-    measured_speedup,
-    possible_edits,
-    with_measured,
-    without_measured,
-)
-from asdm.sensitivity.profile import RedundancyMap, Trial, ablate, first_layer, trials_of
-from asdm.student.build import build_student
+from asdm.measure.latency import Ratio
+from asdm.planning.possible_edits import PossibleEdit, possible_edits, predicted_speedup
+from asdm.planning.program import least_sensitive
+from asdm.planning.speedup import MEASUREMENT_MARGIN, is_precise, measured_speedup, with_measured, without_measured
+from asdm.sensitivity.ablation import Trial, ablate, trials_of
+from asdm.sensitivity.profile import RedundancyMap
+from asdm.student.build import student_like
 from asdm.student.plan import PlanMetrics, PruningPlan
 
 ROUNDS = 2
-CHANGES = 8  # edits that the first round may take back or add, in all
+CHANGES = 8  # edits that the first round may restore or add, in all
 
 Progress = Callable[[int, int, str], None]
 
@@ -75,150 +65,209 @@ def refine_plan(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> PruningPlan:
-    """The plan, or a better one of the same budget, with `measured_sensitivity`: |student - teacher|^2 / |teacher|^2
-    of the prediction with all edits made and their compensations fitted.
+    """Return the plan, or a better one of the same budget, with its `measured_sensitivity`: |student - teacher|^2 /
+    |teacher|^2 of the prediction with all edits made and their compensations fitted.
 
     Args:
-        redundancy: the map that the plan was made from.
+        redundancy: the profile that the plan was made from.
         data, prompts, timesteps, samples: the calibration, as for `analyze`.
-        rounds: at most so many attempts to better it; 0 only measures.
+        rounds: the most attempts to improve it; 0 only measures.
         progress: called with rounds done, rounds in all, and a note.
 
     Raises:
-        AsdmError: the plan has edits that the map does not know, such as banks: refine first, then add them.
+        AsdmError: the plan has edits that the profile does not know, such as expert kernels: refine first, then add
+            them.
     """
-    teacher: UNet2DConditionModel = pipeline.unet
+    teacher = denoiser_of(pipeline)
     plan.require_for(teacher)
-    choices = possible_edits(redundancy, _projection_of(plan))
-    chosen = [choice for choice in choices if choice.edit in plan.edits]
-    if len(chosen) < len(plan.edits):
-        strange = next(edit for edit in plan.edits if edit not in [choice.edit for choice in chosen])
-        raise AsdmError(f"{strange}: the map does not know this edit; refine a plan as `make_plan` made it")
-    savings = _savings(plan, choices)
-    saved = _saved(choices, savings, chosen)
-    needed = _needed(plan, saved, redundancy.latency_ms)
+    choices = possible_edits(redundancy, _compensation_of(plan))
+    _require_known(plan, choices)
     with preserve_module_state(teacher):
         teacher.eval()
         calls = calibration_calls(pipeline, data, prompts, timesteps or len(redundancy.timesteps), samples, seed)
-        references = predictions(teacher, calls)
-        seen = calibration_calls(pipeline, data, prompts, len(calls), samples or samples_to_fit(pipeline), seed + 1)
-
-        def fitted(candidate: PruningPlan) -> tuple[UNet2DConditionModel, float]:
-            student = build_student(teacher, candidate).eval()
-            fit_to_calls(teacher, student, seen)
-            return student, prediction_error(student, calls, references)
-
-        student, error = fitted(plan)
-        changes = CHANGES
-        for attempt in range(1, rounds + 1):
-            if changes <= 1:
+        fit_calls = calibration_calls(
+            pipeline, data, prompts, len(calls), samples or samples_to_fit(pipeline), seed + 1
+        )
+        refinement = _Refinement(teacher, redundancy, choices, calls, fit_calls, plan)
+        for number in range(1, rounds + 1):
+            if not refinement.can_improve:
                 break
-            worth = _worth(teacher, student, choices, chosen, calls, references, error)
-            repriced = [replace(choice, sensitivity=price) for choice, price in zip(choices, worth, strict=True)]
-            start = [choice for choice, old in zip(repriced, choices, strict=True) if old in chosen]
-            while changes > 1:
-                found = least_sensitive(repriced, savings, needed * (1 - 1e-9), near=(start, changes))
-                edits = [choice.edit for choice in found or start]
-                if set(edits) == set(plan.edits):
-                    changes = 0
-                    break
-                candidate = plan.model_copy(update={"edits": edits})
-                better, moved = fitted(candidate)
-                speed = measured_speedup(teacher, candidate) if moved < error and _target(plan) else None
-                if speed is not None and not is_precise(speed):
-                    speed = None  # the programme has seen to the budget
-                holds = moved < error and (speed is None or speed.value >= _target(plan))
-                if progress is not None:
-                    verdict = "kept" if holds else "not kept"
-                    progress(
-                        attempt, rounds, f"{_exchanged(plan, candidate)}: error {error:.4f} to {moved:.4f}, {verdict}"
-                    )
-                if holds:
-                    if speed is not None:
-                        candidate = with_measured(candidate, speed)
-                    elif _target(plan):
-                        candidate = without_measured(candidate, redundancy)
-                    plan, student, error = candidate, better, moved
-                    chosen = [choice for choice in choices if choice.edit in edits]
-                    saved = _saved(choices, savings, chosen)
-                    needed = _needed(plan, saved, redundancy.latency_ms)
-                    break
-                if moved < error and needed < saved:
-                    needed = saved  # it was nearer to the teacher, and too slow
-                else:
-                    changes //= 2
-    return _told(plan, redundancy, choices, error)
+            refinement.run_round(None if progress is None else partial(progress, number, rounds))
+    return refinement.result()
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A plan with its fitted student and the student's error."""
+
+    plan: PruningPlan
+    student: Denoiser
+    error: float
+
+    def differs_from(self, edits: Sequence[UnitEdit]) -> bool:
+        return set(edits) != set(self.plan.edits)
+
+
+class _Refinement:
+    """The state of a refinement: the best plan so far, how much a better one must save, and by how many edits it may
+    differ."""
+
+    def __init__(
+        self,
+        teacher: Denoiser,
+        redundancy: RedundancyMap,
+        choices: list[PossibleEdit],
+        calls: Sequence[CalibrationCall],
+        fit_calls: Sequence[CalibrationCall],
+        plan: PruningPlan,
+    ):
+        self.teacher, self.redundancy, self.choices = teacher, redundancy, choices
+        self.calls, self.fit_calls = calls, fit_calls
+        self.references = predictions(teacher, calls)
+        self.savings = _savings(plan, choices)
+        self.target = _target(plan)
+        self.changes = CHANGES
+        self.best: _Candidate
+        self.saved: float
+        self.needed: float
+        self._take(self._candidate(plan))
+
+    @property
+    def can_improve(self) -> bool:
+        """Whether a plan that differs may still be better."""
+        return self.changes > 1
+
+    @property
+    def chosen(self) -> list[PossibleEdit]:
+        """The best plan's edits among all that are possible."""
+        return [choice for choice in self.choices if choice.edit in self.best.plan.edits]
+
+    def run_round(self, note: Callable[[str], None] | None) -> None:
+        """Measure what each edit is worth, and try plans near the best one until one is better or none is left."""
+        worth = _worth(self.teacher, self.best, self.choices, self.chosen, self.calls, self.references)
+        repriced = [replace(choice, sensitivity=price) for choice, price in zip(self.choices, worth, strict=True)]
+        start = [new for new, old in zip(repriced, self.choices, strict=True) if old in self.chosen]
+        while self.can_improve:
+            found = least_sensitive(repriced, self.savings, self.needed * (1 - 1e-9), near=(start, self.changes))
+            edits = [choice.edit for choice in found or start]
+            if not self.best.differs_from(edits):
+                self.changes = 0
+                return
+            candidate = self._candidate(self.best.plan.model_copy(update={"edits": edits}))
+            is_nearer = candidate.error < self.best.error
+            speedup = self._speedup(candidate.plan) if is_nearer else None
+            is_better = is_nearer and (speedup is None or speedup.value >= self.target)
+            if note is not None:
+                note(_comparison(self.best, candidate, is_better))
+            if is_better:
+                self._take(replace(candidate, plan=self._with_speedup(candidate.plan, speedup)))
+                return
+            if is_nearer and self.needed < self.saved:
+                self.needed = self.saved  # too slow: save as much as the best plan does
+            else:
+                self.changes //= 2
+
+    def result(self) -> PruningPlan:
+        """The best plan with its metrics."""
+        return _with_metrics(
+            self.best.plan,
+            predicted_sensitivity=sum(choice.sensitivity for choice in self.chosen),
+            predicted_speedup=predicted_speedup(self.redundancy, self.chosen),
+            measured_sensitivity=self.best.error,
+        )
+
+    def _candidate(self, plan: PruningPlan) -> _Candidate:
+        """Build and fit the plan's student, and measure its error."""
+        student = student_like(self.teacher, plan)
+        fit_to_calls(self.teacher, student, self.fit_calls)
+        return _Candidate(plan, student, prediction_error(student, self.calls, self.references))
+
+    def _take(self, candidate: _Candidate) -> None:
+        """Make a candidate the best plan."""
+        self.best = candidate
+        self.saved = sum(
+            saved for choice, saved in zip(self.choices, self.savings, strict=True) if choice in self.chosen
+        )
+        self.needed = _needed(candidate.plan, self.saved, self.redundancy.latency_ms)
+
+    def _speedup(self, plan: PruningPlan) -> Ratio | None:
+        """The plan's measured speed-up; None where it has no target, or the measurement is not precise. The programme
+        has then kept the budget by the profile's latencies."""
+        if not self.target:
+            return None
+        measured = measured_speedup(self.teacher, plan)
+        return measured if is_precise(measured) else None
+
+    def _with_speedup(self, plan: PruningPlan, speedup: Ratio | None) -> PruningPlan:
+        if speedup is not None:
+            return with_measured(plan, speedup)
+        return without_measured(plan, self.redundancy) if self.target else plan
 
 
 def _worth(
-    teacher: UNet2DConditionModel,
-    student: UNet2DConditionModel,
+    teacher: Denoiser,
+    best: _Candidate,
     choices: Sequence[PossibleEdit],
     chosen: Sequence[PossibleEdit],
     calls: Sequence[CalibrationCall],
     references: Sequence[Tensor],
-    error: float,
 ) -> list[float]:
-    """For each edit, how much nearer to the teacher the student would be without it, or how much farther with it.
+    """How much nearer to the teacher the student would be without each chosen edit, or how much farther with each other
+    one.
 
-    The map's own sensitivity where it cannot be tried, as what it changes is gone with something larger.
+    It is the profile's sensitivity for an edit that cannot be tried, because what it changes is removed with something
+    larger.
     """
-    taken = {name for choice in chosen for name in choice.covers}
-    free = [choice for choice in choices if not choice.covers & taken]
-    units = [unit for unit in removable_units(student) if unit.name in {choice.edit.unit for choice in free}]
-    kinds: list[CompensationKind] = [c.edit.compensate for c in free if isinstance(c.edit, Remove)]
+    student, family = best.student, family_of(best.student)
+    covered = {name for choice in chosen for name in choice.covers}
+    free = [choice for choice in choices if not choice.covers & covered]
+    units = [unit for unit in family.units(student) if unit.name in {choice.edit.unit for choice in free}]
+    kinds: list[CompensationKind] = [choice.edit.compensation for choice in free if choice.edit.is_removal]
     kind = kinds[0] if kinds else "none"
-    maps = unit_maps(student, units, calls, kind) if kind != "none" else {}
-    trials = trials_of(student, [choice.edit for choice in free], maps)
-    restored = [_restoring(teacher, student, choice.edit) for choice in chosen]
-    errors, _ = ablate(student, [*trials, *restored], calls, None, references)
+    projections = unit_projections(student, units, calls, kind) if kind != "none" else {}
+    trials = trials_of(student, [choice.edit for choice in free], projections)
+    restorations = [_restoration(teacher, student, choice.edit) for choice in chosen]
+    errors, _ = ablate(student, [*trials, *restorations], calls, None, references)
     moved = {
-        choice: sum(errors[trial.name].values()) / len(calls) - error
-        for choice, trial in zip([*free, *chosen], [*trials, *restored], strict=True)
+        choice: sum(errors[trial.name].values()) / len(calls) - best.error
+        for choice, trial in zip([*free, *chosen], [*trials, *restorations], strict=True)
     }
     moved |= {choice: -moved[choice] for choice in chosen}
     return [max(0.0, moved.get(choice, choice.sensitivity)) for choice in choices]
 
 
-def _restoring(teacher: UNet2DConditionModel, student: UNet2DConditionModel, edit: UnitEdit) -> Trial:
-    """A trial of the student without one of its edits."""
-    behind, left = execution_order(teacher), execution_order(student)
-    behind = behind[behind.index(first_layer(teacher, edit)) :]  # a stage that is gone has no layers left
-    first = next(name for name in behind if name in left)
-    return Trial(f"without {edit}", first, partial(_restored, teacher, student, edit))
+def _restoration(teacher: Denoiser, student: Denoiser, edit: UnitEdit) -> Trial:
+    """The trial of the student without one of its edits."""
+    family = family_of(teacher)
+    order, left = family.execution_order(teacher), family.execution_order(student)
+    behind = order[order.index(edit.changed_layer(family.layers(teacher))) :]
+    first = next(name for name in behind if name in left)  # a removed level has no layers left
+    return Trial(f"without {edit}", first, partial(restored, student, teacher, edit, family))
 
 
-@contextmanager
-def _restored(teacher: UNet2DConditionModel, student: UNet2DConditionModel, edit: UnitEdit) -> Iterator[None]:
-    """For the length of the block, the teacher's modules in the place of what an edit left."""
-    paths = [edit.unit] if isinstance(edit, GriAttention) else replaced_paths(teacher, edit)
-    modules = {path: teacher.get_submodule(path) for path in paths}
-    # The student's transformer says more to its attentions than the teacher's.
-    modules |= {path: recast(AttentionOnMap, each) for path, each in modules.items() if isinstance(each, Attention)}
-    with swapped(student, modules):
-        yield
+def _require_known(plan: PruningPlan, choices: Sequence[PossibleEdit]) -> None:
+    known = [choice.edit for choice in choices]
+    unknown = next((edit for edit in plan.edits if edit not in known), None)
+    if unknown is not None:
+        raise AsdmError(f"{unknown}: the profile does not know this edit; refine a plan as `make_plan` made it")
 
 
-def _projection_of(plan: PruningPlan) -> CompensationKind:
-    kinds = {edit.compensate for edit in plan.edits if isinstance(edit, Remove)}
+def _compensation_of(plan: PruningPlan) -> CompensationKind:
+    """The kind of projection that the plan's edits have."""
+    kinds = {edit.compensation for edit in plan.edits}
     return next(iter(kinds - {"none"}), "none")
 
 
 def _savings(plan: PruningPlan, choices: Sequence[PossibleEdit]) -> list[float]:
-    """Of the resource that the plan's budget is of; milliseconds where it has none."""
+    """What each choice saves of the plan's budgeted resource; milliseconds where it has no budget."""
     target = {} if plan.figures is None else plan.figures.target
     if "params" in target:
         return [choice.parameters for choice in choices]
     return [choice.macs if "macs" in target else choice.ms for choice in choices]
 
 
-def _saved(choices: Sequence[PossibleEdit], savings: Sequence[float], chosen: Sequence[PossibleEdit]) -> float:
-    return sum(saved for choice, saved in zip(choices, savings, strict=True) if choice in chosen)
-
-
 def _needed(plan: PruningPlan, saved: float, latency_ms: float) -> float:
-    """What a better plan must save: as much as this one, or less where this one was measured to be faster than asked
-    for."""
+    """What a better plan must save: as much as this one; less if this one is faster than requested."""
     target = _target(plan)
     measured = None if plan.figures is None else plan.figures.measured_speedup
     if not target or measured is None:
@@ -228,25 +277,21 @@ def _needed(plan: PruningPlan, saved: float, latency_ms: float) -> float:
 
 
 def _target(plan: PruningPlan) -> float:
-    """The speed-up that the plan is for; 0 where it is for something else."""
+    """The requested speed-up; 0 where the plan has another budget."""
     return 0.0 if plan.figures is None else plan.figures.target.get("speedup", 0.0)
 
 
-def _exchanged(before: PruningPlan, after: PruningPlan) -> str:
-    back = [edit for edit in before.edits if edit not in after.edits]
-    return f"{len(back)} edits taken back, {len(after.edits) - len(before.edits) + len(back)} made instead"
-
-
-def _told(plan: PruningPlan, redundancy: RedundancyMap, choices: Sequence[PossibleEdit], error: float) -> PruningPlan:
-    chosen = [choice for choice in choices if choice.edit in plan.edits]
-    return _with_figures(
-        plan,
-        predicted_sensitivity=sum(choice.sensitivity for choice in chosen),
-        predicted_speedup=redundancy.latency_ms / (redundancy.latency_ms - sum(choice.ms for choice in chosen)),
-        measured_sensitivity=error,
+def _comparison(best: _Candidate, candidate: _Candidate, is_better: bool) -> str:
+    before, after = best.plan.edits, candidate.plan.edits
+    restored_edits = [edit for edit in before if edit not in after]
+    added = len(after) - len(before) + len(restored_edits)
+    verdict = "kept" if is_better else "not kept"
+    return (
+        f"{len(restored_edits)} edits restored, {added} added: "
+        f"error {best.error:.4f} to {candidate.error:.4f}, {verdict}"
     )
 
 
-def _with_figures(plan: PruningPlan, **figures: float | None) -> PruningPlan:
+def _with_metrics(plan: PruningPlan, **metrics: float | None) -> PruningPlan:
     known = plan.figures or PlanMetrics(target={}, predicted_speedup=1.0)
-    return plan.model_copy(update={"figures": known.model_copy(update=figures)})
+    return plan.model_copy(update={"figures": known.model_copy(update=metrics)})

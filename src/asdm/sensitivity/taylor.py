@@ -4,88 +4,88 @@ To first order, the prediction moves by J b when a unit's branch output b goes, 
 prediction by the unit's hidden states. For random v with independent entries of variance 1 the expectation
 of <v, J b>^2 is |J b|^2, and <v, J b> is <J^T v, b>: one backward pass from v gives it for every unit and
 every sample (inferred: the Taylor criterion of arXiv 1906.10771, with random projections of the prediction in
-the place of a loss, whose gradient vanishes at the teacher). The unit is the ablation's:
+place of a loss, whose gradient vanishes at the teacher). The result is in the ablation's terms:
 |prediction without it - prediction|^2 / |prediction|^2.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from asdm.data.calibration import CalibrationCall
-from asdm.edits import GriAttention
-from asdm.edits.regional_attention import GriAttnProcessor
-from asdm.families.unet_structure import Unit, shortcut_of
+from asdm.edits import UnitEdit
+from asdm.families import Branch, Denoiser, Unit, family_of
 from asdm.measure.hooks import outputs_of
 
 Progress = Callable[[int, int, str], None]
-Recorded = Callable[[CalibrationCall, dict[str, Any], Tensor], None]
+OnCall = Callable[[CalibrationCall, dict[str, Any], Tensor], None]
+Products = dict[str, list[Tensor]]
 
 
 def taylor_sensitivity(
-    unet: UNet2DConditionModel,
+    model: Denoiser,
     units: Sequence[Unit],
     calls: Sequence[CalibrationCall],
     *,
     probes: int,
-    regional: Sequence[GriAttention] = (),
+    edits: Sequence[UnitEdit] = (),
     seed: int = 0,
     progress: Progress | None = None,
-    recording: Sequence[str] = (),
-    recorded: Recorded | None = None,
+    recorded: Sequence[str] = (),
+    on_call: OnCall | None = None,
 ) -> dict[str, dict[int, float]]:
-    """First-order estimate of each unit's relative squared error, by time step.
+    """Estimate each unit's relative squared error to first order, by time step.
 
     Args:
-        regional: global-regional attentions to estimate too, by what they change of the branch's output.
-        probes: random projections for each call, which costs one forward pass and a backward pass for each.
+        edits: other edits to estimate too (`has_first_order_estimate`), by what they change of their unit's output.
+        probes: random projections for each call: one forward pass, and a backward pass for each.
         progress: called with calls done, calls in all, and what is done.
-        recorded: called with each call, what the modules named in `recording` put out in it, and the prediction, for
-            whom else they can serve.
+        on_call: called with each call, the outputs of the modules named in `recorded`, and the prediction.
     """
-    errors: dict[str, dict[int, float]] = {name: {} for name in [*(u.name for u in units), *map(str, regional)]}
+    errors: dict[str, dict[int, float]] = {unit.name: {} for unit in units}
+    errors |= {edit.trial_name: {} for edit in edits}
     generator = torch.Generator().manual_seed(seed)
-    needed_gradients = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-    unet.requires_grad_(False)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
     try:
         for index, call in enumerate(calls):
-            with outputs_of(unet, recording) as outputs:
-                products, prediction = _projected(unet, units, regional, call, probes, generator)
-            power = prediction.float().square().sum()
+            with outputs_of(model, recorded) as outputs:
+                products, prediction = _projected(model, units, edits, call, probes, generator)
+            square = prediction.float().square().sum()
             for name, by_timestep in errors.items():
                 moved = sum(product.square().sum() for product in products[name])
-                by_timestep[call.timestep] = float(moved / power) / probes
-            if recorded is not None:
-                recorded(call, outputs, prediction)
+                by_timestep[call.timestep] = float(moved / square) / probes
+            if on_call is not None:
+                on_call(call, outputs, prediction)
             if progress is not None:
                 progress(index + 1, len(calls), f"time step {call.timestep}")
     finally:
-        for parameter in needed_gradients:
+        for parameter in trained:
             parameter.requires_grad_(True)
     return errors
 
 
 @torch.enable_grad()
 def _projected(
-    unet: UNet2DConditionModel,
+    model: Denoiser,
     units: Sequence[Unit],
-    regional: Sequence[GriAttention],
+    edits: Sequence[UnitEdit],
     call: CalibrationCall,
     probes: int,
     generator: torch.Generator,
-) -> tuple[dict[str, list[Tensor]], Tensor]:
-    """<v, J b> (batch,) of each unit for each of some random v; and the prediction."""
-    products: dict[str, list[Tensor]] = defaultdict(list)
-    arguments = {**call.arguments, "sample": call.arguments["sample"].detach().requires_grad_(True)}
-    with _meeting_gradients(unet, units, regional, products):
-        prediction = unet(**arguments, return_dict=False)[0]
+) -> tuple[Products, Tensor]:
+    """<v, J b> (batch,) of each unit and edit for each of some random v; and the prediction."""
+    products: Products = defaultdict(list)
+    family = family_of(model)
+    sample = call.arguments[family.sample_argument].detach().requires_grad_(True)
+    with _recording_products(model, units, edits, products):
+        prediction = family.predict(model, {**call.arguments, family.sample_argument: sample})
         for probe in range(probes):
             directions = torch.randn(prediction.shape, generator=generator).to(prediction)
             prediction.backward(directions, retain_graph=probe < probes - 1)
@@ -93,48 +93,49 @@ def _projected(
 
 
 @contextmanager
-def _meeting_gradients(
-    unet: UNet2DConditionModel,
-    units: Sequence[Unit],
-    regional: Sequence[GriAttention],
-    products: dict[str, list[Tensor]],
+def _recording_products(
+    model: Denoiser, units: Sequence[Unit], edits: Sequence[UnitEdit], products: Products
 ) -> Iterator[None]:
-    """Note <gradient, what goes of the output> (batch,) of every edit in each backward pass."""
-    handles = []
-    processors = {edit.unit: GriAttnProcessor(edit.regions, edit.pool, edit.weighted) for edit in regional}
-    names = {edit.unit: str(edit) for edit in regional}
-    sides: dict[str, tuple[int, int]] = {}  # of the map of tokens, by transformer
+    """Record <gradient, what goes of the output> (batch,) of every unit and edit in each backward pass."""
+    family = family_of(model)
+    edits_of: dict[str, list[UnitEdit]] = defaultdict(list)
+    for edit in edits:
+        edits_of[edit.unit].append(edit)
+    layer_inputs: dict[str, Tensor] = {}
 
-    def note(unit: Unit) -> Callable[..., None]:
-        def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
-            behind: Tensor = output[0] if isinstance(output, tuple) else output
+    def observe(unit: Unit, branch: Branch) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            io = family.block_io(model, unit.name)
+            states, behind = io.image_input(args, kwargs).detach(), io.image_states(output)
             with torch.no_grad():
-                goes = {unit.name: behind.detach() - shortcut_of(unit, module, args)}
-                if unit.name in processors:
-                    instead = processors[unit.name](module, args[0].detach(), map_sides=sides[unit.layer])
-                    goes[names[unit.name]] = behind.detach() - instead
-
-            def meet(gradient: Tensor) -> None:
-                for name, part in goes.items():
-                    products[name].append((gradient.float() * part.float()).flatten(1).sum(1))
-
-            behind.register_hook(meet)
+                kept = 0.0 if branch.kept is None else branch.kept(states)
+                removed = {unit.name: behind.detach() - kept}
+                for edit in edits_of[unit.name]:
+                    instead = edit.estimated_output(module, (states, *args[1:]), layer_inputs[unit.layer])
+                    removed[edit.trial_name] = behind.detach() - instead
+            behind.register_hook(_product_recorder(removed, products))
 
         return hook
 
-    def note_sides(layer: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            height, width = args[0].shape[2:]
-            sides[layer] = height, width
+    def record_input(layer: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            layer_inputs[layer] = family.block_io(model, layer).image_input(args, kwargs).detach()
 
         return hook
 
-    for unit in units:
-        handles.append(unet.get_submodule(unit.name).register_forward_hook(note(unit)))
-        if unit.name in processors:
-            handles.append(unet.get_submodule(unit.layer).register_forward_pre_hook(note_sides(unit.layer)))
-    try:
+    with ExitStack() as hooks:
+        for unit in units:
+            module, branch = model.get_submodule(unit.name), family.branch(model, unit.name)
+            hooks.enter_context(module.register_forward_hook(observe(unit, branch), with_kwargs=True))
+            if unit.name in edits_of:
+                layer = model.get_submodule(unit.layer)
+                hooks.enter_context(layer.register_forward_pre_hook(record_input(unit.layer), with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _product_recorder(removed: Mapping[str, Tensor], products: Products) -> Callable[[Tensor], None]:
+    def record(gradient: Tensor) -> None:
+        for name, part in removed.items():
+            products[name].append((gradient.float() * part.float()).flatten(1).sum(1))
+
+    return record

@@ -1,7 +1,7 @@
-"""Adapter files that number layers by position: from the numbers of the original UNet, or of the student, to names.
+"""Adapter files that number layers by position: their numbers translated to the student's.
 
 An IP-Adapter numbers the cross-attentions, and the LoRA of a FaceID one all attentions, in order of execution. A
-student has fewer of them, so each number stands for a name of the UNet that the file was made for.
+student has fewer attentions, so each number is resolved to a name in the UNet that the file was made for.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _KEY = re.compile(r"(\d+)\.to_(q|k|v|out)_(ip|lora)\.(down\.|up\.)?weight")
 
 
 def attentions_of(unet: UNet2DConditionModel) -> list[str]:
-    """Module paths of all attentions, in the order in which files number them.
+    """Return the module paths of all attentions, in the order in which files number them.
 
-    Those of an IP-Adapter that is loaded already, which project its images, are not the UNet's own.
+    Attentions of a loaded IP-Adapter, which project its images, do not count.
     """
     own = (name for name in unet.attn_processors if not name.startswith("encoder_hid_proj."))
     return [name.removesuffix(".processor") for name in own]
@@ -31,13 +31,13 @@ def attentions_of(unet: UNet2DConditionModel) -> list[str]:
 def renumber(
     state_dict: Mapping[str, Any], original: UNet2DConditionModel, student: UNet2DConditionModel
 ) -> dict[str, Any]:
-    """An IP-Adapter's weights with the student's numbers; what is for attentions that the student lacks is left out.
+    """Return an IP-Adapter's weights with the student's numbers, without those for attentions that the student lacks.
 
-    A file that fits both UNets is taken for one of the original.
+    A file that fits both UNets counts as one for the original.
 
     Args:
         state_dict: of one file, `{"image_proj": .., "ip_adapter": ..}`.
-        original: without the student's edits; its weights are not looked at.
+        original: without the student's edits; its weights are not read.
 
     Raises:
         AsdmError: the file fits neither UNet.
@@ -62,7 +62,7 @@ def renumber(
 def _numbers_of(
     tensors: Mapping[str, Tensor], original: UNet2DConditionModel, student: UNet2DConditionModel
 ) -> dict[str, Numbers]:
-    """What the numbers in a file mean, by kind of weight."""
+    """Return what the numbers in a file mean, by kind of weight."""
     used = {int(found[1]) for key in tensors if (found := _KEY.fullmatch(key)) and found[3] == "ip"}
     for unet in (original, student):
         everywhere = dict(enumerate(attentions_of(unet)))
@@ -86,13 +86,13 @@ def _numbers_of(
 
 
 def _cross_numbers(unet: UNet2DConditionModel) -> dict[int, str]:
-    """The cross-attentions as diffusers numbers them."""
+    """Return the cross-attentions as diffusers numbers them."""
     crossing = [name for name in attentions_of(unet) if not name.endswith("attn1")]
     return {2 * index + 1: name for index, name in enumerate(crossing)}
 
 
 def _fit(tensors: Mapping[str, Tensor], unet: UNet2DConditionModel, numbers: Mapping[str, Numbers]) -> bool:
-    """Whether the weights have the shapes that the attentions with these numbers need."""
+    """Whether the weights have the shapes of the attentions with these numbers."""
     for key, tensor in tensors.items():
         found = _KEY.fullmatch(key)
         if found is None:

@@ -17,16 +17,28 @@ def empty_student(unet: Denoiser, plan: PruningPlan) -> Any:
     return model_without_weights(unet, plan.edits)
 
 
+def student_like(unet: Denoiser, plan: PruningPlan) -> Denoiser:
+    """Build a student in evaluation mode whose modules keep the teacher's names, even where it could be a stock
+    model."""
+    student = model_without_weights(unet, plan.edits, may_be_stock=False)
+    inherit_weights(student, unet)
+    return student.eval()
+
+
 @checks.arguments(unet=checks.UNET, plan=checks.a(PruningPlan, "asdm.make_plan makes one"))
 def build_student(unet: Denoiser, plan: PruningPlan) -> Denoiser:
-    """A student UNet: the teacher's architecture with the plan's edits, its weights inherited (copied).
+    """Build a student: the teacher's architecture with the plan's edits, and a copy of the teacher's weights.
 
-    An `AsdmUNet2DConditionModel`, or a stock UNet2DConditionModel where the plan shortens. A plan without edits
-    gives bit-identical outputs. The teacher is not changed; device, dtype and mode are the teacher's.
+    The student is of the family's student class, such as `AsdmUNet2DConditionModel`, or of the stock class where the
+    edits amount to a stock model. A plan without edits gives bit-identical outputs. The teacher is not changed; device,
+    dtype and mode are the teacher's.
+
+    Args:
+        unet: the teacher: a UNet or another denoiser.
 
     Raises:
-        AsdmError: a plan for another architecture, or with an edit that this UNet does not allow; or a LoRA is loaded,
-            the UNet compiled or its weights offloaded.
+        AsdmError: a plan for another architecture, or with an edit that this model does not allow; or a LoRA is loaded,
+            the model compiled or its weights offloaded.
     """
     require_plain(unet)
     student = empty_student(unet, plan)

@@ -11,26 +11,33 @@ from torch import Tensor
 from asdm.edits import Edit, UnitEdit, removed_units
 from asdm.errors import AsdmError
 from asdm.families import Denoiser, family_of
+from asdm.student.classes import student_class_of
 from asdm.student.edited_model import edits_of
-from asdm.student.models import student_class_of
 
 
-def model_without_weights(model: Any, edits: Sequence[Edit]) -> Any:
+def model_without_weights(model: Any, edits: Sequence[Edit], *, may_be_stock: bool = True) -> Any:
     """Return the modules of the student that these edits make of a model, without weights (on the meta device).
+
+    Args:
+        may_be_stock: whether the student is of the stock class, with other names of modules, where that is possible.
 
     Raises:
         AsdmError: an edit that the model does not allow.
     """
     family = family_of(model)
+    stock: dict[str, Any] | None
     exclusive = next((edit for edit in edits if edit.is_exclusive), None)
     if exclusive is not None:
         if len(edits) > 1:
             raise AsdmError(
                 f"{exclusive.edit}: goes with no other edit, as it gives layers new numbers; make two plans"
             )
-        shorter = exclusive.stock_config(model, family)
+        stock = exclusive.stock_config(model, family)
+    else:
+        stock = family.stock_config(model, edits) if may_be_stock else None
+    if stock is not None:
         with init_empty_weights():
-            return family.model_class.from_config(shorter)
+            return family.model_class.from_config(stock)
     config = {key: value for key, value in model.config.items() if key != "edits"}
     new = [edit.unit for edit in edits if isinstance(edit, UnitEdit)]
     removed = removed_units(edits, [], family)
@@ -45,11 +52,10 @@ def model_without_weights(model: Any, edits: Sequence[Edit]) -> Any:
 
 
 def inherit_weights(student: Denoiser, teacher: Denoiser) -> None:
-    """Copy every tensor that the student has from the teacher's tensor of the same name; what the student has
-    of its own starts where it changes nothing.
+    """Copy every tensor of the student from the teacher. A student's own modules give their starting tensors.
 
     Raises:
-        AsdmError: an expert of a new bank is not in the teacher.
+        AsdmError: an expert kernel is not in the teacher.
     """
     family = family_of(teacher)
     source = teacher.state_dict()

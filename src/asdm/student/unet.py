@@ -50,7 +50,7 @@ class AsdmUNet2DConditionModel(EditedModel, UNet2DConditionModel):
     def forward(self, sample: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
         innermost = self.down_blocks[-1]
         if isinstance(innermost, RemovedDownBlock):
-            kwargs |= _for_what_is_left(kwargs, innermost.skips)
+            kwargs |= _fitted_residuals(kwargs, innermost.skips)
         return super().forward(sample, timestep, *args, **kwargs)
 
     def get_time_embed(self, sample: Tensor, timestep: Tensor | float | int) -> Tensor | None:
@@ -70,8 +70,8 @@ class AsdmUNet2DConditionModel(EditedModel, UNet2DConditionModel):
         return [renumber(each, original, self) for each in given]
 
     def set_adapters(self, adapter_names: Any, weights: Any = None) -> None:
-        """As the stock UNet; scales by block and layer are those of the original, which diffusers knows by its class's
-        name."""
+        """As the stock UNet. Scales by block and layer are resolved for the original, whose class name diffusers
+        knows."""
         given = weights if isinstance(weights, list) else [weights]
         if any(isinstance(each, dict) for each in given):
             expanded = _maybe_expand_lora_scales(self.original(), [1.0 if each is None else each for each in given])
@@ -89,8 +89,8 @@ class AsdmUNet2DConditionModel(EditedModel, UNet2DConditionModel):
             super().unfuse_lora()
 
     def set_attn_processor(self, processor: Any) -> None:
-        """As the stock UNet, and from a dict for the original; but regional attention is the student's architecture,
-        and gives way to its kind alone."""
+        """As the stock UNet, and from a dict for the original. Only another regional processor replaces regional
+        attention, which is part of the student's architecture."""
         given = processor if isinstance(processor, dict) else dict.fromkeys(self.attn_processors, processor)
         gone = given.keys() - self.attn_processors.keys()
         if gone and gone <= self.original().attn_processors.keys():
@@ -114,7 +114,7 @@ class AsdmUNet2DConditionModel(EditedModel, UNet2DConditionModel):
 
     @contextmanager
     def _regional_kept(self) -> Iterator[None]:
-        """Through what sets each attention's processor by itself."""
+        """Restore regional processors after a block that replaces each attention's processor."""
         processors = self._regional()
         yield
         for name, processor in processors.items():
@@ -125,9 +125,11 @@ class AsdmUNet2DConditionModel(EditedModel, UNet2DConditionModel):
 AsdmUNet2DConditionModel.__module__ = MODULE_NAME
 
 
-def _for_what_is_left(kwargs: dict[str, Any], skips: int) -> dict[str, Any]:
-    """What a ControlNet or T2I-Adapter made for the original adds, where the innermost stage is gone: what met it meets
-    the stage around it, at that one's size; the skip connections into it go nowhere."""
+def _fitted_residuals(kwargs: dict[str, Any], skips: int) -> dict[str, Any]:
+    """Fit the residuals of a ControlNet or T2I-Adapter for the original to a student without the lowest level.
+
+    Residuals for that level's output go to the level above it, resized; those for its skip connections are dropped.
+    """
     fitted: dict[str, Any] = {}
     down = kwargs.get("down_block_additional_residuals")
     middle = kwargs.get("mid_block_additional_residual")

@@ -1,0 +1,160 @@
+"""The main job, `compress`: its arguments, its steps in a row, and what it returns."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+
+from asdm import checks
+from asdm.choices import CompensationKind, PredictionType, Sensitivity
+from asdm.compression.settings import KIND, Settings, claim_folder, make_settings
+from asdm.compression.steps import STEPS, Job, Progress
+from asdm.data.sources import require_usable
+from asdm.diffusion.generation import require_steps
+from asdm.distillation.stages import Stage
+from asdm.errors import AsdmError
+from asdm.evaluation.comparison import Evaluation
+from asdm.evaluation.metrics import Judge
+from asdm.evaluation.report import headline_of
+from asdm.families import denoiser_of
+from asdm.files import require_ours
+from asdm.pipelines.loading import load_pipeline
+from asdm.planning.budget import require_params
+from asdm.student.plan import PruningPlan
+
+REPORT, PLAN, EVALUATION = "report.html", "plan.json", "evaluation.json"  # a folder with these is finished
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What `compress` made: a folder that loads as a pipeline, its results, and one sentence about them."""
+
+    folder: Path
+    report: Path
+    headline: str
+    plan: PruningPlan
+    evaluation: Evaluation
+    skipped: dict[str, str]
+
+
+@checks.arguments(
+    model=checks.path,
+    out=checks.path,
+    sensitivity=checks.literal(Sensitivity),
+    compensate=checks.literal(CompensationKind),
+    refine=checks.whole(0, 1000),
+    data=checks.path,
+    steps=checks.TRAINING_STEPS,
+    recipe=checks.path,
+    stages=checks.each(checks.a(Stage)),
+    samples=checks.whole(0, 10**6),
+    sampling_steps=checks.STEPS,
+    seed=checks.SEED,
+    progress=checks.function,
+)
+def compress(
+    model: str,
+    out: str | Path,
+    *,
+    speedup: float | None = None,
+    params: float | None = None,
+    macs: float | None = None,
+    preset: str | None = None,
+    sensitivity: Sensitivity | None = None,
+    compensate: CompensationKind | None = None,
+    refine: int | None = None,
+    data: str | Path | None = None,
+    steps: int = 1000,
+    recipe: str = "joint",
+    stages: Sequence[Stage] | None = None,
+    samples: int = 128,
+    sampling_steps: int = 25,
+    prediction_type: PredictionType | None = None,
+    config: str | None = None,
+    device: str | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Compression:
+    """Make a smaller and faster pipeline of `model` in the folder `out`; called again, resume.
+
+    Args:
+        model: as for `load_pipeline`.
+        speedup, params, macs, preset: the budget, as for `make_plan`; exactly one.
+        sensitivity: how sensitivities are measured, as for `analyze`; for a preset, whose edits do not depend on them,
+            estimated by default.
+        compensate: what is fitted in place of removed branches, as for `make_plan`; by default "none" for random
+            weights.
+        refine: rounds of `refine_plan`; by default none for a preset and for random weights.
+        data: captioned images to calibrate, train and evaluate on, as for `open_data`.
+        steps: training steps; 0 prunes only, and then needs no data.
+        recipe: of the distillation (`asdm.distillation.recipes`): by name, or a YAML file.
+        stages: the distillation in detail, instead of `steps` and `recipe`.
+        samples: images per split in the evaluation; 0 measures speed only.
+        sampling_steps: sampling steps in the evaluation.
+        prediction_type, config: what the model is, whatever its checkpoint says, as for `load_pipeline`.
+        device: where to work; the CPU by default.
+        progress: called with a title, its done and total, and a note.
+
+    Raises:
+        AsdmError: whatever the steps raise; or `out` is not ours, or was made with other settings.
+    """
+    out = Path(out)
+    _require_one_process()
+    settings = make_settings(
+        model,
+        {"speedup": speedup, "params": params, "macs": macs, "preset": preset},
+        sensitivity=sensitivity,
+        compensate=compensate,
+        refine=refine,
+        data=data,
+        steps=steps,
+        recipe=recipe,
+        stages=stages,
+        samples=samples,
+        sampling_steps=sampling_steps,
+        prediction_type=prediction_type,
+        config=config,
+        seed=seed,
+    )
+    require_ours(out, KIND)
+    if all((out / name).is_file() for name in (REPORT, PLAN, EVALUATION)):
+        return _finished(out, settings)
+    return _run(out, settings, device, progress)
+
+
+def _require_one_process() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise AsdmError("compress works in one process; launch prepare-data and distill in several")
+
+
+def _run(out: Path, settings: Settings, device: str | None, progress: Progress | None) -> Compression:
+    """All steps in a row; those that are done are loaded."""
+    teacher = _checked_teacher(settings, device)
+    claim_folder(out, settings)
+    job = Job(settings, out, teacher, progress or (lambda *_: None))
+    for step in STEPS:
+        step.perform(job)
+    return Compression(out, out / REPORT, job.headline, job.plan, job.evaluation, job.skipped)
+
+
+def _finished(out: Path, settings: Settings) -> Compression:
+    """What an earlier run made."""
+    claim_folder(out, settings)
+    plan, evaluation = PruningPlan.load(out / PLAN), Evaluation.load(out / EVALUATION)
+    return Compression(out, out / REPORT, headline_of(evaluation, settings.budget["speedup"]), plan, evaluation, {})
+
+
+def _checked_teacher(settings: Settings, device: str | None) -> DiffusionPipeline:
+    """Load the teacher, and refuse before any work what a later step would refuse."""
+    if settings.data is not None:
+        require_usable(settings.data)
+    pipeline = load_pipeline(settings.model, device=device, **settings.claims)
+    require_params(denoiser_of(pipeline), settings.budget["params"])
+    require_steps(pipeline, settings.sampling_steps)
+    if settings.samples > 0 and not settings.is_random:
+        Judge()  # whose package may not be installed
+    return pipeline

@@ -1,0 +1,139 @@
+"""What a run of `compress` is asked for, beside its results: a folder is resumed only with the same settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from asdm.choices import CompensationKind, PredictionType, Sensitivity
+from asdm.distillation.recipes import RECIPES, read_stages
+from asdm.distillation.stages import Stage, parse_stages
+from asdm.errors import AsdmError
+from asdm.files import MARKER, write_text
+from asdm.old_names import OLD_COMPRESSION_SETTINGS, renamed
+from asdm.planning.budget import require_budget
+from asdm.planning.refine import ROUNDS
+from asdm.records import Record
+
+KIND = "compression"  # of a folder, in its marker
+
+
+class Settings(Record):
+    """The settings of a run, with the defaults filled in that depend on the model."""
+
+    model: str = Field(description="The teacher, as for `load_pipeline`.")
+    budget: dict[str, Any] = Field(description="speedup, params, macs and preset; all but one are None.")
+    sensitivity: Sensitivity | None = Field(description="How sensitivities are measured; None for the default.")
+    compensate: CompensationKind = Field(description="What is fitted in place of removed branches.")
+    refine: int = Field(description="Rounds of refinement.")
+    data: str | None = Field(description="The data source.")
+    steps: int | None = Field(description="Training steps; None with stages.")
+    recipe: str | None = Field(description="The recipe's name; None with stages.")
+    samples: int = Field(description="Images per split in the evaluation.")
+    sampling_steps: int = Field(description="Sampling steps in the evaluation.")
+    stages: list[Stage] | None = Field(description="The distillation in detail, instead of steps and recipe.")
+    seed: int = Field(description="Seed of all random numbers.")
+    prediction_type: PredictionType | None = Field(None, description="What the model predicts, if given.")
+    config: str | None = Field(None, description="The model's configuration, if given.")
+
+    @property
+    def claims(self) -> dict[str, Any]:
+        """What was said of the model beside its checkpoint."""
+        given = {"prediction_type": self.prediction_type, "config": self.config}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the model has random weights, which are good for speed and memory only."""
+        return has_random_weights(self.model)
+
+    def saved(self) -> dict[str, Any]:
+        """The settings as JSON data."""
+        content = self.model_dump(mode="json", exclude={"prediction_type", "config"})
+        return content | self.claims
+
+
+def has_random_weights(model: str) -> bool:
+    """Whether a model's name asks for random weights."""
+    return model.startswith("random:")
+
+
+def make_settings(
+    model: str | Path,
+    budget: dict[str, Any],
+    *,
+    compensate: CompensationKind | None,
+    refine: int | None,
+    data: str | Path | None,
+    steps: int,
+    recipe: str | Path,
+    stages: Sequence[Stage] | None,
+    config: str | Path | None,
+    **others: Any,
+) -> Settings:
+    """Check the settings that depend on each other, and fill in their defaults.
+
+    Raises:
+        AsdmError: not one budget, a distillation without data, or a recipe that does not exist or whose students sample
+            unlike their teacher.
+    """
+    require_budget(**budget)
+    if stages is None and recipe not in RECIPES:
+        stages = read_stages(recipe)
+    if data is None and (steps > 0 or stages):
+        raise AsdmError(f"steps={steps} of distillation need data: name a folder of captioned images, or give 0 steps")
+    if recipe == "lcm" or any(stage.scope == "consistency" for stage in stages or ()):
+        raise AsdmError(
+            f"recipe={recipe}: its students sample otherwise than the teacher they are compared with; compress "
+            "by another recipe, then run asdm distill --recipe lcm on the result"
+        )
+    is_random, has_preset = has_random_weights(str(model)), budget["preset"] is not None
+    if refine is None:
+        refine = 0 if is_random or has_preset else ROUNDS
+    return Settings(
+        model=str(model),
+        budget=budget,
+        compensate=compensate or ("none" if is_random else "linear"),
+        refine=refine,
+        data=None if data is None else str(data),
+        steps=steps if stages is None else None,
+        recipe=str(recipe) if stages is None else None,
+        stages=None if stages is None else list(stages),
+        config=None if config is None else str(config),
+        **others,
+    )
+
+
+def claim_folder(folder: Path, settings: Settings) -> None:
+    """Mark a folder as this run's, or find that it is.
+
+    Raises:
+        AsdmError: it was made with other settings.
+    """
+    marker = folder / MARKER
+    wanted = settings.saved()
+    if not marker.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(marker, json.dumps({"kind": KIND, "settings": wanted}, indent=1) + "\n")
+        return
+    found = _present_names(json.loads(marker.read_text("utf-8")).get("settings") or {})
+    changed = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
+    if changed:
+        raise AsdmError(
+            f"{folder}: made with other settings ({', '.join(changed)}); repeat those, or name another folder"
+        )
+
+
+def _present_names(saved: dict[str, Any]) -> dict[str, Any]:
+    """Settings that an earlier version saved, by the present names."""
+    saved = renamed(saved, OLD_COMPRESSION_SETTINGS)
+    try:
+        if saved.get("stages") is not None:
+            saved["stages"] = [stage.model_dump(mode="json") for stage in parse_stages(saved["stages"])]
+    except AsdmError:
+        pass  # stages that this version cannot read are other stages
+    return saved

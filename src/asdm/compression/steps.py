@@ -1,0 +1,288 @@
+"""The steps of `compress`, each with one job: what it reads of the earlier ones' results, and what it writes.
+
+A step whose files are there is not run again; its results are read from them. A distillation resumes by itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+from asdm.compensation.fitting import CompensationReport, fit_compensation, fitted_tensors
+from asdm.compression.settings import Settings
+from asdm.distillation.distill import distill
+from asdm.distillation.recipes import recipe_stages
+from asdm.distillation.stages import Stage
+from asdm.evaluation.comparison import Evaluation, evaluate, evaluation_sets
+from asdm.evaluation.plots import redundancy_plot
+from asdm.evaluation.report import metrics_section, save_figure, write_report
+from asdm.families import Denoiser, denoiser_of
+from asdm.files import replacing_file, write_text
+from asdm.pipelines.clip import load_clip
+from asdm.pipelines.derived import with_unet
+from asdm.pipelines.model_card import model_card
+from asdm.pipelines.saving import save_pipeline_into
+from asdm.planning.full_plan import full_plan
+from asdm.sensitivity.analysis import analyze
+from asdm.sensitivity.profile import RedundancyMap
+from asdm.student.build import build_student
+from asdm.student.plan import PruningPlan
+from asdm.training.log import read_log
+
+Progress = Callable[[str, int, int, str], None]
+
+
+@dataclass
+class Job:
+    """The settings, the folder, and the results that steps hand to later ones.
+
+    `pipelines`: by the name that they have in the evaluation: the teacher, the student as it was pruned, and the
+    distilled student if there is a distillation. `logs`: each stage's training log. `skipped`: the data's files that
+    could not be used, with reasons.
+    """
+
+    settings: Settings
+    out: Path
+    teacher: DiffusionPipeline
+    report: Progress
+    redundancy: RedundancyMap = field(init=False)
+    plan: PruningPlan = field(init=False)
+    student: Denoiser = field(init=False)
+    compensation: CompensationReport | None = None
+    pipelines: dict[str, DiffusionPipeline] = field(default_factory=dict)
+    logs: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    evaluation: Evaluation = field(init=False)
+    headline: str = ""
+
+    @property
+    def work(self) -> Path:
+        """The folder of what only a resumed run and the report read."""
+        return self.out / "work"
+
+    @property
+    def images(self) -> Path:
+        """The folder of the evaluation's images."""
+        return self.work / "images"
+
+    @property
+    def result(self) -> DiffusionPipeline:
+        """The pipeline that the job makes."""
+        return list(self.pipelines.values())[-1]
+
+    def reporter(self, title: str) -> Callable[[int, int, str], None]:
+        """The progress of one task, called with its done and total, and a note."""
+        return lambda done, total, note: self.report(title, done, total, note)
+
+
+class Step(ABC):
+    """One part of the job."""
+
+    def files(self, job: Job) -> list[Path]:
+        """The files that hold the step's results; a step without any is run each time."""
+        return []
+
+    def is_done(self, job: Job) -> bool:
+        """Whether the step's results can be read instead of computed."""
+        files = self.files(job)
+        return bool(files) and all(path.is_file() for path in files)
+
+    @abstractmethod
+    def run(self, job: Job) -> None:
+        """Compute the results, set them in the job and write them."""
+
+    def load(self, job: Job) -> None:
+        """Set the results in the job that an earlier run wrote."""
+        raise NotImplementedError
+
+    def perform(self, job: Job) -> None:
+        """Load the results if the step is done, else run it."""
+        if self.is_done(job):
+            self.load(job)
+        else:
+            self.run(job)
+
+
+class Analyse(Step):
+    """Measure the cost and the sensitivity of each unit: `work/redundancy.json`."""
+
+    def files(self, job: Job) -> list[Path]:
+        return [job.work / "redundancy.json"]
+
+    def run(self, job: Job) -> None:
+        settings = job.settings
+        has_preset = settings.budget["preset"] is not None
+        job.redundancy = analyze(
+            job.teacher,
+            data=settings.data,
+            sensitivity=settings.sensitivity or ("taylor" if has_preset else None),
+            compensate=settings.compensate,
+            seed=settings.seed,
+            progress=job.reporter("analyse"),
+        )
+        job.redundancy.save(*self.files(job))
+
+    def load(self, job: Job) -> None:
+        job.redundancy = RedundancyMap.load(*self.files(job))
+
+
+class Plan(Step):
+    """Choose the edits that fit the budget: `plan.json`."""
+
+    def files(self, job: Job) -> list[Path]:
+        return [job.out / "plan.json"]
+
+    def run(self, job: Job) -> None:
+        settings = job.settings
+        job.plan = full_plan(
+            job.redundancy,
+            job.teacher,
+            budget=settings.budget,
+            compensate=settings.compensate,
+            refine=settings.refine,
+            data=settings.data,
+            seed=settings.seed,
+            progress=job.report,
+        )
+        job.plan.save(*self.files(job))
+
+    def load(self, job: Job) -> None:
+        job.plan = PruningPlan.load(*self.files(job))
+
+
+class PlotProfile(Step):
+    """Plot the profile with the plan's edits: `redundancy.png`."""
+
+    def run(self, job: Job) -> None:
+        save_figure(redundancy_plot(job.redundancy, job.plan), job.out / "redundancy.png")
+
+
+class Prune(Step):
+    """Build the student, fitted where the plan compensates: `work/compensation-*`."""
+
+    def run(self, job: Job) -> None:
+        job.student, job.compensation = pruned_student(job)
+        job.pipelines = {"teacher": job.teacher, "pruned": with_unet(job.teacher, job.student)}
+
+
+class Distil(Step):
+    """Train the student in the recipe's stages: `work/training`, where an interrupted training resumes."""
+
+    def run(self, job: Job) -> None:
+        settings, folder = job.settings, job.work / "training"
+        stages = _stages(settings, job.student)
+        if settings.data is None or not any(stage.steps for stage in stages):
+            return
+        examples = distill(
+            job.teacher,
+            job.student,
+            settings.data,
+            folder,
+            stages=stages,
+            seed=settings.seed,
+            progress=lambda row: job.report("distil", int(row["done"]), int(row["total"]), _training_note(row)),
+        )
+        job.skipped = examples.skipped
+        job.logs = {
+            stage.name: read_log(folder / f"{number:02d}-{stage.name}" / "log.jsonl")
+            for number, stage in enumerate(stages)
+        }
+        pruned, _ = pruned_student(job)  # the student before the training, for the comparison
+        job.pipelines |= {
+            "pruned": with_unet(job.teacher, pruned),
+            "distilled": with_unet(job.teacher, job.student),
+        }
+
+
+class Save(Step):
+    """Write the result's components into the folder, which then loads as a pipeline."""
+
+    def run(self, job: Job) -> None:
+        save_pipeline_into(job.result, job.out)
+
+
+class Evaluate(Step):
+    """Measure speed and quality of all pipelines: `evaluation.json`, `work/images`."""
+
+    def run(self, job: Job) -> None:
+        settings = job.settings
+        job.evaluation = evaluate(
+            job.pipelines,
+            data=settings.data,
+            samples=settings.samples,
+            steps=settings.sampling_steps,
+            seed=settings.seed,
+            quality=settings.samples > 0 and not settings.is_random,
+            clip=None if settings.is_random else load_clip(job.teacher),
+            images_folder=job.images,
+            progress=lambda title, done, total: job.report(f"images: {title}", done, total, ""),
+        )
+        job.evaluation.save(job.out / "evaluation.json")
+
+
+class WriteReport(Step):
+    """Write the model card and the report: `README.md`, `report.html`."""
+
+    def run(self, job: Job) -> None:
+        settings, evaluation = job.settings, job.evaluation
+        card = model_card(job.result, job.out.name, settings.model, metrics_section(evaluation))
+        write_text(job.out / "README.md", card)
+        sets = evaluation_sets(settings.data, None, settings.samples, settings.seed) if evaluation.quality else []
+        job.headline = write_report(
+            job.out / "report.html",
+            evaluation=evaluation,
+            redundancy=job.redundancy,
+            plan=job.plan,
+            compensation=job.compensation,
+            logs=job.logs,
+            sets=sets,
+            images_folder=job.images,
+            target_speedup=settings.budget["speedup"],
+            skipped=job.skipped,
+        )
+
+
+STEPS: tuple[Step, ...] = (Analyse(), Plan(), PlotProfile(), Prune(), Distil(), Save(), Evaluate(), WriteReport())
+
+
+def pruned_student(job: Job) -> tuple[Denoiser, CompensationReport | None]:
+    """Build the plan's student with its compensations fitted, or as they were fitted before for the same edits."""
+    student = build_student(denoiser_of(job.teacher), job.plan)
+    if not fitted_tensors(student):
+        return student, None
+    edits = hashlib.sha256(json.dumps(student.config["edits"]).encode()).hexdigest()[:8]
+    tensors, metrics = (job.work / f"compensation-{edits}.{suffix}" for suffix in ("safetensors", "json"))
+    if not metrics.is_file():
+        _fit(job, student, tensors, metrics)
+    student.load_state_dict(load_file(tensors), strict=False)
+    return student, CompensationReport.model_validate_json(metrics.read_text("utf-8"))
+
+
+def _fit(job: Job, student: Any, tensors: Path, metrics: Path) -> None:
+    """Fit the student's compensations and write them; what was measured comes last, as the sign that all is there."""
+    settings = job.settings
+    fit = fit_compensation(
+        job.teacher, student, data=settings.data, seed=settings.seed, progress=job.reporter("compensate")
+    )
+    with replacing_file(tensors) as partial:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in fitted_tensors(student).items()}, partial)
+    write_text(metrics, fit.model_dump_json(indent=1) + "\n")
+
+
+def _stages(settings: Settings, student: Any) -> Sequence[Stage]:
+    if settings.stages is not None:
+        return settings.stages
+    assert settings.recipe is not None and settings.steps is not None
+    return recipe_stages(settings.recipe, student, settings.steps)
+
+
+def _training_note(row: dict[str, float]) -> str:
+    return f"loss {row['loss']:.3f}, {row['seconds']:.2f} s a step"

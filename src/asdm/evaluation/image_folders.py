@@ -1,0 +1,53 @@
+"""Names of models and of the folders that keep their images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from asdm.images import to_images
+
+
+def distinct_names(places: Sequence[str], *, shortest: bool = False) -> list[str]:
+    """Name each model by its path, no name twice; a repeated path gets a number.
+
+    Args:
+        shortest: use the shortest end of the path that no other model has.
+    """
+    names: list[str] = []
+    for place in places:
+        plain = _distinct_end(place, places) if shortest else place
+        name, number = plain, 1
+        while name in names:
+            number += 1
+            name = f"{plain} ({number})"
+        names.append(name)
+    return names
+
+
+def _distinct_end(place: str, places: Sequence[str]) -> str:
+    parts = Path(place).parts
+    others = {Path(other).parts for other in places} - {parts}
+    for length in range(1, len(parts) + 1):
+        if all(other[-length:] != parts[-length:] for other in others):
+            return "/".join(parts[-length:])
+    return place
+
+
+def folder_names(names: Sequence[str]) -> dict[str, str]:
+    """Return the folder's name for each model's name, none twice."""
+    return dict(zip(names, distinct_names([folder_name(name) for name in names]), strict=True))
+
+
+def folder_name(name: str) -> str:
+    """Turn a model's name into a folder's name, without separators of a path."""
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name).lstrip(".") or "model"
+
+
+def save_images(images: Tensor, folder: Path) -> None:
+    """Write images (images, 3, h, w) in [-1, 1] as 0000.png and so on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, image in enumerate(to_images(images)):
+        image.save(folder / f"{index:04d}.png")

@@ -1,0 +1,110 @@
+"""Real images and their captions: what generated images are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline
+from torch import Tensor
+from transformers import CLIPModel
+
+from asdm.data.examples import Example, load_pixels
+from asdm.data.sources import open_data
+from asdm.diffusion.conditioning import image_size
+from asdm.evaluation.metrics import Judge, kid, recognition, retrieval_at_1
+from asdm.evaluation.sampling import EvaluationSet
+from asdm.pipelines.clip import clip_statistics
+
+_READ_TOGETHER = 64  # images whose pixels are in memory at once
+
+
+class RealImages:
+    """The judge's features of real images, and embeddings of their captions where there is a CLIP."""
+
+    @classmethod
+    def of(
+        cls,
+        data: str | Path,
+        sets: Sequence[EvaluationSet],
+        judge: Judge,
+        pipeline: DiffusionPipeline,
+        clip: CLIPModel | None,
+    ) -> RealImages | None:
+        """Read the images of the sets; None where the data has captions alone.
+
+        All other images of the data come before them if metrics look for the nearest one, by label or by caption.
+        """
+        compared = [example for each in sets for example in each.examples]
+        if not compared:
+            return None
+        others = open_data(data, "all").examples
+        if clip is None and not _are_labelled(others):
+            others = []
+        among = set(compared)
+        return cls(judge, pipeline, [*(example for example in others if example not in among), *compared], clip)
+
+    def __init__(self, judge: Judge, pipeline: DiffusionPipeline, examples: list[Example], clip: CLIPModel | None):
+        self.examples: list[Example] = []
+        features = []
+        for start in range(0, len(examples), _READ_TOGETHER):
+            some, pixels = load_pixels(examples[start : start + _READ_TOGETHER], image_size(pipeline), {})
+            if some:
+                self.examples += some
+                features.append(judge.features(torch.stack(pixels)))
+        self.features = torch.cat(features)
+        self.clip = clip
+        if clip is not None:
+            self.text_embeds = text_embeds(clip, pipeline, [example.caption for example in self.examples])
+
+    def metrics(self, images: Tensor, features: Tensor, examples: list[Example]) -> dict[str, Any]:
+        """Return fields of `QualityMetrics` for generated images, each of the prompt of one of `examples`.
+
+        Args:
+            images: (images, 3, height, width) in [-1, 1].
+            features: the judge's of them.
+        """
+        row_of = {example: row for row, example in enumerate(self.examples)}
+        rows = [row_of[example] for example in examples]
+        found: dict[str, Any] = {}
+        if len(images) > 1:
+            found["kid"], found["kid_deviation"] = kid(features, self.features[rows])
+        if _are_labelled(self.examples):
+            labels = [(str(example.concept), str(example.style)) for example in self.examples]
+            found |= asdict(recognition(features, [labels[row] for row in rows], self.features, labels))
+        if self.clip is not None:
+            found["retrieval_at_1"] = retrieval_at_1(image_embeds(self.clip, images), self.text_embeds, rows)
+        return found
+
+
+def _are_labelled(examples: Sequence[Example]) -> bool:
+    return all(example.concept and example.style for example in examples)
+
+
+@torch.no_grad()
+def image_embeds(clip: CLIPModel, images: Tensor) -> Tensor:
+    """Return embeddings (images, channels) of `images` (images, 3, h, w) in [-1, 1] by the image tower, at its size."""
+    size = clip.config.vision_config.image_size
+    if images.shape[2:] != (size, size):
+        images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True)
+    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in clip_statistics(clip))
+    pixels = (images / 2 + 0.5 - mean) / deviation
+    pooled = clip.vision_model(pixel_values=pixels.to(clip.dtype)).pooler_output
+    return clip.visual_projection(pooled)
+
+
+@torch.no_grad()
+def text_embeds(clip: CLIPModel, pipeline: DiffusionPipeline, captions: Sequence[str]) -> Tensor:
+    """Return embeddings (captions, channels) by the text tower."""
+    tokens = pipeline.tokenizer(
+        list(captions),
+        padding="max_length",
+        max_length=pipeline.tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+    return clip.text_projection(clip.text_model(input_ids=tokens.input_ids).pooler_output)

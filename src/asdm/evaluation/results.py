@@ -1,0 +1,129 @@
+"""The results of an evaluation, as records that are saved as JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError, model_validator
+
+from asdm.errors import AsdmError, one_line
+from asdm.files import write_text
+from asdm.measure.latency import Latency, Ratio
+from asdm.measure.load import busy_line
+from asdm.old_names import LATENCY, renamed
+from asdm.records import Record, first_fault
+
+
+class SpeedMetrics(Record):
+    """The cost of one pipeline. Latencies are those of an idle machine. Each speed-up is over the first pipeline."""
+
+    name: str
+    unet_parameters: int
+    unet_megabytes: float = Field(description="of its weights")
+    gmacs: float = Field(description="of a denoiser call, per sample")
+    gmacs_without_attention: float = Field(description="the same without attention products")
+    unet: Latency = Field(description="of a denoiser call at batch 2: one image with guidance")
+    unet_speedup: float
+    unet_speedup_interval: tuple[float, float] = Field(description="holds the true speed-up")
+    pipeline: Latency = Field(description="of one image")
+    pipeline_speedup: float
+    pipeline_speedup_interval: tuple[float, float] = Field(description="holds the true speed-up")
+    pipeline_parts_ms: dict[str, float] = Field(default={}, description="an image's milliseconds by part")
+    pipeline_extrapolated: bool = Field(description="two steps were timed, as an image takes too long")
+    steps: int = Field(description="of one image")
+
+    @property
+    def unet_ratio(self) -> Ratio:
+        """How many times faster a denoiser call is than the teacher's."""
+        return Ratio(self.unet_speedup, *self.unet_speedup_interval)
+
+    @property
+    def pipeline_ratio(self) -> Ratio:
+        """How many times faster an image is than the teacher's."""
+        return Ratio(self.pipeline_speedup, *self.pipeline_speedup_interval)
+
+
+class QualityMetrics(Record):
+    """The quality of one pipeline's images on one split. A metric is None where the data does not allow it."""
+
+    name: str
+    split: str
+    images: int
+    teacher_distance: float = Field(
+        description="1 - cosine of the judge's features to the first pipeline's image of the same seed"
+    )
+    kid: float | None = None
+    kid_deviation: float | None = None
+    concept_top1: float | None = None
+    concept_top5: float | None = None
+    style: float | None = None
+    retrieval_at_1: float | None = None
+
+
+class Evaluation(Record):
+    """Speed and quality of several pipelines, measured in one run."""
+
+    date: str
+    machine: str
+    threads: int
+    dtype: str
+    steps: int
+    guidance_scale: float
+    seed: int
+    denoiser: str = Field(default="UNet", description="what reports call the denoiser")
+    other_cores: float = Field(default=0.0, description="how many cores other processes used during the timing")
+    contention: float = Field(default=0.0, description="the part of this process's cores that they took")
+    speed: list[SpeedMetrics]
+    quality: list[QualityMetrics]
+
+    def speed_of(self, name: str) -> SpeedMetrics:
+        """Return a pipeline's speed."""
+        return next(row for row in self.speed if row.name == name)
+
+    def quality_of(self, name: str, split: str) -> QualityMetrics | None:
+        """Return a pipeline's quality on a split; None where it was not measured."""
+        return next((row for row in self.quality if (row.name, row.split) == (name, split)), None)
+
+    @property
+    def busy_line(self) -> str | None:
+        """A sentence if other processes needed the cores, too."""
+        return busy_line(self.other_cores, self.contention)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_0_1_0(cls, content: Any) -> Any:
+        """Files of 0.1.0 have medians and quartiles, and no intervals of the ratios."""
+        if isinstance(content, dict) and isinstance(content.get("speed"), list):
+            content = {**content, "speed": [_with_intervals(row, content["speed"][0]) for row in content["speed"]]}
+        return content
+
+    def save(self, path: str | Path) -> None:
+        """Write the results as JSON."""
+        write_text(Path(path), json.dumps(self.model_dump(), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Evaluation:
+        """Read the results.
+
+        Raises:
+            AsdmError: no such file, or not an evaluation.
+        """
+        try:
+            return cls.model_validate_json(Path(path).read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            fault = first_fault(error) if isinstance(error, ValidationError) else one_line(error)
+            raise AsdmError(f"{path}: not an evaluation ({fault}); `asdm evaluate` writes one") from None
+
+
+def _with_intervals(row: Any, first: Any) -> Any:
+    """Return a row of 0.1.0's speed results with today's latencies and with intervals; any other row as it is."""
+    if not (isinstance(row, dict) and isinstance(row.get("unet"), dict) and "median_ms" in row["unet"]):
+        return row
+    row = dict(row)
+    for part in ("unet", "pipeline"):
+        own, base = (Latency(**renamed(each[part], LATENCY)) for each in (row, first))
+        ratio = Ratio(1.0, 1.0, 1.0) if row["name"] == first["name"] else Ratio.of(base, own)
+        row |= {f"{part}_speedup_interval": ratio.interval, part: vars(own)}
+    return row

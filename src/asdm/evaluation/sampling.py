@@ -1,0 +1,73 @@
+"""How each pipeline of an evaluation samples, and the prompts that all of them sample."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from diffusers import DiffusionPipeline
+from pydantic import ConfigDict
+
+from asdm.data.calibration import DEFAULT_PROMPTS
+from asdm.data.examples import Example, can_be_decoded
+from asdm.data.sources import open_data
+from asdm.diffusion.generation import default_guidance, default_steps, is_few_step
+from asdm.records import Record
+
+_SPLITS: dict[Literal["train", "held_out"], str] = {"train": "seen", "held_out": "held_out"}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """One pipeline's steps and guidance."""
+
+    steps: int
+    guidance_scale: float
+    is_few_step: bool = False
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `generate`."""
+        return {"steps": self.steps, "guidance_scale": self.guidance_scale}
+
+
+def sampling_of(pipeline: DiffusionPipeline, steps: int, guidance_scale: float) -> Sampling:
+    """Return the steps and guidance of a pipeline: a few-step one has its own."""
+    if is_few_step(pipeline):
+        return Sampling(default_steps(pipeline), default_guidance(pipeline), is_few_step=True)
+    return Sampling(steps, guidance_scale)
+
+
+class EvaluationSet(Record):
+    """Prompts of one split, and the real images that they describe where there are any."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+    split: str
+    prompts: list[str]
+    examples: list[Example]
+
+
+def evaluation_sets(
+    data: str | Path | None, prompts: Sequence[str] | None, samples: int, seed: int
+) -> list[EvaluationSet]:
+    """Return the fixed prompts of a run: seen and held-out ones of the data, or the given prompts."""
+    if data is None:
+        chosen = list(prompts or DEFAULT_PROMPTS)[:samples]
+        return [EvaluationSet(split="prompts", prompts=chosen, examples=[])]
+    sets = []
+    for split, name in _SPLITS.items():
+        examples = open_data(data, split).examples
+        random.Random(seed).shuffle(examples)
+        if examples and examples[0].file is None:  # captions alone
+            captions = [example.caption for example in examples[:samples]]
+            sets.append(EvaluationSet(split=name, prompts=captions, examples=[]))
+            continue
+        examples = list(islice(filter(can_be_decoded, examples), samples))
+        if examples:
+            captions = [example.caption for example in examples]
+            sets.append(EvaluationSet(split=name, prompts=captions, examples=examples))
+    return sets

@@ -1,0 +1,120 @@
+"""`make_plan`: the least sensitive plan inside one budget. What budgets are allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from asdm import checks
+from asdm.choices import CompensationKind
+from asdm.errors import AsdmError
+from asdm.families import Denoiser
+from asdm.planning.possible_edits import PossibleEdit, plan_of, possible_edits
+from asdm.planning.presets import PRESETS, preset_plan
+from asdm.planning.program import least_sensitive, most_saved
+from asdm.planning.speedup import plan_for_speedup
+from asdm.sensitivity.profile import RedundancyMap
+from asdm.student.plan import PruningPlan
+
+MAX_SPEEDUP = 100
+
+
+def require_budget(speedup: Any, params: Any, macs: Any, preset: Any) -> None:
+    """Check that exactly one budget is given, and that some model could meet it.
+
+    Raises:
+        AsdmError: not exactly one of the four is given, or its value is out of range.
+    """
+    given = {"speedup": speedup, "params": params, "macs": macs, "preset": preset}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        raise AsdmError(f"give exactly one of speedup, params, macs, preset; got {', '.join(named) or 'none'}")
+    if preset is None:
+        above = 1 if speedup is not None else 0
+        checks.number(above=above)(named[0], given[named[0]])
+    elif preset not in PRESETS:
+        raise AsdmError(f"{preset}: no such preset; allowed: {', '.join(PRESETS)}")
+    if speedup is not None and speedup > MAX_SPEEDUP:
+        raise AsdmError(f"speedup={speedup:g}: out of reach of any model; ask for less, at most {MAX_SPEEDUP}")
+
+
+def require_params(unet: Denoiser, params: float | None) -> None:
+    """Raise an AsdmError for a number of parameters that the denoiser does not have."""
+    total = sum(p.numel() for p in unet.parameters())
+    if params is not None and params > total:
+        raise AsdmError(f"params={params:g}: the denoiser has {total:.4g}; ask for fewer, or for a part such as 0.6")
+
+
+@checks.arguments(
+    redundancy=checks.a(RedundancyMap, "asdm.analyze makes one"),
+    compensate=checks.literal(CompensationKind),
+    unet=checks.UNET,
+    rounds=checks.ROUNDS,
+    progress=checks.function,
+)
+def make_plan(
+    redundancy: RedundancyMap,
+    *,
+    speedup: float | None = None,
+    params: float | None = None,
+    macs: float | None = None,
+    preset: str | None = None,
+    compensate: CompensationKind | None = None,
+    unet: Denoiser | None = None,
+    device: str | None = None,
+    rounds: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> PruningPlan:
+    """Choose the edits of least total sensitivity inside one budget; a speed-up is measured.
+
+    The choices are the removal of each unit, and all other edits that the profile has measured.
+
+    Args:
+        speedup: how many times faster a denoiser call must be, measured in turns with the original.
+        params, macs: what must remain, as a fraction of the original in (0, 1) or as a number of parameters
+            or of MACs (attention products counted).
+        preset: in place of a budget "a-sdm" (the paper's 22% less time, for SD 1.5's shape), "a-sdm-fast" (half the
+            time), or BK-SDM's "bk-base", "bk-small", "bk-tiny".
+        compensate: what to fit in place of the removed branches (`fit_compensation`), by default "linear", or what
+            the profile's ablation tried; "none" for plain removal. BK-SDM's presets drop whole layers and fit nothing.
+        unet: the denoiser to measure; by default one of the profile's shape and precision with random weights.
+        device: where to make it; the CPU by default.
+        rounds: the least number of timed rounds per measurement, by default 4 to 10; more follow on a busy machine.
+            Where even these are not precise, the plan goes by the profile's latencies or by MACs, with a correction,
+            and its `speedup_basis` says so; `remeasure_plan` measures it later.
+
+    Raises:
+        AsdmError: not exactly one of the four given, an unknown preset, or a budget that even removing
+            every unit does not reach; the message says what is reachable.
+    """
+    require_budget(speedup, params, macs, preset)
+    compensate = compensate or (redundancy.compensate if redundancy.estimator == "ablation" else "linear")
+    choices = possible_edits(redundancy, compensate)
+    if preset is not None:
+        return preset_plan(redundancy, preset, choices)
+    if speedup is not None:
+        rounds = rounds or int(np.clip(10_000 / redundancy.latency_ms, 4, 10))
+        return plan_for_speedup(redundancy, speedup, choices, unet, device, rounds, progress)
+    if params is not None:
+        chosen = _within("params", params, redundancy.parameters, choices, [c.parameters for c in choices])
+        return plan_of(redundancy, chosen, {"params": params})
+    assert macs is not None
+    chosen = _within("macs", macs, redundancy.gmacs * 1e9, choices, [choice.macs for choice in choices])
+    return plan_of(redundancy, chosen, {"macs": macs})
+
+
+def _within(
+    name: str, remaining: float, total: float, choices: list[PossibleEdit], savings: list[float]
+) -> list[PossibleEdit]:
+    """The least sensitive edits that leave no more than `remaining` of one resource."""
+    kept = remaining if remaining <= 1 else remaining / total
+    chosen = least_sensitive(choices, savings, total * (1 - kept)) if 0 < kept <= 1 else None
+    if chosen is None:
+        least = 1 - most_saved(choices, savings) / total
+        raise AsdmError(
+            f"{name}={remaining:g}: out of reach; between {least:.3f} and 1 of the original's "
+            f"{total:.4g} can remain; ask for more"
+        )
+    return chosen

@@ -1,0 +1,88 @@
+"""Expert kernels (CLME-CondConv) for a plan: which convolutions inherit those of removed units."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from asdm import checks
+from asdm.choices import Router
+from asdm.edits import CondConv, removed_units
+from asdm.errors import AsdmError
+from asdm.families import Denoiser, family_of
+from asdm.student.plan import PruningPlan
+
+Pair = tuple[str, str]  # a kept convolution, and the removed one that it inherits
+
+
+@checks.arguments(
+    plan=checks.a(PruningPlan, "asdm.make_plan makes one"),
+    unet=checks.UNET,
+    params=checks.number(above=0),
+    router=checks.one_of("input", "input+time", "time"),
+    activation=checks.one_of("softmax", "sigmoid"),
+)
+def add_cond_conv(
+    plan: PruningPlan,
+    unet: Denoiser,
+    *,
+    params: float = 0.05,
+    router: Router = "input",
+    activation: Literal["softmax", "sigmoid"] = "softmax",
+) -> PruningPlan:
+    """Add expert kernels to a plan: convolutions that stay inherit those of removed layers.
+
+    Each removed convolution goes to the nearest kept one, in order of execution, of its name (`conv1`, `conv2`) and
+    output channels. The smallest come first, as mixing a kernel costs its size, then the nearest, until the budget is
+    used (inferred).
+
+    Args:
+        params: what the experts may add, as a fraction of the original's parameters or as a number of them.
+
+    Raises:
+        AsdmError: the plan is for another model, or no expert fits into the budget.
+    """
+    plan.require_for(unet)
+    total = sum(p.numel() for p in unet.parameters())
+    budget = params * total if params <= 1 else params
+    pairs = _pairs(plan, unet)
+    experts: dict[str, list[str]] = {}
+    for size, (kept, removed) in pairs:
+        if size <= budget:
+            experts.setdefault(kept, []).append(removed)
+            budget -= size
+    if not experts:
+        raise AsdmError(
+            f"params={params:g}: no expert fits; {len(pairs)} of the plan's removed convolutions could be inherited by "
+            "a kept one; allow more, or leave out the experts"
+        )
+    edits = [
+        CondConv(unit=kept, experts=sources, router=router, activation=activation) for kept, sources in experts.items()
+    ]
+    return plan.model_copy(update={"edits": [*plan.edits, *edits]})
+
+
+def _pairs(plan: PruningPlan, unet: Denoiser) -> list[tuple[int, Pair]]:
+    """For each removed convolution the nearest kept one that can inherit it, with its size, in order of preference."""
+    family = family_of(unet)
+    order = {name: index for index, name in enumerate(family.layers(unet))}
+    convs = {name: unet.get_submodule(name) for name in family.conv_channels(unet)}
+    units = removed_units(plan.edits, [unit.name for unit in family.units(unet)], family)
+    removed = [name for name in convs if family.is_covered_by(name, units)]
+
+    def position(conv: str) -> int:
+        return order[conv.rpartition(".")[0]]
+
+    pairs = []
+    for source in removed:
+        fitting = [
+            (abs(position(name) - position(source)), name)
+            for name in convs
+            if name not in removed
+            and name.rpartition(".")[2] == source.rpartition(".")[2]
+            and len(convs[name].weight) == len(convs[source].weight)
+        ]
+        if fitting:
+            distance, name = min(fitting)
+            size = convs[name].weight.numel() + len(convs[name].weight)
+            pairs.append((size, distance, position(source), name, source))
+    return [(size, (name, source)) for size, _, _, name, source in sorted(pairs)]

@@ -1,0 +1,105 @@
+"""The edits that a plan can choose, with what each saves and costs; and the plan of a choice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from asdm.choices import CompensationKind
+from asdm.edits import Remove, UnitEdit, parse_edits
+from asdm.errors import AsdmError
+from asdm.sensitivity.profile import EditRecord, RedundancyMap, UnitRecord
+from asdm.student.plan import PlanBase, PlanMetrics, PruningPlan, SpeedupBasis
+
+
+@dataclass(frozen=True)
+class PossibleEdit:
+    """An edit that a plan can choose.
+
+    `covers`: units that no other edit of the plan may then change. `parameters`, `macs` (per sample) and `ms` (of a
+    call) are what it saves; `sensitivity` is what it costs.
+    """
+
+    edit: UnitEdit
+    covers: frozenset[str]
+    parameters: float
+    macs: float
+    ms: float
+    sensitivity: float
+
+
+def possible_edits(redundancy: RedundancyMap, compensate: CompensationKind) -> list[PossibleEdit]:
+    """Return all edits of a profile: the removals of its units first, in their order, with this compensation."""
+    names = [unit.name for unit in redundancy.units]
+    choices = []
+    for unit in redundancy.units:
+        removal = Remove(unit=unit.name, compensate=compensate)
+        covers = removal.covers(names, redundancy.family)
+        choices.append(_possible(redundancy, unit, removal, covers, "none" if unit.has_shortcut else compensate))
+    for other in redundancy.others:
+        (edit,) = parse_edits([other.edit])
+        if other.channels:
+            edit = edit.with_compensation(compensate)
+        if not isinstance(edit, UnitEdit):
+            raise AsdmError(f"{edit}: in a profile, and not an edit of one unit; make the profile again")
+        choices.append(_possible(redundancy, other, edit, other.covers, edit.compensation))
+    return choices
+
+
+def _possible(
+    redundancy: RedundancyMap,
+    record: UnitRecord | EditRecord,
+    edit: UnitEdit,
+    covers: Sequence[str],
+    projection: CompensationKind,
+) -> PossibleEdit:
+    """The edit with the cost of a new projection subtracted. The projection takes as long per MAC as the branch."""
+    channels = record.channels
+    new_parameters = {"none": 0, "bias": 1, "diagonal": 2, "linear": channels + 1}[projection] * channels
+    new_macs = {"none": 0, "bias": 0, "diagonal": 1, "linear": channels}[projection] * channels * record.positions
+    macs = record.gmacs * 1e9
+    # Without reliable latencies a unit's share of the time is its share of the MACs.
+    reliable = redundancy.has_reliable_latencies
+    latency_ms = record.latency_ms if reliable else redundancy.latency_ms * record.gmacs / redundancy.gmacs
+    return PossibleEdit(
+        edit=edit,
+        covers=frozenset(covers),
+        parameters=record.parameters - new_parameters,
+        macs=macs - new_macs,
+        ms=latency_ms * (1 - min(1.0, new_macs / macs)) if macs else latency_ms,
+        sensitivity=record.sensitivity,
+    )
+
+
+def plan_of(
+    redundancy: RedundancyMap,
+    chosen: Sequence[PossibleEdit],
+    target: dict[str, float],
+    basis: SpeedupBasis | None = None,
+) -> PruningPlan:
+    """Return the plan with these edits and its predicted metrics.
+
+    Args:
+        target: the budget, by the name of its resource.
+        basis: what the speed-up was determined by.
+    """
+    sensitivity = sum(choice.sensitivity for choice in chosen)
+    return PruningPlan(
+        base=PlanBase.of(redundancy.fingerprint, redundancy.denoiser_class),
+        edits=[choice.edit for choice in chosen],
+        figures=PlanMetrics(
+            model=redundancy.model or None,
+            target=target,
+            predicted_sensitivity=None if redundancy.estimator is None else sensitivity,
+            predicted_speedup=predicted_speedup(redundancy, chosen),
+            speedup_basis=basis if redundancy.latency_ms else "macs",
+        ),
+    )
+
+
+def predicted_speedup(redundancy: RedundancyMap, chosen: Sequence[PossibleEdit]) -> float:
+    """Return the speed-up that these edits give by the profile's latencies, or its MACs where it has no latencies."""
+    timed = redundancy.latency_ms > 0
+    total = redundancy.latency_ms if timed else redundancy.gmacs * 1e9
+    saved = sum(choice.ms if timed else choice.macs for choice in chosen)
+    return total / max(total - saved, 1e-9)

@@ -1,0 +1,97 @@
+"""A compression resumes in the folder of an earlier one, also one that an earlier version made."""
+
+import json
+
+import pytest
+
+from asdm import AsdmError, Stage, compress, save_pipeline
+from asdm.compression.settings import claim_folder, make_settings
+from asdm.compression.steps import STEPS, Step
+from conftest import tiny_pipeline
+
+SHORT = {"sensitivity": "taylor", "refine": 0, "steps": 0, "samples": 0, "sampling_steps": 2}
+BUDGET = {"speedup": None, "params": 0.8, "macs": None, "preset": None}
+SETTINGS = {
+    "sensitivity": None,
+    "compensate": None,
+    "refine": None,
+    "data": "demo",
+    "steps": 10,
+    "recipe": "joint",
+    "stages": None,
+    "samples": 4,
+    "sampling_steps": 2,
+    "config": None,
+    "seed": 0,
+}
+
+
+@pytest.fixture
+def model(tmp_path):
+    return str(save_pipeline(tiny_pipeline(), tmp_path / "model"))
+
+
+def rewrite(folder, change):
+    """Change the settings in a folder's marker."""
+    marker = folder / "asdm.json"
+    about = json.loads(marker.read_text())
+    marker.write_text(json.dumps(about | {"settings": change(about["settings"])}))
+
+
+def with_repair(settings):
+    return {"repair" if name == "refine" else name: value for name, value in settings.items()}
+
+
+def test_a_folder_with_the_old_names_of_settings_resumes(model, tmp_path, monkeypatch):
+    made = compress(model, tmp_path / "out", params=0.8, **SHORT)
+    rewrite(made.folder, with_repair)
+    assert compress(model, made.folder, params=0.8, **SHORT).headline == made.headline
+    made.report.unlink()
+    monkeypatch.setattr("asdm.compression.steps.analyze", lambda *_, **__: pytest.fail("analysed again"))
+    assert compress(model, made.folder, params=0.8, **SHORT).plan == made.plan
+    with pytest.raises(AsdmError, match=r"made with other settings \(refine\)"):
+        compress(model, made.folder, params=0.8, **SHORT | {"refine": 1})
+
+
+def test_stages_of_a_folder_are_compared_by_their_present_fields(tmp_path):
+    stages = [Stage(name="joint", steps=3, batch_size=2)]
+    settings = make_settings("demo", BUDGET, **SETTINGS | {"stages": stages})
+    claim_folder(tmp_path, settings)
+    claim_folder(tmp_path, settings)
+    # A version without some of the fields saved fewer; their defaults are meant.
+    rewrite(tmp_path, lambda saved: saved | {"stages": [{"name": "joint", "steps": 3, "batch_size": 2}]})
+    claim_folder(tmp_path, settings)
+    rewrite(tmp_path, lambda saved: saved | {"stages": [{"name": "joint", "unheard": 3}]})
+    with pytest.raises(AsdmError, match=r"other settings \(stages\)"):
+        claim_folder(tmp_path, settings)
+
+
+def test_defaults_of_settings_depend_on_the_model():
+    known = make_settings("demo", BUDGET, **SETTINGS)
+    assert (known.compensate, known.refine, known.is_random) == ("linear", 2, False)
+    random = make_settings("random:sd15", BUDGET, **SETTINGS)
+    assert (random.compensate, random.refine, random.is_random) == ("none", 0, True)
+    preset = make_settings("demo", {**BUDGET, "params": None, "preset": "bk-tiny"}, **SETTINGS)
+    assert (preset.compensate, preset.refine) == ("linear", 0)
+    assert "prediction_type" not in known.saved() and "config" not in known.saved()
+
+
+def test_a_step_is_loaded_if_all_its_files_are_there(tmp_path):
+    calls = []
+
+    class Twice(Step):
+        def files(self, job):
+            return [job / "a", job / "b"]
+
+        def run(self, job):
+            calls.append("run")
+
+        def load(self, job):
+            calls.append("load")
+
+    for name in ("a", "b"):
+        Twice().perform(tmp_path)
+        (tmp_path / name).touch()
+    Twice().perform(tmp_path)
+    assert calls == ["run", "run", "load"]
+    assert [type(step).__name__ for step in STEPS][:2] == ["Analyse", "Plan"]

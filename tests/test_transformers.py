@@ -1,0 +1,115 @@
+"""A second family, PixArt's transformers: pruned, saved and loaded as UNets are."""
+
+import json
+
+import pytest
+import torch
+from diffusers import PixArtTransformer2DModel
+
+from asdm import AsdmError, PruningPlan, build_student
+from asdm.families import family_of
+from asdm.student.transformer import MODULE_NAME, AsdmPixArtTransformer2DModel
+from conftest import tiny_transformer
+
+BRANCH = "transformer_blocks.2"
+
+
+def predict(model):
+    with torch.no_grad():
+        return model(**family_of(model).random_inputs(model, 2), return_dict=False)[0]
+
+
+@pytest.fixture
+def model():
+    return tiny_transformer()
+
+
+def student_of(model, *edits):
+    return build_student(model, PruningPlan.for_unet(model, edits))
+
+
+def remove(unit, **fields):
+    return {"edit": "remove", "unit": unit, **fields}
+
+
+def test_plan_without_edits_is_bit_identical(model):
+    assert torch.equal(predict(student_of(model)), predict(model))
+
+
+def test_every_unit_can_be_removed_alone_and_changes_the_prediction(model):
+    reference = predict(model)
+    units = family_of(model).units(model)
+    assert [unit.kind for unit in units[:4]] == ["block", "self_attention", "cross_attention", "feed_forward"]
+    assert len(units) == 4 * len(model.transformer_blocks)
+    for unit in units[:8]:
+        prediction = predict(student_of(model, remove(unit.name)))
+        assert prediction.shape == reference.shape and not torch.equal(prediction, reference), unit.name
+
+
+def test_removing_a_branch_equals_zeroing_its_last_layer(model):
+    for branch, layer in {"attn1": "to_out.0", "attn2": "to_out.0", "ff": "net.2"}.items():
+        zeroed = tiny_transformer()
+        torch.nn.init.zeros_(zeroed.get_submodule(f"{BRANCH}.{branch}.{layer}").weight)
+        torch.nn.init.zeros_(zeroed.get_submodule(f"{BRANCH}.{branch}.{layer}").bias)
+        student = student_of(model, remove(f"{BRANCH}.{branch}"))
+        torch.testing.assert_close(predict(student), predict(zeroed), atol=1e-6, rtol=0)
+
+
+def test_without_whole_blocks_it_is_a_stock_model_with_fewer_of_them(model):
+    student = student_of(model, remove("transformer_blocks.1"), remove("transformer_blocks.3"))
+    assert type(student) is PixArtTransformer2DModel
+    assert len(student.transformer_blocks) == len(model.transformer_blocks) - 2
+    by_hand = tiny_transformer()
+    by_hand.transformer_blocks = torch.nn.ModuleList(
+        block for index, block in enumerate(model.transformer_blocks) if index not in (1, 3)
+    )
+    assert torch.equal(predict(student), predict(by_hand))
+    again = student_of(student, remove("transformer_blocks.1"))
+    assert family_of(model).teacher_key("transformer_blocks.1.ff", again, model) == "transformer_blocks.4.ff"
+    assert family_of(model).teacher_key("transformer_blocks.1", again, student) == "transformer_blocks.2"
+
+
+def test_a_shorter_stock_model_loads_with_the_stock_class_and_knows_its_blocks(model, tmp_path):
+    student = student_of(model, remove("transformer_blocks.1"))
+    student.save_pretrained(tmp_path)
+    loaded = PixArtTransformer2DModel.from_pretrained(tmp_path)
+    assert torch.equal(predict(loaded), predict(student))
+    assert family_of(model).teacher_key("transformer_blocks.1", loaded, model) == "transformer_blocks.2"
+
+
+def test_an_edited_student_is_saved_with_its_module_file_and_refused_by_the_stock_class(model, tmp_path):
+    edits = [remove(f"{BRANCH}.attn1", compensate="linear"), remove("transformer_blocks.0", compensate="diagonal")]
+    student = student_of(model, *edits)
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if "compensation" in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    student.save_pretrained(tmp_path)
+    assert (tmp_path / f"{MODULE_NAME}.py").is_file()
+    assert json.loads((tmp_path / "config.json").read_text())["norm_type"] == "asdm.ada_norm_single"
+    loaded = AsdmPixArtTransformer2DModel.from_pretrained(tmp_path)
+    assert torch.equal(predict(loaded), predict(student)) and loaded.config.edits == student.config.edits
+    with pytest.raises(NotImplementedError, match=r"asdm\.ada_norm_single"):
+        PixArtTransformer2DModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (remove("transformer_blocks.9"), "no such unit"),
+        (remove("proj_out"), "no such unit"),
+        (remove(f"{BRANCH}.ff", compensate="linear", compensate_time=True), "gets no time embedding"),
+        ({"edit": "gri_attention", "unit": f"{BRANCH}.attn1"}, "not a self-attention"),
+        ({"edit": "cond_conv", "unit": f"{BRANCH}.ff", "experts": [f"{BRANCH}.ff"]}, "no convolution"),
+        ({"edit": "drop_layers", "layers_per_block": 1}, "is not for a PixArtTransformer2DModel"),
+    ],
+)
+def test_what_it_does_not_allow_is_one_clear_line(model, edit, message):
+    with pytest.raises(AsdmError, match=message) as error:
+        PruningPlan.for_unet(model, [edit])
+    assert "\n" not in str(error.value)
+
+
+def test_the_last_block_stays(model):
+    with pytest.raises(AsdmError, match="keep one"):
+        student_of(model, *(remove(name) for name in family_of(model).blocks(model)))
