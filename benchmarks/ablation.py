@@ -37,10 +37,17 @@ from torch import Tensor
 import asdm
 from asdm.benchmark.techniques import outer_self_attentions
 from asdm.data.batches import ShuffledBatches
-from asdm.diffusion.conditioning import noise_schedule
-from asdm.distillation.distill import TrainingSet, make_task, prepare
-from asdm.distillation.recipes import CAPTION_SPLICE, SEMANTIC_WEIGHT, SEMANTICS, WEIGHTS, incubation_stages, pace
+from asdm.distillation.recipes import (
+    CAPTION_MIXING,
+    SEMANTIC_WEIGHT,
+    SEMANTICS,
+    WEIGHTS,
+    default_hyperparameters,
+    incubation_stages,
+)
 from asdm.distillation.stages import LossWeights, Stage
+from asdm.distillation.tasks import make_task
+from asdm.distillation.training_set import TrainingSet, prepare
 from asdm.edits import GriAttention, Remove
 from asdm.evaluation.metrics import Judge, feature_distance
 from asdm.evaluation.plots import image_sheet
@@ -55,7 +62,7 @@ from asdm.pipelines.clip import load_clip
 from asdm.sensitivity.profile import RedundancyMap
 from asdm.student.build import build_student
 from asdm.student.plan import PruningPlan
-from asdm.training.loop import make_accelerator
+from asdm.training.launch import make_accelerator
 from asdm.training.optimizers import make_optimizer
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -349,10 +356,10 @@ def _stages(student: UNet2DConditionModel, components: tuple[str, ...], steps: i
     weights = WEIGHTS if "normalised" in components else LossWeights()
     changes: dict[str, Any] = {
         "relative": "normalised" in components,
-        "features_by": "area" if "normalised" in components else "block",
-        "timesteps": "angle" if "normalised" in components else "uniform",
+        "feature_weighting": "spatial" if "normalised" in components else "block",
+        "timestep_sampling": "uniform_angle" if "normalised" in components else "uniform",
         "min_timestep_fraction": SWITCHED_BELOW if EARLY in components else 0.0,
-        "caption_mixing": CAPTION_SPLICE if "splice" in components else 0.0,
+        "caption_mixing": CAPTION_MIXING if "splice" in components else 0.0,
         "optimizer": "muon" if "muon" in components else "adamw",
         "losses": weights.model_copy(update={"semantic": SEMANTIC_WEIGHT if "sas" in components else 0.0}),
         "semantics": SEMANTICS,
@@ -360,7 +367,7 @@ def _stages(student: UNet2DConditionModel, components: tuple[str, ...], steps: i
     if "incubation" in components:
         stages = incubation_stages(student, steps)
     else:
-        stages = [Stage(name="joint", **pace(student, steps))]
+        stages = [Stage(name="joint", **default_hyperparameters(student, steps))]
     return [stage.model_copy(update=changes) for stage in stages]
 
 
@@ -445,7 +452,7 @@ def _step_of(
     pipeline: DiffusionPipeline, student: UNet2DConditionModel, examples: TrainingSet, stage: Stage
 ) -> Callable[[], None]:
     """A training step of the stage: forward, backward, optimiser."""
-    task = make_task(pipeline, student, noise_schedule(pipeline), examples, stage)
+    task = make_task(pipeline, student, examples, stage)
     wanted = set(task.trained())
     indices = ShuffledBatches(len(examples), stage.batch_size, 0)(0)
     accelerator = make_accelerator(pipeline.device, stage.mixed_precision)

@@ -25,17 +25,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import asdm
 from asdm.data.batches import ShuffledBatches
-from asdm.diffusion.conditioning import noise_schedule
-from asdm.distillation.distill import make_task, prepare
 from asdm.distillation.estimate import estimate as estimated
 from asdm.distillation.stages import Stage
+from asdm.distillation.tasks import make_task
+from asdm.distillation.training_set import prepare
 from asdm.measure.hooks import outputs_of, tensor_of
 from asdm.measure.latency import Latency, seconds_of
 from asdm.measure.machine import prepare_for_training
 from asdm.measure.memory import peak_megabytes
 from asdm.student.build import build_student
-from asdm.training.loop import BatchSlice, make_accelerator, train
+from asdm.training.launch import make_accelerator
+from asdm.training.loop import train
 from asdm.training.optimizers import OptimizerName
+from asdm.training.task import BatchSlice
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 SETUPS: list[tuple[int, bool, OptimizerName, bool]] = [  # GPUs, FSDP, optimiser, gradient checkpointing
@@ -57,7 +59,7 @@ def step(rounds: int = 12, batch_size: int = 32) -> None:
     shorter = stage.model_copy(update={"steps": 2})
     with tempfile.TemporaryDirectory() as folder:
         examples = prepare(pipeline, "demo", Path(folder) / "prepared")
-        task = make_task(pipeline, student, noise_schedule(pipeline), examples, stage)
+        task = make_task(pipeline, student, examples, stage)
         run = partial(trained, task, ShuffledBatches(len(examples), batch_size, seed=0))
         parts = Parts(task, batch_size)
         rows = timed(partial(run, stage, Path(folder) / "timed"), parts)
@@ -170,7 +172,7 @@ def compare(model: str = "sd15", steps: int = 6, images: int = 64) -> None:
             if expected["shape"] != model or expected["gpus"] > 1 or not installed(expected["optimizer"]):
                 continue
             stage = estimated_stage(expected["optimizer"], expected["checkpointing"], steps, known["batch_size"])
-            task = make_task(pipeline, student, noise_schedule(pipeline), examples, stage)
+            task = make_task(pipeline, student, examples, stage)
             order = ShuffledBatches(len(examples), stage.batch_size, seed=0)
             torch.cuda.reset_peak_memory_stats()
             seconds: list[float] = []

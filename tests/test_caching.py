@@ -40,11 +40,12 @@ from asdm import (
 )
 from asdm.benchmark.baselines import deep_cache
 from asdm.caching.calibration import best_steps, observe_sampling
-from asdm.caching.extrapolation import extrapolation_errors, noise_level
+from asdm.caching.extrapolation import extrapolation_errors
 from asdm.caching.recording import _values_at
 from asdm.caching.schedule import spaced_steps
 from asdm.caching.session import CachingHook, cut_of
 from asdm.cli import app
+from asdm.diffusion.parameterization import noise_level
 from asdm.families import BlockIO, CacheCut, ModelFamily
 from asdm.families.tensors import fingerprint
 from asdm.measure.macs import counting_macs

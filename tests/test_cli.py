@@ -81,7 +81,7 @@ def mistakes(model, tmp_path):
         (["generate", model, "x", "--size", "25"], "must be a positive multiple"),
         (["generate", model, "x", "--size", "100"], "multiple of 8; the nearest is 96"),
         (["generate", model, "x", "--steps", "1001"], "has 1000; give as many at most"),
-        (["plan", model, "--params", "1e9"], "params=1e.09: the UNet has"),
+        (["plan", model, "--params", "1e9"], "params=1e.09: the denoiser has"),
         (["generate", model, "x", "--strength", "0.5"], "0.5: has no effect without --image"),
         (["generate", model, "x", "--switch-at", "0.5"], "0.5: has no effect without --low-noise-model"),
         (["generate", model, "x", "--low-noise-model", model, "--switch-at", "1"], "above 0 and below 1"),

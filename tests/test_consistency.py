@@ -10,13 +10,14 @@ from typer.testing import CliRunner
 
 from asdm import AsdmError, PruningPlan, Stage, build_student, distill, generate, load_pipeline, save_pipeline
 from asdm.cli import app
-from asdm.diffusion.conditioning import noise_schedule
 from asdm.diffusion.generation import default_guidance, default_steps
+from asdm.diffusion.parameterization import parameterization_of
 from asdm.distillation.consistency import ConsistencyTask, consistent_original, ddim_step, lcm_scheduler
-from asdm.distillation.distill import make_task, prepare
 from asdm.distillation.recipes import recipe_stages
 from asdm.distillation.stages import Consistency, parse_stages
-from asdm.training.loop import BatchSlice
+from asdm.distillation.tasks import make_task
+from asdm.distillation.training_set import prepare
+from asdm.training.task import BatchSlice
 from conftest import tiny_inpainting_pipeline, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet
 
 KINDS = ("epsilon", "v_prediction", "sample")
@@ -37,9 +38,14 @@ def noisy_and_prediction(batch=1):
     return (torch.randn(batch, 4, 8, 8, generator=generator) for _ in range(2))
 
 
+def consistent(sampler, noise_pred, noisy, timesteps):
+    original = parameterization_of(sampler).to_x0(noise_pred, noisy, timesteps)
+    return consistent_original(sampler, original, noisy, timesteps)
+
+
 def task_of(pipeline, student, folder, tmp_path, **changes):
     examples = prepare(pipeline, folder, tmp_path / "prepared")
-    return make_task(pipeline, student, noise_schedule(pipeline), examples, stage(**changes))
+    return make_task(pipeline, student, examples, stage(**changes))
 
 
 def calls(module):
@@ -55,8 +61,8 @@ def calls(module):
 def test_the_consistency_function_is_the_identity_at_time_step_0(kind):
     noisy, noise_pred = noisy_and_prediction()
     sampler = LCMScheduler(**BETAS, prediction_type=kind)
-    assert torch.equal(consistent_original(sampler, noise_pred, noisy, torch.tensor([0])), noisy)
-    later = consistent_original(sampler, noise_pred, noisy, torch.tensor([19]))
+    assert torch.equal(consistent(sampler, noise_pred, noisy, torch.tensor([0])), noisy)
+    later = consistent(sampler, noise_pred, noisy, torch.tensor([19]))
     assert not torch.allclose(later, noisy, atol=0.01)
 
 
@@ -68,17 +74,17 @@ def test_what_is_trained_is_what_the_sampler_evaluates(kind):
     sampler.set_timesteps(4)
     for timestep in sampler.timesteps:
         expected = sampler.step(noise_pred, timestep, noisy).denoised
-        assert torch.allclose(consistent_original(sampler, noise_pred, noisy, timestep.view(1)), expected, atol=1e-5)
+        assert torch.allclose(consistent(sampler, noise_pred, noisy, timestep.view(1)), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_solvers_step_is_ddims(kind):
     noisy, noise_pred = noisy_and_prediction(batch=3)
-    schedule = DDPMScheduler(**BETAS, prediction_type=kind)
+    parameterization = parameterization_of(DDPMScheduler(**BETAS, prediction_type=kind))
     ddim = DDIMScheduler(**BETAS, prediction_type=kind, clip_sample=False, set_alpha_to_one=False)
     ddim.set_timesteps(50)
     timesteps = torch.tensor([999, 499, 19])
-    stepped = ddim_step(schedule, noise_pred, noisy, timesteps, (timesteps - 20).clamp(min=0))
+    stepped = ddim_step(parameterization, noise_pred, noisy, timesteps, (timesteps - 20).clamp(min=0))
     for row, timestep in enumerate(timesteps):
         one = slice(row, row + 1)
         expected = ddim.step(noise_pred[one], timestep, noisy[one]).prev_sample
@@ -136,7 +142,7 @@ def test_the_teacher_is_guided_in_one_call(pipeline, data_folder, tmp_path):
     guided = unconditional + 3 * (conditional - unconditional)
     earlier = noised.timesteps - 20
     assert torch.equal(solved.timesteps, earlier.clamp(min=0))
-    expected = ddim_step(task.schedule, guided, noised.noisy, noised.timesteps, solved.timesteps)
+    expected = ddim_step(task.parameterization, guided, noised.noisy, noised.timesteps, solved.timesteps)
     assert torch.allclose(solved.noisy, expected, atol=1e-4)
 
 
@@ -195,8 +201,8 @@ def test_settings_out_of_range_are_told(pipeline, data_folder, tmp_path):
         task_of(pipeline, tiny_unet(), data_folder, tmp_path, consistency=Consistency(solver_steps=1001))
     with pytest.raises(AsdmError, match="student_steps=51: more than solver_steps=50"):
         task_of(pipeline, tiny_unet(), data_folder, tmp_path, consistency=Consistency(student_steps=51))
-    with pytest.raises(AsdmError, match="assembled goes with scope joint"):
-        parse_stages([{"name": "a", "steps": 3, "scope": "consistency", "assembled": ["mid_block"]}])
+    with pytest.raises(AsdmError, match="student_blocks goes with scope joint"):
+        parse_stages([{"name": "a", "steps": 3, "scope": "consistency", "student_blocks": ["mid_block"]}])
     with pytest.raises(AsdmError, match=r"consistency\.loss='l1'"):
         parse_stages([{"name": "a", "steps": 3, "scope": "consistency", "consistency": {"loss": "l1"}}])
 
@@ -213,6 +219,9 @@ def test_a_distilled_folder_draws_in_4_steps_without_guidance(data_folder, tmp_p
     (tmp_path / "recipe.json").write_text(json.dumps([stage(steps=2).model_dump(mode="json")]))
     arguments = ["distill", model, model, "--data", data_folder, "--out", tmp_path / "lcm"]
     told = CliRunner().invoke(app, [str(a) for a in [*arguments, "--recipe", tmp_path / "recipe.json"]])
+    import traceback
+
+    traceback.print_exception(*told.exc_info)
     assert told.exit_code == 0, told.output
     index = json.loads((tmp_path / "lcm" / "model_index.json").read_text())
     assert index["scheduler"] == ["diffusers", "LCMScheduler"]

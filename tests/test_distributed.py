@@ -16,7 +16,9 @@ from asdm.data.prepared import PreparedData
 from asdm.data.sources import open_data
 from asdm.distillation.stages import LossWeights, Stage
 from asdm.pipelines.derived import with_unet
-from asdm.training.loop import LoopSettings, TrainingTask, read_log, train
+from asdm.training.log import read_log
+from asdm.training.loop import LoopSettings, train
+from asdm.training.task import TrainingTask
 from conftest import tiny_pipeline
 
 UNITS = ("down_blocks.0.resnets.1", "mid_block.attentions.0", "up_blocks.2.attentions.0")

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from asdm import AsdmError, PruningPlan, Remove, build_student, cache_features, export, generate, with_unet
+from asdm.families import UNetFamily
 from asdm.families.tensors import fingerprint
 from asdm.measure.latency import Latency
 from asdm.runtime import openvino as openvino_graphs
@@ -273,3 +274,29 @@ def test_what_cannot_be_exported_is_said_before_anything_is_written(pipeline, tm
     with pytest.raises(AsdmError, match="was not written by asdm"):
         export(pipeline, tmp_path / "mine")
     assert not (tmp_path / "out").exists()
+
+
+def test_folders_of_version_0_1_load(pipeline, tmp_path):
+    """Their marker says `inherit`, and their outer graph's input is `inherited`."""
+    export(pipeline, tmp_path, cache=1, parts=["unet_inner", "unet_outer", "vae_decoder"])
+    expected = generate(with_openvino_graphs(pipeline, tmp_path), "octopus", steps=2)
+    for name, now, then in (
+        ("asdm.json", '"cache"', '"inherit"'),
+        ("unet_outer/openvino_model.xml", "cached_features", "inherited"),
+    ):
+        text = (tmp_path / name).read_text()
+        assert now in text
+        (tmp_path / name).write_text(text.replace(now, then))
+    ready = with_openvino_graphs(pipeline, tmp_path)
+    assert torch.equal(generate(ready, "octopus", steps=2), expected)
+    with cache_features(ready, every=2) as session:
+        generate(ready, "octopus", steps=2)
+    assert (session.full_steps, session.cached_steps) == (1, 1)
+
+
+def test_only_unets_are_exported(pipeline, tmp_path):
+    family = UNetFamily()
+    family.component = "transformer"
+    pipeline.unet.family = family
+    with pytest.raises(AsdmError, match="export: graphs are for UNets; this pipeline has a UNet2DConditionModel"):
+        export(pipeline, tmp_path / "out")

@@ -1,25 +1,27 @@
 """Blocks learn alone inside the teacher, are put together, and mean what the teacher's images mean."""
 
+import json
 import math
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
 from transformers import CLIPConfig, CLIPModel, ConvNextConfig, ConvNextModel, ViTConfig, ViTModel
 
 from asdm import AsdmError, AsdmUNet2DConditionModel, PruningPlan, Stage, build_student, distill
-from asdm.diffusion.conditioning import noise_schedule, predicted_original, prediction_target, stratified_timesteps
-from asdm.distillation.distill import DistillationTask, IncubationTask, make_task, prepare
+from asdm.diffusion.parameterization import parameterization_of
 from asdm.distillation.estimate import estimate
-from asdm.distillation.incubation import assembled, groups_of, incubated_blocks, set_trainable
-from asdm.distillation.losses import min_snr_weights, semantic_loss, squared_error
+from asdm.distillation.incubation import blocks_in_teacher, groups_of, incubated_blocks, set_trainable
+from asdm.distillation.losses import _TERMS, loss_term, semantic_loss, squared_error
 from asdm.distillation.recipes import RECIPES, as_yaml, recipe_stages
-from asdm.distillation.semantics import UNetEncoder, VisionEncoder
+from asdm.distillation.semantics import DenoiserEncoder, VisionEncoder
 from asdm.distillation.stages import LossWeights, Semantics, parse_stages
+from asdm.distillation.tasks import DistillationTask, IncubationTask, make_task
 from asdm.distillation.teaching import WHOLE
+from asdm.distillation.training_set import prepare
 from asdm.families.unet_calls import unet_call
 from asdm.measure.hooks import outputs_of, tensor_of
-from asdm.training.loop import BatchSlice
+from asdm.training.task import BatchSlice
 from conftest import predict, tiny_pipeline, tiny_vae
 
 REMOVED = ("down_blocks.1.resnets.1", "mid_block.resnets.1", "up_blocks.2.attentions.1")
@@ -42,7 +44,7 @@ def examples(pipeline, data_folder, tmp_path):
 
 def losses_of(pipeline, student, examples, chosen, step=0, seed=0):
     torch.manual_seed(0)
-    task = make_task(pipeline, student, noise_schedule(pipeline), examples, chosen)
+    task = make_task(pipeline, student, examples, chosen)
     indices = torch.arange(chosen.batch_size)
     losses = task((indices, step), torch.Generator().manual_seed(seed))
     losses["loss"].backward()
@@ -85,39 +87,32 @@ def test_a_compensated_mid_block_is_incubated_as_others(pipeline, data_folder, t
     distill(pipeline, student, data_folder, tmp_path / "run", stages=[stage(scope="incubate")])
     moved = {name for name, p in student.named_parameters() if not torch.equal(p, before[name])}
     assert moved and all(name.startswith("mid_block.compensation.") for name in moved)
-    set_trainable(student, "neighbours")
-    near = {name.split(".compensation")[0] for name, p in student.named_parameters() if p.requires_grad}
-    assert "mid_block" in near and any(name.startswith("down_blocks.3.resnets.1") for name in near)
-    lean = pruned(pipeline.unet, "mid_block", "down_blocks.3")
-    set_trainable(lean, "neighbours")
-    near = {".".join(name.split(".")[:4]) for name, p in lean.named_parameters() if p.requires_grad}
-    assert near == {"down_blocks.2.attentions.1", "up_blocks.1.resnets.0"}
 
 
 def test_blocks_are_assembled_of_what_was_loaded_from_disk(pipeline, tmp_path):
     pruned(pipeline.unet).save_pretrained(tmp_path)
     student = AsdmUNet2DConditionModel.from_pretrained(tmp_path)
     assert isinstance(student.config.block_out_channels, list)  # and the teacher's is a tuple
-    with assembled(student, pipeline.unet, []):
+    with blocks_in_teacher(student, pipeline.unet, []):
         assert torch.equal(predict(student), predict(pipeline.unet))
     short = build_student(
         pipeline.unet, PruningPlan.for_unet(pipeline.unet, [{"edit": "drop_layers", "layers_per_block": 1}])
     )
-    with pytest.raises(AsdmError, match="blocks are not its teacher's"), assembled(short, pipeline.unet, []):
+    with pytest.raises(AsdmError, match="blocks are not its teacher's"), blocks_in_teacher(short, pipeline.unet, []):
         pass
 
 
 def test_the_teachers_blocks_stand_in_for_those_not_assembled_yet(pipeline):
     unet, student = pipeline.unet, pruned(pipeline.unet)
     alone, own = predict(student), student.mid_block
-    with assembled(student, unet, []):
+    with blocks_in_teacher(student, unet, []):
         assert torch.equal(predict(student), predict(unet))
-    with assembled(student, unet, ["mid_block", "up_blocks.0"]):
+    with blocks_in_teacher(student, unet, ["mid_block", "up_blocks.0"]):
         assert torch.equal(predict(student), predict(pruned(unet, "mid_block.resnets.1")))
     assert student.mid_block is own and torch.equal(predict(student), alone)
     with (
         pytest.raises(AsdmError, match=r"mid_blok: no such block; they are .*mid_block"),
-        assembled(student, unet, ["mid_blok"]),
+        blocks_in_teacher(student, unet, ["mid_blok"]),
     ):
         pass
 
@@ -129,10 +124,10 @@ def test_what_goes_with_the_innermost_stage_is_one_group(pipeline):
     assert incubated_blocks(student) == ["mid_block", "up_blocks.2"]
     with (
         pytest.raises(AsdmError, match="go together in this student"),
-        assembled(student, pipeline.unet, ["down_blocks.2"]),
+        blocks_in_teacher(student, pipeline.unet, ["down_blocks.2"]),
     ):
         pass
-    with assembled(student, pipeline.unet, together):
+    with blocks_in_teacher(student, pipeline.unet, together):
         predict(student)
 
 
@@ -140,7 +135,7 @@ def test_an_assembly_trains_its_own_blocks_and_leaves_the_teacher(pipeline, data
     student, teacher = pruned(pipeline.unet), pipeline.unet
     before = {name: p.clone() for name, p in student.named_parameters()}
     theirs = {name: p.clone() for name, p in teacher.named_parameters()}
-    chosen = stage(assembled=["down_blocks.1"], steps=2)
+    chosen = stage(student_blocks=["down_blocks.1"], steps=2)
     distill(pipeline, student, data_folder, tmp_path / "run", stages=[chosen])
     moved = {name for name, p in student.named_parameters() if not torch.equal(p, before[name])}
     assert any(name.startswith("down_blocks.1.") for name in moved)
@@ -148,32 +143,17 @@ def test_an_assembly_trains_its_own_blocks_and_leaves_the_teacher(pipeline, data
     assert all(torch.equal(p, theirs[name]) for name, p in teacher.named_parameters())
 
 
-def test_only_what_is_beside_a_cut_or_routes_moves(pipeline):
+def test_routers_are_trained_alone(pipeline):
     bank = {"edit": "cond_conv", "unit": "up_blocks.3.resnets.0.conv2", "experts": ["up_blocks.3.resnets.1.conv2"]}
     edits = [{"edit": "remove", "unit": "down_blocks.1.resnets.1"}, bank]
     student = build_student(pipeline.unet, PruningPlan.for_unet(pipeline.unet, edits))
     set_trainable(student, "routers")
     routers = [name for name, p in student.named_parameters() if p.requires_grad]
     assert routers == [f"up_blocks.3.resnets.0.conv2.router.{kind}" for kind in ("weight", "bias")]
-    set_trainable(student, "neighbours")
-    near = {name.rsplit(".", 2)[0] for name, p in student.named_parameters() if p.requires_grad}
-    assert any(name.startswith("down_blocks.1.attentions.0") for name in near)
-    assert not any(name.startswith(("conv_in", "up_blocks.1", "down_blocks.0.resnets.0")) for name in near)
     set_trainable(student, "all")
     assert all(p.requires_grad for p in student.parameters())
     with pytest.raises(AsdmError, match="trained=routers: this student has none"):
         set_trainable(pruned(pipeline.unet), "routers")
-
-
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-def test_the_original_is_estimated_from_any_prediction(kind):
-    schedule = DDPMScheduler(prediction_type=kind)
-    generator = torch.Generator().manual_seed(0)
-    latents, noise = torch.randn(2, 3, 4, 8, 8, generator=generator)
-    timesteps = torch.tensor([10, 500, 900])
-    noisy = schedule.add_noise(latents, noise, timesteps)
-    target = prediction_target(schedule, latents, noise, timesteps)
-    torch.testing.assert_close(predicted_original(schedule, target, noisy, timesteps), latents, atol=1e-4, rtol=1e-4)
 
 
 def test_semantic_loss_is_the_weighted_distance_of_directions():
@@ -183,14 +163,7 @@ def test_semantic_loss_is_the_weighted_distance_of_directions():
     assert semantic_loss(mine[1:], theirs[1:], torch.tensor([0.2])) == pytest.approx(0.4)
 
 
-def test_min_snr_weights_follow_the_paper():
-    alphas = torch.tensor([0.99, 0.5, 0.1])
-    snr = alphas / (1 - alphas)
-    expected = [min(5.0, float(value)) / float(value) for value in snr]
-    assert min_snr_weights(alphas, "epsilon", 5.0).tolist() == pytest.approx(expected)
-    expected = [min(5.0, float(value)) / (float(value) + 1) for value in snr]
-    assert min_snr_weights(alphas, "v_prediction", 5.0).tolist() == pytest.approx(expected)
-    assert min_snr_weights(torch.zeros(1), "epsilon", 5.0) == 1  # pure noise, where a schedule ends in it
+def test_weights_of_samples_scale_their_errors():
     error = squared_error(torch.ones(2, 3), torch.tensor([[0.0] * 3, [3.0] * 3]), torch.tensor([1.5, 0.5]))
     assert error == pytest.approx((1.5 * 1 + 0.5 * 4) / 2)
 
@@ -203,8 +176,8 @@ def test_weights_by_time_step_count_in_batches_of_one(pipeline, examples):
     by_snr = [output_loss(seed, min_snr_gamma=1.0) / output_loss(seed) for seed in range(4)]
     assert max(by_snr) > 1.1 * min(by_snr)
     chosen = stage(min_snr_gamma=1.0)
-    task = make_task(pipeline, pruned(pipeline.unet), noise_schedule(pipeline), examples, chosen)
-    assert task.snr_weights.mean() == pytest.approx(1, abs=0.01)
+    task = make_task(pipeline, pruned(pipeline.unet), examples, chosen)
+    assert task.snr_weights(torch.arange(1000)).mean() == pytest.approx(1, abs=0.01)
 
 
 def encoders(pipeline):
@@ -217,7 +190,7 @@ def encoders(pipeline):
     vit = ViTModel(ViTConfig(**size, **vision))
     convolutional = ConvNextModel(ConvNextConfig(hidden_sizes=[8, 8, 8, 16], depths=[1, 1, 1, 1]))
     return {
-        "unet": UNetEncoder(pipeline.unet, noise_schedule(pipeline)),
+        "unet": DenoiserEncoder(pipeline.unet, parameterization_of(pipeline.scheduler)),
         "clip": VisionEncoder(clip, tiny_vae().requires_grad_(False), pipeline.tokenizer),
         "vit": VisionEncoder(vit, tiny_vae().requires_grad_(False)),
         "convnext": VisionEncoder(convolutional, tiny_vae().requires_grad_(False), size=32),
@@ -256,7 +229,7 @@ def test_semantic_terms_are_in_the_loss_at_every_kth_step(pipeline, examples):
     with pytest.raises(AsdmError, match="the encoder unet has no text tower"):
         losses_of(pipeline, pruned(pipeline.unet), examples, stage(losses=LossWeights(semantic_text=1)))
     task = DistillationTask(
-        pipeline.unet, pruned(pipeline.unet), noise_schedule(pipeline), examples,
+        pipeline.unet, pruned(pipeline.unet), parameterization_of(pipeline.scheduler), examples,
         stage(losses=LossWeights(semantic_text=1)), encoders(pipeline)["clip"],
     )  # fmt: skip
     losses = task((torch.tensor([0, 1]), 0), torch.Generator().manual_seed(0))
@@ -273,7 +246,8 @@ def test_plain_losses_are_mean_squared_errors(pipeline, examples):
 
 def test_features_count_by_the_size_of_their_maps(pipeline, examples):
     alike, by_area = (
-        losses_of(pipeline, pruned(pipeline.unet), examples, stage(features_by=kind))[1] for kind in ("block", "area")
+        losses_of(pipeline, pruned(pipeline.unet), examples, stage(feature_weighting=kind))[1]
+        for kind in ("block", "spatial")
     )
     blocks = [name for name in alike if name.startswith("feature/")]
     assert alike["feature"] == pytest.approx(sum(alike[name] for name in blocks) / len(blocks), rel=1e-5)
@@ -287,21 +261,21 @@ def test_features_count_by_the_size_of_their_maps(pipeline, examples):
 
 
 def test_time_steps_by_angle_are_even_on_the_samplers_path(pipeline):
-    schedule = noise_schedule(pipeline)
-    drawn = stratified_timesteps(1000, schedule, torch.Generator().manual_seed(0), "angle")
-    angles = schedule.alphas_cumprod.sqrt().acos()
+    parameterization = parameterization_of(pipeline.scheduler)
+    drawn = parameterization.sample_timesteps(1000, torch.Generator().manual_seed(0), "uniform_angle")
+    angles = parameterization.signal_power(torch.arange(1000)).sqrt().acos()
     found = angles[drawn].sort().values
     even = torch.linspace(0, float(angles[-1]), 1000)
     assert (found - even).abs().max() < 0.05  # the schedule's first angle is 0.03
-    task = make_task(pipeline, pruned(pipeline.unet), schedule, None, stage(timesteps="angle"))
+    task = make_task(pipeline, pruned(pipeline.unet), None, stage(timestep_sampling="uniform_angle"))
     assert torch.equal(task.timesteps(1000, torch.Generator().manual_seed(0)), drawn)
 
 
-@pytest.mark.parametrize("density", ["uniform", "angle"])
+@pytest.mark.parametrize("density", ["uniform", "uniform_angle"])
 def test_a_student_that_draws_above_a_time_step_alone_is_not_trained_below_it(pipeline, density):
     def drawn(above):
-        fields = {"timesteps": density, "min_timestep_fraction": above}
-        task = make_task(pipeline, pruned(pipeline.unet), noise_schedule(pipeline), None, stage(**fields))
+        fields = {"timestep_sampling": density, "min_timestep_fraction": above}
+        task = make_task(pipeline, pruned(pipeline.unet), None, stage(**fields))
         return task.timesteps(1000, torch.Generator().manual_seed(0)).sort().values
 
     whole, part = drawn(0.0), drawn(0.34)
@@ -327,7 +301,6 @@ def test_a_spliced_caption_is_its_own_up_to_a_token_and_another_behind(pipeline,
     task = make_task(
         pipeline,
         pruned(pipeline.unet),
-        noise_schedule(pipeline),
         examples,
         stage(caption_dropout=0, caption_mixing=1),
     )
@@ -355,7 +328,7 @@ def test_recipes_are_data_that_run_and_survive_their_file(pipeline, data_folder,
     assert all(torch.isfinite(p).all() for p in student.parameters())
     if recipe == "incubation":
         assert [s.name for s in stages] == ["incubate", "assemble-1", "assemble-2", "joint"]
-        assert stages[1].assembled == [
+        assert stages[1].student_blocks == [
             name for name in ("down_blocks.0", "down_blocks.2", "down_blocks.3", "up_blocks.0", "up_blocks.1",
                               "up_blocks.3", "down_blocks.1")
         ]  # fmt: skip
@@ -367,11 +340,11 @@ def test_recipes_are_data_that_run_and_survive_their_file(pipeline, data_folder,
 def test_wrong_recipes_are_told_in_one_line(pipeline, tmp_path):
     student = pruned(pipeline.unet)
     (tmp_path / "bad.yaml").write_text("- name: [")
-    (tmp_path / "odd.yaml").write_text("- {name: a, steps: 3, scope: incubate, assembled: [mid_block]}")
+    (tmp_path / "odd.yaml").write_text("- {name: a, steps: 3, scope: incubate, student_blocks: [mid_block]}")
     for recipe, message in (
         ("incubate", "incubate: no such recipe; it is joint, bk-sdm, incubation, lcm or a YAML file"),
         (tmp_path / "bad.yaml", "not a list of stages in YAML"),
-        (tmp_path / "odd.yaml", "assembled goes with scope joint"),
+        (tmp_path / "odd.yaml", "student_blocks goes with scope joint"),
     ):
         with pytest.raises(AsdmError, match=message) as error:
             recipe_stages(recipe, student, 10)
@@ -381,6 +354,77 @@ def test_wrong_recipes_are_told_in_one_line(pipeline, tmp_path):
         losses_of(pipeline, plain, None, stage(scope="incubate"))
 
 
+OLD_STAGE = {
+    "name": "s",
+    "steps": 1,
+    "batch_size": 2,
+    "ema_decay": 0,
+    "features_by": "area",
+    "timesteps": "angle",
+    "assembled": ["mid_block"],
+    "caption_splice": 0.5,
+    "timesteps_above": 0.2,
+}
+
+
+def test_recipes_of_version_0_1_still_load(pipeline, tmp_path):
+    (tmp_path / "old.yaml").write_text(json.dumps([OLD_STAGE, {"name": "t", "steps": 1, "features_by": "block"}]))
+    first, second = recipe_stages(tmp_path / "old.yaml", pipeline.unet, 1)
+    assert (first.feature_weighting, first.timestep_sampling) == ("spatial", "uniform_angle")
+    assert (first.student_blocks, first.caption_mixing, first.min_timestep_fraction) == (["mid_block"], 0.5, 0.2)
+    assert (second.feature_weighting, second.timestep_sampling) == ("block", "uniform")
+    (tmp_path / "odd.yaml").write_text("[{name: a, steps: 1, trained: neighbours}]")
+    with pytest.raises(AsdmError, match="trained='neighbours': input should be 'all' or 'routers'"):
+        recipe_stages(tmp_path / "odd.yaml", pipeline.unet, 1)
+
+
+def test_a_run_of_version_0_1_goes_on(pipeline, data_folder, tmp_path):
+    stages = parse_stages([OLD_STAGE])
+    distill(pipeline, pruned(pipeline.unet), data_folder, tmp_path / "run", stages=stages)
+    record = tmp_path / "run" / "00-s" / "run.json"
+    known = json.loads(record.read_text())
+    present = ("feature_weighting", "timestep_sampling", "student_blocks", "caption_mixing", "min_timestep_fraction")
+    known = {name: value for name, value in known.items() if name not in present}
+    record.write_text(json.dumps(known | {name: value for name, value in OLD_STAGE.items() if name not in known}))
+    rows = []
+    longer = parse_stages([{**OLD_STAGE, "steps": 2}])
+    student = pruned(pipeline.unet)
+    distill(pipeline, student, data_folder, tmp_path / "run", stages=longer, progress=rows.append)
+    assert [row["step"] for row in rows] == [2]
+    with pytest.raises(AsdmError, match=r"begun with other settings \(feature_weighting\)"):
+        other = parse_stages([{**OLD_STAGE, "steps": 2, "features_by": "block"}])
+        distill(pipeline, pruned(pipeline.unet), data_folder, tmp_path / "run", stages=other)
+
+
+def test_a_new_loss_is_one_registered_function(pipeline, examples, monkeypatch):
+    monkeypatch.setattr("asdm.distillation.losses._TERMS", dict(_TERMS))
+
+    @loss_term("bias")
+    def bias(comparison):
+        return (comparison.noise_pred - comparison.teacher_pred).mean().abs()
+
+    assert LossWeights().bias == 0
+    _, losses = losses_of(pipeline, pruned(pipeline.unet), examples, stage(losses={"bias": 2}))
+    assert losses["weighted/bias"] == pytest.approx(2 * losses["bias"]) and losses["bias"] > 0
+    assert losses["loss"] == pytest.approx(
+        sum(value for name, value in losses.items() if name.startswith("weighted/")), rel=1e-5
+    )
+    with pytest.raises(AsdmError, match=r"not a stage: losses.byas: no such loss; they are task, .*bias"):
+        parse_stages([{"name": "a", "steps": 1, "losses": {"byas": 1}}])
+
+
+def test_a_student_learns_from_a_teacher_of_flow_matching(pipeline, data_folder, tmp_path):
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    student = pruned(pipeline.unet)
+    rows = []
+    chosen = stage(steps=20, batch_size=4, min_snr_gamma=5.0, timestep_sampling="uniform_angle")
+    distill(pipeline, student, data_folder, tmp_path / "run", stages=[chosen], progress=rows.append)
+    assert sum(row["output"] for row in rows[-5:]) < 0.9 * sum(row["output"] for row in rows[:5])
+    assert json.loads((tmp_path / "run" / "00-s" / "run.json").read_text())["predicts"] == "flow, shifted by 3"
+    with pytest.raises(AsdmError, match="the teacher predicts flow, shifted by 3; use scope joint"):
+        make_task(pipeline, student, None, stage(scope="consistency"))
+
+
 def test_an_estimate_counts_what_moves_and_changes_nothing():
     pipeline = tiny_pipeline()
     student = pruned(pipeline.unet)
@@ -388,7 +432,7 @@ def test_an_estimate_counts_what_moves_and_changes_nothing():
     stages = parse_stages(
         [
             {"name": "a", "steps": 10, "scope": "incubate"},
-            {"name": "b", "steps": 10, "assembled": ["mid_block"]},
+            {"name": "b", "steps": 10, "student_blocks": ["mid_block"]},
             {"name": "c", "steps": 20, "ema_decay": 0.0},
         ]
     )

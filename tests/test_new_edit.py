@@ -113,9 +113,8 @@ def test_what_it_offers_is_analysed_and_planned(sensitivity):
     assert record.covers == [FEED_FORWARD] and record.parameters == 0 and record.gmacs == 0
     student = build_student(pipeline.unet, plan_of(pipeline.unet, (FEED_FORWARD, 0.5)))
     assert 0 < record.sensitivity < max(unit.sensitivity for unit in redundancy.units)
-    # A saving that the planner cannot pass by.
-    others = [each.model_copy(update={"gmacs": redundancy.gmacs}) if each == record else each
-              for each in redundancy.others]  # fmt: skip
+    free = record.model_copy(update={"gmacs": 0.2 * redundancy.gmacs, "sensitivity": 0.0})  # so that a plan has it
+    others = [free if other == record else other for other in redundancy.others]
     plan = make_plan(redundancy.model_copy(update={"others": others}), macs=0.9)
     assert ScaleBranch(unit=FEED_FORWARD, factor=0.5) in plan.edits
     assert fit_compensation(pipeline, student, timesteps=1, samples=2).left_by_unit == {}

@@ -317,7 +317,7 @@ def test_images_of_another_size(pipeline):
     assert generate(pipeline, ["octopus"], steps=2, size=24).shape == (1, 3, 24, 24)
     with pytest.raises(AsdmError, match="size=25: must be a positive multiple of 8; the nearest is 24"):
         generate(pipeline, ["octopus"], steps=2, size=25)
-    with pytest.raises(AsdmError, match="size=24: image-to-image draws at the image's own size"):
+    with pytest.raises(AsdmError, match="size=24: image-to-image generates at the image's own size"):
         generate(pipeline, ["octopus"], steps=2, size=24, image=Image.new("RGB", (16, 16)))
 
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from asdm import PruningPlan, Remove, build_student, save_pipeline, with_unet
-from asdm.training.loop import checkpoint_step
+from asdm.training.checkpoints import checkpoint_step
 from conftest import tiny_pipeline
 
 KILLS = 20

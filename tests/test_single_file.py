@@ -39,7 +39,7 @@ from asdm import (
     save_pipeline,
     with_unet,
 )
-from asdm.diffusion.conditioning import noise_schedule
+from asdm.diffusion.parameterization import parameterization_of
 from conftest import _text_encoder, tiny_inpainting_pipeline, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet
 
 RESNET = {
@@ -498,7 +498,7 @@ def test_a_student_keeps_what_its_teacher_predicts(tmp_path, sd15):
     config = load_pipeline(save_pipeline(with_unet(teacher, student), tmp_path / "student")).scheduler.config
     assert config.prediction_type == "v_prediction" and config.rescale_betas_zero_snr
     assert config.timestep_spacing == "trailing"
-    assert noise_schedule(teacher).alphas_cumprod[-1] == 0
+    assert parameterization_of(teacher.scheduler).signal_power(torch.tensor(999)) == 0
     few_steps = lcm_scheduler(config, 50).config
     assert few_steps.prediction_type == "v_prediction" and few_steps.rescale_betas_zero_snr
 

@@ -8,7 +8,7 @@ from torch import nn
 from asdm import AsdmError, PruningPlan, Stage, build_student, distill, save_pipeline, with_unet
 from asdm.families.unet_shorter import dropped, teacher_key
 from asdm.families.unet_structure import removable_units
-from asdm.training.loop import read_log
+from asdm.training.log import read_log
 from conftest import predict, tiny_pipeline, tiny_sdxl_unet, tiny_unet
 
 TINY = {"edit": "drop_layers", "layers_per_block": 1, "mid_block": False, "levels": 3}

@@ -17,11 +17,11 @@ from torch import nn
 
 from asdm import AsdmError, PruningPlan, Stage, build_student, distill
 from asdm.data.batches import ShuffledBatches
-from asdm.diffusion.conditioning import noise_schedule
-from asdm.distillation.distill import make_task, prepare
 from asdm.distillation.estimate import estimate
 from asdm.distillation.losses import feature_losses, output_loss, relative_error
 from asdm.distillation.stages import LossWeights, parse_stages
+from asdm.distillation.tasks import make_task
+from asdm.distillation.training_set import prepare
 from asdm.families.unet_calls import unet_call
 from asdm.families.unet_structure import removable_units
 from asdm.measure import machine as runtime
@@ -29,16 +29,12 @@ from asdm.measure.hooks import outputs_of, tensor_of
 from asdm.measure.latency import Latency
 from asdm.measure.macs import counting_macs
 from asdm.measure.memory import peak_megabytes
-from asdm.training.loop import (
-    LoopSettings,
-    TrainingTask,
-    _TrainingState,
-    checkpoint_step,
-    make_accelerator,
-    read_log,
-    train,
-)
+from asdm.training.checkpoints import TrainingState, checkpoint_step
+from asdm.training.launch import make_accelerator
+from asdm.training.log import read_log
+from asdm.training.loop import LoopSettings, train
 from asdm.training.optimizers import make_optimizer
+from asdm.training.task import TrainingTask
 from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline, unet_inputs
 
 
@@ -208,7 +204,7 @@ def test_ctrl_c_keeps_no_weights_that_explode(tmp_path):
 def test_the_scale_of_float16s_losses_is_kept(tmp_path):
     def state(scaler):
         layer = nn.Linear(2, 2)
-        return _TrainingState(dict(layer.named_parameters()), torch.optim.AdamW(layer.parameters()), None, scaler)
+        return TrainingState(dict(layer.named_parameters()), torch.optim.AdamW(layer.parameters()), None, scaler)
 
     scalers = [torch.amp.GradScaler("cpu", init_scale=scale) for scale in (2.0**7, 2.0**16)]
     state(scalers[0]).save(tmp_path, 1)
@@ -319,7 +315,7 @@ def test_a_teacher_is_as_it_was_after_its_student_has_learnt(pipeline, data_fold
     pipeline.unet.train().requires_grad_(True)
     pipeline.unet.conv_in.requires_grad_(False)
     plan = PruningPlan.for_unet(pipeline.unet, [{"edit": "remove", "unit": "mid_block"}])
-    stage = quick_stage(steps=2, assembled=["down_blocks.1", "mid_block"], checkpointing=True)
+    stage = quick_stage(steps=2, student_blocks=["down_blocks.1", "mid_block"], checkpointing=True)
     distill(pipeline, build_student(pipeline.unet, plan), data_folder, tmp_path / "run", stages=[stage])
     assert all(module.training for module in pipeline.unet.modules())
     assert not pipeline.unet.is_gradient_checkpointing
@@ -435,7 +431,7 @@ def test_blocks_of_a_half_precision_teacher_are_not_assembled_in_float32(data_fo
     plan = PruningPlan.for_unet(pipeline.unet, [{"edit": "remove", "unit": "mid_block"}])
     student = build_student(pipeline.unet, plan)
     with pytest.raises(AsdmError, match="the teacher is in torch"):
-        stage = quick_stage(steps=1, assembled=["mid_block"])
+        stage = quick_stage(steps=1, student_blocks=["mid_block"])
         distill(pipeline.to(torch.bfloat16), student, data_folder, tmp_path, stages=[stage])
 
 
@@ -521,9 +517,7 @@ def test_a_step_is_estimated_by_its_operations():
 @pytest.mark.slow
 def test_activations_are_estimated_as_a_step_needs_them(data_folder, tmp_path):
     pipeline, student, row = estimated({"caption_dropout": 0.0})
-    task = make_task(
-        pipeline, student, noise_schedule(pipeline), prepare(pipeline, data_folder, tmp_path / "prepared"), row.stage
-    )
+    task = make_task(pipeline, student, prepare(pipeline, data_folder, tmp_path / "prepared"), row.stage)
     for parameter in task.trained().values():
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
 

@@ -5,3 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 CompensationKind = Literal["none", "bias", "diagonal", "linear"]
+GraphFormat = Literal["openvino", "onnx"]
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
+Router = Literal["input", "input+time", "time"]
+Sensitivity = Literal["ablation", "taylor"]

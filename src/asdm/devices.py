@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from typing import Any
 
@@ -10,6 +11,13 @@ import torch
 from asdm.errors import AsdmError, one_line
 
 LONGEST_WAIT = timedelta(days=7)  # of a process for the others: one may sample images, or incubate a block, for hours
+
+
+def fastest_device() -> str:
+    """The device to run on by default: a GPU, in a distributed launch this process's own, else the CPU."""
+    if torch.cuda.is_available():
+        return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def on_device(part: Any, device: str | torch.device) -> Any:

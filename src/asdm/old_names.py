@@ -19,11 +19,31 @@ BENCHMARK_ROW = {"seconds_quartiles": "seconds_interval"}
 BENCHMARK_GROUPS = {"peer": "baseline"}
 
 OLD_COMPRESSION_SETTINGS = {"repair": "refine"}  # in the marker of a folder that `compress` wrote
+OLD_STAGE_FIELDS = {
+    "features_by": "feature_weighting",
+    "timesteps": "timestep_sampling",
+    "assembled": "student_blocks",
+    "caption_splice": "caption_mixing",
+    "timesteps_above": "min_timestep_fraction",
+}
+OLD_STAGE_VALUES = {"feature_weighting": {"area": "spatial"}, "timestep_sampling": {"angle": "uniform_angle"}}
 
 
-def renamed(content: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """`content` with its keys' present names, in the same order."""
-    return {names.get(key, key): value for key, value in content.items()}
+def renamed(
+    content: Mapping[str, Any], names: Mapping[str, str], values: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
+    """`content` with its keys' present names, in the same order; with the present names of the `values` of some keys,
+    by the keys' present names."""
+    found = {names.get(key, key): value for key, value in content.items()}
+    for key, table in (values or {}).items():
+        if isinstance(found.get(key), str):
+            found[key] = table.get(found[key], found[key])
+    return found
+
+
+def renamed_stage(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A distillation stage, as recipes, run records and `asdm.json` hold it, with the present names."""
+    return renamed(content, OLD_STAGE_FIELDS, OLD_STAGE_VALUES)
 
 
 def benchmark_name(name: str) -> str:

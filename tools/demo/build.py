@@ -24,7 +24,7 @@ from asdm.files import write_text
 from asdm.images import load_images
 from asdm.pipelines.clip import load_clip
 from asdm.pipelines.loading import load_pipeline
-from asdm.training.loop import read_log
+from asdm.training.log import read_log
 from tools.demo.emoji import held_out_pairs, render_dataset
 from tools.demo.recipe import LOOPS, Recipe
 

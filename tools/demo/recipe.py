@@ -31,15 +31,10 @@ from asdm.errors import AsdmError
 from asdm.files import replacing_folder, write_text
 from asdm.images import load_images
 from asdm.measure.machine import prepare_for_training
-from asdm.training.loop import (
-    LoopSettings,
-    Progress,
-    TrainingTask,
-    checkpoint_step,
-    load_ema_weights,
-    make_accelerator,
-    train,
-)
+from asdm.training.checkpoints import checkpoint_step, load_ema_weights
+from asdm.training.launch import make_accelerator
+from asdm.training.loop import LoopSettings, Progress, train
+from asdm.training.task import TrainingTask
 from tools.demo.emoji import IMAGE_SIZE, Pair, all_pairs, seen_pairs
 from tools.demo.tasks import AutoencoderTask, ContrastTask, NoisePredictionTask
 

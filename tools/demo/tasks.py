@@ -8,8 +8,8 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPModel
 
-from asdm.diffusion.conditioning import stratified_timesteps
-from asdm.training.loop import TrainingTask
+from asdm.diffusion.parameterization import parameterization_of
+from asdm.training.task import TrainingTask
 
 
 class ContrastTask(TrainingTask):
@@ -71,18 +71,18 @@ class NoisePredictionTask(TrainingTask):
 
     def __init__(self, unet: UNet2DConditionModel, scheduler: DDPMScheduler, empty_caption: Tensor):
         super().__init__()
-        self.unet, self.scheduler = unet, scheduler
+        self.unet, self.parameterization = unet, parameterization_of(scheduler)
         self.register_buffer("empty_caption", empty_caption)
 
     def forward(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         latents = batch["latents"]
         count = len(latents)
-        timesteps = stratified_timesteps(count, self.scheduler, generator)
+        timesteps = self.parameterization.sample_timesteps(count, generator)
         noise = torch.randn(latents.shape, generator=generator)
         dropped = torch.rand(count, generator=generator) < self.caption_dropout
         captions = torch.where(dropped[:, None, None], self.empty_caption, batch["encoder_hidden_states"])
-        noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        target = self.scheduler.get_velocity(latents, noise, timesteps)
+        noisy = self.parameterization.add_noise(latents, noise, timesteps)
+        target = self.parameterization.target(latents, noise, timesteps)
         velocity = self.unet(noisy, timesteps, encoder_hidden_states=captions).sample.float()
         return {"loss": F.mse_loss(velocity, target)}
 

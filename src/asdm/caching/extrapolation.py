@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -47,15 +46,3 @@ def extrapolation_errors(products: np.ndarray, sigmas: Sequence[float], damping:
     errors = square[i] + (1 + g) ** 2 * square[p] + g**2 * square[q]
     errors = errors - 2 * (1 + g) * products[p, i] + 2 * g * products[q, i] - 2 * g * (1 + g) * products[q, p]
     return np.maximum(errors, 0.0)
-
-
-def noise_level(scheduler: Any, timestep: float) -> float:
-    """Sigma, the ratio of noise to signal, at a time step, interpolated between whole ones; the time step itself for
-    schedulers without cumulative alphas. Features are more nearly linear in sigma than in the time step."""
-    alphas = getattr(scheduler, "alphas_cumprod", None)
-    if alphas is None:
-        return timestep
-    below = min(max(int(timestep), 0), len(alphas) - 1)
-    above = min(below + 1, len(alphas) - 1)
-    sigmas = [math.sqrt((1 - alpha) / max(alpha, 1e-6)) for alpha in (float(alphas[below]), float(alphas[above]))]
-    return sigmas[0] + min(max(timestep - below, 0.0), 1.0) * (sigmas[1] - sigmas[0])

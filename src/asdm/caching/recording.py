@@ -16,12 +16,12 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from asdm.caching.extrapolation import noise_level
 from asdm.caching.session import cached_value, on_input
 from asdm.data.calibration import DEFAULT_PROMPTS
 from asdm.data.sources import open_data
 from asdm.diffusion.conditioning import latent_shape
 from asdm.diffusion.generation import default_guidance, nothing_to_keep
+from asdm.diffusion.parameterization import noise_level
 from asdm.errors import AsdmError
 from asdm.families import BlockIO, CacheCut, Denoiser, denoiser_of, family_of
 

@@ -12,8 +12,9 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from asdm.caching.extrapolation import extrapolated, noise_level
+from asdm.caching.extrapolation import extrapolated
 from asdm.caching.state import SamplingState
+from asdm.diffusion.parameterization import noise_level
 from asdm.errors import AsdmError
 from asdm.families import BlockIO, CacheCut, Denoiser, denoiser_of, family_of
 

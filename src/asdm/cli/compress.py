@@ -52,7 +52,7 @@ def compress(
     seed: SeedOption = 0,
 ) -> None:
     """Analyse, plan, prune, distil, evaluate and report, in a row; run again to resume."""
-    from asdm.measure.machine import fastest_device
+    from asdm.devices import fastest_device
 
     compress_and_print(
         model,

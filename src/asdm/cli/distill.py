@@ -83,7 +83,7 @@ def distill(
     require_usable(data)
     teaching = loading.load_model(teacher, device, prediction_type=prediction_type, config=config)
     learning = loading.load_model(student, "cpu", prediction_type=prediction_type)
-    require_same_prediction({teacher: teaching, student: learning})
+    require_same_prediction(teaching, learning, (teacher, student))
     denoiser = denoiser_of(learning).to(teaching.device)  # the student's other components are only saved
     stages = recipe_stages(recipe, denoiser, length)
     if dry_run:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 import asdm
+from asdm.choices import GraphFormat
 from asdm.cli import loading
 from asdm.cli.options import DATA, NAME, ConfigOption, ModelArgument, PredictionTypeOption
 from asdm.cli.output import say, say_path, warn_of_skipped
@@ -17,7 +18,7 @@ from asdm.errors import AsdmError
 
 def export(
     model: ModelArgument,
-    to: Annotated[Literal["openvino", "onnx"], typer.Option("--to", help="The format of the graphs.")],
+    to: Annotated[GraphFormat, typer.Option("--to", help="The format of the graphs.")],
     out: Annotated[Path, typer.Option(help="The folder to write to.")],
     size: Annotated[
         int | None,

@@ -168,6 +168,6 @@ def _with_low_noise_model(
     from asdm.pipelines.compatibility import require_same_prediction
 
     original = loading.load_model(low_noise_model, "cpu", dtype, **claims)
-    require_same_prediction({low_noise_model: original, model: pipeline})
+    require_same_prediction(original, pipeline, (low_noise_model, model))
     denoisers = [denoiser_of(pipeline), denoiser_of(original).to(pipeline.device)]
     return asdm.switch_unets(pipeline, denoisers, below=[below])

@@ -10,6 +10,6 @@ def load_model(model: str, device: str | None = None, dtype: str = "float32", **
     import torch
 
     import asdm
-    from asdm.measure.machine import fastest_device
+    from asdm.devices import fastest_device
 
     return asdm.load_pipeline(model, dtype=getattr(torch, dtype), device=device or fastest_device(), **claims)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from asdm import checks
-from asdm.choices import CompensationKind
+from asdm.choices import CompensationKind, PredictionType, Sensitivity
 from asdm.errors import AsdmError
 
 # The API's errors say the same; importing it for --help would take seconds.
@@ -75,7 +75,7 @@ DtypeOption = Annotated[
     typer.Option("--dtype", help="Precision of the computation; float16 and bfloat16 are for GPUs."),
 ]
 PredictionTypeOption = Annotated[
-    Literal["epsilon", "v_prediction", "sample"] | None,
+    PredictionType | None,
     typer.Option(
         "--prediction-type",
         help="What the model predicts, if the checkpoint does not say it or is wrong.",
@@ -141,7 +141,7 @@ PresetOption = Annotated[
     ),
 ]
 SensitivityOption = Annotated[
-    Literal["ablation", "taylor"] | None,
+    Sensitivity | None,
     typer.Option(
         help="Remove each unit and compare the predictions (ablation, the default), or estimate all sensitivities from "
         "a few backward passes (taylor, the default for random weights).",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import asdm
+from asdm.choices import Router
 from asdm.cli import loading
 from asdm.cli.options import (
     MODEL,
@@ -56,9 +57,7 @@ def plan(
             show_default=False,
         ),
     ] = None,
-    router: Annotated[
-        Literal["input", "input+time", "time"], typer.Option(help="What the expert kernels' mixture depends on.")
-    ] = "input",
+    router: Annotated[Router, typer.Option(help="What the expert kernels' mixture depends on.")] = "input",
     refine: RefineOption = None,
     remeasure: Annotated[
         Path | None,
@@ -125,10 +124,10 @@ def _saved_profile(path: str, refine: int | None, claims: dict[str, Any]) -> Red
 
 def _profile_for_preset(source: str) -> RedundancyMap:
     """The units alone, without weights or measurements: a preset's edits are fixed."""
-    from asdm.pipelines.shapes import unet_without_weights
+    from asdm.pipelines.shapes import denoiser_without_weights
     from asdm.sensitivity.analysis import structure_map
 
-    return structure_map(unet_without_weights(source), source)
+    return structure_map(denoiser_without_weights(source), source)
 
 
 def _measured_profile(pipeline: Any, params: float | None, preset: str | None, **settings: Any) -> RedundancyMap:

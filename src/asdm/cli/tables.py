@@ -132,8 +132,8 @@ def estimate_tables(rows: Sequence[StageEstimate], processes: int) -> tuple[Tabl
     for row in rows:
         stage = row.stage
         what: str = "edited blocks, each alone" if stage.scope == "incubate" else stage.trained
-        if stage.assembled is not None:
-            what += f" of {len(stage.assembled)} blocks in the teacher"
+        if stage.student_blocks is not None:
+            what += f" of {len(stage.student_blocks)} blocks in the teacher"
         table.add_row(
             stage.name,
             what,

@@ -21,7 +21,7 @@ from asdm.compensation.projections import add_projection, by_position, projectio
 from asdm.compensation.regression import RidgeRegression
 from asdm.data.calibration import CalibrationCall, calibration_calls
 from asdm.diffusion.conditioning import latent_shape
-from asdm.edits import Remove, compensated
+from asdm.edits import UnitEdit, compensated
 from asdm.errors import AsdmError
 from asdm.families import Branch, Denoiser, denoiser_of, family_of
 from asdm.measure.hooks import preserve_module_state
@@ -141,28 +141,28 @@ def fitted_tensors(student: Denoiser) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if name.startswith(tuple(f"{unit}." for unit in units))}
 
 
-def _to_fit(teacher: Denoiser, student: Denoiser) -> list[Remove]:
+def _to_fit(teacher: Denoiser, student: Denoiser) -> list[UnitEdit]:
     """The edits of `student`, not the teacher's own, that have a compensation, in order of execution."""
     units = [unit.name for unit in family_of(teacher).units(teacher)]
     earlier = {edit.unit for edit in edits_of(teacher)}
     edits = [edit for edit in compensated(edits_of(student)) if edit.unit not in earlier]
 
-    def position(edit: Remove) -> int:
+    def position(edit: UnitEdit) -> int:
         return next(i for i, name in enumerate(units) if f"{name}.".startswith(f"{edit.unit}."))
 
     return sorted(edits, key=position)
 
 
-def _fit_unit(teacher: PartialCalls, student: PartialCalls, edit: Remove, ridge: float | None) -> float:
+def _fit_unit(teacher: PartialCalls, student: PartialCalls, edit: UnitEdit, ridge: float | None) -> float:
     """Fit one unit's projection in place; return the fraction of the missing mean square that is left."""
     branch = family_of(teacher.model).branch(teacher.model, edit.unit)
-    regression = RidgeRegression(is_diagonal=edit.compensate == "diagonal")
+    regression = RidgeRegression(is_diagonal=edit.compensation == "diagonal")
     for index in range(len(student.calls)):
         _, expected = _states_around(teacher, branch, index)
         read, found = _states_around(student, branch, index)
         missing = by_position(expected - found) * branch.scale
-        features = projection_features(edit.compensate, branch, read, found)
-        if edit.compensate_time:
+        features = projection_features(edit.compensation, branch, read, found)
+        if edit.compensates_time:
             features = torch.cat([features, _time_features(student, branch, index, features)], dim=2)
         regression.add(features, missing)
     solution = regression.solve(ridge)

@@ -10,7 +10,7 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 
 from asdm import checks
-from asdm.choices import CompensationKind
+from asdm.choices import CompensationKind, PredictionType, Sensitivity
 from asdm.compression.settings import KIND, Settings, claim_folder, make_settings
 from asdm.compression.steps import STEPS, Job, Progress
 from asdm.data.sources import require_usable
@@ -22,10 +22,8 @@ from asdm.evaluation.metrics import Judge
 from asdm.evaluation.report import headline_of
 from asdm.families import denoiser_of
 from asdm.files import require_ours
-from asdm.pipelines.checkpoints import PredictionType
 from asdm.pipelines.loading import load_pipeline
 from asdm.planning.budget import require_params
-from asdm.sensitivity.profile import Sensitivity
 from asdm.student.plan import PruningPlan
 
 REPORT, PLAN, EVALUATION = "report.html", "plan.json", "evaluation.json"  # a folder with these is finished

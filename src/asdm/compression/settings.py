@@ -9,17 +9,15 @@ from typing import Any
 
 from pydantic import Field
 
-from asdm.choices import CompensationKind
+from asdm.choices import CompensationKind, PredictionType, Sensitivity
 from asdm.distillation.recipes import RECIPES, read_stages
 from asdm.distillation.stages import Stage, parse_stages
 from asdm.errors import AsdmError
 from asdm.files import MARKER, write_text
 from asdm.old_names import OLD_COMPRESSION_SETTINGS, renamed
-from asdm.pipelines.checkpoints import PredictionType
 from asdm.planning.budget import require_budget
 from asdm.planning.refine import ROUNDS
 from asdm.records import Record
-from asdm.sensitivity.profile import Sensitivity
 
 KIND = "compression"  # of a folder, in its marker
 

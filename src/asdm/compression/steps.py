@@ -35,7 +35,7 @@ from asdm.sensitivity.analysis import analyze
 from asdm.sensitivity.profile import RedundancyMap
 from asdm.student.build import build_student
 from asdm.student.plan import PruningPlan
-from asdm.training.loop import read_log
+from asdm.training.log import read_log
 
 Progress = Callable[[str, int, int, str], None]
 

@@ -23,13 +23,12 @@ from asdm.diffusion.conditioning import (
     image_size,
     latent_shape,
     masked_latents,
-    noise_schedule,
 )
 from asdm.diffusion.generation import default_guidance, nothing_to_keep
 from asdm.diffusion.kinds import is_inpainting, is_random
+from asdm.diffusion.parameterization import parameterization_of
 from asdm.errors import AsdmError
 from asdm.families import denoiser_of, family_of
-from asdm.families.unet_calls import guidance_embedding
 
 # Prompts such as users write, where no data has any.
 DEFAULT_PROMPTS = (
@@ -86,18 +85,17 @@ def calibration_calls(
         )
     latents = latents.to(denoiser.device, denoiser.dtype)
     scales = torch.full((len(latents),), default_guidance(pipeline))
-    conditioning = replace(conditioning, timestep_cond=guidance_embedding(denoiser, scales)).to(
-        denoiser.device, denoiser.dtype
-    )
+    embedding = family_of(denoiser).guidance_embedding(denoiser, scales)
+    conditioning = replace(conditioning, timestep_cond=embedding).to(denoiser.device, denoiser.dtype)
     noise = torch.randn(latents.shape, generator=generator).to(latents)
-    schedule = noise_schedule(pipeline)
-    count = schedule.config.num_train_timesteps
+    parameterization = parameterization_of(pipeline.scheduler)
+    count = parameterization.num_timesteps
     calls = []
     for index in range(timesteps):
         timestep = int((index + 0.5) * count / timesteps)
         steps = torch.full((len(latents),), timestep, device=latents.device)
-        noisy = schedule.add_noise(latents, noise, steps)
-        calls.append(CalibrationCall(timestep, {**conditioning.unet_arguments(noisy), "timestep": steps}))
+        noisy = parameterization.add_noise(latents, noise, steps)
+        calls.append(CalibrationCall(timestep, {**conditioning.denoiser_arguments(denoiser, noisy), "timestep": steps}))
     return calls
 
 

@@ -1,20 +1,21 @@
-"""What a UNet call needs beside the noisy latents, for any Stable Diffusion pipeline: prompts to tensors."""
+"""What a denoiser reads beside the noisy latents: prompts to tensors; and images to latents and back."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from asdm import checks
 from asdm.diffusion.kinds import is_sdxl
 from asdm.errors import AsdmError
+from asdm.families import Denoiser, denoiser_of, family_of
 
 PIPELINES_MULTIPLE = 8  # of diffusers' Stable Diffusion pipelines, whatever the VAE's factor
 LARGEST_IMAGE = 8192  # pixels a side
@@ -22,12 +23,12 @@ LARGEST_IMAGE = 8192  # pixels a side
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Prompts as a UNet reads them.
+    """Prompts as a denoiser reads them.
 
-    `encoder_hidden_states` (prompts, tokens, channels); for SDXL also `text_embeds` (prompts, channels)
-    and `time_ids` (prompts, 6); for inpainting UNets `masked` (prompts, 1 + 4, h, w), the mask and the latents of what
-    it leaves, which go in behind the noisy latents; for UNets that embed the guidance scale `timestep_cond` (prompts,
-    channels), as `guidance_embedding` makes it.
+    `encoder_hidden_states` (prompts, tokens, channels); for SDXL also `text_embeds` (prompts, channels) and `time_ids`
+    (prompts, 6); for inpainting `masked` (prompts, 1 + 4, h, w), the mask and the latents of what it leaves, which go
+    in behind the noisy latents; for denoisers that embed the guidance scale `timestep_cond` (prompts, channels), as
+    the family's `guidance_embedding` makes it.
     """
 
     encoder_hidden_states: Tensor
@@ -45,15 +46,10 @@ class Conditioning:
     def to(self, *args: Any, **kwargs: Any) -> Conditioning:
         return self._map(lambda tensor: tensor.to(*args, **kwargs))
 
-    def unet_arguments(self, latents: Tensor) -> dict[str, Any]:
-        """Keyword arguments of `UNet2DConditionModel.forward` for noisy `latents` (prompts, 4, h, w)."""
-        sample = latents if self.masked is None else torch.cat([latents, self.masked.to(latents)], dim=1)
-        arguments: dict[str, Any] = {"sample": sample, "encoder_hidden_states": self.encoder_hidden_states}
-        if self.text_embeds is not None:
-            arguments["added_cond_kwargs"] = {"text_embeds": self.text_embeds, "time_ids": self.time_ids}
-        if self.timestep_cond is not None:
-            arguments["timestep_cond"] = self.timestep_cond
-        return arguments
+    def denoiser_arguments(self, denoiser: Denoiser, latents: Tensor) -> dict[str, Any]:
+        """Keyword arguments of a call of `denoiser` on noisy `latents` (prompts, channels, h, w), but for the time
+        step."""
+        return family_of(denoiser).conditioned_call(denoiser, latents, **self._fields())
 
     def where(self, mask: Tensor, other: Conditioning) -> Conditioning:
         """Rows of `self` where `mask` (prompts,) is set, else of `other` (one prompt)."""
@@ -72,8 +68,8 @@ class Conditioning:
             time_ids=choose(self.time_ids, other.time_ids),
         )
 
-    def spliced(self, others: Conditioning, places: Tensor) -> Conditioning:
-        """With the tokens of `others` (prompts) from the `places` (prompts,) on."""
+    def mixed_with(self, others: Conditioning, places: Tensor) -> Conditioning:
+        """Take the tokens of `others` (prompts) from the `places` (prompts,) on."""
         tokens = torch.arange(self.encoder_hidden_states.shape[1], device=places.device)
         behind = (tokens >= places[:, None])[:, :, None]
         hidden = torch.where(behind, others.encoder_hidden_states, self.encoder_hidden_states)
@@ -84,8 +80,12 @@ class Conditioning:
         pooled = None if self.text_embeds is None else torch.zeros_like(self.text_embeds)
         return Conditioning(torch.zeros_like(self.encoder_hidden_states), pooled, self.time_ids)
 
-    def _map(self, function: Any) -> Conditioning:
-        return replace(self, **{name: function(value) for name, value in vars(self).items() if value is not None})
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
+        return replace(self, **{name: function(value) for name, value in self._fields().items()})
+
+    def _fields(self) -> dict[str, Tensor]:
+        """The fields that are set."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @torch.no_grad()
@@ -115,14 +115,13 @@ def embed_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], batch_siz
 
 def latent_shape(pipeline: DiffusionPipeline) -> tuple[int, int, int]:
     """(channels, height, width) of a latent at the pipeline's native image size."""
-    size = pipeline.unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
+    _, height, width = family_of(pipeline).sample_shape(denoiser_of(pipeline))
     return pipeline.vae.config.latent_channels, height, width
 
 
 def masked_latents(pipeline: DiffusionPipeline, images: Tensor, generator: torch.Generator) -> Tensor:
-    """What an inpainting UNet reads behind the noisy latents, (images, 1 + 4, h, w): a mask, and the latents of what it
-    leaves of `images` (images, 3, height, width) in [-1, 1].
+    """What an inpainting denoiser reads behind the noisy latents, (images, 1 + 4, h, w): a mask, and the latents of
+    what it leaves of `images` (images, 3, height, width) in [-1, 1].
 
     Every fourth mask covers the whole image, the others a rectangle of at least a quarter of each side.
     """
@@ -150,7 +149,7 @@ def image_size(pipeline: DiffusionPipeline) -> int:
 def require_size(pipeline: DiffusionPipeline, size: int) -> None:
     """
     Raises:
-        AsdmError: the VAE has no latents for images of so many pixels a side, or the pipeline does not draw them.
+        AsdmError: the VAE has no latents for images of so many pixels a side, or the pipeline does not generate them.
     """
     checks.whole(1, LARGEST_IMAGE)("size", size)
     multiple = math.lcm(PIPELINES_MULTIPLE, pipeline.vae_scale_factor)
@@ -161,7 +160,7 @@ def require_size(pipeline: DiffusionPipeline, size: int) -> None:
 
 @torch.no_grad()
 def encode_images(vae: Any, images: Tensor) -> Tensor:
-    """Latents (images, 4, h, w), the posterior's means scaled as the UNet expects them, of `images`
+    """Latents (images, 4, h, w), the posterior's means scaled as the denoiser expects them, of `images`
     (images, 3, height, width) in [-1, 1]; as many at a time as make a 512x512 pixel image."""
     at_once = max(1, 512 * 512 // images.shape[2:].numel())
     latents = []
@@ -199,59 +198,8 @@ def _without_overflow(vae: Any) -> Iterator[None]:
             vae.to(dtype)
 
 
-def noise_schedule(pipeline: DiffusionPipeline) -> DDPMScheduler:
-    """The forward process that the pipeline's scheduler assumes: adds noise, makes training targets.
-
-    Raises:
-        AsdmError: it has none that a DDPM has (EDM's, of Playground v2.5).
-    """
-    if not {"beta_schedule", "trained_betas"} & pipeline.scheduler.config.keys():
-        raise AsdmError(
-            f"{type(pipeline.scheduler).__name__}: its noise levels are not those of Stable Diffusion's training; use "
-            "a checkpoint with a DDPM's schedule"
-        )
-    return DDPMScheduler.from_config(pipeline.scheduler.config)
-
-
-TimestepDensity = Literal["uniform", "angle"]
-
-
-def stratified_timesteps(
-    count: int,
-    schedule: DDPMScheduler,
-    generator: torch.Generator,
-    density: TimestepDensity = "uniform",
-    above: float = 0.0,
-) -> Tensor:
-    """Training time steps (count,), one at random from each of `count` equal parts, in random order: the
-    loss varies less from batch to batch than with independent draws; none from below the part `above` of the schedule.
-
-    The parts are equal in time, or in the angle whose cosine is the signal's share of the noisy latents: the sampled
-    latents are the integral of the v-prediction over that (arXiv 2202.00512, App. D), and so is their error.
-    """
-    total = schedule.config.num_train_timesteps
-    parts = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
-    first = int(above * total)
-    if density == "angle":
-        angles = schedule.alphas_cumprod.cpu().sqrt().acos()  # adding noise moves the schedule to the latents' device
-        least = angles[first] if first else 0.0
-        return torch.searchsorted(angles, least + parts * (angles[-1] - least)).clamp(max=total - 1)
-    return (first + parts * (total - first)).long().clamp(max=total - 1)
-
-
-def predicted_original(schedule: DDPMScheduler, noise_pred: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
-    """The x0 estimate (batch, 4, h, w) of a prediction at `timesteps` (batch,)
-    (v-prediction: arXiv 2202.00512, App. D)."""
-    alphas = schedule.alphas_cumprod.to(noisy.device)[timesteps].to(noisy.dtype).view(-1, 1, 1, 1)
-    kind = schedule.config.prediction_type
-    if kind == "v_prediction":
-        return alphas.sqrt() * noisy - (1 - alphas).sqrt() * noise_pred
-    return (noisy - (1 - alphas).sqrt() * noise_pred) / alphas.sqrt() if kind == "epsilon" else noise_pred
-
-
-def prediction_target(schedule: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """What the UNet is trained to predict (batch, 4, h, w): the noise, the velocity or the sample."""
-    kind = schedule.config.prediction_type
-    if kind == "v_prediction":
-        return schedule.get_velocity(latents, noise, timesteps)
-    return noise if kind == "epsilon" else latents
+def predict(denoiser: Denoiser, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    """The denoiser's prediction (batch, channels, h, w) for noisy latents at time steps (batch,)."""
+    arguments = conditioning.denoiser_arguments(denoiser, latents)
+    output = denoiser(timestep=timesteps, **arguments, return_dict=False)[0]
+    return family_of(denoiser).prediction(denoiser, output)

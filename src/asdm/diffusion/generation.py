@@ -1,4 +1,4 @@
-"""Images from prompts with fixed seeds: the same noise for the same prompt whatever pipeline draws it."""
+"""Images from prompts with fixed seeds: the same noise for the same prompt, whatever the pipeline."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from asdm.diffusion.conditioning import LARGEST_IMAGE, PIPELINES_MULTIPLE, image
 from asdm.diffusion.guidance import CFG_CUTOFF, CfgCutoff
 from asdm.diffusion.kinds import image_to_image, is_inpainting, is_random
 from asdm.errors import AsdmError, one_line
+from asdm.families import denoiser_of, family_of
 from asdm.images import as_rgb
 
 
@@ -51,82 +52,89 @@ def generate(
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Images (prompts, 3, height, width) in [-1, 1], on the CPU; with `image`, image-to-image; with `mask`, inpainting.
+    """Generate images (prompts, 3, height, width) in [-1, 1], on the CPU; with `image`, image-to-image; with `mask`,
+    inpainting.
 
     Args:
-        mask: of the size of `image`, white where something else shall be drawn. A UNet made for inpainting reads it;
-            with any other, what it leaves of the image is put back after each step.
+        mask: of the size of `image`, white where it is replaced. A denoiser made for inpainting reads it; with any
+            other, the rest of the image is restored after each step.
         steps: the pipeline's recommended ones by default (`default_steps`), at most `most_steps`.
         guidance_scale: the pipeline's recommended one by default (`default_guidance`).
         cfg_cutoff: part of the steps, in (0, 1], that are guided; the others take half the work (`CfgCutoff`).
         seed: the n-th prompt's noise is that of seed + n, whatever the batch.
         strength: how far from `image` the result may go, in (0, 1].
-        size: side of the images in pixels, by default what the pipeline was made for; with an image, its own counts.
+        size: side of the images in pixels, by default the pipeline's native one; with an image, its size counts.
         batch_size: prompts at a time; by default 32 for latents of up to 32x32, else 1.
 
     Raises:
         AsdmError: an argument is out of range: `steps` more than the scheduler has, `strength` so small that no step
-            would be taken, a size that the pipeline cannot draw, or that `image` decides; a mask without an image, or
-            of another size; or what was drawn are no numbers (NaN).
+            would be taken, a size that the pipeline cannot generate, or that `image` decides; a mask without an image,
+            or of another size; or the images are no numbers (NaN).
     """
     if mask is not None and image is None:
-        raise AsdmError("a mask says what of an image shall be drawn anew; give the image too")
+        raise AsdmError("a mask says what of an image is replaced; give the image too")
     if size is not None and image is not None:
-        raise AsdmError(f"size={size}: image-to-image draws at the image's own size; scale the image instead")
+        raise AsdmError(f"size={size}: image-to-image generates at the image's own size; scale the image instead")
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if image is not None:
         _require_image(image, mask)
-        image = image if image.mode == "RGB" else as_rgb(image)
     steps = default_steps(pipeline) if steps is None else steps
     require_steps(pipeline, steps)
-    if image is not None and int(steps * strength) < 1:
-        raise AsdmError(
-            f"strength={strength:g}: must leave at least one of the {steps} steps; "
-            f"raise it to {math.ceil(100 / steps) / 100:g} or more"
-        )
-    guidance = default_guidance(pipeline) if guidance_scale is None else guidance_scale
-    batch_size = batch_size or (32 if _is_small(pipeline) else 1)
+    if image is not None:
+        _require_strength(strength, steps)
     if size is not None:
         require_size(pipeline, size)
-    target, extra = pipeline, nothing_to_keep(pipeline, size)
-    if image is not None:
-        target = pipeline if is_inpainting(pipeline) else image_to_image(pipeline, with_mask=mask is not None)
-        extra |= {"image": image, "strength": strength}
-    if mask is not None:
-        extra |= {"mask_image": mask}
+    guidance = default_guidance(pipeline) if guidance_scale is None else guidance_scale
+    batch_size = batch_size or (32 if _is_small(pipeline) else 1)
+    target, arguments = _target(pipeline, image, mask, strength, size)
     if cfg_cutoff != 1:
-        extra |= {"callback_on_step_end": CfgCutoff(target, cfg_cutoff)}
-    sides = {} if size is None else {"height": size, "width": size}
+        arguments |= {"callback_on_step_end": CfgCutoff(target, cfg_cutoff)}
+    arguments |= {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "np"}
     images = []
     for start in range(0, len(prompts), batch_size):
         batch = list(prompts[start : start + batch_size])
-        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
-        given = {name: [value] * len(batch) if "image" in name else value for name, value in extra.items()}
-        with _faults_in_one_line(target):
-            result = target(
-                batch,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                generator=generators,
-                output_type="np",
-                **sides,
-                **given,
-            )
-        drawn = np.asarray(result.images)
+        pixels = _generate_batch(target, batch, seed + start, arguments)
         if not is_random(pipeline):
-            _require_finite(drawn, pipeline, guidance)
-        blacked_out = sum(getattr(result, "nsfw_content_detected", None) or [])
-        if blacked_out:
-            warnings.warn(f"the safety checker blacked out {blacked_out} of {len(batch)} images", stacklevel=3)
-        images.append(torch.from_numpy(drawn).permute(0, 3, 1, 2).float() * 2 - 1)
+            _require_finite(pixels, pipeline, guidance)
+        images.append(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() * 2 - 1)
         if progress is not None:
             progress(min(start + batch_size, len(prompts)), len(prompts))
     return torch.cat(images)
 
 
+def _target(
+    pipeline: DiffusionPipeline, image: Image.Image | None, mask: Image.Image | None, strength: float, size: int | None
+) -> tuple[DiffusionPipeline, dict[str, Any]]:
+    """The pipeline that reads these inputs, and the arguments that hold them."""
+    arguments = nothing_to_keep(pipeline, size)
+    if size is not None:
+        arguments |= {"height": size, "width": size}
+    if image is None:
+        return pipeline, arguments
+    target = pipeline if is_inpainting(pipeline) else image_to_image(pipeline, with_mask=mask is not None)
+    arguments |= {"image": image if image.mode == "RGB" else as_rgb(image), "strength": strength}
+    if mask is not None:
+        arguments |= {"mask_image": mask}
+    return target, arguments
+
+
+def _generate_batch(
+    pipeline: DiffusionPipeline, prompts: list[str], seed: int, arguments: dict[str, Any]
+) -> np.ndarray:
+    """Images (prompts, height, width, 3) in [0, 1], the n-th from the noise of seed + n."""
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    given = {name: [value] * len(prompts) if "image" in name else value for name, value in arguments.items()}
+    with _faults_in_one_line(pipeline):
+        result = pipeline(prompts, generator=generators, **given)
+    blacked_out = sum(getattr(result, "nsfw_content_detected", None) or [])
+    if blacked_out:
+        warnings.warn(f"the safety checker blacked out {blacked_out} of {len(prompts)} images", stacklevel=4)
+    return np.asarray(result.images)
+
+
 @contextmanager
 def _faults_in_one_line(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """What a pipeline refuses, as our error."""
+    """Turn what a pipeline refuses into our error."""
     try:
         yield
     except ValueError as error:
@@ -144,19 +152,27 @@ def _require_image(image: Image.Image, mask: Image.Image | None) -> None:
         )
 
 
+def _require_strength(strength: float, steps: int) -> None:
+    if int(steps * strength) < 1:
+        raise AsdmError(
+            f"strength={strength:g}: must leave at least one of the {steps} steps; "
+            f"raise it to {math.ceil(100 / steps) / 100:g} or more"
+        )
+
+
 def _require_finite(images: np.ndarray, pipeline: DiffusionPipeline, guidance: float) -> None:
     """Raise an AsdmError for images (count, height, width, 3) that would be saved as black ones."""
     broken = int((~np.isfinite(images)).reshape(len(images), -1).any(axis=1).sum())
     if broken:
+        dtype = str(denoiser_of(pipeline).dtype).removeprefix("torch.")
         raise AsdmError(
             f"{broken} of {len(images)} images are no numbers (NaN): the weights are damaged, the guidance scale "
-            f"{guidance:g} is too strong, or {str(pipeline.unet.dtype).removeprefix('torch.')} overflows; try float32 "
-            "and the default guidance"
+            f"{guidance:g} is too strong, or {dtype} overflows; try float32 and the default guidance"
         )
 
 
 def most_steps(pipeline: DiffusionPipeline) -> int:
-    """How many sampling steps the scheduler can take: a consistency model's those of its solver."""
+    """The most sampling steps that the scheduler can take; for a consistency model, those of its solver."""
     config = pipeline.scheduler.config
     return min(config.get(name) or 1000 for name in ("num_train_timesteps", "original_inference_steps"))
 
@@ -177,7 +193,7 @@ def require_steps(pipeline: DiffusionPipeline, steps: int) -> None:
 
 
 def nothing_to_keep(pipeline: DiffusionPipeline, size: int | None = None) -> dict[str, Any]:
-    """What a pipeline made for inpainting needs to draw from text alone, at this size; nothing for all others."""
+    """Arguments by which a pipeline made for inpainting generates from text alone, at this size; none for others."""
     if not is_inpainting(pipeline):
         return {}
     sides = (size or image_size(pipeline),) * 2
@@ -185,7 +201,7 @@ def nothing_to_keep(pipeline: DiffusionPipeline, size: int | None = None) -> dic
 
 
 def is_few_step(pipeline: DiffusionPipeline) -> bool:
-    """Whether it is a consistency model, which its scheduler tells."""
+    """Whether it is a consistency model, by its scheduler."""
     return isinstance(pipeline.scheduler, LCMScheduler)
 
 
@@ -196,8 +212,8 @@ def default_steps(pipeline: DiffusionPipeline) -> int:
 
 def default_guidance(pipeline: DiffusionPipeline) -> float:
     """Stable Diffusion's usual 7.5; 3 for small latents, whose details a stronger one burns out; 1, none, for few-step
-    UNets that have it baked in."""
-    if is_few_step(pipeline) and pipeline.unet.config.time_cond_proj_dim is None:
+    denoisers that have it baked in."""
+    if is_few_step(pipeline) and not family_of(pipeline).embeds_guidance(denoiser_of(pipeline)):
         return 1.0
     return 3.0 if _is_small(pipeline) else 7.5
 

@@ -1,27 +1,29 @@
 """Few-step students: latent consistency distillation (LCM, arXiv 2310.04378), and the scheduler that samples them.
 
-A consistency function maps a latent at any time step to the x0 where its guided trajectory ends. The student learns to
-give for a time step what it gives for the one before, to which the teacher's solver leads; or what the solver itself
-comes to in some steps, which costs more calls of the teacher and takes far fewer steps of training.
+A consistency function maps a latent at any time step to the x_0 where its guided trajectory ends. The student learns
+to return for a time step what it returns for the one before, to which the teacher's solver leads; or what the solver
+itself reaches in some steps, which costs more calls of the teacher and takes far fewer steps of training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from diffusers import DDPMScheduler, LCMScheduler, UNet2DConditionModel
+from diffusers import LCMScheduler
 from torch import Tensor
 
 from asdm import checks
-from asdm.diffusion.conditioning import predicted_original
+from asdm.diffusion.parameterization import DiffusionParameterization, Parameterization
 from asdm.distillation.losses import pseudo_huber, squared_error
 from asdm.distillation.stages import Stage
-from asdm.distillation.teaching import WHOLE, Batch, Noised, TeachingTask, TrainingSet
+from asdm.distillation.teaching import WHOLE, Batch, Noised, TeachingTask
+from asdm.distillation.training_set import TrainingSet
 from asdm.errors import AsdmError
-from asdm.training.loop import BatchSlice
+from asdm.families import Denoiser
+from asdm.training.task import BatchSlice
 
 SPACING = 1.5  # exponent of the places of the solver's steps on the way to the end
 _NOISE_SCHEDULE = (
@@ -51,21 +53,35 @@ def lcm_scheduler(config: Mapping[str, Any], solver_steps: int) -> LCMScheduler:
     return LCMScheduler(original_inference_steps=solver_steps, steps_offset=1, **kept)
 
 
-def ddim_step(schedule: DDPMScheduler, noise_pred: Tensor, noisy: Tensor, timesteps: Tensor, earlier: Tensor) -> Tensor:
-    """Latents (batch, 4, h, w) at time steps `earlier` (batch,), from a prediction for `noisy` at `timesteps`
+def ddim_step(
+    parameterization: Parameterization, prediction: Tensor, noisy: Tensor, timesteps: Tensor, earlier: Tensor
+) -> Tensor:
+    """Latents (batch, channels, h, w) at time steps `earlier` (batch,), from a prediction for `noisy` at `timesteps`
     (DDIM, arXiv 2010.02502, Eq. 12, without noise)."""
-    alphas = schedule.alphas_cumprod.to(noisy.device)
-    here, there = (alphas[t].view(-1, 1, 1, 1) for t in (timesteps, earlier))
-    original = predicted_original(schedule, noise_pred, noisy, timesteps)
-    noise = (noisy - here.sqrt() * original) / (1 - here).sqrt()
-    return there.sqrt() * original + (1 - there).sqrt() * noise
+    original = parameterization.to_x0(prediction, noisy, timesteps)
+    here, there = (_powers(parameterization, steps) for steps in (timesteps, earlier))
+    noise = (noisy - here.signal.sqrt() * original) / here.noise.sqrt()
+    return there.signal.sqrt() * original + there.noise.sqrt() * noise
 
 
-def consistent_original(sampler: LCMScheduler, noise_pred: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
-    """The consistency function (batch, 4, h, w): c_skip x_t + c_out x0, x_t itself at time step 0 (LCM, Sec. 4.1)."""
+def consistent_original(sampler: LCMScheduler, original: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
+    """The consistency function (batch, channels, h, w) of an x_0 estimate `original`: c_skip x_t + c_out x_0, which is
+    x_t itself at time step 0 (LCM, Sec. 4.1)."""
     scalings = sampler.get_scalings_for_boundary_condition_discrete(timesteps)
     c_skip, c_out = (scaling.view(-1, 1, 1, 1) for scaling in scalings)
-    return c_skip * noisy + c_out * predicted_original(sampler, noise_pred, noisy, timesteps)
+    return c_skip * noisy + c_out * original
+
+
+class _Powers(NamedTuple):
+    """Squares (batch, 1, 1, 1) of the signal's and the noise's coefficient."""
+
+    signal: Tensor
+    noise: Tensor
+
+
+def _powers(parameterization: Parameterization, timesteps: Tensor) -> _Powers:
+    signal, noise = parameterization.signal_power(timesteps), parameterization.noise_power(timesteps)
+    return _Powers(signal.view(-1, 1, 1, 1), noise.view(-1, 1, 1, 1))
 
 
 class ConsistencyTask(TeachingTask):
@@ -76,30 +92,35 @@ class ConsistencyTask(TeachingTask):
     Sec. 3.2, not an average of its past: no third network, and nothing more to resume.
 
     Raises:
-        AsdmError: more solver steps than the schedule has time steps.
+        AsdmError: more solver steps than the schedule has time steps, or a teacher of flow matching.
     """
 
     def __init__(
         self,
-        teacher: UNet2DConditionModel,
-        student: UNet2DConditionModel,
-        schedule: DDPMScheduler,
+        teacher: Denoiser,
+        student: Denoiser,
+        parameterization: Parameterization,
         examples: TrainingSet,
         stage: Stage,
         guidance_scale: float,
     ):
-        super().__init__(teacher, student, schedule, examples, stage)
-        total, solver_steps = schedule.config.num_train_timesteps, stage.consistency.solver_steps
+        super().__init__(teacher, student, parameterization, examples, stage)
+        if not isinstance(parameterization, DiffusionParameterization):
+            raise AsdmError(
+                f"stage {stage.name}: LCM samples by a DDPM's schedule, and the teacher predicts "
+                f"{parameterization.description}; use scope joint"
+            )
+        total, solver_steps = parameterization.num_timesteps, stage.consistency.solver_steps
         self.guidance_scale = guidance_scale
-        self.sampler = lcm_scheduler(schedule.config, solver_steps)
+        self.sampler = lcm_scheduler(parameterization.config, solver_steps)
         self.skipped = total // solver_steps
         self.sampler.set_timesteps(stage.consistency.student_steps or solver_steps)
-        self.visited = self.sampler.timesteps.cpu().flip(0)  # rising, as what is drawn
+        self.visited = self.sampler.timesteps.cpu().flip(0)  # rising, as the sampled ones are
 
     def timesteps(self, count: int, generator: torch.Generator) -> Tensor:
-        """Of those that the solver stops at, or the sampler visits, as `LCMScheduler` counts them."""
-        drawn = super().timesteps(count, generator)
-        return self.visited[drawn * len(self.visited) // self.schedule.config.num_train_timesteps]
+        """Time steps (count,) that the solver stops at, or the sampler visits, as `LCMScheduler` counts them."""
+        sampled = super().timesteps(count, generator)
+        return self.visited[sampled * len(self.visited) // self.parameterization.num_timesteps]
 
     def forward(self, batch: Batch, generator: torch.Generator, part: BatchSlice = WHOLE) -> dict[str, Tensor]:
         settings = self.stage.consistency
@@ -115,38 +136,40 @@ class ConsistencyTask(TeachingTask):
 
     def _consistent(self, noised: Noised) -> Tensor:
         noise_pred = self.student_pred(noised).float()
-        return consistent_original(self.sampler, noise_pred, noised.noisy, noised.timesteps)
+        original = self.parameterization.to_x0(noise_pred, noised.noisy, noised.timesteps)
+        return consistent_original(self.sampler, original, noised.noisy, noised.timesteps)
 
     def _solved(self, noised: Noised) -> Noised:
         """One step of the teacher's guided solver further (LCM, Sec. 4.2)."""
         earlier = (noised.timesteps - self.skipped).clamp(min=0)
-        noisy = ddim_step(self.schedule, self._guided(noised), noised.noisy, noised.timesteps, earlier)
+        noisy = ddim_step(self.parameterization, self._guided(noised), noised.noisy, noised.timesteps, earlier)
         return replace(noised, noisy=noisy, timesteps=earlier)
 
     def _end(self, noised: Noised) -> Tensor:
-        """The x0 (batch, 4, h, w) that the teacher's guided solver comes to in `teacher_steps`, which are denser where
-        there is little noise: DPM-Solver++ of second order (arXiv 2211.01095, Algorithm 2)."""
-        alphas = self.schedule.alphas_cumprod.to(noised.noisy.device)
+        """The x_0 (batch, channels, h, w) that the teacher's guided solver reaches in `teacher_steps`, which are denser
+        at low noise: DPM-Solver++ of second order (arXiv 2211.01095, Algorithm 2)."""
         count = self.stage.consistency.teacher_steps
         places = [(noised.timesteps * (left / count) ** SPACING).long() for left in range(count, 0, -1)]
-        logs = [(alphas[place] / (1 - alphas[place])).log().view(-1, 1, 1, 1) / 2 for place in places]
+        powers = [_powers(self.parameterization, place) for place in places]
+        logs = [(power.signal / power.noise).log() / 2 for power in powers]
         estimates: list[Tensor] = []
         for step, timesteps in enumerate(places):
             noised = replace(noised, timesteps=timesteps)
-            estimates.append(predicted_original(self.schedule, self._guided(noised), noised.noisy, timesteps))
+            estimates.append(self.parameterization.to_x0(self._guided(noised), noised.noisy, timesteps))
             if step + 1 == count:
                 break
             further, before = logs[step + 1] - logs[step], logs[step] - logs[max(step - 1, 0)]
             slope = torch.where(before > 0, further / (2 * before), 0.0)
             estimate = estimates[-1] + slope * (estimates[-1] - estimates[max(step - 1, 0)])
-            here, there = (alphas[place].view(-1, 1, 1, 1) for place in (timesteps, places[step + 1]))
-            kept = ((1 - there) / (1 - here)).sqrt()
-            noised = replace(noised, noisy=kept * noised.noisy + (there.sqrt() - kept * here.sqrt()) * estimate)
+            here, there = powers[step], powers[step + 1]
+            kept = (there.noise / here.noise).sqrt()
+            noisy = kept * noised.noisy + (there.signal.sqrt() - kept * here.signal.sqrt()) * estimate
+            noised = replace(noised, noisy=noisy)
         return estimates[-1]
 
     def _guided(self, noised: Noised) -> Tensor:
-        """The teacher's guided prediction (batch, 4, h, w), both branches in one call; one that embeds the scale needs
-        no second branch."""
+        """The teacher's guided prediction (batch, channels, h, w), both branches in one call; one that embeds the scale
+        needs no second branch."""
         if self.embeds_guidance:
             return self.teacher_pred(noised).float()
         count = len(noised.noisy)

@@ -1,7 +1,7 @@
-"""What a recipe will cost, before it is begun: a step of each stage is run on tensors that have shapes and no memory.
+"""The cost of a recipe, before it is begun: a step of each stage runs on tensors that have shapes and no memory.
 
-So operations are counted as they are, backward pass, checkpointing and all, and what lives at once is known, for any
-device and any number of them, on any machine.
+So operations are counted as they are, with the backward pass and checkpointing, and the memory that is needed at once
+is known, for any device and any number of them, on any machine.
 """
 
 from __future__ import annotations
@@ -15,26 +15,27 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from asdm.diffusion.conditioning import Conditioning, noise_schedule
-from asdm.distillation.distill import make_task
-from asdm.distillation.incubation import assembled
+from asdm.diffusion.conditioning import Conditioning
+from asdm.distillation.incubation import blocks_in_teacher
 from asdm.distillation.stages import Stage
-from asdm.distillation.teaching import Batch, TrainingSet
-from asdm.families.unet_calls import random_inputs, unet_call
+from asdm.distillation.tasks import make_task
+from asdm.distillation.teaching import Batch
+from asdm.distillation.training_set import TrainingSet
+from asdm.families import Denoiser, denoiser_call, denoiser_of, family_of
 from asdm.measure.latency import measure_interleaved
 from asdm.measure.machine import fastest_precision
 from asdm.measure.memory import peak_megabytes
 from asdm.pipelines.derived import with_unet
-from asdm.training.loop import BatchSlice, TrainingTask
 from asdm.training.optimizers import OptimizerName, is_matrix
-from asdm.training.sharding import GATHERED_TOGETHER
+from asdm.training.sharding import gathered_layers
+from asdm.training.task import BatchSlice, TrainingTask
 
 Module = TypeVar("Module", bound=nn.Module)
 FLOAT32 = 4  # bytes
@@ -71,7 +72,7 @@ class StageEstimate:
 
 def estimate(
     teacher: DiffusionPipeline,
-    student: UNet2DConditionModel,
+    student: Denoiser,
     stages: Sequence[Stage],
     *,
     teraflops: float | None = None,
@@ -89,55 +90,70 @@ def estimate(
     rates: dict[tuple[torch.dtype | None, int], float] = {}
     rows = []
     for stage in stages:
-        alone = stage.scope == "incubate"  # each process has blocks of its own, and the whole batch
-        sharing = 1 if alone else processes
+        is_alone = stage.scope == "incubate"  # each process has blocks of its own, and the whole batch
+        sharing = 1 if is_alone else processes
         part = BatchSlice(0, sharing * stage.accumulation)
         precision = _precision(stage, teacher.device if teraflops is None else None)
         samples = max(1, stage.batch_size // part.count)
         if (precision, samples) not in rates:
-            rate = _measured_rate(teacher.unet, precision, samples) if teraflops is None else 1e12 * teraflops
-            rates[precision, samples] = rate
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            pipeline, learning = with_unet(teacher, _weightless(teacher.unet)), _weightless(student)
-            with assembled(learning, pipeline.unet, stage.assembled):
-                task = _weightless_task(pipeline, learning, stage, BatchSlice(0, processes) if alone else BatchSlice())
-                flops, activations = _round_cost(task, (torch.arange(stage.batch_size), 0), part, precision)
-                if stage.semantics.every > 1:  # the first step looks at what images mean, the second does not
-                    usual, _ = _round_cost(task, (torch.arange(stage.batch_size), 1), part, precision)
-                    flops = usual + (flops - usual) / stage.semantics.every
-                trained = list(task.trained().values())
+            rates[precision, samples] = (
+                _measured_rate(denoiser_of(teacher), precision, samples) if teraflops is None else 1e12 * teraflops
+            )
+        share = BatchSlice(0, processes) if is_alone else BatchSlice()
+        cost = _stage_cost(teacher, student, stage, part, share, precision)
+        others = (p for name, p in _parameters(teacher) if name != family_of(teacher).component)
         rows.append(
             StageEstimate(
                 stage=stage,
-                trained_parameters=sum(p.numel() for p in trained),
-                step_teraflops=flops * stage.accumulation * processes / 1e12,
-                seconds=stage.steps * flops * stage.accumulation / rates[precision, samples],
+                trained_parameters=sum(p.numel() for p in cost.trained),
+                step_teraflops=cost.flops * stage.accumulation * processes / 1e12,
+                seconds=stage.steps * cost.flops * stage.accumulation / rates[precision, samples],
                 memory={
-                    "teacher": _size(teacher.unet.parameters()),
-                    "encoders": _size(p for name, p in _parameters(teacher) if name != "unet"),
-                    **_trained_memory(student, trained, stage, sharing, sharded and sharing > 1),
-                    "activations": activations,
+                    "teacher": _size(denoiser_of(teacher).parameters()),
+                    "encoders": _size(others),
+                    **_trained_memory(student, cost.trained, stage, sharing, sharded and sharing > 1),
+                    "activations": cost.activations,
                 },
             )
         )
     return rows
 
 
-def _weightless_task(
-    teacher: DiffusionPipeline, student: UNet2DConditionModel, stage: Stage, share: BatchSlice
-) -> TrainingTask:
+@dataclass(frozen=True)
+class _Cost:
+    """Of a round of a step in one process: floating-point operations, bytes of activations, and what it trains."""
+
+    flops: float
+    activations: int
+    trained: list[nn.Parameter]
+
+
+def _stage_cost(
+    teacher: DiffusionPipeline,
+    student: Denoiser,
+    stage: Stage,
+    part: BatchSlice,
+    share: BatchSlice,
+    precision: torch.dtype | None,
+) -> _Cost:
+    """Run a round of the stage's step without memory; semantic losses count by how often they are computed."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        pipeline, learning = with_unet(teacher, _weightless(denoiser_of(teacher))), _weightless(student)
+        with blocks_in_teacher(learning, denoiser_of(pipeline), stage.student_blocks):
+            task = _weightless_task(pipeline, learning, stage, share)
+            flops, activations = _round_cost(task, (torch.arange(stage.batch_size), 0), part, precision)
+            if stage.semantics.every > 1:  # the first step has semantic losses, the second has none
+                usual, _ = _round_cost(task, (torch.arange(stage.batch_size), 1), part, precision)
+                flops = usual + (flops - usual) / stage.semantics.every
+            return _Cost(flops, activations, list(task.trained().values()))
+
+
+def _weightless_task(teacher: DiffusionPipeline, student: Denoiser, stage: Stage, share: BatchSlice) -> TrainingTask:
     """The stage's task with shapes for its tensors, without a semantic encoder that would have to be loaded."""
     losses = stage.losses.model_copy(update={"semantic_text": 0.0})
     if stage.semantics.encoder != "unet":
         losses = losses.model_copy(update={"semantic": 0.0})
-    task = make_task(
-        teacher,
-        student,
-        noise_schedule(teacher),
-        _Examples.of(student),
-        stage.model_copy(update={"losses": losses}),
-        share,
-    )
+    task = make_task(teacher, student, _Examples.of(student), stage.model_copy(update={"losses": losses}), share)
     if stage.checkpointing:
         # There is no random state to keep; a backward pass leaves modes, so that of the norms is entered again.
         student.enable_gradient_checkpointing(
@@ -160,7 +176,7 @@ def _precision(stage: Stage, device: torch.device | None) -> torch.dtype | None:
 
 
 def _trained_memory(
-    student: UNet2DConditionModel, trained: list[nn.Parameter], stage: Stage, processes: int, sharded: bool
+    student: Denoiser, trained: list[nn.Parameter], stage: Stage, processes: int, sharded: bool
 ) -> dict[str, int]:
     """Bytes in each process of what its share of `processes` is, or of all where nothing is sharded."""
     parts = processes if sharded else 1
@@ -172,7 +188,7 @@ def _trained_memory(
         "average": gradients // parts if stage.ema_decay else 0,
     }
     if sharded:
-        layers = [_size(m.parameters()) for m in student.modules() if isinstance(m, GATHERED_TOGETHER)]
+        layers = [_size(layer.parameters()) for layer in gathered_layers(student)]
         outside = _size(student.parameters()) - sum(layers)
         # Weights and gradients of what is in no layer, of a layer, and of the next one.
         sizes["gathered"] = 2 * (outside + 2 * max(layers, default=0))
@@ -223,15 +239,15 @@ class _NormsAsOnCuda(TorchFunctionMode):
 class _Examples:
     """Stands in for prepared latents and embeddings."""
 
-    unet: UNet2DConditionModel
+    denoiser: Denoiser
 
     @classmethod
-    def of(cls, unet: UNet2DConditionModel) -> TrainingSet:
-        examples = cls(unet)
+    def of(cls, denoiser: Denoiser) -> TrainingSet:
+        examples = cls(denoiser)
         return TrainingSet(examples, examples.batch([0])[1])  # type: ignore[arg-type]
 
     def batch(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Conditioning]:
-        inputs = random_inputs(self.unet, len(indices))
+        inputs = family_of(self.denoiser).random_inputs(self.denoiser, len(indices))
         latents, masked = inputs["sample"][:, :4], inputs["sample"][:, 4:]
         captions = Conditioning(inputs["encoder_hidden_states"], **inputs.get("added_cond_kwargs", {}))
         return latents, replace(captions, masked=masked) if masked.numel() else captions
@@ -246,28 +262,28 @@ def _weightless(module: Module) -> Module:
     return copy.deepcopy(module, shapes)
 
 
-def _measured_rate(unet: UNet2DConditionModel, precision: torch.dtype | None, samples: int) -> float:
-    """Floating-point operations a second in a call of the UNet here, its products in this precision; with so many
+def _measured_rate(denoiser: Denoiser, precision: torch.dtype | None, samples: int) -> float:
+    """Floating-point operations a second in a call of the denoiser here, its products in this precision; with so many
     samples where one alone is quick, and does not fill the device."""
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter,
         torch.no_grad(),
     ):
-        unet_call(_weightless(unet), batch_size=1)()
+        denoiser_call(_weightless(denoiser), batch_size=1)()
 
     def rate(batch_size: int) -> float:
-        with torch.autocast(unet.device.type, precision, enabled=precision is not None):
-            call = unet_call(unet, batch_size)
-            times = measure_interleaved({"unet": call}, rounds=3, warmup=1, device=unet.device)
-        return batch_size * counter.get_total_flops() / (times["unet"].ms / 1000)
+        with torch.autocast(denoiser.device.type, precision, enabled=precision is not None):
+            call = denoiser_call(denoiser, batch_size)
+            times = measure_interleaved({"denoiser": call}, rounds=3, warmup=1, device=denoiser.device)
+        return batch_size * counter.get_total_flops() / (times["denoiser"].ms / 1000)
 
     alone = rate(1)
     if samples == 1 or counter.get_total_flops() / alone > QUICK:
         return alone
     try:
         return rate(samples)
-    except torch.OutOfMemoryError:  # as the training may be: it is asked whether it fits
+    except torch.OutOfMemoryError:  # the training may run out of it, too: whether it fits is the question
         return alone
 
 

@@ -32,49 +32,23 @@ def incubated_blocks(student: Denoiser) -> list[str]:
 
 
 def set_trainable(student: Denoiser, trained: str) -> None:
-    """Make only a part of the student's parameters trainable.
+    """Make all of the student's parameters trainable, or only the routers of its expert kernels.
 
     Raises:
-        AsdmError: there is nothing of that kind in it.
+        AsdmError: it has no router.
     """
+    student.requires_grad_(trained == "all")
     if trained == "all":
-        student.requires_grad_(True)
         return
-    student.requires_grad_(False)
-    if trained == "routers":
-        chosen = [module for name, module in student.named_modules() if name.endswith(".router")]
-    else:
-        chosen = [student.get_submodule(name) for name in _beside_cuts(student)]
-    for module in chosen:
-        module.requires_grad_(True)
-    if not any(parameter.requires_grad for parameter in student.parameters()):
+    routers = [module for name, module in student.named_modules() if name.endswith(".router")]
+    for router in routers:
+        router.requires_grad_(True)
+    if not routers:
         raise AsdmError(f"trained={trained}: this student has none; use all")
 
 
-def _beside_cuts(student: Denoiser) -> list[str]:
-    """Return the layers before and behind each edit, and what is left of the edited one."""
-    family, edits = family_of(student), edits_of(student)
-    blocks = family.blocks(student)
-    gone = [edit.unit for edit in edits if edit.is_removal and edit.unit in blocks]
-    order = [name for name in family.layers(student) if not family.is_covered_by(name, gone)]
-    near: set[str] = set()
-    for edit in edits:
-        if edit.unit in gone:
-            covered = [index for index, block in enumerate(blocks) if family.is_covered_by(block, [edit.unit])]
-            before = [name for name in order if blocks.index(block_of(name)) < covered[0]]
-            near |= {edit.unit, *before[-1:]}
-            for index in covered:
-                near |= {*[name for name in order if blocks.index(block_of(name)) > index][:1]}
-            continue
-        layer = next((name for name in order if f"{edit.unit}.".startswith(f"{name}.")), None)
-        if layer is not None:
-            index = order.index(layer)
-            near |= set(order[max(0, index - 1) : index + 2])
-    return sorted(near)
-
-
 @contextmanager
-def assembled(student: Denoiser, teacher: Denoiser, blocks: Sequence[str] | None) -> Iterator[None]:
+def blocks_in_teacher(student: Denoiser, teacher: Denoiser, blocks: Sequence[str] | None) -> Iterator[None]:
     """Use the teacher's blocks in place of all but these blocks of the student, for the length of the block.
 
     Raises:
@@ -85,14 +59,14 @@ def assembled(student: Denoiser, teacher: Denoiser, blocks: Sequence[str] | None
         return
     family = family_of(teacher)
     if not family.has_blocks_of(student, teacher):
-        raise AsdmError("assembled: this student's blocks are not its teacher's; leave the stage's assembled out")
+        raise AsdmError("student_blocks: this student's blocks are not its teacher's; leave the field out")
     known = {*family.blocks(student), *family.blocks(teacher)}
     for name in blocks:
         if name not in known:
-            raise AsdmError(f"assembled: {name}: no such block; they are {', '.join(sorted(known))}")
+            raise AsdmError(f"student_blocks: {name}: no such block; they are {', '.join(sorted(known))}")
     for group in groups_of(student):
         if 0 < len(set(group) & set(blocks)) < len(group):
-            raise AsdmError(f"assembled: {', '.join(group)} go together in this student; name all or none")
+            raise AsdmError(f"student_blocks: {', '.join(group)} go together in this student; name all or none")
     others = [name for name in family.blocks(teacher) if name not in blocks]
     with swapped(student, {name: teacher.get_submodule(name) for name in others}):
         yield

@@ -1,12 +1,19 @@
-"""Distillation losses as pure functions of tensors, by default normalised by the teacher's power."""
+"""Distillation losses: pure functions of tensors, and the registry of terms that a stage's loss is the sum of.
+
+A new term is one function here, or in any module that is imported before its name is used, under `@loss_term`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# -- functions of tensors ---------------------------------------------------------------------------------
 
 
 def squared_error(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -17,9 +24,9 @@ def squared_error(student: Tensor, teacher: Tensor, weights: Tensor | None = Non
 
 
 def relative_error(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
-    """mean |student - teacher|^2 / mean |teacher|^2: without unit, 1 for a student that says nothing.
+    """mean |student - teacher|^2 / mean |teacher|^2: dimensionless, 1 for a student that predicts zero.
 
-    Normalised by the teacher's power as in LAPTOP-Diff (arXiv 2404.11098, Sec. 3.3).
+    Normalised by the mean square of the teacher's features as in LAPTOP-Diff (arXiv 2404.11098, Sec. 3.3).
     """
     return squared_error(student, teacher, weights) / teacher.float().square().mean().clamp(min=1e-12)
 
@@ -31,23 +38,24 @@ def pseudo_huber(student: Tensor, target: Tensor, c: float) -> Tensor:
 
 
 def task_loss(noise_pred: Tensor, target: Tensor, weights: Tensor | None = None, relative: bool = True) -> Tensor:
-    """The denoising loss (arXiv 2006.11239, Eq. 14), relative to the target's power or plain."""
+    """The denoising loss (arXiv 2006.11239, Eq. 14), relative to the target's mean square or plain."""
     return (relative_error if relative else squared_error)(noise_pred, target, weights)
 
 
 def output_loss(
     noise_pred: Tensor, teacher_pred: Tensor, weights: Tensor | None = None, relative: bool = True
 ) -> Tensor:
-    """Output distillation (BK-SDM, arXiv 2305.15798, Eq. 2), relative to the teacher's power or plain."""
+    """Output distillation (BK-SDM, arXiv 2305.15798, Eq. 2), relative to the teacher's mean square or plain."""
     return (relative_error if relative else squared_error)(noise_pred, teacher_pred, weights)
 
 
 def feature_losses(
     student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], relative: bool = True
 ) -> dict[str, Tensor]:
-    """Feature distillation by block (BK-SDM, arXiv 2305.15798, Eq. 3), each relative to the teacher's power or plain.
+    """Feature distillation by block (BK-SDM, arXiv 2305.15798, Eq. 3), each relative to the teacher's mean square or
+    plain.
 
-    Blocks whose shapes differ (a removed innermost stage) are passed over.
+    Blocks whose shapes differ (a removed lowest-resolution level) are left out.
     """
     error = relative_error if relative else squared_error
     return {
@@ -57,7 +65,7 @@ def feature_losses(
     }
 
 
-def mean_by_area(losses: Mapping[str, Tensor], features: Mapping[str, Tensor]) -> Tensor:
+def spatial_mean(losses: Mapping[str, Tensor], features: Mapping[str, Tensor]) -> Tensor:
     """Mean of the blocks' losses, each weighted by the area of its features (batch, channels, h, w) (inferred)."""
     areas = {name: features[name].shape[2:].numel() for name in losses}
     return torch.stack([area * losses[name] for name, area in areas.items()]).sum() / sum(areas.values())
@@ -69,15 +77,120 @@ def semantic_loss(features: Tensor, expected: Tensor, weights: Tensor) -> Tensor
     return ((1 - cosine) * weights).mean()
 
 
-def min_snr_weights(alphas_cumprod: Tensor, prediction_type: str, gamma: float) -> Tensor:
-    """Weights (batch,) of samples at time steps with these cumulative alphas (batch,): Min-SNR-gamma
-    (arXiv 2303.09556, Sec. 3.4), for what the UNet predicts."""
-    snr = (alphas_cumprod / (1 - alphas_cumprod)).clamp(min=1e-8)  # zero at the end of some schedules
-    clipped = snr.clamp(max=gamma)
-    return clipped / {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[prediction_type]
-
-
 def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     """Sum of the losses that have a weight."""
     terms = [weights[name] * value for name, value in losses.items() if weights.get(name)]
     return torch.stack(terms).sum()
+
+
+# -- terms ------------------------------------------------------------------------------------------------
+
+FeatureWeighting = Literal["spatial", "block"]
+Reads = Literal["prediction", "features", "semantics"]
+
+
+@dataclass(frozen=True)
+class SemanticFeatures:
+    """What an encoder says of x_0 estimates, (batch, channels) each: the student's, the teacher's, the captions' where
+    the encoder has a text tower; and the weight (batch,) of each sample."""
+
+    student: Tensor
+    teacher: Tensor
+    text: Tensor | None
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A student beside its teacher on one batch: all that a loss term may read.
+
+    `weights` (batch,) are those of the time steps, None where all count alike. `student_features` and
+    `teacher_features` are the blocks' outputs, `by_block` their losses. `guided_predictions` returns the student's and
+    the teacher's prediction, with guidance where the stage has a scale; `semantic_features` is None at steps without
+    semantic losses. Both compute when they are called.
+    """
+
+    noise_pred: Tensor
+    teacher_pred: Tensor
+    target: Tensor
+    weights: Tensor | None
+    student_features: Mapping[str, Tensor]
+    teacher_features: Mapping[str, Tensor]
+    by_block: Mapping[str, Tensor]
+    guided_predictions: Callable[[], tuple[Tensor, Tensor]]
+    semantic_features: Callable[[], SemanticFeatures] | None
+    relative: bool = True
+    feature_weighting: FeatureWeighting = "spatial"
+
+
+Loss: TypeAlias = Callable[[Comparison], Tensor | None]
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """One term of the loss: its name in recipes and logs, its default weight, and the function that computes it, which
+    returns None at steps without it. `reads` says what of a comparison it depends on."""
+
+    name: str
+    weight: float
+    reads: Reads
+    call: Loss
+
+
+_TERMS: dict[str, LossTerm] = {}
+
+
+def loss_term(name: str, weight: float = 0.0, reads: Reads = "prediction") -> Callable[[Loss], Loss]:
+    """Register a function as a loss term (a decorator)."""
+
+    def register(function: Loss) -> Loss:
+        _TERMS[name] = LossTerm(name, weight, reads, function)
+        return function
+
+    return register
+
+
+def loss_terms() -> Sequence[LossTerm]:
+    """All registered terms, in the order of their computation."""
+    return tuple(_TERMS.values())
+
+
+def losses_of(comparison: Comparison) -> dict[str, Tensor]:
+    """Every term that this step has, by name."""
+    computed = ((term.name, term.call(comparison)) for term in loss_terms())
+    return {name: value for name, value in computed if value is not None}
+
+
+@loss_term("task", weight=1.0)
+def _task(comparison: Comparison) -> Tensor:
+    return task_loss(comparison.noise_pred, comparison.target, comparison.weights, comparison.relative)
+
+
+@loss_term("output", weight=1.0)
+def _output(comparison: Comparison) -> Tensor:
+    return output_loss(*comparison.guided_predictions(), comparison.weights, comparison.relative)
+
+
+@loss_term("feature", weight=1.0, reads="features")
+def _feature(comparison: Comparison) -> Tensor:
+    if comparison.feature_weighting == "spatial":
+        return spatial_mean(comparison.by_block, comparison.student_features)
+    return torch.stack(list(comparison.by_block.values())).mean()
+
+
+@loss_term("semantic", reads="semantics")
+def _semantic(comparison: Comparison) -> Tensor | None:
+    """What the teacher's x_0 estimate means."""
+    if comparison.semantic_features is None:
+        return None
+    found = comparison.semantic_features()
+    return semantic_loss(found.student, found.teacher, found.weights)
+
+
+@loss_term("semantic_text", reads="semantics")
+def _semantic_text(comparison: Comparison) -> Tensor | None:
+    """What the caption means."""
+    if comparison.semantic_features is None:
+        return None
+    found = comparison.semantic_features()
+    return None if found.text is None else semantic_loss(found.student, found.text, found.weights)

@@ -8,8 +8,9 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 
 from asdm.distillation.consistency import lcm_scheduler
-from asdm.distillation.distill import TrainingSet, distill
+from asdm.distillation.distill import distill
 from asdm.distillation.stages import Stage
+from asdm.distillation.training_set import TrainingSet
 from asdm.families import denoiser_of
 from asdm.training.loop import Progress
 

@@ -1,4 +1,4 @@
-"""Recipes: lists of stages by name or from a file, at a pace that suits the student's size."""
+"""Recipes: lists of stages by name or from a file, with hyperparameters that suit the student's size."""
 
 from __future__ import annotations
 
@@ -7,37 +7,36 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from diffusers import UNet2DConditionModel
 
 from asdm.distillation.incubation import groups_of, incubated_blocks
 from asdm.distillation.stages import Consistency, LossWeights, Semantics, Stage, parse_stages
 from asdm.errors import AsdmError, one_line
-from asdm.families.unet_structure import blocks as unet_blocks
+from asdm.families import Denoiser, family_of
 
 SMALL_MODEL_PARAMETERS = 50_000_000
 SEMANTIC_WEIGHT = 0.3
 SEMANTICS = Semantics(every=4)
-CAPTION_SPLICE = 0.7
-# The blocks' features are heard over all else, and the denoising task least: its target does not know that a caption
-# was spliced.
+CAPTION_MIXING = 0.7
+# The blocks' features weigh most and the denoising task least: its target does not know that a caption was mixed.
 WEIGHTS = LossWeights(task=0.3, output=1.0, feature=10.0)
-INCUBATING = 0.05  # of the steps, and again as many assemble: what a block can learn alone, it learns soon
+INCUBATING = 0.05  # of the steps, and as many train groups in the teacher: a block alone learns soon what it can
 SHORTEST_ASSEMBLY = 40
 
 
-def _is_small(student: UNet2DConditionModel) -> bool:
+def _is_small(student: Denoiser) -> bool:
     return sum(p.numel() for p in student.parameters()) <= SMALL_MODEL_PARAMETERS
 
 
-def _batches(student: UNet2DConditionModel) -> dict[str, Any]:
-    """Fields that say what a batch is made of. Time steps by angle are for v-prediction, which the small UNet was found
-    to learn better by; most large ones predict epsilon, whose errors near pure noise weigh more than they look."""
-    return {"caption_mixing": CAPTION_SPLICE, "timesteps": "angle" if _is_small(student) else "uniform"}
+def _batches(student: Denoiser) -> dict[str, Any]:
+    """Fields that say what a batch consists of. Time steps by angle suit v-prediction, and the small UNet learns better
+    by them; most large ones predict epsilon, whose errors near pure noise weigh more than they look."""
+    sampling = "uniform_angle" if _is_small(student) else "uniform"
+    return {"caption_mixing": CAPTION_MIXING, "timestep_sampling": sampling}
 
 
-def pace(student: UNet2DConditionModel, steps: int) -> dict[str, Any]:
-    """Fields of a stage of so many steps: BK-SDM's pace (arXiv 2305.15798, Sec. 4.1), or one for UNets of up to 50M
-    parameters, which stand a faster one."""
+def default_hyperparameters(student: Denoiser, steps: int) -> dict[str, Any]:
+    """Fields of a stage of so many steps: BK-SDM's hyperparameters (arXiv 2305.15798, Sec. 4.1), or higher learning
+    rates for denoisers of up to 50M parameters."""
     if not _is_small(student):
         return {"steps": steps, "batch_size": 8, "learning_rate": 5e-5, "mixed_precision": "auto"}
     return {
@@ -53,56 +52,58 @@ def pace(student: UNet2DConditionModel, steps: int) -> dict[str, Any]:
     }
 
 
-def joint_stages(student: UNet2DConditionModel, steps: int) -> list[Stage]:
-    """The whole student at once, on the task, the teacher's output and features, each relative to the power of what it
-    is compared with."""
-    return [Stage(name="joint", losses=WEIGHTS, **_batches(student), **pace(student, steps))]
+def joint_stages(student: Denoiser, steps: int) -> list[Stage]:
+    """The whole student at once, on the task, the teacher's output and features, each relative to the mean square of
+    what it is compared with."""
+    return [Stage(name="joint", losses=WEIGHTS, **_batches(student), **default_hyperparameters(student, steps))]
 
 
-def bk_sdm_stages(student: UNet2DConditionModel, steps: int) -> list[Stage]:
+def bk_sdm_stages(student: Denoiser, steps: int) -> list[Stage]:
     """The recipe that BK-SDM made common (arXiv 2305.15798, Sec. 3.2): the same losses, plain, all of weight 1, all
     blocks alike."""
-    return [Stage(name="bk-sdm", relative=False, features_by="block", **pace(student, steps))]
+    return [Stage(name="bk-sdm", relative=False, feature_weighting="block", **default_hyperparameters(student, steps))]
 
 
-def incubation_stages(student: UNet2DConditionModel, steps: int) -> list[Stage]:
+def incubation_stages(student: Denoiser, steps: int) -> list[Stage]:
     """Progressive incubation (inferred): the edited blocks each alone inside the teacher, then put in its place one
     after another with a short distillation, then the whole with semantic-aware supervision.
 
-    A twentieth of the steps incubate and as many assemble, unless that leaves a group less than `SHORTEST_ASSEMBLY`,
-    in which no optimiser gets going; the rest is joint. A semantic loss costs a second look of the teacher, which every
-    fourth step can afford.
+    A twentieth of the steps incubate and as many train groups in the teacher, unless that leaves a group less than
+    `SHORTEST_ASSEMBLY`, in which no optimiser makes progress; the rest is joint. A semantic loss costs a second call of
+    the teacher, which every fourth step can afford.
     """
     groups, batches = groups_of(student), _batches(student)
     stages = []
     if incubated_blocks(student):
-        stages.append(Stage(name="incubate", scope="incubate", **batches, **pace(student, round(INCUBATING * steps))))
+        shared = batches | default_hyperparameters(student, round(INCUBATING * steps))
+        stages.append(Stage(name="incubate", scope="incubate", **shared))
     each = round(INCUBATING * steps / max(1, len(groups) - 1))
     touched = {name for group in groups for name in group}
-    blocks = [name for name in unet_blocks(student) if name not in touched]
+    blocks = [name for name in family_of(student).blocks(student) if name not in touched]
     for number, group in enumerate(groups[:-1], start=1):  # with the last, it is the whole
         blocks = [*blocks, *group]
         if each >= SHORTEST_ASSEMBLY:
-            assembled = {"assembled": list(blocks), "losses": WEIGHTS}
-            stages.append(Stage(name=f"assemble-{number}", **assembled, **batches, **pace(student, each)))
+            shared = batches | default_hyperparameters(student, each)
+            stages.append(Stage(name=f"assemble-{number}", student_blocks=list(blocks), losses=WEIGHTS, **shared))
     left = steps - sum(stage.steps for stage in stages)
     joint = {"losses": WEIGHTS.model_copy(update={"semantic": SEMANTIC_WEIGHT}), "semantics": SEMANTICS}
-    return [*stages, Stage(name="joint", **joint, **batches, **pace(student, left))]
+    return [*stages, Stage(name="joint", **joint, **batches, **default_hyperparameters(student, left))]
 
 
-def lcm_stages(student: UNet2DConditionModel, steps: int) -> list[Stage]:
+def lcm_stages(student: Denoiser, steps: int) -> list[Stage]:
     """A few-step student by latent consistency distillation, at the learning rate of LCM (arXiv 2310.04378, Sec. 5); a
-    small UNet, whose teacher can be asked often, learns what its solver comes to, at the time steps of four-step
+    small denoiser, whose teacher is cheap to call, learns what its solver reaches, at the time steps of four-step
     sampling (inferred). Samples have no guidance, hence no caption is dropped."""
     if _is_small(student):
         few = Consistency(teacher_steps=6, student_steps=4)
         changes: dict[str, Any] = {"learning_rate": 2e-4, "consistency": few}
     else:
         changes = {"optimizer": "adamw", "learning_rate": 8e-6}
-    return [Stage(name="lcm", scope="consistency", **pace(student, steps) | changes | {"caption_dropout": 0.0})]
+    changes = default_hyperparameters(student, steps) | changes | {"caption_dropout": 0.0}
+    return [Stage(name="lcm", scope="consistency", **changes)]
 
 
-RECIPES: dict[str, Callable[[UNet2DConditionModel, int], list[Stage]]] = {
+RECIPES: dict[str, Callable[[Denoiser, int], list[Stage]]] = {
     "joint": joint_stages,
     "bk-sdm": bk_sdm_stages,
     "incubation": incubation_stages,
@@ -110,7 +111,7 @@ RECIPES: dict[str, Callable[[UNet2DConditionModel, int], list[Stage]]] = {
 }
 
 
-def recipe_stages(recipe: str | Path, student: UNet2DConditionModel, steps: int) -> list[Stage]:
+def recipe_stages(recipe: str | Path, student: Denoiser, steps: int) -> list[Stage]:
     """The stages of a recipe: one of `RECIPES` by name, with so many steps in all, or a YAML or JSON file with a list
     of stages.
 

@@ -1,7 +1,7 @@
 """What images mean, for semantic-aware supervision (SAS; our reading of the abstract of arXiv 2312.15516, inferred).
 
-A frozen encoder maps x0 estimates to features; teacher and student are compared there. Three encoders behind one
-small interface: the teacher's own mid block, the pipeline's CLIP, and any vision model of transformers.
+A frozen encoder maps x_0 estimates to features; teacher and student are compared there. Three encoders have one small
+interface: the teacher's own denoiser, the pipeline's CLIP, and any vision model of transformers.
 """
 
 from __future__ import annotations
@@ -11,20 +11,23 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderTiny, DiffusionPipeline
 from torch import Tensor, nn
 
-from asdm.diffusion.conditioning import Conditioning
+from asdm.diffusion.conditioning import Conditioning, predict
+from asdm.diffusion.parameterization import Parameterization, parameterization_of
 from asdm.errors import AsdmError, one_line
+from asdm.families import Denoiser, denoiser_of, family_of
+from asdm.pipelines.clip import clip_statistics, load_clip
 
-UNET_NOISE = 0.2  # part of the schedule at which the UNet encoder looks: little noise, so that meaning shows
+TIMESTEP = 0.2  # part of the schedule at which the denoiser reads latents: little noise, so that meaning shows
 
 
 class SemanticEncoder(Protocol):
     """Frozen; gradients pass through to the latents."""
 
     def __call__(self, latents: Tensor, captions: Conditioning) -> Tensor:
-        """Latents (batch, 4, h, w) of clean images to features (batch, channels)."""
+        """Latents (batch, channels, h, w) of clean images to features (batch, channels)."""
         ...
 
     def text_features(self, prompts: list[str]) -> Tensor | None:
@@ -32,50 +35,53 @@ class SemanticEncoder(Protocol):
         ...
 
 
-class UNetEncoder:
-    """The teacher's mid-block features of re-noised latents: no decoding, and no model beside the teacher.
+class DenoiserEncoder:
+    """Features of re-noised latents in the middle of the teacher: no decoding, and no model beside the teacher.
 
     The noise is always the same, so that equal latents have equal features.
+
+    Raises:
+        AsdmError: the teacher has no module whose output says what an image means.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, schedule: DDPMScheduler):
-        if unet.mid_block is None:
+    def __init__(self, denoiser: Denoiser, parameterization: Parameterization):
+        path = family_of(denoiser).semantic_module(denoiser)
+        if path is None:
             raise AsdmError("semantics: the teacher's UNet has no mid block; choose the encoder clip")
-        self.unet, self.schedule = unet, schedule
-        self.timestep = int(UNET_NOISE * schedule.config.num_train_timesteps)
+        self.denoiser, self.parameterization, self.path = denoiser, parameterization, path
+        self.timestep = int(TIMESTEP * parameterization.num_timesteps)
 
     def __call__(self, latents: Tensor, captions: Conditioning) -> Tensor:
         noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(0)).to(latents)
         timesteps = torch.full((len(latents),), self.timestep, device=latents.device)
-        noisy = self.schedule.add_noise(latents, noise.expand_as(latents), timesteps)
-        dtype = self.unet.dtype
-        found: list[Tensor] = []
+        noisy = self.parameterization.add_noise(latents, noise.expand_as(latents), timesteps)
+        dtype = self.denoiser.dtype
+        found: list[Any] = []
 
-        def stop(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        def stop(_module: nn.Module, _args: Any, output: Any) -> None:
             found.append(output)
             raise _Seen
 
-        assert self.unet.mid_block is not None
-        handle = self.unet.mid_block.register_forward_hook(stop)
+        handle = self.denoiser.get_submodule(self.path).register_forward_hook(stop)
         try:
-            self.unet(timestep=timesteps, **captions.to(dtype).unet_arguments(noisy.to(dtype)), return_dict=False)
+            predict(self.denoiser, noisy.to(dtype), timesteps, captions.to(dtype))
         except _Seen:
             pass
         finally:
             handle.remove()
-        return found[0].flatten(1)
+        return family_of(self.denoiser).block_io(self.denoiser, self.path).image_states(found[0]).flatten(1)
 
     def text_features(self, prompts: list[str]) -> None:
         return None
 
 
 class _Seen(Exception):
-    """The mid block has answered; the rest of the UNet is not needed."""
+    """The module has answered; the rest of the denoiser is not needed."""
 
 
 class VisionEncoder:
     """A vision model of transformers on decoded images: CLIP's image features, else the mean of the last hidden
-    states, over tokens or over a map.
+    states, over tokens or over a feature map.
 
     Args:
         decoder: a VAE with `decode`; a tiny one (AutoencoderTiny) is enough.
@@ -140,25 +146,20 @@ def _tensor(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
-def make_encoder(
-    name: str, pipeline: DiffusionPipeline, schedule: DDPMScheduler, decoder: str | None = None
-) -> SemanticEncoder:
-    """An encoder by name.
+def make_encoder(name: str, pipeline: DiffusionPipeline, decoder: str | None = None) -> SemanticEncoder:
+    """Make an encoder by name.
 
     Args:
-        name: "unet"; "clip", the CLIPModel that lies beside the pipeline; or a vision model of transformers, by Hub
-            id or folder.
+        name: "unet", the pipeline's denoiser; "clip", the CLIPModel beside the pipeline; or a vision model of
+            transformers, by Hub id or folder.
         decoder: Hub id or folder of a tiny decoder; the pipeline's VAE by default.
 
     Raises:
         AsdmError: there is no such model, or no CLIPModel beside the pipeline.
     """
     if name == "unet":
-        return UNetEncoder(pipeline.unet, schedule)
-    from diffusers import AutoencoderTiny
+        return DenoiserEncoder(denoiser_of(pipeline), parameterization_of(pipeline.scheduler))
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
-
-    from asdm.pipelines.clip import clip_statistics, load_clip
 
     try:
         vae = pipeline.vae if decoder is None else AutoencoderTiny.from_pretrained(decoder).eval()

@@ -1,27 +1,49 @@
-"""Incubation as data: a list of stages, each a length, a pace and a weighting of the losses."""
+"""A distillation as data: a list of stages, each a length, hyperparameters and a weighting of the losses."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from asdm.diffusion.conditioning import TimestepDensity
+from asdm.diffusion.parameterization import TimestepSampling
+from asdm.distillation.losses import FeatureWeighting, loss_terms
 from asdm.errors import AsdmError
+from asdm.old_names import renamed_stage
 from asdm.records import Record, first_fault
-from asdm.training.loop import BatchSlice, LoopSettings
+from asdm.training.loop import LoopSettings
 from asdm.training.optimizers import OptimizerName
+from asdm.training.task import BatchSlice
 
 
 class LossWeights(Record):
-    """Weights of the loss terms: the denoising task, the teacher's output and its blocks' features; what the teacher's
-    x0 estimate means, and what the caption means (semantic-aware supervision)."""
+    """Weights of the loss terms by name: one for each of `asdm.distillation.losses.loss_terms`, by default the term's
+    own.
 
-    task: float = Field(1.0, ge=0)
-    output: float = Field(1.0, ge=0)
-    feature: float = Field(1.0, ge=0)
-    semantic: float = Field(0.0, ge=0)
-    semantic_text: float = Field(0.0, ge=0)
+    "task" is the denoising loss, "output" compares with the teacher's prediction, "feature" with its blocks' features;
+    "semantic" compares the x_0 estimate's meaning with the teacher's, "semantic_text" with the caption's.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Annotated[float, Field(ge=0)]]
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> float: ...
+
+    @model_validator(mode="before")
+    @classmethod
+    def _every_term_has_a_weight(cls, weights: Any) -> Any:
+        if not isinstance(weights, Mapping):
+            return weights
+        defaults = {term.name: term.weight for term in loss_terms()}
+        for name, value in weights.items():
+            if name not in defaults:
+                raise ValueError(f"{name}: no such loss; they are {', '.join(defaults)}")
+            if isinstance(value, bool):
+                raise ValueError(f"{name}={value}: must not be true or false")
+        return {**defaults, **weights}
 
     @model_validator(mode="after")
     def _something_is_learnt(self) -> LossWeights:
@@ -29,33 +51,41 @@ class LossWeights(Record):
             raise ValueError("all weights are zero, so nothing would be learnt; raise one")
         return self
 
+    def any_reads(self, *kinds: str) -> bool:
+        """Whether a term with a weight reads one of these: "prediction", "features", "semantics"."""
+        weights = self.model_dump()
+        return any(weights.get(term.name) for term in loss_terms() if term.reads in kinds)
+
 
 class Semantics(Record):
-    """By which encoder semantic-aware supervision compares x0 estimates (`asdm.distillation.semantics`).
+    """How semantic-aware supervision compares x_0 estimates (`asdm.distillation.semantics`)."""
 
-    "unet", "clip", or a vision model of transformers by name, with the VAE or a tiny decoder by name; at every k-th
-    step.
-    """
-
-    encoder: str = "unet"
-    decoder: str | None = None
-    every: int = Field(1, ge=1)
+    encoder: str = Field(
+        "unet",
+        description="unet: the teacher's own denoiser. clip: the CLIP model beside the pipeline. Or a vision model of "
+        "transformers by name.",
+    )
+    decoder: str | None = Field(
+        None, description="A tiny decoder by name, for encoders that read images; by default the pipeline's VAE."
+    )
+    every: int = Field(1, ge=1, description="The semantic losses are computed at every k-th step.")
 
 
 class Consistency(Record):
-    """Latent consistency distillation (`asdm.distillation.consistency`): in how many steps the teacher's solver goes
-    from noise to image, and the distance of the two estimates, pseudo-Huber or squared.
+    """Latent consistency distillation (`asdm.distillation.consistency`)."""
 
-    With `teacher_steps` the target is no estimate of the student's, but what the solver comes to in so many steps, from
-    wherever it starts (arXiv 2101.02388, Sec. 3, from all time steps). With `student_steps` only those time steps are
-    trained that its sampler visits in so many steps.
-    """
-
-    solver_steps: int = Field(50, ge=1)
-    loss: Literal["huber", "l2"] = "huber"
-    huber_c: float = Field(0.001, gt=0)
-    teacher_steps: int = Field(0, ge=0)
-    student_steps: int = Field(0, ge=0)
+    solver_steps: int = Field(50, ge=1, description="Steps of the teacher's solver from noise to image.")
+    loss: Literal["huber", "l2"] = Field("huber", description="Distance of the two estimates: pseudo-Huber or squared.")
+    huber_c: float = Field(0.001, gt=0, description="The pseudo-Huber distance is quadratic below this.")
+    teacher_steps: int = Field(
+        0,
+        ge=0,
+        description="If set, the target is not an estimate of the student's: it is what the solver reaches in so many "
+        "steps, from any time step (arXiv 2101.02388, Sec. 3).",
+    )
+    student_steps: int = Field(
+        0, ge=0, description="If set, only the time steps are trained that the sampler visits in so many steps."
+    )
 
     @model_validator(mode="after")
     def _students_are_among_solvers(self) -> Consistency:
@@ -67,68 +97,95 @@ class Consistency(Record):
 
 
 class Stage(Record):
-    """One stage of a distillation: how long, how fast, what is trained, and on which losses.
+    """One stage of a distillation: how long, how fast, what is trained, and on which losses."""
 
-    `scope` "incubate" trains each edited block of the UNet by itself, on the features that the teacher feeds it and
-    expects behind it; "joint" trains the whole, or, with `assembled`, the student's blocks of these names inside the
-    otherwise frozen teacher; "consistency" teaches it to sample in a few steps, by `consistency` instead of the losses.
-    `trained` narrows what moves: the layers beside a cut, or the routers of CondConv banks.
-    `caption_mixing` is the share of captions whose embeddings are another caption's from a random token on (inferred):
-    the late tokens of a caption have read all of it, and a student that learns images by them knows no new combination.
-    `relative` divides task, output and feature losses by the teacher's power. In the feature loss blocks count by the
-    area of their features, or, with `features_by` "block", all alike (inferred): a pruned student's small, deep maps
-    differ most from the teacher's, and the output depends on them least. `timesteps` "angle" draws them evenly on the
-    path of a v-prediction's sampler, little noise more often than "uniform" (inferred); `min_timestep_fraction` leaves
-    out those below this part of the schedule, for a student that draws above it alone (`asdm.switch_unets`).
-    `guidance_scale` makes the output loss one of guided predictions, conditional and unconditional branch; in a
-    consistency stage it is the scale that the student takes over, by default the teacher's usual one. Networks that
-    embed the scale (LCM's) are told this one, or else scales from 3 to 15, and have no second branch. `min_snr_gamma`
-    weighs time steps (Min-SNR).
-    `batch_size` is that of a step, of all processes together, taken in `accumulation` rounds; `checkpointing` computes
-    the student's activations again in the backward pass, for less memory. `caption_dropout` is the share of captions
-    that are left out, for guidance. `learning_rate` rises in `warmup_steps` and then follows `schedule`; `weight_decay`
-    is of matrices alone; the student becomes the average of its weights that `ema_decay` keeps, unless that is 0. A
-    checkpoint is written each `checkpoint_every` steps. `mixed_precision` "auto" is the device's fastest.
-    """
-
-    name: str = Field(min_length=1, max_length=60, pattern=r"^[^/\\\x00]+$")  # of a folder
-    steps: int = Field(ge=0, le=10**9)
-    batch_size: int = Field(8, ge=1, le=10**6)
-    accumulation: int = Field(1, ge=1)
-    checkpointing: bool = False
-    optimizer: OptimizerName = "adamw"
-    learning_rate: float = Field(5e-5, gt=0)
-    warmup_steps: int = Field(0, ge=0)
-    schedule: Literal["constant", "cosine"] = "constant"
-    weight_decay: float = Field(0.01, ge=0)
-    ema_decay: float = Field(0.999, ge=0, lt=1)
-    caption_dropout: float = Field(0.1, ge=0, le=1)
-    caption_mixing: float = Field(0.0, ge=0, le=1)
-    checkpoint_every: int = Field(100, ge=1)
-    mixed_precision: Literal["no", "bf16", "fp16", "auto"] = "no"
-    losses: LossWeights = LossWeights()
-    scope: Literal["joint", "incubate", "consistency"] = "joint"
-    assembled: list[str] | None = None
-    trained: Literal["all", "neighbours", "routers"] = "all"
-    relative: bool = True
-    features_by: Literal["area", "block"] = "area"
-    timesteps: TimestepDensity = "uniform"
-    min_timestep_fraction: float = Field(0.0, ge=0, lt=1)
-    guidance_scale: float | None = Field(None, gt=0)
-    min_snr_gamma: float | None = Field(None, gt=0)
-    semantics: Semantics = Semantics()
-    consistency: Consistency = Consistency()
+    name: str = Field(
+        min_length=1,
+        max_length=60,
+        pattern=r"^[^/\\\x00]+$",
+        description="Part of the name of the stage's folder.",
+    )
+    steps: int = Field(ge=0, le=10**9, description="Steps of the optimiser.")
+    batch_size: int = Field(8, ge=1, le=10**6, description="Images in a step, of all processes together.")
+    accumulation: int = Field(1, ge=1, description="Rounds in which a step's batch is computed, for less memory.")
+    checkpointing: bool = Field(
+        False, description="Compute the student's activations again in the backward pass, for less memory."
+    )
+    optimizer: OptimizerName = Field("adamw", description="adamw, adamw8bit (moments of 8 bits) or muon.")
+    learning_rate: float = Field(5e-5, gt=0, description="The peak, reached after the warm-up.")
+    warmup_steps: int = Field(0, ge=0, description="Steps in which the learning rate rises.")
+    schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="The learning rate after the warm-up: constant, or falling to zero."
+    )
+    weight_decay: float = Field(0.01, ge=0, description="Decay of matrices and kernels; vectors do not decay.")
+    ema_decay: float = Field(
+        0.999, ge=0, lt=1, description="The student becomes the average of its weights with this decay; 0: the last."
+    )
+    caption_dropout: float = Field(0.1, ge=0, le=1, description="Share of captions that are left out, for guidance.")
+    caption_mixing: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of captions whose embeddings are another caption's from a random token on (inferred): the "
+        "late tokens of a caption have read all of it, and a student that learns images by them does not learn new "
+        "combinations.",
+    )
+    checkpoint_every: int = Field(100, ge=1, description="Steps from one checkpoint to the next.")
+    mixed_precision: Literal["no", "bf16", "fp16", "auto"] = Field(
+        "no", description="Precision of the computation; auto is the device's fastest."
+    )
+    losses: LossWeights = Field(LossWeights(), description="Weights of the loss terms.")
+    scope: Literal["joint", "incubate", "consistency"] = Field(
+        "joint",
+        description="joint: the whole student. incubate: each edited block by itself, on the features that the teacher "
+        "feeds it and expects behind it. consistency: sampling in a few steps, by `consistency` instead of the losses.",
+    )
+    student_blocks: list[str] | None = Field(
+        None, description="With scope joint: train the student's blocks of these names inside the frozen teacher."
+    )
+    trained: Literal["all", "routers"] = Field(
+        "all", description="What is trained: everything, or the routers of expert kernels."
+    )
+    relative: bool = Field(
+        True, description="Divide task, output and feature losses by the mean square of what they compare with."
+    )
+    feature_weighting: FeatureWeighting = Field(
+        "spatial",
+        description="spatial: a block counts by the area of its features. block: all alike (inferred): the small, deep "
+        "features of a pruned student differ most from the teacher's, and the output depends on them least.",
+    )
+    timestep_sampling: TimestepSampling = Field(
+        "uniform",
+        description="uniform, or uniform_angle: evenly on the path of a v-prediction's sampler, which has more steps "
+        "at low noise (inferred).",
+    )
+    min_timestep_fraction: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Leave out time steps below this fraction of the schedule, for a student that samples above it "
+        "alone (`asdm.switch_unets`).",
+    )
+    guidance_scale: float | None = Field(
+        None,
+        gt=0,
+        description="The output loss compares guided predictions at this scale. With scope consistency, the scale that "
+        "the student takes over; by default the teacher's usual one. Denoisers that embed the scale (LCM's) read it, "
+        "by default scales from 3 to 15, and need no second branch.",
+    )
+    min_snr_gamma: float | None = Field(None, gt=0, description="Weigh time steps by Min-SNR with this gamma.")
+    semantics: Semantics = Field(Semantics(), description="How the semantic losses compare.")
+    consistency: Consistency = Field(Consistency(), description="Settings of scope consistency.")
 
     @model_validator(mode="after")
-    def _assembled_is_joint(self) -> Stage:
-        if self.assembled is not None and self.scope != "joint":
-            raise ValueError("assembled goes with scope joint; blocks are incubated each by itself")
+    def _student_blocks_are_joint(self) -> Stage:
+        if self.student_blocks is not None and self.scope != "joint":
+            raise ValueError("student_blocks goes with scope joint; blocks are incubated each by itself")
         return self
 
     @model_validator(mode="after")
     def _every_step_learns(self) -> Stage:
-        losses = self.losses
-        if self.semantics.every > 1 and not (losses.task or losses.output or losses.feature):
+        if self.semantics.every > 1 and not self.losses.any_reads("prediction", "features"):
             raise ValueError("semantics at every k-th step alone leave the others nothing to learn; weigh another loss")
         return self
 
@@ -138,6 +195,7 @@ class Stage(Record):
         return self
 
     def loop(self, seed: int) -> LoopSettings:
+        """The settings of its training loop."""
         return LoopSettings(
             steps=self.steps,
             optimizer=self.optimizer,
@@ -153,7 +211,7 @@ class Stage(Record):
 
 
 def parse_stages(content: object) -> list[Stage]:
-    """Stages from plain data.
+    """Make stages of plain data; names of earlier versions are known.
 
     Raises:
         AsdmError: not a list of stages, or a field that is unknown or out of range.
@@ -161,7 +219,7 @@ def parse_stages(content: object) -> list[Stage]:
     if not isinstance(content, list) or not content:
         raise AsdmError('not a list of stages; for example [{"name": "joint", "steps": 1000}]')
     try:
-        stages = [Stage.model_validate(row) for row in content]
+        stages = [Stage.model_validate(renamed_stage(row) if isinstance(row, Mapping) else row) for row in content]
     except ValidationError as error:
         raise AsdmError(f"not a stage: {first_fault(error)}") from None
     names = [stage.name for stage in stages]

@@ -5,33 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from asdm.data.prepared import PreparedData
-from asdm.diffusion.conditioning import Conditioning, prediction_target, stratified_timesteps
+from asdm.diffusion.conditioning import Conditioning, predict
+from asdm.diffusion.parameterization import Parameterization
 from asdm.distillation.incubation import set_trainable
 from asdm.distillation.losses import weighted_sum
 from asdm.distillation.stages import Stage
-from asdm.families.unet_calls import guidance_embedding
-from asdm.training.loop import BatchSlice, TrainingTask
-
-
-@dataclass(frozen=True)
-class TrainingSet:
-    """What is trained on: prepared latents and captions, and the empty caption's embedding."""
-
-    prepared: PreparedData
-    empty_caption: Conditioning
-
-    def __len__(self) -> int:
-        return len(self.prepared)
-
-    @property
-    def skipped(self) -> dict[str, str]:
-        """What of the data could not be used, by name, with the reason."""
-        return self.prepared.skipped
-
+from asdm.distillation.training_set import TrainingSet
+from asdm.families import Denoiser, family_of
+from asdm.training.task import BatchSlice, TrainingTask
 
 Batch = tuple[Tensor, int]  # indices (batch,) into the training set, and the step
 WHOLE = BatchSlice()
@@ -40,8 +23,8 @@ GUIDANCE_SCALES = (3.0, 15.0)  # that embeddings are trained for: 2 to 14 as LCM
 
 @dataclass(frozen=True)
 class Noised:
-    """A batch as both networks see it: latents `noisy` (batch, 4, h, w) at `timesteps` (batch,), their captions, and
-    the denoising `target`."""
+    """A batch as both networks see it: latents `noisy` (batch, channels, h, w) at `timesteps` (batch,), their captions,
+    and the denoising `target`."""
 
     noisy: Tensor
     timesteps: Tensor
@@ -54,9 +37,9 @@ class TeachingTask(TrainingTask):
 
     def __init__(
         self,
-        teacher: UNet2DConditionModel,
-        student: UNet2DConditionModel,
-        schedule: DDPMScheduler,
+        teacher: Denoiser,
+        student: Denoiser,
+        parameterization: Parameterization,
         examples: TrainingSet,
         stage: Stage,
     ):
@@ -67,69 +50,80 @@ class TeachingTask(TrainingTask):
         else:
             student.disable_gradient_checkpointing()
         self.teacher, self.student = teacher.eval().requires_grad_(False), student
-        self.schedule, self.examples, self.stage = schedule, examples, stage
+        self.parameterization, self.examples, self.stage = parameterization, examples, stage
 
     def train(self, mode: bool = True) -> TeachingTask:
+        """Switch the student's mode; the teacher stays in evaluation mode."""
         super().train(mode)
         self.teacher.eval()
         return self
 
     def timesteps(self, count: int, generator: torch.Generator) -> Tensor:
-        """At which time steps (count,) a step's batch is noised."""
+        """The time steps (count,) at which a step's batch is noised."""
         stage = self.stage
-        return stratified_timesteps(count, self.schedule, generator, stage.timesteps, stage.min_timestep_fraction)
+        return self.parameterization.sample_timesteps(
+            count, generator, stage.timestep_sampling, stage.min_timestep_fraction
+        )
 
     def noised(self, indices: Tensor, generator: torch.Generator, part: BatchSlice) -> Noised:
-        """A part of a step's batch; what is drawn for the step does not depend on how it is parted."""
+        """Add noise to this part of the images `indices` (batch,).
+
+        Random numbers are those of the whole batch, so that parts of it together are the whole.
+        """
         device, count = self.student.device, len(indices)
         chosen = part.of(count)
         latents, captions = self.examples.prepared.batch(indices[chosen])
         latents = latents.to(device)
         if self.stage.caption_mixing:
-            order = torch.randperm(count, generator=generator)
-            # Those of the same batch; a part of it has to read what others have.
-            others = captions[order] if part.count == 1 else self.examples.prepared.batch(indices[order][chosen])[1]
-            places = self._splices(count, captions.encoder_hidden_states.shape[1], generator)
-            captions = captions.spliced(others, places[chosen])
+            captions = self._mixed(captions, indices, generator, part)
         kept = torch.rand(count, generator=generator) >= self.stage.caption_dropout
         captions = captions.where(kept[chosen], self.examples.empty_caption)
         timesteps = self.timesteps(count, generator)[chosen].to(device)
         noise = torch.randn(count, *latents.shape[1:], generator=generator)[chosen].to(latents)
-        noisy = self.schedule.add_noise(latents, noise, timesteps)
-        target = prediction_target(self.schedule, latents, noise, timesteps)
+        noisy = self.parameterization.add_noise(latents, noise, timesteps)
+        target = self.parameterization.target(latents, noise, timesteps)
         if self.embeds_guidance:
-            embedding = guidance_embedding(self.teacher, self._guidance_scales(count, generator))
+            scales = self._guidance_scales(count, generator)
+            embedding = family_of(self.teacher).guidance_embedding(self.teacher, scales)
             captions = replace(captions.to(device), timestep_cond=None if embedding is None else embedding[chosen])
         return Noised(noisy, timesteps, target, captions.to(device, torch.float32))
 
     @property
     def embeds_guidance(self) -> bool:
-        """Whether both networks are told the guidance scale, and predict what is guided (LCM's)."""
-        return self.teacher.config.time_cond_proj_dim is not None
+        """Whether both networks read the guidance scale, and predict what is guided (LCM's)."""
+        return family_of(self.teacher).embeds_guidance(self.teacher)
+
+    def teacher_pred(self, noised: Noised) -> Tensor:
+        """The teacher's prediction (batch, channels, h, w), in its own dtype."""
+        dtype = self.teacher.dtype
+        return predict(self.teacher, noised.noisy.to(dtype), noised.timesteps, noised.captions.to(dtype))
+
+    def student_pred(self, noised: Noised) -> Tensor:
+        """The student's prediction (batch, channels, h, w)."""
+        return predict(self.student, noised.noisy, noised.timesteps, noised.captions)
+
+    def weighted(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Add the total, and each term as it counts in it."""
+        weights = self.stage.losses.model_dump()
+        by_weight = {f"weighted/{name}": weights[name] * value for name, value in losses.items() if weights.get(name)}
+        return {"loss": weighted_sum(losses, weights), **losses, **by_weight}
+
+    def _mixed(
+        self, captions: Conditioning, indices: Tensor, generator: torch.Generator, part: BatchSlice
+    ) -> Conditioning:
+        """Captions of which some are another one's of the batch from a token on."""
+        count, chosen = len(indices), part.of(len(indices))
+        order = torch.randperm(count, generator=generator)
+        # A part of the batch has to read what other parts have.
+        others = captions[order] if part.count == 1 else self.examples.prepared.batch(indices[order][chosen])[1]
+        tokens = captions.encoder_hidden_states.shape[1]
+        places = torch.randint(1, tokens, (count,), generator=generator)
+        is_mixed = torch.rand(count, generator=generator) < self.stage.caption_mixing
+        return captions.mixed_with(others, torch.where(is_mixed, places, tokens)[chosen])
 
     def _guidance_scales(self, count: int, generator: torch.Generator) -> Tensor:
-        """The scales (count,) that networks which embed them are told: the stage's, or some of all that are in use."""
+        """The scales (count,) that networks which embed them read: the stage's, or random ones of the usual range."""
         if self.stage.guidance_scale is not None:
             return torch.full((count,), self.stage.guidance_scale)
         least, most = GUIDANCE_SCALES
         return least + (most - least) * torch.rand(count, generator=generator)
-
-    def _splices(self, count: int, tokens: int, generator: torch.Generator) -> Tensor:
-        """From which token (count,) on each caption is another's; behind the last where it stays whole."""
-        places = torch.randint(1, tokens, (count,), generator=generator)
-        return torch.where(torch.rand(count, generator=generator) < self.stage.caption_mixing, places, tokens)
-
-    def teacher_pred(self, noised: Noised) -> Tensor:
-        dtype = self.teacher.dtype
-        arguments = noised.captions.to(dtype).unet_arguments(noised.noisy.to(dtype))
-        return self.teacher(timestep=noised.timesteps, **arguments, return_dict=False)[0]
-
-    def student_pred(self, noised: Noised) -> Tensor:
-        arguments = noised.captions.unet_arguments(noised.noisy)
-        return self.student(timestep=noised.timesteps, **arguments, return_dict=False)[0]
-
-    def weighted(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
-        """With the total, and each term as it counts in it."""
-        weights = self.stage.losses.model_dump()
-        by_weight = {f"weighted/{name}": weights[name] * value for name, value in losses.items() if weights.get(name)}
-        return {"loss": weighted_sum(losses, weights), **losses, **by_weight}

@@ -152,6 +152,11 @@ class Edit:
         """The kind of projection that is fitted in place of what the edit removes."""
         return "none"
 
+    @property
+    def compensates_time(self) -> bool:
+        """Whether the projection reads the time embedding, too."""
+        return False
+
     def with_compensation(self, kind: CompensationKind) -> Edit:
         """Return the edit with this kind of projection, or the edit itself where it can have none."""
         return self

@@ -77,6 +77,10 @@ class Remove(UnitEdit):
     def compensation(self) -> CompensationKind:
         return self.compensate
 
+    @property
+    def compensates_time(self) -> bool:
+        return self.compensate_time
+
     def with_compensation(self, kind: CompensationKind) -> Remove:
         return replace(self, compensate=kind, compensate_time=self.compensate_time and kind in ("bias", "linear"))
 
@@ -85,28 +89,14 @@ class Remove(UnitEdit):
 
 
 class RemovedUnit(nn.Module):
-    """The base of modules that take a removed unit's place: the kept shortcut, with a projection or without.
+    """The base of modules that take a removed unit's place: the kept shortcut, with a projection or without."""
 
-    `adds_to_input`: whether the output is added to the input outside the module. `output_scale_factor`: what the sum
-    of shortcut and branch is divided by.
-    """
-
-    adds_to_input: ClassVar[bool] = False
     compensation: Any
-    output_scale_factor: float = 1.0
 
     def __init__(self, compensation: nn.Module | None = None):
         super().__init__()
         self.compensation = compensation
 
-    @property
-    def folds(self) -> bool:
-        """Whether a fitted projection folds into the kept shortcut."""
-        return False
-
     def add_projection(self, weight: Tensor, bias: Tensor) -> None:
         """Add a fitted projection of the input: weight (out, in) or, where it is diagonal, (channels,); bias (out,)."""
         self.compensation.add_projection(weight, bias)
-
-    def unshare(self) -> None:
-        """Copy what the module shares with the original, before a projection is added to it."""

@@ -19,5 +19,7 @@ from asdm.families.base import family_named as family_named
 from asdm.families.base import family_of as family_of
 from asdm.families.tensors import fingerprint as fingerprint
 from asdm.families.tensors import require_plain as require_plain
-from asdm.families.transformers import PixArtFamily as PixArtFamily
 from asdm.families.unet import UNetFamily as UNetFamily
+
+# Registered after UNets, which messages name where a model's family is not known.
+from asdm.families.transformers import PixArtFamily as PixArtFamily  # isort: skip

@@ -253,6 +253,7 @@ class ModelFamily(Architecture):
     """All that is known of a family's models: their structure, how they are called, and where features are cached."""
 
     label: ClassVar[str] = "denoiser"  # what reports call the denoiser
+    layer_classes: ClassVar[tuple[type[Any], ...]] = ()  # whose weights FSDP gathers together
     presets: ClassVar[tuple[str, ...]] = ()  # names of the family's published plans
 
     def preset(self, name: str, units: Sequence[UnitLike]) -> Preset:
@@ -262,6 +263,10 @@ class ModelFamily(Architecture):
             AsdmError: the family has no such preset.
         """
         raise AsdmError(f"{name}: a preset for another family of models; give a budget instead")
+
+    def semantic_module(self, model: Denoiser) -> str | None:
+        """Path of the module whose output says what an image means; None where there is none."""
+        return None
 
     def block_io(self, model: Denoiser, path: str) -> BlockIO:
         """Where image and text states sit among the outputs of a block or layer."""
@@ -274,6 +279,23 @@ class ModelFamily(Architecture):
     # -- calls -----------------------------------------------------------------------------------------
 
     @abstractmethod
+    def conditioned_call(self, model: Denoiser, latents: Tensor, **conditioning: Tensor) -> dict[str, Any]:
+        """Keyword arguments of a call on noisy latents, but for the time step; `conditioning` are the fields of
+        `asdm.diffusion.conditioning.Conditioning` that are set."""
+
+    def prediction(self, model: Denoiser, output: Tensor) -> Tensor:
+        """The prediction (batch, channels, height, width) in what the denoiser puts out."""
+        return output
+
+    def guidance_embedding(self, model: Denoiser, scales: Tensor) -> Tensor | None:
+        """The embedding of guidance scales (batch,) that the denoiser reads; None where it reads none."""
+        return None
+
+    def embeds_guidance(self, model: Denoiser) -> bool:
+        """Whether the denoiser reads the guidance scale, and its prediction is guided."""
+        return False
+
+    @abstractmethod
     def sample_shape(self, model: Denoiser) -> tuple[int, int, int]:
         """(channels, height, width) of the sample that a call at native size reads."""
 
@@ -281,7 +303,7 @@ class ModelFamily(Architecture):
         """The prediction of one call. The sample is passed by position, as pipelines do: other libraries' patches rely
         on it."""
         others = {name: value for name, value in arguments.items() if name != self.sample_argument}
-        return model(arguments[self.sample_argument], **others, return_dict=False)[0]
+        return self.prediction(model, model(arguments[self.sample_argument], **others, return_dict=False)[0])
 
     @abstractmethod
     def random_inputs(self, model: Denoiser, batch_size: int, seed: int = 0) -> dict[str, Any]:

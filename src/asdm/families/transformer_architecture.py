@@ -116,7 +116,5 @@ class RemovedBlock(RemovedUnit):
 class RemovedBlockBranch(RemovedUnit):
     """Adds nothing in place of a branch of a block, or a projection of its input."""
 
-    adds_to_input = True
-
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden_states.new_zeros(()) if self.compensation is None else self.compensation(hidden_states)

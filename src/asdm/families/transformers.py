@@ -38,6 +38,17 @@ class PixArtFamily(PixArtArchitecture, ModelFamily):
             "added_cond_kwargs": self.size_conditions(model, batch_size),
         }
 
+    def conditioned_call(self, model: Any, latents: Tensor, **conditioning: Tensor) -> dict[str, Any]:
+        return {
+            "hidden_states": latents,
+            **conditioning,
+            "added_cond_kwargs": self.size_conditions(model, len(latents)),
+        }
+
+    def prediction(self, model: Any, output: Tensor) -> Tensor:
+        """Without the variance that some models predict, too."""
+        return output[:, : model.config.in_channels]
+
     def size_conditions(self, model: Any, batch_size: int) -> dict[str, Tensor | None]:
         """The image size in pixels and the aspect ratio, which models for 1024 pixels read; None for others."""
         if not model.use_additional_conditions:

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor
+
 from asdm.errors import AsdmError
 from asdm.families.base import BlockPlace, CacheCut, ModelFamily, Preset, UnitLike, block_of, register_family
 from asdm.families.unet_architecture import UNetArchitecture
-from asdm.families.unet_calls import random_inputs
+from asdm.families.unet_calls import guidance_embedding, random_inputs
 from asdm.families.unet_presets import PRESETS, preset
 from asdm.families.unet_structure import layers, require_known_inputs, unlike
 
@@ -19,6 +24,7 @@ class UNetFamily(UNetArchitecture, ModelFamily):
 
     label = "UNet"
     presets = PRESETS
+    layer_classes = (ResnetBlock2D, BasicTransformerBlock)
 
     def preset(self, name: str, units: Sequence[UnitLike]) -> Preset:
         return preset(name, units)
@@ -36,6 +42,23 @@ class UNetFamily(UNetArchitecture, ModelFamily):
             else:
                 places[block] = BlockPlace(levels, "middle")
         return places
+
+    def semantic_module(self, model: Any) -> str | None:
+        return None if model.mid_block is None else "mid_block"
+
+    def conditioned_call(self, model: Any, latents: Tensor, **conditioning: Tensor) -> dict[str, Any]:
+        """With `masked` behind the latents, and SDXL's pooled embeddings and image sizes among the added conditions."""
+        states = dict(conditioning)
+        masked = states.pop("masked", None)
+        sample = latents if masked is None else torch.cat([latents, masked.to(latents)], dim=1)
+        added = {name: states.pop(name) for name in ("text_embeds", "time_ids") if name in states}
+        return {"sample": sample, **states, **({"added_cond_kwargs": added} if added else {})}
+
+    def guidance_embedding(self, model: Any, scales: Tensor) -> Tensor | None:
+        return guidance_embedding(model, scales)
+
+    def embeds_guidance(self, model: Any) -> bool:
+        return model.config.get("time_cond_proj_dim") is not None
 
     def sample_shape(self, model: Any) -> tuple[int, int, int]:
         size = model.config.sample_size

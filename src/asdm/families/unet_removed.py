@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import Any
 
 import torch.nn.functional as F
@@ -38,13 +37,6 @@ class RemovedResnet(RemovedUnit):
             if resnet.time_emb_proj is None:
                 raise AsdmError(f"{unit}: has no time embedding to compensate with; drop compensate_time")
             self.time_compensation = TimeProjection(resnet.time_emb_proj.in_features, resnet.out_channels)
-
-    @property
-    def folds(self) -> bool:
-        return self.conv_shortcut is not None
-
-    def unshare(self) -> None:
-        self.conv_shortcut = deepcopy(self.conv_shortcut)
 
     def add_projection(self, weight: Tensor, bias: Tensor) -> None:
         """As the base's, and of the time embedding behind the input: weight (out, in + time)."""
@@ -84,8 +76,6 @@ class RemovedAttention(RemovedUnit):
 
 class RemovedBranch(RemovedUnit):
     """Adds nothing in place of a branch of a transformer block, or a projection of its input."""
-
-    adds_to_input = True
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         if self.compensation is not None:

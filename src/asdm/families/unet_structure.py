@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from torch import Tensor, nn
+from torch import nn
 
 from asdm.errors import AsdmError
 from asdm.families.base import Unit, UnitKind, block_of
@@ -71,14 +71,6 @@ def removable_units(unet: UNet2DConditionModel) -> list[Unit]:
                     if is_branch(block, branch)
                 ]
     return units
-
-
-def shortcut_of(unit: Unit, module: Any, args: tuple[Any, ...]) -> Tensor | float:
-    """The part of a unit's output that stays when its branch goes."""
-    if unit.kind == "resnet":
-        kept = args[0] if module.conv_shortcut is None else module.conv_shortcut(args[0])
-        return kept.detach() / module.output_scale_factor
-    return args[0].detach() if unit.kind == "attention" else 0.0
 
 
 def is_level(name: str) -> bool:

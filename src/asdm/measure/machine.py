@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,13 +36,6 @@ def device_name(device: torch.device | str) -> str:
     """Return a GPU's name, or the kind of another device."""
     kind = torch.device(device).type
     return torch.cuda.get_device_name(device) if kind == "cuda" else kind
-
-
-def fastest_device() -> str:
-    """The device to run on by default: a GPU, in a distributed launch this process's own, else the CPU."""
-    if torch.cuda.is_available():
-        return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def fastest_precision(device: torch.device | str) -> Literal["no", "bf16", "fp16"]:

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import diffusers
 import torch
@@ -22,9 +22,9 @@ from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 from safetensors import safe_open
 from torch import Tensor
 
+from asdm.choices import PredictionType
 from asdm.errors import AsdmError, one_line
 
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
 _SPELLINGS: dict[str, PredictionType] = {
     "epsilon": "epsilon", "eps": "epsilon", "noise": "epsilon",
     "v_prediction": "v_prediction", "v": "v_prediction", "v_pred": "v_prediction", "velocity": "v_prediction",

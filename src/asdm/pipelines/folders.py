@@ -10,11 +10,11 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
+from asdm.choices import PredictionType
 from asdm.errors import AsdmError, one_line
 from asdm.families import component_of, families
 from asdm.pipelines.checkpoints import (
     Header,
-    PredictionType,
     claim_of,
     claim_of_scheduler,
     claims_of_tensors,

@@ -20,8 +20,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from asdm.diffusion.kinds import RANDOM
 from asdm.errors import AsdmError
-from asdm.families import UNetFamily
+from asdm.families import ModelFamily, UNetFamily
 from asdm.registry import PIPELINES, registered_folder
+from asdm.student.classes import student_class_of
 from asdm.student.unet import AsdmUNet2DConditionModel
 
 # The published configs, where they differ from the defaults of the UNet's class (which are SD 1.x's).
@@ -106,10 +107,15 @@ def _tokenizer_folder() -> Path:
     return folder / "tokenizer"
 
 
+def random_denoiser(family: ModelFamily, config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
+    """Make a denoiser of this family and config (edits included) with random weights."""
+    plain = {key: value for key, value in config.items() if not key.startswith("_")}
+    return randomly_filled(lambda: student_class_of(family).from_config(plain), dtype)
+
+
 def random_unet(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> AsdmUNet2DConditionModel:
     """Make a UNet of this config (edits included) with random weights."""
-    plain = {key: value for key, value in config.items() if not key.startswith("_")}
-    return randomly_filled(lambda: AsdmUNet2DConditionModel.from_config(plain), dtype)
+    return random_denoiser(UNetFamily(), config, dtype)
 
 
 def randomly_filled(make: Any, dtype: torch.dtype) -> Any:

@@ -14,13 +14,13 @@ from diffusers.loaders.single_file_utils import (
     SingleFileComponentError,
 )
 
+from asdm.choices import PredictionType
 from asdm.errors import AsdmError, one_line
 from asdm.pipelines.checkpoints import (
     KIND_NAMES,
     SD_KINDS,
     Header,
     Parameterization,
-    PredictionType,
     claim_of,
     claims_of,
     claims_of_tensors,

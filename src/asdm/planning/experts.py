@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from asdm import checks
+from asdm.choices import Router
 from asdm.edits import CondConv, removed_units
 from asdm.errors import AsdmError
 from asdm.families import Denoiser, family_of
@@ -25,7 +26,7 @@ def add_cond_conv(
     unet: Denoiser,
     *,
     params: float = 0.05,
-    router: Literal["input", "input+time", "time"] = "input",
+    router: Router = "input",
     activation: Literal["softmax", "sigmoid"] = "softmax",
 ) -> PruningPlan:
     """Add expert kernels to a plan: convolutions that stay inherit those of removed layers.

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from asdm.choices import CompensationKind
+from asdm.choices import CompensationKind, Router
+from asdm.devices import fastest_device
 from asdm.errors import AsdmError
 from asdm.families import denoiser_of
-from asdm.measure.machine import fastest_device
-from asdm.pipelines.random_models import random_unet
+from asdm.pipelines.random_models import random_denoiser
 from asdm.planning.budget import make_plan
 from asdm.planning.experts import add_cond_conv
 from asdm.planning.refine import refine_plan
@@ -30,7 +30,7 @@ def full_plan(
     compensate: CompensationKind | None = None,
     refine: int = 0,
     experts: float | None = None,
-    router: Literal["input", "input+time", "time"] = "input",
+    router: Router = "input",
     data: str | Path | None = None,
     device: str | None = None,
     seed: int = 0,
@@ -80,6 +80,7 @@ def full_plan(
             progress=lambda done, total, note: report("refine", done, total, note),
         )
     if experts is not None:
-        denoiser = random_unet(redundancy.unet_config) if denoiser is None else denoiser
+        if denoiser is None:
+            denoiser = random_denoiser(redundancy.family, redundancy.unet_config)
         plan = add_cond_conv(plan, denoiser, params=experts, router=router)
     return plan

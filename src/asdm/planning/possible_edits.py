@@ -83,9 +83,6 @@ def plan_of(
         target: the budget, by the name of its resource.
         basis: what the speed-up was determined by.
     """
-    timed = redundancy.latency_ms > 0
-    total = redundancy.latency_ms if timed else redundancy.gmacs * 1e9
-    saved = sum(choice.ms if timed else choice.macs for choice in chosen)
     sensitivity = sum(choice.sensitivity for choice in chosen)
     return PruningPlan(
         base=PlanBase.of(redundancy.fingerprint, redundancy.denoiser_class),
@@ -94,7 +91,15 @@ def plan_of(
             model=redundancy.model or None,
             target=target,
             predicted_sensitivity=None if redundancy.estimator is None else sensitivity,
-            predicted_speedup=total / max(total - saved, 1e-9),
-            speedup_basis=basis if timed else "macs",
+            predicted_speedup=predicted_speedup(redundancy, chosen),
+            speedup_basis=basis if redundancy.latency_ms else "macs",
         ),
     )
+
+
+def predicted_speedup(redundancy: RedundancyMap, chosen: Sequence[PossibleEdit]) -> float:
+    """Return the speed-up that these edits give by the profile's latencies, or its MACs where it has no latencies."""
+    timed = redundancy.latency_ms > 0
+    total = redundancy.latency_ms if timed else redundancy.gmacs * 1e9
+    saved = sum(choice.ms if timed else choice.macs for choice in chosen)
+    return total / max(total - saved, 1e-9)

@@ -25,12 +25,12 @@ from asdm.errors import AsdmError
 from asdm.families import Denoiser, denoiser_of, family_of
 from asdm.measure.hooks import preserve_module_state
 from asdm.measure.latency import Ratio
-from asdm.planning.possible_edits import PossibleEdit, possible_edits
+from asdm.planning.possible_edits import PossibleEdit, possible_edits, predicted_speedup
 from asdm.planning.program import least_sensitive
 from asdm.planning.speedup import MEASUREMENT_MARGIN, is_precise, measured_speedup, with_measured, without_measured
 from asdm.sensitivity.ablation import Trial, ablate, trials_of
 from asdm.sensitivity.profile import RedundancyMap
-from asdm.student.build import build_student
+from asdm.student.build import student_like
 from asdm.student.plan import PlanMetrics, PruningPlan
 
 ROUNDS = 2
@@ -169,17 +169,16 @@ class _Refinement:
 
     def result(self) -> PruningPlan:
         """The best plan with its metrics."""
-        plan, total = self.best.plan, self.redundancy.latency_ms
         return _with_metrics(
-            plan,
+            self.best.plan,
             predicted_sensitivity=sum(choice.sensitivity for choice in self.chosen),
-            predicted_speedup=total / (total - sum(choice.ms for choice in self.chosen)),
+            predicted_speedup=predicted_speedup(self.redundancy, self.chosen),
             measured_sensitivity=self.best.error,
         )
 
     def _candidate(self, plan: PruningPlan) -> _Candidate:
         """Build and fit the plan's student, and measure its error."""
-        student = build_student(self.teacher, plan).eval()
+        student = student_like(self.teacher, plan)
         fit_to_calls(self.teacher, student, self.fit_calls)
         return _Candidate(plan, student, prediction_error(student, self.calls, self.references))
 

@@ -14,7 +14,7 @@ from asdm.errors import AsdmError
 from asdm.families import Denoiser, denoiser_call
 from asdm.measure.hooks import preserve_module_state
 from asdm.measure.latency import Ratio, measure_interleaved
-from asdm.pipelines.random_models import random_unet
+from asdm.pipelines.random_models import random_denoiser
 from asdm.planning.possible_edits import PossibleEdit, plan_of
 from asdm.planning.program import least_sensitive, most_saved
 from asdm.sensitivity.profile import RedundancyMap
@@ -54,7 +54,8 @@ def plan_for_speedup(
     savings, total = [choice.ms for choice in choices], redundancy.latency_ms
     aim = _Aim(target, reachable=total / max(total - most_saved(choices, savings), 1e-9))
     if unet is None:
-        unet = on_device(random_unet(redundancy.unet_config, getattr(torch, redundancy.dtype)), device or "cpu")
+        random = random_denoiser(redundancy.family, redundancy.unet_config, getattr(torch, redundancy.dtype))
+        unet = on_device(random, device or "cpu")
     best: PruningPlan | None = None
     fastest = 0.0
     for attempt in range(1, MEASUREMENT_ATTEMPTS + 1):

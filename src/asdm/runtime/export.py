@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 
 from asdm import checks
 from asdm.caching.session import require_uncached
+from asdm.choices import GraphFormat
 from asdm.diffusion.conditioning import image_size, require_size
 from asdm.diffusion.kinds import is_random
 from asdm.errors import AsdmError
@@ -22,7 +23,7 @@ from asdm.files import MARKER, replacing_folder, require_ours
 from asdm.pipelines.quiet import quiet
 from asdm.pipelines.saving import write_vocabularies
 from asdm.runtime.graphs import calibration_inputs, graphs_of
-from asdm.runtime.writers import FILES, Format, Int8, difference, writer
+from asdm.runtime.writers import FILES, Int8, difference, writer
 
 # Relative to the largest output. OpenVINO keeps weights in half precision. 8 bits may move single values far, which is
 # reported; an output that is off by a third is broken.
@@ -41,7 +42,7 @@ class Exported:
 @checks.arguments(
     pipeline=checks.PIPELINE,
     folder=checks.path,
-    to=checks.literal(Format),
+    to=checks.literal(GraphFormat),
     size=checks.whole(),
     int8=checks.literal(Int8),
     data=checks.path,
@@ -53,7 +54,7 @@ class Exported:
 def export(
     pipeline: DiffusionPipeline,
     folder: str | Path,
-    to: Format = "openvino",
+    to: GraphFormat = "openvino",
     *,
     size: int | None = None,
     int8: Int8 | None = None,
@@ -108,7 +109,7 @@ def export(
 
 
 def _require_exportable(
-    pipeline: DiffusionPipeline, to: Format, int8: Int8 | None, data: str | Path | None, cache: int | None
+    pipeline: DiffusionPipeline, to: GraphFormat, int8: Int8 | None, data: str | Path | None, cache: int | None
 ) -> None:
     if int8 is not None and to != "openvino":
         raise AsdmError(f"int8={int8}, to={to}: int8 is for openvino, and {' or '.join(get_args(Int8))}")
@@ -133,7 +134,7 @@ def _tolerance(pipeline: DiffusionPipeline, int8: Int8 | None) -> float:
     return math.inf if is_random(pipeline) else INT8_TOLERANCE  # random weights in 8 bits are for speed alone
 
 
-def _write_rest(pipeline: DiffusionPipeline, folder: Path, to: Format, graphs: list[str]) -> None:
+def _write_rest(pipeline: DiffusionPipeline, folder: Path, to: GraphFormat, graphs: list[str]) -> None:
     """Write tokenizers, the scheduler, and the index by which optimum finds everything."""
     for name in ("tokenizer", "tokenizer_2", "scheduler", "feature_extractor"):
         part = getattr(pipeline, name, None)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
+from asdm.choices import GraphFormat
 from asdm.errors import AsdmError, needs_extra
 from asdm.runtime.graphs import Graph
 
-Format = Literal["openvino", "onnx"]
 Int8 = Literal["weights", "activations"]
 FILES = {"openvino": "openvino_model.xml", "onnx": "model.onnx"}
 Run = Callable[[], list[np.ndarray]]
@@ -26,7 +26,7 @@ Write = Callable[[Graph, Path], Run]
 """Writes a graph to a file."""
 
 
-def writer(to: Format, int8: Int8 | None) -> Write:
+def writer(to: GraphFormat, int8: Int8 | None) -> Write:
     """The function that writes graphs in a format.
 
     Raises:

@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from asdm import checks
-from asdm.choices import CompensationKind
+from asdm.choices import CompensationKind, Sensitivity
 from asdm.compensation.projections import ProjectionTensors, unit_projections
 from asdm.data.calibration import CalibrationCall, calibration_calls, require_calibration
 from asdm.diffusion.conditioning import latent_shape
@@ -28,7 +28,7 @@ from asdm.families import Denoiser, Unit, denoiser_of, family_of
 from asdm.measure.hooks import preserve_module_state
 from asdm.sensitivity.ablation import Trial, ablate, record_call, trial_errors, trials_of
 from asdm.sensitivity.costs import Cost, Costs, measure_costs, measure_edits
-from asdm.sensitivity.profile import EditRecord, RedundancyMap, Sensitivity, UnitRecord
+from asdm.sensitivity.profile import EditRecord, RedundancyMap, UnitRecord
 from asdm.sensitivity.taylor import taylor_sensitivity
 
 Progress = Callable[[int, int, str], None]

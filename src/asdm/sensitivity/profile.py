@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, ValidationError
 
-from asdm.choices import CompensationKind
+from asdm.choices import CompensationKind, Sensitivity
 from asdm.errors import AsdmError, one_line
 from asdm.families import ModelFamily, UNetFamily, UnitKind, block_of
 from asdm.families.base import family_named
 from asdm.files import write_text
 from asdm.records import Record, first_fault
 
-Sensitivity = Literal["ablation", "taylor"]
 MAX_LATENCY_DOUBT = 0.1  # uncertainty of the units' latencies up to which a plan goes by them
 
 

@@ -17,6 +17,14 @@ def empty_student(unet: Denoiser, plan: PruningPlan) -> Any:
     return model_without_weights(unet, plan.edits)
 
 
+def student_like(unet: Denoiser, plan: PruningPlan) -> Denoiser:
+    """Build a student in evaluation mode whose modules keep the teacher's names, even where it could be a stock
+    model."""
+    student = model_without_weights(unet, plan.edits, may_be_stock=False)
+    inherit_weights(student, unet)
+    return student.eval()
+
+
 @checks.arguments(unet=checks.UNET, plan=checks.a(PruningPlan, "asdm.make_plan makes one"))
 def build_student(unet: Denoiser, plan: PruningPlan) -> Denoiser:
     """Build a student: the teacher's architecture with the plan's edits, and a copy of the teacher's weights.

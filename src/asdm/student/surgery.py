@@ -15,8 +15,11 @@ from asdm.student.classes import student_class_of
 from asdm.student.edited_model import edits_of
 
 
-def model_without_weights(model: Any, edits: Sequence[Edit]) -> Any:
+def model_without_weights(model: Any, edits: Sequence[Edit], *, may_be_stock: bool = True) -> Any:
     """Return the modules of the student that these edits make of a model, without weights (on the meta device).
+
+    Args:
+        may_be_stock: whether the student is of the stock class, with other names of modules, where that is possible.
 
     Raises:
         AsdmError: an edit that the model does not allow.
@@ -31,7 +34,7 @@ def model_without_weights(model: Any, edits: Sequence[Edit]) -> Any:
             )
         stock = exclusive.stock_config(model, family)
     else:
-        stock = family.stock_config(model, edits)
+        stock = family.stock_config(model, edits) if may_be_stock else None
     if stock is not None:
         with init_empty_weights():
             return family.model_class.from_config(stock)

@@ -1,7 +1,7 @@
-"""Fully sharded data parallelism (FSDP2): each process of a launch holds a part of what is trained.
+"""Fully sharded data parallelism (FSDP2): each process of a launch holds a shard of what is trained.
 
-Weights, gradients, moments and averages are parted; what is frozen stays whole in every process. Torch's `fully_shard`
-is called here, as Accelerate shards only on accelerators, and with the frozen weights.
+Weights, gradients, moments and averages are sharded; frozen parameters stay whole in every process. Torch's
+`fully_shard` is called here, because Accelerate shards on accelerators only, and the frozen weights with the others.
 """
 
 from __future__ import annotations
@@ -12,26 +12,31 @@ from typing import TypeVar
 
 import torch
 from accelerate.utils import parse_flag_from_env
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-GATHERED_TOGETHER = (ResnetBlock2D, BasicTransformerBlock)  # whole for as long as they compute
+from asdm.families import families
+
 Task = TypeVar("Task", bound=nn.Module)
 
 
-def sharding_is_asked_for() -> bool:
-    """Whether the launch asks for it, as `accelerate launch --use_fsdp` or its config does."""
+def is_sharding_requested() -> bool:
+    """Whether the launch requests it, as `accelerate launch --use_fsdp` or its config does."""
     return parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
-def sharded_twin(task: Task, device: torch.device) -> Task:
-    """The task again, with the same frozen children, and with those that are trained parted over the processes.
+def gathered_layers(module: nn.Module) -> list[nn.Module]:
+    """The layers inside a module whose weights are gathered together, for as long as each computes."""
+    classes = tuple(each for family in families() for each in family.layer_classes)
+    return [part for part in module.modules() if isinstance(part, classes)]
 
-    `task` is left as it is; `Tensor.full_tensor` of the twin's parameters, called by all processes, brings them back.
+
+def sharded_twin(task: Task, device: torch.device) -> Task:
+    """Make a second task with the same frozen children, and with shards of those that are trained.
+
+    `task` stays as it is; `full_tensor` of the twin's parameters, called by all processes, brings them back.
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     twin = copy.copy(task)
@@ -42,24 +47,23 @@ def sharded_twin(task: Task, device: torch.device) -> Task:
 def _sharded(module: nn.Module | None, mesh: DeviceMesh) -> nn.Module | None:
     if module is None or not any(parameter.requires_grad for parameter in module.parameters()):
         return module
-    # Modules of its own, and the same tensors, until they are replaced by their parts.
+    # Modules of its own, and the same tensors, until their shards replace them.
     same = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     twin = copy.deepcopy(module, same)
-    for part in twin.modules():
-        if isinstance(part, GATHERED_TOGETHER):
-            fully_shard(part, mesh=mesh)
+    for layer in gathered_layers(twin):
+        fully_shard(layer, mesh=mesh)
     fully_shard(twin, mesh=mesh)
     return twin
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor that this process may hold a part of; all processes call it for the same ones, in the same order."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Gather a tensor that may be sharded; all processes call it for the same ones, in the same order."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(reference: Tensor, tensor: Tensor) -> Tensor:
-    """This process's part of a tensor that all of them hold, where `reference` is parted; in its shape, where that was
-    saved as another (by version 0.1)."""
+    """This process's shard of a tensor that all of them hold, where `reference` is sharded; in its shape, where version
+    0.1 saved another."""
     if tensor.numel() == reference.numel():
         tensor = tensor.view(reference.shape)
     if not isinstance(reference, DTensor) or tensor.shape != reference.shape:
@@ -69,6 +73,6 @@ def shard_like(reference: Tensor, tensor: Tensor) -> Tensor:
 
 
 def keep_in_host_memory(parameters: Iterable[nn.Parameter]) -> None:
-    """Make room on the accelerator for as long as a sharded twin is trained in their place."""
+    """Move parameters to the host, while a sharded twin is trained in their place."""
     for parameter in parameters:
         parameter.data = parameter.data.cpu()

@@ -1,0 +1,131 @@
+"""A stage as it runs: what its folder says it belongs to, and its training by the processes of the launch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from diffusers import DiffusionPipeline
+
+from asdm.data.batches import ShuffledBatches
+from asdm.distillation.incubation import blocks_in_teacher, incubated_blocks
+from asdm.distillation.stages import Stage
+from asdm.distillation.tasks import make_task
+from asdm.distillation.teaching import WHOLE, Batch
+from asdm.distillation.training_set import TrainingSet
+from asdm.errors import AsdmError
+from asdm.families import Denoiser, denoiser_of
+from asdm.files import write_text
+from asdm.old_names import renamed_stage
+from asdm.training.launch import make_accelerator
+from asdm.training.loop import Progress, train
+from asdm.training.task import BatchSlice
+
+# These settings may change when a stage is resumed, to run on another machine or to save a run that diverged.
+CHANGEABLE = {"learning_rate", "warmup_steps", "checkpoint_every", "accumulation", "checkpointing", "mixed_precision"}
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """A stage as it is trained in a folder; `networks` are digests of the teacher and the student that it began with,
+    and what they predict; it is the newest where no later stage has begun."""
+
+    folder: Path
+    stage: Stage
+    seed: int
+    networks: dict[str, str]
+    is_newest: bool
+
+    def claim(self, student: Denoiser, examples: TrainingSet) -> None:
+        """Write beside the stage's checkpoints whose they are, or check that they are this run's; the newest stage may
+        be lengthened.
+
+        Raises:
+            AsdmError: they are another's.
+        """
+        settings = self._settings(student, examples)
+        path = self.folder / "run.json"
+        if path.is_file():
+            known = {"predicts": settings["predicts"], **renamed_stage(json.loads(path.read_text("utf-8")))}
+            now = json.loads(json.dumps(settings))
+            changed = [name for name in now if known.get(name) != now[name]]
+            if changed and not (changed == ["steps"] and self.is_newest and self.stage.steps > known["steps"]):
+                raise AsdmError(
+                    f"{self.folder}: begun with other settings ({', '.join(changed)}); repeat those, or use another "
+                    "output folder"
+                )
+        write_text(path, json.dumps(settings, indent=1) + "\n")
+
+    def _settings(self, student: Denoiser, examples: TrainingSet) -> dict[str, Any]:
+        """All that a checkpoint's weights depend on."""
+        captions = hashlib.sha256("\n".join(examples.prepared.captions).encode()).hexdigest()[:16]
+        return {
+            "seed": self.seed,
+            "edits": student.config.get("edits") or [],
+            "data": [examples.prepared.made_by, captions],
+            **self.networks,
+            **self.stage.model_dump(exclude=CHANGEABLE),
+        }
+
+
+def train_stage(
+    teacher: DiffusionPipeline, student: Denoiser, examples: TrainingSet, run: StageRun, progress: Progress | None
+) -> None:
+    """Train a stage, or what is left of it.
+
+    Raises:
+        AsdmError: the folder is of another run, a loss is not finite, or the stage is not possible.
+    """
+    stage = run.stage
+    only_features = stage.scope == "joint" and not stage.losses.any_reads("prediction", "semantics")
+    accelerator = make_accelerator(teacher.device, stage.mixed_precision, some_unused=only_features)
+    is_spread = stage.scope == "incubate" and accelerator.num_processes > 1
+    share = BatchSlice(accelerator.process_index, accelerator.num_processes) if is_spread else WHOLE
+    if accelerator.is_main_process:
+        run.claim(student, examples)
+    accelerator.wait_for_everyone()
+    _require_one_precision(teacher, student, stage, accelerator)
+    order = ShuffledBatches(len(examples), stage.batch_size, run.seed)
+    with blocks_in_teacher(student, denoiser_of(teacher), stage.student_blocks):
+        task = make_task(teacher, student, examples, stage, share)
+        if task.trained():  # there may be more processes than blocks
+            train(
+                task,
+                partial(_batch_of, order),
+                stage.loop(run.seed),
+                run.folder / f"process-{share.index}-of-{share.count}" if is_spread else run.folder,
+                accelerator=accelerator,
+                alone=is_spread,
+                progress=progress if accelerator.is_main_process else None,
+            )
+        if is_spread:
+            _share_blocks(student, accelerator)
+
+
+def _require_one_precision(
+    teacher: DiffusionPipeline, student: Denoiser, stage: Stage, accelerator: Accelerator
+) -> None:
+    """Raise an AsdmError where blocks of two dtypes would feed each other."""
+    dtype = denoiser_of(teacher).dtype
+    if stage.student_blocks is not None and dtype != student.dtype and accelerator.mixed_precision == "no":
+        raise AsdmError(
+            f"stage {stage.name}: the teacher is in {dtype}, and its blocks run together with the student's in "
+            "float32; load it in float32, or give the stage a mixed_precision"
+        )
+
+
+def _share_blocks(student: Denoiser, accelerator: Accelerator) -> None:
+    """Give all processes the blocks that each of them has incubated."""
+    for number, name in enumerate(incubated_blocks(student)):
+        for tensor in student.get_submodule(name).state_dict().values():
+            broadcast(tensor, from_process=number % accelerator.num_processes)
+
+
+def _batch_of(order: ShuffledBatches, step: int) -> Batch:
+    return order(step), step

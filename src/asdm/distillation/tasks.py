@@ -1,0 +1,208 @@
+"""The tasks of a distillation's stages: the whole student beside its teacher, or its edited blocks each alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
+
+import torch
+from accelerate.utils import convert_to_fp32
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from asdm.diffusion.generation import default_guidance
+from asdm.diffusion.parameterization import Parameterization, parameterization_of
+from asdm.distillation.consistency import ConsistencyTask
+from asdm.distillation.incubation import block_error, calls_of, incubated_blocks
+from asdm.distillation.losses import (
+    Comparison,
+    SemanticFeatures,
+    feature_losses,
+    losses_of,
+    relative_error,
+    squared_error,
+)
+from asdm.distillation.semantics import SemanticEncoder, make_encoder
+from asdm.distillation.stages import Stage
+from asdm.distillation.teaching import WHOLE, Batch, Noised, TeachingTask
+from asdm.distillation.training_set import TrainingSet
+from asdm.errors import AsdmError
+from asdm.families import Denoiser, denoiser_of, family_of
+from asdm.measure.hooks import outputs_of
+from asdm.training.task import BatchSlice, TrainingTask
+
+
+def make_task(
+    teacher: DiffusionPipeline, student: Denoiser, examples: TrainingSet, stage: Stage, share: BatchSlice = WHOLE
+) -> TrainingTask:
+    """Make what the loop trains in a stage; of the incubated blocks, this share.
+
+    Raises:
+        AsdmError: the stage requires what this student, this teacher or this machine has not.
+    """
+    denoiser, parameterization = denoiser_of(teacher), parameterization_of(teacher.scheduler)
+    if stage.scope == "incubate":
+        return IncubationTask(denoiser, student, parameterization, examples, stage, share)
+    if stage.scope == "consistency":
+        scale = default_guidance(teacher) if stage.guidance_scale is None else stage.guidance_scale
+        return ConsistencyTask(denoiser, student, parameterization, examples, stage, scale)
+    encoder = None
+    if stage.losses.any_reads("semantics"):
+        encoder = make_encoder(stage.semantics.encoder, teacher, stage.semantics.decoder)
+    return DistillationTask(denoiser, student, parameterization, examples, stage, encoder)
+
+
+class DistillationTask(TeachingTask):
+    """The loss terms of a student that sees what its teacher sees.
+
+    The teacher runs without gradient, once for each batch, and both read the same embeddings.
+    """
+
+    def __init__(
+        self,
+        teacher: Denoiser,
+        student: Denoiser,
+        parameterization: Parameterization,
+        examples: TrainingSet,
+        stage: Stage,
+        encoder: SemanticEncoder | None = None,
+    ):
+        super().__init__(teacher, student, parameterization, examples, stage)
+        self.blocks = family_of(student).blocks(student)
+        self.teacher_blocks = {block: family_of(student).teacher_key(block, student, teacher) for block in self.blocks}
+        # Weights have a mean of 1 over the sampled time steps: in each batch, a single sample's would cancel out.
+        sampled = self.timesteps(parameterization.num_timesteps, torch.Generator().manual_seed(0))
+        self.mean_signal_power = parameterization.signal_power(sampled).mean()
+        self.mean_snr_weight: Tensor | None = None
+        if stage.min_snr_gamma is not None:
+            self.mean_snr_weight = parameterization.min_snr_weights(sampled, stage.min_snr_gamma).mean()
+        self.encoder = encoder
+        self.text_features: Tensor | None = None
+        if encoder is not None and stage.losses.semantic_text:
+            self.text_features = encoder.text_features(examples.prepared.captions)
+            if self.text_features is None:
+                raise AsdmError(
+                    f"semantic_text={stage.losses.semantic_text:g}: the encoder {stage.semantics.encoder} has no text "
+                    "tower; choose clip, or give it no weight"
+                )
+
+    def forward(self, batch: Batch, generator: torch.Generator, part: BatchSlice = WHOLE) -> dict[str, Tensor]:
+        """The losses of a part of the batch: the total, each term, and the features of each block."""
+        indices, step = batch
+        noised = self.noised(indices, generator, part)
+        comparison = self._compare(noised, indices[part.of(len(indices))], step)
+        by_block = {f"feature/{name}": value for name, value in comparison.by_block.items()}
+        return {**self.weighted(losses_of(comparison)), **by_block}
+
+    def snr_weights(self, timesteps: Tensor) -> Tensor | None:
+        """Min-SNR weights (batch,) with a mean of 1; None where all time steps count alike."""
+        if self.stage.min_snr_gamma is None or self.mean_snr_weight is None:
+            return None
+        weights = self.parameterization.min_snr_weights(timesteps, self.stage.min_snr_gamma)
+        return weights / self.mean_snr_weight.to(weights.device)
+
+    def _compare(self, noised: Noised, indices: Tensor, step: int) -> Comparison:
+        """Run both networks on a batch of the images `indices`."""
+        stage = self.stage
+        with torch.no_grad(), outputs_of(self.teacher, list(self.teacher_blocks.values())) as teacher_outputs:
+            teacher_pred = self.teacher_pred(noised)
+        with outputs_of(self.student, self.blocks) as student_outputs:
+            noise_pred = self.student_pred(noised)
+        family = family_of(self.student)
+        features, expected = {}, {}
+        for name, output in student_outputs.items():
+            block = self.teacher_blocks[name]
+            features[name] = family.block_io(self.student, name).image_states(output)
+            expected[name] = family.block_io(self.teacher, block).image_states(teacher_outputs[block])
+        has_semantics = self.encoder is not None and step % stage.semantics.every == 0
+        look = partial(self._semantic_features, noised, noise_pred, teacher_pred, indices)
+        return Comparison(
+            noise_pred=noise_pred,
+            teacher_pred=teacher_pred,
+            target=noised.target,
+            weights=self.snr_weights(noised.timesteps),
+            student_features=features,
+            teacher_features=expected,
+            by_block=feature_losses(features, expected, stage.relative),
+            guided_predictions=cache(partial(self._guided_predictions, noised, noise_pred, teacher_pred)),
+            semantic_features=cache(look) if has_semantics else None,
+            relative=stage.relative,
+            feature_weighting=stage.feature_weighting,
+        )
+
+    def _guided_predictions(self, noised: Noised, noise_pred: Tensor, teacher_pred: Tensor) -> tuple[Tensor, Tensor]:
+        """The student's and the teacher's predictions, or the guided ones (arXiv 2207.12598, Eq. 6), whose
+        unconditional branch runs here."""
+        scale = self.stage.guidance_scale
+        if scale is None or self.embeds_guidance:
+            return noise_pred, teacher_pred
+        empty = self.examples.empty_caption[[0] * len(noised.noisy)].to(noised.noisy.device, torch.float32)
+        without = replace(noised, captions=replace(empty, masked=noised.captions.masked))
+        with torch.no_grad():
+            unconditional = self.teacher_pred(without)
+        teacher_pred = unconditional + scale * (teacher_pred - unconditional)
+        own = self.student_pred(without)
+        return own + scale * (noise_pred - own), teacher_pred
+
+    def _semantic_features(
+        self, noised: Noised, noise_pred: Tensor, teacher_pred: Tensor, indices: Tensor
+    ) -> SemanticFeatures:
+        """What the x_0 estimates mean; those at high noise mean little, and weigh by the signal's power."""
+        assert self.encoder is not None
+        mine, theirs = (
+            self.parameterization.to_x0(pred.float(), noised.noisy, noised.timesteps)
+            for pred in (noise_pred, teacher_pred)
+        )
+        features = self.encoder(mine, noised.captions)
+        with torch.no_grad():
+            expected = self.encoder(theirs, noised.captions)
+        power = self.parameterization.signal_power(noised.timesteps)
+        weights = power / self.mean_signal_power.to(power.device)
+        text = None if self.text_features is None else self.text_features[indices].to(features)
+        return SemanticFeatures(features, expected, text, weights)
+
+
+class IncubationTask(TeachingTask):
+    """Each edited block of the student alone: on what enters the teacher's block, to what leaves it.
+
+    One teacher forward feeds all of them, and no block sees another's gradient (Deep Incubation, arXiv 2212.04129).
+    Of a launch of several processes, each has its share of the blocks.
+
+    Raises:
+        AsdmError: the student has no edited block.
+    """
+
+    def __init__(
+        self,
+        teacher: Denoiser,
+        student: Denoiser,
+        parameterization: Parameterization,
+        examples: TrainingSet,
+        stage: Stage,
+        share: BatchSlice = WHOLE,
+    ):
+        super().__init__(teacher, student, parameterization, examples, stage)
+        if not incubated_blocks(student):
+            raise AsdmError(f"stage {stage.name}: nothing to incubate in this student; leave the stage out")
+        self.blocks = incubated_blocks(student)[share.index :: share.count]
+        incubated = {id(p) for name in self.blocks for p in student.get_submodule(name).parameters()}
+        for parameter in student.parameters():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in incubated)
+        # A removed block has nothing that could learn.
+        self.blocks = [
+            name for name in self.blocks if any(p.requires_grad for p in student.get_submodule(name).parameters())
+        ]
+        self.error: Callable[[Tensor, Tensor], Tensor] = relative_error if stage.relative else squared_error
+
+    def forward(self, batch: Batch, generator: torch.Generator, part: BatchSlice = WHOLE) -> dict[str, Tensor]:
+        """The error of each block, and their sum."""
+        noised = self.noised(batch[0], generator, part)
+        with torch.no_grad(), calls_of(self.teacher, self.blocks) as calls:
+            self.teacher_pred(noised)
+        losses = {}
+        for name in self.blocks:
+            args, kwargs, expected = convert_to_fp32(calls.pop(name))
+            output = self.student.get_submodule(name)(*args, **kwargs)
+            losses[f"block/{name}"] = block_error(output, expected, self.error)
+        return {"loss": torch.stack(list(losses.values())).sum(), **losses}

@@ -1,0 +1,43 @@
+"""What a distillation is trained on: prepared latents and captions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+from asdm.data.preparation import prepare_data
+from asdm.data.prepared import PreparedData, is_prepared, open_prepared
+from asdm.diffusion.conditioning import Conditioning, embed_prompts
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """What is trained on: prepared latents and captions, and the empty caption's embedding."""
+
+    prepared: PreparedData
+    empty_caption: Conditioning
+
+    def __len__(self) -> int:
+        return len(self.prepared)
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """What of the data could not be used, by name, with the reason."""
+        return self.prepared.skipped
+
+
+def prepare(pipeline: DiffusionPipeline, data: str | Path, folder: Path) -> TrainingSet:
+    """Open `data` where it was prepared, else prepare it into `folder`.
+
+    Raises:
+        AsdmError: the source cannot be used, or was prepared by another model.
+    """
+    prepared = open_prepared(pipeline, data) if is_prepared(data) else prepare_data(pipeline, data, folder)
+    with torch.no_grad():
+        empty_caption = embed_prompts(pipeline, [""]).to("cpu")
+    if pipeline.config.get("force_zeros_for_empty_prompt"):
+        empty_caption = empty_caption.without_text()
+    return TrainingSet(prepared, empty_caption)

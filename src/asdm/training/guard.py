@@ -1,0 +1,86 @@
+"""The divergence guard: a run whose loss or gradient is not finite, or whose loss explodes, stops in time."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from asdm.errors import AsdmError
+from asdm.training.checkpoints import delete_newest, keep_newest
+from asdm.training.sharding import full_tensor
+
+NEGLIGIBLE = 0.1  # such a loss does not explode, wherever it began: a student may equal its teacher at first
+PATIENCE = 3  # steps
+
+
+class DivergenceGuard:
+    """Stops a run whose loss or gradient is not finite, or whose loss explodes: `PATIENCE` steps in a row at more than
+    a hundred times its lowest mean so far and ten times its first value.
+
+    A checkpoint is `unverified` until the next loss is sound; a run that stops earlier falls back to the one before.
+    """
+
+    def __init__(self, folder: Path, steps: int, unverified: bool = False):
+        self.folder, self.steps, self.steps_beyond, self.unverified = folder, steps, 0, unverified
+        self.first = self.mean = self.lowest = math.inf
+
+    @property
+    def allows_saving(self) -> bool:
+        """Whether the weights are fit for a checkpoint: the loss is not about to explode."""
+        return not self.steps_beyond
+
+    def check_losses(self, losses: dict[str, float], step: int) -> None:
+        """Judge a step's losses.
+
+        Raises:
+            AsdmError: one is not finite, or the loss explodes.
+        """
+        broken = [name for name, value in losses.items() if not math.isfinite(value)]
+        if broken:
+            components = [name for name in broken if name != "loss"] or broken
+            self._stop(f"{', '.join(components)} is not finite", step)
+        loss = losses["loss"]
+        if math.isinf(self.first):
+            self.first = self.mean = self.lowest = loss
+        if loss > max(100 * self.lowest, 10 * self.first, NEGLIGIBLE):
+            self.steps_beyond += 1
+            if self.steps_beyond == PATIENCE or step + 1 == self.steps:
+                what = f"{_largest_term(losses)} explodes (the loss is {loss:.3g} and was {self.lowest:.3g})"
+                self._stop(what, step)
+        else:
+            self._accept(loss)
+
+    def check_gradient(self, norm: Any, step: int) -> None:
+        """Judge the gradient by its norm: a finite loss may have one that is not.
+
+        Raises:
+            AsdmError: it is not finite.
+        """
+        if isinstance(norm, Tensor) and not full_tensor(norm).isfinite():
+            self._stop("the gradient is not finite", step)
+
+    def _accept(self, loss: float) -> None:
+        self.steps_beyond = 0
+        self.mean += 0.1 * (loss - self.mean)
+        self.lowest = min(self.lowest, self.mean)
+        if self.unverified:
+            keep_newest(self.folder)
+            self.unverified = False
+
+    def _stop(self, what: str, step: int) -> NoReturn:
+        if self.unverified:
+            delete_newest(self.folder)
+        raise AsdmError(
+            f"{what} at step {step + 1}; the last good checkpoint in {self.folder} is kept: lower the learning rate "
+            "and run again"
+        )
+
+
+def _largest_term(losses: dict[str, float]) -> str:
+    """The name of the term that weighs most."""
+    terms = {name: value for name, value in losses.items() if name.startswith("weighted/")}
+    terms = terms or {name: value for name, value in losses.items() if name != "loss"}
+    return max(terms, key=lambda name: terms[name], default="loss").removeprefix("weighted/")
