@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import HeunDiscreteScheduler, LCMScheduler, StableDiffusionPipeline
+from matplotlib import pyplot as plt
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
@@ -18,12 +19,15 @@ from asdm.diffusion.generation import generate
 from asdm.evaluation import real_images as real_images_module
 from asdm.evaluation import speed as speed_module
 from asdm.evaluation.metrics import Judge, feature_distance, kid, psnr, recognition, retrieval_at_1
+from asdm.evaluation.plots import redundancy_plot
 from asdm.evaluation.real_images import RealImages, image_embeds
 from asdm.evaluation.report import headline_of, metrics_section
 from asdm.evaluation.results import Evaluation
 from asdm.evaluation.sampling import evaluation_sets
+from asdm.families import family_of
 from asdm.pipelines.clip import clip_statistics
-from conftest import tiny_pipeline
+from asdm.sensitivity.analysis import structure_map
+from conftest import tiny_pipeline, tiny_transformer, tiny_unet
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
@@ -166,6 +170,23 @@ def test_few_step_pipelines_sample_as_they_were_made_to():
     assert batches["teacher"].count(1) == 1  # counting MACs
     images, left = divmod(batches["few"].count(1) - 1, 4)  # without guidance
     assert images >= 3 and left == 0  # warming up and timed
+
+
+def test_the_diagram_of_a_unet_is_a_u_and_that_of_a_transformer_a_column():
+    unet, transformer = tiny_unet(), tiny_transformer()
+    places = family_of(unet).block_places(family_of(unet).blocks(unet))
+    assert [(place.level, place.side) for place in places.values()] == [
+        *((level, "encoder") for level in range(4)),
+        (4, "middle"),
+        *((level, "decoder") for level in (3, 2, 1, 0)),
+    ]
+    blocks = family_of(transformer).blocks(transformer)
+    places = family_of(transformer).block_places(blocks)
+    assert [(place.level, place.side) for place in places.values()] == [(i, "middle") for i in range(len(blocks))]
+    figure = redundancy_plot(structure_map(transformer))
+    titles = [text.get_text() for text in figure.axes[0].texts if "%" in text.get_text()]
+    assert titles == [f"{block}  0%" for block in blocks]
+    plt.close(figure)
 
 
 def test_an_evaluation_of_0_1_0_loads(tmp_path):
