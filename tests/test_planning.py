@@ -250,6 +250,6 @@ def test_a_full_plan_is_refined_and_has_expert_kernels(pipeline):
         redundancy, pipeline, budget={"params": 0.7}, refine=1, experts=0.2, progress=lambda *row: titles.append(row[0])
     )
     assert {edit.edit for edit in plan.edits} >= {"remove", "cond_conv"}
-    assert plan.figures.measured_sensitivity > 0 and set(titles) <= {"plan", "refine"}
+    assert plan.metrics.measured_sensitivity > 0 and set(titles) <= {"plan", "refine"}
     with pytest.raises(AsdmError, match="refine=1: a profile has no weights"):
         full_plan(redundancy, budget={"params": 0.7}, refine=1)

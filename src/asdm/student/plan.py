@@ -14,7 +14,7 @@ from asdm.errors import AsdmError
 from asdm.families import Denoiser, family_of
 from asdm.files import write_text
 from asdm.measure.latency import Ratio
-from asdm.old_names import PLAN, renamed
+from asdm.old_names import OLD_PLAN_FIELDS, renamed
 from asdm.records import Record, first_fault
 from asdm.student.surgery import model_without_weights
 
@@ -77,7 +77,7 @@ class PruningPlan(Record):
     @model_validator(mode="before")
     @classmethod
     def _present_names(cls, content: Any) -> Any:
-        return renamed(content, PLAN) if isinstance(content, dict) else content
+        return renamed(content, OLD_PLAN_FIELDS) if isinstance(content, dict) else content
 
     @classmethod
     def for_unet(cls, unet: Denoiser, edits: Iterable[Any] = ()) -> PruningPlan:
