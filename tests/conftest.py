@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,8 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    PixArtAlphaPipeline,
     PixArtTransformer2DModel,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
@@ -19,7 +25,15 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from asdm import AsdmUNet2DConditionModel, PruningPlan, build_student
 from asdm.demo import pipeline_folder
@@ -173,6 +187,23 @@ def tiny_transformer(seed: int = 0, **changes: Any) -> PixArtTransformer2DModel:
     return PixArtTransformer2DModel(**{**config, **changes}).eval()
 
 
+def tiny_pixart_pipeline() -> PixArtAlphaPipeline:
+    """With a T5 that knows single letters."""
+    letters = [(letter, -1.0) for letter in "▁abcdefghijklmnopqrstuvwxyz0123456789,."]
+    tokenizer = T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters], extra_ids=0)
+    torch.manual_seed(2)
+    sizes = {"d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    pipeline = PixArtAlphaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=T5EncoderModel(T5Config(vocab_size=len(tokenizer), **sizes)).eval(),
+        vae=tiny_vae(),
+        transformer=tiny_transformer(),
+        scheduler=DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear"),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 @pytest.fixture
 def unet() -> UNet2DConditionModel:
     return tiny_unet()
@@ -195,6 +226,18 @@ def data_folder(tmp_path: Path) -> Path:
         rows.append({"file_name": f"{index}.png", "text": f"image {index}", "held_out": index == 5})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+def without_asdm(script: str, tmp_path) -> subprocess.CompletedProcess:
+    """Run a script where this package is not there to be imported."""
+    modules = ("asdm", "asdm_unet", "asdm_transformer")
+    blocked = f"import sys; sys.modules.update(dict.fromkeys({modules}))\n"
+    return subprocess.run(
+        [sys.executable, "-c", blocked + textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
+    )
 
 
 def saved_by_0_1() -> dict:

@@ -1,9 +1,6 @@
 """A saved student carries the code that loads it: without this package, with the same outputs."""
 
-import os
-import subprocess
 import sys
-import textwrap
 
 import pytest
 import torch
@@ -11,7 +8,7 @@ import torch
 from asdm import AsdmError, PruningPlan, build_student, load_pipeline, save_pipeline, with_unet
 from asdm.student.standalone import module_source
 from asdm.student.unet import MODULE_NAME, AsdmUNet2DConditionModel
-from conftest import predict, tiny_sdxl_pipeline, unet_inputs
+from conftest import predict, tiny_sdxl_pipeline, unet_inputs, without_asdm
 
 OUTER = "down_blocks.0.attentions.0.transformer_blocks.0"
 EDITS = [
@@ -34,17 +31,6 @@ def student(pipeline):
             if "router" in name or "compensation" in name:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
     return with_unet(pipeline, unet)
-
-
-def without_asdm(script: str, tmp_path) -> subprocess.CompletedProcess:
-    """Run a script where this package is not there to be imported."""
-    blocked = "import sys; sys.modules['asdm'] = None; sys.modules['asdm_unet'] = None\n"
-    return subprocess.run(
-        [sys.executable, "-c", blocked + textwrap.dedent(script)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
-    )
 
 
 def test_a_student_loads_without_the_package_predicts_the_same_and_is_saved_again(student, tmp_path):

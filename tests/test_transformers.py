@@ -4,14 +4,30 @@ import json
 
 import pytest
 import torch
-from diffusers import PixArtTransformer2DModel
+from diffusers import DiffusionPipeline, PixArtTransformer2DModel
 
-from asdm import AsdmError, PruningPlan, build_student
+from asdm import (
+    AsdmError,
+    PruningPlan,
+    Stage,
+    analyze,
+    build_student,
+    cache_features,
+    calibrate_cache,
+    distill,
+    evaluate,
+    fit_compensation,
+    generate,
+    load_pipeline,
+    make_plan,
+    save_pipeline,
+    with_unet,
+)
 from asdm.diffusion.conditioning import Conditioning
 from asdm.diffusion.conditioning import predict as predict_from_prompts
 from asdm.families import family_of
 from asdm.student.transformer import MODULE_NAME, AsdmPixArtTransformer2DModel
-from conftest import tiny_transformer
+from conftest import tiny_pixart_pipeline, tiny_transformer, without_asdm
 
 BRANCH = "transformer_blocks.2"
 
@@ -130,3 +146,95 @@ def test_it_predicts_from_what_prompts_bring(model):
     assert found.shape == latents.shape
     torch.testing.assert_close(fewer, shorter, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(fewer, found, atol=1e-4)
+
+
+# -- the pipeline --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pipeline():
+    return tiny_pixart_pipeline()
+
+
+EDITED = [remove(f"{BRANCH}.attn1", compensate="linear"), remove("transformer_blocks.1", compensate="linear")]
+
+
+@pytest.mark.parametrize("sensitivity", ["ablation", "taylor"])
+def test_it_is_analysed_planned_and_compensated(pipeline, sensitivity):
+    redundancy = analyze(pipeline, sensitivity=sensitivity, timesteps=1, samples=4, latency_rounds=1)
+    assert len(redundancy.units) == 20 and all(unit.sensitivity > 0 for unit in redundancy.units)
+    plan = make_plan(redundancy, params=0.8)
+    student = build_student(pipeline.transformer, plan)
+    assert sum(p.numel() for p in student.parameters()) <= 0.8 * redundancy.parameters
+    report = fit_compensation(pipeline, student, timesteps=2, samples=4)
+    assert report.error_after < report.error_before
+
+
+def test_a_student_is_saved_and_loaded_with_and_without_the_package(pipeline, tmp_path):
+    student = student_of(pipeline.transformer, *EDITED)
+    fit_compensation(pipeline, with_unet(pipeline, student).transformer, timesteps=1, samples=2)
+    save_pipeline(with_unet(pipeline, student), tmp_path / "student")
+    loaded = load_pipeline(tmp_path / "student")
+    assert type(loaded.transformer) is AsdmPixArtTransformer2DModel
+    assert torch.equal(predict(loaded.transformer), predict(student))
+    assert f"transformer/{MODULE_NAME}.py" in (tmp_path / "student" / "README.md").read_text()
+    script = f"""
+        import torch
+        from diffusers import DiffusionPipeline
+        pipeline = DiffusionPipeline.from_pretrained({str(tmp_path / "student")!r}, trust_remote_code=True)
+        pipeline.set_progress_bar_config(disable=True)
+        assert type(pipeline.transformer).__name__ == "AsdmPixArtTransformer2DModel"
+        pipeline("an octopus", num_inference_steps=2, use_resolution_binning=False)
+    """
+    done = without_asdm(script, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_shorter_one_is_a_stock_pipeline(pipeline, tmp_path):
+    student = student_of(pipeline.transformer, remove("transformer_blocks.1"))
+    save_pipeline(with_unet(pipeline, student), tmp_path / "student")
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "student")
+    assert type(loaded.transformer) is PixArtTransformer2DModel
+    assert torch.equal(predict(loaded.transformer), predict(student))
+    assert type(load_pipeline(tmp_path / "student").transformer) is PixArtTransformer2DModel
+
+
+@pytest.mark.parametrize("edits", [EDITED, [remove("transformer_blocks.1")]])
+def test_it_is_distilled(pipeline, data_folder, tmp_path, edits):
+    student = student_of(pipeline.transformer, *edits)
+    before = {name: p.clone() for name, p in student.named_parameters()}
+    stage = Stage(name="joint", steps=2, batch_size=2)
+    distill(pipeline, student, data_folder, tmp_path / "run", stages=[stage])
+    assert any(not torch.equal(p, before[name]) for name, p in student.named_parameters())
+    assert all(torch.isfinite(p).all() for p in student.parameters())
+
+
+def test_it_is_evaluated(pipeline):
+    student = with_unet(pipeline, student_of(pipeline.transformer, remove("transformer_blocks.1")))
+    evaluation = evaluate({"teacher": pipeline, "student": student}, rounds=1, quality=False)
+    teacher, other = evaluation.speed
+    assert other.unet_parameters < teacher.unet_parameters and other.gmacs < teacher.gmacs
+
+
+def test_it_generates_with_and_without_cached_features(pipeline):
+    prompts = ["an octopus", "a tree, noto"]
+    images = generate(pipeline, prompts, steps=4)
+    assert images.shape == (2, 3, 16, 16)
+    torch.testing.assert_close(generate(pipeline, prompts[1], steps=4, seed=1), images[1:], atol=1e-4, rtol=0)
+    with cache_features(pipeline, every=2, depth=1) as session:
+        cached = generate(pipeline, prompts, steps=4)
+    assert cached.shape == images.shape and not torch.equal(cached, images)
+    with cache_features(pipeline, every=1, depth=1):
+        torch.testing.assert_close(generate(pipeline, prompts, steps=4), images)
+    assert session is not None
+    schedule = calibrate_cache(pipeline, speedup=1.05, steps=4, samples=2)
+    with cache_features(pipeline, schedule=schedule):
+        assert generate(pipeline, prompts, steps=4).shape == images.shape
+
+
+def test_guidance_cannot_end_early_and_sizes_fit_its_patches(pipeline):
+    with pytest.raises(AsdmError, match="PixArtAlphaPipeline: its guidance cannot end early"):
+        generate(pipeline, "an octopus", steps=2, cfg_cutoff=0.5)
+    with pytest.raises(AsdmError, match="the nearest is"):
+        generate(pipeline, "an octopus", steps=2, size=18)
+    assert generate(pipeline, "an octopus", steps=2, size=24).shape == (1, 3, 24, 24)

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from asdm.benchmark.method import Method
-from asdm.diffusion.generation import default_guidance, nothing_to_keep
+from asdm.diffusion.generation import default_guidance, pipeline_arguments
 from asdm.diffusion.guidance import CfgCutoff
 from asdm.evaluation.image_timing import watching_calls
 from asdm.families import denoiser_of
@@ -95,7 +95,7 @@ def first_steps(ready: DiffusionPipeline, method: Method, times: int) -> tuple[T
             output_type="latent",
             callback_on_step_end=step_done,
             callback_on_step_end_tensor_inputs=["latents"] if guidance is None else guidance.tensor_inputs,
-            **nothing_to_keep(ready),
+            **pipeline_arguments(ready),
         ).images
     return latents, calls
 

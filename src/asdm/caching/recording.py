@@ -20,7 +20,7 @@ from asdm.caching.session import cached_value, on_input
 from asdm.data.calibration import DEFAULT_PROMPTS
 from asdm.data.sources import open_data
 from asdm.diffusion.conditioning import latent_shape
-from asdm.diffusion.generation import default_guidance, nothing_to_keep
+from asdm.diffusion.generation import default_guidance, pipeline_arguments
 from asdm.diffusion.parameterization import noise_level
 from asdm.errors import AsdmError
 from asdm.families import BlockIO, CacheCut, Denoiser, denoiser_of, family_of
@@ -114,7 +114,9 @@ def prepare_sampling(
     denoiser = denoiser_of(pipeline)
     noise = torch.randn(samples, channels, height, width, generator=torch.Generator().manual_seed(seed))
     noise = noise.to(denoiser.device, denoiser.dtype)
-    extra = {name: [value] * samples if "image" in name else value for name, value in nothing_to_keep(pipeline).items()}
+    extra = {
+        name: [value] * samples if "image" in name else value for name, value in pipeline_arguments(pipeline).items()
+    }
     given = _first_call(pipeline, prompts, num_inference_steps=steps, guidance_scale=guidance, latents=noise, **extra)
     sample = given.pop(next(iter(given)))
     timestep = given.pop("timestep")

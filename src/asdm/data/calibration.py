@@ -24,7 +24,7 @@ from asdm.diffusion.conditioning import (
     latent_shape,
     masked_latents,
 )
-from asdm.diffusion.generation import default_guidance, nothing_to_keep
+from asdm.diffusion.generation import default_guidance, pipeline_arguments
 from asdm.diffusion.kinds import is_inpainting, is_random
 from asdm.diffusion.parameterization import parameterization_of
 from asdm.errors import AsdmError
@@ -144,4 +144,4 @@ def _own_latents(pipeline: DiffusionPipeline, prompts: list[str], generator: tor
     if is_random(pipeline):
         return torch.randn(len(prompts), *latent_shape(pipeline), generator=generator)
     options = {"num_inference_steps": 10, "guidance_scale": default_guidance(pipeline), "output_type": "latent"}
-    return pipeline(prompts, generator=generator, **options, **nothing_to_keep(pipeline)).images
+    return pipeline(prompts, generator=generator, **options, **pipeline_arguments(pipeline)).images

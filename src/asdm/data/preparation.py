@@ -28,7 +28,7 @@ from asdm.data.prepared import PREPARED, PreparedData, fingerprint, is_prepared,
 from asdm.data.sources import open_source, require_usable_examples
 from asdm.devices import LONGEST_WAIT
 from asdm.diffusion.conditioning import decode_latents, embed_prompts, encode_images, image_size, masked_latents
-from asdm.diffusion.generation import default_guidance, nothing_to_keep, require_steps
+from asdm.diffusion.generation import default_guidance, pipeline_arguments, require_steps
 from asdm.diffusion.kinds import is_inpainting, is_random
 from asdm.errors import AsdmError
 from asdm.files import MARKER, read_marker, replacing_file, require_ours, write_text
@@ -197,7 +197,7 @@ class _Preparation:
             guidance_scale=default_guidance(self.pipeline),
             generator=generator,
             output_type="latent",
-            **nothing_to_keep(self.pipeline),
+            **pipeline_arguments(self.pipeline),
         ).images
 
 

@@ -134,7 +134,8 @@ def require_size(pipeline: DiffusionPipeline, size: int) -> None:
         AsdmError: the VAE has no latents for images of so many pixels a side, or the pipeline does not generate them.
     """
     checks.whole(1, LARGEST_IMAGE)("size", size)
-    multiple = math.lcm(PIPELINES_MULTIPLE, pipeline.vae_scale_factor)
+    latent_multiple = family_of(pipeline).size_multiple(denoiser_of(pipeline))
+    multiple = math.lcm(PIPELINES_MULTIPLE, pipeline.vae_scale_factor * latent_multiple)
     if size % multiple:
         nearest = max(1, round(size / multiple)) * multiple
         raise AsdmError(f"size={size}: must be a positive multiple of {multiple}; the nearest is {nearest}")

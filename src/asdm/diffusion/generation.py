@@ -106,7 +106,7 @@ def _target(
     pipeline: DiffusionPipeline, image: Image.Image | None, mask: Image.Image | None, strength: float, size: int | None
 ) -> tuple[DiffusionPipeline, dict[str, Any]]:
     """The pipeline that reads these inputs, and the arguments that hold them."""
-    arguments = nothing_to_keep(pipeline, size)
+    arguments = pipeline_arguments(pipeline, size)
     if size is not None:
         arguments |= {"height": size, "width": size}
     if image is None:
@@ -192,12 +192,15 @@ def require_steps(pipeline: DiffusionPipeline, steps: int) -> None:
         raise AsdmError(f"steps={steps}: {kind} refuses it ({one_line(error)}); give another number") from None
 
 
-def nothing_to_keep(pipeline: DiffusionPipeline, size: int | None = None) -> dict[str, Any]:
-    """Arguments by which a pipeline made for inpainting generates from text alone, at this size; none for others."""
-    if not is_inpainting(pipeline):
-        return {}
-    sides = (size or image_size(pipeline),) * 2
-    return {"image": Image.new("RGB", sides, "gray"), "mask_image": Image.new("L", sides, 255), "strength": 1.0}
+def pipeline_arguments(pipeline: DiffusionPipeline, size: int | None = None) -> dict[str, Any]:
+    """Arguments that this kind of pipeline needs to generate from text alone, at this size: for one made for
+    inpainting, an image and a mask; and those of the denoiser's family."""
+    arguments = family_of(pipeline).sampling_arguments()
+    if is_inpainting(pipeline):
+        sides = (size or image_size(pipeline),) * 2
+        images = {"image": Image.new("RGB", sides, "gray"), "mask_image": Image.new("L", sides, 255)}
+        arguments |= {**images, "strength": 1.0}
+    return arguments
 
 
 def is_few_step(pipeline: DiffusionPipeline) -> bool:
@@ -211,11 +214,11 @@ def default_steps(pipeline: DiffusionPipeline) -> int:
 
 
 def default_guidance(pipeline: DiffusionPipeline) -> float:
-    """Stable Diffusion's usual 7.5; 3 for small latents, whose details a stronger one burns out; 1, none, for few-step
-    denoisers that have it baked in."""
+    """The family's usual scale, 7.5 for Stable Diffusion; 3 for small latents, whose details a larger one burns out; 1,
+    none, for few-step denoisers with built-in guidance."""
     if is_few_step(pipeline) and not family_of(pipeline).embeds_guidance(denoiser_of(pipeline)):
         return 1.0
-    return 3.0 if _is_small(pipeline) else 7.5
+    return 3.0 if _is_small(pipeline) else family_of(pipeline).guidance_scale
 
 
 def _is_small(pipeline: DiffusionPipeline) -> bool:

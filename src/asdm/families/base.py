@@ -253,6 +253,7 @@ class ModelFamily(Architecture):
     """All that is known of a family's models: their structure, how they are called, and where features are cached."""
 
     label: ClassVar[str] = "denoiser"  # what reports call the denoiser
+    guidance_scale: ClassVar[float] = 7.5  # the usual one
     layer_classes: ClassVar[tuple[type[Any], ...]] = ()  # whose weights FSDP gathers together
     presets: ClassVar[tuple[str, ...]] = ()  # names of the family's published plans
 
@@ -299,6 +300,14 @@ class ModelFamily(Architecture):
     def embeds_guidance(self, model: Denoiser) -> bool:
         """Whether the denoiser reads the guidance scale, and its prediction is guided."""
         return False
+
+    def sampling_arguments(self) -> dict[str, Any]:
+        """Arguments of the family's pipelines that `generate` passes."""
+        return {}
+
+    def size_multiple(self, model: Denoiser) -> int:
+        """The number that divides the sides of the latents that a model reads."""
+        return 1
 
     @abstractmethod
     def sample_shape(self, model: Denoiser) -> tuple[int, int, int]:

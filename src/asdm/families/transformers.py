@@ -20,6 +20,14 @@ class PixArtFamily(PixArtArchitecture, ModelFamily):
     """PixArt's transformers."""
 
     label = "transformer"
+    guidance_scale = 4.5
+
+    def sampling_arguments(self) -> dict[str, Any]:
+        """Images have the requested size, and prompts are embedded as `encode_prompts` does."""
+        return {"use_resolution_binning": False, "clean_caption": False}
+
+    def size_multiple(self, model: Any) -> int:
+        return model.config.patch_size
 
     def sample_shape(self, model: Any) -> tuple[int, int, int]:
         return model.config.in_channels, model.config.sample_size, model.config.sample_size
