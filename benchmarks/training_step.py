@@ -29,7 +29,8 @@ from asdm.distillation.estimate import estimate as estimated
 from asdm.distillation.stages import Stage
 from asdm.distillation.tasks import make_task
 from asdm.distillation.training_set import prepare
-from asdm.measure.hooks import outputs_of, tensor_of
+from asdm.families import BlockIO
+from asdm.measure.hooks import outputs_of
 from asdm.measure.latency import Latency, seconds_of
 from asdm.measure.machine import prepare_for_training
 from asdm.measure.memory import peak_megabytes
@@ -107,7 +108,9 @@ class Parts:
             handle.remove()
         with outputs_of(self.task.teacher, list(self.task.teacher_blocks.values())) as outputs:
             self.teacher_forward()
-        return found | {"teacher's features": sum(tensor_of(output).nbytes for output in outputs.values()) / 1e6}
+        io = BlockIO()
+        features = sum(io.image_states(output).nbytes for output in outputs.values())
+        return found | {"teacher's features": features / 1e6}
 
 
 def timed(run: Callable[..., None], parts: Parts) -> list[dict[str, Any]]:

@@ -83,10 +83,10 @@ def test_computing_at_every_step_changes_nothing_and_leaving_leaves_no_trace(mak
 
 
 def macs_of(unet, session, is_cached):
-    from asdm.families.unet_calls import unet_call
+    from asdm.families import denoiser_call
 
     with session.forced(is_cached), counting_macs(unet) as count:
-        unet_call(unet, batch_size=1)()
+        denoiser_call(unet, batch_size=1)()
     return count.below()
 
 

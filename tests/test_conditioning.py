@@ -25,7 +25,8 @@ from asdm import (
 from asdm.data.calibration import calibration_calls
 from asdm.diffusion.generation import default_guidance
 from asdm.distillation.stages import Consistency, LossWeights
-from asdm.families.unet_calls import guidance_embedding, random_inputs, unet_call
+from asdm.families import denoiser_call
+from asdm.families.unet_calls import guidance_embedding, random_inputs
 from asdm.measure.macs import counting_macs
 from conftest import tiny_pipeline, tiny_sdxl_pipeline, tiny_unet
 
@@ -73,7 +74,7 @@ CALLERS = {
     "consistency": lambda p, data, tmp: teaching(
         p, data, tmp / "t", scope="consistency", consistency=Consistency(solver_steps=50)
     ),
-    "latency": lambda p, data, tmp: unet_call(p.unet)(),
+    "latency": lambda p, data, tmp: denoiser_call(p.unet)(),
     "cache": lambda p, data, tmp: calibrate_cache(p, speedup=1.2, steps=4, samples=1),
 }
 
@@ -140,7 +141,7 @@ def test_inputs_that_no_prompt_brings_are_refused_by_name(config, message, data_
     pipeline = with_unet(tiny_pipeline(), tiny_unet(**config))
     for use in (
         lambda: analyze(pipeline),
-        lambda: unet_call(pipeline.unet),
+        lambda: denoiser_call(pipeline.unet),
         lambda: distill(pipeline, tiny_unet(**config), data_folder, tmp_path / "t"),
     ):
         with pytest.raises(AsdmError, match=message) as error:
@@ -184,7 +185,7 @@ def test_pipelines_and_unets_that_do_not_go_together_are_refused(tmp_path):
 def test_what_prompts_bring_is_given_in_timed_and_counted_calls(config):
     unet = tiny_unet(**config)
     with counting_macs(unet) as count:
-        assert unet_call(unet)().shape == (2, 4, 8, 8)
+        assert denoiser_call(unet)().shape == (2, 4, 8, 8)
     assert count.below("time_embedding") > 0
     assert ("time_embedding.cond_proj" in count.plain) == ("time_cond_proj_dim" in config)
     assert random_inputs(unet, 2)["encoder_hidden_states"].shape[-1] == config.get("encoder_hid_dim", 32)

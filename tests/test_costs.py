@@ -7,8 +7,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from asdm.edits import Remove, edited
-from asdm.families import family_of
-from asdm.families.unet_calls import unet_call
+from asdm.families import denoiser_call, family_of
 from asdm.measure.latency import measure_interleaved
 from asdm.measure.macs import counting_macs
 from asdm.measure.memory import peak_megabytes
@@ -21,7 +20,7 @@ def test_sd15_macs_are_the_published_ones():
     with init_empty_weights():
         unet = UNet2DConditionModel(**UNETS["sd15"])
     with counting_macs(unet) as count:
-        unet_call(unet, batch_size=1)()
+        denoiser_call(unet, batch_size=1)()
     assert count.below(with_attention=False) / 1e9 == pytest.approx(338.6, abs=0.3)
     assert count.below() / 1e9 == pytest.approx(401.6, abs=0.3)
     assert sum(p.numel() for p in unet.parameters()) / 1e6 == pytest.approx(859.5, abs=0.1)
@@ -41,14 +40,14 @@ def test_macs_are_per_sample(make):
     for batch_size in (1, 3):
         unet = make()
         with counting_macs(unet) as count:
-            unet_call(unet, batch_size=batch_size)()
+            denoiser_call(unet, batch_size=batch_size)()
         counts.append(count.below())
     assert counts[0] == counts[1]
 
 
 def test_counting_leaves_no_hooks(unet):
     with counting_macs(unet):
-        unet_call(unet)()
+        denoiser_call(unet)()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in unet.modules())
 
 
@@ -85,7 +84,7 @@ def weightless():
 def test_macs_are_those_of_earlier_versions(make, macs, without_attention):
     unet = make()
     with counting_macs(unet) as count:
-        unet_call(unet, batch_size=1)()
+        denoiser_call(unet, batch_size=1)()
     assert (count.below(), count.below(with_attention=False)) == (macs, without_attention)
 
 
@@ -124,7 +123,7 @@ def test_macs_are_counted_by_hand(device, batch_size):
 
 def test_a_unit_and_what_is_below_it_are_counted_together(unet):
     with counting_macs(unet) as count:
-        unet_call(unet, batch_size=1)()
+        denoiser_call(unet, batch_size=1)()
     name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
     queries, width = 64, 32
     assert count.below(name, with_attention=False) == 4 * queries * width * width

@@ -19,8 +19,8 @@ from asdm.distillation.stages import LossWeights, Semantics, parse_stages
 from asdm.distillation.tasks import DistillationTask, IncubationTask, make_task
 from asdm.distillation.teaching import WHOLE
 from asdm.distillation.training_set import prepare
-from asdm.families.unet_calls import unet_call
-from asdm.measure.hooks import outputs_of, tensor_of
+from asdm.families import BlockIO, denoiser_call
+from asdm.measure.hooks import outputs_of
 from asdm.training.task import BatchSlice
 from conftest import predict, tiny_pipeline, tiny_vae
 
@@ -252,8 +252,9 @@ def test_features_count_by_the_size_of_their_maps(pipeline, examples):
     blocks = [name for name in alike if name.startswith("feature/")]
     assert alike["feature"] == pytest.approx(sum(alike[name] for name in blocks) / len(blocks), rel=1e-5)
     with outputs_of(pipeline.unet, [name.partition("/")[2] for name in blocks]) as outputs:
-        unet_call(pipeline.unet)()
-    areas = {f"feature/{name}": tensor_of(output).shape[2:].numel() for name, output in outputs.items()}
+        denoiser_call(pipeline.unet)()
+    io = BlockIO()
+    areas = {f"feature/{name}": io.image_states(output).shape[2:].numel() for name, output in outputs.items()}
     assert len(set(areas.values())) > 1
     expected = sum(areas[name] * by_area[name] for name in blocks) / sum(areas.values())
     assert by_area["feature"] == pytest.approx(expected, rel=1e-5)

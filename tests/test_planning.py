@@ -8,8 +8,8 @@ from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 
 from asdm import AsdmError, CondConv, PruningPlan, add_cond_conv, analyze, build_student, make_plan
+from asdm.families import denoiser_call
 from asdm.families.tensors import fingerprint
-from asdm.families.unet_calls import unet_call
 from asdm.families.unet_structure import removable_units
 from asdm.measure import latency
 from asdm.measure.macs import counting_macs
@@ -230,10 +230,10 @@ def test_each_kind_of_regional_attention_is_measured_by_itself(monkeypatch):
     assert nearer.edit["unit"] == faster.edit["unit"] and 0 < nearer.gmacs < faster.gmacs
     unet = tiny_pipeline().unet
     with counting_macs(unet) as before:
-        unet_call(unet, batch_size=1)()
+        denoiser_call(unet, batch_size=1)()
     student = build_student(unet, PruningPlan.for_unet(unet, [faster.edit]))
     with counting_macs(student) as after:
-        unet_call(student, batch_size=1)()
+        denoiser_call(student, batch_size=1)()
     assert faster.gmacs == pytest.approx((before.below() - after.below()) / 1e9)
 
 

@@ -14,9 +14,9 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
 from asdm.choices import CompensationKind
-from asdm.edits.base import Edit
+from asdm.edits.base import Edit, UnitEdit, compensated
 from asdm.edits.projections import projection_of
-from asdm.edits.remove import Remove, RemovedUnit
+from asdm.edits.remove import RemovedUnit
 from asdm.errors import AsdmError
 from asdm.families.base import Architecture, Branch, Unit, UnitKind
 
@@ -83,8 +83,9 @@ class PixArtArchitecture(Architecture):
     def stock_config(self, model: Any, edits: Sequence[Edit]) -> dict[str, Any] | None:
         """Fewer blocks, where whole blocks are removed and nothing takes their place."""
         blocks = self.blocks(model)
-        removed = [edit.unit for edit in edits if isinstance(edit, Remove) and edit.compensation == "none"]
-        if not removed or len(removed) < len(edits) or not set(removed) <= set(blocks) or model.config.get("edits"):
+        removed = [edit.unit for edit in edits if isinstance(edit, UnitEdit) and edit.is_removal]
+        plain = len(removed) == len(edits) and not compensated(edits) and not model.config.get("edits")
+        if not removed or not plain or not set(removed) <= set(blocks):
             return None
         kept = [index for index, name in enumerate(blocks) if name not in removed]
         if not kept:

@@ -1,8 +1,7 @@
-"""Calls of a UNet on random inputs, for measurements."""
+"""Inputs of UNets: random ones for measurements, and the embedding of the guidance scale."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,13 +9,6 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from asdm.families.unet_structure import require_known_inputs
-
-
-def unet_call(unet: UNet2DConditionModel, batch_size: int = 2, seed: int = 0) -> Callable[[], Tensor]:
-    """One UNet call on random inputs at its native size; batch 2 is one image with guidance."""
-    arguments = random_inputs(unet, batch_size, seed)
-    sample = arguments.pop("sample")  # as pipelines give it, by its place: what others patch into a UNet may rely on it
-    return lambda: unet(sample, **arguments, return_dict=False)[0]
 
 
 def random_inputs(unet: UNet2DConditionModel, batch_size: int, seed: int = 0) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 
 class CachedOutput(nn.Module):
@@ -54,11 +54,6 @@ def outputs_of(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Any
     finally:
         for handle in handles:
             handle.remove()
-
-
-def tensor_of(output: Any) -> Tensor:
-    """Return the hidden states in a module's output."""
-    return output[0] if isinstance(output, tuple) else output
 
 
 @contextmanager

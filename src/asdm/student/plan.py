@@ -27,7 +27,7 @@ class PlanBase(Record):
     fingerprint: str
 
     @classmethod
-    def of(cls, fingerprint: str, class_name: str = "UNet2DConditionModel") -> PlanBase:
+    def of(cls, fingerprint: str, class_name: str) -> PlanBase:
         return cls.model_validate({"class": class_name, "fingerprint": fingerprint})
 
 
