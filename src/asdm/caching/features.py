@@ -96,7 +96,7 @@ def _require_cacheable(denoiser: Any, budget: float | None) -> None:
         )
     if budget is not None and hasattr(denoiser, "cache_cut"):
         raise AsdmError(
-            f"budget={budget:g}: compares a layer's outputs, which a {type(denoiser).__name__} hides; give every or a "
+            f"budget={budget:g}: compares a layer's outputs, which {type(denoiser).__name__} hides; give every or a "
             "schedule"
         )
 

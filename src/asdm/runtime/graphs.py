@@ -171,7 +171,8 @@ class _Outer(_UNet):
             """Only the shape matters of an output that no computed module reads."""
             if isinstance(output, tuple):
                 return tuple(answer(each, is_read) for each in output)
-            return cached_features if is_read else cached_features.new_zeros(len(cached_features), *output.shape[1:])
+            batch = cached_features.shape[0]  # len() would fix it
+            return cached_features if is_read else cached_features.new_zeros(batch, *output.shape[1:])
 
         answers = {
             name: _CachedBlock(answer(output, name in self.cut.read), self.unet.get_submodule(name))
