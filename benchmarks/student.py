@@ -57,7 +57,7 @@ def compensation(target: float = 1.5) -> None:
             for repair in REPAIRS:
                 plan = asdm.refine_plan(pipeline, redundancy, made, data="demo", rounds=repair)
                 row = {"compensate": kind, "repair": repair, "macs_kept": kept, "edits": len(plan.edits)}
-                rows.append(row | {"error": plan.figures.measured_sensitivity})
+                rows.append(row | {"error": plan.metrics.measured_sensitivity})
                 calls[str(len(rows))] = denoiser_call(build_student(pipeline.unet, plan))
     times = measure_interleaved(calls, rounds=30)
     for number, row in enumerate(rows, start=1):

@@ -58,8 +58,9 @@ def test_stages_of_a_folder_are_compared_by_their_present_fields(tmp_path):
     settings = make_settings("demo", BUDGET, **SETTINGS | {"stages": stages})
     claim_folder(tmp_path, settings)
     claim_folder(tmp_path, settings)
-    # A version without some of the fields saved fewer; their defaults are meant.
-    rewrite(tmp_path, lambda saved: saved | {"stages": [{"name": "joint", "steps": 3, "batch_size": 2}]})
+    # Version 0.1.0 had fewer fields, and other names for some.
+    old = {"name": "joint", "steps": 3, "batch_size": 2, "features_by": "area", "assembled": None}
+    rewrite(tmp_path, lambda saved: saved | {"stages": [old]})
     claim_folder(tmp_path, settings)
     rewrite(tmp_path, lambda saved: saved | {"stages": [{"name": "joint", "unheard": 3}]})
     with pytest.raises(AsdmError, match=r"other settings \(stages\)"):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import HeunDiscreteScheduler, LCMScheduler, StableDiffusionPipeline
+from matplotlib import pyplot as plt
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
@@ -18,12 +19,15 @@ from asdm.diffusion.generation import generate
 from asdm.evaluation import real_images as real_images_module
 from asdm.evaluation import speed as speed_module
 from asdm.evaluation.metrics import Judge, feature_distance, kid, psnr, recognition, retrieval_at_1
+from asdm.evaluation.plots import redundancy_plot
 from asdm.evaluation.real_images import RealImages, image_embeds
 from asdm.evaluation.report import headline_of, metrics_section
 from asdm.evaluation.results import Evaluation
 from asdm.evaluation.sampling import evaluation_sets
+from asdm.families import family_of
 from asdm.pipelines.clip import clip_statistics
-from conftest import tiny_pipeline
+from asdm.sensitivity.analysis import structure_map
+from conftest import tiny_pipeline, tiny_transformer, tiny_unet
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
@@ -168,6 +172,23 @@ def test_few_step_pipelines_sample_as_they_were_made_to():
     assert images >= 3 and left == 0  # warming up and timed
 
 
+def test_the_diagram_of_a_unet_is_a_u_and_that_of_a_transformer_a_column():
+    unet, transformer = tiny_unet(), tiny_transformer()
+    places = family_of(unet).block_places(family_of(unet).blocks(unet))
+    assert [(place.level, place.side) for place in places.values()] == [
+        *((level, "encoder") for level in range(4)),
+        (4, "middle"),
+        *((level, "decoder") for level in (3, 2, 1, 0)),
+    ]
+    blocks = family_of(transformer).blocks(transformer)
+    places = family_of(transformer).block_places(blocks)
+    assert [(place.level, place.side) for place in places.values()] == [(i, "middle") for i in range(len(blocks))]
+    figure = redundancy_plot(structure_map(transformer))
+    titles = [text.get_text() for text in figure.axes[0].texts if "%" in text.get_text()]
+    assert titles == [f"{block}  0%" for block in blocks]
+    plt.close(figure)
+
+
 def test_an_evaluation_of_0_1_0_loads(tmp_path):
     path = RESULTS / "demo_evaluation.json"
     assert "median_ms" in path.read_text()
@@ -214,7 +235,7 @@ def test_compress_makes_a_folder_that_loads_and_a_report_without_network(model, 
     assert made.headline.replace("'", "&#39;") in html
     assert not re.search(r"""(src|href)=["'](?!data:)""", html)
     assert "2.png" in html
-    assert made.plan.figures.measured_sensitivity > 0
+    assert made.plan.metrics.measured_sensitivity > 0
     assert "all edits together move" in html.replace("\n", " ")
     assert html.count("<img") >= 2 + 3 * 4
 

@@ -177,15 +177,15 @@ def test_a_plan_that_cannot_be_measured_goes_by_the_map_and_is_measured_later(re
     for doubt, basis in ((0.01, "latency"), (0.5, "macs")):
         known = redundancy.model_copy(update={"latency_doubt": doubt})
         plan = make_plan(known, speedup=1.3, unet=unet, progress=notes.append)
-        assert plan.figures.speedup_basis == basis and plan.figures.measured_speedup is None
-        assert plan.figures.predicted_speedup >= 1.3 * CORRECTIONS[basis] * 0.999
+        assert plan.metrics.speedup_basis == basis and plan.metrics.measured_speedup is None
+        assert plan.metrics.predicted_speedup >= 1.3 * CORRECTIONS[basis] * 0.999
         assert "not measurable now" in notes[-1] and "--remeasure" in notes[-1]
     with pytest.raises(asdm.AsdmError, match=r"not measurable now.*try again later"):
         remeasure_plan(plan, unet)
     monkeypatch.setattr("asdm.planning.speedup.measured_speedup", lambda *_: narrow)
     again = remeasure_plan(plan, unet)
-    assert again.edits == plan.edits and again.figures.speedup_basis == "measured"
-    assert again.figures.measured_speedup_interval == (1.36, 1.38)
+    assert again.edits == plan.edits and again.metrics.speedup_basis == "measured"
+    assert again.metrics.measured_speedup_interval == (1.36, 1.38)
 
 
 def test_a_map_of_a_busy_machine_plans_by_macs(redundancy):
@@ -208,8 +208,8 @@ def test_beside_a_process_that_computes_on_and_off_plans_and_evaluations_hold(on
     assert true.value == pytest.approx(1.4, rel=0.1)
     row = found.rows[1]
     assert row.unet_ratio.low <= true.value <= row.unet_ratio.high
-    if plan.figures.measured_ratio is not None:
-        assert plan.figures.measured_ratio.low <= true.value <= plan.figures.measured_ratio.high
+    if plan.metrics.measured_ratio is not None:
+        assert plan.metrics.measured_ratio.low <= true.value <= plan.metrics.measured_ratio.high
     calm = measure_speed({"teacher": pipeline, "pruned": student}, steps=25, guidance_scale=3.0, rounds=None)
     assert row.pipeline_ratio.low <= calm.rows[1].pipeline_speedup <= row.pipeline_ratio.high
     assert found.contention > 0.1 > calm.contention

@@ -14,6 +14,7 @@ from asdm.families.unet_structure import removable_units
 from asdm.measure import latency
 from asdm.measure.macs import counting_macs
 from asdm.pipelines.random_models import UNETS, random_unet
+from asdm.planning.full_plan import full_plan
 from asdm.planning.possible_edits import possible_edits
 from asdm.planning.program import least_sensitive, most_saved
 from asdm.planning.speedup import measured_speedup
@@ -106,7 +107,7 @@ def test_mac_budget_holds(redundancy):
 
 
 def test_a_tighter_budget_never_costs_less(redundancy):
-    predicted = [make_plan(redundancy, params=budget).figures.predicted_sensitivity for budget in (0.9, 0.7, 0.5)]
+    predicted = [make_plan(redundancy, params=budget).metrics.predicted_sensitivity for budget in (0.9, 0.7, 0.5)]
     assert predicted == sorted(predicted)
 
 
@@ -115,10 +116,10 @@ def test_speedup_is_measured_and_reached(redundancy, monkeypatch):
     monkeypatch.setattr(latency, "PATIENCE", 20.0)
     plan = make_plan(redundancy, speedup=1.3, progress=notes.append)
     assert "measured" in notes[0]
-    if plan.figures.speedup_basis != "measured":  # other programs computed all the time
-        assert plan.figures.predicted_speedup >= 1.3
+    if plan.metrics.speedup_basis != "measured":  # other programs computed all the time
+        assert plan.metrics.predicted_speedup >= 1.3
         return
-    assert plan.figures.measured_speedup >= 1.3
+    assert plan.metrics.measured_speedup >= 1.3
     assert measured_speedup(random_unet(redundancy.unet_config), plan, rounds=20).high > 1.15
 
 
@@ -161,9 +162,9 @@ def test_presets_have_bk_sdms_sizes(preset, published):
 
 
 def test_presets_say_what_they_cost(redundancy):
-    figures = [make_plan(redundancy, preset=preset).figures for preset in ("bk-base", "bk-small", "bk-tiny")]
-    assert 0 < figures[0].predicted_sensitivity < figures[1].predicted_sensitivity < figures[2].predicted_sensitivity
-    assert all(figure.predicted_speedup > 1 for figure in figures)
+    metrics = [make_plan(redundancy, preset=preset).metrics for preset in ("bk-base", "bk-small", "bk-tiny")]
+    assert 0 < metrics[0].predicted_sensitivity < metrics[1].predicted_sensitivity < metrics[2].predicted_sensitivity
+    assert all(each.predicted_speedup > 1 for each in metrics)
 
 
 def test_banks_inherit_removed_convolutions_within_the_budget(redundancy):
@@ -205,7 +206,7 @@ def test_our_presets_look_at_regions_and_drop_middle_layers(redundancy, monkeypa
         build_student(unet, plan)
         assert [(edit.regions, edit.pool) for edit in plan.edits if edit.edit == "gri_attention"] == regional
         assert all(edit.compensate == "linear" for edit in plan.edits if edit.edit == "remove" and "." not in edit.unit)
-    assert fast.figures.predicted_sensitivity > slow.figures.predicted_sensitivity
+    assert fast.metrics.predicted_sensitivity > slow.metrics.predicted_sensitivity
 
 
 def test_a_preset_needs_no_weights_and_no_measurement():
@@ -216,8 +217,8 @@ def test_a_preset_needs_no_weights_and_no_measurement():
     assert known.gmacs == pytest.approx(401.6, abs=0.3)
     for preset, edits in {"bk-base": 1, "a-sdm": 7, "a-sdm-fast": 17}.items():
         plan = make_plan(known, preset=preset)
-        assert len(plan.edits) == edits and plan.figures.speedup_basis == "macs"
-        assert plan.figures.predicted_speedup > 1.2 and plan.figures.predicted_sensitivity is None
+        assert len(plan.edits) == edits and plan.metrics.speedup_basis == "macs"
+        assert plan.metrics.predicted_speedup > 1.2 and plan.metrics.predicted_sensitivity is None
         empty_student(unet, plan)
 
 
@@ -240,3 +241,15 @@ def test_a_map_with_an_edit_that_is_not_of_a_unit_is_refused(redundancy):
     record = redundancy.others[0].model_copy(update={"edit": {"edit": "drop_layers", "layers_per_block": 1}})
     with pytest.raises(AsdmError, match="not an edit of one unit"):
         make_plan(redundancy.model_copy(update={"others": [record]}), macs=0.7)
+
+
+def test_a_full_plan_is_refined_and_has_expert_kernels(pipeline):
+    redundancy = analyze(pipeline, sensitivity="taylor", timesteps=1, samples=1, latency_rounds=1)
+    titles = []
+    plan = full_plan(
+        redundancy, pipeline, budget={"params": 0.7}, refine=1, experts=0.2, progress=lambda *row: titles.append(row[0])
+    )
+    assert {edit.edit for edit in plan.edits} >= {"remove", "cond_conv"}
+    assert plan.metrics.measured_sensitivity > 0 and set(titles) <= {"plan", "refine"}
+    with pytest.raises(AsdmError, match="refine=1: a profile has no weights"):
+        full_plan(redundancy, budget={"params": 0.7}, refine=1)

@@ -43,7 +43,7 @@ def test_a_bad_plan_is_bettered_within_its_budget(pipeline, redundancy):
     before = refine_plan(pipeline, redundancy, plan, timesteps=2, samples=4, rounds=0)
     after = refine_plan(pipeline, redundancy, plan, timesteps=2, samples=4, rounds=3)
     assert before.edits == plan.edits
-    assert after.figures.measured_sensitivity < 0.8 * before.figures.measured_sensitivity
+    assert after.metrics.measured_sensitivity < 0.8 * before.metrics.measured_sensitivity
     assert macs_saved(redundancy, after) >= macs_saved(redundancy, plan) * (1 - 1e-6)
 
 
@@ -51,8 +51,8 @@ def test_a_plan_that_is_faster_than_asked_for_gives_edits_back(pipeline, redunda
     plan = make_plan(redundancy, macs=0.6)
 
     def told(measured):
-        figures = plan.figures.model_copy(update={"target": {"speedup": 1.2}, "measured_speedup": measured})
-        return plan.model_copy(update={"figures": figures})
+        metrics = plan.metrics.model_copy(update={"target": {"speedup": 1.2}, "measured_speedup": measured})
+        return plan.model_copy(update={"metrics": metrics})
 
     def repaired(before, speeds):
         left = (Ratio(speed, speed, speed) for speed in speeds)
@@ -64,7 +64,7 @@ def test_a_plan_that_is_faster_than_asked_for_gives_edits_back(pipeline, redunda
 
     fast = repaired(told(1.6), [1.25] * 9)
     assert ms_saved(fast) < 0.95 * ms_saved(plan)
-    assert fast.figures.measured_speedup == 1.25
+    assert fast.metrics.measured_speedup == 1.25
     # What turns out to be too slow is not taken: as much is saved as before.
     assert ms_saved(repaired(told(1.6), [1.1, *[1.25] * 9])) >= ms_saved(plan) * (1 - 1e-6)
     assert ms_saved(repaired(told(1.21), [1.25] * 9)) >= ms_saved(plan) * (1 - 1e-6)
@@ -76,7 +76,7 @@ def test_the_measured_sensitivity_is_that_of_the_fitted_student(pipeline, redund
     fit_compensation(pipeline, student, timesteps=2, samples=4, seed=6)
     calls = calibration_calls(pipeline, None, None, 2, 4, 5)
     error = prediction_error(student, calls, predictions(pipeline.unet, calls))
-    assert plan.figures.measured_sensitivity == pytest.approx(error, rel=1e-5)
+    assert plan.metrics.measured_sensitivity == pytest.approx(error, rel=1e-5)
 
 
 def test_restoring_every_edit_gives_the_teacher_back(pipeline, redundancy):

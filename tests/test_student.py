@@ -16,8 +16,10 @@ from asdm import (
     load_pipeline,
     save_pipeline,
 )
+from asdm.edits import DropLayers
 from asdm.families.tensors import fingerprint
 from asdm.families.unet_structure import removable_units
+from asdm.student.plan import PlanMetrics
 from conftest import predict, tiny_pipeline, tiny_sdxl_unet, tiny_unet, unet_inputs
 
 
@@ -241,6 +243,18 @@ def test_a_plan_survives_its_file_and_says_what_is_wrong_with_a_bad_one(unet, tm
     for name in ("cut", "list", "none", "null", "absent"):
         with pytest.raises(AsdmError, match=f"{name}.json"):
             PruningPlan.load(tmp_path / f"{name}.json")
+
+
+def test_a_plan_with_old_names_loads(unet, tmp_path):
+    metrics = {"target": {"params": 0.8}, "predicted_speedup": 1.25}
+    content = json.loads(PruningPlan.for_unet(unet, [{"edit": "drop_layers", "layers_per_block": 1}]).to_json())
+    content["edits"][0]["edit"] = "shorten"
+    (tmp_path / "plan.json").write_text(json.dumps(content | {"figures": metrics}))
+    plan = PruningPlan.load(tmp_path / "plan.json")
+    assert plan.edits == [DropLayers(layers_per_block=1)] and plan.metrics == PlanMetrics(**metrics)
+    plan.save(tmp_path / "again.json")
+    assert PruningPlan.load(tmp_path / "again.json") == plan
+    assert '"metrics"' in (tmp_path / "again.json").read_text()
 
 
 def test_an_interrupted_save_leaves_the_old_model(unet, tmp_path, monkeypatch):

@@ -93,4 +93,4 @@ def test_a_plan_of_blocks_alone_is_refined(model, calls, redundancy):
     assert before == pytest.approx(prediction_error(student, calls, predictions(model, calls)), rel=1e-4)
     refinement.run_round(None)
     assert refinement.best.error <= before
-    assert refinement.result().figures.measured_sensitivity == refinement.best.error
+    assert refinement.result().metrics.measured_sensitivity == refinement.best.error

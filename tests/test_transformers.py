@@ -7,6 +7,8 @@ import torch
 from diffusers import PixArtTransformer2DModel
 
 from asdm import AsdmError, PruningPlan, build_student
+from asdm.diffusion.conditioning import Conditioning
+from asdm.diffusion.conditioning import predict as predict_from_prompts
 from asdm.families import family_of
 from asdm.student.transformer import MODULE_NAME, AsdmPixArtTransformer2DModel
 from conftest import tiny_transformer
@@ -113,3 +115,18 @@ def test_what_it_does_not_allow_is_one_clear_line(model, edit, message):
 def test_the_last_block_stays(model):
     with pytest.raises(AsdmError, match="keep one"):
         student_of(model, *(remove(name) for name in family_of(model).blocks(model)))
+
+
+def test_it_predicts_from_what_prompts_bring(model):
+    arguments = family_of(model).random_inputs(model, 2)
+    latents, hidden, timesteps = (arguments[name] for name in ("hidden_states", "encoder_hidden_states", "timestep"))
+    mask = torch.ones(hidden.shape[:2])
+    with torch.no_grad():
+        found = predict_from_prompts(model, latents, timesteps, Conditioning(hidden, encoder_attention_mask=mask))
+        torch.testing.assert_close(found, predict(model)[:, :4])
+        mask[:, 3:] = 0
+        fewer = predict_from_prompts(model, latents, timesteps, Conditioning(hidden, encoder_attention_mask=mask))
+        shorter = predict_from_prompts(model, latents, timesteps, Conditioning(hidden[:, :3]))
+    assert found.shape == latents.shape
+    torch.testing.assert_close(fewer, shorter, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(fewer, found, atol=1e-4)

@@ -9,16 +9,16 @@ from collections.abc import Mapping
 from typing import Any
 
 OLD_EDIT_KINDS = {"shorten": "drop_layers"}
-CACHE_SCHEDULE = {"computed": "full_steps", "whole_ms": "full_ms", "inheriting_ms": "cached_ms"}
-EXPORTED_FOLDER = {"inherit": "cache"}
-OUTER_GRAPH_INPUT = "inherited"  # an exported graph's input for cached features
-# Evaluations of 0.1.0: latencies by their median and quartiles.
-LATENCY = {"median_ms": "ms", "lower_quartile_ms": "low_ms", "upper_quartile_ms": "high_ms"}
-# Results of `asdm benchmark`: fields of a row, and its groups.
-BENCHMARK_ROW = {"seconds_quartiles": "seconds_interval"}
-BENCHMARK_GROUPS = {"peer": "baseline"}
-
+OLD_PLAN_FIELDS = {"figures": "metrics"}
 OLD_COMPRESSION_SETTINGS = {"repair": "refine"}  # in the marker of a folder that `compress` wrote
+OLD_CACHE_SCHEDULE_FIELDS = {"computed": "full_steps", "whole_ms": "full_ms", "inheriting_ms": "cached_ms"}
+OLD_EXPORT_SETTINGS = {"inherit": "cache"}
+OLD_OUTER_GRAPH_INPUT = "inherited"  # an exported graph's input for cached features
+# Evaluations of 0.1.0: latencies by their median and quartiles.
+OLD_LATENCY_FIELDS = {"median_ms": "ms", "lower_quartile_ms": "low_ms", "upper_quartile_ms": "high_ms"}
+# Results of `asdm benchmark`: fields of a row, and its groups.
+OLD_BENCHMARK_FIELDS = {"seconds_quartiles": "seconds_interval"}
+OLD_BENCHMARK_GROUPS = {"peer": "baseline"}
 OLD_STAGE_FIELDS = {
     "features_by": "feature_weighting",
     "timesteps": "timestep_sampling",

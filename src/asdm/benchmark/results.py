@@ -17,7 +17,7 @@ from asdm.errors import AsdmError, one_line
 from asdm.files import write_text
 from asdm.measure.latency import Ratio
 from asdm.measure.machine import device_name
-from asdm.old_names import BENCHMARK_GROUPS, BENCHMARK_ROW, benchmark_name, renamed
+from asdm.old_names import OLD_BENCHMARK_FIELDS, OLD_BENCHMARK_GROUPS, benchmark_name, renamed
 from asdm.records import Record
 
 PACKAGES = ("torch", "diffusers", "openvino", "nncf", "tomesd", "DeepCache", "tgate")
@@ -65,9 +65,9 @@ class BenchmarkRow(Record):
         """Give a row of an earlier version today's names."""
         if not isinstance(content, dict):
             return content
-        content = renamed(content, BENCHMARK_ROW)
+        content = renamed(content, OLD_BENCHMARK_FIELDS)
         if isinstance(content.get("group"), str):
-            content["group"] = BENCHMARK_GROUPS.get(content["group"], content["group"])
+            content["group"] = OLD_BENCHMARK_GROUPS.get(content["group"], content["group"])
         if isinstance(content.get("name"), str):
             content["name"] = benchmark_name(content["name"])
         return content

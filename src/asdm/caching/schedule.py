@@ -14,7 +14,7 @@ from asdm.errors import AsdmError
 from asdm.families import Denoiser, family_of
 from asdm.files import write_text
 from asdm.measure.latency import Ratio
-from asdm.old_names import CACHE_SCHEDULE, renamed
+from asdm.old_names import OLD_CACHE_SCHEDULE_FIELDS, renamed
 from asdm.records import Record, first_fault
 
 Spacing = Literal["uniform", "late"]
@@ -68,7 +68,9 @@ class CacheSchedule(Record):
         """
         try:
             content: Any = from_json(Path(path).read_text("utf-8"))
-            return cls.model_validate(renamed(content, CACHE_SCHEDULE) if isinstance(content, dict) else content)
+            return cls.model_validate(
+                renamed(content, OLD_CACHE_SCHEDULE_FIELDS) if isinstance(content, dict) else content
+            )
         except (OSError, UnicodeDecodeError):
             raise AsdmError(f"{path}: no such file; `asdm analyze MODEL --cache 2` writes one") from None
         except ValueError as error:

@@ -103,11 +103,12 @@ def analyze(
 
 def _print_profile(redundancy: RedundancyMap) -> None:
     console.print(profile_table(redundancy))
+    denoiser = redundancy.family.label
     say(
-        f"UNet: {redundancy.parameters / 1e6:.1f}M parameters, {redundancy.gmacs:.2f} GMACs with attention products "
-        f"({redundancy.gmacs_without_attention:.2f} without), {redundancy.latency_ms:.0f} ms at batch 2 "
-        f"({redundancy.dtype}, {redundancy.threads} threads). "
-        f"Sensitivity by {redundancy.estimator} took the time of {redundancy.unet_forwards:.0f} UNet calls "
+        f"{denoiser}: {redundancy.parameters / 1e6:.1f}M parameters, "
+        f"{redundancy.gmacs:.2f} GMACs with attention products ({redundancy.gmacs_without_attention:.2f} without), "
+        f"{redundancy.latency_ms:.0f} ms at batch 2 ({redundancy.dtype}, {redundancy.threads} threads). "
+        f"Sensitivity by {redundancy.estimator} took the time of {redundancy.unet_forwards:.0f} {denoiser} calls "
         f"(an exact ablation needs {redundancy.necessary_forwards:.0f}), "
         f"{redundancy.seconds:.0f} s in all."
     )
@@ -140,7 +141,7 @@ def _description(schedule: CacheSchedule) -> str:
     return (
         f"{len(schedule.full_steps)} of {schedule.steps} steps are computed in full: "
         f"{', '.join(map(str, schedule.full_steps))}. The others compute the last {schedule.depth} of the layers; the "
-        f"features that these read are {reuse}. The UNet's speed-up is {schedule.ratio} ({schedule.full_ms:.0f} ms a "
-        f"full call, {schedule.cached_ms:.0f} ms a cached one); distance of the final latents "
-        f"{schedule.distance:.2g}, of copies at as many even steps {schedule.uniform_distance:.2g}"
+        f"features that these read are {reuse}. The denoiser's speed-up is {schedule.ratio} "
+        f"({schedule.full_ms:.0f} ms a full call, {schedule.cached_ms:.0f} ms a cached one); distance of the final "
+        f"latents {schedule.distance:.2g}, of copies at as many even steps {schedule.uniform_distance:.2g}"
     )

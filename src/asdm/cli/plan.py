@@ -150,23 +150,27 @@ def _remeasure(path: Path, model: str | None, device: str | None) -> None:
     from asdm.families import denoiser_of
 
     made = asdm.PruningPlan.load(path)
-    model = model or (None if made.figures is None else made.figures.model)
+    model = model or (None if made.metrics is None else made.metrics.model)
     if model is None:
         raise AsdmError(f"{path}: does not name its model; name the model before --remeasure")
     warn_if_busy()
     made = asdm.remeasure_plan(made, denoiser_of(loading.load_model(model, device)))
     made.save(path)
-    assert made.figures is not None and made.figures.measured_ratio is not None
-    target = made.figures.target.get("speedup", 0.0)
-    short = f", short of the requested {target:g}x" if made.figures.measured_ratio.high < target else ""
+    assert made.metrics is not None and made.metrics.measured_ratio is not None
+    target = made.metrics.target.get("speedup", 0.0)
+    short = f", short of the requested {target:g}x" if made.metrics.measured_ratio.high < target else ""
     say(f"{_summary(made)}{short}; written to {path}")
 
 
 def _summary(plan: PruningPlan) -> str:
-    metrics, parts = plan.figures, [f"{len(plan.edits)} edits"]
+    from asdm.families.base import family_named
+
+    metrics, parts = plan.metrics, [f"{len(plan.edits)} edits"]
     if metrics is not None:
         basis = " by MACs" if metrics.speedup_basis == "macs" else ""
-        parts.append(f"UNet predicted to be {metrics.predicted_speedup:.2f}x faster{basis}")
+        parts.append(
+            f"{family_named(plan.base.class_name).label} predicted to be {metrics.predicted_speedup:.2f}x faster{basis}"
+        )
         if metrics.measured_ratio is not None:
             parts[-1] += f", measured {metrics.measured_ratio}"
         if metrics.predicted_sensitivity is not None:

@@ -26,7 +26,7 @@ def prune(
 ) -> None:
     """Build the student of a plan: inherit the teacher's weights, fit the compensations, save the pipeline."""
     from asdm.compensation.fitting import fitted_tensors
-    from asdm.families import denoiser_of
+    from asdm.families import denoiser_of, family_of
     from asdm.files import require_ours
 
     require_ours(out, "pipeline")
@@ -46,7 +46,7 @@ def prune(
                 progress=lambda done, total, name: report("compensate", done, total, name),
             )
     asdm.save_pipeline(asdm.with_unet(pipeline, student), out, {"teacher": model})
-    say(f"{out}: UNet of {_millions(student):.2f}M parameters, from {_millions(teacher):.2f}M")
+    say(f"{out}: {family_of(student).label} of {_millions(student):.2f}M parameters, from {_millions(teacher):.2f}M")
     if fit is not None:
         say(
             f"relative squared error of the prediction: {fit.error_before:.4f} pruned, {fit.error_after:.4f} with the "

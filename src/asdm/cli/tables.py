@@ -58,7 +58,7 @@ def speed_table(evaluation: Evaluation) -> Table:
     table = _table(
         f"Speed ({evaluation.dtype}, {evaluation.threads} threads; interleaved rounds, the fastest count)",
         ["model"],
-        ["UNet ms", "speed-up", "steps", "pipeline ms", "speed-up", "params M", "GMACs"],
+        [f"{evaluation.denoiser} ms", "speed-up", "steps", "pipeline ms", "speed-up", "params M", "GMACs"],
     )
     for row in evaluation.speed:
         table.add_row(
@@ -94,7 +94,7 @@ def benchmark_table(rows: Sequence[BenchmarkRow]) -> Table:
     throughput and memory. The file that the benchmark writes has all results."""
     splits = list(dict.fromkeys(split for row in rows for split in row.teacher_distance))
     titles = [f"{title}, {split.replace('_', ' ')}" for split in splits for title in ("distance", "top-5")]
-    measured = ["UNet ms", "GFLOP/s", "of limit", "weights MB", "peak MB"] if not splits else []
+    measured = ["call ms", "GFLOP/s", "of limit", "weights MB", "peak MB"] if not splits else []
     table = _table(
         rows[0].place + (" (extrapolated from parts)" if rows[0].extrapolated else ""),
         [""],

@@ -17,9 +17,9 @@ from asdm.data.sources import require_usable
 from asdm.diffusion.generation import require_steps
 from asdm.distillation.stages import Stage
 from asdm.errors import AsdmError
-from asdm.evaluation.comparison import Evaluation
 from asdm.evaluation.metrics import Judge
 from asdm.evaluation.report import headline_of
+from asdm.evaluation.results import Evaluation
 from asdm.families import denoiser_of
 from asdm.files import require_ours
 from asdm.pipelines.loading import load_pipeline

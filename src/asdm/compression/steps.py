@@ -21,9 +21,11 @@ from asdm.compression.settings import Settings
 from asdm.distillation.distill import distill
 from asdm.distillation.recipes import recipe_stages
 from asdm.distillation.stages import Stage
-from asdm.evaluation.comparison import Evaluation, evaluate, evaluation_sets
+from asdm.evaluation.comparison import evaluate
 from asdm.evaluation.plots import redundancy_plot
 from asdm.evaluation.report import metrics_section, save_figure, write_report
+from asdm.evaluation.results import Evaluation
+from asdm.evaluation.sampling import evaluation_sets
 from asdm.families import Denoiser, denoiser_of
 from asdm.files import replacing_file, write_text
 from asdm.pipelines.clip import load_clip

@@ -13,12 +13,12 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from asdm import checks
-from asdm.diffusion.kinds import is_sdxl
 from asdm.errors import AsdmError
 from asdm.families import Denoiser, denoiser_of, family_of
 
 PIPELINES_MULTIPLE = 8  # of diffusers' Stable Diffusion pipelines, whatever the VAE's factor
 LARGEST_IMAGE = 8192  # pixels a side
+_OF_PROMPTS = ("encoder_hidden_states", "text_embeds", "time_ids", "encoder_attention_mask")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Conditioning:
     `encoder_hidden_states` (prompts, tokens, channels); for SDXL also `text_embeds` (prompts, channels) and `time_ids`
     (prompts, 6); for inpainting `masked` (prompts, 1 + 4, h, w), the mask and the latents of what it leaves, which go
     in behind the noisy latents; for denoisers that embed the guidance scale `timestep_cond` (prompts, channels), as
-    the family's `guidance_embedding` makes it.
+    the family's `guidance_embedding` makes it; where prompts are padded without meaning `encoder_attention_mask`
+    (prompts, tokens), 1 for tokens that count.
     """
 
     encoder_hidden_states: Tensor
@@ -36,6 +37,7 @@ class Conditioning:
     time_ids: Tensor | None = None
     masked: Tensor | None = None
     timestep_cond: Tensor | None = None
+    encoder_attention_mask: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.encoder_hidden_states)
@@ -52,28 +54,24 @@ class Conditioning:
         return family_of(denoiser).conditioned_call(denoiser, latents, **self._fields())
 
     def where(self, mask: Tensor, other: Conditioning) -> Conditioning:
-        """Rows of `self` where `mask` (prompts,) is set, else of `other` (one prompt)."""
-
-        def choose(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
-            if mine is None or theirs is None:
-                return None
-            return torch.where(mask.view(-1, *[1] * (mine.ndim - 1)), mine, theirs)
-
-        return replace(
-            self,
-            encoder_hidden_states=torch.where(
-                mask.view(-1, 1, 1), self.encoder_hidden_states, other.encoder_hidden_states
-            ),
-            text_embeds=choose(self.text_embeds, other.text_embeds),
-            time_ids=choose(self.time_ids, other.time_ids),
-        )
+        """Rows of `self` where `mask` (prompts,) is set, else of `other` (one prompt); of what prompts bring."""
+        chosen = {}
+        for name in _OF_PROMPTS:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine is not None and theirs is not None:
+                chosen[name] = torch.where(mask.view(-1, *[1] * (mine.ndim - 1)), mine, theirs)
+        return replace(self, **chosen)
 
     def mixed_with(self, others: Conditioning, places: Tensor) -> Conditioning:
         """Take the tokens of `others` (prompts) from the `places` (prompts,) on."""
         tokens = torch.arange(self.encoder_hidden_states.shape[1], device=places.device)
-        behind = (tokens >= places[:, None])[:, :, None]
-        hidden = torch.where(behind, others.encoder_hidden_states, self.encoder_hidden_states)
-        return replace(self, encoder_hidden_states=hidden)
+        is_behind = tokens >= places[:, None]
+        hidden = torch.where(is_behind[:, :, None], others.encoder_hidden_states, self.encoder_hidden_states)
+        mixed = replace(self, encoder_hidden_states=hidden)
+        if self.encoder_attention_mask is None or others.encoder_attention_mask is None:
+            return mixed
+        mask = torch.where(is_behind, others.encoder_attention_mask, self.encoder_attention_mask)
+        return replace(mixed, encoder_attention_mask=mask)
 
     def without_text(self) -> Conditioning:
         """What SDXL's guidance takes for an empty prompt: zeros, at the same image size."""
@@ -91,26 +89,10 @@ class Conditioning:
 @torch.no_grad()
 def embed_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], batch_size: int = 64) -> Conditioning:
     """Embed prompts with the pipeline's own text encoders, at the pipeline's native image size."""
-    parts = []
-    for start in range(0, len(prompts), batch_size):
-        batch = list(prompts[start : start + batch_size])
-        if is_sdxl(pipeline):
-            hidden, _, pooled, _ = pipeline.encode_prompt(
-                batch, device=pipeline.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-            )
-            side = image_size(pipeline)
-            time_ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=hidden.dtype, device=hidden.device)
-            parts.append(Conditioning(hidden, pooled, time_ids.expand(len(batch), -1)))
-        else:
-            hidden, _ = pipeline.encode_prompt(batch, pipeline.device, 1, False)
-            parts.append(Conditioning(hidden))
-    if parts[0].text_embeds is None:
-        return Conditioning(torch.cat([part.encoder_hidden_states for part in parts]))
-    return Conditioning(
-        torch.cat([part.encoder_hidden_states for part in parts]),
-        torch.cat([part.text_embeds for part in parts if part.text_embeds is not None]),
-        torch.cat([part.time_ids for part in parts if part.time_ids is not None]),
-    )
+    family, side = family_of(pipeline), image_size(pipeline)
+    batches = [list(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
+    parts = [family.encode_prompts(pipeline, batch, side) for batch in batches]
+    return Conditioning(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 
 def latent_shape(pipeline: DiffusionPipeline) -> tuple[int, int, int]:

@@ -19,7 +19,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw
 
 from asdm.edits import removed_units
-from asdm.families import BlockPlace, ModelFamily, family_named
+from asdm.families import BlockPlace, ModelFamily
 from asdm.sensitivity.profile import RedundancyMap, UnitRecord
 from asdm.student.plan import PruningPlan
 
@@ -47,7 +47,7 @@ def redundancy_plot(redundancy: RedundancyMap, plan: PruningPlan | None = None) 
 
     What `plan` removes is crossed out.
     """
-    family = family_named(redundancy.denoiser_class)
+    family = redundancy.family
     names = [unit.name for unit in redundancy.units]
     removed = set() if plan is None else set(removed_units(plan.edits, names, family))
     covered = {unit.name for unit in redundancy.units if family.is_covered_by(unit.name, removed)}
@@ -61,7 +61,8 @@ def _draw_blocks(
     figure: Figure, axes: plt.Axes, redundancy: RedundancyMap, family: ModelFamily, covered: set[str]
 ) -> None:
     values = [max(unit.sensitivity, _LEAST_SENSITIVITY) for unit in redundancy.units]
-    cells = _Cells(axes, ScalarMappable(LogNorm(min(values), max(values)), "viridis"), covered)
+    scale = LogNorm(min(values), max(*values, 1.01 * min(values)))  # a scale of one value has no colours
+    cells = _Cells(axes, ScalarMappable(scale, "viridis"), covered)
     units_of: dict[str, list[UnitRecord]] = {}
     parts_of: dict[str, list[UnitRecord]] = {}
     for unit in redundancy.units:

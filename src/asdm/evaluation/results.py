@@ -12,7 +12,7 @@ from asdm.errors import AsdmError, one_line
 from asdm.files import write_text
 from asdm.measure.latency import Latency, Ratio
 from asdm.measure.load import busy_line
-from asdm.old_names import LATENCY, renamed
+from asdm.old_names import OLD_LATENCY_FIELDS, renamed
 from asdm.records import Record, first_fault
 
 
@@ -123,7 +123,7 @@ def _with_intervals(row: Any, first: Any) -> Any:
         return row
     row = dict(row)
     for part in ("unet", "pipeline"):
-        own, base = (Latency(**renamed(each[part], LATENCY)) for each in (row, first))
+        own, base = (Latency(**renamed(each[part], OLD_LATENCY_FIELDS)) for each in (row, first))
         ratio = Ratio(1.0, 1.0, 1.0) if row["name"] == first["name"] else Ratio.of(base, own)
         row |= {f"{part}_speedup_interval": ratio.interval, part: vars(own)}
     return row

@@ -279,6 +279,11 @@ class ModelFamily(Architecture):
     # -- calls -----------------------------------------------------------------------------------------
 
     @abstractmethod
+    def encode_prompts(self, pipeline: DiffusionPipeline, prompts: list[str], side: int) -> dict[str, Tensor]:
+        """Embed prompts with the pipeline's text encoders, for images of `side` pixels a side: fields of
+        `asdm.diffusion.conditioning.Conditioning`."""
+
+    @abstractmethod
     def conditioned_call(self, model: Denoiser, latents: Tensor, **conditioning: Tensor) -> dict[str, Any]:
         """Keyword arguments of a call on noisy latents, but for the time step; `conditioning` are the fields of
         `asdm.diffusion.conditioning.Conditioning` that are set."""

@@ -38,6 +38,10 @@ class PixArtFamily(PixArtArchitecture, ModelFamily):
             "added_cond_kwargs": self.size_conditions(model, batch_size),
         }
 
+    def encode_prompts(self, pipeline: Any, prompts: list[str], side: int) -> dict[str, Tensor]:
+        hidden, mask, *_ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, device=pipeline.device)
+        return {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}
+
     def conditioned_call(self, model: Any, latents: Tensor, **conditioning: Tensor) -> dict[str, Any]:
         return {
             "hidden_states": latents,

@@ -46,6 +46,19 @@ class UNetFamily(UNetArchitecture, ModelFamily):
     def semantic_module(self, model: Any) -> str | None:
         return None if model.mid_block is None else "mid_block"
 
+    def encode_prompts(self, pipeline: Any, prompts: list[str], side: int) -> dict[str, Tensor]:
+        if not hasattr(pipeline, "text_encoder_2"):
+            return {"encoder_hidden_states": pipeline.encode_prompt(prompts, pipeline.device, 1, False)[0]}
+        hidden, _, pooled, _ = pipeline.encode_prompt(
+            prompts, device=pipeline.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        time_ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=hidden.dtype, device=hidden.device)
+        return {
+            "encoder_hidden_states": hidden,
+            "text_embeds": pooled,
+            "time_ids": time_ids.expand(len(prompts), -1),
+        }
+
     def conditioned_call(self, model: Any, latents: Tensor, **conditioning: Tensor) -> dict[str, Any]:
         """With `masked` behind the latents, and SDXL's pooled embeddings and image sizes among the added conditions."""
         states = dict(conditioning)

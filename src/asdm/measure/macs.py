@@ -49,8 +49,13 @@ def _lerp_flops(*_: Any, out_shape: Any, **__: Any) -> int:
     return 2 * prod(out_shape)
 
 
-# What torch's counter leaves out: attention's kernel on CPUs, and the mixture of two convolution kernels.
-FORMULAS = {aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops, aten.lerp: _lerp_flops}
+# What torch's counter leaves out: attention on devices other than CUDA, and the mixture of two convolution kernels.
+FORMULAS = {
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    aten._scaled_dot_product_attention_math_for_mps: _attention_flops,
+    aten._scaled_dot_product_fused_attention_overrideable: _attention_flops,
+    aten.lerp: _lerp_flops,
+}
 _BATCHED_PRODUCTS = (aten.bmm, aten.baddbmm)
 
 

@@ -51,6 +51,8 @@ def full_plan(
     Raises:
         AsdmError: as `make_plan`, `refine_plan` and `add_cond_conv`.
     """
+    if refine and pipeline is None:
+        raise AsdmError(f"refine={refine}: a profile has no weights to try the plan with; give the pipeline too")
     report = progress or (lambda *_: None)
     denoiser = None if pipeline is None else denoiser_of(pipeline)
     attempts: list[str] = []
@@ -67,9 +69,7 @@ def full_plan(
         device=device or fastest_device(),
         progress=attempted,
     )
-    if refine:
-        if pipeline is None:
-            raise AsdmError(f"refine={refine}: a profile has no weights to try the plan with; give the pipeline too")
+    if refine and pipeline is not None:
         plan = refine_plan(
             pipeline,
             redundancy,

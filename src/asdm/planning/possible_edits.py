@@ -87,7 +87,7 @@ def plan_of(
     return PruningPlan(
         base=PlanBase.of(redundancy.fingerprint, redundancy.denoiser_class),
         edits=[choice.edit for choice in chosen],
-        figures=PlanMetrics(
+        metrics=PlanMetrics(
             model=redundancy.model or None,
             target=target,
             predicted_sensitivity=None if redundancy.estimator is None else sensitivity,

@@ -260,7 +260,7 @@ def _compensation_of(plan: PruningPlan) -> CompensationKind:
 
 def _savings(plan: PruningPlan, choices: Sequence[PossibleEdit]) -> list[float]:
     """What each choice saves of the plan's budgeted resource; milliseconds where it has no budget."""
-    target = {} if plan.figures is None else plan.figures.target
+    target = {} if plan.metrics is None else plan.metrics.target
     if "params" in target:
         return [choice.parameters for choice in choices]
     return [choice.macs if "macs" in target else choice.ms for choice in choices]
@@ -269,7 +269,7 @@ def _savings(plan: PruningPlan, choices: Sequence[PossibleEdit]) -> list[float]:
 def _needed(plan: PruningPlan, saved: float, latency_ms: float) -> float:
     """What a better plan must save: as much as this one; less if this one is faster than requested."""
     target = _target(plan)
-    measured = None if plan.figures is None else plan.figures.measured_speedup
+    measured = None if plan.metrics is None else plan.metrics.measured_speedup
     if not target or measured is None:
         return saved
     spare = max(1.0, measured / (target * MEASUREMENT_MARGIN))
@@ -278,7 +278,7 @@ def _needed(plan: PruningPlan, saved: float, latency_ms: float) -> float:
 
 def _target(plan: PruningPlan) -> float:
     """The requested speed-up; 0 where the plan has another budget."""
-    return 0.0 if plan.figures is None else plan.figures.target.get("speedup", 0.0)
+    return 0.0 if plan.metrics is None else plan.metrics.target.get("speedup", 0.0)
 
 
 def _comparison(best: _Candidate, candidate: _Candidate, is_better: bool) -> str:
@@ -293,5 +293,5 @@ def _comparison(best: _Candidate, candidate: _Candidate, is_better: bool) -> str
 
 
 def _with_metrics(plan: PruningPlan, **metrics: float | None) -> PruningPlan:
-    known = plan.figures or PlanMetrics(target={}, predicted_speedup=1.0)
-    return plan.model_copy(update={"figures": known.model_copy(update=metrics)})
+    known = plan.metrics or PlanMetrics(target={}, predicted_speedup=1.0)
+    return plan.model_copy(update={"metrics": known.model_copy(update=metrics)})

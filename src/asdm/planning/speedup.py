@@ -189,6 +189,6 @@ def without_measured(plan: PruningPlan, redundancy: RedundancyMap) -> PruningPla
 def _with_speedup(
     plan: PruningPlan, value: float | None, interval: tuple[float, float] | None, basis: SpeedupBasis
 ) -> PruningPlan:
-    known = plan.figures or PlanMetrics(target={}, predicted_speedup=1.0)
+    known = plan.metrics or PlanMetrics(target={}, predicted_speedup=1.0)
     update = {"measured_speedup": value, "measured_speedup_interval": interval, "speedup_basis": basis}
-    return plan.model_copy(update={"figures": known.model_copy(update=update)})
+    return plan.model_copy(update={"metrics": known.model_copy(update=update)})

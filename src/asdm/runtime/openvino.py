@@ -24,7 +24,7 @@ from asdm.errors import AsdmError, needs_extra, one_line
 from asdm.families import CacheCut, UNetFamily
 from asdm.files import read_marker
 from asdm.measure.latency import measure_interleaved
-from asdm.old_names import EXPORTED_FOLDER, OUTER_GRAPH_INPUT, renamed
+from asdm.old_names import OLD_EXPORT_SETTINGS, OLD_OUTER_GRAPH_INPUT, renamed
 from asdm.pipelines.derived import with_unet
 from asdm.runtime.graphs import CACHED_FEATURES
 from asdm.runtime.writers import FILES
@@ -42,7 +42,7 @@ def with_openvino_graphs(pipeline: DiffusionPipeline, folder: str | Path) -> Dif
         AsdmError: OpenVINO is not installed, or the folder holds no such graphs.
     """
     folder = Path(folder)
-    about = renamed(read_marker(folder), EXPORTED_FOLDER)
+    about = renamed(read_marker(folder), OLD_EXPORT_SETTINGS)
     if about.get("format") != "openvino":
         raise AsdmError(f"{folder}: holds no OpenVINO graphs; write them with `asdm export MODEL --to openvino`")
     try:
@@ -184,7 +184,7 @@ class OpenVinoUNet(nn.Module):
         inputs = {"sample": sample, "timestep": timestep, "encoder_hidden_states": encoder_hidden_states}
         inputs |= added_cond_kwargs or {}
         if self.inner is not None:
-            inputs |= dict.fromkeys((CACHED_FEATURES, OUTER_GRAPH_INPUT), self.inner(**inputs))
+            inputs |= dict.fromkeys((CACHED_FEATURES, OLD_OUTER_GRAPH_INPUT), self.inner(**inputs))
         predicted = self.outer(**inputs)
         return UNet2DConditionOutput(sample=predicted) if return_dict else (predicted,)
 

@@ -7,13 +7,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
+from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError, model_validator
 
 from asdm.edits import Edit, parse_edits
 from asdm.errors import AsdmError
 from asdm.families import Denoiser, family_of
 from asdm.files import write_text
 from asdm.measure.latency import Ratio
+from asdm.old_names import OLD_PLAN_FIELDS, renamed
 from asdm.records import Record, first_fault
 from asdm.student.surgery import model_without_weights
 
@@ -71,7 +72,12 @@ class PruningPlan(Record):
 
     base: PlanBase
     edits: Edits
-    figures: PlanMetrics | None = None
+    metrics: PlanMetrics | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _present_names(cls, content: Any) -> Any:
+        return renamed(content, OLD_PLAN_FIELDS) if isinstance(content, dict) else content
 
     @classmethod
     def for_unet(cls, unet: Denoiser, edits: Iterable[Any] = ()) -> PruningPlan:
