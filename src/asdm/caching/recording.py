@@ -145,7 +145,7 @@ def _first_call(pipeline: DiffusionPipeline, prompts: list[str], **settings: Any
     try:
         pipeline(prompts, **settings)
     except _FirstCall as call:
-        return family_of(pipeline).call_arguments(*call.args)
+        return family_of(denoiser_of(pipeline)).call_arguments(*call.args)
     finally:
         handle.remove()
     raise AsdmError("the pipeline did not call its denoiser; nothing can be calibrated")

@@ -30,7 +30,7 @@ class CachingSession:
 
     def __init__(self, pipeline: DiffusionPipeline, order: int, damping: float = 1.0):
         self.pipeline, self.order, self.damping = pipeline, order, damping
-        self.family = family_of(pipeline)
+        self.family = family_of(denoiser_of(pipeline))
         self.is_full: Callable[[int, int], bool | None] = lambda index, count: True
         self.budget: float | None = None
         self.full_steps, self.cached_steps = 0, 0

@@ -27,7 +27,7 @@ pipeline = DiffusionPipeline.from_pretrained("{title}"{flag})
 image = pipeline("a prompt"{images}{few_steps}).images[0]
 ```
 
-{hint}{figures}## Plan
+{hint}{metrics}## Plan
 
 {plan}
 """
@@ -40,13 +40,13 @@ to another pipeline, as diffusers compares classes exactly: `StableDiffusionImg2
 unet=pipeline.unet)`; or use `AutoPipelineForImage2Image.from_pipe(pipeline)`."""
 
 
-def model_card(pipeline: DiffusionPipeline, title: str, teacher: str | None = None, figures: str = "") -> str:
+def model_card(pipeline: DiffusionPipeline, title: str, teacher: str | None = None, metrics: str = "") -> str:
     """A model card for the Hub, in Markdown.
 
     Args:
         title: what the model is called; where it is loaded from, in the snippet.
         teacher: the model it was made of; one with a Hub id is named as the base model.
-        figures: a section of measured figures (`asdm.evaluation.report.metrics_section`).
+        metrics: a section of measured metrics (`asdm.evaluation.report.metrics_section`).
     """
     denoiser = denoiser_of(pipeline)
     edits, label = edits_of(denoiser), family_of(pipeline).label
@@ -64,7 +64,7 @@ def model_card(pipeline: DiffusionPipeline, title: str, teacher: str | None = No
         images=", image=image, mask_image=mask" if "Inpaint" in type(pipeline).__name__ else "",
         few_steps=", num_inference_steps=4, guidance_scale=1" if isinstance(pipeline.scheduler, LCMScheduler) else "",
         hint=_hint(pipeline) if edits else "",
-        figures=f"## Figures\n\n{figures.strip()}\n\n" if figures else "",
+        metrics=f"## Results\n\n{metrics.strip()}\n\n" if metrics else "",
         plan="\n".join(f"- {edit}" for edit in edits) or f"No edits: the {label} is a stock one, as its config says.",
     )
 
