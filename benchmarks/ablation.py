@@ -96,7 +96,7 @@ METRICS = ("concept_top1", "concept_top5", "style", "kid", "retrieval_at_1", "te
 
 
 def variants(target: float) -> dict[str, tuple[str, ...]]:
-    """The components of each recipe; below `FAST_SPEEDUP` those of short runs, too."""
+    """Return the components of each recipe; below `FAST_SPEEDUP` those of short runs, too."""
     found = dict(NAMED)
     if target < FAST_SPEEDUP:
         found |= {f"{name}{SHORT}": components for name, components in NAMED.items()}
@@ -260,7 +260,7 @@ def _held_out(count: int) -> EvaluationSet:
 
 
 def _strip(name: str, target: float) -> Path:
-    """The first images of a recipe's first seed, side by side."""
+    """Return the first images of a recipe's first seed, side by side."""
     return SETTLED / ("teacher.png" if name == "teacher" else f"{name.replace(' ', '')}-{target:g}.png")
 
 
@@ -270,12 +270,12 @@ def _cut(strip: Image.Image) -> list[Image.Image]:
 
 
 def _known_teacher(seed: int) -> dict[str, Any] | None:
-    """The teacher is the same whatever the target."""
+    """Return a finished run of the teacher, which is the same for every target."""
     return next((row for row in _known() if row["name"] == "teacher" and row["seed"] == seed), None)
 
 
 def _by_name(rows: list[dict[str, Any]], target: float) -> dict[str, list[dict[str, Any]]]:
-    """The rows of a target by recipe, in the recipes' order."""
+    """Return the rows of a target by recipe, in the recipes' order."""
     names = ["teacher", *variants(target)]
     found = {name: [row for row in rows if row["target"] == target and row["name"] == name] for name in names}
     return {name: mine for name, mine in found.items() if mine}
@@ -337,7 +337,7 @@ def _plan(pipeline: DiffusionPipeline, target: float) -> PruningPlan:
 
 
 def _student(unet: UNet2DConditionModel, plan: PruningPlan, components: tuple[str, ...]) -> UNet2DConditionModel:
-    """The student of the plan's removals, and of what the components add to them."""
+    """Return the student of the plan's removals, and of what the components add to them."""
     kind = "linear" if "compensation" in components else "none"
     removals = [Remove(unit=edit.unit, compensate=kind) for edit in plan.edits if isinstance(edit, Remove)]
     edits: list[Any] = list(removals)
@@ -372,12 +372,12 @@ def _stages(student: UNet2DConditionModel, components: tuple[str, ...], steps: i
 
 
 def _recipe(name: str) -> str:
-    """A recipe's name without the length of the run, and what draws."""
+    """Return a recipe's name without the length of the run, and what draws."""
     return name.removesuffix(SHORT).removesuffix(SWITCHING)
 
 
 def _planned(name: str, target: float) -> float:
-    """The speed-up of the student's plan, where the target is that of all steps."""
+    """Return the speed-up of the student's plan, where the target is that of all steps."""
     return FAST_SPEEDUP if name.endswith(SWITCHING) else target
 
 
@@ -388,7 +388,7 @@ def _drawing(pipeline: DiffusionPipeline, student: UNet2DConditionModel, name: s
 
 
 def _of_all_steps(name: str, faster: float) -> float:
-    """The speed-up of all UNet calls of an image, where the student's is `faster`."""
+    """Return the speed-up of all UNet calls of an image, where the student's is `faster`."""
     originals = LAST_STEPS if name.endswith(SWITCHING) else 0
     return round(STEPS / ((STEPS - originals) / faster + originals), 3)
 
@@ -416,8 +416,8 @@ def _costs(examples: TrainingSet, target: float) -> dict[str, float]:
 
 
 def _kinds_of_step(name: str, stages: list[Stage]) -> dict[str, tuple[Stage, float]]:
-    """The steps of a recipe that cost differently, by scope and whether the semantic loss is looked at: a stage of
-    that kind, and the kind's share of the steps."""
+    """Return the steps of a recipe that cost differently, by scope and whether the semantic loss is looked at: a
+    stage of that kind, and the kind's share of the steps."""
     steps, looks = sum(stage.steps for stage in stages), 1 / SEMANTICS.every
     found: dict[str, tuple[Stage, float]] = {}
     for stage in stages:
@@ -437,7 +437,8 @@ def _steps(
     components: tuple[str, ...],
     target: float,
 ) -> int:
-    """How many steps cost the same as those of BK-SDM's recipe at the target; the fit before them counts, too."""
+    """Return how many steps cost the same as those of BK-SDM's recipe at the target; the fit before them counts,
+    too."""
     if name == UNTRAINED:
         return 0
     length = LENGTHS[target] if name in NAMED else SHORT_LENGTH
@@ -451,7 +452,7 @@ def _steps(
 def _step_of(
     pipeline: DiffusionPipeline, student: UNet2DConditionModel, examples: TrainingSet, stage: Stage
 ) -> Callable[[], None]:
-    """A training step of the stage: forward, backward, optimiser."""
+    """Return a training step of the stage: forward, backward, optimiser."""
     task = make_task(pipeline, student, examples, stage)
     wanted = set(task.trained())
     indices = ShuffledBatches(len(examples), stage.batch_size, 0)(0)

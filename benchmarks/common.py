@@ -35,7 +35,7 @@ def run(app: typer.Typer) -> None:
 
 
 def machine(device: torch.device | str = "cpu") -> dict[str, str]:
-    """The date and what it was measured with."""
+    """Return the date and what it was measured with."""
     name = device_name(device)
     place = f"{torch.get_num_threads()} threads" if name == "cpu" else name
     return {
@@ -60,6 +60,6 @@ def finish(name: str, rows: list[dict[str, Any]], device: torch.device | str = "
 
 
 def without_second_layers(unet: UNet2DConditionModel) -> PruningPlan:
-    """A plan that removes the second resnet and attention of every stage."""
+    """Return a plan that removes the second resnet and attention of every stage."""
     names = [unit.name for unit in family_of(unet).units(unet) if unit.name.endswith((".resnets.1", ".attentions.1"))]
     return PruningPlan.for_unet(unet, [asdm.Remove(unit=name) for name in names if not name.startswith("mid_block")])

@@ -86,7 +86,7 @@ def _banks(unet: UNet2DConditionModel) -> Edits:
 
 
 def _all(unet: UNet2DConditionModel) -> Edits:
-    """What the others do, where what was removed leaves something to do."""
+    """Return what the others do, where what was removed leaves something to do."""
     edits = _removed(unet)
     gone = tuple(f"{edit['unit']}." for edit in edits)
     return edits + [edit for edit in _regional(unet) + _banks(unet) if not f"{edit['unit']}.".startswith(gone)]
@@ -139,7 +139,7 @@ def _randomize(unet: nn.Module, *names: str) -> None:
 
 
 def _tokenizer(of: str, *args: Any, **kwargs: Any) -> CLIPTokenizer:
-    """The tests' tokenizer is on the hub; here each byte is a token."""
+    """Return a tokenizer with a token for each byte; the tests' own is on the Hub."""
     if not of.startswith("hf-internal-testing/"):
         return _from_pretrained(of, *args, **kwargs)
     alphabet = sorted(ByteLevel.alphabet())
@@ -151,7 +151,7 @@ _from_pretrained, _load_pipeline = CLIPTokenizer.from_pretrained, DiffusionPipel
 
 
 def _trusting(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    """A saved student brings its code, which diffusers runs where it is told that it may."""
+    """Return a saved student brings its code, which diffusers runs where it is told that it may."""
     return _load_pipeline(cls, *args, **{"trust_remote_code": True, **kwargs})
 
 

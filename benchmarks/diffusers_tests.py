@@ -112,7 +112,7 @@ def say(line: str) -> None:
 def run(
     checkout: Path, kind: str, tests: list[str], options: list[str], passed_over: list[str] | None = None
 ) -> Results:
-    """What pytest found with one class, the tests `passed_over` left out."""
+    """Return what pytest found with one class, the tests `passed_over` left out."""
     here = Path(__file__).parent
     with tempfile.TemporaryDirectory() as folder:
         results, arguments = Path(folder) / "results.json", Path(folder) / "arguments"

@@ -187,7 +187,7 @@ def with_gri(
 
 
 def tome() -> Any:
-    """The package of ToMe; the other commands do without."""
+    """Return the package of ToMe; the other commands do without."""
     with needs_extra("benchmark", "ToMe"):
         import tomesd
     return tomesd

@@ -214,7 +214,7 @@ def estimated_stage(optimizer: OptimizerName, checkpointing: bool, steps: int, b
 
 
 def noise_images(folder: Path, count: int) -> Path:
-    """A folder of images with captions."""
+    """Return a folder of images with captions."""
     folder.mkdir(parents=True)
     for number in range(count):
         Image.effect_noise((64, 64), 64).convert("RGB").save(folder / f"{number}.png")

@@ -44,7 +44,7 @@ def arguments(**checks: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def refused(name: str, value: Any, allowed: str) -> AsdmError:
-    """The error for a value that is not allowed, in one line."""
+    """Return the error for a value that is not allowed, in one line."""
     return AsdmError(f"{name}={one_line(repr(value), 80)}: must be {allowed}")
 
 
@@ -56,7 +56,7 @@ def number(
     below: float = math.inf,
     remedy: str = "",
 ) -> Check:
-    """A finite number, from `low` to `high`, or between `above` and `below`, which are left out themselves."""
+    """Return a finite number, from `low` to `high`, or between `above` and `below`, which are left out themselves."""
     limits = [
         *([f"above {above:g}"] if above > -math.inf else []),
         *([f"of at least {low:g}"] if low > -math.inf else []),
@@ -81,7 +81,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def whole(low: int = 1, high: int | None = None) -> Check:
-    """A whole number from `low` to `high`."""
+    """Return a whole number from `low` to `high`."""
     allowed = f"a whole number, {low} or more" if high is None else f"a whole number from {low} to {high}"
 
     def check(name: str, value: Any) -> None:
@@ -93,7 +93,7 @@ def whole(low: int = 1, high: int | None = None) -> Check:
 
 
 def each(item: Check, least: int = 0, allowed: str = "a list") -> Check:
-    """A collection of at least so many items, each of which passes the check; a text is none."""
+    """Return a collection of at least so many items, each of which passes the check; a text is none."""
 
     def check(name: str, value: Any) -> None:
         if isinstance(value, str | bytes | Mapping) or not isinstance(value, Collection):
@@ -107,7 +107,7 @@ def each(item: Check, least: int = 0, allowed: str = "a list") -> Check:
 
 
 def named(item: Check) -> Check:
-    """A dictionary of at least one, by names, each of which passes the check."""
+    """Return a dictionary of at least one, by names, each of which passes the check."""
 
     def check(name: str, value: Any) -> None:
         if not (isinstance(value, Mapping) and value):
@@ -135,7 +135,7 @@ def literal(kind: Any) -> Check:
 
 
 def any_of(*checks: Check) -> Check:
-    """What passes one of the checks; the last one's error is told."""
+    """Return what passes one of the checks; the last one's error is told."""
 
     def check(name: str, value: Any) -> None:
         for one in checks[:-1]:
@@ -149,7 +149,7 @@ def any_of(*checks: Check) -> Check:
 
 
 def a(kind: type | tuple[type, ...], remedy: str = "") -> Check:
-    """An instance of a class."""
+    """Return an instance of a class."""
     kinds = kind if isinstance(kind, tuple) else (kind,)
     allowed = f"of type {' or '.join(each.__name__ for each in kinds)}" + (f"; {remedy}" if remedy else "")
 
@@ -197,7 +197,8 @@ def function(name: str, value: Any) -> None:
 
 
 def has(*attributes: str, allowed: str) -> Check:
-    """An object with these attributes, whatever its class: subclasses of others' pipelines and UNets work too."""
+    """Return an object with these attributes, whatever its class: subclasses of others' pipelines and UNets work
+    too."""
 
     def check(name: str, value: Any) -> None:
         if isinstance(value, type) or not all(hasattr(value, attribute) for attribute in attributes):

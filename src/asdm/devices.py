@@ -14,7 +14,7 @@ LONGEST_WAIT = timedelta(days=7)  # of a process for the others: one may sample 
 
 
 def fastest_device() -> str:
-    """The device to run on by default: a GPU, in a distributed launch this process's own, else the CPU."""
+    """Return the device to run on by default: a GPU, in a distributed launch this process's own, else the CPU."""
     if torch.cuda.is_available():
         return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -18,7 +18,7 @@ class AsdmWarning(UserWarning):
 
 
 def one_line(error: object, length: int = 160) -> str:
-    """What an error of another's says, for a message of ours."""
+    """Return what an error of another's says, for a message of ours."""
     return (" ".join(str(error).split()) or type(error).__name__)[:length]
 
 

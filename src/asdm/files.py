@@ -83,7 +83,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _name_beside(target: Path, kind: str) -> Path:
-    """A temporary name beside `target` that is this process's own.
+    """Return a temporary name beside `target` that is this process's own.
 
     What killed processes left is removed. Where one was killed between the two renames, the old folder is put back.
     """

@@ -38,13 +38,13 @@ _TRANSPOSITIONS = {
 
 
 def readable_formats() -> list[str]:
-    """The formats of images that the installed Pillow reads, with its plugins."""
+    """Return the formats of images that the installed Pillow reads, with its plugins."""
     Image.init()
     return [name for name in Image.OPEN if name not in _NO_IMAGES]
 
 
 def readable_suffixes() -> frozenset[str]:
-    """The suffixes of such files, in lower case, with the dot."""
+    """Return the suffixes of such files, in lower case, with the dot."""
     formats = readable_formats()
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
 
@@ -100,7 +100,7 @@ def _stream(file: Path | bytes) -> Path | io.BytesIO:
 
 
 def _without_metadata(file: Path | bytes) -> bytes | None:
-    """The content of a PNG or WebP file reduced to its pixels; None for any other format."""
+    """Return the content of a PNG or WebP file reduced to its pixels; None for any other format."""
     content = file if isinstance(file, bytes) else file.read_bytes()
     if content.startswith(b"\x89PNG\r\n\x1a\n"):
         return content[:8] + b"".join(_png_chunks(content))
@@ -111,8 +111,8 @@ def _without_metadata(file: Path | bytes) -> bytes | None:
 
 
 def _png_chunks(content: bytes) -> Iterator[bytes]:
-    """The critical chunks of a PNG file, and transparency. A chunk whose length is damaged is skipped up to the next of
-    these."""
+    """Yield the critical chunks of a PNG file, and transparency. A chunk whose length is damaged is skipped up to
+    the next of these."""
     start, kept = 8, (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
     while len(content) >= start + 12:
         (length,) = struct.unpack(">I", content[start : start + 4])
@@ -129,8 +129,8 @@ def _png_chunks(content: bytes) -> Iterator[bytes]:
 
 
 def _webp_chunks(content: bytes) -> Iterator[bytes]:
-    """The chunks of a WebP file before EXIF and XMP, which come last, without the colour profile. The flags in the
-    header are cleared."""
+    """Yield the chunks of a WebP file before EXIF and XMP, which come last, without the colour profile. The flags in
+    the header are cleared."""
     start = 12
     while len(content) >= start + 8 and content[start : start + 4] not in (b"EXIF", b"XMP "):
         (length,) = struct.unpack("<I", content[start + 4 : start + 8])
@@ -172,7 +172,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The image oriented by its EXIF, where that can be read."""
+    """Return the image oriented by its EXIF, where that can be read."""
     image.load()  # some formats store their metadata behind the pixels
     try:
         with warnings.catch_warnings():

@@ -42,10 +42,10 @@ def renamed(
 
 
 def renamed_stage(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A distillation stage, as recipes, run records and `asdm.json` hold it, with the present names."""
+    """Return a distillation stage, as recipes, run records and `asdm.json` hold it, with the present names."""
     return renamed(content, OLD_STAGE_FIELDS, OLD_STAGE_VALUES)
 
 
 def benchmark_name(name: str) -> str:
-    """The present name of a benchmark's method: feature caching was called inheritance."""
+    """Return the present name of a benchmark's method: feature caching was called inheritance."""
     return name.replace("inheritance, layer, ", "caching, ").replace("inheritance, ", "caching, ")

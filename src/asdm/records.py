@@ -34,7 +34,7 @@ class Record(BaseModel):
 
 
 def first_fault(error: ValidationError) -> str:
-    """The first thing that is wrong with a record: the field, its value, and what is allowed."""
+    """Return the first thing that is wrong with a record: the field, its value, and what is allowed."""
     first = error.errors(include_url=False)[0]
     place = ".".join(str(part) for part in first["loc"])
     message, value = first["msg"].removeprefix("Value error, "), first.get("input")
@@ -52,5 +52,5 @@ def first_fault(error: ValidationError) -> str:
 
 
 def _mentions(annotation: Any, kinds: tuple[Any, ...]) -> bool:
-    """Whether a type is, or is made of, one of these."""
+    """Return whether a type is, or is made of, one of these."""
     return annotation in kinds or any(_mentions(part, kinds) for part in get_args(annotation))

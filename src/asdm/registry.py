@@ -26,12 +26,12 @@ _OWN = (
 
 
 def registered_names(group: Group) -> list[str]:
-    """All names of a group, this package's own first."""
+    """Return all names of a group, this package's own first."""
     return list(dict.fromkeys(entry.name for entry in _entries(group)))
 
 
 def registered_folder(name: str, group: Group) -> Path | None:
-    """The folder of a registered name; None where no package registers it.
+    """Return the folder of a registered name; None where no package registers it.
 
     Raises:
         AsdmError: the package that registers it cannot be imported.

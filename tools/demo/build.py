@@ -65,7 +65,7 @@ def build(
 
 
 def check(folder: Path, say: Callable[[str], None], progress: Report | None = None) -> dict[str, Any]:
-    """How good the built pipeline is, by a judge that nothing was trained on.
+    """Return how good the built pipeline is, by a judge that nothing was trained on.
 
     Writes `check.json`, `samples.png` (48 samples, half of them held out, the real image under each) and
     `log.jsonl` (every tenth step of each stage).
@@ -90,8 +90,8 @@ def check(folder: Path, say: Callable[[str], None], progress: Report | None = No
 
 @torch.no_grad()
 def real_image_figures(pipeline: DiffusionPipeline) -> dict[str, float]:
-    """What the figures are for real images: the VAE's PSNR on held-out ones, how well the judge knows them again after
-    the VAE, and among all other real images; and the CLIPModel's retrieval on seen and held-out ones."""
+    """Return what the figures are for real images: the VAE's PSNR on held-out ones, how well the judge knows them
+    again after the VAE, and among all other real images; and the CLIPModel's retrieval on seen and held-out ones."""
     held_out = load_images([images_folder() / pair.file_name for pair in held_out_pairs()], 64)
     latents = encode_images(pipeline.vae, held_out)
     rebuilt = decode_latents(pipeline, latents).clamp(-1, 1)

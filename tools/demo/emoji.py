@@ -49,13 +49,13 @@ def all_pairs() -> list[Pair]:
 
 
 def held_out_pairs() -> list[Pair]:
-    """The tenth of the pairs that no training sees; never both styles of one concept."""
+    """Return the tenth of the pairs that no training sees; never both styles of one concept."""
     lines = resources.files("tools.demo").joinpath("held_out.txt").read_text("utf-8").splitlines()
     return [Pair(*line.rsplit(", ", 1)) for line in lines]
 
 
 def seen_pairs() -> list[Pair]:
-    """The pairs that training sees."""
+    """Return the pairs that training sees."""
     held_out = set(held_out_pairs())
     return [pair for pair in all_pairs() if pair not in held_out]
 

@@ -257,8 +257,8 @@ class StyleSwap:
 
 
 def make_tokenizer(captions: list[str]) -> CLIPTokenizer:
-    """A CLIP tokenizer whose merges are learnt from `captions`: their words become single tokens, and
-    any other text still splits into smaller pieces."""
+    """Return a CLIP tokenizer whose merges are learnt from `captions`: their words become single tokens, and any
+    other text still splits into smaller pieces."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = CLIPTokenizer().backend_tokenizer.pre_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

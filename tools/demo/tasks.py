@@ -88,7 +88,7 @@ class NoisePredictionTask(TrainingTask):
 
 
 def _reoriented(images: Tensor, generator: torch.Generator) -> Tensor:
-    """The batch in one of the square's eight orientations."""
+    """Return the batch in one of the square's eight orientations."""
     turns, mirrored = torch.randint(4, (1,), generator=generator), torch.randint(2, (1,), generator=generator)
     images = torch.rot90(images, int(turns), dims=(2, 3))
     return images.flip(3) if mirrored else images

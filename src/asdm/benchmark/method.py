@@ -27,7 +27,7 @@ def at_every(interval: int) -> Kinds:
 
 
 def data_dependent(step: int) -> str:
-    """The prompt, or a measurement, decides which steps compute the whole denoiser; the first does."""
+    """Return the prompt, or a measurement, decides which steps compute the whole denoiser; the first does."""
     return "mixed" if step else "whole"
 
 

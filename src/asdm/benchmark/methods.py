@@ -69,7 +69,7 @@ def methods(
 
 
 def _original(steps: int, data: str | Path | None) -> list[Method]:
-    """The original, also in fewer steps and with less guidance."""
+    """Return the original, also in fewer steps and with less guidance."""
     original = Method("original", "original", steps=steps)
     counts = fewer_steps(steps, judged=data is not None)
     return [
@@ -115,7 +115,7 @@ def fewer_steps(steps: int, judged: bool) -> list[int]:
 
 
 def guided_until(steps: int, part: float) -> Method:
-    """The original with guidance in the first steps alone."""
+    """Return the original with guidance in the first steps alone."""
 
     def kinds(step: int) -> str:
         return "whole" if step < math.ceil(part * steps) else "without guidance"
@@ -167,7 +167,7 @@ def _stacks(steps: int, students: Students, data: str | Path | None) -> list[Met
 
 
 def _fastest(name: str, fast: Prepared, steps: int, counts: Sequence[int], data: str | Path | None) -> Iterator[Method]:
-    """A student in the fastest runtime, alone and with feature caching."""
+    """Yield a student in the fastest runtime, alone and with feature caching."""
     base = combined(f"{name} + runtime", "stack", fast, steps=steps)
     yield from base.in_steps(counts)
     yield _by_lcm(base.name, "stack", fast)
@@ -182,7 +182,7 @@ def _fastest(name: str, fast: Prepared, steps: int, counts: Sequence[int], data:
 def _graphs(
     base: str, student: Maker | None, steps: int, counts: Sequence[int], group: str, data: str | Path | None
 ) -> Iterator[Method]:
-    """A pipeline in OpenVINO, in float and in 8 bits, alone and with feature caching, which our graphs allow."""
+    """Yield a pipeline in OpenVINO, in float and in 8 bits, alone and with feature caching, which our graphs allow."""
     runtimes: dict[str, Int8 | None] = {"OpenVINO": None, "OpenVINO int8": "activations"}
     for runtime, int8 in runtimes.items():
         name = f"{base}{runtime}"
@@ -202,12 +202,12 @@ def _graphs(
 
 
 def _by_lcm(name: str, group: str, *techniques: Prepared) -> Method:
-    """A pipeline in the four steps of a consistency model, whether or not it is one."""
+    """Return a pipeline in the four steps of a consistency model, whether or not it is one."""
     return combined(f"{name}, 4 steps of LCM" if name else "4 steps of LCM", group, *techniques, by_lcm, steps=4)
 
 
 def _every(base: Method, every: int, counts: Sequence[int]) -> list[Method]:
-    """A method with feature caching, every n-th step full."""
+    """Return a method with feature caching, every n-th step full."""
     name = f"{base.name} + caching, every {every}"
     technique = caching(every=every)
     return combined(name, base.group, base.prepared, technique, steps=base.steps, kinds=at_every(every)).in_steps(

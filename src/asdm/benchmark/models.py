@@ -38,7 +38,7 @@ class MeasuredModel:
 
 
 def open_results(folder: Path) -> Benchmark:
-    """The results that are in a benchmark's folder already; empty ones for a new folder."""
+    """Return the results that are in a benchmark's folder already; empty ones for a new folder."""
     path = folder / RESULTS
     return Benchmark.load(path) if path.exists() else Benchmark()
 

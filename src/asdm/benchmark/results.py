@@ -81,7 +81,7 @@ class BenchmarkRow(Record):
 
 
 class BenchmarkRun(Record):
-    """Where and when the rows of a place were measured."""
+    """Where and when a model's rows were measured."""
 
     date: str
     machine: str

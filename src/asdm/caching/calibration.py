@@ -137,7 +137,7 @@ class Observations:
     ratios: dict[int, Ratio]
 
     def schedule(self, speedup: float) -> CacheSchedule:
-        """The schedule with the least distance: of the two best by estimate, the better one as measured."""
+        """Return the schedule with the least distance: of the two best by estimate, the better one as measured."""
         full_fraction(*self.costs[min(self.costs)], speedup)
         best = []
         for depth, (full_ms, cached_ms) in self.costs.items():
@@ -153,7 +153,7 @@ class Observations:
         return chosen.model_copy(update={"uniform_distance": uniform_distance})
 
     def _schedules(self, depth: int, speedup: float) -> Iterator[CacheSchedule]:
-        """The best schedule at one depth for each damping, with its estimated distance."""
+        """Yield the best schedule at one depth for each damping, with its estimated distance."""
         full_ms, cached_ms = self.costs[depth]
         count = len(self.sampling.timesteps)
         full = min(count, max(1, math.floor(full_fraction(full_ms, cached_ms, speedup) * count + 1e-6)))
@@ -228,7 +228,7 @@ class _Report:
 
 
 def _timed_depths(pipeline: DiffusionPipeline, depths: list[int], speedup: float) -> dict[int, Timing]:
-    """The calls of each depth that reaches the speed-up; always those of the first, the fastest.
+    """Return the calls of each depth that reaches the speed-up; always those of the first, the fastest.
 
     Raises:
         AsdmError: the speed-up is out of reach.
@@ -255,7 +255,7 @@ def _probes(count: int) -> list[int]:
 def _effects(
     sampling: Sampling, recording: Recording, depths: list[int], probes: list[int], report: _Report
 ) -> dict[int, list[float]]:
-    """By depth, for each probe: the final distance for a squared error 1 of the features.
+    """Return, by depth and for each probe, the final distance for a squared error 1 of the features.
 
     The probes of the first depth are sampled to the end. The other depths' errors of the prediction are taken to have
     the same effect, relative to their size.

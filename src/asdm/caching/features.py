@@ -46,7 +46,7 @@ def cache_features(
     order: int = 1,
     damping: float = 1.0,
 ) -> Iterator[CachingSession]:
-    """Within the block, the pipeline's denoiser is computed in full at some steps and reuses cached features at others.
+    """Let the pipeline's denoiser compute in full at some steps and reuse cached features at others.
 
     Exactly one of five arguments chooses the full steps. Other pipelines that share the denoiser, guidance, ControlNet
     residuals and any size work as before. A new sampling starts with a full step, also after an exception. Each thread
@@ -109,7 +109,7 @@ def _decision(
     schedule: CacheSchedule | None,
     spacing: Spacing,
 ) -> Callable[[int, int], bool | None]:
-    """Whether step `index` of `count` is full; None where a budget decides."""
+    """Return whether step `index` of `count` is full; None where a budget decides."""
     if schedule is not None:
         return schedule.is_full
     if every is not None:

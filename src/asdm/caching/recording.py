@@ -44,7 +44,7 @@ class Sampling:
     seed: int
 
     def predict(self, scheduler: Any, latents: Tensor, index: int) -> Tensor:
-        """The guided prediction at a step."""
+        """Return the guided prediction at a step."""
         timestep = self.timesteps[index]
         sample = scheduler.scale_model_input(torch.cat([latents] * self.branches), timestep)
         if self.beside is not None:
@@ -58,7 +58,7 @@ class Sampling:
         return empty + self.guidance_scale * (text - empty)
 
     def step(self, scheduler: Any, prediction: Tensor, latents: Tensor, index: int) -> Tensor:
-        """Latents after a step, with the same noise each time the step is taken."""
+        """Return latents after a step, with the same noise each time the step is taken."""
         noise = {}
         if "generator" in inspect.signature(scheduler.step).parameters:
             noise["generator"] = torch.Generator().manual_seed(self.seed + index)
@@ -105,7 +105,8 @@ def prepare_sampling(
     guidance_scale: float | None,
     seed: int,
 ) -> Sampling:
-    """A sampling of captions from `data`, or of this package's prompts. The pipeline itself prepares the arguments."""
+    """Return a sampling of captions from `data`, or of this package's prompts. The pipeline itself prepares the
+    arguments."""
     channels, height, width = latent_shape(pipeline)
     samples = samples or (4 if height <= 32 else 1)
     captions = [example.caption for example in open_data(data).sample(samples, seed)] if data is not None else []
@@ -136,7 +137,7 @@ def prepare_sampling(
 
 
 def _first_call(pipeline: DiffusionPipeline, prompts: list[str], **settings: Any) -> dict[str, Any]:
-    """The arguments of the first call of the denoiser, by name, the sample first."""
+    """Return the arguments of the first call of the denoiser, by name, the sample first."""
 
     def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _FirstCall(args, kwargs)
@@ -184,7 +185,7 @@ def record(
 
 
 def _subset(value: Tensor) -> Tensor:
-    """Some values of a tensor, always from the same places."""
+    """Return some values of a tensor, always from the same places."""
     values = value.flatten()
     if len(values) <= FEATURES_KEPT:
         return values.float().clone()

@@ -89,7 +89,7 @@ class CacheSchedule(Record):
             )
 
     def full_steps_of(self, count: int) -> set[int]:
-        """The full steps of a sampling in `count` steps: at every part of it as dense as in the calibration."""
+        """Return the full steps of a sampling in `count` steps: at every part of it as dense as in the calibration."""
         if count == self.steps:
             return set(self.full_steps)
         places = [step / self.steps for step in self.full_steps]
@@ -98,12 +98,12 @@ class CacheSchedule(Record):
         return _nearest_steps(np.interp(ranks, range(len(places) + 1), [*places, 1]), count)
 
     def is_full(self, index: int, count: int) -> bool:
-        """Whether step `index` of `count` is full."""
+        """Return whether step `index` of `count` is full."""
         return index in self.full_steps_of(count)
 
 
 def spaced_steps(count: int, full: int, spacing: Spacing) -> set[int]:
-    """Which `full` of `count` steps are full, evenly spaced or denser late; the first always is."""
+    """Return which `full` of `count` steps are full, evenly spaced or denser late; the first always is."""
     places = [index / full for index in range(full)]
     if spacing == "late":
         places = [1 - (1 - place) ** LATE_EXPONENT for place in places]
@@ -111,7 +111,7 @@ def spaced_steps(count: int, full: int, spacing: Spacing) -> set[int]:
 
 
 def _nearest_steps(places: Iterable[float], count: int) -> set[int]:
-    """The steps nearest to rising places in [0, 1), no step twice."""
+    """Return the steps nearest to rising places in [0, 1), no step twice."""
     chosen: set[int] = set()
     for place in places:
         free = [step for step in range(count) if step not in chosen]  # dense places meet

@@ -147,7 +147,8 @@ class CachingHook(ModelHook):
 
 
 def cached_value(io: BlockIO, output: Any, fresh: Tensor | None) -> Tensor:
-    """What is cached of a module's output: a copy of its image states, or their difference from the fresh input."""
+    """Return what is cached of a module's output: a copy of its image states, or their difference from the fresh
+    input."""
     states = io.image_states(output)
     # Modules behind it may change it in place, as FreeU does.
     return states.clone() if fresh is None else states - fresh
@@ -202,7 +203,7 @@ def _remove_hook(module: nn.Module) -> None:
 
 
 def is_caching(denoiser: nn.Module) -> bool:
-    """Whether a block of `cache_features` is open for a denoiser."""
+    """Return whether a block of `cache_features` is open for a denoiser."""
     registries = (getattr(module, "_diffusers_hook", None) for module in denoiser.modules())
     return any(registry.get_hook(HOOK_NAME) is not None for registry in registries if registry is not None)
 
@@ -214,7 +215,7 @@ def require_uncached(denoiser: nn.Module, work: str) -> None:
 
 
 def cut_of(pipeline: DiffusionPipeline, depth: int, fresh: tuple[str, ...] = ()) -> CacheCut:
-    """Where a pipeline's denoiser is cut. Exported graphs and the like say it themselves."""
+    """Return where a pipeline's denoiser is cut. Exported graphs and the like say it themselves."""
     denoiser = denoiser_of(pipeline)
     own = getattr(denoiser, "cache_cut", None)
     return family_of(denoiser).cache_cut(denoiser, depth, fresh) if own is None else own(depth)

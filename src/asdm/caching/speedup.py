@@ -28,7 +28,7 @@ def timed_calls(session: CachingSession, rounds: int = 3) -> Timing:
 
 
 def full_fraction(full_ms: float, cached_ms: float, speedup: float) -> float:
-    """The fraction of the calls that may be full.
+    """Return the fraction of the calls that may be full.
 
     Raises:
         AsdmError: the speed-up is out of reach.

@@ -108,7 +108,7 @@ def _require_distinct(models: list[str]) -> None:
 
 
 def _data_of(model: str, data: str | None) -> str | None:
-    """A model's data: the embedded model's own by default, and none for random weights."""
+    """Return a model's data: the embedded model's own by default, and none for random weights."""
     if model.startswith("random:"):
         return None
     return "demo" if data is None and model == "demo" else data

@@ -146,7 +146,7 @@ def generate(
 
 
 def _cache_settings(text: str) -> dict[str, Any]:
-    """The arguments of `cache_features`: a number is a speed-up, anything else a schedule's file."""
+    """Return the arguments of `cache_features`: a number is a speed-up, anything else a schedule's file."""
     try:
         speedup = float(text)
     except ValueError:

@@ -63,14 +63,15 @@ def _silence_libraries() -> None:
 
 
 def _disk_error(error: Exception) -> str | None:
-    """A line about an error that the disk or a path caused; None for any other error."""
+    """Return a line about an error that the disk or a path caused; None for any other error."""
     if isinstance(error, OSError) and (isinstance(error, PermissionError) or error.errno in _DISK_ERRORS):
         return f"{error.filename or 'output'}: {error.strerror}"
     return one_line(error) if any(words in str(error) for words in _DISK_WORDS) else None
 
 
 def _memory_error(error: Exception) -> str | None:
-    """A line about an error that too little memory caused, the device's or the machine's; None for any other error."""
+    """Return a line about an error that too little memory caused, the device's or the machine's; None for any other
+    error."""
     if isinstance(error, MemoryError) or any(words in str(error) for words in _MEMORY_WORDS):
         return f"out of memory ({one_line(error)}): use smaller images, a smaller batch or another device"
     return None

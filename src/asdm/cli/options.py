@@ -47,7 +47,7 @@ def not_a_folder(path: Path | None) -> Path | None:
 
 
 def training_steps(steps: int | None, recipe: str) -> int:
-    """The number of training steps; `--steps` is refused beside a recipe's file."""
+    """Return the number of training steps; `--steps` is refused beside a recipe's file."""
     from asdm.distillation.recipes import RECIPES
 
     if steps is not None and recipe not in RECIPES and Path(recipe).is_file():

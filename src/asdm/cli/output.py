@@ -19,7 +19,7 @@ LISTED_FILES = 10  # of those that were skipped
 
 
 def is_main_process() -> bool:
-    """Whether this process prints: rank 0 of a distributed launch, or the only one."""
+    """Return whether this process prints: rank 0 of a distributed launch, or the only one."""
     return int(os.environ.get("RANK", "0")) == 0
 
 

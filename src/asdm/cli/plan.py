@@ -123,7 +123,7 @@ def _saved_profile(path: str, refine: int | None, claims: dict[str, Any]) -> Red
 
 
 def _profile_for_preset(source: str) -> RedundancyMap:
-    """The units alone, without weights or measurements: a preset's edits are fixed."""
+    """Return the units alone, without weights or measurements: a preset's edits are fixed."""
     from asdm.pipelines.shapes import denoiser_without_weights
     from asdm.sensitivity.analysis import structure_map
 

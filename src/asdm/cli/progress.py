@@ -38,7 +38,7 @@ class ProgressReport:
         self._progress.update(self._bars[title], completed=done, total=total, note=note)
 
     def _log(self, title: str, done: int, total: int, note: str) -> None:
-        """Without a terminal, print a line if the last one is some time ago."""
+        """Print a line if there is no terminal and the last one is some time ago."""
         if errors.is_terminal or not is_main_process():
             return
         if time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:

@@ -55,5 +55,5 @@ def prune(
 
 
 def _millions(denoiser: Any) -> float:
-    """Its parameters in millions."""
+    """Return a model's parameters in millions."""
     return sum(p.numel() for p in denoiser.parameters()) / 1e6

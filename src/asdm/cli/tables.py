@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def _table(title: str | None, texts: Iterable[str], numbers: Iterable[str]) -> Table:
-    """An empty table with columns of text, then columns of numbers; narrow, without frames."""
+    """Return an empty table with columns of text, then columns of numbers; narrow, without frames."""
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in texts:
         table.add_column(name, overflow="fold")
@@ -26,7 +26,7 @@ def _table(title: str | None, texts: Iterable[str], numbers: Iterable[str]) -> T
 
 
 def _legible(table: Table) -> Table:
-    """The filled table with its numbers kept whole: in a narrow terminal the texts take more lines."""
+    """Return the filled table with its numbers kept whole: in a narrow terminal the texts take more lines."""
     for column in table.columns:
         if column.justify == "right":
             words = [*str(column.header).split(), *map(str, column.cells)]
@@ -35,7 +35,7 @@ def _legible(table: Table) -> Table:
 
 
 def profile_table(redundancy: RedundancyMap) -> Table:
-    """What each removable unit costs and how sensitive the prediction is to it."""
+    """Return what each removable unit costs and how sensitive the prediction is to it."""
     table = _table(
         f"{redundancy.model}: {len(redundancy.units)} removable units",
         ["unit"],
@@ -75,7 +75,7 @@ def speed_table(evaluation: Evaluation) -> Table:
 
 
 def quality_table(evaluation: Evaluation) -> Table:
-    """The quality of an evaluation's images, by model and split; columns without a value are left out."""
+    """Return the quality of an evaluation's images, by model and split; columns without a value are left out."""
     from asdm.evaluation.report import QUALITY_COLUMNS
 
     columns = [c for c in QUALITY_COLUMNS if any(getattr(q, c[0]) is not None for q in evaluation.quality)]
@@ -124,7 +124,7 @@ def _or_dash(value: float | None, form: str) -> str:
 
 
 def estimate_tables(rows: Sequence[StageEstimate], processes: int) -> tuple[Table, Table]:
-    """What each stage trains and how long it takes; and what its memory is used for."""
+    """Return what each stage trains and how long it takes; and what its memory is used for."""
     titles = ("parameters", "steps", "batch", "TFLOP a step", "about", "memory")
     table = _table(None, ["stage", "trains"], titles)
     kinds = list(dict.fromkeys(kind for row in rows for kind in row.memory))

@@ -95,7 +95,7 @@ def fit_compensation(
 
 
 def samples_to_fit(pipeline: DiffusionPipeline) -> int:
-    """How many samples a fit reads by default: the lowest-resolution level has few positions in each."""
+    """Return how many samples a fit reads by default: the lowest-resolution level has few positions in each."""
     return 32 if latent_shape(pipeline)[1] <= 32 else 4
 
 
@@ -121,7 +121,7 @@ def fit_to_calls(
 
 @torch.no_grad()
 def predictions(unet: Denoiser, calls: Sequence[CalibrationCall]) -> list[Tensor]:
-    """The prediction of a denoiser in each call."""
+    """Return the prediction of a denoiser in each call."""
     family = family_of(unet)
     return [family.predict(unet, call.arguments) for call in calls]
 
@@ -135,14 +135,14 @@ def prediction_error(student: Denoiser, calls: Sequence[CalibrationCall], expect
 
 
 def fitted_tensors(student: Denoiser) -> dict[str, Tensor]:
-    """The tensors of `student` that a fit changes, by name."""
+    """Return the tensors of `student` that a fit changes, by name."""
     units = [edit.unit for edit in compensated(edits_of(student))]
     state = student.state_dict()
     return {name: tensor for name, tensor in state.items() if name.startswith(tuple(f"{unit}." for unit in units))}
 
 
 def _to_fit(teacher: Denoiser, student: Denoiser) -> list[UnitEdit]:
-    """The edits of `student`, not the teacher's own, that have a compensation, in order of execution."""
+    """Return the edits of `student`, not the teacher's own, that have a compensation, in order of execution."""
     units = [unit.name for unit in family_of(teacher).units(teacher)]
     earlier = {edit.unit for edit in edits_of(teacher)}
     edits = [edit for edit in compensated(edits_of(student)) if edit.unit not in earlier]
@@ -173,7 +173,7 @@ def _fit_unit(teacher: PartialCalls, student: PartialCalls, edit: UnitEdit, ridg
 
 
 def _states_around(calls: PartialCalls, branch: Branch, index: int) -> tuple[Tensor, Tensor]:
-    """What the branch reads in one call, and the hidden states behind it that the fit compares.
+    """Return what the branch reads in one call, and the hidden states behind it that the fit compares.
 
     Those are the unit's output; or, where the sum is taken outside the module, the sum; or the branch's own output
     where a gate multiplies it outside the module.
@@ -187,7 +187,7 @@ def _states_around(calls: PartialCalls, branch: Branch, index: int) -> tuple[Ten
 
 
 def _time_features(student: PartialCalls, branch: Branch, index: int, features: Tensor) -> Tensor:
-    """The activated time embedding at each position (samples, positions, channels)."""
+    """Return the activated time embedding at each position (samples, positions, channels)."""
     _, embedding, *_ = student.until([branch.path], index)[branch.path].args
     samples, positions = features.shape[:2]
     return F.silu(embedding).expand(samples, -1)[:, None].expand(-1, positions, -1)

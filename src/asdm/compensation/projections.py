@@ -68,7 +68,7 @@ def unit_projections(
 
 
 def projection_features(kind: CompensationKind, branch: Branch, read: Tensor, kept: Tensor) -> Tensor:
-    """The features (samples, positions, channels) that a projection is regressed on.
+    """Return the features (samples, positions, channels) that a projection is regressed on.
 
     Args:
         read: the hidden states that the branch reads.

@@ -132,7 +132,7 @@ def _require_one_process() -> None:
 
 
 def _run(out: Path, settings: Settings, device: str | None, progress: Progress | None) -> Compression:
-    """All steps in a row; those that are done are loaded."""
+    """Return all steps in a row; those that are done are loaded."""
     teacher = _checked_teacher(settings, device)
     claim_folder(out, settings)
     job = Job(settings, out, teacher, progress or (lambda *_: None))
@@ -142,7 +142,7 @@ def _run(out: Path, settings: Settings, device: str | None, progress: Progress |
 
 
 def _finished(out: Path, settings: Settings) -> Compression:
-    """What an earlier run made."""
+    """Return what an earlier run made."""
     claim_folder(out, settings)
     plan, evaluation = PruningPlan.load(out / PLAN), Evaluation.load(out / EVALUATION)
     return Compression(out, out / REPORT, headline_of(evaluation, settings.budget["speedup"]), plan, evaluation, {})

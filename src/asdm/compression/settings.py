@@ -52,13 +52,13 @@ class Settings(Record):
         return has_random_weights(self.model)
 
     def saved(self) -> dict[str, Any]:
-        """The settings as JSON data."""
+        """Return the settings as JSON data."""
         content = self.model_dump(mode="json", exclude={"prediction_type", "config"})
         return content | self.claims
 
 
 def has_random_weights(model: str) -> bool:
-    """Whether a model's name asks for random weights."""
+    """Return whether a model's name asks for random weights."""
     return model.startswith("random:")
 
 

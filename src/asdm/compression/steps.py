@@ -81,7 +81,7 @@ class Job:
         return list(self.pipelines.values())[-1]
 
     def reporter(self, title: str) -> Callable[[int, int, str], None]:
-        """The progress of one task, called with its done and total, and a note."""
+        """Return the progress of one task, called with its done and total, and a note."""
         return lambda done, total, note: self.report(title, done, total, note)
 
 
@@ -89,11 +89,11 @@ class Step(ABC):
     """One part of the job."""
 
     def files(self, job: Job) -> list[Path]:
-        """The files that hold the step's results; a step without any is run each time."""
+        """Return the files that hold the step's results; a step without any is run each time."""
         return []
 
     def is_done(self, job: Job) -> bool:
-        """Whether the step's results can be read instead of computed."""
+        """Return whether the step's results can be read instead of computed."""
         files = self.files(job)
         return bool(files) and all(path.is_file() for path in files)
 

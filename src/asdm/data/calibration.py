@@ -115,7 +115,7 @@ def _latents_and_prompts(
     seed: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, Conditioning]:
-    """Latents (samples, channels, h, w) and their prompts."""
+    """Return latents (samples, channels, h, w) and their prompts."""
     if data is not None and is_prepared(data):
         prepared = open_prepared(pipeline, data)
         return prepared.batch(random.Random(seed).choices(range(len(prepared)), k=samples))

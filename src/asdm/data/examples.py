@@ -82,19 +82,19 @@ class Source(Protocol):
     split: Split  # which examples it gives
 
     def __len__(self) -> int:
-        """How many pieces there are."""
+        """Return how many pieces there are."""
         ...
 
     def read(self, piece: int) -> Iterator[Example | Unusable]: ...
 
 
 def count_of_pieces(rows: int) -> int:
-    """How many pieces so many rows make."""
+    """Return how many pieces so many rows make."""
     return -(-rows // PIECE)
 
 
 def rows_of_piece(piece: int, rows: int) -> range:
-    """Which of so many rows are in a piece."""
+    """Return which of so many rows are in a piece."""
     return range(piece * PIECE, min((piece + 1) * PIECE, rows))
 
 
@@ -124,17 +124,17 @@ def example_of(name: str, caption: Any, file: Path | bytes | None, about: dict[s
 
 
 def in_split(example: Example, split: Split) -> bool:
-    """Whether a split has the example."""
+    """Return whether a split has the example."""
     return split == "all" or example.held_out == (split == "held_out")
 
 
 def digest(rows: Iterable[Any]) -> str:
-    """What tells these rows from others."""
+    """Return what tells these rows from others."""
     return hashlib.sha256(json.dumps(list(rows)).encode()).hexdigest()
 
 
 def can_be_decoded(example: Example) -> bool:
-    """Whether the image can be decoded. Its header alone does not say."""
+    """Return whether the image can be decoded. Its header alone does not say."""
     try:
         with example.image() as image:
             image.load()

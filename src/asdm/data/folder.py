@@ -48,8 +48,8 @@ class FolderSource:
 
 
 def _rows_of(folder: Path) -> Iterator[Example | Unusable]:
-    """The samples of a folder. Without metadata: those with text files beside them, then those of the metadata in
-    folders inside it."""
+    """Yield the samples of a folder. Without metadata: those with text files beside them, then those of the metadata
+    in folders inside it."""
     metadata = metadata_of(folder)
     if metadata is not None:
         yield from _from_metadata(metadata, folder)
@@ -91,7 +91,8 @@ def _others_of(folder: Path, rows: Iterable[Example | Unusable]) -> Iterator[Unu
 
 
 def _from_metadata(path: Path, folder: Path) -> Iterator[Example | Unusable]:
-    """The rows of a file of metadata. Its names of files are relative to it; those of the examples to `folder`."""
+    """Yield the rows of a file of metadata. Its names of files are relative to it; those of the examples to
+    `folder`."""
     for place, row, fault in rows_of_metadata(path):
         about = row if isinstance(row, dict) else {}
         name, column = about.get("file_name"), next((key for key in ("text", *CAPTION_FIELDS) if key in about), None)
@@ -114,8 +115,8 @@ def _folders_with_metadata(folder: Path) -> Iterator[Path]:
 
 
 def _files_of(folder: Path, all_folders: bool = False) -> Iterator[Path]:
-    """All files below a folder, through links too, each folder once. Unless `all_folders`, without the folders inside
-    it that have metadata."""
+    """Yield all files below a folder, through links too, each folder once. Unless `all_folders`, without the folders
+    inside it that have metadata."""
     known: set[str] = set()
     for place, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)

@@ -75,7 +75,7 @@ class DatasetSource:
 
 
 def _file_of(content: dict[str, Any]) -> Path | bytes | None:
-    """A dataset's image: its bytes, a file, or the content of a remote file, as folders on the Hub have."""
+    """Return a dataset's image: its bytes, a file, or the content of a remote file, as folders on the Hub have."""
     path = content.get("path")
     if content.get("bytes") or not path:
         return content.get("bytes")

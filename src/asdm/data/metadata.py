@@ -15,12 +15,13 @@ METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # the first o
 
 
 def metadata_of(folder: Path) -> Path | None:
-    """The file of metadata in a folder."""
+    """Return the file of metadata in a folder."""
     return next((folder / name for name in METADATA if (folder / name).is_file()), None)
 
 
 def rows_of_metadata(path: Path) -> Iterator[tuple[str, Any, str]]:
-    """The rows of a file of metadata, each with its place in the file; why there is none where it cannot be read."""
+    """Return the rows of a file of metadata, each with its place in the file; why there is none where it cannot be
+    read."""
     reader = {".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}[path.suffix]
     return reader(path)
 
@@ -63,5 +64,5 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any, str]]:
 
 
 def text_of(path: Path) -> str:
-    """A file's text, with a mark where it is not UTF-8."""
+    """Return a file's text, with a mark where it is not UTF-8."""
     return path.read_text("utf-8-sig", errors="replace")

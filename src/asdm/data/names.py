@@ -9,7 +9,7 @@ from asdm.registry import DATASETS, registered_names
 
 
 def data_help() -> str:
-    """All that a data source's name can be."""
+    """Return all that a data source's name can be."""
     return (
         "a folder of images with captions (name.txt beside each, or metadata.jsonl, .csv or .parquet), WebDataset "
         "shards (a folder, path or URL pattern of .tar files), hf:DATASET, a .txt file of captions, what prepare-data "
@@ -18,6 +18,6 @@ def data_help() -> str:
 
 
 def unusable(source: str | Path, skipped: dict[str, str]) -> AsdmError:
-    """The error for a source without usable examples."""
+    """Return the error for a source without usable examples."""
     reasons = f" ({len(skipped)} skipped, the first: {next(iter(skipped.items()))})" if skipped else ""
     return AsdmError(f"{source}: no images with captions{reasons}; DATA is {data_help()}")

@@ -146,7 +146,7 @@ class _Preparation:
         missing_path(self.folder, number).unlink(missing_ok=True)
 
     def _batches(self, number: int, skipped: dict[str, str]) -> Iterator[list[Example]]:
-        """A piece's examples in batches; what cannot be used goes to `skipped`."""
+        """Yield a piece's examples in batches; what cannot be used goes to `skipped`."""
         batch: list[Example] = []
         for row in self.source.read(number):
             if isinstance(row, Unread) and not self.ignore_missing_shards:
@@ -164,7 +164,7 @@ class _Preparation:
     def _encoded(
         self, batch: list[Example], skipped: dict[str, str], generator: torch.Generator
     ) -> list[tuple[Example, dict[str, Any]]]:
-        """The examples of a batch that can be decoded, each with its latents and its caption's embeddings."""
+        """Return the examples of a batch that can be decoded, each with its latents and its caption's embeddings."""
         pipeline = self.pipeline
         images = None
         if batch[0].file is None:
@@ -189,7 +189,7 @@ class _Preparation:
         return [(example, {name: rows[i] for name, rows in arrays.items()}) for i, example in enumerate(batch)]
 
     def _generated(self, captions: list[str], generator: torch.Generator) -> Tensor:
-        """Latents that the pipeline generates from captions."""
+        """Return latents that the pipeline generates from captions."""
         call: Any = self.pipeline
         return call(
             captions,

@@ -54,7 +54,7 @@ class PreparedData:
         return len(self.places)
 
     def batch(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Conditioning]:
-        """Latents (batch, 4, h, w) and the captions' embeddings of these samples, in float32."""
+        """Return latents (batch, 4, h, w) and the captions' embeddings of these samples, in float32."""
         rows = [self._read(*self.places[int(index)]) for index in indices]
         tensors = {name: torch.from_numpy(np.stack([row[name] for row in rows])).float() for name in rows[0]}
         return tensors.pop("latents"), Conditioning(**tensors)
@@ -67,7 +67,7 @@ class PreparedData:
 
 
 def is_prepared(data: str | Path) -> bool:
-    """Whether `data` names a folder that `prepare_data` wrote."""
+    """Return whether `data` names a folder that `prepare_data` wrote."""
     return os.path.isfile(Path(data) / PREPARED)
 
 
@@ -84,14 +84,16 @@ def open_prepared(pipeline: DiffusionPipeline, data: str | Path) -> PreparedData
 
 
 def fingerprint(pipeline: DiffusionPipeline) -> str:
-    """What tells the latents and embeddings of one pipeline from another's: its VAE, text encoders and image size."""
+    """Return what tells the latents and embeddings of one pipeline from another's: its VAE, text encoders and image
+    size."""
     parts = [getattr(pipeline, name, None) for name in ("vae", "text_encoder", "text_encoder_2")]
     about = [image_size(pipeline), is_inpainting(pipeline), *(digest_of(part) for part in parts if part is not None)]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
 
 def digest_of(module: nn.Module) -> str:
-    """A digest of the signs of some values of each parameter. Half precision keeps them, and training turns some."""
+    """Return a digest of the signs of some values of each parameter. Half precision keeps them, and training turns
+    some."""
     digest = hashlib.sha256()
     for parameter in module.parameters():
         values = parameter.detach().flatten()
@@ -101,18 +103,18 @@ def digest_of(module: nn.Module) -> str:
 
 
 def prepared_captions(folder: Path) -> list[str]:
-    """The captions of a folder that was prepared."""
+    """Return the captions of a folder that was prepared."""
     pieces = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("[0-9]*.json"))]
     return [caption for piece in pieces for caption in piece["captions"]]
 
 
 def shard_path(folder: Path, number: int) -> Path:
-    """A piece's tensors and captions."""
+    """Return a piece's tensors and captions."""
     return folder / f"{number:05d}.tar"
 
 
 def piece_path(folder: Path, number: int) -> Path:
-    """The index of a piece's shard; it is there once the shard is whole."""
+    """Return the index of a piece's shard; it is there once the shard is whole."""
     return folder / f"{number:05d}.json"
 
 

@@ -53,7 +53,7 @@ class ShardSource:
 
 
 def _from_sample(sample: dict[str, Any]) -> Example | Unusable:
-    """A sample of a shard."""
+    """Return a sample of a shard."""
     name = sample["__key__"]
     members = sorted(key for key in sample if not key.startswith("__"))
     found = f"its members are {', '.join(f'.{member}' for member in members)}"
@@ -80,6 +80,6 @@ def _from_sample(sample: dict[str, Any]) -> Example | Unusable:
 
 
 def _state_of(path: Path) -> list[Any]:
-    """A local shard, and what tells whether it is still the same."""
+    """Return a local shard, and what tells whether it is still the same."""
     about = path.stat()
     return [str(path.resolve()), about.st_size, about.st_mtime_ns]

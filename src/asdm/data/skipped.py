@@ -9,7 +9,8 @@ from asdm.data.sources import open_data, open_source, require_usable
 
 
 def skipped_files(data: str | Path) -> dict[str, str]:
-    """The files that cannot be used, with reasons; none of a remote or a prepared source, which is not read in whole.
+    """Return the files that cannot be used, with reasons; none of a remote or a prepared source, which is not read in
+    whole.
 
     Raises:
         AsdmError: nothing in the source can be used.

@@ -11,10 +11,10 @@ _ASSETS = Path(__file__).parent / "assets"
 
 
 def pipeline_folder() -> Path:
-    """The embedded pipeline, in stock diffusers format."""
+    """Return the embedded pipeline, in stock diffusers format."""
     return _ASSETS / "pipeline"
 
 
 def images_folder() -> Path:
-    """The embedded captioned images: an ordinary data folder (`metadata.jsonl`)."""
+    """Return the embedded captioned images: an ordinary data folder (`metadata.jsonl`)."""
     return _ASSETS / "emoji"

@@ -74,7 +74,7 @@ class Conditioning:
         return replace(mixed, encoder_attention_mask=mask)
 
     def without_text(self) -> Conditioning:
-        """What SDXL's guidance takes for an empty prompt: zeros, at the same image size."""
+        """Return what SDXL's guidance takes for an empty prompt: zeros, at the same image size."""
         pooled = None if self.text_embeds is None else torch.zeros_like(self.text_embeds)
         return Conditioning(torch.zeros_like(self.encoder_hidden_states), pooled, self.time_ids)
 
@@ -82,7 +82,7 @@ class Conditioning:
         return replace(self, **{name: function(value) for name, value in self._fields().items()})
 
     def _fields(self) -> dict[str, Tensor]:
-        """The fields that are set."""
+        """Return the fields that are set."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
@@ -102,8 +102,8 @@ def latent_shape(pipeline: DiffusionPipeline) -> tuple[int, int, int]:
 
 
 def masked_latents(pipeline: DiffusionPipeline, images: Tensor, generator: torch.Generator) -> Tensor:
-    """What an inpainting denoiser reads behind the noisy latents, (images, 1 + 4, h, w): a mask, and the latents of
-    what it leaves of `images` (images, 3, height, width) in [-1, 1].
+    """Return what an inpainting denoiser reads behind the noisy latents, (images, 1 + 4, h, w): a mask, and the latents
+    of what it leaves of `images` (images, 3, height, width) in [-1, 1].
 
     Every fourth mask covers the whole image, the others a rectangle of at least a quarter of each side.
     """
@@ -124,7 +124,7 @@ def masked_latents(pipeline: DiffusionPipeline, images: Tensor, generator: torch
 
 
 def image_size(pipeline: DiffusionPipeline) -> int:
-    """The side in pixels of the images that the pipeline was made for."""
+    """Return the side in pixels of the images that the pipeline was made for."""
     return latent_shape(pipeline)[1] * pipeline.vae_scale_factor
 
 
@@ -143,7 +143,7 @@ def require_size(pipeline: DiffusionPipeline, size: int) -> None:
 
 @torch.no_grad()
 def encode_images(vae: Any, images: Tensor) -> Tensor:
-    """Latents (images, 4, h, w), the posterior's means scaled as the denoiser expects them, of `images`
+    """Return latents (images, 4, h, w), the posterior's means scaled as the denoiser expects them, of `images`
     (images, 3, height, width) in [-1, 1]; as many at a time as make a 512x512 pixel image."""
     at_once = max(1, 512 * 512 // images.shape[2:].numel())
     latents = []
@@ -157,8 +157,8 @@ def encode_images(vae: Any, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decode_latents(pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
-    """Images (batch, 3, height, width) in about [-1, 1] of `latents` (batch, 4, h, w); as many at a time as make a
-    512x512 pixel image."""
+    """Return images (batch, 3, height, width) in about [-1, 1] of `latents` (batch, 4, h, w); as many at a time as
+    make a 512x512 pixel image."""
     vae = pipeline.vae
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     at_once = max(1, 64 * 64 // latents.shape[2:].numel())
@@ -169,7 +169,7 @@ def decode_latents(pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
 
 @contextmanager
 def _without_overflow(vae: Any) -> Iterator[None]:
-    """In float32, where a VAE's activations are known to be too large for half precision: SDXL's."""
+    """Run a VAE in float32 whose activations are known to be too large for half precision: SDXL's."""
     dtype = vae.dtype
     upcast = dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
     if upcast:
@@ -182,7 +182,7 @@ def _without_overflow(vae: Any) -> Iterator[None]:
 
 
 def predict(denoiser: Denoiser, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-    """The denoiser's prediction (batch, channels, h, w) for noisy latents at time steps (batch,)."""
+    """Return the denoiser's prediction (batch, channels, h, w) for noisy latents at time steps (batch,)."""
     arguments = conditioning.denoiser_arguments(denoiser, latents)
     output = denoiser(timestep=timesteps, **arguments, return_dict=False)[0]
     return family_of(denoiser).prediction(denoiser, output)

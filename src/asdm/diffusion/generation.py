@@ -105,7 +105,7 @@ def generate(
 def _target(
     pipeline: DiffusionPipeline, image: Image.Image | None, mask: Image.Image | None, strength: float, size: int | None
 ) -> tuple[DiffusionPipeline, dict[str, Any]]:
-    """The pipeline that reads these inputs, and the arguments that hold them."""
+    """Return the pipeline that reads these inputs, and the arguments that hold them."""
     arguments = pipeline_arguments(pipeline, size)
     if size is not None:
         arguments |= {"height": size, "width": size}
@@ -121,7 +121,7 @@ def _target(
 def _generate_batch(
     pipeline: DiffusionPipeline, prompts: list[str], seed: int, arguments: dict[str, Any]
 ) -> np.ndarray:
-    """Images (prompts, height, width, 3) in [0, 1], the n-th from the noise of seed + n."""
+    """Return images (prompts, height, width, 3) in [0, 1], the n-th from the noise of seed + n."""
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     given = {name: [value] * len(prompts) if "image" in name else value for name, value in arguments.items()}
     with _faults_in_one_line(pipeline):
@@ -172,7 +172,7 @@ def _require_finite(images: np.ndarray, pipeline: DiffusionPipeline, guidance: f
 
 
 def most_steps(pipeline: DiffusionPipeline) -> int:
-    """The most sampling steps that the scheduler can take; for a consistency model, those of its solver."""
+    """Return the most sampling steps that the scheduler can take; for a consistency model, those of its solver."""
     config = pipeline.scheduler.config
     return min(config.get(name) or 1000 for name in ("num_train_timesteps", "original_inference_steps"))
 
@@ -204,7 +204,7 @@ def pipeline_arguments(pipeline: DiffusionPipeline, size: int | None = None) -> 
 
 
 def is_few_step(pipeline: DiffusionPipeline) -> bool:
-    """Whether it is a consistency model, by its scheduler."""
+    """Return whether it is a consistency model, by its scheduler."""
     return isinstance(pipeline.scheduler, LCMScheduler)
 
 
@@ -214,8 +214,8 @@ def default_steps(pipeline: DiffusionPipeline) -> int:
 
 
 def default_guidance(pipeline: DiffusionPipeline) -> float:
-    """The family's usual scale, 7.5 for Stable Diffusion; 3 for small latents, whose details a larger one burns out; 1,
-    none, for few-step denoisers with built-in guidance."""
+    """Return the family's usual scale, 7.5 for Stable Diffusion; 3 for small latents, whose details a larger one
+    burns out; 1, none, for few-step denoisers with built-in guidance."""
     if is_few_step(pipeline) and not family_of(pipeline).embeds_guidance(denoiser_of(pipeline)):
         return 1.0
     return 3.0 if _is_small(pipeline) else family_of(pipeline).guidance_scale

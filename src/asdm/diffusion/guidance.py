@@ -101,8 +101,8 @@ class CfgCutoff(PipelineCallback):
 
 
 def _branches_of(pipeline: DiffusionPipeline) -> tuple[list[str], tuple[int, int]]:
-    """Names of a pipeline's tensors with rows for each branch; the number of branches, and the index of the one that
-    stays."""
+    """Return names of a pipeline's tensors with rows for each branch; the number of branches, and the index of the
+    one that stays."""
     owner = next((kind for kind in type(pipeline).__mro__ if "__call__" in vars(kind)), type(pipeline))
     if owner.__name__ not in _LOOPS or not owner.__module__.startswith("diffusers."):
         raise AsdmError(

@@ -93,7 +93,7 @@ def generate_files(
 
 
 def _free_path(folder: Path, prompt: str) -> Path:
-    """A file name from the prompt that is not taken yet."""
+    """Return a file name from the prompt that is not taken yet."""
     stem = "".join(c if c.isalnum() else "_" for c in prompt)[:LONGEST_NAME].strip("_") or "image"
     path, number = folder / f"{stem}.png", 1
     while path.exists():

@@ -20,22 +20,22 @@ RANDOM = "random:"  # how names of pipelines with random weights begin
 
 
 def is_sdxl(pipeline: DiffusionPipeline) -> bool:
-    """Whether it is an SDXL pipeline."""
+    """Return whether it is an SDXL pipeline."""
     return hasattr(pipeline, "text_encoder_2")
 
 
 def is_random(pipeline: DiffusionPipeline) -> bool:
-    """Whether its weights are random: good for measurements of speed and memory only."""
+    """Return whether its weights are random: good for measurements of speed and memory only."""
     return str(pipeline.config.get("_name_or_path")).startswith(RANDOM)
 
 
 def is_inpainting(pipeline: DiffusionPipeline) -> bool:
-    """Whether its denoiser also reads a mask and the latents of a masked image."""
+    """Return whether its denoiser also reads a mask and the latents of a masked image."""
     return denoiser_of(pipeline).config.in_channels == 2 * pipeline.vae.config.latent_channels + 1
 
 
 def image_to_image(pipeline: DiffusionPipeline, with_mask: bool = False) -> DiffusionPipeline:
-    """The pipeline for image-to-image, or for inpainting, that shares this pipeline's parts.
+    """Return the pipeline for image-to-image, or for inpainting, that shares this pipeline's parts.
 
     `from_pipe` does not serve: it leaves out a component whose class is a subclass of the one expected.
     """
@@ -49,7 +49,7 @@ def image_to_image(pipeline: DiffusionPipeline, with_mask: bool = False) -> Diff
 
 
 def text_to_image(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """The pipeline for text-to-image that shares this pipeline's parts."""
+    """Return the pipeline for text-to-image that shares this pipeline's parts."""
     kind = StableDiffusionXLPipeline if is_sdxl(pipeline) else StableDiffusionPipeline
     arguments = extra_arguments(pipeline)
     arguments.pop("requires_aesthetics_score", None)  # of the refiner's
@@ -57,6 +57,6 @@ def text_to_image(pipeline: DiffusionPipeline) -> DiffusionPipeline:
 
 
 def extra_arguments(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """The arguments of its class that are no components, as its config has them."""
+    """Return the arguments of its class that are no components, as its config has them."""
     allowed = ("requires_safety_checker", "force_zeros_for_empty_prompt", "requires_aesthetics_score")
     return {name: pipeline.config[name] for name in allowed if name in pipeline.config}

@@ -48,11 +48,11 @@ class Parameterization(ABC):
 
     @abstractmethod
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the denoiser is trained to predict."""
+        """Return what the denoiser is trained to predict."""
 
     @abstractmethod
     def to_x0(self, prediction: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
-        """The x_0 estimate of a prediction for `noisy`."""
+        """Return the x_0 estimate of a prediction for `noisy`."""
 
     @abstractmethod
     def sample_timesteps(
@@ -81,7 +81,7 @@ class Parameterization(ABC):
         return (self.noise_power(timesteps) / self.signal_power(timesteps)).sqrt()
 
     def snr(self, timesteps: Tensor) -> Tensor:
-        """The signal-to-noise ratio (batch,): a_t^2 / s_t^2."""
+        """Return the signal-to-noise ratio (batch,): a_t^2 / s_t^2."""
         return self.signal_power(timesteps) / self.noise_power(timesteps)
 
     def min_snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
@@ -239,7 +239,7 @@ _FLOW_SCHEDULERS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteSchedu
 
 
 def parameterization_of(scheduler: Any) -> Parameterization:
-    """What a pipeline's scheduler says of its denoiser.
+    """Return what a pipeline's scheduler says of its denoiser.
 
     Raises:
         AsdmError: its noise levels are neither a DDPM's nor flow matching's (EDM's, of Playground v2.5).

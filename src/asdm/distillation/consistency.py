@@ -39,8 +39,8 @@ _NOISE_SCHEDULE = (
 
 @checks.arguments(config=checks.a(Mapping), solver_steps=checks.whole())
 def lcm_scheduler(config: Mapping[str, Any], solver_steps: int) -> LCMScheduler:
-    """The sampler of a consistency-distilled student: the noise schedule and the prediction type of the teacher's
-    scheduler, whose `config` is given; its time steps are among the `solver_steps` that were trained.
+    """Return the sampler of a consistency-distilled student: the noise schedule and the prediction type of the
+    teacher's scheduler, whose `config` is given; its time steps are among the `solver_steps` that were trained.
 
     Raises:
         AsdmError: more solver steps than the schedule has time steps.
@@ -56,8 +56,8 @@ def lcm_scheduler(config: Mapping[str, Any], solver_steps: int) -> LCMScheduler:
 def ddim_step(
     parameterization: Parameterization, prediction: Tensor, noisy: Tensor, timesteps: Tensor, earlier: Tensor
 ) -> Tensor:
-    """Latents (batch, channels, h, w) at time steps `earlier` (batch,), from a prediction for `noisy` at `timesteps`
-    (DDIM, arXiv 2010.02502, Eq. 12, without noise)."""
+    """Return latents (batch, channels, h, w) at time steps `earlier` (batch,), from a prediction for `noisy` at
+    `timesteps` (DDIM, arXiv 2010.02502, Eq. 12, without noise)."""
     original = parameterization.to_x0(prediction, noisy, timesteps)
     here, there = (_powers(parameterization, steps) for steps in (timesteps, earlier))
     noise = (noisy - here.signal.sqrt() * original) / here.noise.sqrt()
@@ -65,8 +65,8 @@ def ddim_step(
 
 
 def consistent_original(sampler: LCMScheduler, original: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
-    """The consistency function (batch, channels, h, w) of an x_0 estimate `original`: c_skip x_t + c_out x_0, which is
-    x_t itself at time step 0 (LCM, Sec. 4.1)."""
+    """Return the consistency function (batch, channels, h, w) of an x_0 estimate `original`: c_skip x_t + c_out x_0,
+    which is x_t itself at time step 0 (LCM, Sec. 4.1)."""
     scalings = sampler.get_scalings_for_boundary_condition_discrete(timesteps)
     c_skip, c_out = (scaling.view(-1, 1, 1, 1) for scaling in scalings)
     return c_skip * noisy + c_out * original
@@ -146,8 +146,8 @@ class ConsistencyTask(TeachingTask):
         return replace(noised, noisy=noisy, timesteps=earlier)
 
     def _end(self, noised: Noised) -> Tensor:
-        """The x_0 (batch, channels, h, w) that the teacher's guided solver reaches in `teacher_steps`, which are denser
-        at low noise: DPM-Solver++ of second order (arXiv 2211.01095, Algorithm 2)."""
+        """Return the x_0 (batch, channels, h, w) that the teacher's guided solver reaches in `teacher_steps`, which
+        are denser at low noise: DPM-Solver++ of second order (arXiv 2211.01095, Algorithm 2)."""
         count = self.stage.consistency.teacher_steps
         places = [(noised.timesteps * (left / count) ** SPACING).long() for left in range(count, 0, -1)]
         powers = [_powers(self.parameterization, place) for place in places]
@@ -168,8 +168,8 @@ class ConsistencyTask(TeachingTask):
         return estimates[-1]
 
     def _guided(self, noised: Noised) -> Tensor:
-        """The teacher's guided prediction (batch, channels, h, w), both branches in one call; one that embeds the scale
-        needs no second branch."""
+        """Return the teacher's guided prediction (batch, channels, h, w), both branches in one call; one that embeds
+        the scale needs no second branch."""
         if self.embeds_guidance:
             return self.teacher_pred(noised).float()
         count = len(noised.noisy)

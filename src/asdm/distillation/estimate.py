@@ -121,7 +121,7 @@ def estimate(
 
 @dataclass(frozen=True)
 class _Cost:
-    """Of a round of a step in one process: floating-point operations, bytes of activations, and what it trains."""
+    """The cost of a round of a step in one process: floating-point operations, bytes of activations, and weights."""
 
     flops: float
     activations: int
@@ -149,7 +149,7 @@ def _stage_cost(
 
 
 def _weightless_task(teacher: DiffusionPipeline, student: Denoiser, stage: Stage, share: BatchSlice) -> TrainingTask:
-    """The stage's task with shapes for its tensors, without a semantic encoder that would have to be loaded."""
+    """Return the stage's task with shapes for its tensors, without a semantic encoder that would have to be loaded."""
     losses = stage.losses.model_copy(update={"semantic_text": 0.0})
     if stage.semantics.encoder != "unet":
         losses = losses.model_copy(update={"semantic": 0.0})
@@ -168,7 +168,7 @@ def _weightless_task(teacher: DiffusionPipeline, student: Denoiser, stage: Stage
 
 
 def _precision(stage: Stage, device: torch.device | None) -> torch.dtype | None:
-    """In what the stage's products are taken on this device, or on one that is not here; None for float32."""
+    """Return the dtype of the stage's products on this device, or on one that is not here; None for float32."""
     name = stage.mixed_precision
     if name == "auto":
         name = "bf16" if device is None else fastest_precision(device)
@@ -254,7 +254,7 @@ class _Examples:
 
 
 def _weightless(module: Module) -> Module:
-    """The module again, with shapes for its tensors. In a FakeTensorMode."""
+    """Return the module again, with shapes for its tensors. In a FakeTensorMode."""
     shapes: dict[int, Any] = {}
     for tensor in (*module.parameters(), *module.buffers()):
         shape = torch.empty(tensor.shape, dtype=tensor.dtype)

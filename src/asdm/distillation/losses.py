@@ -38,7 +38,7 @@ def pseudo_huber(student: Tensor, target: Tensor, c: float) -> Tensor:
 
 
 def task_loss(noise_pred: Tensor, target: Tensor, weights: Tensor | None = None, relative: bool = True) -> Tensor:
-    """The denoising loss (arXiv 2006.11239, Eq. 14), relative to the target's mean square or plain."""
+    """Return the denoising loss (arXiv 2006.11239, Eq. 14), relative to the target's mean square or plain."""
     return (relative_error if relative else squared_error)(noise_pred, target, weights)
 
 
@@ -151,7 +151,7 @@ def loss_term(name: str, weight: float = 0.0, reads: Reads = "prediction") -> Ca
 
 
 def loss_terms() -> Sequence[LossTerm]:
-    """All registered terms, in the order of their computation."""
+    """Return all registered terms, in the order of their computation."""
     return tuple(_TERMS.values())
 
 
@@ -180,7 +180,7 @@ def _feature(comparison: Comparison) -> Tensor:
 
 @loss_term("semantic", reads="semantics")
 def _semantic(comparison: Comparison) -> Tensor | None:
-    """What the teacher's x_0 estimate means."""
+    """Return what the teacher's x_0 estimate means."""
     if comparison.semantic_features is None:
         return None
     found = comparison.semantic_features()
@@ -189,7 +189,7 @@ def _semantic(comparison: Comparison) -> Tensor | None:
 
 @loss_term("semantic_text", reads="semantics")
 def _semantic_text(comparison: Comparison) -> Tensor | None:
-    """What the caption means."""
+    """Return what the caption means."""
     if comparison.semantic_features is None:
         return None
     found = comparison.semantic_features()

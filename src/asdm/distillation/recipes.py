@@ -53,14 +53,14 @@ def default_hyperparameters(student: Denoiser, steps: int) -> dict[str, Any]:
 
 
 def joint_stages(student: Denoiser, steps: int) -> list[Stage]:
-    """The whole student at once, on the task, the teacher's output and features, each relative to the mean square of
-    what it is compared with."""
+    """Return the whole student at once, on the task, the teacher's output and features, each relative to the mean
+    square of what it is compared with."""
     return [Stage(name="joint", losses=WEIGHTS, **_batches(student), **default_hyperparameters(student, steps))]
 
 
 def bk_sdm_stages(student: Denoiser, steps: int) -> list[Stage]:
-    """The recipe that BK-SDM made common (arXiv 2305.15798, Sec. 3.2): the same losses, plain, all of weight 1, all
-    blocks alike."""
+    """Return the recipe that BK-SDM made common (arXiv 2305.15798, Sec. 3.2): the same losses, plain, all of weight
+    1, all blocks alike."""
     return [Stage(name="bk-sdm", relative=False, feature_weighting="block", **default_hyperparameters(student, steps))]
 
 
@@ -91,9 +91,9 @@ def incubation_stages(student: Denoiser, steps: int) -> list[Stage]:
 
 
 def lcm_stages(student: Denoiser, steps: int) -> list[Stage]:
-    """A few-step student by latent consistency distillation, at the learning rate of LCM (arXiv 2310.04378, Sec. 5); a
-    small denoiser, whose teacher is cheap to call, learns what its solver reaches, at the time steps of four-step
-    sampling (inferred). Samples have no guidance, hence no caption is dropped."""
+    """Return a few-step student by latent consistency distillation, at the learning rate of LCM (arXiv 2310.04378,
+    Sec. 5); a small denoiser, whose teacher is cheap to call, learns what its solver reaches, at the time steps of
+    four-step sampling (inferred). Samples have no guidance, hence no caption is dropped."""
     if _is_small(student):
         few = Consistency(teacher_steps=6, student_steps=4)
         changes: dict[str, Any] = {"learning_rate": 2e-4, "consistency": few}
@@ -112,8 +112,8 @@ RECIPES: dict[str, Callable[[Denoiser, int], list[Stage]]] = {
 
 
 def recipe_stages(recipe: str | Path, student: Denoiser, steps: int) -> list[Stage]:
-    """The stages of a recipe: one of `RECIPES` by name, with so many steps in all, or a YAML or JSON file with a list
-    of stages.
+    """Return the stages of a recipe: one of `RECIPES` by name, with so many steps in all, or a YAML or JSON file with a
+    list of stages.
 
     Raises:
         AsdmError: no such recipe or file, or one that is not a list of stages.
@@ -122,7 +122,7 @@ def recipe_stages(recipe: str | Path, student: Denoiser, steps: int) -> list[Sta
 
 
 def read_stages(recipe: str | Path) -> list[Stage]:
-    """The stages in a recipe's file.
+    """Return the stages in a recipe's file.
 
     Raises:
         AsdmError: no such file, or one that is not a list of stages.
@@ -137,5 +137,5 @@ def read_stages(recipe: str | Path) -> list[Stage]:
 
 
 def as_yaml(stages: list[Stage]) -> str:
-    """A recipe's file, with all fields, to be changed by hand."""
+    """Return a recipe's file, with all fields, to be changed by hand."""
     return yaml.safe_dump([stage.model_dump(exclude_none=True) for stage in stages], sort_keys=False)

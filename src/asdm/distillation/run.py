@@ -63,7 +63,7 @@ class StageRun:
         write_text(path, json.dumps(settings, indent=1) + "\n")
 
     def _settings(self, student: Denoiser, examples: TrainingSet) -> dict[str, Any]:
-        """All that a checkpoint's weights depend on."""
+        """Return all that a checkpoint's weights depend on."""
         captions = hashlib.sha256("\n".join(examples.prepared.captions).encode()).hexdigest()[:16]
         return {
             "seed": self.seed,

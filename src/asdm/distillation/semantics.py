@@ -136,7 +136,7 @@ class VisionEncoder:
 
 
 def _side(processor: Any) -> int | None:
-    """The side of the images that a processor makes."""
+    """Return the side of the images that a processor makes."""
     size = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
     size = size or processor.size
     return size.get("height") or size.get("shortest_edge")

@@ -52,7 +52,7 @@ class LossWeights(Record):
         return self
 
     def any_reads(self, *kinds: str) -> bool:
-        """Whether a term with a weight reads one of these: "prediction", "features", "semantics"."""
+        """Return whether a term with a weight reads one of these: "prediction", "features", "semantics"."""
         weights = self.model_dump()
         return any(weights.get(term.name) for term in loss_terms() if term.reads in kinds)
 
@@ -195,7 +195,7 @@ class Stage(Record):
         return self
 
     def loop(self, seed: int) -> LoopSettings:
-        """The settings of its training loop."""
+        """Return the settings of its training loop."""
         return LoopSettings(
             steps=self.steps,
             optimizer=self.optimizer,

@@ -132,7 +132,7 @@ class DistillationTask(TeachingTask):
         )
 
     def _guided_predictions(self, noised: Noised, noise_pred: Tensor, teacher_pred: Tensor) -> tuple[Tensor, Tensor]:
-        """The student's and the teacher's predictions, or the guided ones (arXiv 2207.12598, Eq. 6), whose
+        """Return the student's and the teacher's predictions, or the guided ones (arXiv 2207.12598, Eq. 6), whose
         unconditional branch runs here."""
         scale = self.stage.guidance_scale
         if scale is None or self.embeds_guidance:
@@ -148,7 +148,7 @@ class DistillationTask(TeachingTask):
     def _semantic_features(
         self, noised: Noised, noise_pred: Tensor, teacher_pred: Tensor, indices: Tensor
     ) -> SemanticFeatures:
-        """What the x_0 estimates mean; those at high noise mean little, and weigh by the signal's power."""
+        """Return what the x_0 estimates mean; those at high noise mean little, and weigh by the signal's power."""
         assert self.encoder is not None
         mine, theirs = (
             self.parameterization.to_x0(pred.float(), noised.noisy, noised.timesteps)

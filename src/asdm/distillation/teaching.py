@@ -59,7 +59,7 @@ class TeachingTask(TrainingTask):
         return self
 
     def timesteps(self, count: int, generator: torch.Generator) -> Tensor:
-        """The time steps (count,) at which a step's batch is noised."""
+        """Return the time steps (count,) at which a step's batch is noised."""
         stage = self.stage
         return self.parameterization.sample_timesteps(
             count, generator, stage.timestep_sampling, stage.min_timestep_fraction
@@ -94,12 +94,12 @@ class TeachingTask(TrainingTask):
         return family_of(self.teacher).embeds_guidance(self.teacher)
 
     def teacher_pred(self, noised: Noised) -> Tensor:
-        """The teacher's prediction (batch, channels, h, w), in its own dtype."""
+        """Return the teacher's prediction (batch, channels, h, w), in its own dtype."""
         dtype = self.teacher.dtype
         return predict(self.teacher, noised.noisy.to(dtype), noised.timesteps, noised.captions.to(dtype))
 
     def student_pred(self, noised: Noised) -> Tensor:
-        """The student's prediction (batch, channels, h, w)."""
+        """Return the student's prediction (batch, channels, h, w)."""
         return predict(self.student, noised.noisy, noised.timesteps, noised.captions)
 
     def weighted(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -122,7 +122,8 @@ class TeachingTask(TrainingTask):
         return captions.mixed_with(others, torch.where(is_mixed, places, tokens)[chosen])
 
     def _guidance_scales(self, count: int, generator: torch.Generator) -> Tensor:
-        """The scales (count,) that networks which embed them read: the stage's, or random ones of the usual range."""
+        """Return the scales (count,) that networks which embed them read: the stage's, or random ones of the usual
+        range."""
         if self.stage.guidance_scale is not None:
             return torch.full((count,), self.stage.guidance_scale)
         least, most = GUIDANCE_SCALES

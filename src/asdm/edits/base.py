@@ -103,7 +103,7 @@ class Edit:
         return []
 
     def gives_way_to(self, units: Collection[str], family: EditedFamily) -> bool:
-        """Whether the edit, made earlier, is void once new edits change these units."""
+        """Return whether the edit, made earlier, is void once new edits change these units."""
         return False
 
     # -- how it is analysed and planned ----------------------------------------------------------------

@@ -86,7 +86,7 @@ class CondConv(UnitEdit):
         return []
 
     def gives_way_to(self, units: Collection[str], family: EditedFamily) -> bool:
-        """Not to an edit of the same convolution, which is an error."""
+        """Return False for an edit of the same convolution, which is an error."""
         return family.is_covered_by(self.unit, [unit for unit in units if unit != self.unit])
 
 
@@ -214,7 +214,7 @@ class CondConv2d(nn.Conv2d):
 
 
 def is_traced() -> bool:
-    """Whether the call is traced into a graph for batches of any size."""
+    """Return whether the call is traced into a graph for batches of any size."""
     return torch.jit.is_tracing() or getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
 
 
@@ -251,7 +251,7 @@ class _Seen:
 
 
 def _has_experts(conv: nn.Module) -> bool:
-    """Whether a convolution has expert kernels, or is peft's layer around one that has.
+    """Return whether a convolution has expert kernels, or is peft's layer around one that has.
 
     Raises:
         AsdmError: a LoRA was merged into the own kernel alone, or is disabled while it is merged.
@@ -319,7 +319,7 @@ def _followed(layer: nn.Module) -> tuple[str, ...]:
 
 
 def _only_adds(layer: nn.Module) -> bool:
-    """Whether peft's layer only adds to the kernel; by class names, as a student loads without peft."""
+    """Return whether peft's layer only adds to the kernel; by class names, as a student loads without peft."""
     kinds = {kind.__name__ for kind in type(layer).__mro__}
     return bool(kinds & {"LoraLayer", "LycorisLayer"}) and not getattr(layer, "lora_variant", None)
 
@@ -338,5 +338,6 @@ def repeated_row(rows: Tensor) -> Tensor:
 
 
 def repeats_one_row(rows: Tensor) -> bool:
-    """Whether all rows (batch, channels) are one in memory. Adding another embedding to them makes them several."""
+    """Return whether all rows (batch, channels) are one in memory. Adding another embedding to them makes them
+    several."""
     return rows.stride(0) == 0

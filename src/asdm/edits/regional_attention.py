@@ -77,7 +77,7 @@ class GriAttention(UnitEdit):
 
     @classmethod
     def candidates(cls, model: Any, family: EditedFamily, positions: Mapping[str, int]) -> Sequence[UnitEdit]:
-        """A more exact and a faster kind for each self-attention over many tokens that allows the edit."""
+        """Return a more exact and a faster kind for each self-attention over many tokens that allows the edit."""
         found = []
         for unit in family.units(model):
             tokens = positions[unit.layer]
@@ -103,7 +103,8 @@ class GriAttention(UnitEdit):
 
     @classmethod
     def adapted(cls, path: str, module: nn.Module, student: Any) -> nn.Module:
-        """An attention that accepts the sides of the map, which a `GriTransformer2DModel` gives to all of its own."""
+        """Return an attention that accepts the sides of the map, which a `GriTransformer2DModel` gives to all of its
+        own."""
         return recast(AttentionOnMap, module) if isinstance(module, Attention) else module
 
 
@@ -113,7 +114,7 @@ def gri_kinds(tokens: int) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def _is_plain(attention: nn.Module) -> bool:
-    """Whether an attention is what a Stable Diffusion transformer has: projections and nothing else."""
+    """Return whether an attention is what a Stable Diffusion transformer has: projections and nothing else."""
     extras = ("spatial_norm", "group_norm", "norm_q", "norm_k", "add_k_proj")
     return (
         isinstance(attention, Attention)

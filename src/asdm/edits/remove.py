@@ -54,12 +54,12 @@ class Remove(UnitEdit):
         return [self.unit]
 
     def gives_way_to(self, units: Collection[str], family: EditedFamily) -> bool:
-        """Not to an edit of the same unit, which is an error."""
+        """Return False for an edit of the same unit, which is an error."""
         return family.is_covered_by(self.unit, [unit for unit in units if unit != self.unit])
 
     @classmethod
     def candidates(cls, model: Any, family: EditedFamily, positions: Mapping[str, int]) -> Sequence[UnitEdit]:
-        """The larger parts that the family names, where they can be removed and are not yet."""
+        """Return the larger parts that the family names, where they can be removed and are not yet."""
         found = []
         for name in family.removals(model):
             if any(layer.startswith(f"{name}.") for layer in family.layers(model)):

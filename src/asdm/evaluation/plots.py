@@ -91,7 +91,7 @@ def _draw_blocks(
 
 
 def _left_end(place: BlockPlace, levels: int, width: float) -> float:
-    """Where a block's first cell begins: the encoder ends, and the decoder begins, at the sides of the U."""
+    """Return where a block's first cell begins: the encoder ends, and the decoder begins, at the sides of the U."""
     widening = _STEP * (levels - place.level)
     if place.side == "middle":
         return _MIDDLE - width / 2

@@ -48,7 +48,7 @@ class Unit:
 
 
 def block_of(name: str) -> str:
-    """The block that a module path is in: its first part, with the index where it has one."""
+    """Return the block that a module path is in: its first part, with the index where it has one."""
     parts = name.split(".")
     return ".".join(parts[:2]) if len(parts) > 1 and parts[1].isdigit() else parts[0]
 
@@ -82,20 +82,20 @@ class BlockIO:
     text: int | None = None
 
     def image_states(self, output: Any) -> Tensor:
-        """The image states in what a block or layer put out."""
+        """Return the image states in what a block or layer put out."""
         if isinstance(output, Tensor):
             return output
         return output[self.image or 0]
 
     def with_image_states(self, output: Any, states: Any) -> Any:
-        """What a block or layer put out, with other image states."""
+        """Return what a block or layer put out, with other image states."""
         if not isinstance(output, tuple):
             return states
         place = self.image or 0
         return (*output[:place], states, *output[place + 1 :])
 
     def image_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """The image states that a block or layer is called with."""
+        """Return the image states that a block or layer is called with."""
         states: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         return states
 
@@ -164,38 +164,39 @@ class Architecture(ABC):
 
     @abstractmethod
     def blocks(self, model: Denoiser) -> list[str]:
-        """Paths of the blocks, in order of execution."""
+        """Return paths of the blocks, in order of execution."""
 
     @abstractmethod
     def layers(self, model: Denoiser) -> list[str]:
-        """Paths of the layers that units belong to, in order of execution."""
+        """Return paths of the layers that units belong to, in order of execution."""
 
     @abstractmethod
     def units(self, model: Denoiser) -> list[Unit]:
-        """All removable units in order of execution, one that contains others before them."""
+        """Return all removable units in order of execution, one that contains others before them."""
 
     @abstractmethod
     def execution_order(self, model: Denoiser) -> list[str]:
-        """Paths of modules whose outputs can be cached and replayed, in order of execution."""
+        """Return paths of modules whose outputs can be cached and replayed, in order of execution."""
 
     @abstractmethod
     def branch(self, model: Denoiser, unit: str) -> Branch:
-        """How the output of a unit splits into what is kept and its branch."""
+        """Return how the output of a unit splits into what is kept and its branch."""
 
     @abstractmethod
     def removals(self, model: Denoiser) -> list[str]:
-        """What can be removed beside units: whole parts of the model, as `Remove.unit` names them."""
+        """Return what can be removed beside units: whole parts of the model, as `Remove.unit` names them."""
 
     @abstractmethod
     def is_covered_by(self, name: str, removed: Collection[str]) -> bool:
-        """Whether a unit goes when `removed` does: by itself, with what contains it, or with what it is coupled to."""
+        """Return whether a unit goes when `removed` does: by itself, with what contains it, or with what it is
+        coupled to."""
 
     def coupled_blocks(self, model: Denoiser, removed: Collection[str]) -> list[list[str]]:
         """Return the groups of blocks that removals change together, so that none of them works without the others."""
         return []
 
     def has_blocks_of(self, student: Denoiser, teacher: Denoiser) -> bool:
-        """Whether each of the student's blocks can be replaced by the teacher's of the same name."""
+        """Return whether each of the student's blocks can be replaced by the teacher's of the same name."""
         return self.blocks(student) == self.blocks(teacher)
 
     # -- edits -----------------------------------------------------------------------------------------
@@ -258,7 +259,7 @@ class ModelFamily(Architecture):
     presets: ClassVar[tuple[str, ...]] = ()  # names of the family's published plans
 
     def preset(self, name: str, units: Sequence[UnitLike]) -> Preset:
-        """What a preset changes in a model with these units.
+        """Return what a preset changes in a model with these units.
 
         Raises:
             AsdmError: the family has no such preset.
@@ -270,11 +271,11 @@ class ModelFamily(Architecture):
         return None
 
     def block_io(self, model: Denoiser, path: str) -> BlockIO:
-        """Where image and text states sit among the outputs of a block or layer."""
+        """Return where image and text states sit among the outputs of a block or layer."""
         return BlockIO()
 
     def block_places(self, blocks: Sequence[str]) -> dict[str, BlockPlace]:
-        """Where a diagram has each of these blocks: by default in one column, in their order."""
+        """Return where a diagram has each of these blocks: by default in one column, in their order."""
         return {block: BlockPlace(level, "middle") for level, block in enumerate(blocks)}
 
     # -- calls -----------------------------------------------------------------------------------------
@@ -290,15 +291,15 @@ class ModelFamily(Architecture):
         `asdm.diffusion.conditioning.Conditioning` that are set."""
 
     def prediction(self, model: Denoiser, output: Tensor) -> Tensor:
-        """The prediction (batch, channels, height, width) in what the denoiser puts out."""
+        """Return the prediction (batch, channels, height, width) in what the denoiser puts out."""
         return output
 
     def guidance_embedding(self, model: Denoiser, scales: Tensor) -> Tensor | None:
-        """The embedding of guidance scales (batch,) that the denoiser reads; None where it reads none."""
+        """Return the embedding of guidance scales (batch,) that the denoiser reads; None where it reads none."""
         return None
 
     def embeds_guidance(self, model: Denoiser) -> bool:
-        """Whether the denoiser reads the guidance scale, and its prediction is guided."""
+        """Return whether the denoiser reads the guidance scale, and its prediction is guided."""
         return False
 
     def sampling_arguments(self) -> dict[str, Any]:
@@ -306,7 +307,7 @@ class ModelFamily(Architecture):
         return {}
 
     def size_multiple(self, model: Denoiser) -> int:
-        """The number that divides the sides of the latents that a model reads."""
+        """Return the number that divides the sides of the latents that a model reads."""
         return 1
 
     @abstractmethod
@@ -314,8 +315,8 @@ class ModelFamily(Architecture):
         """(channels, height, width) of the sample that a call at native size reads."""
 
     def predict(self, model: Denoiser, arguments: Mapping[str, Any]) -> Tensor:
-        """The prediction of one call. The sample is passed by position, as pipelines do: other libraries' patches rely
-        on it."""
+        """Return the prediction of one call. The sample is passed by position, as pipelines do: other libraries'
+        patches rely on it."""
         others = {name: value for name, value in arguments.items() if name != self.sample_argument}
         return self.prediction(model, model(arguments[self.sample_argument], **others, return_dict=False)[0])
 
@@ -324,13 +325,13 @@ class ModelFamily(Architecture):
         """Random keyword arguments of a call at native size, the sample among them as "sample" or "hidden_states"."""
 
     def call_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a call of the denoiser by name, the sample first."""
+        """Return the arguments of a call of the denoiser by name, the sample first."""
         names = _forward_names(self.model_class)  # type: ignore[arg-type]
         given = dict(zip(names, args, strict=False)) | kwargs
         return {names[0]: given.pop(names[0]), **given}
 
     def fingerprint(self, model: Denoiser) -> str:
-        """A digest of the architecture (tensor names and shapes), equal for fine-tunes of one model."""
+        """Return a digest of the architecture (tensor names and shapes), equal for fine-tunes of one model."""
         return fingerprint(model)
 
     def require_known_inputs(self, model: Denoiser, name: str = "") -> None:
@@ -339,16 +340,17 @@ class ModelFamily(Architecture):
 
     @abstractmethod
     def unlike(self, model: Denoiser, other: Denoiser) -> str | None:
-        """The first config field by which two models read or write other tensors; None where one can replace the
-        other."""
+        """Return the first config field by which two models read or write other tensors; None where one can replace
+        the other."""
 
     @abstractmethod
     def cache_cut(self, model: Denoiser, depth: int, fresh: Sequence[str] = ()) -> CacheCut:
-        """What is cached where the last `depth` layers, and the modules named in `fresh`, are always computed."""
+        """Return what is cached where the last `depth` layers, and the modules named in `fresh`, are always
+        computed."""
 
     @abstractmethod
     def deepest_cut(self, model: Denoiser) -> int:
-        """The largest `depth` of a `cache_cut`."""
+        """Return the largest `depth` of a `cache_cut`."""
 
     def cache_depths(self, model: Denoiser) -> list[int]:
         """Depths that a calibration compares."""
@@ -357,7 +359,7 @@ class ModelFamily(Architecture):
 
 @cache
 def _forward_names(model_class: Any) -> tuple[str, ...]:
-    """The names of a denoiser's inputs, in order."""
+    """Return the names of a denoiser's inputs, in order."""
     return tuple(inspect.signature(model_class.forward).parameters)[1:]
 
 
@@ -371,13 +373,13 @@ def register_family(family: type[ModelFamily]) -> type[ModelFamily]:
 
 
 def families() -> Sequence[ModelFamily]:
-    """All registered families."""
+    """Return all registered families."""
     return tuple(_FAMILIES)
 
 
 def family_of(model: Any) -> ModelFamily:
-    """The family of a denoiser, or of a pipeline's denoiser. What stands in for a denoiser, such as exported graphs,
-    names its family in its attribute `family`.
+    """Return the family of a denoiser, or of a pipeline's denoiser. What stands in for a denoiser, such as exported
+    graphs, names its family in its attribute `family`.
 
     Raises:
         AsdmError: it is of none of the registered families.
@@ -394,7 +396,7 @@ def family_of(model: Any) -> ModelFamily:
 
 
 def family_named(class_name: str) -> ModelFamily:
-    """The family whose stock class, or a subclass of it, has this name.
+    """Return the family whose stock class, or a subclass of it, has this name.
 
     Raises:
         AsdmError: there is none.
@@ -406,7 +408,7 @@ def family_named(class_name: str) -> ModelFamily:
 
 
 def denoiser_of(pipeline: DiffusionPipeline) -> Any:
-    """The pipeline's denoiser: its UNet or transformer.
+    """Return the pipeline's denoiser: its UNet or transformer.
 
     Raises:
         AsdmError: it has none of a registered family.
@@ -415,7 +417,7 @@ def denoiser_of(pipeline: DiffusionPipeline) -> Any:
 
 
 def component_of(pipeline: DiffusionPipeline) -> str:
-    """The name of the pipeline's component that is its denoiser.
+    """Return the name of the pipeline's component that is its denoiser.
 
     Raises:
         AsdmError: it has none of a registered family.

@@ -35,7 +35,7 @@ class PixArtArchitecture(Architecture):
         return [f"transformer_blocks.{index}" for index in range(len(model.transformer_blocks))]
 
     def layers(self, model: Any) -> list[str]:
-        """The blocks."""
+        """Return the blocks."""
         return self.blocks(model)
 
     def execution_order(self, model: Any) -> list[str]:

@@ -23,7 +23,7 @@ class PixArtFamily(PixArtArchitecture, ModelFamily):
     guidance_scale = 4.5
 
     def sampling_arguments(self) -> dict[str, Any]:
-        """Images have the requested size, and prompts are embedded as `encode_prompts` does."""
+        """Return images have the requested size, and prompts are embedded as `encode_prompts` does."""
         return {"use_resolution_binning": False, "clean_caption": False}
 
     def size_multiple(self, model: Any) -> int:
@@ -58,11 +58,11 @@ class PixArtFamily(PixArtArchitecture, ModelFamily):
         }
 
     def prediction(self, model: Any, output: Tensor) -> Tensor:
-        """Without the variance that some models predict, too."""
+        """Drop the variance that some models predict, too."""
         return output[:, : model.config.in_channels]
 
     def size_conditions(self, model: Any, batch_size: int) -> dict[str, Tensor | None]:
-        """The image size in pixels and the aspect ratio, which models for 1024 pixels read; None for others."""
+        """Return the image size in pixels and the aspect ratio, which models for 1024 pixels read; None for others."""
         if not model.use_additional_conditions:
             return {"resolution": None, "aspect_ratio": None}
         side = 8.0 * model.config.sample_size
@@ -74,8 +74,8 @@ class PixArtFamily(PixArtArchitecture, ModelFamily):
         return next((field for field in fields if model.config[field] != other.config[field]), None)
 
     def cache_cut(self, model: Any, depth: int, fresh: Sequence[str] = ()) -> CacheCut:
-        """All blocks but the first, those up to the last one of `fresh`, and the last `depth`. What they add to the
-        hidden states is cached, so that the new latents pass through.
+        """Return all blocks but the first, those up to the last one of `fresh`, and the last `depth`. What they add to
+        the hidden states is cached, so that the new latents pass through.
 
         Raises:
             AsdmError: a depth out of range.

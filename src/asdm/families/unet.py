@@ -30,7 +30,7 @@ class UNetFamily(UNetArchitecture, ModelFamily):
         return preset(name, units)
 
     def block_places(self, blocks: Sequence[str]) -> dict[str, BlockPlace]:
-        """The U: the encoder's and the decoder's blocks at their resolution, the mid block below them."""
+        """Return the U: the encoder's and the decoder's blocks at their resolution, the mid block below them."""
         levels = sum(block.startswith("down_blocks.") for block in blocks)
         places = {}
         for block in blocks:
@@ -60,7 +60,7 @@ class UNetFamily(UNetArchitecture, ModelFamily):
         }
 
     def conditioned_call(self, model: Any, latents: Tensor, **conditioning: Tensor) -> dict[str, Any]:
-        """With `masked` behind the latents, and SDXL's pooled embeddings and image sizes among the added conditions."""
+        """Put `masked` behind the latents, and SDXL's pooled embeddings and image sizes into the added conditions."""
         states = dict(conditioning)
         masked = states.pop("masked", None)
         sample = latents if masked is None else torch.cat([latents, masked.to(latents)], dim=1)
@@ -88,8 +88,9 @@ class UNetFamily(UNetArchitecture, ModelFamily):
         return unlike(model, other)
 
     def cache_cut(self, model: Any, depth: int, fresh: Sequence[str] = ()) -> CacheCut:
-        """All but the last `depth` layers of the decoder path and, on the encoder path, what their skip connections
-        bring; with the first of these the input convolution alone (as DeepCache's branch 0, arXiv 2312.00858).
+        """Return all but the last `depth` layers of the decoder path and, on the encoder path, what their skip
+        connections bring; with the first of these the input convolution alone (as DeepCache's branch 0, arXiv
+        2312.00858).
 
         Raises:
             AsdmError: a depth out of range.
@@ -125,8 +126,8 @@ class UNetFamily(UNetArchitecture, ModelFamily):
 
 
 def _items(unet: Any, side: str) -> list[list[str]]:
-    """The modules of each layer (a resnet and its attention) and of each sampler, in order of execution; those of the
-    way down make one skip connection each."""
+    """Return the modules of each layer (a resnet and its attention) and of each sampler, in order of execution;
+    those of the way down make one skip connection each."""
     items: list[list[str]] = []
     for index in range(len(unet.get_submodule(side))):
         for name in _members(unet, f"{side}.{index}"):
@@ -138,7 +139,7 @@ def _items(unet: Any, side: str) -> list[list[str]]:
 
 
 def _members(unet: Any, block_name: str) -> list[str]:
-    """A block's resnets, attentions and samplers, in order of execution."""
+    """Return a block's resnets, attentions and samplers, in order of execution."""
     block = unet.get_submodule(block_name)
     names = [name for name in layers(unet) if block_of(name) == block_name]
     for kind in ("downsamplers", "upsamplers"):

@@ -60,14 +60,15 @@ class UNetArchitecture(Architecture):
         return Branch(unit, model.get_submodule(block).dim, norm=f"{block}.{TRANSFORMER_BRANCHES[name][1]}")
 
     def removals(self, model: Any) -> list[str]:
-        """The mid block, and the lowest-resolution level by its down block."""
+        """Return the mid block, and the lowest-resolution level by its down block."""
         return ["mid_block", f"down_blocks.{len(model.down_blocks) - 1}"]
 
     def is_covered_by(self, name: str, removed: Collection[str]) -> bool:
         return is_covered_by(name, removed)
 
     def coupled_blocks(self, model: Any, removed: Collection[str]) -> list[list[str]]:
-        """The lowest-resolution level: its down block and up block, and the block whose resampler goes with it."""
+        """Return the lowest-resolution level: its down block and up block, and the block whose resampler goes with
+        it."""
         levels = [int(name.rpartition(".")[2]) for name in removed if is_level(name)]
         return [[f"down_blocks.{level - 1}", f"down_blocks.{level}", "up_blocks.0"] for level in levels]
 
@@ -83,7 +84,7 @@ class UNetArchitecture(Architecture):
         return found
 
     def projection_channels(self, model: Any, unit: str) -> int:
-        """Of the hidden states; none for the lowest-resolution level, which has two ends."""
+        """Return those of the hidden states; 0 for the lowest-resolution level, which has two ends."""
         if unit == "mid_block":
             return model.config.block_out_channels[-1]
         return 0 if is_level(unit) else self.branch(model, unit).channels

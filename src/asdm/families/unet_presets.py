@@ -14,7 +14,7 @@ PRESETS = ("a-sdm", "a-sdm-fast", *_BK)
 
 
 def preset(name: str, units: Sequence[UnitLike]) -> Preset:
-    """What a preset changes, given a UNet's units.
+    """Return what a preset changes, given a UNet's units.
 
     "a-sdm" and "a-sdm-fast" are inferred. The self-attentions of the highest resolution attend to regions, and the
     second layers of the first and the last block are removed; in "a-sdm-fast" those of every block, with the

@@ -74,7 +74,7 @@ def removable_units(unet: UNet2DConditionModel) -> list[Unit]:
 
 
 def is_level(name: str) -> bool:
-    """Whether the name of a removal is that of the lowest-resolution level: its down block's."""
+    """Return whether the name of a removal is that of the lowest-resolution level: its down block's."""
     return name.startswith("down_blocks.") and name.count(".") == 1
 
 
@@ -99,7 +99,7 @@ def conv_channels(unet: UNet2DConditionModel) -> dict[str, tuple[int, int]]:
 
 
 def is_covered_by(name: str, removed: Collection[str]) -> bool:
-    """Whether removing `removed` removes a unit: by name, with what contains it, or as the up block of the
+    """Return whether removing `removed` removes a unit: by name, with what contains it, or as the up block of the
     lowest-resolution level, which is named by its down block."""
     innermost = any(is_level(other) for other in removed)
     inside = any(name == other or name.startswith(f"{other}.") for other in removed)
@@ -107,7 +107,7 @@ def is_covered_by(name: str, removed: Collection[str]) -> bool:
 
 
 def is_branch(block: nn.Module, branch: str) -> bool:
-    """Whether a transformer block has this branch, and it is not removed already."""
+    """Return whether a transformer block has this branch, and it is not removed already."""
     module = getattr(block, branch, None)
     if not isinstance(block, BasicTransformerBlock) or not isinstance(module, nn.Module):
         return False

@@ -126,7 +126,7 @@ class _InnermostModule:
 
 
 def _is_attention(operation: Any, module: nn.Module) -> bool:
-    """Whether an operation multiplies two activations. A layer's batched product is one with its weights, of an input
-    that is no matrix in memory."""
+    """Return whether an operation multiplies two activations. A layer's batched product is one with its weights, of
+    an input that is no matrix in memory."""
     is_batched = operation in _BATCHED_PRODUCTS and not isinstance(module, nn.Linear | nn.Conv2d)
     return is_batched or "scaled_dot_product" in str(operation)

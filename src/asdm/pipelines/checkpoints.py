@@ -66,11 +66,11 @@ class Header:
             return cls(path, tensors, file.metadata() or {})
 
     def marker(self, name: str) -> str | None:
-        """The tensor of this name, wherever in the checkpoint it is."""
+        """Return the tensor of this name, wherever in the checkpoint it is."""
         return next((each for each in self.tensors if each == name or each.endswith(f".{name}")), None)
 
     def number(self, name: str) -> float | None:
-        """The value of the tensor of this name, where it has one."""
+        """Return the value of the tensor of this name, where it has one."""
         found = self.marker(name)
         if found is None or self.tensors[found].numel() != 1:
             return None
@@ -266,12 +266,12 @@ def scheduler_for(scheduler: Any, said: Parameterization) -> Any:
 
 
 def takes_zero_snr(kind: type) -> bool:
-    """Whether a class of schedulers can end at zero SNR. Others ignore the config's field."""
+    """Return whether a class of schedulers can end at zero SNR. Others ignore the config's field."""
     return "rescale_betas_zero_snr" in inspect.signature(kind.__init__).parameters  # type: ignore[misc]
 
 
 def edm_scheduler(header: Header) -> Any | None:
-    """The sampler of a checkpoint with EDM's noise levels (CosXL's marker tensors); None for all others."""
+    """Return the sampler of a checkpoint with EDM's noise levels (CosXL's marker tensors); None for all others."""
     most, least = header.number("edm_vpred.sigma_max"), header.number("edm_vpred.sigma_min")
     if most is None:
         return None
@@ -338,7 +338,7 @@ def _by_steps(header: Header, kind: str | None) -> Claim:
 
 
 def _claim_of(content: Mapping[str, Any], source: str) -> Claim:
-    """What a config says: a diffusers scheduler's, or one of the original code, or of SDXL's."""
+    """Return what a config says: a diffusers scheduler's, or one of the original code, or of SDXL's."""
     if "prediction_type" in content or str(content.get("_class_name", "")).endswith("Scheduler"):
         prediction = _spelt(content.get("prediction_type", "epsilon"))
         return Claim(source, prediction, _zero_snr_of(content), dict(content) if "_class_name" in content else {})
@@ -362,7 +362,7 @@ def _zero_snr_of(content: Mapping[str, Any]) -> bool | None:
 
 
 def _targets(content: Any) -> Iterator[str]:
-    """Names of the classes that a config of SDXL's code names, at any depth."""
+    """Yield names of the classes that a config of SDXL's code names, at any depth."""
     if isinstance(content, Mapping):
         for name, value in content.items():
             if name == "target" and isinstance(value, str):

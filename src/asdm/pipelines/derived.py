@@ -21,7 +21,7 @@ def with_unet(pipeline: DiffusionPipeline, unet: Denoiser) -> DiffusionPipeline:
 
 
 def without_safety_checker(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """The pipeline, or where it has a safety checker, a second one without it.
+    """Return the pipeline, or where it has a safety checker, a second one without it.
 
     A safety checker replaces images by black ones, which must not be judged as generated images.
     """

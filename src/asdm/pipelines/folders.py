@@ -129,7 +129,8 @@ def _from_pretrained(name: str, dtype: torch.dtype) -> DiffusionPipeline:
 
 
 def _with_its_denoiser(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
-    """The pipeline in a folder. A student is loaded by this package's class: code in a model's folder is never run."""
+    """Return the pipeline in a folder. A student is loaded by this package's class: code in a model's folder is
+    never run."""
     how = {"dtype": dtype, "use_safetensors": True}
     parts = DiffusionPipeline.load_config(str(folder))
     variant = VARIANT if any(_has_variant_alone(folder / part) for part in parts) else None
@@ -145,7 +146,7 @@ def _with_its_denoiser(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
 
 
 def _component_in(folder: Path) -> str:
-    """The name of the part of a pipeline's folder that is its denoiser."""
+    """Return the name of the part of a pipeline's folder that is its denoiser."""
     names = [family.component for family in families()]
     return next((name for name in names if (folder / name / "config.json").is_file()), names[0])
 
@@ -156,7 +157,7 @@ def _has_variant_alone(folder: Path) -> bool:
 
 
 def _student_class(config: Path) -> type[Any] | None:
-    """The class of the student that a denoiser's config describes; None of a stock model."""
+    """Return the class of the student that a denoiser's config describes; None of a stock model."""
     try:
         name = json.loads(config.read_text("utf-8")).get("_class_name")
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, AttributeError):

@@ -76,7 +76,7 @@ def load_pipeline(
 def _load(
     name: str, dtype: torch.dtype, given: PredictionType | None, config: str | Path | None
 ) -> tuple[DiffusionPipeline, list[str]]:
-    """The pipeline of that name, and remarks for the user on what it was assumed to predict."""
+    """Return the pipeline of that name, and remarks for the user on what it was assumed to predict."""
     registered = registered_folder(name, PIPELINES)
     if registered is not None:
         pipeline = load_folder(registered, dtype)

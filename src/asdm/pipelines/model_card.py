@@ -41,7 +41,7 @@ unet=pipeline.unet)`; or use `AutoPipelineForImage2Image.from_pipe(pipeline)`.""
 
 
 def model_card(pipeline: DiffusionPipeline, title: str, teacher: str | None = None, metrics: str = "") -> str:
-    """A model card for the Hub, in Markdown.
+    """Return a model card for the Hub, in Markdown.
 
     Args:
         title: what the model is called; where it is loaded from, in the snippet.

@@ -11,13 +11,13 @@ PICKLE_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth")
 
 
 def model_help() -> str:
-    """All that a model's name can be."""
+    """Return all that a model's name can be."""
     names = ", ".join(registered_names(PIPELINES))
     return f"{names}, a Hub id, a folder, a .safetensors file, or {' | '.join(f'{RANDOM}{shape}' for shape in UNETS)}"
 
 
 def looks_like_path(name: str) -> bool:
-    """Whether a name is a path rather than a Hub id."""
+    """Return whether a name is a path rather than a Hub id."""
     return (
         name.startswith(("/", ".", "~"))
         or name.count("/") != 1

@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and no advice from the libraries while a pipeline is loaded or saved."""
+    """Silence progress bars and advice of the libraries while a pipeline is loaded or saved."""
     level = diffusers_logging.get_verbosity()
     with_bars = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
     diffusers_logging.set_verbosity_error()

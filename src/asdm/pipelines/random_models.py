@@ -101,7 +101,7 @@ def random_pipeline(shape: str, dtype: torch.dtype) -> DiffusionPipeline:
 
 
 def _tokenizer_folder() -> Path:
-    """Where a CLIP tokenizer is at hand without the network."""
+    """Return where a CLIP tokenizer is at hand without the network."""
     folder = registered_folder("demo", PIPELINES)
     assert folder is not None
     return folder / "tokenizer"

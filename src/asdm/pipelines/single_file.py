@@ -62,7 +62,7 @@ def load_single_file(
 
 
 def _sd_kind(header: Header) -> str:
-    """The kind of Stable Diffusion checkpoint that a file is."""
+    """Return the kind of Stable Diffusion checkpoint that a file is."""
     kind = kind_of(header)
     if kind in SD_KINDS and not any(name.startswith(LDM_UNET_KEY) for name in header.tensors):
         raise AsdmError(

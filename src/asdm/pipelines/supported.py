@@ -71,7 +71,7 @@ def require_supported(pipeline: DiffusionPipeline, name: str) -> None:
 
 
 def as_supported(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """The pipeline, or one of the class for inpainting or text-to-image that shares its parts."""
+    """Return the pipeline, or one of the class for inpainting or text-to-image that shares its parts."""
     if is_inpainting(pipeline) and "Inpaint" not in type(pipeline).__name__:
         return image_to_image(pipeline, with_mask=True)
     if isinstance(pipeline, _FROM_IMAGES) and not is_inpainting(pipeline):

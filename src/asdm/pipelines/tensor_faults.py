@@ -48,7 +48,7 @@ def require_loaded(module: nn.Module, name: str, part: str, files: Iterable[Path
 
 
 def absent_of(module: nn.Module, files: Iterable[Path]) -> list[str]:
-    """Names of a module's parameters that were not loaded."""
+    """Return names of a module's parameters that were not loaded."""
     absent = [name for name, parameter in module.named_parameters() if parameter.is_meta]
     if absent or not isinstance(module, TEXT_ENCODERS):
         return absent
@@ -183,7 +183,7 @@ def _empty(folder: Path) -> nn.Module | None:
 
 
 def _converted(part: str, tensors: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Tensor]:
-    """A part's tensors by diffusers' names."""
+    """Return a part's tensors by diffusers' names."""
     start = layouts.LDM_UNET_KEY if part == "unet" else tuple(layouts.LDM_VAE_KEYS)
     if not any(name.startswith(start) for name in tensors):
         return {}
@@ -213,7 +213,7 @@ def _require_fit(
 
 
 def _todays(name: str) -> str:
-    """A tensor's name without what older versions of the libraries had in it."""
+    """Return a tensor's name without what older versions of the libraries had in it."""
     name = OF_TEXT.sub("", name)
     for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
         name = name.replace(f".{old}.", f".{new}.")
@@ -228,7 +228,7 @@ def _require_named(absent: list[str], count: int, name: str, part: str, files: I
 
 
 def _place(tensor: str, files: list[Path]) -> str:
-    """The file in which a tensor should be."""
+    """Return the file in which a tensor should be."""
     for index in files[0].parent.glob(_INDEX):
         known = json.loads(index.read_text("utf-8")).get("weight_map", {})
         return f"{index.parent.name}/{known.get(tensor, index.name)}"

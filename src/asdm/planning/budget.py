@@ -108,7 +108,7 @@ def make_plan(
 def _within(
     name: str, remaining: float, total: float, choices: list[PossibleEdit], savings: list[float]
 ) -> list[PossibleEdit]:
-    """The least sensitive edits that leave no more than `remaining` of one resource."""
+    """Return the least sensitive edits that leave no more than `remaining` of one resource."""
     kept = remaining if remaining <= 1 else remaining / total
     chosen = least_sensitive(choices, savings, total * (1 - kept)) if 0 < kept <= 1 else None
     if chosen is None:

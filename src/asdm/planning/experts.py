@@ -62,7 +62,7 @@ def add_cond_conv(
 
 
 def _pairs(plan: PruningPlan, unet: Denoiser) -> list[tuple[int, Pair]]:
-    """For each removed convolution the nearest kept one that can inherit it, with its size, in order of preference."""
+    """Return, for each removed convolution, the nearest kept one that can inherit it, with its size, by preference."""
     family = family_of(unet)
     order = {name: index for index, name in enumerate(family.layers(unet))}
     convs = {name: unet.get_submodule(name) for name in family.conv_channels(unet)}

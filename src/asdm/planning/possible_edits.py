@@ -53,7 +53,8 @@ def _possible(
     covers: Sequence[str],
     projection: CompensationKind,
 ) -> PossibleEdit:
-    """The edit with the cost of a new projection subtracted. The projection takes as long per MAC as the branch."""
+    """Return the edit with the cost of a new projection subtracted. The projection takes as long per MAC as the
+    branch."""
     channels = record.channels
     new_parameters = {"none": 0, "bias": 1, "diagonal": 2, "linear": channels + 1}[projection] * channels
     new_macs = {"none": 0, "bias": 0, "diagonal": 1, "linear": channels}[projection] * channels * record.positions

@@ -30,7 +30,7 @@ def preset_plan(redundancy: RedundancyMap, name: str, choices: Sequence[Possible
 
 
 def _chosen(redundancy: RedundancyMap, preset: Preset, choices: Sequence[PossibleEdit]) -> list[PossibleEdit]:
-    """The removals that the preset names, and regional attention in the outermost self-attentions."""
+    """Return the removals that the preset names, and regional attention in the outermost self-attentions."""
     positions = {unit.name: unit.positions for unit in redundancy.units}
     most = max((unit.positions for unit in redundancy.units if unit.kind == "self_attention"), default=0)
 

@@ -168,7 +168,7 @@ class _Refinement:
                 self.changes //= 2
 
     def result(self) -> PruningPlan:
-        """The best plan with its metrics."""
+        """Return the best plan with its metrics."""
         return _with_metrics(
             self.best.plan,
             predicted_sensitivity=sum(choice.sensitivity for choice in self.chosen),
@@ -191,8 +191,8 @@ class _Refinement:
         self.needed = _needed(candidate.plan, self.saved, self.redundancy.latency_ms)
 
     def _speedup(self, plan: PruningPlan) -> Ratio | None:
-        """The plan's measured speed-up; None where it has no target, or the measurement is not precise. The programme
-        has then kept the budget by the profile's latencies."""
+        """Return the plan's measured speed-up; None where it has no target, or the measurement is not precise. The
+        programme has then kept the budget by the profile's latencies."""
         if not self.target:
             return None
         measured = measured_speedup(self.teacher, plan)
@@ -212,8 +212,8 @@ def _worth(
     calls: Sequence[CalibrationCall],
     references: Sequence[Tensor],
 ) -> list[float]:
-    """How much nearer to the teacher the student would be without each chosen edit, or how much farther with each other
-    one.
+    """Return how much nearer to the teacher the student would be without each chosen edit, or how much farther with
+    each other one.
 
     It is the profile's sensitivity for an edit that cannot be tried, because what it changes is removed with something
     larger.
@@ -237,7 +237,7 @@ def _worth(
 
 
 def _restoration(teacher: Denoiser, student: Denoiser, edit: UnitEdit) -> Trial:
-    """The trial of the student without one of its edits."""
+    """Return the trial of the student without one of its edits."""
     family = family_of(teacher)
     order, left = family.execution_order(teacher), family.execution_order(student)
     behind = order[order.index(edit.changed_layer(family.layers(teacher))) :]
@@ -253,13 +253,13 @@ def _require_known(plan: PruningPlan, choices: Sequence[PossibleEdit]) -> None:
 
 
 def _compensation_of(plan: PruningPlan) -> CompensationKind:
-    """The kind of projection that the plan's edits have."""
+    """Return the kind of projection that the plan's edits have."""
     kinds = {edit.compensation for edit in plan.edits}
     return next(iter(kinds - {"none"}), "none")
 
 
 def _savings(plan: PruningPlan, choices: Sequence[PossibleEdit]) -> list[float]:
-    """What each choice saves of the plan's budgeted resource; milliseconds where it has no budget."""
+    """Return what each choice saves of the plan's budgeted resource; milliseconds where it has no budget."""
     target = {} if plan.metrics is None else plan.metrics.target
     if "params" in target:
         return [choice.parameters for choice in choices]
@@ -267,7 +267,7 @@ def _savings(plan: PruningPlan, choices: Sequence[PossibleEdit]) -> list[float]:
 
 
 def _needed(plan: PruningPlan, saved: float, latency_ms: float) -> float:
-    """What a better plan must save: as much as this one; less if this one is faster than requested."""
+    """Return what a better plan must save: as much as this one; less if this one is faster than requested."""
     target = _target(plan)
     measured = None if plan.metrics is None else plan.metrics.measured_speedup
     if not target or measured is None:
@@ -277,7 +277,7 @@ def _needed(plan: PruningPlan, saved: float, latency_ms: float) -> float:
 
 
 def _target(plan: PruningPlan) -> float:
-    """The requested speed-up; 0 where the plan has another budget."""
+    """Return the requested speed-up; 0 where the plan has another budget."""
     return 0.0 if plan.metrics is None else plan.metrics.target.get("speedup", 0.0)
 
 

@@ -145,7 +145,7 @@ def _plan_unmeasured(
 
 
 def _basis(redundancy: RedundancyMap) -> SpeedupBasis:
-    """What a speed-up that is not measured is predicted from."""
+    """Return what a speed-up that is not measured is predicted from."""
     return "latency" if redundancy.has_reliable_latencies else "macs"
 
 
@@ -159,7 +159,7 @@ def measured_speedup(unet: Denoiser, plan: PruningPlan, rounds: int = 5) -> Rati
 
 
 def is_precise(ratio: Ratio) -> bool:
-    """Whether a plan can go by this measurement."""
+    """Return whether a plan can go by this measurement."""
     return ratio.precision <= PRECISE_ENOUGH
 
 

@@ -37,7 +37,8 @@ class Graph:
 def graphs_of(
     pipeline: DiffusionPipeline, size: int, cache: int | None, calibration: list[dict[str, Tensor]]
 ) -> list[Graph]:
-    """All parts of a pipeline at an image size in pixels; with `cache`, also the denoiser's two at that depth."""
+    """Return all parts of a pipeline at an image size in pixels; with `cache`, also the denoiser's two at that
+    depth."""
     channels, side = latent_shape(pipeline)[0], size // pipeline.vae_scale_factor
     generator = torch.Generator().manual_seed(0)
     denoiser = _denoiser_graph(pipeline, side, generator, calibration)
@@ -77,7 +78,7 @@ def _denoiser_graph(
 
 
 def _cached_graphs(whole: Graph, cut: CacheCut) -> list[Graph]:
-    """The denoiser in two: "unet_inner" ends in the features at the cut, "unet_outer" begins with them."""
+    """Return the denoiser in two: "unet_inner" ends in the features at the cut, "unet_outer" begins with them."""
     denoiser: Any = whole.module.unet
     family = family_of(denoiser)
     with outputs_of(denoiser, cut.cached) as outputs:

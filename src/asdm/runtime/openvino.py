@@ -155,7 +155,7 @@ class OpenVinoUNet(nn.Module):
         return "int8" if self.about.get("int8") == "activations" else self.outer.precision
 
     def cache_cut(self, depth: int) -> CacheCut:
-        """Where features can be cached: at the exported cut.
+        """Return where features can be cached: at the exported cut.
 
         Raises:
             AsdmError: it was exported as one graph, or at another depth.

@@ -121,7 +121,7 @@ def optimize(
 
 
 def _changes(device: torch.device, dtype: torch.dtype, compile: bool) -> Iterator[tuple[str, Change]]:
-    """The measures to try, in order, by name."""
+    """Yield the measures to try, in order, by name."""
     yield CHANNELS_LAST, lambda model: model.to(memory_format=torch.channels_last)
     if dtype == torch.float32:
         if device.type in ("cuda", "mps"):
@@ -178,7 +178,7 @@ def _fuse(model: Any) -> None:
 
 
 def _threads(denoiser: Any, device: torch.device, rounds: int) -> list[Measure]:
-    """On the CPU: half as many threads, where hyper-threads share a core's arithmetic units."""
+    """Try half as many threads on the CPU, where hyper-threads share a core's arithmetic units."""
     now = torch.get_num_threads()
     if device.type != "cpu" or now < 4:
         return []
@@ -193,7 +193,7 @@ def _threads(denoiser: Any, device: torch.device, rounds: int) -> list[Measure]:
 
 
 def _is_worth_it(gain: Ratio) -> bool:
-    """Whether it is faster by more than noise could have made it."""
+    """Return whether it is faster by more than noise could have made it."""
     return gain.value >= WORTH_IT and gain.is_measurable
 
 

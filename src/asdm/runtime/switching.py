@@ -70,7 +70,7 @@ class SwitchedDenoiser(nn.Module):
 
 @cache
 def _switched_class(model_class: Any) -> type[Any]:
-    """A class that pipelines take for the stock class."""
+    """Return a class that pipelines take for the stock class."""
     return type(f"Switched{model_class.__name__}", (SwitchedDenoiser, model_class), {})
 
 
@@ -148,7 +148,8 @@ def switch_unets(
 
 
 def _student_fraction(pipeline: DiffusionPipeline, unets: Sequence[Denoiser], speedup: float) -> float:
-    """The fraction of the schedule that the first of two denoisers predicts, so that all calls are so much faster."""
+    """Return the fraction of the schedule that the first of two denoisers predicts, so that all calls are so much
+    faster."""
     if len(unets) != 2:
         raise AsdmError(f"speedup={speedup:g}: is for two denoisers, not {len(unets)}; give below")
     calls = {str(index): denoiser_call(unet) for index, unet in enumerate(unets)}

@@ -27,7 +27,7 @@ Write = Callable[[Graph, Path], Run]
 
 
 def writer(to: GraphFormat, int8: Int8 | None) -> Write:
-    """The function that writes graphs in a format.
+    """Return the function that writes graphs in a format.
 
     Raises:
         AsdmError: the format's packages are not installed.
@@ -36,7 +36,7 @@ def writer(to: GraphFormat, int8: Int8 | None) -> Write:
 
 
 def program_of(graph: Graph) -> torch.export.ExportedProgram:
-    """The graph, for any batch.
+    """Return the graph, for any batch.
 
     Raises:
         AsdmError: something in it depends on the batch of the examples.
@@ -74,7 +74,7 @@ def _openvino_writer(int8: Int8 | None) -> Write:
 
 
 def _quantiser() -> Callable[[Any, list[dict[str, Tensor]]], Any]:
-    """A function of an OpenVINO model and calibration inputs; without inputs it quantises weights alone."""
+    """Return a function of an OpenVINO model and calibration inputs; without inputs it quantises weights alone."""
     with needs_extra("int8", "export in 8 bits"):
         import nncf
     nncf.set_log_level(logging.ERROR)
@@ -121,7 +121,7 @@ def _onnx_writer() -> Write:
 
 
 def difference(graph: Graph, run: Run, tolerance: float) -> float:
-    """The largest difference between the graph's outputs and torch's, relative to each output's largest value.
+    """Return the largest difference between the graph's outputs and torch's, relative to each output's largest value.
 
     Raises:
         AsdmError: it is above the tolerance.

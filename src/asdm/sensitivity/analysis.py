@@ -162,7 +162,7 @@ class _Subject:
     def trials(
         self, compensate: CompensationKind = "none", projections: Mapping[str, ProjectionTensors] | None = None
     ) -> list[Trial]:
-        """The removal of each unit, then the other edits."""
+        """Return the removal of each unit, then the other edits."""
         removals = [Remove(unit=unit.name, compensate=compensate) for unit in self.units]
         return [*trials_of(self.model, removals, projections), *trials_of(self.model, self.others)]
 
@@ -229,7 +229,7 @@ def _estimate(
 
 
 def _map(subject: _Subject, errors: Errors, **fields: Any) -> RedundancyMap:
-    """The profile of what was measured; `fields` are those that the measurements do not determine."""
+    """Return the profile of what was measured; `fields` are those that the measurements do not determine."""
     model, costs = subject.model, subject.costs
     measured = {"latency_doubt": costs.latency_doubt, "other_cores": costs.other_cores}
     return RedundancyMap(

@@ -94,7 +94,7 @@ def _kept(branch: Branch) -> list[str]:
 
 
 def _cost_of(model: Denoiser, paths: Sequence[str], count: MacCount, latencies: Mapping[str, Latency]) -> Cost:
-    """The cost of the modules at these paths; "" is the whole model. Modules without a latency count as 0 ms."""
+    """Return the cost of the modules at these paths; "" is the whole model. Modules without a latency count as 0 ms."""
     return Cost(
         parameters=sum(p.numel() for path in paths for p in model.get_submodule(path).parameters()),
         macs=sum(map(count.below, paths)),
@@ -104,7 +104,7 @@ def _cost_of(model: Denoiser, paths: Sequence[str], count: MacCount, latencies: 
 
 
 def _forwards_after(layers: Sequence[str], latencies: Mapping[str, Latency], total_ms: float) -> dict[str, float]:
-    """The fraction of a call that comes after each layer: what an exact ablation of that layer must compute."""
+    """Return the fraction of a call that comes after each layer: what an exact ablation of that layer must compute."""
     elapsed, after = 0.0, {}
     for layer in layers:
         elapsed += latencies[layer].ms if layer in latencies else 0.0
@@ -151,7 +151,7 @@ def measure_edits(model: Denoiser, edits: Sequence[Edit], costs: Costs, rounds: 
 
 
 def _groups(edits: Sequence[Edit]) -> list[list[Edit]]:
-    """The edits in groups that are measured together."""
+    """Return the edits in groups that are measured together."""
     groups: dict[Hashable, list[Edit]] = {}
     for edit in edits:
         groups.setdefault(edit if edit.measured_with is None else ("together", edit.measured_with), []).append(edit)

@@ -92,7 +92,7 @@ def _cross_numbers(unet: UNet2DConditionModel) -> dict[int, str]:
 
 
 def _fit(tensors: Mapping[str, Tensor], unet: UNet2DConditionModel, numbers: Mapping[str, Numbers]) -> bool:
-    """Whether the weights have the shapes of the attentions with these numbers."""
+    """Return whether the weights have the shapes of the attentions with these numbers."""
     for key, tensor in tensors.items():
         found = _KEY.fullmatch(key)
         if found is None:

@@ -22,12 +22,12 @@ from asdm.training.sharding import full_tensor, shard_like
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """All checkpoints in `folder`."""
+    """Return all checkpoints in `folder`."""
     return list(folder.glob("checkpoint-*[0-9]"))
 
 
 def checkpoint_step(folder: Path) -> int:
-    """The step of the newest checkpoint in `folder`, 0 where there is none."""
+    """Return the step of the newest checkpoint in `folder`, 0 where there is none."""
     return max((int(path.name.split("-")[1]) for path in checkpoints(folder)), default=0)
 
 
@@ -129,7 +129,7 @@ class TrainingState:
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def _moments(self) -> dict[str, Tensor]:
-        """The optimiser's state, by parameter's number and key; a copy of what parameters share."""
+        """Return the optimiser's state, by parameter's number and key; a copy of what parameters share."""
         moments, shared = {}, set()
         for number, state in self.optimizer.state_dict()["state"].items():
             for key, value in _flat(state):

@@ -80,7 +80,7 @@ class DivergenceGuard:
 
 
 def _largest_term(losses: dict[str, float]) -> str:
-    """The name of the term that weighs most."""
+    """Return the name of the term that weighs most."""
     terms = {name: value for name, value in losses.items() if name.startswith("weighted/")}
     terms = terms or {name: value for name, value in losses.items() if name != "loss"}
     return max(terms, key=lambda name: terms[name], default="loss").removeprefix("weighted/")

@@ -53,7 +53,7 @@ class LoopSettings:
     seed: int = 0
 
     def learning_rate_at(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
+        """Return the learning rate of a step, counted from 0."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         if self.schedule == "constant":
@@ -63,7 +63,7 @@ class LoopSettings:
         return self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * cosine
 
     def generator_at(self, step: int) -> torch.Generator:
-        """The source of a step's noise."""
+        """Return the source of a step's noise."""
         return torch.Generator().manual_seed(self.seed * 1_000_003 + step)
 
 
@@ -209,7 +209,7 @@ class _Run:
         return losses
 
     def _backward(self, batch: Batch, part: BatchSlice) -> dict[str, Tensor]:
-        """The losses of one round, and their gradients; processes exchange these in the last round."""
+        """Return the losses of one round, and their gradients; processes exchange these in the last round."""
         generator = self.settings.generator_at(self.step)
         is_unshared = self.processes > 1 and not self.is_sharded and part is not self.slices[-1]
         with self.accelerator.no_sync(self.model) if is_unshared else nullcontext(), self.autocast():

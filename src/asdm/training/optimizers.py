@@ -24,7 +24,7 @@ def make_optimizer(
     weight_decay: float,
     learning_rate_factors: dict[str, float],
 ) -> torch.optim.Optimizer:
-    """The optimiser of `weights`, by parameter name; vectors (norms, biases) are not decayed.
+    """Return the optimiser of `weights`, by parameter name; vectors (norms, biases) are not decayed.
 
     `learning_rate_factors` slows down or speeds up the weights whose names start so; each group holds its
     factor as `factor`.
@@ -148,5 +148,5 @@ def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 def is_matrix(parameter: Tensor) -> bool:
-    """Whether a parameter has columns: matrices and kernels, not the scales of a depthwise 1x1 convolution."""
+    """Return whether a parameter has columns: matrices and kernels, not the scales of a depthwise 1x1 convolution."""
     return parameter.shape[1:].numel() > 1

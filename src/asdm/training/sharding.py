@@ -23,12 +23,12 @@ Task = TypeVar("Task", bound=nn.Module)
 
 
 def is_sharding_requested() -> bool:
-    """Whether the launch requests it, as `accelerate launch --use_fsdp` or its config does."""
+    """Return whether the launch requests it, as `accelerate launch --use_fsdp` or its config does."""
     return parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
 def gathered_layers(module: nn.Module) -> list[nn.Module]:
-    """The layers inside a module whose weights are gathered together, for as long as each computes."""
+    """Return the layers inside a module whose weights are gathered together, for as long as each computes."""
     classes = tuple(each for family in families() for each in family.layer_classes)
     return [part for part in module.modules() if isinstance(part, classes)]
 
@@ -62,8 +62,8 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def shard_like(reference: Tensor, tensor: Tensor) -> Tensor:
-    """This process's shard of a tensor that all of them hold, where `reference` is sharded; in its shape, where version
-    0.1 saved another."""
+    """Return this process's shard of a tensor that all of them hold, where `reference` is sharded; in its shape, where
+    version 0.1 saved another."""
     if tensor.numel() == reference.numel():
         tensor = tensor.view(reference.shape)
     if not isinstance(reference, DTensor) or tensor.shape != reference.shape:

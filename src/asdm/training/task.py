@@ -21,7 +21,7 @@ class BatchSlice:
     count: int = 1
 
     def of(self, size: int) -> slice:
-        """Where this part lies in a batch of `size`.
+        """Return where this part lies in a batch of `size`.
 
         Raises:
             AsdmError: the batch has no `count` equal parts.
@@ -44,7 +44,7 @@ class TrainingTask(nn.Module):
     """
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """The parameters that are trained, by name."""
+        """Return the parameters that are trained, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def forward(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
