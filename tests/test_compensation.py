@@ -14,7 +14,7 @@ from asdm.compensation.regression import RidgeRegression
 from asdm.data.calibration import CalibrationCall, calibration_calls
 from asdm.families import Branch, UNetFamily, Unit
 from asdm.student.unet import AsdmUNet2DConditionModel
-from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline
+from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet
 
 RESNET, FOLDING = "down_blocks.0.resnets.1", "up_blocks.1.resnets.1"
 ATTENTION = "down_blocks.1.attentions.1"
@@ -293,3 +293,13 @@ def test_the_states_behind_a_branch_are_the_sum_unless_it_is_gated(block_and_cal
     }
     for name, states in expected.items():
         torch.testing.assert_close(_states_around(runs, family.branch(block, name), 0), states)
+
+
+@pytest.mark.parametrize("unit", ["mid_block", "mid_block.attentions.0.transformer_blocks.0.ff"])
+def test_what_is_left_at_a_higher_resolution_is_fitted_too(unit):
+    pipeline = tiny_pipeline()
+    pipeline.register_modules(unet=tiny_unet(sample_size=32))
+    edits = [{"edit": "remove", "unit": "down_blocks.3"}, {"edit": "remove", "unit": unit, "compensate": "linear"}]
+    student = build_student(pipeline.unet, PruningPlan.for_unet(pipeline.unet, edits))
+    report = fit_compensation(pipeline, student, timesteps=1, samples=4)
+    assert report.left_by_unit[unit] < 1

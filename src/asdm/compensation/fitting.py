@@ -7,6 +7,7 @@ a later fit also corrects what earlier ones left.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -160,7 +161,7 @@ def _fit_unit(teacher: PartialCalls, student: PartialCalls, edit: UnitEdit, ridg
     for index in range(len(student.calls)):
         _, expected = _states_around(teacher, branch, index)
         read, found = _states_around(student, branch, index)
-        missing = by_position(expected - found) * branch.scale
+        missing = by_position(_at_resolution_of(found, expected, student.latent_sides(index)) - found) * branch.scale
         features = projection_features(edit.compensation, branch, read, found)
         if edit.compensates_time:
             features = torch.cat([features, _time_features(student, branch, index, features)], dim=2)
@@ -184,6 +185,24 @@ def _states_around(calls: PartialCalls, branch: Branch, index: int) -> tuple[Ten
     entry = branch.norm or branch.path
     seen = calls.until(list(dict.fromkeys([entry, branch.path])), index)
     return seen[entry].input, seen[entry].input + seen[branch.path].output
+
+
+def _at_resolution_of(found: Tensor, expected: Tensor, latent_sides: tuple[int, int]) -> Tensor:
+    """Return the teacher's hidden states at the student's resolution, which is higher in the mid block of a UNet whose
+    lowest-resolution level is removed."""
+    if expected.shape == found.shape:
+        return expected
+    if expected.ndim == 4:
+        return F.interpolate(expected, size=found.shape[2:])
+    feature_map = expected.mT.unflatten(2, _map_sides(expected.shape[1], latent_sides))
+    return F.interpolate(feature_map, size=_map_sides(found.shape[1], latent_sides)).flatten(2).mT
+
+
+def _map_sides(tokens: int, latent_sides: tuple[int, int]) -> tuple[int, int]:
+    """Return height and width of a feature map with so many tokens, in the proportions of the latents."""
+    scale = math.sqrt(tokens / math.prod(latent_sides))
+    height, width = (round(side * scale) for side in latent_sides)
+    return height, width
 
 
 def _time_features(student: PartialCalls, branch: Branch, index: int, features: Tensor) -> Tensor:

@@ -39,6 +39,11 @@ class PartialCalls:
         self._cached: list[dict[str, CachedOutput]] = [{} for _ in calls]
         self._cached_bytes = 0
 
+    def latent_sides(self, index: int) -> tuple[int, int]:
+        """Return height and width of the latents of call number `index`."""
+        height, width = self.calls[index].arguments[self._family.sample_argument].shape[-2:]
+        return height, width
+
     def until(self, paths: Sequence[str], index: int) -> dict[str, ModuleCall]:
         """Run call number `index` up to the last of the named modules; return what each of them read and returned."""
         seen: dict[str, ModuleCall] = {}
