@@ -29,8 +29,6 @@ from asdm.pipelines.clip import clip_statistics
 from asdm.sensitivity.analysis import structure_map
 from conftest import tiny_pipeline, tiny_transformer, tiny_unet
 
-RESULTS = Path(__file__).parent.parent / "docs" / "results"
-
 
 def test_recognition_on_features_with_a_known_answer():
     real = torch.eye(6)
@@ -190,7 +188,7 @@ def test_the_diagram_of_a_unet_is_a_u_and_that_of_a_transformer_a_column():
 
 
 def test_an_evaluation_of_0_1_0_loads(tmp_path):
-    path = RESULTS / "demo_evaluation.json"
+    path = Path(__file__).parent / "evaluation_0_1.json"
     assert "median_ms" in path.read_text()
     found = Evaluation.load(path)
     teacher, pruned = found.speed[:2]
