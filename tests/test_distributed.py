@@ -91,6 +91,7 @@ def test_two_processes_with_half_a_batch_each_do_what_one_does(data_folder, tmp_
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
+@pytest.mark.slow
 def test_two_processes_that_share_the_weights_go_on_from_one_and_do_what_it_does(data_folder, tmp_path, alone):
     stage = {**STAGE, "steps": 4, "accumulation": 2, "checkpointing": True, "ema_decay": 0.5, "checkpoint_every": 2}
     pipeline = tiny_pipeline()

@@ -78,9 +78,8 @@ def graph_inputs(pipeline, batch):
     }
 
 
-@pytest.mark.parametrize(
-    "router", ["input", *(pytest.param(router, marks=pytest.mark.slow) for router in ("time", "input+time"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("router", ["input", "time", "input+time"])
 def test_a_student_with_all_kinds_of_edits(pipeline, tmp_path, router):
     student = student_of(pipeline, *EDITS[:3], EDITS[3] | {"router": router})
     made = export(student, tmp_path / "out", parts=None if router == "time" else ["unet"])
