@@ -35,12 +35,9 @@ def demo_build(
         float | None,
         typer.Option(help="Save and stop after this many minutes.", callback=POSITIVE, show_default=False),
     ] = None,
-    warm_start: Annotated[bool, typer.Option("--warm-start", help="Train the embedded UNet further.")] = False,
-    noto_font: Annotated[
-        Path | None, typer.Option(help="NotoColorEmoji.ttf, for `images`.", show_default=False)
-    ] = None,
-    twemoji: Annotated[
-        Path | None, typer.Option(help="Twemoji's 64 px PNGs, for `images`.", show_default=False)
+    warm_start: Annotated[bool, typer.Option("--warm-start", help="Start from the embedded weights.")] = False,
+    icons: Annotated[
+        Path | None, typer.Option(help="The unpacked icon packages, for `images`.", show_default=False)
     ] = None,
 ) -> None:
     """Build the embedded pipeline again by its recipe; each build step resumes where it stopped."""
@@ -50,8 +47,7 @@ def demo_build(
             folder,
             minutes=minutes,
             warm_start=warm_start,
-            noto_font=noto_font,
-            twemoji_folder=twemoji,
+            icons=icons,
             progress=report,
             say=say,
         )

@@ -1,31 +1,40 @@
-"""Render the images, train the stages, check what came out."""
+"""The command behind `asdm demo-build`: render the images, train the stages, check what came out."""
 
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import Tensor
 
-from asdm.data.examples import Example, load_pixels
-from asdm.data.sources import open_data
 from asdm.demo import images_folder, pipeline_folder
 from asdm.diffusion.conditioning import decode_latents, encode_images
+from asdm.diffusion.generation import default_guidance, default_steps, generate
 from asdm.errors import AsdmError
-from asdm.evaluation.comparison import evaluate
-from asdm.evaluation.metrics import Judge, psnr, recognition, retrieval_at_1
+from asdm.evaluation.image_folders import save_images
+from asdm.evaluation.metrics import (
+    Judge,
+    cosine_similarity,
+    feature_distance,
+    kid,
+    psnr,
+    recognition,
+    retrieval_at_1,
+)
 from asdm.evaluation.plots import image_sheet
 from asdm.evaluation.real_images import image_embeds, text_embeds
-from asdm.evaluation.sampling import evaluation_sets
 from asdm.files import write_text
-from asdm.images import load_images
+from asdm.images import load_images, to_images
 from asdm.pipelines.clip import load_clip
 from asdm.pipelines.loading import load_pipeline
 from asdm.training.log import read_log
-from tools.demo.emoji import held_out_pairs, render_dataset
+from tools.demo.emoji import IMAGE_SIZE, Pair, all_pairs, held_out_pairs, render_dataset, seen_pairs
 from tools.demo.recipe import LOOPS, Recipe
 
 STAGES = ("images", "tokenizer", "clip", "vae", "unet", "assemble", "check")
@@ -38,22 +47,21 @@ def build(
     *,
     minutes: float | None,
     warm_start: bool,
-    noto_font: Path | None,
-    twemoji_folder: Path | None,
+    icons: Path | None,
     progress: Report,
     say: Callable[[str], None],
 ) -> None:
     """Run one stage of the recipe, or all but `images`, in `folder`.
 
     Raises:
-        AsdmError: no such stage, or `images` without its sources.
+        AsdmError: no such stage, or `images` without its source.
     """
     if stage not in (*STAGES, "all"):
         raise AsdmError(f"{stage}: no such stage; allowed: {', '.join(STAGES)}, all")
     if stage == "images":
-        if noto_font is None or twemoji_folder is None:
-            raise AsdmError("images: needs --noto-font and --twemoji; see docs/demo.md for where to get them")
-        say(f"{render_dataset(noto_font, twemoji_folder, images_folder())} images in {images_folder()}")
+        if icons is None:
+            raise AsdmError("images: needs --icons; docs/demo.md says where to get the packages")
+        say(f"{render_dataset(icons, images_folder())} images in {images_folder()}")
         return
     recipe = Recipe(images_folder(), folder, _reporting(progress), pipeline_folder() if warm_start else None)
     for name in STAGES[1:] if stage == "all" else [stage]:
@@ -65,77 +73,110 @@ def build(
 
 
 def check(folder: Path, say: Callable[[str], None], progress: Report | None = None) -> dict[str, Any]:
-    """Return how good the built pipeline is, by a judge that nothing was trained on.
+    """How good the built pipeline is, by a judge that nothing was trained on.
 
-    Writes `check.json`, `samples.png` (48 samples, half of them held out, the real image under each) and
+    Writes `check.json`, `samples.png` (72 samples of seen, determined and open pairs, the real image under each) and
     `log.jsonl` (every tenth step of each stage).
     """
     pipeline = load_pipeline(folder / "pipeline")
-    evaluation = evaluate(
-        {"demo": pipeline},
-        data=images_folder(),
-        clip=load_clip(pipeline),
-        progress=None if progress is None else (lambda title, done, total: progress(title, done, total, "")),
-        images_folder=folder / "images",
-    )
-    figures: dict[str, Any] = {row.split: row.model_dump(exclude={"name", "split"}) for row in evaluation.quality}
-    figures["real_images"] = real_image_figures(pipeline)
-    figures["steps"], figures["guidance_scale"] = evaluation.steps, evaluation.guidance_scale
+    gallery = Gallery(pipeline)
+    figures: dict[str, Any] = {"real_images": gallery.real_figures(), "steps": default_steps(pipeline)}
+    figures["guidance_scale"] = default_guidance(pipeline)
+    drawn: list[tuple[Pair, Tensor]] = []
+    for name, pairs in sets_of_pairs().items():
+        images = generate(pipeline, [pair.caption for pair in pairs], progress=_counting(progress, name))
+        figures[name] = gallery.figures(images, pairs)
+        drawn += list(zip(pairs, images, strict=True))[:: max(1, len(pairs) // 24)][:24]
+        save_images(images, folder / "images" / name)
     write_text(folder / "check.json", json.dumps(figures, indent=1) + "\n")
-    write_sheet(folder)
+    write_sheet(drawn, folder / "samples.png")
     write_log(folder)
     say(json.dumps(figures, indent=1))
     return figures
 
 
-@torch.no_grad()
-def real_image_figures(pipeline: DiffusionPipeline) -> dict[str, float]:
-    """Return what the figures are for real images: the VAE's PSNR on held-out ones, how well the judge knows them
-    again after the VAE, and among all other real images; and the CLIPModel's retrieval on seen and held-out ones."""
-    held_out = load_images([images_folder() / pair.file_name for pair in held_out_pairs()], 64)
-    latents = encode_images(pipeline.vae, held_out)
-    rebuilt = decode_latents(pipeline, latents).clamp(-1, 1)
-    examples, pixels = load_pixels(open_data(images_folder(), "all").examples, 64, {})
-    labels = [(str(example.concept), str(example.style)) for example in examples]
-    judge = Judge()
-    features = judge.features(torch.stack(pixels))
-    wanted = [(pair.concept, pair.style) for pair in held_out_pairs()]
-    known = recognition(judge.features(rebuilt), wanted, features, labels)
-    rows = [labels.index(label) for label in wanted]
-    others = recognition(features[rows], wanted, features, labels, without=rows)
-    clip = load_clip(pipeline)
-    assert clip is not None
-    captions = text_embeds(clip, pipeline, [example.caption for example in examples])
-    images = image_embeds(clip, torch.stack(pixels))
-    by_split = {
-        split: [i for i, e in enumerate(examples) if e.held_out == (split == "held_out")]
-        for split in ("seen", "held_out")
-    }
+def sets_of_pairs(seen: int = 128) -> dict[str, list[Pair]]:
+    """What a pipeline is asked to draw: some seen pairs, and all held-out ones by their kind."""
     return {
-        "held_out_psnr_db": float(psnr(rebuilt, held_out).mean()),
-        "held_out_concept_top1_after_vae": known.concept_top1,
-        "held_out_style_after_vae": known.style,
-        # What can be asked of a drawing that is not the real image itself.
-        "held_out_concept_top5_among_others": others.concept_top5,
-        "held_out_style_among_others": others.style,
-        **{f"{split}_retrieval_at_1": retrieval_at_1(images[rows], captions, rows) for split, rows in by_split.items()},
+        "seen": random.Random(0).sample(seen_pairs(), seen),
+        "determined": held_out_pairs("determined"),
+        "open": held_out_pairs("open"),
     }
 
 
-def write_sheet(folder: Path) -> None:
-    """Draw `samples.png` from the images that `check` made: 24 seen and 24 held-out pairs."""
-    from PIL import Image
+class Gallery:
+    """All real images, as the judge and the pipeline's own CLIPModel see them."""
 
-    captions, drawn, real = [], [], []
-    for evaluation_set in evaluation_sets(images_folder(), None, 128, 0):
-        examples: list[Example] = evaluation_set.examples
-        step = len(examples) // 24
-        for index in range(0, 24 * step, step):
-            path = folder / "images" / evaluation_set.split / "demo" / f"{index:04d}.png"
-            captions.append(examples[index].caption)
-            drawn.append(Image.open(path).convert("RGB"))
-            real.append(examples[index].image().convert("RGB"))
-    image_sheet(captions, [drawn, real], side=96, across=12).save(folder / "samples.png")
+    @torch.no_grad()
+    def __init__(self, pipeline: DiffusionPipeline):
+        clip = load_clip(pipeline)
+        assert clip is not None
+        self.pipeline, self.clip, self.judge = pipeline, clip, Judge()
+        self.pairs = all_pairs()
+        self.images = load_images([images_folder() / pair.file_name for pair in self.pairs], IMAGE_SIZE)
+        self.features = self.judge.features(self.images)
+        self.captions = text_embeds(clip, pipeline, [pair.caption for pair in self.pairs])
+
+    def rows(self, pairs: list[Pair]) -> list[int]:
+        where = {pair: row for row, pair in enumerate(self.pairs)}
+        return [where[pair] for pair in pairs]
+
+    def figures(self, images: Tensor, pairs: list[Pair]) -> dict[str, float]:
+        """What the images of `pairs` show, in parts of all: `exact` where the nearest of all real images is the pair's
+        own, and `distance` to that one (1 - cosine of the judge's features)."""
+        features = self.judge.features(images)
+        rows = self.rows(pairs)
+        named = recognition(features, _labels(pairs), self.features, _labels(self.pairs))
+        nearest = cosine_similarity(features, self.features).argmax(dim=1)
+        deviation = kid(features, self.features[rows])
+        return {
+            "images": len(images),
+            "exact": float((nearest == torch.tensor(rows)).float().mean()),
+            "distance": feature_distance(features, self.features[rows]),
+            "concept_top1": named.concept_top1,
+            "concept_top5": named.concept_top5,
+            "style": named.style,
+            "kid": deviation[0],
+            "retrieval_at_1": retrieval_at_1(image_embeds(self.clip, images), self.captions, rows),
+        }
+
+    @torch.no_grad()
+    def real_figures(self) -> dict[str, Any]:
+        """What the figures are for real images: after the VAE, and of the CLIPModel."""
+        figures: dict[str, Any] = {}
+        for name, pairs in (sets_of_pairs(512)).items():
+            real = self.images[self.rows(pairs)]
+            latents = encode_images(self.pipeline.vae, real)
+            rebuilt = decode_latents(self.pipeline, latents).clamp(-1, 1)
+            after = self.figures(rebuilt, pairs)
+            figures[name] = {
+                "psnr_db": float(psnr(rebuilt, real).mean()),
+                **{f"{key}_after_vae": after[key] for key in ("exact", "distance", "concept_top5", "style")},
+                **self._retrieval(real, pairs),
+            }
+        return figures
+
+    def _retrieval(self, images: Tensor, pairs: list[Pair]) -> dict[str, float]:
+        """The nearest of all captions by the CLIPModel: how often it is right, in its concept and in its style."""
+        found = cosine_similarity(image_embeds(self.clip, images), self.captions).argmax(dim=1).tolist()
+        nearest = [self.pairs[row] for row in found]
+
+        def part(right: Callable[[Pair, Pair], bool]) -> float:
+            return sum(right(*both) for both in zip(nearest, pairs, strict=True)) / len(pairs)
+
+        return {
+            "retrieval_at_1": part(lambda one, other: one == other),
+            "retrieval_of_concept": part(lambda one, other: one.concept == other.concept),
+            "retrieval_of_style": part(lambda one, other: one.style == other.style),
+        }
+
+
+def write_sheet(drawn: list[tuple[Pair, Tensor]], path: Path) -> None:
+    """Draw images of pairs, each over the real one."""
+    pairs = [pair for pair, _ in drawn]
+    real = [Image.open(images_folder() / pair.file_name).convert("RGB") for pair in pairs]
+    images = to_images(torch.stack([image for _, image in drawn]))
+    image_sheet([pair.caption for pair in pairs], [images, real], side=96, across=12).save(path)
 
 
 def write_log(folder: Path) -> None:
@@ -160,3 +201,11 @@ def _reporting(progress: Report) -> Callable[[dict[str, float]], None]:
         )
 
     return report
+
+
+def _labels(pairs: list[Pair]) -> list[tuple[str, str]]:
+    return [(pair.concept, pair.style) for pair in pairs]
+
+
+def _counting(progress: Report | None, title: str) -> Callable[[int, int], None] | None:
+    return None if progress is None else (lambda done, total: progress(title, done, total, ""))

@@ -8,8 +8,8 @@ classes.
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from diffusers.models.attention_processor import AttnProcessor
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
@@ -35,22 +36,46 @@ from asdm.training.checkpoints import checkpoint_step, load_ema_weights
 from asdm.training.launch import make_accelerator
 from asdm.training.loop import LoopSettings, Progress, train
 from asdm.training.task import TrainingTask
-from tools.demo.emoji import IMAGE_SIZE, Pair, all_pairs, seen_pairs
-from tools.demo.tasks import AutoencoderTask, ContrastTask, NoisePredictionTask
+from tools.demo.emoji import IMAGE_SIZE, ONE_DESIGN, STYLES, Pair, all_pairs, concepts, seen_pairs
+from tools.demo.tasks import AutoencoderTask, ContrastTask, ImageTowerTask, NoisePredictionTask
 
 CAPTION_LENGTH = 16
 TEXT_WIDTH = 256
 
-LOOPS = {
+
+@dataclass(frozen=True)
+class HeldThenFalling(LoopSettings):
+    """A learning rate that stays at its peak and falls to zero, in a straight line, over the last steps alone: until
+    then a longer or shorter training is the same training."""
+
+    falling_steps: int = 0
+
+    def learning_rate_at(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return super().learning_rate_at(step)
+        return self.learning_rate * min(1.0, (self.steps - step) / max(1, self.falling_steps))
+
+
+LOOPS: dict[str, LoopSettings] = {
     "clip": LoopSettings(
-        steps=600,
+        steps=400,
         learning_rate=1e-3,
         # The text tower keeps its words apart only if it learns more slowly than the image tower.
-        learning_rate_factors={"clip.text_model.": 0.3},
+        optimizer="muon",
+        learning_rate_factors={"clip.text_model.embeddings.": 0.3, "clip.text_model.": 0.6},
         warmup_steps=50,
-        weight_decay=0.1,
+        weight_decay=0.2,
         ema_decay=0.99,
         checkpoint_every=100,
+    ),
+    "image_tower": LoopSettings(
+        steps=3000,
+        optimizer="muon",
+        learning_rate=1e-3,
+        warmup_steps=30,
+        weight_decay=0.2,
+        ema_decay=0.98,
+        checkpoint_every=50,
     ),
     "vae": LoopSettings(
         steps=2000,
@@ -60,26 +85,28 @@ LOOPS = {
         ema_decay=0.998,
         checkpoint_every=200,
     ),
-    "unet": LoopSettings(
-        steps=6000,
+    "unet": HeldThenFalling(
+        steps=15000,
+        falling_steps=3000,
         optimizer="muon",
         learning_rate=4e-4,
         betas=(0.9, 0.99),
         warmup_steps=50,
         weight_decay=0.01,
-        ema_decay=0.998,
-        checkpoint_every=200,
+        ema_decay=0.999,
+        checkpoint_every=100,
     ),
 }
-BATCH_SIZES = {"clip": 128, "vae": 16, "unet": 32}
+BATCH_SIZES = {"image_tower": 128, "vae": 16, "unet": 32}
+CONCEPTS_A_BATCH, OTHER_CAPTIONS = 24, 256  # of the contrast: some 108 images, and captions besides theirs
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Where the recipe works and what it starts from.
 
-    With `start`, a pipeline folder, `unet` trains its UNet further, and parts that the working folder has
-    not trained are taken from it.
+    With `start`, a pipeline folder, its parts are trained further, and parts that the working folder has not trained
+    are taken from it.
     """
 
     images: Path
@@ -112,28 +139,67 @@ class Recipe:
         pairs = seen_pairs()
         images = self._images(pairs)
         input_ids = tokenize(tokenizer, [pair.caption for pair in pairs])
+        names = list(concepts())
+        clip = make_clip(tokenizer)
+        if self.start is not None:
+            take_over(clip, tokenizer, self.start)
+        task = ContrastTask(clip, tokenize(tokenizer, names))
+        concept_of = torch.tensor([names.index(pair.concept) for pair in pairs])
+        order = ShuffledBatches(len(names), CONCEPTS_A_BATCH, seed=0)
 
-        order = ShuffledBatches(len(pairs), BATCH_SIZES["clip"], seed=0)
+        def batch_at(step: int) -> dict[str, Tensor]:
+            chosen = torch.isin(concept_of, order(step)).nonzero()[:, 0]
+            generator = torch.Generator().manual_seed(step)
+            others = torch.randperm(len(pairs), generator=generator)
+            others = others[~torch.isin(others, chosen)][:OTHER_CAPTIONS]
+            return {
+                "images": images[chosen],
+                "input_ids": input_ids[torch.cat([chosen, others])],
+                "concepts": concept_of[chosen],
+            }
+
+        if not self._train("clip", task, batch_at, stop_after_seconds):
+            return False
+        return self._image_tower(images, concept_of, stop_after_seconds)
+
+    def _image_tower(self, images: Tensor, concept_of: Tensor, stop_after_seconds: float | None) -> bool:
+        """The second half of `clip`, of which a UNet sees nothing; `concept_of` are the images' concepts."""
+        clip, tokenizer, pairs = self._clip(), self._tokenizer(), seen_pairs()
+        with torch.no_grad():
+            captions, names = (
+                clip.text_model(input_ids=tokenize(tokenizer, texts)).pooler_output
+                for texts in ([pair.caption for pair in pairs], list(concepts()))
+            )
+        styles = torch.tensor([STYLES.index(pair.style) for pair in pairs])
+        alike = members([(pair.concept, "" if pair.style in ONE_DESIGN else pair.style) for pair in pairs])
+        task = ImageTowerTask(clip, captions, names, styles)
+        order = ShuffledBatches(len(images), BATCH_SIZES["image_tower"], seed=0)
 
         def batch_at(step: int) -> dict[str, Tensor]:
             chosen = order(step)
-            return {"images": images[chosen], "input_ids": input_ids[chosen]}
+            generator = torch.Generator().manual_seed(step)
+            others = [alike[i][int(torch.randint(len(alike[i]), (), generator=generator))] for i in chosen.tolist()]
+            return {
+                "images": images[chosen],
+                "others": images[others],
+                "captions": chosen,
+                "concepts": concept_of[chosen],
+            }
 
-        return self._train("clip", ContrastTask(make_clip(tokenizer)), batch_at, stop_after_seconds)
+        return self._train("image_tower", task, batch_at, stop_after_seconds)
 
     def _vae_stage(self, stop_after_seconds: float | None) -> bool:
         images = self._images(seen_pairs())
-
         order = ShuffledBatches(len(images), BATCH_SIZES["vae"], seed=0)
 
         def batch_at(step: int) -> dict[str, Tensor]:
             return {"images": images[order(step)]}
 
-        return self._train("vae", AutoencoderTask(make_vae()), batch_at, stop_after_seconds)
+        return self._train("vae", AutoencoderTask(self._untrained_vae()), batch_at, stop_after_seconds)
 
     def _unet_stage(self, stop_after_seconds: float | None) -> bool:
         pairs = seen_pairs()
-        vae, text_encoder, tokenizer = self._normalised_vae(), self._clip().text_model, self._tokenizer()
+        vae, text_encoder, tokenizer = self._vae(), self._clip().text_model, self._tokenizer()
         with torch.no_grad():
             latents = encode_images(vae, self._images(pairs))
             captions = [pair.caption for pair in pairs]
@@ -151,6 +217,7 @@ class Recipe:
         unet = make_unet()
         if self.start is not None:
             unet = UNet2DConditionModel.from_pretrained(self.start / "unet", dtype=torch.float32)
+        unet.set_attn_processor(AttnProcessor())  # torch's fused attention takes twice as long backwards on CPUs
         task = NoisePredictionTask(unet, make_noise_schedule(), embeddings[-1:])
         return self._train("unet", task, batch_at, stop_after_seconds)
 
@@ -159,7 +226,7 @@ class Recipe:
         load_ema_weights(self.folder / "unet", {f"unet.{name}": p for name, p in unet.named_parameters()})
         clip = self._clip()
         pipeline = StableDiffusionPipeline(
-            vae=self._normalised_vae(),
+            vae=self._vae(),
             text_encoder=clip.text_model,
             tokenizer=self._tokenizer(),
             unet=unet,
@@ -211,16 +278,39 @@ class Recipe:
         if self.start is not None and not checkpoint_step(self.folder / "clip"):
             return CLIPModel.from_pretrained(self.start / "clip", dtype=torch.float32).eval()
         clip = make_clip(self._tokenizer())
-        load_ema_weights(self.folder / "clip", {f"clip.{name}": p for name, p in clip.named_parameters()})
+        weights = {f"clip.{name}": p for name, p in clip.named_parameters()}
+        load_ema_weights(self.folder / "clip", weights)
+        if checkpoint_step(self.folder / "image_tower"):
+            trained = {name: p for name, p in weights.items() if not name.startswith("clip.text_model.")}
+            load_ema_weights(self.folder / "image_tower", trained)
         return clip.eval()
 
-    def _normalised_vae(self) -> AutoencoderKL:
-        if self.start is not None and not checkpoint_step(self.folder / "vae"):
-            return AutoencoderKL.from_pretrained(self.start / "vae", dtype=torch.float32).eval()
-        vae = make_vae()
-        load_ema_weights(self.folder / "vae", {f"vae.{name}": p for name, p in vae.named_parameters()})
-        normalise_latents(vae.eval(), self._images(seen_pairs()))
+    def _untrained_vae(self) -> AutoencoderKL:
+        """What the VAE's training starts from. A trained one keeps its encoder, and so the latents that a UNet was or
+        is being trained on."""
+        if self.start is None:
+            return make_vae()
+        vae = AutoencoderKL.from_pretrained(self.start / "vae", dtype=torch.float32)
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
         return vae
+
+    def _vae(self) -> AutoencoderKL:
+        vae = self._untrained_vae().eval()
+        if self.start is None or checkpoint_step(self.folder / "vae"):
+            trained = {f"vae.{name}": p for name, p in vae.named_parameters() if p.requires_grad}
+            load_ema_weights(self.folder / "vae", trained)
+        if self.start is None:
+            normalise_latents(vae, self._images(seen_pairs()))
+        return vae
+
+
+def members(keys: Sequence[Hashable]) -> list[list[int]]:
+    """For each key the indices of all that are equal to it."""
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for index, key in enumerate(keys):
+        groups[key].append(index)
+    return [groups[key] for key in keys]
 
 
 class StyleSwap:
@@ -228,37 +318,34 @@ class StyleSwap:
     nothing else.
 
     They are taken from a caption of the same style and length, drawn at random: those tokens have read the concept, and
-    a UNet that learns a pair by them draws something else for a pair that it has not seen. And they are the empty
-    caption's, of no style, wherever a concept is seen in one style only, and at times elsewhere: where a style is
-    named, the concept never says it too, so that the UNet has to read it.
+    a UNet that learns a pair by them draws something else for a pair that it has not seen. And at times they are the
+    empty caption's, of no style, so that the UNet learns what the drawings of a concept share.
 
     Args:
         embeddings: of the captions of `pairs`, and last of the empty one.
         concept_tokens: how many tokens each pair's concept has.
     """
 
-    style_dropout = 0.15
+    style_dropout = 0.05
 
     def __init__(self, embeddings: Tensor, concept_tokens: Tensor, pairs: Sequence[Pair]):
         self.embeddings, self.concept_tokens = embeddings, concept_tokens
-        keys = list(zip(concept_tokens.tolist(), (pair.style for pair in pairs), strict=True))
-        self.alike = [torch.tensor([i for i, other in enumerate(keys) if other == key]) for key in keys]
-        styles = Counter(pair.concept for pair in pairs)
-        self.one_style = torch.tensor([styles[pair.concept] == 1 for pair in pairs])
+        self.alike = members(list(zip(concept_tokens.tolist(), (pair.style for pair in pairs), strict=True)))
 
     def __call__(self, chosen: Tensor, step: int) -> Tensor:
         generator = torch.Generator().manual_seed(step)
-        others = [self.alike[i][torch.randint(len(self.alike[i]), (), generator=generator)] for i in chosen.tolist()]
+        alike = [self.alike[index] for index in chosen.tolist()]
+        others = [each[int(torch.randint(len(each), (), generator=generator))] for each in alike]
         dropped = torch.rand(len(chosen), generator=generator) < self.style_dropout
-        styles = torch.where(self.one_style[chosen] | dropped, len(self.embeddings) - 1, torch.stack(others))
+        styles = torch.where(dropped, len(self.embeddings) - 1, torch.tensor(others))
         # The first token opens the caption, and the concept's follow it.
         behind = torch.arange(self.embeddings.shape[1]) > self.concept_tokens[chosen][:, None]
         return torch.where(behind[:, :, None], self.embeddings[styles], self.embeddings[chosen])
 
 
 def make_tokenizer(captions: list[str]) -> CLIPTokenizer:
-    """Return a CLIP tokenizer whose merges are learnt from `captions`: their words become single tokens, and any
-    other text still splits into smaller pieces."""
+    """A CLIP tokenizer whose merges are learnt from `captions`: their words become single tokens, and
+    any other text still splits into smaller pieces."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = CLIPTokenizer().backend_tokenizer.pre_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -312,6 +399,19 @@ def make_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     # exponential of the spectrum's entropy), and a UNet takes long to tell them apart.
     clip.text_model.embeddings.token_embedding.weight.data *= 50
     return clip
+
+
+def take_over(clip: CLIPModel, tokenizer: CLIPTokenizer, start: Path) -> None:
+    """Give `clip` the weights of an earlier pipeline's, whose tokenizer may have other words: the embeddings of those
+    that both know are kept."""
+    earlier = CLIPModel.from_pretrained(start / "clip", dtype=torch.float32).state_dict()
+    known = CLIPTokenizer.from_pretrained(start / "tokenizer").get_vocab()
+    words = "text_model.embeddings.token_embedding.weight"
+    embeddings = clip.state_dict()[words].clone()
+    for word, index in tokenizer.get_vocab().items():
+        if word in known:
+            embeddings[index] = earlier[words][known[word]]
+    clip.load_state_dict(earlier | {words: embeddings})
 
 
 def make_vae() -> AutoencoderKL:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
+
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -13,20 +15,134 @@ from asdm.training.task import TrainingTask
 
 
 class ContrastTask(TrainingTask):
-    """Image-text contrast (CLIP, arXiv 2103.00020, Fig. 3). Batch: `images` (batch, 3, h, w) in
-    [-1, 1] and `input_ids` (batch, length)."""
+    """Image-text contrast (CLIP, arXiv 2103.00020, Fig. 3), of images with captions and with the names of concepts.
 
-    def __init__(self, clip: CLIPModel):
+    A batch holds several drawings of each of its concepts, so that their captions differ in the style alone, and other
+    captions besides; the names of all concepts, without a style, make one more set to choose from: drawings that share
+    nothing but their concept then lie together.
+
+    Batch: `images` (batch, 3, h, w) in [-1, 1], `input_ids` (captions, length), whose first captions are the images'
+    own, and `concepts` (batch,), the images' indices into `concept_ids` (concepts, length).
+    """
+
+    def __init__(self, clip: CLIPModel, concept_ids: Tensor):
         super().__init__()
         self.clip = clip
+        self.register_buffer("concept_ids", concept_ids)
+        self.concept_ids: Tensor
 
     def forward(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        images = _shifted_and_tinted(batch["images"], generator)
-        output = self.clip(pixel_values=images, input_ids=batch["input_ids"])
-        targets = torch.arange(len(images))
-        by_image = F.cross_entropy(output.logits_per_image.float(), targets)
-        by_text = F.cross_entropy(output.logits_per_text.float(), targets)
-        return {"loss": (by_image + by_text) / 2, "by_image": by_image, "by_text": by_text}
+        images = self._image_embeds(augmented(batch["images"], generator))
+        captions = self._text_embeds(batch["input_ids"])
+        scale = self.clip.logit_scale.exp().clamp(max=100)
+        logits = scale * images @ captions.T
+        own = torch.arange(len(images))
+        by_image = F.cross_entropy(logits, own)
+        by_text = F.cross_entropy(logits[:, : len(images)].T, own)
+        by_concept = F.cross_entropy(scale * images @ self._text_embeds(self.concept_ids).T, batch["concepts"])
+        return {
+            "loss": (by_image + by_text + by_concept) / 3,
+            "by_image": by_image,
+            "by_text": by_text,
+            "by_concept": by_concept,
+        }
+
+    def _image_embeds(self, images: Tensor) -> Tensor:
+        pooled = self.clip.vision_model(pixel_values=images).pooler_output
+        return F.normalize(self.clip.visual_projection(pooled).float(), dim=1)
+
+    def _text_embeds(self, input_ids: Tensor) -> Tensor:
+        """Nothing is attended to behind a caption's end, so the longest one's length will do."""
+        end = input_ids == self.clip.config.text_config.eos_token_id
+        length = int(end.int().argmax(dim=1).max()) + 1
+        pooled = self.clip.text_model(input_ids=input_ids[:, :length]).pooler_output
+        return F.normalize(self.clip.text_projection(pooled).float(), dim=1)
+
+
+class ImageTowerTask(TrainingTask):
+    """The image tower alone, and both projections: contrast of images with all captions and with all concepts' names.
+
+    The text tower, in which a UNet may be reading already, stays as it is, so that all of its texts can be chosen from
+    at every step. An image of a concept in a style in which it was not seen is recognised by a tower that knows both
+    apart, and so part of a batch teaches one of them alone:
+
+    - Concepts by their shape: images drawn again in black (`inked`), and ones blended with another drawing of their
+      design, which leads from one style to the other.
+    - Styles, by the mean of their captions: collages of several images in one style (`collages`). From plain images
+      alone a tower learns in which styles it has seen a concept, too.
+
+    Part of the patches is left out (arXiv 2212.00794), for speed and as one more variation.
+
+    Batch: `images` (batch, 3, h, w) in [-1, 1], `others`, a drawing of the same design for each, and the images'
+    indices `captions` and `concepts` (batch,).
+
+    Args:
+        caption_states, concept_states: the text tower's pooled outputs (texts, channels).
+        styles: each caption's, as an index.
+    """
+
+    inked_part, blended_part, collage_part = 0.25, 0.15, 0.3
+    caption_weight, style_weight = 0.3, 2.0
+    patches_kept = 0.8
+
+    def __init__(self, clip: CLIPModel, caption_states: Tensor, concept_states: Tensor, styles: Tensor):
+        super().__init__()
+        self.clip = clip
+        clip.text_model.requires_grad_(False)
+        self.register_buffer("styles", styles)
+        self.register_buffer("of_style", F.one_hot(styles).float().T)
+        self.styles: Tensor
+        self.of_style: Tensor
+        self.register_buffer("caption_states", caption_states)
+        self.register_buffer("concept_states", concept_states)
+        self.caption_states: Tensor
+        self.concept_states: Tensor
+
+    def forward(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        images, styles = batch["images"], self.styles[batch["captions"]]
+        ends = [
+            round(part * len(images)) for part in accumulate((self.inked_part, self.blended_part, self.collage_part))
+        ]
+        inks, blends, mixed = (slice(start, end) for start, end in pairwise((0, *ends)))
+        strength = torch.rand(len(images[blends]), 1, 1, 1, generator=generator)
+        changed = [
+            inked(images[inks], generator),
+            images[blends].lerp(batch["others"][blends], strength),
+            collages(images, styles, generator)[mixed],
+            images[mixed.stop :],
+        ]
+        embeds = self._image_embeds(augmented(torch.cat(changed), generator), generator)
+        scaled = self.clip.logit_scale.exp().clamp(max=100) * embeds
+        captions = self._projected(self.caption_states)
+        styled, named, plain = (
+            slice(mixed.start, None),
+            torch.ones(len(images), dtype=torch.bool),
+            slice(mixed.stop, None),
+        )
+        named[mixed] = False
+        by_style = F.normalize(self.of_style @ (captions - captions.mean(dim=0)), dim=1)
+        names = self._projected(self.concept_states)
+        losses = {
+            "by_caption": F.cross_entropy(scaled[plain] @ captions.T, batch["captions"][plain]),
+            "by_style": F.cross_entropy(scaled[styled] @ by_style.T, styles[styled]),
+            "by_concept": F.cross_entropy(scaled[named] @ names.T, batch["concepts"][named]),
+        }
+        loss = (
+            self.caption_weight * losses["by_caption"] + self.style_weight * losses["by_style"] + losses["by_concept"]
+        )
+        return {"loss": loss, **losses}
+
+    def _projected(self, states: Tensor) -> Tensor:
+        return F.normalize(self.clip.text_projection(states).float(), dim=1)
+
+    def _image_embeds(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        tower = self.clip.vision_model
+        tokens = tower.embeddings(images)
+        patches = torch.randperm(tokens.shape[1] - 1, generator=generator) + 1
+        kept = torch.cat([torch.zeros(1, dtype=torch.long), patches[: int(self.patches_kept * len(patches))]])
+        states = tower.encoder(inputs_embeds=tower.pre_layrnorm(tokens[:, kept])).last_hidden_state
+        pooled = tower.post_layernorm(states[:, 0])
+        return F.normalize(self.clip.visual_projection(pooled).float(), dim=1)
 
 
 class AutoencoderTask(TrainingTask):
@@ -88,26 +204,83 @@ class NoisePredictionTask(TrainingTask):
 
 
 def _reoriented(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Return the batch in one of the square's eight orientations."""
+    """The batch in one of the square's eight orientations."""
     turns, mirrored = torch.randint(4, (1,), generator=generator), torch.randint(2, (1,), generator=generator)
     images = torch.rot90(images, int(turns), dims=(2, 3))
     return images.flip(3) if mirrored else images
 
 
-def _shifted_and_tinted(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image slightly moved, scaled, mirrored at times, its colours shifted; white stays around it."""
+def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image slightly moved, scaled, turned and stretched, its colours mixed, with a rectangle missing at times;
+    white stays around it.
+
+    The drawings of one design lie alike, so that what has to be recognised again differs in its colours first of all.
+    """
+    images = _moved(1 - images, generator)  # white is zero, and so is what enters
+    images = _recoloured(images, generator)
+    return _cut_out(1 - images, generator)
+
+
+def collages(images: Tensor, styles: Tensor, generator: torch.Generator, across: int = 4) -> Tensor:
+    """As many images, each of whose squares, `across` in a row, is the same square of some image in its style."""
+    count, channels, height, width = images.shape
+    sources = torch.multinomial((styles[:, None] == styles).float(), across**2, replacement=True, generator=generator)
+    squares = images.view(count, channels, across, height // across, across, width // across)
+    rows, columns = torch.meshgrid(torch.arange(across), torch.arange(across), indexing="ij")
+    sources = sources.view(count, across, across)
+    chosen = squares.permute(0, 2, 4, 1, 3, 5)[sources, rows, columns]  # (count, rows, columns, channels, h, w)
+    return chosen.permute(0, 3, 1, 4, 2, 5).reshape(images.shape)
+
+
+def inked(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image in black on white: its edges, its dark parts, or both."""
     count = len(images)
+    darkness = (1 - images).mean(dim=1, keepdim=True) / 2
+    across = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]]).repeat(1, 1, 1, 1) / 4
+    slopes = F.conv2d(darkness, torch.cat([across, across.mT]), padding=1).square().sum(dim=1, keepdim=True).sqrt()
+    edges = F.max_pool2d(slopes * _uniform(generator, 2, 8, count, 1, 1, 1), 3, stride=1, padding=1).clamp(max=1)
+    filled = torch.sigmoid(16 * (darkness - _uniform(generator, 0.15, 0.6, count, 1, 1, 1)))
+    kinds = torch.randint(3, (count, 1, 1, 1), generator=generator)
+    ink = torch.where(kinds == 0, edges, torch.where(kinds == 1, filled, torch.maximum(edges, filled)))
+    return (1 - 2 * ink).expand_as(images)
 
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(count, *shape, generator=generator)
 
-    scale, mirror = uniform(0.85, 1.25), (uniform(0, 1) < 0.5).float() * 2 - 1
-    angle = uniform(-0.2, 0.2)
+def _uniform(generator: torch.Generator, low: float, high: float, *shape: int) -> Tensor:
+    return low + (high - low) * torch.rand(*shape, generator=generator)
+
+
+def _moved(images: Tensor, generator: torch.Generator) -> Tensor:
+    count = len(images)
+    scale, stretch = _uniform(generator, 0.92, 1.12, count), _uniform(generator, 0.92, 1.08, count)
+    angle = _uniform(generator, -0.12, 0.12, count)
+    x, y = _uniform(generator, -0.08, 0.08, 2, count)
     rows = [
-        torch.stack([mirror * scale * angle.cos(), -scale * angle.sin(), uniform(-0.15, 0.15)], 1),
-        torch.stack([mirror * scale * angle.sin(), scale * angle.cos(), uniform(-0.15, 0.15)], 1),
+        torch.stack([scale * stretch * angle.cos(), -scale * angle.sin(), x], 1),
+        torch.stack([scale * stretch * angle.sin(), scale * angle.cos(), y], 1),
     ]
     grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
-    moved = F.grid_sample(1 - images, grid, align_corners=False)  # white is zero, and so is what enters
-    tint = uniform(0.85, 1.15, 3, 1, 1) * uniform(0.85, 1.15, 1, 1, 1)
-    return (1 - moved * tint).clamp(-1, 1)
+    return F.grid_sample(images, grid, align_corners=False)
+
+
+def _recoloured(images: Tensor, generator: torch.Generator) -> Tensor:
+    """What is not white in other colours: channels mixed at random, and grey for some."""
+    count = len(images)
+    mixing = torch.eye(3) + 0.25 * torch.randn(count, 3, 3, generator=generator)
+    grey = (torch.rand(count, generator=generator) < 0.4).float() * _uniform(generator, 0.3, 1, count)
+    mixing = torch.lerp(mixing, torch.full((3, 3), 1 / 3), grey[:, None, None])
+    mixing = mixing * _uniform(generator, 0.7, 1.2, count, 1, 1)
+    return torch.einsum("nchw,ndc->ndhw", images, mixing)
+
+
+def _cut_out(images: Tensor, generator: torch.Generator, longest: float = 0.4) -> Tensor:
+    count, _, height, width = images.shape
+    side = _uniform(generator, 0, longest, 2, count) * (torch.rand(count, generator=generator) < 0.4)
+    top, left = torch.rand(2, count, generator=generator)
+
+    def span(start: Tensor, length: Tensor, pixels: int) -> Tensor:
+        places = torch.linspace(0, 1, pixels)
+        return (places >= (start - length / 2)[:, None]) & (places <= (start + length / 2)[:, None])
+
+    missing = span(top, side[0], height)[:, :, None] & span(left, side[1], width)[:, None, :]
+    missing &= (side > 0).all(dim=0)[:, None, None]
+    return torch.where(missing[:, None], torch.ones(()), images).clamp(-1, 1)
