@@ -32,13 +32,13 @@ slow: $(INSTALLED)
 	$(BIN)/pytest -q -m slow
 
 lint: $(INSTALLED)
-	$(BIN)/ruff check src tests tools benchmarks
-	$(BIN)/ruff format --check src tests tools benchmarks
+	$(BIN)/ruff check src tests tools benchmarks packages
+	$(BIN)/ruff format --check src tests tools benchmarks packages
 	$(BIN)/mypy
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt packages/demo/pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[8bit,data,int8,judge,onnx,openvino,tensorboard,test]"
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[8bit,data,int8,judge,onnx,openvino,tensorboard,test]" -e packages/demo
 	touch $@
 
 clean:

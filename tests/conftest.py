@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from asdm_demo import pipeline_folder
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -36,7 +37,6 @@ from transformers import (
 )
 
 from asdm import AsdmUNet2DConditionModel, PruningPlan, build_student
-from asdm.demo import pipeline_folder
 from asdm.evaluation import image_timing
 from asdm.measure import latency
 

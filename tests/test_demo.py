@@ -7,13 +7,13 @@ from collections import Counter
 
 import pytest
 import torch
+from asdm_demo import images_folder, pipeline_folder
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline
 from PIL import Image
 
 from asdm import generate, load_pipeline
 from asdm.data.examples import load_pixels
 from asdm.data.sources import open_data
-from asdm.demo import images_folder, pipeline_folder
 from asdm.errors import AsdmError
 from asdm.evaluation.metrics import Judge, cosine_similarity
 from asdm.families.unet_structure import removable_units

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from asdm_demo import images_folder
 from diffusers import HeunDiscreteScheduler, LCMScheduler, StableDiffusionPipeline
 from matplotlib import pyplot as plt
 from PIL import Image
@@ -14,7 +15,6 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 from asdm import AsdmError, PruningPlan, build_student, compress, evaluate, load_pipeline, save_pipeline, with_unet
 from asdm.data.examples import load_pixels
 from asdm.data.sources import open_data
-from asdm.demo import images_folder
 from asdm.diffusion.generation import generate
 from asdm.evaluation import real_images as real_images_module
 from asdm.evaluation import speed as speed_module

@@ -3,10 +3,10 @@
 import sys
 
 import pytest
+from asdm_demo import images_folder, pipeline_folder
 
 from asdm import AsdmError, load_pipeline
 from asdm.data.sources import open_data
-from asdm.demo import images_folder, pipeline_folder
 from asdm.registry import DATASETS, PIPELINES, registered_folder, registered_names
 
 
@@ -28,10 +28,13 @@ def package(tmp_path, monkeypatch):
     sys.modules.pop("theirs", None)
 
 
-def test_the_embedded_names_need_no_installation():
+def test_the_embedded_names_are_known_and_need_their_package(monkeypatch):
     assert registered_folder("demo", PIPELINES) == pipeline_folder()
     assert registered_folder("demo", DATASETS) == images_folder()
     assert registered_folder("stickers", DATASETS) is None
+    monkeypatch.setitem(sys.modules, "asdm_demo", None)
+    with pytest.raises(AsdmError, match="demo: the embedded pipeline is not installed; install the package asdm-demo"):
+        load_pipeline("demo")
 
 
 def test_any_package_can_register_a_name_that_loaders_then_know(package):

@@ -18,10 +18,10 @@ from asdm.errors import AsdmError, one_line
 Group = Literal["asdm.pipelines", "asdm.datasets"]
 PIPELINES: Group = "asdm.pipelines"
 DATASETS: Group = "asdm.datasets"
-# Not in this package's metadata, so that a source tree needs no installation.
+# The embedded pipeline is a package of its own, as it is twenty times as large as this one.
 _OWN = (
-    EntryPoint("demo", "asdm.demo:pipeline_folder", PIPELINES),
-    EntryPoint("demo", "asdm.demo:images_folder", DATASETS),
+    EntryPoint("demo", "asdm_demo:pipeline_folder", PIPELINES),
+    EntryPoint("demo", "asdm_demo:images_folder", DATASETS),
 )
 
 
@@ -42,6 +42,8 @@ def registered_folder(name: str, group: Group) -> Path | None:
     try:
         return Path(entry.load()())
     except (ImportError, AttributeError) as error:
+        if entry in _OWN:
+            raise AsdmError(f"{name}: the embedded pipeline is not installed; install the package asdm-demo") from None
         raise AsdmError(f"{name}: registered as {entry.value}, which cannot be imported ({one_line(error)})") from None
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from asdm_demo import images_folder, pipeline_folder
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from asdm.demo import images_folder, pipeline_folder
 from asdm.diffusion.conditioning import decode_latents, encode_images
 from asdm.diffusion.generation import default_guidance, default_steps, generate
 from asdm.errors import AsdmError

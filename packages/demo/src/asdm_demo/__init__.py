@@ -1,6 +1,6 @@
-"""The assets of the embedded default: a small Stable Diffusion pipeline and its captioned images.
+"""The embedded default of `asdm`: a small Stable Diffusion pipeline and its captioned images.
 
-`tools/demo` builds them. The rest of the package knows them by their registered name, `demo`.
+`tools/demo` builds them. `asdm` knows them by their registered name, `demo`.
 """
 
 from __future__ import annotations
