@@ -54,9 +54,13 @@ class BenchmarkRow(Record):
     images: int = 0
     teacher_distance: dict[str, float] = {}
     kid: dict[str, float] = {}
+    exact_pair: dict[str, float] = {}
     concept_top1: dict[str, float] = {}
     concept_top5: dict[str, float] = {}
     style: dict[str, float] = {}
+    image_to_image: dict[str, dict[str, float]] = Field(
+        default={}, description="by metric and split, as in `ImageToImageMetrics`; empty where the method has none"
+    )
     error: str | None = None
 
     @model_validator(mode="before")
@@ -91,6 +95,7 @@ class BenchmarkRun(Record):
     seed: int
     limits: dict[str, dict[str, float]] = Field(description="of the machine in GFLOP/s, as `machine_limits` measures")
     other_cores: float | None = Field(default=None, description="how many cores other processes used meanwhile")
+    strength: float | None = Field(default=None, description="of image-to-image; None where there is none")
 
     @classmethod
     def now(
@@ -101,6 +106,7 @@ class BenchmarkRun(Record):
         seed: int,
         limits: dict[str, dict[str, float]],
         other_cores: float | None = None,
+        strength: float | None = None,
     ) -> BenchmarkRun:
         """Describe a run on this machine today."""
         return cls(
@@ -112,6 +118,7 @@ class BenchmarkRun(Record):
             seed=seed,
             limits=limits,
             other_cores=other_cores,
+            strength=strength,
         )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from asdm.cli.tables import quality_table, speed_table
+from asdm.cli.tables import image_to_image_table, quality_table, speed_table
 
 if TYPE_CHECKING:
     from asdm.evaluation.results import Evaluation
@@ -72,8 +72,28 @@ def print_evaluation(evaluation: Evaluation) -> None:
         return
     console.print(quality_table(evaluation))
     console.print(
-        "Concept (top-1, top-5), style and KID by EfficientNet-Lite0 features; R@1 by the pipeline's own CLIP; "
-        "distance to the first model's images of the same seeds.",
+        "Concept (top-1, top-5), style, both (exact) and KID by EfficientNet-Lite0 features; R@1 by the pipeline's own "
+        "CLIP; distance to the first model's images of the same seeds.",
         style="dim",
         highlight=False,
     )
+    _print_image_to_image(evaluation)
+
+
+def _print_image_to_image(evaluation: Evaluation) -> None:
+    """Print the quality of image-to-image, or why there is none."""
+    found = evaluation.image_to_image
+    if found is None:
+        return
+    if found.note is not None:
+        say(f"no image-to-image: {found.note}")
+    if not found.rows:
+        return
+    console.print(image_to_image_table(evaluation))
+    explained = (
+        "Exact: the nearest of all real images is the target, another variant of the source's design."
+        if found.has_targets
+        else "Variations of the data's images by their own captions; distance to the first model's results of the same "
+        "seeds, and as a part of that between two seeds."
+    )
+    console.print(explained, style="dim", highlight=False)

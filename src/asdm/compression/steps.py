@@ -26,6 +26,7 @@ from asdm.evaluation.plots import redundancy_plot
 from asdm.evaluation.report import metrics_section, save_figure, write_report
 from asdm.evaluation.results import Evaluation
 from asdm.evaluation.sampling import evaluation_sets
+from asdm.evaluation.starting_images import image_to_image_sets
 from asdm.families import Denoiser, denoiser_of
 from asdm.files import replacing_file, write_text
 from asdm.pipelines.clip import load_clip
@@ -220,6 +221,8 @@ class Evaluate(Step):
             job.pipelines,
             data=settings.data,
             samples=settings.samples,
+            image_to_image=settings.image_to_image,
+            strength=settings.strength,
             steps=settings.sampling_steps,
             seed=settings.seed,
             quality=settings.samples > 0 and not settings.is_random,
@@ -238,6 +241,9 @@ class WriteReport(Step):
         card = model_card(job.result, job.out.name, settings.model, metrics_section(evaluation))
         write_text(job.out / "README.md", card)
         sets = evaluation_sets(settings.data, None, settings.samples, settings.seed) if evaluation.quality else []
+        from_images = evaluation.image_to_image
+        count = min(settings.image_to_image, settings.samples) if from_images is not None and from_images.rows else 0
+        starts = image_to_image_sets(settings.data, sets, count, settings.seed)
         job.headline = write_report(
             job.out / "report.html",
             evaluation=evaluation,
@@ -246,6 +252,7 @@ class WriteReport(Step):
             compensation=job.compensation,
             logs=job.logs,
             sets=sets,
+            starts=starts,
             images_folder=job.images,
             target_speedup=settings.budget["speedup"],
             skipped=job.skipped,

@@ -21,6 +21,7 @@ class PixArtFamily(PixArtArchitecture, ModelFamily):
 
     label = "transformer"
     guidance_scale = 4.5
+    has_image_to_image = False
 
     def sampling_arguments(self) -> dict[str, Any]:
         """Return images have the requested size, and prompts are embedded as `encode_prompts` does."""
