@@ -107,12 +107,13 @@ def _judged_table(
 
 def benchmark_table(rows: Sequence[BenchmarkRow]) -> Table:
     """One model's rows: seconds and the speed-up with its interval; then the quality where images were judged, else
-    throughput and memory. Of image-to-image: exact pairs, or the distance as a part of that between two seeds. The file
-    that the benchmark writes has all results."""
+    throughput and memory. Of image-to-image on the last split: exact pairs, or the distance as a part of that between
+    two seeds. The file that the benchmark writes has all results."""
     splits = list(dict.fromkeys(split for row in rows for split in row.teacher_distance))
-    titles = [f"{title}, {split.replace('_', ' ')}" for split in splits for title in ("distance", "top-5")]
-    from_images = {split: found for split in splits if (found := _from_images(rows, split))}
-    titles += [f"image to image, {split.replace('_', ' ')}" for split in from_images]
+    titles = [f"{title}, {split.replace('_', ' ')}" for split in splits for title in ("dist.", "top-5")]
+    last = splits[-1] if splits else ""
+    from_images = _image_to_image_metric(rows, last)
+    titles += [f"from image, {last.replace('_', ' ')}"] if from_images else []
     measured = ["call ms", "GFLOP/s", "of limit", "weights MB", "peak MB"] if not splits else []
     table = _table(
         rows[0].place + (" (extrapolated from parts)" if rows[0].extrapolated else ""),
@@ -134,15 +135,14 @@ def benchmark_table(rows: Sequence[BenchmarkRow]) -> Table:
             ]
         for split in splits:
             cells += [f"{row.teacher_distance[split]:.4f}", _or_dash(row.concept_top5.get(split), "{:.0%}")]
-        cells += [
-            _or_dash(row.image_to_image.get(metric, {}).get(split), "{:.0%}") for split, metric in from_images.items()
-        ]
+        if from_images:
+            cells.append(_or_dash(row.image_to_image.get(from_images, {}).get(last), "{:.0%}"))
         table.add_row(row.name, *cells)
     return _legible(table)
 
 
-def _from_images(rows: Sequence[BenchmarkRow], split: str) -> str | None:
-    """Return the metric of image-to-image to show for a split: exact pairs, or the distance to the original's."""
+def _image_to_image_metric(rows: Sequence[BenchmarkRow], split: str) -> str | None:
+    """Return the metric of image-to-image to show: exact pairs, or else the distance to the original's results."""
     metrics = ("exact_pair", "seed_part")
     return next((each for each in metrics if any(split in row.image_to_image.get(each, {}) for row in rows)), None)
 
