@@ -82,6 +82,7 @@ def test_a_benchmark_measures_all_methods_and_reports_failures(pipeline, data_fo
     assert from_images["same"]["teacher_distance"] == pytest.approx({"seen": 0, "held_out": 0}, abs=1e-6)
     assert from_images["2 steps"]["seed_part"]["seen"] > 0 and from_images["few steps"]["seed_part"]["seen"] > 0
     assert from_images["from text alone"] == from_images["broken"] == {}
+    assert "text-to-image alone" in rows["from text alone"].image_to_image_error
     assert rows["from text alone"].teacher_distance and not t_gate(25, 5).image_to_image
     assert rows["broken"].error == "RuntimeError: does not run here" and rows["broken"].speedup is None
     assert len(entered) == 1  # it is not tried again

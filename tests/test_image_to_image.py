@@ -1,5 +1,7 @@
 """Image-to-image is measured beside text-to-image: against right answers where the data names variants of a design."""
 
+import base64
+import io
 import json
 
 import numpy as np
@@ -13,7 +15,7 @@ from asdm.evaluation.comparison import IMAGE_TO_IMAGE_STRENGTH
 from asdm.evaluation.image_timing import ImageTiming
 from asdm.evaluation.image_to_image import NO_IMAGES, SOURCES, TARGETS, ImageToImageJudge
 from asdm.evaluation.real_images import RealImages
-from asdm.evaluation.report import metrics_section
+from asdm.evaluation.report import _starting_rows, metrics_section
 from asdm.evaluation.results import Evaluation
 from asdm.evaluation.sampling import evaluation_sets
 from asdm.evaluation.starting_images import image_to_image_sets
@@ -221,3 +223,17 @@ def test_rows_may_name_their_design(designs):
     (ant,) = [each for each in open_data(designs).examples if each.caption == "ant, flat"]
     (photo,) = [each for each in open_data(designs).examples if each.caption == "ant, photo"]
     assert (ant.design, photo.design) == ("ant 1", None)
+
+
+def test_rows_of_pictures_say_what_they_start_from(designs, pixel_judge, tmp_path):
+    evaluate({"teacher": tiny_pipeline()}, data=designs, samples=2, steps=2, rounds=1, images_folder=tmp_path)
+    start = starts_of(designs, count=2)["held_out"]
+    rows = _starting_rows(start, ["teacher"], tmp_path, 10)
+    assert [row.caption for row in rows] == [
+        f"{target.caption}, from {source.caption}" for source, target in zip(start.sources, start.targets, strict=True)
+    ]
+    shown = [Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) for uri in rows[0].images]
+    made = [Image.open(file) for file in (tmp_path / "image-to-image" / "held_out" / "teacher").glob("0000.png")]
+    with start.sources[0].image() as source, start.targets[0].image() as target:
+        expected = [source, target, *made]
+        assert all(np.array_equal(np.array(a), np.array(b)) for a, b in zip(shown, expected, strict=True))

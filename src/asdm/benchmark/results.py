@@ -59,8 +59,9 @@ class BenchmarkRow(Record):
     concept_top5: dict[str, float] = {}
     style: dict[str, float] = {}
     image_to_image: dict[str, dict[str, float]] = Field(
-        default={}, description="by metric and split, as in `ImageToImageMetrics`; empty where the method has none"
+        default={}, description="by metric and split, as in `ImageToImageMetrics`; empty where there is none"
     )
+    image_to_image_error: str | None = Field(default=None, description="why the method has no image-to-image")
     error: str | None = None
 
     @model_validator(mode="before")

@@ -32,6 +32,7 @@ from asdm.families import denoiser_call, denoiser_of, family_of
 from asdm.measure.latency import seconds_of
 
 LONGEST_TIMED_IMAGE = 10.0  # seconds; where an image takes longer, its parts are timed
+FROM_TEXT_ALONE = "the method changes the loop of text-to-image alone"
 QUALITIES = ("teacher_distance", "kid", "exact_pair", "concept_top1", "concept_top5", "style")
 
 
@@ -136,13 +137,23 @@ class _QualityRun:
             if method.name in faults:
                 continue
             try:
-                is_original, folder = method is methods[0], folders[method.name]
-                found[method.name] = self._judged(method, folder, is_original)
-                if method.image_to_image and int(method.steps * self.strength) > 0:
-                    found[method.name]["image_to_image"] = self._judged_from_images(method, folder, is_original)
+                found[method.name] = self._judged(method, folders[method.name], is_original=method is methods[0])
             except Exception as error:
                 faults[method.name] = fault(error)
+                continue
+            found[method.name] |= self._image_to_image(method, folders[method.name], is_original=method is methods[0])
         return found
+
+    def _image_to_image(self, method: Method, folder: str, is_original: bool) -> dict[str, Any]:
+        """Return the fields of a `BenchmarkRow` about image-to-image. A failure of it is no failure of the method."""
+        if not self.starts:
+            return {}
+        if not method.image_to_image:
+            return {"image_to_image_error": FROM_TEXT_ALONE}
+        try:
+            return {"image_to_image": self._judged_from_images(method, folder, is_original)}
+        except Exception as error:
+            return {"image_to_image_error": fault(error)}
 
     def _judged(self, method: Method, folder: str, is_original: bool) -> dict[str, Any]:
         found: dict[str, Any] = {"images": 0}

@@ -11,7 +11,7 @@ from rich.console import Console
 from asdm.cli.tables import image_to_image_table, quality_table, speed_table
 
 if TYPE_CHECKING:
-    from asdm.evaluation.results import Evaluation
+    from asdm.evaluation.results import Evaluation, SpeedMetrics
 
 console = Console()
 errors = Console(stderr=True)
@@ -80,6 +80,14 @@ def print_evaluation(evaluation: Evaluation) -> None:
     _print_image_to_image(evaluation)
 
 
+def _time_from_an_image(row: SpeedMetrics) -> str | None:
+    """Return a pipeline's latency of image-to-image, with its speed-up; None where it was not timed."""
+    if row.image_to_image is None or row.image_to_image_ratio is None:
+        return None
+    speedup = "" if row.image_to_image_speedup == 1 else f" ({row.image_to_image_ratio.brief()})"
+    return f"{row.name} {row.image_to_image.ms:.0f} ms{speedup}"
+
+
 def _print_image_to_image(evaluation: Evaluation) -> None:
     """Print the quality of image-to-image, or why there is none."""
     found = evaluation.image_to_image
@@ -90,6 +98,9 @@ def _print_image_to_image(evaluation: Evaluation) -> None:
     if not found.rows:
         return
     console.print(image_to_image_table(evaluation))
+    times = ", ".join(filter(None, map(_time_from_an_image, evaluation.speed)))
+    if times:
+        say(f"an image from an image: {times}")
     explained = (
         "Exact: the nearest of all real images is the target, another variant of the source's design."
         if found.has_targets

@@ -187,19 +187,22 @@ def _image_rows(evaluation_set: EvaluationSet, names: list[str], folder: Path, c
 
 def _starting_rows(of: ImageToImageSet, names: list[str], folder: Path, count: int) -> list[ImageRow]:
     real = [each for each in (of.sources, of.targets) if each]
-    return _rows(of.prompts, real, names, folder / IMAGE_TO_IMAGE / of.split, count)
+    captions = of.prompts
+    if of.targets:
+        captions = [f"{prompt}, from {source.caption}" for prompt, source in zip(of.prompts, of.sources, strict=True)]
+    return _rows(captions, real, names, folder / IMAGE_TO_IMAGE / of.split, count)
 
 
 def _rows(
-    prompts: Sequence[str], real: Sequence[Sequence[Example]], names: Sequence[str], folder: Path, count: int
+    captions: Sequence[str], real: Sequence[Sequence[Example]], names: Sequence[str], folder: Path, count: int
 ) -> list[ImageRow]:
     """Return at most `count` rows, spread over all prompts: the real images, then each model's."""
     rows = []
-    step = max(1, len(prompts) // count)
-    for index in list(range(0, len(prompts), step))[:count]:
+    step = max(1, len(captions) // count)
+    for index in list(range(0, len(captions), step))[:count]:
         images: list[Image.Image] = [each[index].image() for each in real]
         images += [Image.open(folder / folder_name(name) / f"{index:04d}.png") for name in names]
-        rows.append(ImageRow(prompts[index], [_image_uri(image) for image in images]))
+        rows.append(ImageRow(captions[index], [_image_uri(image) for image in images]))
     return rows
 
 
