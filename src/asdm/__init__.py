@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from asdm.caching.features import cache_features as cache_features
     from asdm.caching.schedule import CacheSchedule as CacheSchedule
     from asdm.compensation.fitting import fit_compensation as fit_compensation
+    from asdm.compensation.folding import fold_compensation as fold_compensation
     from asdm.compression.compress import compress as compress
     from asdm.data.preparation import prepare_data as prepare_data
     from asdm.diffusion.generation import generate as generate
@@ -76,6 +77,7 @@ _HOME = {
     "evaluate": "asdm.evaluation.comparison",
     "export": "asdm.runtime.export",
     "fit_compensation": "asdm.compensation.fitting",
+    "fold_compensation": "asdm.compensation.folding",
     "generate": "asdm.diffusion.generation",
     "cache_features": "asdm.caching.features",
     "lcm_scheduler": "asdm.distillation.consistency",

@@ -22,6 +22,14 @@ def prune(
     prediction_type: PredictionTypeOption = None,
     config: ConfigOption = None,
     device: DeviceOption = None,
+    fold: Annotated[
+        bool,
+        typer.Option(
+            "--fold",
+            help="Fold the fitted projections into other weights: faster, for a student that is not trained any "
+            "further. `asdm distill` does so after the training.",
+        ),
+    ] = False,
     seed: SeedOption = 0,
 ) -> None:
     """Build the student of a plan: inherit the teacher's weights, fit the compensations, save the pipeline."""
@@ -45,6 +53,8 @@ def prune(
                 seed=seed,
                 progress=lambda done, total, name: report("compensate", done, total, name),
             )
+    if fold:
+        student = asdm.fold_compensation(student)
     asdm.save_pipeline(asdm.with_unet(pipeline, student), out, {"teacher": model})
     say(f"{out}: {family_of(student).label} of {_millions(student):.2f}M parameters, from {_millions(teacher):.2f}M")
     if fit is not None:
