@@ -206,7 +206,7 @@ def test_what_boxes_are_read_by_between_attn1_and_attn2_stops_a_fold():
             if "fuser.alpha" in name:
                 parameter.fill_(1.0)
     boxes = {"boxes": torch.rand(2, 3, 4, generator=generator), "masks": torch.ones(2, 3)}
-    boxes["positive_embeddings"] = torch.randn(2, 3, 768, generator=generator)
+    boxes["positive_embeddings"] = torch.randn(2, 3, 32, generator=generator)
 
     def with_boxes():
         return predict(student, **unet_inputs(student), cross_attention_kwargs={"gligen": dict(boxes)})
@@ -229,9 +229,8 @@ def test_a_layer_of_another_class_is_left_alone():
     assert_folds(student, left=dict.fromkeys(units, "linear"))
 
 
-@pytest.mark.parametrize("depth", [1, 2])
-def test_the_planner_knows_which_projections_fold_alone(depth):
-    unet = small_unet(transformer_layers_per_block=depth)
+def test_the_planner_knows_which_projections_fold_alone():
+    unet = small_unet(transformer_layers_per_block=(1, 2))
     family = family_of(unet)
     names = [unit.name for unit in family.units(unet)]
     for name in [*names, "mid_block"]:
@@ -244,7 +243,7 @@ def test_the_planner_knows_which_projections_fold_alone(depth):
 def redundancy():
     pipeline = tiny_pipeline()
     pipeline.register_modules(unet=small_unet())
-    return analyze(pipeline, sensitivity="taylor", timesteps=1, samples=1, latency_rounds=0)
+    return analyze(pipeline, sensitivity="taylor", timesteps=1, samples=1, latency_rounds=1)
 
 
 def test_the_planner_counts_what_folds_as_free(redundancy):
@@ -335,13 +334,16 @@ def test_a_folded_student_can_be_pruned_further():
     assert_folds(again, {})  # a projection that changes nothing goes
 
 
-def test_half_precision_and_a_plain_model():
+def test_half_precision_is_kept():
     student = fitted(small_unet(), *EDITS).bfloat16()
-    before = predict(student).float()
+    before = call(student)
     folded = fold_compensation(student)
     assert folded.dtype == torch.bfloat16
-    assert torch.nn.functional.mse_loss(predict(folded).float(), before) < 1e-3 * before.square().mean()
-    unet = tiny_unet()
+    assert (call(folded) - before).square().mean() < 1e-3 * before.square().mean()
+
+
+def test_a_plain_model_is_returned():
+    unet = small_unet()
     assert fold_compensation(unet) is unet
 
 
