@@ -6,6 +6,7 @@ plan = asdm.make_plan(redundancy, speedup=1.5)
 student = asdm.build_student(pipeline.unet, plan)
 asdm.fit_compensation(pipeline, student)
 asdm.distill(pipeline, student, data="demo", folder="training", steps=500)
+student = asdm.fold_compensation(student)
 asdm.save_pipeline(asdm.with_unet(pipeline, student), "faster")
 """
 
