@@ -372,6 +372,14 @@ def test_projections_of_neighbouring_blocks_of_a_transformer_become_one(edits, l
     assert kinds(assert_folds(fitted(tiny_transformer(), *edits), left)) == left
 
 
+def test_a_student_that_is_trained_keeps_each_blocks_output():
+    student = fitted(tiny_transformer(), removal(block(1)), removal(block(2)))
+    assert fold_compensation(student, within_blocks=True) is student
+    assert len(projections(student)) == 2
+    untouched = build_student(small_unet(), PruningPlan.for_unet(small_unet(), [removal(SKIP), removal(ATTN1)]))
+    assert projections(fold_compensation(untouched, within_blocks=True)) == {SKIP: "linear"}
+
+
 def test_where_no_projection_is_left_the_student_is_stock():
     model = tiny_transformer()
     student = build_student(model, PruningPlan.for_unet(model, [removal(block(1)), removal(block(3))]))

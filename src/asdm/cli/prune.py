@@ -25,11 +25,11 @@ def prune(
     fold: Annotated[
         bool,
         typer.Option(
-            "--fold",
-            help="Fold the fitted projections into other weights: faster, for a student that is not trained any "
-            "further. `asdm distill` does so after the training.",
+            "--fold/--no-fold",
+            help="Fold the fitted projections into other weights, or keep all as layers of their own, as `asdm compress` "
+            "trains them. After a training they are folded in any case.",
         ),
-    ] = False,
+    ] = True,
     seed: SeedOption = 0,
 ) -> None:
     """Build the student of a plan: inherit the teacher's weights, fit the compensations, save the pipeline."""
@@ -54,7 +54,7 @@ def prune(
                 progress=lambda done, total, name: report("compensate", done, total, name),
             )
     if fold:
-        student = asdm.fold_compensation(student)
+        student = asdm.fold_compensation(student, within_blocks=True)
     asdm.save_pipeline(asdm.with_unet(pipeline, student), out, {"teacher": model})
     say(f"{out}: {family_of(student).label} of {_millions(student):.2f}M parameters, from {_millions(teacher):.2f}M")
     if fit is not None:

@@ -18,8 +18,8 @@ from asdm.student.edited_model import edits_of
 from asdm.student.surgery import inherit_weights, model_without_weights
 
 
-@checks.arguments(student=checks.UNET)
-def fold_compensation(student: Denoiser) -> Denoiser:
+@checks.arguments(student=checks.UNET, within_blocks=checks.flag)
+def fold_compensation(student: Denoiser, *, within_blocks: bool = False) -> Denoiser:
     """Fold the compensations of `student` into its other weights, in place; its output changes by rounding alone.
 
     A projection in the place of the first `attn1` of a UNet's transformer folds into its `proj_in`, in the place of the
@@ -27,8 +27,9 @@ def fold_compensation(student: Denoiser) -> Denoiser:
     `conv_shortcut`. Projections behind each other become one. A projection that changes nothing goes. The edits of what
     folds then have no `compensate`.
 
-    This is the last step, after any training: more weights learn, and the outputs of a transformer's blocks can change
-    where the projections of neighbouring blocks become one.
+    Args:
+        within_blocks: fold only what changes no block's output, and leave projections that change nothing: for a
+            student that is trained, which needs both.
 
     Returns:
         `student`, or the stock model that it equals now where there is one.
@@ -40,15 +41,17 @@ def fold_compensation(student: Denoiser) -> Denoiser:
     model: Any = student
     if not edits_of(model):
         return model
-    fold_projections(model)
+    fold_projections(model, within_blocks)
+    if within_blocks:
+        return model
     _set_kinds(model, {edit.unit: "none" for edit in compensated(edits_of(model)) if _drop_identity(model, edit.unit)})
     return _as_stock(model)
 
 
 @torch.no_grad()
-def fold_projections(student: Any) -> None:
+def fold_projections(student: Any, within_blocks: bool = False) -> None:
     """Fold in place what folds whatever its weights are, so that an unfitted student can be measured, too."""
-    _set_kinds(student, family_of(student).fold_projections(student))
+    _set_kinds(student, family_of(student).fold_projections(student, within_blocks))
 
 
 def _set_kinds(student: Any, kinds: Mapping[str, CompensationKind]) -> None:

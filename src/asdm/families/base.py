@@ -266,8 +266,11 @@ class ModelFamily(Architecture):
         """
         raise AsdmError(f"{name}: a preset for another family of models; give a budget instead")
 
-    def fold_projections(self, model: Denoiser) -> dict[str, CompensationKind]:
+    def fold_projections(self, model: Denoiser, within_blocks: bool) -> dict[str, CompensationKind]:
         """Fold in place every projection that folds into other weights; the model's output changes by rounding alone.
+
+        Args:
+            within_blocks: so does each block's output.
 
         Returns:
             The kinds of projections that are then left, for units where that changes: "none" where nothing is left.

@@ -9,6 +9,7 @@ them. A constant folds into the last layer of an `attn2` before it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from asdm.choices import CompensationKind
@@ -17,10 +18,13 @@ from asdm.families.folding import Kept, Removed, fold_chain
 from asdm.families.transformer_architecture import BRANCHES, RemovedBlock
 
 
-def fold_projections(model: Any) -> dict[str, CompensationKind]:
+def fold_projections(model: Any, within_blocks: bool) -> dict[str, CompensationKind]:
     """Fold in place what folds; return the kinds of projections that are then left, for units where that changes."""
-    blocks = enumerate(model.transformer_blocks)
-    return fold_chain([step for index, block in blocks for step in _steps(f"transformer_blocks.{index}", block)])
+    blocks = [list(_steps(f"transformer_blocks.{i}", block)) for i, block in enumerate(model.transformer_blocks)]
+    kinds: dict[str, CompensationKind] = {}
+    for steps in blocks if within_blocks else [list(chain.from_iterable(blocks))]:
+        kinds |= fold_chain(steps)
+    return kinds
 
 
 def _steps(name: str, block: Any) -> Iterator[Kept | Removed]:

@@ -24,8 +24,8 @@ class PixArtFamily(PixArtArchitecture, ModelFamily):
     label = "transformer"
     guidance_scale = 4.5
 
-    def fold_projections(self, model: Any) -> dict[str, CompensationKind]:
-        return fold_projections(model)
+    def fold_projections(self, model: Any, within_blocks: bool) -> dict[str, CompensationKind]:
+        return fold_projections(model, within_blocks)
 
     def sampling_arguments(self) -> dict[str, Any]:
         """Return images have the requested size, and prompts are embedded as `encode_prompts` does."""

@@ -31,7 +31,8 @@ class UNetFamily(UNetArchitecture, ModelFamily):
     def preset(self, name: str, units: Sequence[UnitLike]) -> Preset:
         return preset(name, units)
 
-    def fold_projections(self, model: Any) -> dict[str, CompensationKind]:
+    def fold_projections(self, model: Any, within_blocks: bool) -> dict[str, CompensationKind]:
+        """As the base class; no fold crosses the border of a UNet's block."""
         return fold_projections(model)
 
     def projection_folds(self, model: Any, unit: str) -> bool:
