@@ -26,8 +26,8 @@ def prune(
         bool,
         typer.Option(
             "--fold/--no-fold",
-            help="Fold the fitted projections into other weights, or keep all as layers of their own, as `asdm compress` "
-            "trains them. After a training they are folded in any case.",
+            help="Fold the fitted projections into other weights, or keep all as layers of their own, as `asdm "
+            "compress` trains them. `asdm distill` folds them after the training.",
         ),
     ] = True,
     seed: SeedOption = 0,
