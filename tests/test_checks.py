@@ -165,6 +165,7 @@ def calls(tiny):
             pipeline=pipeline, student=unet, data="x", prompts=["x"], timesteps=1, samples=1, ridge=0.1, seed=0,
             progress=print,
         ),
+        "fold_compensation": dict(student=unet, within_blocks=True),
         "remeasure_plan": dict(plan=plan, unet=unet),
         "refine_plan": dict(
             pipeline=pipeline, redundancy=redundancy, plan=plan, data="x", prompts=["x"], timesteps=1, samples=1,

@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from asdm.compensation.fitting import CompensationReport, fit_compensation, fitted_tensors
+from asdm.compensation.folding import fold_compensation
 from asdm.compression.settings import Settings
 from asdm.distillation.distill import distill
 from asdm.distillation.recipes import recipe_stages
@@ -169,20 +170,21 @@ class PlotProfile(Step):
 
 
 class Prune(Step):
-    """Build the student, fitted where the plan compensates: `work/compensation-*`."""
+    """Build the student, fitted where the plan compensates: `work/compensation-*`. Its projections fold after the
+    training, in which they are layers of their own."""
 
     def run(self, job: Job) -> None:
         job.student, job.compensation = pruned_student(job)
-        job.pipelines = {"teacher": job.teacher, "pruned": with_unet(job.teacher, job.student)}
 
 
 class Distil(Step):
-    """Train the student in the recipe's stages: `work/training`, where an interrupted training resumes."""
+    """Train the student in the recipe's stages: `work/training`, where an interrupted training resumes. Fold it."""
 
     def run(self, job: Job) -> None:
         settings, folder = job.settings, job.work / "training"
         stages = _stages(settings, job.student)
         if settings.data is None or not any(stage.steps for stage in stages):
+            job.pipelines = {"teacher": job.teacher, "pruned": _folded(job, job.student)}
             return
         examples = distill(
             job.teacher,
@@ -199,9 +201,10 @@ class Distil(Step):
             for number, stage in enumerate(stages)
         }
         pruned, _ = pruned_student(job)  # the student before the training, for the comparison
-        job.pipelines |= {
-            "pruned": with_unet(job.teacher, pruned),
-            "distilled": with_unet(job.teacher, job.student),
+        job.pipelines = {
+            "teacher": job.teacher,
+            "pruned": _folded(job, pruned),
+            "distilled": _folded(job, job.student),
         }
 
 
@@ -273,6 +276,11 @@ def pruned_student(job: Job) -> tuple[Denoiser, CompensationReport | None]:
         _fit(job, student, tensors, metrics)
     student.load_state_dict(load_file(tensors), strict=False)
     return student, CompensationReport.model_validate_json(metrics.read_text("utf-8"))
+
+
+def _folded(job: Job, student: Denoiser) -> DiffusionPipeline:
+    """Return the teacher's pipeline with a student, its projections folded."""
+    return with_unet(job.teacher, fold_compensation(student))
 
 
 def _fit(job: Job, student: Any, tensors: Path, metrics: Path) -> None:

@@ -267,6 +267,21 @@ class ModelFamily(Architecture):
         """
         raise AsdmError(f"{name}: a preset for another family of models; give a budget instead")
 
+    def fold_projections(self, model: Denoiser, within_blocks: bool) -> dict[str, CompensationKind]:
+        """Fold in place every projection that folds into other weights; the model's output changes by rounding alone.
+
+        Args:
+            within_blocks: so does each block's output.
+
+        Returns:
+            The kinds of projections that are then left, for units where that changes: "none" where nothing is left.
+        """
+        return {}
+
+    def projection_folds(self, model: Denoiser, unit: str) -> bool:
+        """Return whether a linear projection in a unit's place folds, whatever else is removed."""
+        return False
+
     def semantic_module(self, model: Denoiser) -> str | None:
         """Path of the module whose output says what an image means; None where there is none."""
         return None
