@@ -20,6 +20,8 @@ EDITS = [
     {"edit": "cond_conv", "unit": "up_blocks.3.resnets.2.conv2", "experts": ["up_blocks.3.resnets.1.conv2"]},
     {"edit": "cond_conv", "unit": "up_blocks.3.resnets.0.conv2", "experts": ["up_blocks.3.resnets.1.conv2"],
      "router": "time"},
+    {"edit": "cond_conv", "unit": "down_blocks.0.resnets.0.conv2", "experts": ["down_blocks.0.resnets.1.conv2"],
+     "router": "prompt+time"},
 ]  # fmt: skip
 
 
