@@ -9,6 +9,7 @@ import typer
 
 import asdm
 from asdm.cli.options import (
+    CaptionsOption,
     CompensateOption,
     ConfigOption,
     DataOption,
@@ -44,6 +45,7 @@ def compress(
         int | None, typer.Option(help="Distillation steps, 1000 by default; 0 prunes only.", min=0, max=10**9)
     ] = None,
     recipe: RecipeOption = "joint",
+    captions: CaptionsOption = None,
     samples: Annotated[int, typer.Option(help="Images per split in the evaluation.", min=0, max=10**6)] = 128,
     sampling_steps: Annotated[int, typer.Option(help="Sampling steps in the evaluation.", min=1, max=10_000)] = 25,
     prediction_type: PredictionTypeOption = None,
@@ -67,6 +69,7 @@ def compress(
         data=data,
         steps=training_steps(steps, recipe),
         recipe=recipe,
+        captions=captions,
         samples=samples,
         sampling_steps=sampling_steps,
         prediction_type=prediction_type,

@@ -51,6 +51,7 @@ class Compression:
     steps=checks.TRAINING_STEPS,
     recipe=checks.path,
     stages=checks.each(checks.a(Stage)),
+    captions=checks.path,
     samples=checks.whole(0, 10**6),
     sampling_steps=checks.STEPS,
     seed=checks.SEED,
@@ -71,6 +72,7 @@ def compress(
     steps: int = 1000,
     recipe: str = "joint",
     stages: Sequence[Stage] | None = None,
+    captions: str | Path | None = None,
     samples: int = 128,
     sampling_steps: int = 25,
     prediction_type: PredictionType | None = None,
@@ -93,6 +95,7 @@ def compress(
         steps: training steps; 0 prunes only, and then needs no data.
         recipe: of the distillation (`asdm.distillation.recipes`): by name, or a YAML file.
         stages: the distillation in detail, instead of `steps` and `recipe`.
+        captions: captions without images for the distillation, as for `distill`.
         samples: images per split in the evaluation; 0 measures speed only.
         sampling_steps: sampling steps in the evaluation.
         prediction_type, config: what the model is, whatever its checkpoint says, as for `load_pipeline`.
@@ -114,6 +117,7 @@ def compress(
         steps=steps,
         recipe=recipe,
         stages=stages,
+        captions=captions,
         samples=samples,
         sampling_steps=sampling_steps,
         prediction_type=prediction_type,
