@@ -9,7 +9,7 @@ import torch
 from asdm import AsdmError, PruningPlan, Stage, build_student, distill
 from asdm.data.examples import Example
 from asdm.diffusion.parameterization import parameterization_of
-from asdm.distillation.caption_only import make_captions_only, read_captions, spliced, trajectory
+from asdm.distillation.caption_only import make_caption_sampler, read_captions, spliced, trajectory
 from asdm.distillation.estimate import estimate
 from asdm.distillation.recipes import recipe_stages, with_captions
 from asdm.distillation.semantics import VisionEncoder
@@ -86,7 +86,7 @@ def test_the_solver_follows_the_teachers_estimate(pipeline, steps):
 
 def test_no_step_leaves_the_noise_of_the_end(pipeline, examples):
     task = make_task(pipeline, pruned(pipeline.unet), examples, stage(caption_only=CaptionOnly(sampling_steps=0)))
-    noised = task._noised_captions(task.captions_only, ["x"], [0], 4, torch.Generator().manual_seed(0))
+    noised = task._noised_captions(task.caption_sampler, ["x"], [0], 4, torch.Generator().manual_seed(0))
     assert noised.timesteps.tolist() == [999]
     assert noised.noisy.std() == pytest.approx(1, abs=0.15)
 
@@ -118,26 +118,26 @@ def test_gradients_flow_and_the_teacher_has_no_loss(pipeline, examples):
 
 def test_no_image_and_no_caption_that_is_held_out_is_read(pipeline, examples, tmp_path, monkeypatch):
     monkeypatch.setattr(Example, "image", lambda _: pytest.fail("an image is opened"))
-    source = make_captions_only(pipeline, stage(), examples.prepared.captions)
+    source = make_caption_sampler(pipeline, stage(), examples.prepared.captions)
     texts = source.texts(200, torch.Generator().manual_seed(0))
     assert "image 4" in texts and not any("5" in text for text in texts)  # image 5 is held out
     path = tmp_path / "captions.txt"
     path.write_text("a fish\na bird\n")
     task = make_task(pipeline, pruned(pipeline.unet), examples, stage(caption_only=CaptionOnly(file=str(path))))
     read, embedded = [], []
-    batch, embed = examples.prepared.batch, task.captions_only.embed
+    batch, embed = examples.prepared.batch, task.caption_sampler.embed
     monkeypatch.setattr(examples.prepared, "batch", lambda rows: read.append(len(rows)) or batch(rows))
-    object.__setattr__(task.captions_only, "embed", lambda texts: embedded.extend(texts) or embed(texts))
+    object.__setattr__(task.caption_sampler, "embed", lambda texts: embedded.extend(texts) or embed(texts))
     losses_of(task)
     assert read == [4] and len(embedded) == 1 and embedded[0] in ("a fish", "a bird")
 
 
 def test_estimates_weigh_by_the_power_of_their_signal(pipeline, examples):
     task = make_task(pipeline, pruned(pipeline.unet), examples, stage())
-    found = task._compare_on_captions(task.captions_only, 4, WHOLE, torch.Generator().manual_seed(0))
+    found = task._compare_on_captions(task.caption_sampler, 4, WHOLE, torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(0)
-    texts = task.captions_only.texts(4, generator)
-    noised = task._noised_captions(task.captions_only, [texts[0], texts[2]], [0, 2], 4, generator)
+    texts = task.caption_sampler.texts(4, generator)
+    noised = task._noised_captions(task.caption_sampler, [texts[0], texts[2]], [0, 2], 4, generator)
     power = task.parameterization.signal_power(noised.timesteps)
     assert torch.allclose(found.semantic_features().weights, power / task.mean_signal_power)
     assert torch.allclose(found.teacher_pred, task.teacher_pred(noised)) and found.share == 1
@@ -147,7 +147,7 @@ def test_parts_of_a_batch_are_the_whole(pipeline, examples):
     task = make_task(pipeline, pruned(pipeline.unet), examples, stage())
 
     def found(part):
-        return task._compare_on_captions(task.captions_only, 4, part, torch.Generator().manual_seed(0))
+        return task._compare_on_captions(task.caption_sampler, 4, part, torch.Generator().manual_seed(0))
 
     halves = torch.cat([found(BatchSlice(index, 2)).teacher_pred for index in range(2)])
     assert torch.allclose(halves, found(WHOLE).teacher_pred, atol=1e-5)
@@ -182,7 +182,7 @@ def task_with_clip(pipeline, examples, chosen):
     vision = {"image_size": 16, "patch_size": 8}
     clip = CLIPModel(CLIPConfig(text_config=size | text, vision_config=size | vision, projection_dim=8))
     encoder = VisionEncoder(clip, tiny_vae().requires_grad_(False), pipeline.tokenizer)
-    captions = make_captions_only(pipeline, chosen, examples.prepared.captions)
+    captions = make_caption_sampler(pipeline, chosen, examples.prepared.captions)
     parameterization = parameterization_of(pipeline.scheduler)
     only = captions if chosen.losses.any_reads("captions", "caption_semantics") else None
     student = pruned(pipeline.unet)
@@ -194,7 +194,9 @@ def test_a_recipe_gets_captions_and_an_estimate_counts_them(pipeline, tmp_path):
     plain = recipe_stages("joint", student, 40)
     (chosen,) = with_captions(plain, "spliced")
     assert chosen.losses.caption_semantic > 0 and plain[0].losses.caption_semantic == 0
-    before, after = (estimate(pipeline, student, stages, teraflops=1.0)[0] for stages in (plain, [chosen]))
+    short = {"batch_size": 2, "caption_only": CaptionOnly(sampling_steps=1)}
+    stages = [stage.model_copy(update=short) for stage in (*plain, chosen)]
+    before, after = estimate(pipeline, student, stages, teraflops=1.0)
     assert after.step_teraflops > 1.05 * before.step_teraflops
     with pytest.raises(AsdmError, match="use one of scope joint"):
         with_captions([stage(scope="incubate")], "spliced")

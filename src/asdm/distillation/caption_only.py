@@ -31,7 +31,7 @@ from asdm.errors import AsdmError
 
 
 @dataclass(frozen=True)
-class CaptionsOnly:
+class CaptionSampler:
     """Captions without images, and how they are embedded and noised.
 
     `texts` draws so many captions with a generator; `embed` embeds them; `guidance_scale` is that of the teacher's
@@ -43,7 +43,7 @@ class CaptionsOnly:
     guidance_scale: float
 
 
-def make_captions_only(pipeline: DiffusionPipeline, stage: Stage, captions: Sequence[str]) -> CaptionsOnly:
+def make_caption_sampler(pipeline: DiffusionPipeline, stage: Stage, captions: Sequence[str]) -> CaptionSampler:
     """Make the source of a stage's captions without images: the stage's file, or splices of the data's `captions`.
 
     Raises:
@@ -54,7 +54,7 @@ def make_captions_only(pipeline: DiffusionPipeline, stage: Stage, captions: Sequ
     file = stage.caption_only.file
     draw = partial(_spliced, captions) if file is None else partial(_chosen, read_captions(file))
     scale = default_guidance(pipeline) if stage.guidance_scale is None else stage.guidance_scale
-    return CaptionsOnly(draw, partial(embed_prompts, pipeline), scale)
+    return CaptionSampler(draw, partial(embed_prompts, pipeline), scale)
 
 
 def read_captions(path: str | Path) -> list[str]:
@@ -116,7 +116,8 @@ def trajectory(
     end = parameterization.num_timesteps - 1
     noisy, here = noise, torch.full_like(timesteps, end)
     for step in range(1, steps + 1):
-        there = (end + (timesteps - end) * (step / steps)).round().to(timesteps.dtype)
+        place = end + (timesteps - end) * (step / steps)
+        there = place if timesteps.is_floating_point() else place.round().to(timesteps.dtype)
         noisy = ddim_step(parameterization, predict(noisy, here), noisy, here, there)
         here = there
     return noisy

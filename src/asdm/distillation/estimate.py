@@ -155,9 +155,9 @@ def _weightless_task(teacher: DiffusionPipeline, student: Denoiser, stage: Stage
         losses = losses.model_copy(update={"semantic": 0.0, "caption_semantic": 0.0})
     examples = _Examples.of(student)
     task = make_task(teacher, student, examples, stage.model_copy(update={"losses": losses}), share)
-    if isinstance(task, DistillationTask) and task.captions_only is not None:
-        task.captions_only = replace(
-            task.captions_only,
+    if isinstance(task, DistillationTask) and task.caption_sampler is not None:
+        task.caption_sampler = replace(
+            task.caption_sampler,
             texts=lambda count, _: [""] * count,
             embed=lambda texts: examples.prepared.batch(range(len(texts)))[1],
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from asdm.diffusion.generation import default_guidance
 from asdm.diffusion.parameterization import Parameterization, parameterization_of
-from asdm.distillation.caption_only import CaptionsOnly, make_captions_only, trajectory
+from asdm.distillation.caption_only import CaptionSampler, make_caption_sampler, trajectory
 from asdm.distillation.consistency import ConsistencyTask
 from asdm.distillation.incubation import block_error, calls_of, incubated_blocks
 from asdm.distillation.losses import (
@@ -53,7 +53,7 @@ def make_task(
     if stage.losses.any_reads("semantics", "caption_semantics"):
         encoder = make_encoder(stage.semantics.encoder, teacher, stage.semantics.decoder)
     if stage.losses.any_reads("captions", "caption_semantics"):
-        captions = make_captions_only(teacher, stage, examples.prepared.captions)
+        captions = make_caption_sampler(teacher, stage, examples.prepared.captions)
     return DistillationTask(denoiser, student, parameterization, examples, stage, encoder, captions)
 
 
@@ -71,7 +71,7 @@ class DistillationTask(TeachingTask):
         examples: TrainingSet,
         stage: Stage,
         encoder: SemanticEncoder | None = None,
-        captions_only: CaptionsOnly | None = None,
+        caption_sampler: CaptionSampler | None = None,
     ):
         super().__init__(teacher, student, parameterization, examples, stage)
         self.blocks = family_of(student).blocks(student)
@@ -82,7 +82,7 @@ class DistillationTask(TeachingTask):
         self.mean_snr_weight: Tensor | None = None
         if stage.min_snr_gamma is not None:
             self.mean_snr_weight = parameterization.min_snr_weights(sampled, stage.min_snr_gamma).mean()
-        self.encoder, self.captions_only = encoder, captions_only
+        self.encoder, self.caption_sampler = encoder, caption_sampler
         self.text_features: Tensor | None = None
         if encoder is not None and stage.losses.semantic_text:
             self.text_features = self._text_features(examples.prepared.captions, "semantic_text")
@@ -94,8 +94,8 @@ class DistillationTask(TeachingTask):
         indices, step = batch
         noised = self.noised(indices, generator, part)
         comparison = self._compare(noised, indices[part.of(len(indices))], step)
-        if self.captions_only is not None and step % self.stage.semantics.every == 0:
-            on_captions = partial(self._compare_on_captions, self.captions_only, len(indices), part, generator)
+        if self.caption_sampler is not None and step % self.stage.semantics.every == 0:
+            on_captions = partial(self._compare_on_captions, self.caption_sampler, len(indices), part, generator)
             comparison = replace(comparison, captions=cache(on_captions))
         by_block = {f"feature/{name}": value for name, value in comparison.by_block.items()}
         return {**self.weighted(losses_of(comparison)), **by_block}
@@ -182,7 +182,7 @@ class DistillationTask(TeachingTask):
         return SemanticFeatures(features, expected, texts, weights, weights if is_own is None else weights * is_own)
 
     def _compare_on_captions(
-        self, source: CaptionsOnly, count: int, part: BatchSlice, generator: torch.Generator
+        self, source: CaptionSampler, count: int, part: BatchSlice, generator: torch.Generator
     ) -> CaptionComparison | None:
         """Run both networks on this part's captions without an image; None where it has none.
 
@@ -203,11 +203,11 @@ class DistillationTask(TeachingTask):
         if self.encoder is not None:
             expected = self._text_features(texts, "caption_text") if self.stage.losses.caption_text else None
             features = cache(partial(self._semantic_features, noised, noise_pred, teacher_pred, expected))
-        share = len(rows) * stride / len(here)
+        share = len(rows) / len(here) / (len(range(0, count, stride)) / count)
         return CaptionComparison(noise_pred, teacher_pred, self.snr_weights(noised.timesteps), share, features)
 
     def _noised_captions(
-        self, source: CaptionsOnly, texts: list[str], rows: list[int], count: int, generator: torch.Generator
+        self, source: CaptionSampler, texts: list[str], rows: list[int], count: int, generator: torch.Generator
     ) -> Noised:
         """Return captions `texts` without an image at the noisy latents that the teacher comes to with them.
 

@@ -26,7 +26,7 @@ from asdm.edits.prompted_blocks import prompted
 from asdm.edits.recast import Overlay, recast
 from asdm.errors import AsdmError
 
-_INSIDE = ".resnets."  # between the path of a block and its resnets'
+_RESNETS = ".resnets."  # between the path of a block and its resnets'
 _IN_EXPERTS = "merged_into_experts"  # an attribute of an adapter's layer: the adapters merged into the experts
 Channels = tuple[int, int]  # of a convolution's input: of hidden states, and of the skip connection behind them
 
@@ -70,7 +70,7 @@ class CondConv(UnitEdit):
         assert isinstance(conv, nn.Conv2d)
         found: dict[str, nn.Module] = {resnet_name: around, self.unit: CondConv2d.around(conv, self, read)}
         if "prompt" in read:
-            block_name = self.unit.partition(_INSIDE)[0]
+            block_name = self.unit.partition(_RESNETS)[0]
             found = {block_name: prompted(model.get_submodule(block_name)), **found}
         if self.router == "time":
             found["time_embedding"] = recast(OneTimestepEmbedding, model.time_embedding)
