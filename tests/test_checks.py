@@ -155,6 +155,7 @@ def calls(tiny):
             pipeline=pipeline, data="x", prompts=["x"], sensitivity="taylor", compensate="linear", timesteps=1,
             samples=1, latency_rounds=1, seed=0, progress=print,
         ),
+        "expert_usage": dict(pipeline=pipeline, prompts={"x": ["x"], "y": ["y"]}, timesteps=1, seed=0),
         "make_plan": dict(
             redundancy=redundancy, speedup=1.5, params=0.8, macs=0.8, preset="a-sdm", compensate="bias", unet=unet,
             rounds=1, progress=print,
@@ -173,11 +174,12 @@ def calls(tiny):
         ),
         "compress": dict(
             model="x", out="x", speedup=1.5, params=0.8, macs=0.8, preset="a-sdm", sensitivity="taylor",
-            compensate="bias", refine=1, data="x", steps=1, recipe="joint", stages=[], samples=1, image_to_image=1,
+            compensate="bias", refine=1, data="x", steps=1, recipe="joint", stages=[], captions="x", samples=1, image_to_image=1,
             strength=0.5, sampling_steps=1, seed=0, progress=print,
         ),
         "distill": dict(
-            teacher=pipeline, student=unet, data="x", folder="x", recipe="joint", steps=1, stages=[1], seed=0,
+            teacher=pipeline, student=unet, data="x", folder="x", recipe="joint", steps=1, stages=[1], captions="x",
+            seed=0,
             progress=print,
         ),
         "evaluate": dict(

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from asdm.runtime.optimize import optimize as optimize
     from asdm.runtime.switching import switch_unets as switch_unets
     from asdm.sensitivity.analysis import analyze as analyze
+    from asdm.sensitivity.expert_usage import expert_usage as expert_usage
     from asdm.sensitivity.profile import RedundancyMap as RedundancyMap
     from asdm.student.build import build_student as build_student
     from asdm.student.plan import PruningPlan as PruningPlan
@@ -76,6 +77,7 @@ _HOME = {
     "compress": "asdm.compression.compress",
     "distill": "asdm.distillation.distill",
     "evaluate": "asdm.evaluation.comparison",
+    "expert_usage": "asdm.sensitivity.expert_usage",
     "export": "asdm.runtime.export",
     "fit_compensation": "asdm.compensation.fitting",
     "fold_compensation": "asdm.compensation.folding",

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 CompensationKind = Literal["none", "bias", "diagonal", "linear"]
+Label = Literal["style", "concept"]
 GraphFormat = Literal["openvino", "onnx"]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
-Router = Literal["input", "input+time", "time"]
+Router = Literal["input", "input+time", "prompt", "prompt+time", "time"]
 Sensitivity = Literal["ablation", "taylor"]
 # Of an evaluation: how many images of each split start from an image, and how much they may change. At this strength
 # there is enough noise to change a drawing's style, and little enough to keep its shape.

@@ -194,6 +194,16 @@ RefineOption = Annotated[
 RecipeOption = Annotated[
     str, typer.Option(help="joint, bk-sdm, incubation, or a YAML file with a list of stages (then without --steps).")
 ]
+CaptionsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--captions",
+        help="Captions without images, for which the student is to mean what its teacher means: a .txt file, one a "
+        "line, or spliced (splices of two of DATA's captions).",
+        callback=NAME,
+        show_default=False,
+    ),
+]
 DistillRecipeOption = Annotated[
     str,
     typer.Option(

@@ -220,6 +220,11 @@ class Architecture(ABC):
         connection behind them."""
         return {}
 
+    def prompt_channels(self, model: Denoiser, name: str) -> int:
+        """Return the channels of the prompt's hidden states that the block around a module reads; 0 where it reads
+        none."""
+        return 0
+
     def stock_config(self, model: Denoiser, edits: Sequence[Edit]) -> dict[str, Any] | None:
         """Return the config of a stock model that equals the edited one; None where there is none."""
         return None
