@@ -10,11 +10,22 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
+from asdm.choices import Program
 from asdm.errors import AsdmError
-from asdm.families.base import BlockPlace, CacheCut, ModelFamily, Preset, UnitLike, block_of, register_family
+from asdm.families.base import (
+    BlockPlace,
+    CacheCut,
+    ModelFamily,
+    OriginalLayout,
+    Preset,
+    UnitLike,
+    block_of,
+    register_family,
+)
 from asdm.families.unet_architecture import UNetArchitecture
 from asdm.families.unet_calls import guidance_embedding, random_inputs
 from asdm.families.unet_presets import PRESETS, preset
+from asdm.families.unet_programs import original_layout
 from asdm.families.unet_structure import layers, require_known_inputs, unlike
 
 
@@ -42,6 +53,9 @@ class UNetFamily(UNetArchitecture, ModelFamily):
             else:
                 places[block] = BlockPlace(levels, "middle")
         return places
+
+    def original_layout(self, model: Any, program: Program) -> OriginalLayout:
+        return original_layout(model, program)
 
     def semantic_module(self, model: Any) -> str | None:
         return None if model.mid_block is None else "mid_block"
