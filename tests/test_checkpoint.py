@@ -10,15 +10,26 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2D
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModelWithProjection
 
-from asdm import AsdmError, PruningPlan, build_student, convert_lora, export_checkpoint, save_pipeline, with_unet
+from asdm import (
+    AsdmError,
+    PruningPlan,
+    build_student,
+    convert_lora,
+    export_checkpoint,
+    make_plan,
+    save_pipeline,
+    with_unet,
+)
 from asdm.families import UNetFamily
 from asdm.families.unet_original import OriginalShape, original_structure
 from asdm.pipelines import streaming
 from asdm.pipelines.random_models import UNETS
 from asdm.pipelines.shapes import denoiser_without_weights
+from asdm.sensitivity.analysis import structure_map
 from asdm.student.build import empty_student
-from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline, tiny_sdxl_unet, tiny_unet
+from conftest import _text_encoder, predict, tiny_pipeline, tiny_sdxl_pipeline, tiny_sdxl_unet, tiny_unet
 
 FAMILY = UNetFamily()
 TINY = {"edit": "drop_layers", "layers_per_block": 1, "mid_block": False, "levels": 3}
@@ -49,10 +60,17 @@ def tiny_sd2_pipeline():
     return pipeline
 
 
+def tiny_sdxl_pipeline_with_two_widths():
+    """diffusers tells the two text encoders by their widths, which are equal in the tiny pipeline."""
+    pipeline = tiny_sdxl_pipeline()
+    pipeline.text_encoder_2 = _text_encoder(CLIPTextModelWithProjection, 64, pipeline.tokenizer_2)
+    return pipeline
+
+
 # -- diffusers reads back what was written -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [tiny_pipeline, tiny_sd2_pipeline, tiny_sdxl_pipeline])
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_sd2_pipeline, tiny_sdxl_pipeline_with_two_widths])
 @pytest.mark.parametrize("edit", [None, {**TINY, "levels": None}])
 def test_diffusers_reads_back_every_tensor(make, edit, tmp_path):
     """SD 1.x's text encoder in CLIP's layout, SD 2.x's and SDXL's second one in OpenCLIP's."""
@@ -410,3 +428,91 @@ def test_loras_that_do_not_fit_are_refused(tmp_path):
         convert_lora(tmp_path / "d.pt", student, tmp_path / "new.safetensors")
     with pytest.raises(AsdmError, match="is the LoRA itself"):
         convert_lora(gone, student, gone)
+
+
+# -- portable plans ----------------------------------------------------------------------------------------
+
+
+def profile(unet, sensitive=""):
+    """A profile whose sensitivities grow with the parameters; units of this name are a thousand times as sensitive."""
+    sizes = structure_map(unet)
+
+    def rated(record, name):
+        factor = 1000 if sensitive and name.startswith(sensitive) else 1
+        return record.model_copy(update={"sensitivity": factor * (1e-9 + record.parameters * 1e-9)})
+
+    units = [rated(unit, unit.name) for unit in sizes.units]
+    others = [rated(other, other.edit["unit"]) for other in sizes.others]
+    return sizes.model_copy(update={"units": units, "others": others, "estimator": "taylor"})
+
+
+def parameters(unet):
+    return sum(p.numel() for p in unet.parameters())
+
+
+@pytest.mark.parametrize("params", [0.8, 0.45])
+def test_a_portable_student_is_stock_and_within_the_budget(params):
+    unet = tiny_unet()
+    student = build_student(unet, make_plan(profile(unet), params=params, portable=True))
+    assert type(student) is UNet2DConditionModel
+    assert parameters(student) <= params * parameters(unet)
+    FAMILY.original_layout(student, "diffusers")
+    assert predict(student).shape == predict(unet).shape
+
+
+def test_a_portable_student_of_sdxl_is_of_a_known_shape_and_keeps_what_is_sensitive(sdxl):
+    kept = "up_blocks.0.attentions.1.transformer_blocks.7"
+    for part in (0.6, 0.3):
+        plan = make_plan(profile(sdxl, kept), params=part, portable=True)
+        student = empty_student(sdxl, plan)
+        assert parameters(student) <= part * parameters(sdxl)
+        shape = inferred(set(FAMILY.original_layout(student, "comfyui").names.values()))
+        assert [depth for level in shape.encoder for depth in level] in COMFYUI.values()
+        assert not any(name.startswith(kept) for name in plan.edits[0].transformer_blocks)
+
+
+def test_portable_refuses_what_it_cannot_do(sdxl):
+    with pytest.raises(AsdmError, match="out of reach of students that every program reads"):
+        make_plan(profile(sdxl), params=0.01, portable=True)
+    with pytest.raises(AsdmError, match="no place for projections"):
+        make_plan(profile(tiny_unet()), params=0.5, portable=True, compensate="linear")
+    with pytest.raises(AsdmError, match="no program reads a student of this UNet"):
+        make_plan(profile(tiny_sdxl_unet()), params=0.5, portable=True)
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"transformer_blocks": ["up_blocks.1.attentions.0.transformer_blocks.9"]}, "no such transformer block"),
+        ({"transformer_blocks": ["down_blocks.1.attentions.0.transformer_blocks.0"] * 2}, "some of its attentions"),
+        ({"layers_per_block": [2, 1]}, "a number for each level"),
+        ({"layers_per_block": [2, 0, 1]}, "at least 1"),
+    ],
+)
+def test_what_no_stock_unet_is_cannot_be_dropped(fields, said):
+    unet = tiny_unet(block_out_channels=(32, 64, 64), down_block_types=DOWN, up_block_types=UP)
+    with pytest.raises(AsdmError, match=said):
+        PruningPlan.for_unet(unet, [{"edit": "drop_layers", "layers_per_block": 2, **fields}])
+
+
+DOWN, UP = ("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",), ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 2
+
+
+def test_levels_may_have_different_numbers_of_layers():
+    """A layer that goes takes its skip connection along: what stays computes what it computed."""
+    unet = tiny_unet()
+    student = student_of(unet, {"edit": "drop_layers", "layers_per_block": [2, 1, 2, 1]})
+    assert [len(block.resnets) for block in student.down_blocks] == [2, 1, 2, 1]
+    assert [len(block.resnets) for block in student.up_blocks] == [2, 3, 2, 3]
+    for own, original in (("up_blocks.2.resnets.1", "up_blocks.2.resnets.2"), ("up_blocks.1.resnets.1",) * 2):
+        assert torch.equal(student.get_submodule(own).conv1.weight, unet.get_submodule(original).conv1.weight)
+
+
+def test_the_mid_block_may_keep_its_first_resnet_alone(tmp_path):
+    pipeline = tiny_pipeline()
+    edits = [{"edit": "remove", "unit": f"mid_block.{unit}"} for unit in ("attentions.0", "resnets.1")]
+    student = student_of(pipeline.unet, {"edit": "drop_layers", "layers_per_block": 2, "mid_attention": False})
+    removed = student_of(pipeline.unet, *edits)
+    assert torch.equal(predict(student), predict(removed))
+    names = [FAMILY.original_layout(each, "diffusers").names.values() for each in (student, removed)]
+    assert set(names[0]) == set(names[1])

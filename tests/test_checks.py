@@ -39,6 +39,7 @@ NEEDED = {
     "evaluate": ["demo"],
     "generate": ["demo", "x"],
     "export": ["demo", "--to", "onnx", "--out", "out"],
+    "convert-lora": ["lora.safetensors", "--for", "demo", "--out", "out.safetensors"],
     "compress": ["demo", "--out", "out"],
     "demo": [],
     "benchmark": ["demo"],
@@ -156,8 +157,8 @@ def calls(tiny):
             samples=1, latency_rounds=1, seed=0, progress=print,
         ),
         "make_plan": dict(
-            redundancy=redundancy, speedup=1.5, params=0.8, macs=0.8, preset="a-sdm", compensate="bias", unet=unet,
-            rounds=1, progress=print,
+            redundancy=redundancy, speedup=1.5, params=0.8, macs=0.8, preset="a-sdm", portable=True,
+            compensate="bias", unet=unet, rounds=1, progress=print,
         ),
         "add_cond_conv": dict(plan=plan, unet=unet, params=0.1, router="time", activation="softmax"),
         "build_student": dict(unet=unet, plan=plan),
@@ -183,6 +184,10 @@ def calls(tiny):
             pipelines={"x": pipeline}, data="x", prompts=["x"], samples=1, steps=1, guidance_scale=1.0, seed=0,
             rounds=1, quality=True, images_folder="x", progress=print,
         ),
+        "export_checkpoint": dict(
+            pipeline=pipeline, file="x.safetensors", program="diffusers", unet_only=True, dtype="fp32", license="mit",
+        ),
+        "convert_lora": dict(lora="x", unet=unet, file="x.safetensors"),
         "export": dict(
             pipeline=pipeline, folder="x", to="onnx", size=16, int8="weights", data="x", cache=1, parts=["x"],
             progress=print,

@@ -10,7 +10,7 @@ import typer
 import asdm
 from asdm.choices import ExportFormat, FileDtype, Program
 from asdm.cli import loading
-from asdm.cli.options import DATA, NAME, TEXT, ConfigOption, ModelArgument, PredictionTypeOption
+from asdm.cli.options import DATA, NAME, ConfigOption, ModelArgument, PredictionTypeOption
 from asdm.cli.output import say, say_path, warn_of_skipped
 from asdm.cli.progress import reporting
 from asdm.errors import AsdmError
@@ -71,7 +71,7 @@ def export(
         str | None,
         typer.Option(
             help="With --to checkpoint: the model's licence; by default what its model card says.",
-            callback=TEXT,
+            callback=NAME,
             show_default=False,
         ),
     ] = None,

@@ -160,6 +160,20 @@ class OriginalLayout:
 
 
 @dataclass(frozen=True)
+class PortableShape:
+    """A smaller stock model that every program reads, before its transformer blocks are chosen.
+
+    `gone`: units and larger parts that it lacks. `depths`: how many transformer blocks an attention keeps, where that
+    is fixed. `free`: attentions that may lose blocks as long as one stays, and how many they have.
+    """
+
+    edit: Any
+    gone: list[str]
+    depths: dict[str, int]
+    free: dict[str, int]
+
+
+@dataclass(frozen=True)
 class BlockPlace:
     """Where a diagram of the model has a block: its level, 0 for the highest resolution, and its side."""
 
@@ -291,6 +305,14 @@ class ModelFamily(Architecture):
             AsdmError: the family has no such preset.
         """
         raise AsdmError(f"{name}: a preset for another family of models; give a budget instead")
+
+    def portable_shapes(self, config: Mapping[str, Any], units: Sequence[str]) -> list[PortableShape]:
+        """Return the smaller stock models that every program reads, for a model of this config with these units.
+
+        Raises:
+            AsdmError: there is none.
+        """
+        raise AsdmError(f"portable: no shape of a smaller {self.label} is known to programs; plan without --portable")
 
     def semantic_module(self, model: Denoiser) -> str | None:
         """Path of the module whose output says what an image means; None where there is none."""

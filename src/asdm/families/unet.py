@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from asdm.families.base import (
     CacheCut,
     ModelFamily,
     OriginalLayout,
+    PortableShape,
     Preset,
     UnitLike,
     block_of,
@@ -24,6 +25,7 @@ from asdm.families.base import (
 )
 from asdm.families.unet_architecture import UNetArchitecture
 from asdm.families.unet_calls import guidance_embedding, random_inputs
+from asdm.families.unet_portable import portable_shapes
 from asdm.families.unet_presets import PRESETS, preset
 from asdm.families.unet_programs import original_layout
 from asdm.families.unet_structure import layers, require_known_inputs, unlike
@@ -53,6 +55,9 @@ class UNetFamily(UNetArchitecture, ModelFamily):
             else:
                 places[block] = BlockPlace(levels, "middle")
         return places
+
+    def portable_shapes(self, config: Mapping[str, Any], units: Sequence[str]) -> list[PortableShape]:
+        return portable_shapes(config, units)
 
     def original_layout(self, model: Any, program: Program) -> OriginalLayout:
         return original_layout(model, program)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from asdm.edits import DropLayers
 from asdm.errors import AsdmError
 from asdm.families.base import Preset, UnitLike
+from asdm.families.unet_portable import transformer_depths
 from asdm.families.unet_structure import is_level
 
 # BK-SDM's students (arXiv 2305.15798, Sec. 3.1): layers per block, mid block, how many levels fewer.
@@ -87,11 +88,7 @@ def _small_sdxl(name: str, units: Sequence[str]) -> DropLayers:
         AsdmError: the UNet has not SDXL's shape.
     """
     sizes = _SMALL_SDXL[name]
-    depths: dict[str, int] = {}
-    for unit in units:
-        attention, found, rest = unit.partition(".transformer_blocks.")
-        if found:
-            depths[attention] = max(depths.get(attention, 0), int(rest.partition(".")[0]) + 1)
+    depths = transformer_depths(units)
     dropped = []
     for block, kept in sizes.depths.items():
         for index, count in enumerate(kept):

@@ -57,7 +57,7 @@ class ExportedCheckpoint:
     program=checks.literal(Program),
     unet_only=checks.flag,
     dtype=checks.literal(FileDtype),
-    license=checks.text,
+    license=checks.path,
 )
 @torch.no_grad()
 def export_checkpoint(
