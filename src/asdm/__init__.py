@@ -40,11 +40,13 @@ if TYPE_CHECKING:
     from asdm.evaluation.results import Evaluation as Evaluation
     from asdm.pipelines.derived import with_unet as with_unet
     from asdm.pipelines.loading import load_pipeline as load_pipeline
+    from asdm.pipelines.lora_files import convert_lora as convert_lora
     from asdm.pipelines.saving import save_pipeline as save_pipeline
     from asdm.planning.budget import make_plan as make_plan
     from asdm.planning.experts import add_cond_conv as add_cond_conv
     from asdm.planning.refine import refine_plan as refine_plan
     from asdm.planning.speedup import remeasure_plan as remeasure_plan
+    from asdm.runtime.checkpoint import export_checkpoint as export_checkpoint
     from asdm.runtime.export import export as export
     from asdm.runtime.openvino import with_openvino_graphs as with_openvino_graphs
     from asdm.runtime.optimize import optimize as optimize
@@ -75,10 +77,12 @@ _HOME = {
     "build_student": "asdm.student.build",
     "calibrate_cache": "asdm.caching.calibration",
     "compress": "asdm.compression.compress",
+    "convert_lora": "asdm.pipelines.lora_files",
     "distill": "asdm.distillation.distill",
     "evaluate": "asdm.evaluation.comparison",
     "expert_usage": "asdm.sensitivity.expert_usage",
     "export": "asdm.runtime.export",
+    "export_checkpoint": "asdm.runtime.checkpoint",
     "fit_compensation": "asdm.compensation.fitting",
     "fold_compensation": "asdm.compensation.folding",
     "generate": "asdm.diffusion.generation",

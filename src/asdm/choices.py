@@ -7,6 +7,10 @@ from typing import Literal
 CompensationKind = Literal["none", "bias", "diagonal", "linear"]
 Label = Literal["style", "concept"]
 GraphFormat = Literal["openvino", "onnx"]
+ExportFormat = Literal["openvino", "onnx", "checkpoint"]
+FileDtype = Literal["fp16", "fp32"]
+Numbering = Literal["dense", "two_layers"]  # of layers in the original layout: without gaps, or two layers a level
+Program = Literal["comfyui", "sdcpp", "diffusers"]  # that reads a checkpoint in one file
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 Router = Literal["input", "input+time", "prompt", "prompt+time", "time"]
 Sensitivity = Literal["ablation", "taylor"]

@@ -156,8 +156,8 @@ PresetOption = Annotated[
     str | None,
     typer.Option(
         "--preset",
-        help="A preset instead of a budget: a-sdm (mild), a-sdm-fast (2x at SD 1.5's size), or BK-SDM's bk-base, "
-        "bk-small, bk-tiny.",
+        help="A preset instead of a budget: a-sdm (mild), a-sdm-fast (2x at SD 1.5's size), BK-SDM's bk-base, "
+        "bk-small, bk-tiny, or for SDXL ssd-1b, vega, koala-1b, koala-700m.",
     ),
 ]
 SensitivityOption = Annotated[
