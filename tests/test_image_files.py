@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
+from asdm.diffusion.image_files import generate_files, open_inputs
 from PIL import Image
 
 from asdm import AsdmError, generate
 from asdm.diffusion import image_files
-from asdm.diffusion.image_files import generate_files, open_inputs
 from asdm.images import to_images
 
 

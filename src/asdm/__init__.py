@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from asdm.errors import AsdmWarning as AsdmWarning
     from asdm.evaluation.comparison import evaluate as evaluate
     from asdm.evaluation.results import Evaluation as Evaluation
+    from asdm.generation.comparison import compare_images as compare_images
+    from asdm.generation.generate import generate_images as generate_images
+    from asdm.generation.request import GenerationRequest as GenerationRequest
     from asdm.pipelines.derived import with_unet as with_unet
     from asdm.pipelines.loading import load_pipeline as load_pipeline
     from asdm.pipelines.saving import save_pipeline as save_pipeline
@@ -60,6 +63,7 @@ _HOME = {
     "AsdmWarning": "asdm.errors",
     "CondConv": "asdm.edits",
     "Evaluation": "asdm.evaluation.comparison",
+    "GenerationRequest": "asdm.generation.request",
     "GriAttention": "asdm.edits",
     "CfgCutoff": "asdm.diffusion.guidance",
     "CacheSchedule": "asdm.caching.schedule",
@@ -71,12 +75,14 @@ _HOME = {
     "analyze": "asdm.sensitivity.analysis",
     "build_student": "asdm.student.build",
     "calibrate_cache": "asdm.caching.calibration",
+    "compare_images": "asdm.generation.comparison",
     "compress": "asdm.compression.compress",
     "distill": "asdm.distillation.distill",
     "evaluate": "asdm.evaluation.comparison",
     "export": "asdm.runtime.export",
     "fit_compensation": "asdm.compensation.fitting",
     "generate": "asdm.diffusion.generation",
+    "generate_images": "asdm.generation.generate",
     "cache_features": "asdm.caching.features",
     "lcm_scheduler": "asdm.distillation.consistency",
     "load_pipeline": "asdm.pipelines.loading",

@@ -128,17 +128,17 @@ def image_size(pipeline: DiffusionPipeline) -> int:
     return latent_shape(pipeline)[1] * pipeline.vae_scale_factor
 
 
-def require_size(pipeline: DiffusionPipeline, size: int) -> None:
+def require_size(pipeline: DiffusionPipeline, size: int, name: str = "size") -> None:
     """
     Raises:
         AsdmError: the VAE has no latents for images of so many pixels a side, or the pipeline does not generate them.
     """
-    checks.whole(1, LARGEST_IMAGE)("size", size)
+    checks.whole(1, LARGEST_IMAGE)(name, size)
     latent_multiple = family_of(pipeline).size_multiple(denoiser_of(pipeline))
     multiple = math.lcm(PIPELINES_MULTIPLE, pipeline.vae_scale_factor * latent_multiple)
     if size % multiple:
         nearest = max(1, round(size / multiple)) * multiple
-        raise AsdmError(f"size={size}: must be a positive multiple of {multiple}; the nearest is {nearest}")
+        raise AsdmError(f"{name}={size}: must be a positive multiple of {multiple}; the nearest is {nearest}")
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -77,15 +77,15 @@ def generate(
         raise AsdmError(f"size={size}: image-to-image generates at the image's own size; scale the image instead")
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if image is not None:
-        _require_image(image, mask)
+        require_image(image, mask)
     steps = default_steps(pipeline) if steps is None else steps
     require_steps(pipeline, steps)
     if image is not None:
-        _require_strength(strength, steps)
+        require_strength(strength, steps)
     if size is not None:
         require_size(pipeline, size)
     guidance = default_guidance(pipeline) if guidance_scale is None else guidance_scale
-    batch_size = batch_size or (32 if _is_small(pipeline) else 1)
+    batch_size = batch_size or (32 if is_small(pipeline) else 1)
     target, arguments = _target(pipeline, image, mask, strength, size)
     if cfg_cutoff != 1:
         arguments |= {"callback_on_step_end": CfgCutoff(target, cfg_cutoff)}
@@ -93,9 +93,10 @@ def generate(
     images = []
     for start in range(0, len(prompts), batch_size):
         batch = list(prompts[start : start + batch_size])
-        pixels = _generate_batch(target, batch, seed + start, arguments)
+        seeds = range(seed + start, seed + start + len(batch))
+        pixels = sample_batch(target, seeds, {**arguments, "prompt": batch})
         if not is_random(pipeline):
-            _require_finite(pixels, pipeline, guidance)
+            require_finite(pixels, pipeline, guidance)
         images.append(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() * 2 - 1)
         if progress is not None:
             progress(min(start + batch_size, len(prompts)), len(prompts))
@@ -106,8 +107,9 @@ def _target(
     pipeline: DiffusionPipeline, image: Image.Image | None, mask: Image.Image | None, strength: float, size: int | None
 ) -> tuple[DiffusionPipeline, dict[str, Any]]:
     """Return the pipeline that reads these inputs, and the arguments that hold them."""
-    arguments = pipeline_arguments(pipeline, size)
-    if size is not None:
+    sides = None if size is None else (size, size)
+    arguments = pipeline_arguments(pipeline, sides)
+    if sides is not None:
         arguments |= {"height": size, "width": size}
     if image is None:
         return pipeline, arguments
@@ -118,17 +120,21 @@ def _target(
     return target, arguments
 
 
-def _generate_batch(
-    pipeline: DiffusionPipeline, prompts: list[str], seed: int, arguments: dict[str, Any]
-) -> np.ndarray:
-    """Return images (prompts, height, width, 3) in [0, 1], the n-th from the noise of seed + n."""
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-    given = {name: [value] * len(prompts) if "image" in name else value for name, value in arguments.items()}
+def sample_batch(pipeline: DiffusionPipeline, seeds: Sequence[int], arguments: Mapping[str, Any]) -> np.ndarray:
+    """Return images (seeds, height, width, 3) in [0, 1], the n-th from the noise of the n-th seed.
+
+    Args:
+        arguments: of the pipeline's call. Images are repeated for all seeds.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    given = {
+        name: [value] * len(seeds) if isinstance(value, Image.Image) else value for name, value in arguments.items()
+    }
     with _faults_in_one_line(pipeline):
-        result = pipeline(prompts, generator=generators, **given)
+        result = pipeline(generator=generators, **given)
     blacked_out = sum(getattr(result, "nsfw_content_detected", None) or [])
     if blacked_out:
-        warnings.warn(f"the safety checker blacked out {blacked_out} of {len(prompts)} images", stacklevel=4)
+        warnings.warn(f"the safety checker blacked out {blacked_out} of {len(seeds)} images", stacklevel=4)
     return np.asarray(result.images)
 
 
@@ -143,7 +149,11 @@ def _faults_in_one_line(pipeline: DiffusionPipeline) -> Iterator[None]:
         raise AsdmError(f"{type(pipeline).__name__} refuses this: {one_line(error, 300)}") from error
 
 
-def _require_image(image: Image.Image, mask: Image.Image | None) -> None:
+def require_image(image: Image.Image, mask: Image.Image | None) -> None:
+    """
+    Raises:
+        AsdmError: the image is too small or too large, or the mask has another size.
+    """
     if mask is not None and mask.size != image.size:
         raise AsdmError(f"the mask has {mask.size} pixels, the image {image.size}; give both in one size")
     if min(image.size) < PIPELINES_MULTIPLE or max(image.size) > LARGEST_IMAGE:
@@ -152,7 +162,11 @@ def _require_image(image: Image.Image, mask: Image.Image | None) -> None:
         )
 
 
-def _require_strength(strength: float, steps: int) -> None:
+def require_strength(strength: float, steps: int) -> None:
+    """
+    Raises:
+        AsdmError: no step would be taken.
+    """
     if int(steps * strength) < 1:
         raise AsdmError(
             f"strength={strength:g}: must leave at least one of the {steps} steps; "
@@ -160,7 +174,7 @@ def _require_strength(strength: float, steps: int) -> None:
         )
 
 
-def _require_finite(images: np.ndarray, pipeline: DiffusionPipeline, guidance: float) -> None:
+def require_finite(images: np.ndarray, pipeline: DiffusionPipeline, guidance: float) -> None:
     """Raise an AsdmError for images (count, height, width, 3) that would be saved as black ones."""
     broken = int((~np.isfinite(images)).reshape(len(images), -1).any(axis=1).sum())
     if broken:
@@ -192,12 +206,12 @@ def require_steps(pipeline: DiffusionPipeline, steps: int) -> None:
         raise AsdmError(f"steps={steps}: {kind} refuses it ({one_line(error)}); give another number") from None
 
 
-def pipeline_arguments(pipeline: DiffusionPipeline, size: int | None = None) -> dict[str, Any]:
-    """Arguments that this kind of pipeline needs to generate from text alone, at this size: for one made for
-    inpainting, an image and a mask; and those of the denoiser's family."""
+def pipeline_arguments(pipeline: DiffusionPipeline, sides: tuple[int, int] | None = None) -> dict[str, Any]:
+    """Arguments that this kind of pipeline needs to generate from text alone, at this width and height: for one made
+    for inpainting, an image and a mask; and those of the denoiser's family."""
     arguments = family_of(pipeline).sampling_arguments()
     if is_inpainting(pipeline):
-        sides = (size or image_size(pipeline),) * 2
+        sides = sides or (image_size(pipeline),) * 2
         images = {"image": Image.new("RGB", sides, "gray"), "mask_image": Image.new("L", sides, 255)}
         arguments |= {**images, "strength": 1.0}
     return arguments
@@ -218,8 +232,9 @@ def default_guidance(pipeline: DiffusionPipeline) -> float:
     burns out; 1, none, for few-step denoisers with built-in guidance."""
     if is_few_step(pipeline) and not family_of(pipeline).embeds_guidance(denoiser_of(pipeline)):
         return 1.0
-    return 3.0 if _is_small(pipeline) else family_of(pipeline).guidance_scale
+    return 3.0 if is_small(pipeline) else family_of(pipeline).guidance_scale
 
 
-def _is_small(pipeline: DiffusionPipeline) -> bool:
+def is_small(pipeline: DiffusionPipeline) -> bool:
+    """Return whether its latents have at most 32x32 pixels."""
     return max(latent_shape(pipeline)[1:]) <= 32
