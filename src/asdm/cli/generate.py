@@ -65,8 +65,8 @@ def generate(
         bool,
         typer.Option(
             "--weighted",
-            help="Read weights in prompts: (word), (word:1.3), \\[word]; a backslash makes plain text. Prompts may have any "
-            "length then.",
+            help="Read weights in prompts: (word), (word:1.3), \\[word]; a backslash makes plain text. Prompts may "
+            "have any length then.",
         ),
     ] = False,
     num_images: Annotated[int, typer.Option(help="Images of each prompt.", min=1, max=10_000)] = 1,

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from asdm.benchmark.results import BenchmarkRow
     from asdm.distillation.estimate import StageEstimate
     from asdm.evaluation.results import Evaluation
+    from asdm.measure.installation import Installation
     from asdm.sensitivity.profile import RedundancyMap
 
 
@@ -31,6 +32,17 @@ def _legible(table: Table) -> Table:
         if column.justify == "right":
             words = [*str(column.header).split(), *map(str, column.cells)]
             column.width = max(map(len, words), default=None)
+    return table
+
+
+def extras_table(found: Installation) -> Table:
+    """Return which extras are installed, and what each gives."""
+    table = _table(None, ["extra", "state", "gives"], [])
+    for name, extra in found.extras.items():
+        table.add_row(name, "; ".join(extra.problems) or "installed", extra.gives)
+    if any(extra.problems for extra in found.extras.values()):
+        table.caption = "To add one: pip install 'asdm-diffusion\\[NAME]'"
+        table.caption_justify = "left"
     return table
 
 

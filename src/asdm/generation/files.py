@@ -18,6 +18,7 @@ from asdm.images import open_image
 
 STANDARD_INPUT = "-"
 LONGEST_NAME = 60  # characters of the prompt
+MOST_COLUMNS = 16  # of a contact sheet with one row a prompt
 
 
 def read_prompts(name: str) -> list[str]:
@@ -87,7 +88,7 @@ class ImageFolder:
         self.lines: list[str] = []
         self._of_each = request.total // len(request.prompts)
         self._tiles: list[Tile] = []
-        self._columns = self._of_each if self._of_each > 1 else math.ceil(request.total**0.5)
+        self._columns = self._of_each if 1 < self._of_each <= MOST_COLUMNS else math.ceil(request.total**0.5)
 
     def write(self, image: GeneratedImage) -> None:
         """Write an image."""

@@ -29,7 +29,7 @@ from asdm.diffusion.generation import (
 )
 from asdm.diffusion.guidance import CfgCutoff
 from asdm.diffusion.kinds import controlled, image_to_image, is_inpainting, is_random
-from asdm.errors import AsdmError
+from asdm.errors import AsdmError, one_line
 from asdm.families import family_of
 from asdm.generation.additions import load_controlnet, with_loras
 from asdm.generation.image import GeneratedImage, description
@@ -117,8 +117,11 @@ def require_for(pipeline: DiffusionPipeline, request: GenerationRequest) -> None
         if getattr(request, name) is not None:
             require_size(pipeline, getattr(request, name), name)
     guidance = default_guidance(sampler) if request.guidance_scale is None else request.guidance_scale
+    if request.cfg_cutoff != 1:
+        CfgCutoff(pipeline, request.cfg_cutoff)
     if request.negative and (guidance <= 1 or "negative_prompt" not in _call_parameters(pipeline)):
-        raise AsdmError(f"negative={request.negative[:40]!r}: this pipeline samples without guidance; leave it out")
+        shown = one_line(request.negative, 40)
+        raise AsdmError(f"negative={shown}: has no effect, as this pipeline samples without it; leave it out")
 
 
 def sides_of(pipeline: DiffusionPipeline, request: GenerationRequest) -> tuple[int, int]:
@@ -264,8 +267,6 @@ def _callbacks(
 ) -> dict[str, Any]:
     """Return the arguments by which a pipeline calls back after each step."""
     if "callback_on_step_end" not in _call_parameters(target):  # PixArt's
-        if request.cfg_cutoff != 1:
-            CfgCutoff(target, request.cfg_cutoff)  # raises: they have none
 
         def legacy(step: int, _timestep: Any, _latents: Any) -> None:
             after_step(step + 1, len(target.scheduler.timesteps))

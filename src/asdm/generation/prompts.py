@@ -56,6 +56,7 @@ def warn_of_unread_weights(prompts: Sequence[str]) -> None:
         )
 
 
+@torch.no_grad()
 def prompt_arguments(
     pipeline: DiffusionPipeline, prompts: list[str], negative: str, clip_skip: int | None, weighted: bool
 ) -> dict[str, Any]:
@@ -156,7 +157,6 @@ def _joined(parts: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
     return joined or [("", 1.0)]
 
 
-@torch.no_grad()
 def _weighted_arguments(
     pipeline: DiffusionPipeline, prompts: list[str], negative: str, clip_skip: int | None
 ) -> dict[str, Any]:

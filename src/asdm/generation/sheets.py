@@ -15,6 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 SMALLEST_TILE = 256  # pixels; smaller images are enlarged by a whole factor, without smoothing
 LARGEST_SHEET = 16_000  # pixels a side
 GAP = 12
+_LARGEST_FONT, _LINE = 40, 1.35  # pixels; lines per font size
+_TALLEST_LABEL = 3 * _LARGEST_FONT * _LINE + GAP
 FULL_DIFFERENCE = 64  # of 255; the end of the difference map's scale
 # With Latin, Greek, Cyrillic and Arabic letters; Pillow's own font has Latin ones only.
 _FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
@@ -38,9 +40,9 @@ def sheet(tiles: Sequence[Tile], columns: int) -> Image.Image:
     rows = math.ceil(len(tiles) / columns)
     scale = _scale(width, height, columns, rows)
     width, height = max(1, round(width * scale)), max(1, round(height * scale))
-    size = max(11, min(width // 16, 40))
+    size = max(11, min(width // 16, _LARGEST_FONT))
     font = ImageFont.truetype(_FONT, size)
-    line = round(size * 1.35)
+    line = round(size * _LINE)
     label = line * max(len(tile.lines) for tile in tiles) + GAP // 2
     page = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (height + label + GAP) + GAP), _BACKGROUND)
     draw = ImageDraw.Draw(page)
@@ -57,8 +59,10 @@ def sheet(tiles: Sequence[Tile], columns: int) -> Image.Image:
 def _scale(width: int, height: int, columns: int, rows: int) -> float:
     """Return the factor of the images' size on a sheet: whole where it enlarges."""
     enlarged = max(1, math.ceil(SMALLEST_TILE / max(width, height)))
-    most = min(LARGEST_SHEET / columns / (width + GAP), LARGEST_SHEET / rows / (1.3 * height + GAP))
-    return enlarged if enlarged <= most else min(float(max(1, int(most))), most)
+    free = (LARGEST_SHEET - GAP) / columns - GAP, (LARGEST_SHEET - GAP) / rows - GAP - _TALLEST_LABEL
+    most = max(1.0, free[0]) / width, max(1.0, free[1]) / height
+    fits = min(most)
+    return min(enlarged, max(1, int(fits))) if fits >= 1 else fits
 
 
 def shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
