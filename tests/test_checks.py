@@ -111,7 +111,10 @@ def test_no_option_takes_what_is_no_number_of_its_range(refusal, command):
         (["generate", "demo", "x", "--seeds", "3", "--num-images", "2"], "num_images=2: seeds=[3] says it already"),
         (["generate", "demo", "x", "--size", "64", "--width", "64"], "--size 64: is both sides"),
         (["generate", "demo", "x", "--width", "64"], "width=64: give height too"),
-        (["generate", "demo", "x", "--width", "60", "--height", "64"], "width=60: input should be a multiple of 8"),
+        (
+            ["generate", "demo", "x", "--width", "60", "--height", "64"],
+            "--width=60: must be a positive multiple of 8; the nearest is 64",
+        ),
         (["generate", "demo", "x", "--scheduler", "eulr"], "scheduler=eulr: must be one of ddim"),
         (["generate", "demo", "x", "--lora", "gone.safetensors:0.5"], "gone.safetensors: no such LoRA file"),
         (["generate", "demo", "x", "--lora", "a", "--low-noise-model", "b"], "--lora a: does not go with"),

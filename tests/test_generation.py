@@ -78,7 +78,7 @@ def lora(tmp_path):
         ({"mask": Image.new("L", (16, 16))}, r"mask\(16x16 pixels\): has no effect without image"),
         ({"control_scale": 0.5}, "control_scale=0.5: has no effect without controlnet"),
         ({"width": 16}, "width=16: give height too"),
-        ({"width": 20, "height": 16}, "width=20: input should be a multiple of 8"),
+        ({"width": 20, "height": 16}, "width=20: must be a positive multiple of 8; the nearest is 16"),
         ({"seeds": [1], "seed": 3}, "seed=3: seeds=.1. says it already"),
         ({"seeds": [1], "num_images": 2}, "num_images=2: seeds"),
         ({"seed": 2**63 - 1}, "seed=9223372036854775807: the last one"),

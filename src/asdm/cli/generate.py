@@ -19,6 +19,7 @@ from asdm.cli.options import (
     GUIDANCE,
     NAME,
     POSITIVE,
+    SIDE,
     TEXT,
     ConfigOption,
     DeviceOption,
@@ -98,13 +99,12 @@ def generate(
         int | None,
         typer.Option(
             help="Side of the images in pixels, to which --image is cropped; by default the model's own.",
-            min=1,
-            max=8192,
+            callback=SIDE,
             show_default=False,
         ),
     ] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels, with --height.", min=8, max=8192)] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels, with --width.", min=8, max=8192)] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels, with --height.", callback=SIDE)] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels, with --width.", callback=SIDE)] = None,
     steps: Annotated[
         int | None, typer.Option(help="Sampling steps; by default 25, or 4 for few-step models.", min=1, max=10_000)
     ] = None,

@@ -34,7 +34,7 @@ from asdm.families import family_of
 from asdm.generation.additions import load_controlnet, with_loras
 from asdm.generation.image import GeneratedImage, description
 from asdm.generation.prompts import prompt_arguments, warn_of_lost_text, warn_of_unread_weights
-from asdm.generation.request import GenerationRequest
+from asdm.generation.request import MOST_IMAGES, GenerationRequest
 from asdm.generation.schedulers import scheduler_named
 from asdm.images import fitted, to_images
 from asdm.measure.latency import synchronise
@@ -64,7 +64,7 @@ class _CancelledError(Exception):
     request=checks.a(GenerationRequest),
     progress=checks.function,
     cancelled=checks.function,
-    batch_size=checks.whole(),
+    batch_size=checks.whole(1, MOST_IMAGES),
 )
 def generate_images(
     pipeline: DiffusionPipeline,

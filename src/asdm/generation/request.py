@@ -28,7 +28,6 @@ def _text(value: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_text)]
-Side = Annotated[int, Field(ge=PIPELINES_MULTIPLE, le=LARGEST_IMAGE, multiple_of=PIPELINES_MULTIPLE)]
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 
 
@@ -50,8 +49,8 @@ class GenerationRequest(Record):
     num_images: int = Field(1, ge=1, le=MOST_IMAGES, description="of each prompt")
     seed: Seed = Field(0, description="of the first image")
     seeds: list[Seed] | None = Field(None, min_length=1, description="of each prompt's images, instead of `seed`")
-    width: Side | None = Field(None, description="pixels; by default the pipeline's own")
-    height: Side | None = Field(None, description="pixels; by default the pipeline's own")
+    width: int | None = Field(None, description="pixels; by default the pipeline's own")
+    height: int | None = Field(None, description="pixels; by default the pipeline's own")
     image: Image.Image | None = Field(None, description="to start from; it is cropped to the size")
     mask: Image.Image | None = Field(None, description="of the size of `image`, white where it is replaced")
     strength: float | None = Field(
@@ -72,6 +71,9 @@ class GenerationRequest(Record):
 
     @model_validator(mode="after")
     def _makes_sense(self) -> GenerationRequest:
+        for name in ("width", "height"):
+            if getattr(self, name) is not None:
+                checks.multiple_of(PIPELINES_MULTIPLE, LARGEST_IMAGE)(name, getattr(self, name))
         self._require_together()
         if self.image is not None:
             require_image(self.image, self.mask)

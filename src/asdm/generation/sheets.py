@@ -39,7 +39,7 @@ def sheet(tiles: Sequence[Tile], columns: int) -> Image.Image:
     width, height = tiles[0].image.size
     rows = math.ceil(len(tiles) / columns)
     scale = _scale(width, height, columns, rows)
-    width, height = max(1, round(width * scale)), max(1, round(height * scale))
+    width, height = max(1, int(width * scale)), max(1, int(height * scale))
     size = max(11, min(width // 16, _LARGEST_FONT))
     font = ImageFont.truetype(_FONT, size)
     line = round(size * _LINE)
