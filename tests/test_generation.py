@@ -124,8 +124,15 @@ def test_images_are_those_of_generate_whatever_the_batch(pipeline):
     prompts = ["pear", "a tree", "dog"]
     expected = np.stack([np.asarray(each) for each in to_images(generate(pipeline, prompts, steps=2, seed=5))])
     for batch_size in (None, 1, 2):
-        images = list(generate_images(pipeline, request(prompts=prompts, seed=5), batch_size=batch_size))
+        seen = []
+        wanted = request(prompts=prompts, seed=5)
+        images = list(
+            generate_images(
+                pipeline, wanted, batch_size=batch_size, progress=lambda now, seen=seen: seen.append(now.image_steps)
+            )
+        )
         np.testing.assert_array_equal(pixels(images), expected)
+        assert seen[-1] == (6, 6) and seen == sorted(seen)
         assert [(each.prompt, each.seed) for each in images] == [("pear", 5), ("a tree", 6), ("dog", 7)]
     np.testing.assert_array_equal(made(pipeline, prompts=["dog"], seeds=[7]), expected[2:])
 

@@ -250,7 +250,7 @@ def generate(
         written = files.ImageFolder(out, request)
 
         def after_step(now: GenerationProgress) -> None:
-            report("steps", now.images * now.total_steps + now.step, now.total_images * now.total_steps)
+            report("steps", *now.image_steps)
 
         _write(pipeline, teacher, request, written, after_step)
         if grid:

@@ -43,12 +43,18 @@ from asdm.pipelines.derived import with_scheduler
 
 @dataclass(frozen=True)
 class GenerationProgress:
-    """How far a request is: finished images, and the finished steps of those in work."""
+    """How far a request is: finished images, and the finished steps of the `batch` of images in work."""
 
     images: int
     total_images: int
+    batch: int
     step: int
     total_steps: int
+
+    @property
+    def image_steps(self) -> tuple[int, int]:
+        """The finished steps of all images, and how many all images need."""
+        return self.images * self.total_steps + self.batch * self.step, self.total_images * self.total_steps
 
 
 Progress = Callable[[GenerationProgress], Any]
@@ -149,12 +155,13 @@ def _generated(
 ) -> Iterator[GeneratedImage]:
     """Yield the images of a request that `require_for` has passed."""
     items, done = request.items(), 0
+    batch: list[tuple[str, int]] = []
     batch_size = batch_size or (32 if is_small(pipeline) else 1)
     width, height = sides_of(pipeline, request)
 
     def after_step(step: int, steps: int) -> None:
         if progress is not None:
-            progress(GenerationProgress(done, len(items), step, steps))
+            progress(GenerationProgress(done, len(items), len(batch), step, steps))
         if cancelled is not None and cancelled():
             raise _CancelledError
 
