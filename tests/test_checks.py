@@ -24,7 +24,6 @@ from asdm.diffusion.generation import default_steps, most_steps
 from asdm.distillation.stages import Consistency, LossWeights, Semantics, parse_stages
 from asdm.evaluation.image_folders import distinct_names, folder_names
 from asdm.evaluation.metrics import Judge
-from asdm.generation.additions import LoraFile
 from asdm.student.plan import PlanMetrics
 from conftest import tiny_pipeline, tiny_sdxl_pipeline
 
@@ -288,7 +287,6 @@ RECORDS = {
     Consistency: {},
     PlanMetrics: {"target": {}, "predicted_sensitivity": 0.1, "predicted_speedup": 1.1},
     GenerationRequest: {"prompts": ["x"]},
-    LoraFile: {"path": Path(__file__)},
     CacheSchedule: {
         "fingerprint": "x", "steps": 4, "full_steps": (0,), "depth": 1, "order": 1, "full_ms": 2.0, "cached_ms": 1.0,
         "speedup": 1.5,

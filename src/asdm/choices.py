@@ -11,6 +11,9 @@ Router = Literal["input", "input+time", "time"]
 Sensitivity = Literal["ablation", "taylor"]
 
 
+IMAGE_STRENGTH = 0.6  # of image-to-image, by default
+
+
 class SchedulerChoice(NamedTuple):
     """A scheduler by its short name: the class in diffusers, the fields of its config that the name fixes, and what
     A1111's `parameters` call it."""

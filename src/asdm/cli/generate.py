@@ -11,7 +11,7 @@ import typer
 
 import asdm
 from asdm import checks
-from asdm.choices import SCHEDULERS
+from asdm.choices import IMAGE_STRENGTH, SCHEDULERS
 from asdm.cli import loading
 from asdm.cli.options import (
     CONTROL_SCALE,
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from asdm.generation.generate import GenerationProgress
     from asdm.generation.request import GenerationRequest
 
-STRENGTH = 0.6  # of image-to-image
 SWITCH_AT = 0.34  # of the schedule; a student loses most of its quality in the last third
 
 
@@ -88,7 +87,7 @@ def generate(
     strength: Annotated[
         float | None,
         typer.Option(
-            help=f"How much --image may change, {STRENGTH:g} by default.",
+            help=f"How much --image may change, {IMAGE_STRENGTH:g} by default.",
             min=0.01,
             max=1.0,
             callback=POSITIVE,

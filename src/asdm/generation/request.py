@@ -11,13 +11,13 @@ from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from asdm import checks
 from asdm.caching.schedule import CacheSchedule
+from asdm.choices import IMAGE_STRENGTH
 from asdm.diffusion.conditioning import LARGEST_IMAGE, PIPELINES_MULTIPLE
 from asdm.diffusion.generation import require_image, require_strength
 from asdm.generation.additions import LoraFile, require_controlnet_folder
 from asdm.generation.schedulers import require_scheduler
 from asdm.records import Record
 
-STRENGTH = 0.6  # of image-to-image
 LARGEST_SEED = 2**63 - 1
 MOST_IMAGES = 100_000
 
@@ -54,7 +54,7 @@ class GenerationRequest(Record):
     image: Image.Image | None = Field(None, description="to start from; it is cropped to the size")
     mask: Image.Image | None = Field(None, description="of the size of `image`, white where it is replaced")
     strength: float | None = Field(
-        None, gt=0, le=1, description=f"how far the result may go from `image`; {STRENGTH:g} by default"
+        None, gt=0, le=1, description=f"how far the result may go from `image`; {IMAGE_STRENGTH:g} by default"
     )
     steps: int | None = Field(None, ge=1, le=10_000, description="of sampling; the pipeline's usual ones by default")
     guidance_scale: float | None = Field(None, ge=0, description="the pipeline's usual one by default")
@@ -127,7 +127,7 @@ class GenerationRequest(Record):
     @property
     def image_strength(self) -> float:
         """How far a result may go from `image`."""
-        return STRENGTH if self.strength is None else self.strength
+        return IMAGE_STRENGTH if self.strength is None else self.strength
 
     @property
     def total(self) -> int:
