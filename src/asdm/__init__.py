@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from asdm.errors import AsdmWarning as AsdmWarning
     from asdm.evaluation.comparison import evaluate as evaluate
     from asdm.evaluation.results import Evaluation as Evaluation
+    from asdm.generation.comparison import compare_images as compare_images
+    from asdm.generation.generate import generate_images as generate_images
+    from asdm.generation.request import GenerationRequest as GenerationRequest
     from asdm.pipelines.derived import with_unet as with_unet
     from asdm.pipelines.loading import load_pipeline as load_pipeline
     from asdm.pipelines.lora_files import convert_lora as convert_lora
@@ -65,6 +68,7 @@ _HOME = {
     "AsdmWarning": "asdm.errors",
     "CondConv": "asdm.edits",
     "Evaluation": "asdm.evaluation.comparison",
+    "GenerationRequest": "asdm.generation.request",
     "GriAttention": "asdm.edits",
     "CfgCutoff": "asdm.diffusion.guidance",
     "CacheSchedule": "asdm.caching.schedule",
@@ -76,6 +80,7 @@ _HOME = {
     "analyze": "asdm.sensitivity.analysis",
     "build_student": "asdm.student.build",
     "calibrate_cache": "asdm.caching.calibration",
+    "compare_images": "asdm.generation.comparison",
     "compress": "asdm.compression.compress",
     "convert_lora": "asdm.pipelines.lora_files",
     "distill": "asdm.distillation.distill",
@@ -86,6 +91,7 @@ _HOME = {
     "fit_compensation": "asdm.compensation.fitting",
     "fold_compensation": "asdm.compensation.folding",
     "generate": "asdm.diffusion.generation",
+    "generate_images": "asdm.generation.generate",
     "cache_features": "asdm.caching.features",
     "lcm_scheduler": "asdm.distillation.consistency",
     "load_pipeline": "asdm.pipelines.loading",

@@ -58,6 +58,8 @@ def training_steps(steps: int | None, recipe: str) -> int:
 NAME = require(checks.path)
 TEXT = require(checks.text)
 GUIDANCE = require(checks.GUIDANCE)
+SIDE = require(checks.multiple_of(8, 8192))  # pixels
+CONTROL_SCALE = require(checks.number(0, 10))
 SPEEDUP = require(checks.SPEEDUP)
 POSITIVE = require(checks.number(above=0))
 FRACTION = require(checks.number(above=0, below=1))

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from asdm.distillation.estimate import StageEstimate
     from asdm.evaluation.report import Column
     from asdm.evaluation.results import Evaluation, ImageToImageMetrics, QualityMetrics
+    from asdm.measure.installation import Installation
     from asdm.sensitivity.expert_usage import ExpertUsage
     from asdm.sensitivity.profile import RedundancyMap
 
@@ -33,6 +34,17 @@ def _legible(table: Table) -> Table:
         if column.justify == "right":
             words = [*str(column.header).split(), *map(str, column.cells)]
             column.width = max(map(len, words), default=None)
+    return table
+
+
+def extras_table(found: Installation) -> Table:
+    """Return which extras are installed, and what each gives."""
+    table = _table(None, ["extra", "state", "gives"], [])
+    for name, extra in found.extras.items():
+        table.add_row(name, "; ".join(extra.problems) or "installed", extra.gives)
+    if any(extra.problems for extra in found.extras.values()):
+        table.caption = "To add one: pip install 'asdm-diffusion\\[NAME]'"
+        table.caption_justify = "left"
     return table
 
 

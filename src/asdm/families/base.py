@@ -23,6 +23,7 @@ from asdm.errors import AsdmError
 from asdm.families.tensors import fingerprint
 
 Denoiser: TypeAlias = ModelMixin
+GenerationInput = Literal["image", "mask", "lora", "controlnet", "clip_skip", "weighted"]
 UnitKind = Literal["resnet", "attention", "self_attention", "cross_attention", "feed_forward", "block"]
 
 
@@ -303,6 +304,7 @@ class ModelFamily(Architecture):
     has_image_to_image: ClassVar[bool] = True  # whether diffusers has pipelines for it
     layer_classes: ClassVar[tuple[type[Any], ...]] = ()  # whose weights FSDP gathers together
     presets: ClassVar[tuple[str, ...]] = ()  # names of the family's published plans
+    takes: ClassVar[frozenset[GenerationInput]] = frozenset()  # what its pipelines generate with, beside prompts
 
     def preset(self, name: str, units: Sequence[UnitLike]) -> Preset:
         """Return what a preset changes in a model with these units.
@@ -382,6 +384,16 @@ class ModelFamily(Architecture):
     def sampling_arguments(self) -> dict[str, Any]:
         """Arguments of the family's pipelines that `generate` passes."""
         return {}
+
+    def prompt_tokens(self, pipeline: DiffusionPipeline) -> int:
+        """Return the number of tokens of a prompt that the denoiser reads, with those that mark its start and end."""
+        most: int = pipeline.tokenizer.model_max_length
+        return most
+
+    def require_controlnet(self, model: Denoiser, controlnet: Any, name: str = "") -> None:
+        """Raise an AsdmError unless a ControlNet's residuals fit the model; `name` is the ControlNet's in the
+        message."""
+        raise AsdmError(f"{name}: no ControlNet is for a {type(model).__name__}; leave it out")
 
     def size_multiple(self, model: Denoiser) -> int:
         """Return the number that divides the sides of the latents that a model reads."""

@@ -39,6 +39,7 @@ class UNetFamily(UNetArchitecture, ModelFamily):
     label = "UNet"
     presets = PRESETS
     layer_classes = (ResnetBlock2D, BasicTransformerBlock)
+    takes = frozenset({"image", "mask", "lora", "controlnet", "clip_skip", "weighted"})
 
     def preset(self, name: str, units: Sequence[UnitLike]) -> Preset:
         return preset(name, units)
@@ -99,6 +100,15 @@ class UNetFamily(UNetArchitecture, ModelFamily):
 
     def embeds_guidance(self, model: Any) -> bool:
         return model.config.get("time_cond_proj_dim") is not None
+
+    def require_controlnet(self, model: Any, controlnet: Any, name: str = "") -> None:
+        fields = ("cross_attention_dim", "block_out_channels", "layers_per_block", "addition_embed_type")
+        for field in fields:
+            found, expected = (
+                tuple(v) if isinstance(v := each.config.get(field), list) else v for each in (controlnet, model)
+            )
+            if found != expected:
+                raise AsdmError(f"{name}: a ControlNet for another UNet, with {field} {found}; this one has {expected}")
 
     def sample_shape(self, model: Any) -> tuple[int, int, int]:
         size = model.config.sample_size

@@ -60,4 +60,4 @@ def _data(tensor: StoredTensor, dtype: torch.dtype) -> memoryview:
             f"{tensor.name}: has values that are not finite in {str(dtype).removeprefix('torch.')}; write fp32 "
             "(--dtype fp32), or train the model again"
         )
-    return memoryview(values.flatten().numpy()).cast("B")
+    return values.flatten().numpy().data.cast("B")
