@@ -19,6 +19,7 @@ SETTINGS = {
     "steps": 10,
     "recipe": "joint",
     "stages": None,
+    "captions": None,
     "samples": 4,
     "sampling_steps": 2,
     "config": None,
