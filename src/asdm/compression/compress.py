@@ -112,6 +112,7 @@ def compress(
     """
     out = Path(out)
     _require_one_process()
+    training: dict[str, Any] = {"data": data, "steps": steps, "recipe": recipe, "stages": stages, "captions": captions}
     evaluation: dict[str, Any] = {"samples": samples, "image_to_image": image_to_image, "strength": strength}
     others: dict[str, Any] = {"prediction_type": prediction_type, "config": config, "seed": seed}
     settings = make_settings(
@@ -120,11 +121,7 @@ def compress(
         sensitivity=sensitivity,
         compensate=compensate,
         refine=refine,
-        data=data,
-        steps=steps,
-        recipe=recipe,
-        stages=stages,
-        captions=captions,
+        **training,
         sampling_steps=sampling_steps,
         **evaluation,
         **others,
