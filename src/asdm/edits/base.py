@@ -219,7 +219,7 @@ def _parse(content: Any) -> Edit:
             raise AsdmError(f"there is no kind {content['edit']!r}")
         values = {name: value for name, value in content.items() if name != "edit"}
         for field in fields(kind):
-            if field.name not in values and field.default is MISSING:
+            if field.name not in values and field.default is MISSING and field.default_factory is MISSING:
                 raise AsdmError(f"field {field.name} is missing")
         for name in values:
             if name not in {field.name for field in fields(kind)}:
