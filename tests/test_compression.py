@@ -19,11 +19,14 @@ SETTINGS = {
     "steps": 10,
     "recipe": "joint",
     "stages": None,
+    "captions": None,
     "samples": 4,
     "sampling_steps": 2,
     "config": None,
     "seed": 0,
 }
+
+NEWER = ("captions", "image_to_image", "strength")  # than 0.1.0
 
 
 @pytest.fixture
@@ -56,7 +59,7 @@ def test_a_folder_with_the_old_names_of_settings_resumes(model, tmp_path, monkey
 def test_a_folder_of_0_1_0_resumes_with_the_defaults_of_newer_settings(tmp_path):
     settings = make_settings("demo", BUDGET, **SETTINGS)
     claim_folder(tmp_path, settings)
-    rewrite(tmp_path, lambda saved: {name: saved[name] for name in saved if name not in ("image_to_image", "strength")})
+    rewrite(tmp_path, lambda saved: {name: saved[name] for name in saved if name not in NEWER})
     claim_folder(tmp_path, settings)
     with pytest.raises(AsdmError, match=r"other settings \(image_to_image\)"):
         claim_folder(tmp_path, make_settings("demo", BUDGET, **SETTINGS, image_to_image=1))

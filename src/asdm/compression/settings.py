@@ -22,7 +22,7 @@ from asdm.records import Record
 
 KIND = "compression"  # of a folder, in its marker
 # Settings that folders of 0.1.0 do not name, as their runs are continued.
-_NEW_SETTINGS: dict[str, Any] = {"image_to_image": IMAGE_TO_IMAGE_SAMPLES, "strength": None}
+_NEW_SETTINGS: dict[str, Any] = {"captions": None, "image_to_image": IMAGE_TO_IMAGE_SAMPLES, "strength": None}
 
 
 class Settings(Record):
