@@ -80,7 +80,7 @@ def make_settings(
     steps: int,
     recipe: str | Path,
     stages: Sequence[Stage] | None,
-    captions: str | Path | None,
+    captions: str | Path | None = None,
     config: str | Path | None,
     **others: Any,
 ) -> Settings:
