@@ -308,7 +308,7 @@ def test_files_that_are_no_lora_for_this_model_are_refused(pipeline, lora, tmp_p
     with pytest.raises(AsdmError, match=r"must be a .safetensors file"):
         LoraFile.parse(str(tmp_path / "old.pt"))
     for wrong in (float("nan"), True, 11, "x"):
-        with pytest.raises(AsdmError, match="^not a LoraFile: scale="):
+        with pytest.raises(AsdmError, match=r"^not a LoraFile: scale="):
             LoraFile(path=lora, scale=wrong)
     assert LoraFile.parse(f"{lora}:0.25") == LoraFile(path=lora, scale=0.25)
     with pytest.raises(AsdmError, match=r"lora.safetensors: a LoRA for another model"):
