@@ -39,6 +39,7 @@ NEEDED = {
     "evaluate": ["demo"],
     "generate": ["demo", "x"],
     "export": ["demo", "--to", "onnx", "--out", "out"],
+    "convert-lora": ["lora.safetensors", "--for", "demo", "--out", "out.safetensors"],
     "compress": ["demo", "--out", "out"],
     "demo": [],
     "benchmark": ["demo"],
@@ -175,9 +176,10 @@ def calls(tiny):
             pipeline=pipeline, data="x", prompts=["x"], sensitivity="taylor", compensate="linear", timesteps=1,
             samples=1, latency_rounds=1, seed=0, progress=print,
         ),
+        "expert_usage": dict(pipeline=pipeline, prompts={"x": ["x"], "y": ["y"]}, timesteps=1, seed=0),
         "make_plan": dict(
-            redundancy=redundancy, speedup=1.5, params=0.8, macs=0.8, preset="a-sdm", compensate="bias", unet=unet,
-            rounds=1, progress=print,
+            redundancy=redundancy, speedup=1.5, params=0.8, macs=0.8, preset="a-sdm", portable=True,
+            compensate="bias", unet=unet, rounds=1, progress=print,
         ),
         "add_cond_conv": dict(plan=plan, unet=unet, params=0.1, router="time", activation="softmax"),
         "build_student": dict(unet=unet, plan=plan),
@@ -185,6 +187,7 @@ def calls(tiny):
             pipeline=pipeline, student=unet, data="x", prompts=["x"], timesteps=1, samples=1, ridge=0.1, seed=0,
             progress=print,
         ),
+        "fold_compensation": dict(student=unet, within_blocks=True),
         "remeasure_plan": dict(plan=plan, unet=unet),
         "refine_plan": dict(
             pipeline=pipeline, redundancy=redundancy, plan=plan, data="x", prompts=["x"], timesteps=1, samples=1,
@@ -192,17 +195,22 @@ def calls(tiny):
         ),
         "compress": dict(
             model="x", out="x", speedup=1.5, params=0.8, macs=0.8, preset="a-sdm", sensitivity="taylor",
-            compensate="bias", refine=1, data="x", steps=1, recipe="joint", stages=[], samples=1, sampling_steps=1,
-            seed=0, progress=print,
+            compensate="bias", refine=1, data="x", steps=1, recipe="joint", stages=[], captions="x", samples=1,
+            image_to_image=1, strength=0.5, sampling_steps=1, seed=0, progress=print,
         ),
         "distill": dict(
-            teacher=pipeline, student=unet, data="x", folder="x", recipe="joint", steps=1, stages=[1], seed=0,
+            teacher=pipeline, student=unet, data="x", folder="x", recipe="joint", steps=1, stages=[1], captions="x",
+            seed=0,
             progress=print,
         ),
         "evaluate": dict(
-            pipelines={"x": pipeline}, data="x", prompts=["x"], samples=1, steps=1, guidance_scale=1.0, seed=0,
-            rounds=1, quality=True, images_folder="x", progress=print,
+            pipelines={"x": pipeline}, data="x", prompts=["x"], samples=1, image_to_image=1, strength=0.5, steps=1,
+            guidance_scale=1.0, seed=0, rounds=1, quality=True, images_folder="x", progress=print,
         ),
+        "export_checkpoint": dict(
+            pipeline=pipeline, file="x.safetensors", program="diffusers", unet_only=True, dtype="fp32", license="mit",
+        ),
+        "convert_lora": dict(lora="x", unet=unet, file="x.safetensors"),
         "export": dict(
             pipeline=pipeline, folder="x", to="onnx", size=16, int8="weights", data="x", cache=1, parts=["x"],
             progress=print,

@@ -5,12 +5,18 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 CompensationKind = Literal["none", "bias", "diagonal", "linear"]
+Label = Literal["style", "concept"]
 GraphFormat = Literal["openvino", "onnx"]
+ExportFormat = Literal["openvino", "onnx", "checkpoint"]
+FileDtype = Literal["fp16", "fp32"]
+Numbering = Literal["dense", "two_layers"]  # of layers in the original layout: without gaps, or two layers a level
+Program = Literal["comfyui", "sdcpp", "diffusers"]  # that reads a checkpoint in one file
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
-Router = Literal["input", "input+time", "time"]
+Router = Literal["input", "input+time", "prompt", "prompt+time", "time"]
 Sensitivity = Literal["ablation", "taylor"]
-
-
+# Of an evaluation: how many images of each split start from an image, and how much they may change. At this strength
+# there is enough noise to change a drawing's style, and little enough to keep its shape.
+IMAGE_TO_IMAGE_SAMPLES, IMAGE_TO_IMAGE_STRENGTH = 16, 0.75
 IMAGE_STRENGTH = 0.6  # of image-to-image, by default
 
 

@@ -9,6 +9,7 @@ import typer
 from asdm.cli.analyze import analyze
 from asdm.cli.benchmark import benchmark
 from asdm.cli.compress import compress
+from asdm.cli.convert_lora import convert_lora
 from asdm.cli.demo import demo
 from asdm.cli.distill import distill
 from asdm.cli.doctor import doctor
@@ -30,6 +31,7 @@ COMMANDS = (
     evaluate,
     generate,
     export,
+    convert_lora,
     compress,
     demo,
     benchmark,

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from asdm import checks
-from asdm.choices import CompensationKind, PredictionType, Sensitivity
+from asdm.choices import IMAGE_TO_IMAGE_STRENGTH, CompensationKind, PredictionType, Sensitivity
 from asdm.errors import AsdmError
 
 # The API's errors say the same; importing it for --help would take seconds.
@@ -93,6 +93,26 @@ ConfigOption = Annotated[
         show_default=False,
     ),
 ]
+ImageToImageOption = Annotated[
+    int,
+    typer.Option(
+        "--image-to-image",
+        help="Images per split that start from an image, --samples at most; 0 leaves image-to-image out.",
+        min=0,
+        max=10**6,
+    ),
+]
+StrengthOption = Annotated[
+    float | None,
+    typer.Option(
+        "--strength",
+        help=f"How much image-to-image may change in the evaluation, {IMAGE_TO_IMAGE_STRENGTH:g} by default.",
+        min=0.01,
+        max=1.0,
+        callback=POSITIVE,
+        show_default=False,
+    ),
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of all random numbers.", min=0, max=2**32 - 1)]
 
 
@@ -138,8 +158,8 @@ PresetOption = Annotated[
     str | None,
     typer.Option(
         "--preset",
-        help="A preset instead of a budget: a-sdm (mild), a-sdm-fast (2x at SD 1.5's size), or BK-SDM's bk-base, "
-        "bk-small, bk-tiny.",
+        help="A preset instead of a budget: a-sdm (mild), a-sdm-fast (2x at SD 1.5's size), BK-SDM's bk-base, "
+        "bk-small, bk-tiny, or for SDXL ssd-1b, vega, koala-1b, koala-700m.",
     ),
 ]
 SensitivityOption = Annotated[
@@ -175,6 +195,16 @@ RefineOption = Annotated[
 
 RecipeOption = Annotated[
     str, typer.Option(help="joint, bk-sdm, incubation, or a YAML file with a list of stages (then without --steps).")
+]
+CaptionsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--captions",
+        help="Captions without images, for which the student is to mean what its teacher means: a .txt file, one a "
+        "line, or spliced (splices of two of DATA's captions).",
+        callback=NAME,
+        show_default=False,
+    ),
 ]
 DistillRecipeOption = Annotated[
     str,
