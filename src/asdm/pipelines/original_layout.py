@@ -137,7 +137,7 @@ def _open_clip_tensors(state: Mapping[str, Tensor], prefix: str) -> Iterator[Sto
     single = {OF_TEXT.sub("", ours): theirs for ours, theirs in tables["layers"].items()}
     for name, tensor in state.items():
         if name == "text_projection.weight":
-            yield StoredTensor(prefix + single[name], tuple(tensor.shape[::-1]), lambda tensor=tensor: tensor.T)
+            yield _transposed(prefix + single[name], tensor)
         elif name in single:
             yield _stored(prefix + single[name], tensor)
         elif any(f".{each}." in name for each in _QKV):
@@ -145,6 +145,10 @@ def _open_clip_tensors(state: Mapping[str, Tensor], prefix: str) -> Iterator[Sto
                 yield _joined(state, name, prefix)
         else:
             yield _stored(f"{prefix}transformer.{_open_clip_name(name)}", tensor)
+
+
+def _transposed(name: str, tensor: Tensor) -> StoredTensor:
+    return StoredTensor(name, tuple(tensor.shape[::-1]), lambda: tensor.T)
 
 
 def _joined(state: Mapping[str, Tensor], name: str, prefix: str) -> StoredTensor:
