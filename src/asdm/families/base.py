@@ -23,6 +23,7 @@ from asdm.errors import AsdmError
 from asdm.families.tensors import fingerprint
 
 Denoiser: TypeAlias = ModelMixin
+GenerationInput = Literal["image", "mask", "lora", "controlnet", "clip_skip", "weighted"]
 UnitKind = Literal["resnet", "attention", "self_attention", "cross_attention", "feed_forward", "block"]
 
 
@@ -251,6 +252,11 @@ class Architecture(ABC):
         connection behind them."""
         return {}
 
+    def prompt_channels(self, model: Denoiser, name: str) -> int:
+        """Return the channels of the prompt's hidden states that the block around a module reads; 0 where it reads
+        none."""
+        return 0
+
     def stock_config(self, model: Denoiser, edits: Sequence[Edit]) -> dict[str, Any] | None:
         """Return the config of a stock model that equals the edited one; None where there is none."""
         return None
@@ -295,8 +301,10 @@ class ModelFamily(Architecture):
 
     label: ClassVar[str] = "denoiser"  # what reports call the denoiser
     guidance_scale: ClassVar[float] = 7.5  # the usual one
+    has_image_to_image: ClassVar[bool] = True  # whether diffusers has pipelines for it
     layer_classes: ClassVar[tuple[type[Any], ...]] = ()  # whose weights FSDP gathers together
     presets: ClassVar[tuple[str, ...]] = ()  # names of the family's published plans
+    takes: ClassVar[frozenset[GenerationInput]] = frozenset()  # what its pipelines generate with, beside prompts
 
     def preset(self, name: str, units: Sequence[UnitLike]) -> Preset:
         """Return what a preset changes in a model with these units.
@@ -305,6 +313,21 @@ class ModelFamily(Architecture):
             AsdmError: the family has no such preset.
         """
         raise AsdmError(f"{name}: a preset for another family of models; give a budget instead")
+
+    def fold_projections(self, model: Denoiser, within_blocks: bool) -> dict[str, CompensationKind]:
+        """Fold in place every projection that folds into other weights; the model's output changes by rounding alone.
+
+        Args:
+            within_blocks: so does each block's output.
+
+        Returns:
+            The kinds of projections that are then left, for units where that changes: "none" where nothing is left.
+        """
+        return {}
+
+    def projection_folds(self, model: Denoiser, unit: str) -> bool:
+        """Return whether a linear projection in a unit's place folds, whatever else is removed."""
+        return False
 
     def portable_shapes(self, config: Mapping[str, Any], units: Sequence[str]) -> list[PortableShape]:
         """Return the smaller stock models that every program reads, for a model of this config with these units.
@@ -361,6 +384,16 @@ class ModelFamily(Architecture):
     def sampling_arguments(self) -> dict[str, Any]:
         """Arguments of the family's pipelines that `generate` passes."""
         return {}
+
+    def prompt_tokens(self, pipeline: DiffusionPipeline) -> int:
+        """Return the number of tokens of a prompt that the denoiser reads, with those that mark its start and end."""
+        most: int = pipeline.tokenizer.model_max_length
+        return most
+
+    def require_controlnet(self, model: Denoiser, controlnet: Any, name: str = "") -> None:
+        """Raise an AsdmError unless a ControlNet's residuals fit the model; `name` is the ControlNet's in the
+        message."""
+        raise AsdmError(f"{name}: no ControlNet is for a {type(model).__name__}; leave it out")
 
     def size_multiple(self, model: Denoiser) -> int:
         """Return the number that divides the sides of the latents that a model reads."""

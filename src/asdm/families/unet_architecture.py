@@ -21,6 +21,7 @@ from asdm.families.unet_structure import (
     is_covered_by,
     is_level,
     layers,
+    prompt_channels,
     removable_units,
     unlike_in,
 )
@@ -92,6 +93,9 @@ class UNetArchitecture(Architecture):
 
     def conv_channels(self, model: Any) -> dict[str, tuple[int, int]]:
         return conv_channels(model)
+
+    def prompt_channels(self, model: Any, name: str) -> int:
+        return prompt_channels(model, name)
 
     def shorter_config(self, model: Any, edit: Any) -> dict[str, Any]:
         return shorter_config(model, edit)

@@ -78,10 +78,10 @@ def original_names(unet: Any, numbering: Numbering = "dense") -> dict[str, str]:
         places |= {f"{path}.{name}": f"{place}.{name}" for name in ("norm", "proj_in", "proj_out")}
     names = {}
     for tensor in unet.state_dict():
-        parent = next((path for path in _parents(tensor) if path in places), None)
-        if parent is None and tensor not in single:
+        module = next((parent for parent in _parents(tensor) if parent in places), None)
+        if module is None and tensor not in single:
             raise AsdmError(f"{tensor}: the original code has no such tensor; {_REMEDY}")
-        names[tensor] = single[tensor] if parent is None else places[parent] + tensor.removeprefix(parent)
+        names[tensor] = single[tensor] if module is None else places[module] + tensor.removeprefix(module)
     return names
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -137,7 +138,7 @@ def _open_clip_tensors(state: Mapping[str, Tensor], prefix: str) -> Iterator[Sto
     single = {OF_TEXT.sub("", ours): theirs for ours, theirs in tables["layers"].items()}
     for name, tensor in state.items():
         if name == "text_projection.weight":
-            yield _transposed(prefix + single[name], tensor)
+            yield StoredTensor(prefix + single[name], tuple(tensor.shape[::-1]), partial(torch.t, tensor))
         elif name in single:
             yield _stored(prefix + single[name], tensor)
         elif any(f".{each}." in name for each in _QKV):
@@ -145,10 +146,6 @@ def _open_clip_tensors(state: Mapping[str, Tensor], prefix: str) -> Iterator[Sto
                 yield _joined(state, name, prefix)
         else:
             yield _stored(f"{prefix}transformer.{_open_clip_name(name)}", tensor)
-
-
-def _transposed(name: str, tensor: Tensor) -> StoredTensor:
-    return StoredTensor(name, tuple(tensor.shape[::-1]), lambda: tensor.T)
 
 
 def _joined(state: Mapping[str, Tensor], name: str, prefix: str) -> StoredTensor:

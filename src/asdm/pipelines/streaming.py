@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -53,8 +52,7 @@ def _header(tensors: Sequence[StoredTensor], dtype: torch.dtype, metadata: Mappi
     return text.ljust(-(-len(text) // _ALIGNMENT) * _ALIGNMENT)
 
 
-def _data(tensor: StoredTensor, dtype: torch.dtype) -> Any:
-    """Return a tensor's bytes."""
+def _data(tensor: StoredTensor, dtype: torch.dtype) -> memoryview:
     values = tensor.make().detach().to("cpu", dtype).contiguous()
     assert tuple(values.shape) == tensor.shape, (tensor.name, values.shape, tensor.shape)
     if not values.isfinite().all():
@@ -62,4 +60,4 @@ def _data(tensor: StoredTensor, dtype: torch.dtype) -> Any:
             f"{tensor.name}: has values that are not finite in {str(dtype).removeprefix('torch.')}; write fp32 "
             "(--dtype fp32), or train the model again"
         )
-    return values.flatten().numpy().view("uint8").data
+    return values.flatten().numpy().data.cast("B")
