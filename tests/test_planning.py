@@ -8,6 +8,7 @@ from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 
 from asdm import AsdmError, CondConv, PruningPlan, add_cond_conv, analyze, build_student, make_plan
+from asdm.compensation.folding import fold_projections
 from asdm.families import denoiser_call
 from asdm.families.tensors import fingerprint
 from asdm.families.unet_structure import removable_units
@@ -91,6 +92,7 @@ def redundancy() -> RedundancyMap:
 def remaining(redundancy, plan):
     unet = random_unet(redundancy.unet_config)
     student = build_student(unet, plan)
+    fold_projections(student)
     return sum(p.numel() for p in student.parameters()) / redundancy.parameters
 
 
@@ -186,6 +188,21 @@ def test_banks_inherit_removed_convolutions_within_the_budget(redundancy):
     assert 0 < added[1] - added[0] - routers <= budget * size
     with pytest.raises(AsdmError, match="no expert fits"):
         add_cond_conv(plan, unet, params=1e-6)
+
+
+def test_experts_that_the_prompt_mixes_are_where_a_block_reads_it(redundancy):
+    unet = random_unet(redundancy.unet_config)
+    removed = [{"edit": "remove", "unit": f"down_blocks.{level}.resnets.1"} for level in (2, 3)]
+    plan = PruningPlan.for_unet(unet, removed)
+    blocks = {
+        router: {
+            edit.unit.partition(".resnets")[0]
+            for edit in add_cond_conv(plan, unet, params=1.0, router=router).edits[2:]
+        }
+        for router in ("input", "prompt")
+    }
+    assert "down_blocks.3" in blocks["input"]
+    assert "down_blocks.3" not in blocks["prompt"] and "down_blocks.2" in blocks["prompt"]
 
 
 def test_our_presets_look_at_regions_and_drop_middle_layers(redundancy, monkeypatch):

@@ -6,6 +6,7 @@ plan = asdm.make_plan(redundancy, speedup=1.5)
 student = asdm.build_student(pipeline.unet, plan)
 asdm.fit_compensation(pipeline, student)
 asdm.distill(pipeline, student, data="demo", folder="training", steps=500)
+student = asdm.fold_compensation(student)
 asdm.save_pipeline(asdm.with_unet(pipeline, student), "faster")
 """
 
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
     from asdm.caching.features import cache_features as cache_features
     from asdm.caching.schedule import CacheSchedule as CacheSchedule
     from asdm.compensation.fitting import fit_compensation as fit_compensation
+    from asdm.compensation.folding import fold_compensation as fold_compensation
     from asdm.compression.compress import compress as compress
     from asdm.data.preparation import prepare_data as prepare_data
     from asdm.diffusion.generation import generate as generate
     from asdm.diffusion.guidance import CfgCutoff as CfgCutoff
     from asdm.distillation.consistency import lcm_scheduler as lcm_scheduler
     from asdm.distillation.distill import distill as distill
+    from asdm.distillation.recording import record_teacher as record_teacher
     from asdm.distillation.stages import Stage as Stage
     from asdm.edits import CondConv as CondConv
     from asdm.edits import GriAttention as GriAttention
@@ -36,18 +39,24 @@ if TYPE_CHECKING:
     from asdm.errors import AsdmWarning as AsdmWarning
     from asdm.evaluation.comparison import evaluate as evaluate
     from asdm.evaluation.results import Evaluation as Evaluation
+    from asdm.generation.comparison import compare_images as compare_images
+    from asdm.generation.generate import generate_images as generate_images
+    from asdm.generation.request import GenerationRequest as GenerationRequest
     from asdm.pipelines.derived import with_unet as with_unet
     from asdm.pipelines.loading import load_pipeline as load_pipeline
+    from asdm.pipelines.lora_files import convert_lora as convert_lora
     from asdm.pipelines.saving import save_pipeline as save_pipeline
     from asdm.planning.budget import make_plan as make_plan
     from asdm.planning.experts import add_cond_conv as add_cond_conv
     from asdm.planning.refine import refine_plan as refine_plan
     from asdm.planning.speedup import remeasure_plan as remeasure_plan
+    from asdm.runtime.checkpoint import export_checkpoint as export_checkpoint
     from asdm.runtime.export import export as export
     from asdm.runtime.openvino import with_openvino_graphs as with_openvino_graphs
     from asdm.runtime.optimize import optimize as optimize
     from asdm.runtime.switching import switch_unets as switch_unets
     from asdm.sensitivity.analysis import analyze as analyze
+    from asdm.sensitivity.expert_usage import expert_usage as expert_usage
     from asdm.sensitivity.profile import RedundancyMap as RedundancyMap
     from asdm.student.build import build_student as build_student
     from asdm.student.plan import PruningPlan as PruningPlan
@@ -60,6 +69,7 @@ _HOME = {
     "AsdmWarning": "asdm.errors",
     "CondConv": "asdm.edits",
     "Evaluation": "asdm.evaluation.comparison",
+    "GenerationRequest": "asdm.generation.request",
     "GriAttention": "asdm.edits",
     "CfgCutoff": "asdm.diffusion.guidance",
     "CacheSchedule": "asdm.caching.schedule",
@@ -71,18 +81,25 @@ _HOME = {
     "analyze": "asdm.sensitivity.analysis",
     "build_student": "asdm.student.build",
     "calibrate_cache": "asdm.caching.calibration",
+    "compare_images": "asdm.generation.comparison",
     "compress": "asdm.compression.compress",
+    "convert_lora": "asdm.pipelines.lora_files",
     "distill": "asdm.distillation.distill",
     "evaluate": "asdm.evaluation.comparison",
+    "expert_usage": "asdm.sensitivity.expert_usage",
     "export": "asdm.runtime.export",
+    "export_checkpoint": "asdm.runtime.checkpoint",
     "fit_compensation": "asdm.compensation.fitting",
+    "fold_compensation": "asdm.compensation.folding",
     "generate": "asdm.diffusion.generation",
+    "generate_images": "asdm.generation.generate",
     "cache_features": "asdm.caching.features",
     "lcm_scheduler": "asdm.distillation.consistency",
     "load_pipeline": "asdm.pipelines.loading",
     "make_plan": "asdm.planning.budget",
     "optimize": "asdm.runtime.optimize",
     "prepare_data": "asdm.data.preparation",
+    "record_teacher": "asdm.distillation.recording",
     "remeasure_plan": "asdm.planning.speedup",
     "refine_plan": "asdm.planning.refine",
     "save_pipeline": "asdm.pipelines.saving",

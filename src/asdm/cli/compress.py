@@ -8,11 +8,15 @@ from typing import Annotated, Any
 import typer
 
 import asdm
+from asdm.choices import IMAGE_TO_IMAGE_SAMPLES
 from asdm.cli.options import (
+    CaptionsOption,
     CompensateOption,
     ConfigOption,
     DataOption,
     DeviceOption,
+    DtypeOption,
+    ImageToImageOption,
     MacsOption,
     ModelArgument,
     ParamsOption,
@@ -23,6 +27,7 @@ from asdm.cli.options import (
     SeedOption,
     SensitivityOption,
     SpeedupOption,
+    StrengthOption,
     training_steps,
 )
 from asdm.cli.output import print_evaluation, print_skipped, say, warn_if_busy
@@ -44,11 +49,15 @@ def compress(
         int | None, typer.Option(help="Distillation steps, 1000 by default; 0 prunes only.", min=0, max=10**9)
     ] = None,
     recipe: RecipeOption = "joint",
+    captions: CaptionsOption = None,
     samples: Annotated[int, typer.Option(help="Images per split in the evaluation.", min=0, max=10**6)] = 128,
+    image_to_image: ImageToImageOption = IMAGE_TO_IMAGE_SAMPLES,
+    strength: StrengthOption = None,
     sampling_steps: Annotated[int, typer.Option(help="Sampling steps in the evaluation.", min=1, max=10_000)] = 25,
     prediction_type: PredictionTypeOption = None,
     config: ConfigOption = None,
     device: DeviceOption = None,
+    dtype: DtypeOption = "float32",
     seed: SeedOption = 0,
 ) -> None:
     """Analyse, plan, prune, distil, evaluate and report, in a row; run again to resume."""
@@ -67,11 +76,15 @@ def compress(
         data=data,
         steps=training_steps(steps, recipe),
         recipe=recipe,
+        captions=captions,
         samples=samples,
+        image_to_image=image_to_image,
+        strength=strength,
         sampling_steps=sampling_steps,
         prediction_type=prediction_type,
         config=config,
         device=device or fastest_device(),
+        dtype=dtype,
         seed=seed,
     )
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from asdm import checks
-from asdm.choices import CompensationKind, PredictionType, Sensitivity
+from asdm.choices import IMAGE_TO_IMAGE_STRENGTH, CompensationKind, Dtype, PredictionType, Sensitivity
 from asdm.errors import AsdmError
 
 # The API's errors say the same; importing it for --help would take seconds.
@@ -58,6 +58,8 @@ def training_steps(steps: int | None, recipe: str) -> int:
 NAME = require(checks.path)
 TEXT = require(checks.text)
 GUIDANCE = require(checks.GUIDANCE)
+SIDE = require(checks.multiple_of(8, 8192))  # pixels
+CONTROL_SCALE = require(checks.number(0, 10))
 SPEEDUP = require(checks.SPEEDUP)
 POSITIVE = require(checks.number(above=0))
 FRACTION = require(checks.number(above=0, below=1))
@@ -71,7 +73,7 @@ DeviceOption = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1 or mps; by default the fastest available.")
 ]
 DtypeOption = Annotated[
-    Literal["float32", "float16", "bfloat16"],
+    Dtype,
     typer.Option("--dtype", help="Precision of the computation; float16 and bfloat16 are for GPUs."),
 ]
 PredictionTypeOption = Annotated[
@@ -88,6 +90,26 @@ ConfigOption = Annotated[
         "--config",
         help="The model's configuration, if the checkpoint's is missing or wrong: a pipeline's folder or Hub id, a "
         "scheduler_config.json, or a .yaml of the original code.",
+        show_default=False,
+    ),
+]
+ImageToImageOption = Annotated[
+    int,
+    typer.Option(
+        "--image-to-image",
+        help="Images per split that start from an image, --samples at most; 0 leaves image-to-image out.",
+        min=0,
+        max=10**6,
+    ),
+]
+StrengthOption = Annotated[
+    float | None,
+    typer.Option(
+        "--strength",
+        help=f"How much image-to-image may change in the evaluation, {IMAGE_TO_IMAGE_STRENGTH:g} by default.",
+        min=0.01,
+        max=1.0,
+        callback=POSITIVE,
         show_default=False,
     ),
 ]
@@ -136,8 +158,8 @@ PresetOption = Annotated[
     str | None,
     typer.Option(
         "--preset",
-        help="A preset instead of a budget: a-sdm (mild), a-sdm-fast (2x at SD 1.5's size), or BK-SDM's bk-base, "
-        "bk-small, bk-tiny.",
+        help="A preset instead of a budget: a-sdm (mild), a-sdm-fast (2x at SD 1.5's size), BK-SDM's bk-base, "
+        "bk-small, bk-tiny, or for SDXL ssd-1b, vega, koala-1b, koala-700m.",
     ),
 ]
 SensitivityOption = Annotated[
@@ -172,13 +194,27 @@ RefineOption = Annotated[
 # -- recipes of a distillation -----------------------------------------------------------------------------
 
 RecipeOption = Annotated[
-    str, typer.Option(help="joint, bk-sdm, incubation, or a YAML file with a list of stages (then without --steps).")
+    str,
+    typer.Option(
+        help="joint, bk-sdm, incubation, small-gpu (with the teacher's features on disk), or a YAML file with a list "
+        "of stages (then without --steps)."
+    ),
+]
+CaptionsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--captions",
+        help="Captions without images, for which the student is to mean what its teacher means: a .txt file, one a "
+        "line, or spliced (splices of two of DATA's captions).",
+        callback=NAME,
+        show_default=False,
+    ),
 ]
 DistillRecipeOption = Annotated[
     str,
     typer.Option(
         "--recipe",
-        help="joint, bk-sdm, incubation, lcm (samples in 4 steps), or a YAML file with a list of stages (then without "
-        "--steps).",
+        help="joint, bk-sdm, incubation, small-gpu (with the teacher's features on disk), lcm (samples in 4 steps), "
+        "or a YAML file with a list of stages (then without --steps).",
     ),
 ]

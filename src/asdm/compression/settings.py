@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field
 
-from asdm.choices import CompensationKind, PredictionType, Sensitivity
-from asdm.distillation.recipes import RECIPES, read_stages
+from asdm.choices import IMAGE_TO_IMAGE_SAMPLES, CompensationKind, Dtype, PredictionType, Sensitivity
+from asdm.distillation.caption_only import read_captions
+from asdm.distillation.recipes import RECIPES, SPLICED, read_stages
 from asdm.distillation.stages import Stage, parse_stages
 from asdm.errors import AsdmError
 from asdm.files import MARKER, write_text
@@ -20,6 +22,8 @@ from asdm.planning.refine import ROUNDS
 from asdm.records import Record
 
 KIND = "compression"  # of a folder, in its marker
+# Settings that folders of 0.1.0 do not name, as their runs are continued.
+_NEW_SETTINGS: dict[str, Any] = {"captions": None, "image_to_image": IMAGE_TO_IMAGE_SAMPLES, "strength": None}
 
 
 class Settings(Record):
@@ -35,10 +39,16 @@ class Settings(Record):
     recipe: str | None = Field(description="The recipe's name; None with stages.")
     samples: int = Field(description="Images per split in the evaluation.")
     sampling_steps: int = Field(description="Sampling steps in the evaluation.")
+    image_to_image: int = Field(
+        IMAGE_TO_IMAGE_SAMPLES, description="Images per split of the evaluation that start from an image."
+    )
+    strength: float | None = Field(None, description="Of the evaluation's image-to-image; None for the default.")
     stages: list[Stage] | None = Field(description="The distillation in detail, instead of steps and recipe.")
     seed: int = Field(description="Seed of all random numbers.")
     prediction_type: PredictionType | None = Field(None, description="What the model predicts, if given.")
     config: str | None = Field(None, description="The model's configuration, if given.")
+    dtype: Dtype = Field("float32", description="What the teacher and the result compute in.")
+    captions: str | None = Field(None, description="Captions without images for the distillation, if given.")
 
     @property
     def claims(self) -> dict[str, Any]:
@@ -53,8 +63,14 @@ class Settings(Record):
 
     def saved(self) -> dict[str, Any]:
         """Return the settings as JSON data."""
-        content = self.model_dump(mode="json", exclude={"prediction_type", "config"})
-        return content | self.claims
+        content = self.model_dump(mode="json", exclude={"prediction_type", "config", "dtype"})
+        # Folders of versions without the setting have the default.
+        return content | self.claims | ({} if self.dtype == "float32" else {"dtype": self.dtype})
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """What the teacher and the result compute in."""
+        return getattr(torch, self.dtype)
 
 
 def has_random_weights(model: str) -> bool:
@@ -72,6 +88,7 @@ def make_settings(
     steps: int,
     recipe: str | Path,
     stages: Sequence[Stage] | None,
+    captions: str | Path | None = None,
     config: str | Path | None,
     **others: Any,
 ) -> Settings:
@@ -91,6 +108,8 @@ def make_settings(
             f"recipe={recipe}: its students sample otherwise than the teacher they are compared with; compress "
             "by another recipe, then run asdm distill --recipe lcm on the result"
         )
+    if captions is not None and str(captions) != SPLICED:
+        read_captions(captions)
     is_random, has_preset = has_random_weights(str(model)), budget["preset"] is not None
     if refine is None:
         refine = 0 if is_random or has_preset else ROUNDS
@@ -103,6 +122,7 @@ def make_settings(
         steps=steps if stages is None else None,
         recipe=str(recipe) if stages is None else None,
         stages=None if stages is None else list(stages),
+        captions=None if captions is None else str(captions),
         config=None if config is None else str(config),
         **others,
     )
@@ -130,7 +150,7 @@ def claim_folder(folder: Path, settings: Settings) -> None:
 
 def _present_names(saved: dict[str, Any]) -> dict[str, Any]:
     """Settings that an earlier version saved, by the present names."""
-    saved = renamed(saved, OLD_COMPRESSION_SETTINGS)
+    saved = _NEW_SETTINGS | renamed(saved, OLD_COMPRESSION_SETTINGS)
     try:
         if saved.get("stages") is not None:
             saved["stages"] = [stage.model_dump(mode="json") for stage in parse_stages(saved["stages"])]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from asdm.distillation.caption_only import read_captions
 from asdm.distillation.incubation import groups_of, incubated_blocks
-from asdm.distillation.stages import Consistency, LossWeights, Semantics, Stage, parse_stages
+from asdm.distillation.stages import CaptionOnly, Consistency, LossWeights, Semantics, Stage, parse_stages
 from asdm.errors import AsdmError, one_line
 from asdm.families import Denoiser, family_of
 
@@ -17,10 +18,12 @@ SMALL_MODEL_PARAMETERS = 50_000_000
 SEMANTIC_WEIGHT = 0.3
 SEMANTICS = Semantics(every=4)
 CAPTION_MIXING = 0.7
+SPLICED = "spliced"  # captions without images: splices of the data's
 # The blocks' features weigh most and the denoising task least: its target does not know that a caption was mixed.
 WEIGHTS = LossWeights(task=0.3, output=1.0, feature=10.0)
 INCUBATING = 0.05  # of the steps, and as many train groups in the teacher: a block alone learns soon what it can
 SHORTEST_ASSEMBLY = 40
+SMALL_GPU_RANK = 64
 
 
 def _is_small(student: Denoiser) -> bool:
@@ -90,6 +93,16 @@ def incubation_stages(student: Denoiser, steps: int) -> list[Stage]:
     return [*stages, Stage(name="joint", **joint, **batches, **default_hyperparameters(student, left))]
 
 
+def small_gpu_stages(student: Denoiser, steps: int) -> list[Stage]:
+    """Return the joint distillation for a GPU of 8 GB (SD 1.5's size) or 16 GB (SDXL's): the teacher's answers are read
+    from disk, and large students learn low-rank changes, one image at a time, with their activations computed again."""
+    shared = {"teacher": "recorded", "losses": WEIGHTS, **_batches(student), **default_hyperparameters(student, steps)}
+    if not _is_small(student):
+        lora = {"trained": "lora", "lora_rank": SMALL_GPU_RANK, "learning_rate": 2e-4}
+        shared |= {**lora, "accumulation": shared["batch_size"], "checkpointing": True, "ema_decay": 0.99}
+    return [Stage(name="small-gpu", **shared)]
+
+
 def lcm_stages(student: Denoiser, steps: int) -> list[Stage]:
     """Return a few-step student by latent consistency distillation, at the learning rate of LCM (arXiv 2310.04378,
     Sec. 5); a small denoiser, whose teacher is cheap to call, learns what its solver reaches, at the time steps of
@@ -107,6 +120,7 @@ RECIPES: dict[str, Callable[[Denoiser, int], list[Stage]]] = {
     "joint": joint_stages,
     "bk-sdm": bk_sdm_stages,
     "incubation": incubation_stages,
+    "small-gpu": small_gpu_stages,
     "lcm": lcm_stages,
 }
 
@@ -119,6 +133,43 @@ def recipe_stages(recipe: str | Path, student: Denoiser, steps: int) -> list[Sta
         AsdmError: no such recipe or file, or one that is not a list of stages.
     """
     return RECIPES[str(recipe)](student, steps) if str(recipe) in RECIPES else read_stages(recipe)
+
+
+def require_recipe(recipe: str) -> str:
+    """Return a recipe's name.
+
+    Raises:
+        AsdmError: no such recipe or file, or one that is not a list of stages.
+    """
+    if recipe not in RECIPES:
+        read_stages(recipe)
+    return recipe
+
+
+def with_captions(stages: Sequence[Stage], captions: str | Path) -> list[Stage]:
+    """Return stages whose joint ones also compare what x_0 estimates mean on captions that have no image, at every
+    fourth step: semantic-aware supervision where nothing else can supervise (inferred).
+
+    Args:
+        captions: "spliced", for splices of the data's captions, or a .txt file, one caption a line.
+
+    Raises:
+        AsdmError: no such file, or no stage is a joint one.
+    """
+    if str(captions) != SPLICED:
+        read_captions(captions)
+    if not any(stage.scope == "joint" for stage in stages):
+        raise AsdmError(f"captions={captions}: these stages have no losses on captions; use one of scope joint")
+    source = CaptionOnly(file=None if str(captions) == SPLICED else str(captions))
+    return [_on_captions(stage, source) if stage.scope == "joint" else stage for stage in stages]
+
+
+def _on_captions(stage: Stage, source: CaptionOnly) -> Stage:
+    weights = stage.losses.model_dump() | {"caption_semantic": SEMANTIC_WEIGHT}
+    changes: dict[str, Any] = {"losses": LossWeights(**weights), "caption_only": source}
+    if not stage.losses.any_reads("semantics"):
+        changes["semantics"] = stage.semantics.model_copy(update={"every": SEMANTICS.every})
+    return stage.model_copy(update=changes)
 
 
 def read_stages(recipe: str | Path) -> list[Stage]:

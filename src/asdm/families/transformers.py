@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from asdm.choices import CompensationKind
 from asdm.errors import AsdmError
 from asdm.families.base import CacheCut, ModelFamily, register_family
 from asdm.families.transformer_architecture import PixArtArchitecture
+from asdm.families.transformer_folding import fold_projections
 
 _TOKENS = 120  # of a prompt in PixArt-alpha's pipeline
 
@@ -22,9 +25,16 @@ class PixArtFamily(PixArtArchitecture, ModelFamily):
     label = "transformer"
     guidance_scale = 4.5
 
+    def fold_projections(self, model: Any, within_blocks: bool) -> dict[str, CompensationKind]:
+        return fold_projections(model, within_blocks)
+
     def sampling_arguments(self) -> dict[str, Any]:
         """Return images have the requested size, and prompts are embedded as `encode_prompts` does."""
         return {"use_resolution_binning": False, "clean_caption": False}
+
+    def prompt_tokens(self, pipeline: Any) -> int:
+        most: int = inspect.signature(type(pipeline).__call__).parameters["max_sequence_length"].default
+        return most
 
     def size_multiple(self, model: Any) -> int:
         return model.config.patch_size
