@@ -65,8 +65,9 @@ def test_what_is_determined_has_its_design_seen_twice():
 
 def test_metadata_says_what_is_held_out_and_how():
     rows = [json.loads(line) for line in (images_folder() / "metadata.jsonl").read_text().splitlines()]
-    kinds = {row["text"]: row["held_out_kind"] for row in rows if row["held_out"]}
+    kinds = {row["text"]: row["held_out_kind"] or "determined" for row in rows if row["held_out"]}
     assert kinds == {pair.caption: kind for pair, kind in held_out_kinds().items()}
+    assert {row["style"] for row in rows if row["design"] == row["concept"]} == set(ONE_DESIGN)
     assert not any(row["held_out_kind"] for row in rows if not row["held_out"])
 
 

@@ -82,14 +82,23 @@ def test_the_judge_is_not_fooled_by_batches(real_images):
 
 
 def test_evaluation_sets_are_fixed_and_keep_the_splits_apart():
-    sets = evaluation_sets("demo", None, 128, 0)
-    assert [(s.split, len(s.prompts)) for s in sets] == [("seen", 128), ("held_out", 102)]
-    assert sets == evaluation_sets("demo", None, 128, 0)
-    held_out = {
-        json.loads(line)["text"] for line in (images_folder() / "metadata.jsonl").open() if '"held_out": true' in line
-    }
-    assert held_out == set(sets[1].prompts)
-    assert not held_out & set(sets[0].prompts)
+    sets = evaluation_sets("demo", None, 200, 0)
+    assert [(s.split, len(s.prompts)) for s in sets] == [("seen", 200), ("held_out", 200), ("open", 70)]
+    assert sets == evaluation_sets("demo", None, 200, 0)
+    rows = [json.loads(line) for line in (images_folder() / "metadata.jsonl").open()]
+    for found, kind in zip(sets[1:], (None, "open"), strict=True):
+        wanted = {row["text"] for row in rows if row["held_out"] and row["held_out_kind"] == kind}
+        assert wanted == set(found.prompts)
+        assert not wanted & set(sets[0].prompts)
+
+
+@pytest.mark.parametrize("kind", ["../up", "seen", "two words", "", 3])
+def test_a_kind_of_held_out_rows_is_a_word_of_its_own(data_folder, kind):
+    rows = [json.loads(line) for line in (data_folder / "metadata.jsonl").open()]
+    held_out = next(row for row in rows if row.get("held_out"))
+    held_out["held_out_kind"] = kind
+    (data_folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [found.split for found in evaluation_sets(data_folder, None, 4, 0)] == ["seen", "held_out"]
 
 
 def test_evaluation_compares_on_the_same_prompts_and_seeds(data_folder, tmp_path):

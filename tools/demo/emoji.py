@@ -110,8 +110,9 @@ def render_dataset(icons: Path, folder: Path) -> int:
                 "text": pair.caption,
                 "concept": pair.concept,
                 "style": pair.style,
+                "design": pair.concept if pair.style in ONE_DESIGN else None,
                 "held_out": pair in kinds,
-                "held_out_kind": kinds.get(pair),
+                "held_out_kind": "open" if kinds.get(pair) == "open" else None,
             }
         )
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -32,7 +32,8 @@ class Example:
     """A caption, and its image where the source has images: a file, or a file's content.
 
     `concept` and `style` name what it shows and in which style, where the source says so. `design` is the same for
-    images that show one design in several variants, such as a drawing and its outlines.
+    images that show one design in several variants, such as a drawing and its outlines. Held-out examples of a
+    `held_out_kind` are evaluated apart, as a split of that name.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Example:
     style: str | None = None
     held_out: bool = False
     design: str | None = None
+    held_out_kind: str | None = None
 
     def image(self) -> Image.Image:
         """Open the image.
@@ -122,7 +124,12 @@ def example_of(name: str, caption: Any, file: Path | bytes | None, about: dict[s
     labels = {key: found if isinstance(found := about.get(key), str) and found else None for key in _LABELS}
     held_out = about.get("held_out")
     is_held_out = held_out.lower() not in _FALSE if isinstance(held_out, str) else bool(held_out)
-    return Example(name, caption, file, **labels, held_out=is_held_out)
+    return Example(name, caption, file, **labels, held_out=is_held_out, held_out_kind=_kind(about.get("held_out_kind")))
+
+
+def _kind(value: Any) -> str | None:
+    """Return a kind of held-out rows, which names folders and results; None for what is no plain word."""
+    return value if isinstance(value, str) and value.isidentifier() and value not in ("seen", "prompts") else None
 
 
 def in_split(example: Example, split: Split) -> bool:

@@ -49,8 +49,9 @@ def open_data(source: str | Path, split: Split = "train") -> Data:
     read.
 
     Rows of `metadata.jsonl` (or of a shard's `.json`, or columns of a dataset) may have `"held_out": true`. They are
-    for evaluation, never in "train". They may also have `"concept"` and `"style"`, by which generated images are
-    judged, and `"design"`, equal for the variants of one design: each variant can be asked for from another one.
+    for evaluation, never in "train"; those of a `"held_out_kind"`, a word, are evaluated apart. Rows may also have
+    `"concept"` and `"style"`, by which generated images are judged, and `"design"`, equal for the variants of one
+    design: each variant can be asked for from another one.
 
     Raises:
         AsdmError: there is no such source, or none of it can be used.

@@ -58,11 +58,13 @@ def evaluation_sets(
     if data is None:
         chosen = list(prompts or DEFAULT_PROMPTS)[:samples]
         return [EvaluationSet(split="prompts", prompts=chosen, examples=[])]
+    by_name: dict[str, list[Example]] = {}
+    for split in SPLITS:
+        by_name |= _by_name(split, open_data(data, split).examples)
     sets = []
-    for split, name in SPLITS.items():
-        examples = open_data(data, split).examples
+    for name, examples in by_name.items():
         random.Random(seed).shuffle(examples)
-        if examples and examples[0].file is None:  # captions alone
+        if examples[0].file is None:  # captions alone
             captions = [example.caption for example in examples[:samples]]
             sets.append(EvaluationSet(split=name, prompts=captions, examples=[]))
             continue
@@ -71,3 +73,12 @@ def evaluation_sets(
             captions = [example.caption for example in examples]
             sets.append(EvaluationSet(split=name, prompts=captions, examples=examples))
     return sets
+
+
+def _by_name(split: Split, examples: Sequence[Example]) -> dict[str, list[Example]]:
+    """Return a split's examples by the name that results have for it; held-out ones of a kind are apart."""
+    named: dict[str, list[Example]] = {SPLITS[split]: []}
+    for example in examples:
+        kind = example.held_out_kind if example.held_out else None
+        named.setdefault(kind or SPLITS[split], []).append(example)
+    return {name: found for name, found in named.items() if found}
