@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import tomllib
 import typer
 from markdown_it import MarkdownIt
 
@@ -24,6 +24,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 SHELL, PYTHON, DATA = ("sh", "bash", "console"), ("python",), ("json", "yaml", "toml", "text", "markdown")
 _MARK = re.compile(r"<!-- (?:(?P<kind>not run|slow)(?P<page>, whole page)?)(?:: (?P<reason>.+?))? -->", re.S)
+# The README has no marks. Its shell lines need a checkpoint, and the pages of the site run the same ones on `demo`.
+README_MARKS = {SHELL[0]: "not run", PYTHON[0]: "slow"}
 # What names in capitals stand for, where a line runs or is parsed.
 PLACEHOLDERS = {"MODEL": "demo", "STUDENT": "demo", "TEACHER": "demo", "DATA": "demo", "PROMPT": "a cat"}
 
@@ -64,8 +66,8 @@ def blocks(page: Path) -> list[Block]:
                 mark = match["kind"]
         elif token.type in ("fence", "code_block"):
             language = token.info.split()[0] if token.info.split() else SHELL[0]
-            shell_mark = whole_page if language in SHELL else None
-            found.append(Block(page, line, language, token.content, mark or shell_mark))
+            default = README_MARKS if page.name == "README.md" else {SHELL[0]: whole_page}
+            found.append(Block(page, line, language, token.content, mark or default.get(language)))
             mark = None
         elif mark is not None and token.nesting >= 0 and token.type != "html_block":
             raise ValueError(f"{page}:{line}: the mark above stands in front of no block")

@@ -1,6 +1,8 @@
 """The documentation: its pages exist, its links resolve, its commands parse, its code runs, the site builds."""
 
+import itertools
 import re
+import shutil
 import subprocess
 import sys
 
@@ -25,7 +27,13 @@ from markdown_blocks import (
 )
 
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-SMALLEST = {"--steps": 4, "--samples": 2, "--rounds": 1, "--timesteps": 1}  # what a test's runs are shortened to
+SMALLEST = {"--steps": 4, "--samples": 2, "--rounds": 1, "--timesteps": 1, "--refine": 0}  # what runs are shortened to
+ALWAYS = {  # options that a test's runs get where the page leaves them out
+    "analyze": ("--samples", "--timesteps"),
+    "compress": ("--samples", "--refine"),
+    "evaluate": ("--samples", "--rounds", "--steps"),
+    "generate": ("--steps",),
+}
 
 
 def with_blocks(slow: bool) -> list[str]:
@@ -74,6 +82,7 @@ def small_demo(monkeypatch, tmp_path, data_folder):
     monkeypatch.setattr("asdm.demo.pipeline_folder", lambda: model)
     monkeypatch.setattr("asdm.demo.images_folder", lambda: data_folder)
     monkeypatch.setattr("asdm.cli.options.DEFAULT_STEPS", 2)
+    monkeypatch.setattr("asdm.measure.latency.PATIENCE", 0.05)
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folder = tmp_path / "page"
@@ -83,12 +92,13 @@ def small_demo(monkeypatch, tmp_path, data_folder):
 
 
 def shortened(arguments):
-    """Return arguments of `asdm` with fewer steps and samples."""
+    """Return arguments of `asdm` with fewer steps, samples and rounds."""
     result = list(arguments)
-    for place, (option, value) in enumerate(zip(arguments, arguments[1:], strict=False), start=1):
+    for place, (option, value) in enumerate(itertools.pairwise(arguments), start=1):
         if option in SMALLEST and float(value) > SMALLEST[option]:
             result[place] = str(SMALLEST[option])
-    return result
+    missing = [option for option in ALWAYS.get(arguments[0], ()) if option not in arguments]
+    return [*result, *(word for option in missing for word in (option, str(SMALLEST[option])))]
 
 
 def run_page(name, slow, monkeypatch, capfd):
@@ -98,7 +108,7 @@ def run_page(name, slow, monkeypatch, capfd):
         if block.mark == "not run" or (block.mark == "slow" and not slow):
             continue
         if block.language in PYTHON:
-            code = re.sub(r"\b(steps|samples)=(\d{2,}|[5-9])\b", r"\1=4", block.text)
+            code = re.sub(r"(steps|samples)=(\d{2,}|[5-9])\b", r"\1=4", block.text)  # also num_inference_steps
             exec(compile("\n" * block.line + code, str(block.page), "exec"), namespace)
         for line in shell_lines(block.text) if block.is_shell else ():
             run_line(str(block), line, monkeypatch, capfd)
@@ -174,7 +184,7 @@ def test_the_site_builds_without_warnings(tmp_path):
     pytest.importorskip("zensical", reason="needs the extra docs")
     pytest.importorskip("mkdocstrings", reason="needs the extra docs")
     config = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
-    config["docs_dir"], config["site_dir"] = str(ROOT / "docs"), str(tmp_path / "site")
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
     config["plugins"][1]["mkdocstrings"]["handlers"]["python"]["paths"] = [str(ROOT / "src")]
     (tmp_path / "mkdocs.yml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "zensical", "build", "--strict", "-f", str(tmp_path / "mkdocs.yml")]
