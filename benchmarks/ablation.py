@@ -316,10 +316,10 @@ def _train(
 ) -> None:
     if "compensation" in components:
         asdm.fit_compensation(pipeline, student, data="demo", seed=seed)
-    if not steps:
-        return
-    stages = _stages(student, components, steps)
-    asdm.distill(pipeline, student, WORK / "prepared", folder, stages=stages, seed=seed)
+    if steps:
+        stages = _stages(student, components, steps)
+        asdm.distill(pipeline, student, WORK / "prepared", folder, stages=stages, seed=seed)
+    asdm.fold_compensation(student)
 
 
 def _plan(pipeline: DiffusionPipeline, target: float) -> PruningPlan:

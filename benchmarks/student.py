@@ -1,6 +1,7 @@
 """What each part of a student's architecture is worth. Each command prints a table and writes its figures.
 
     python benchmarks/student.py compensation     # embedded pipeline: error after pruning, by kind of map
+    python benchmarks/student.py folding          # what projections cost, and what is left of it once they are folded
     python benchmarks/student.py taylor           # the estimate beside the ablation: how near, and at what cost
     python benchmarks/student.py gri              # embedded pipeline: GRI's and ToMe's error, untrained
     python benchmarks/student.py gri-speed        # SD 1.5's shape: GRI and ToMe beside full attention
@@ -19,17 +20,20 @@ from typing import Any
 
 import numpy as np
 import typer
-from common import finish, run, without_second_layers
+from common import RESULTS, finish, run, without_second_layers
 from diffusers import UNet2DConditionModel
 from scipy.stats import spearmanr
 
 import asdm
 from asdm.benchmark.techniques import outer_self_attentions
 from asdm.compensation.fitting import prediction_error, predictions
+from asdm.compensation.folding import fold_projections
 from asdm.data.calibration import calibration_calls
+from asdm.edits.projections import Projection
 from asdm.errors import needs_extra
 from asdm.families import denoiser_call, family_of
 from asdm.measure.latency import Latency, Ratio, measure_interleaved
+from asdm.measure.macs import counting_macs
 from asdm.measure.memory import peak_megabytes
 from asdm.measure.modules import timing_modules
 from asdm.pipelines.random_models import UNETS, random_unet
@@ -58,7 +62,9 @@ def compensation(target: float = 1.5) -> None:
                 plan = asdm.refine_plan(pipeline, redundancy, made, data="demo", rounds=repair)
                 row = {"compensate": kind, "repair": repair, "macs_kept": kept, "edits": len(plan.edits)}
                 rows.append(row | {"error": plan.metrics.measured_sensitivity})
-                calls[str(len(rows))] = denoiser_call(build_student(pipeline.unet, plan))
+                student = build_student(pipeline.unet, plan)
+                fold_projections(student)
+                calls[str(len(rows))] = denoiser_call(student)
     times = measure_interleaved(calls, rounds=30)
     for number, row in enumerate(rows, start=1):
         row["speedup"] = times.speedup("original", str(number)).value
@@ -70,6 +76,29 @@ def compensation(target: float = 1.5) -> None:
         between = {"compensate": kind, "repair": repair, "macs_kept": "between", "edits": ""}
         rows.append(between | {"error": error, "speedup": target})
     finish("compensation", rows)
+
+
+@app.command()
+def folding(target: float = 1.5, rounds: int = 10, only: str = "embedded,sd15") -> None:
+    """Latency (batch 1), MACs and projections of a plan's student, untrained: without projections, with them, and with
+    them folded. The plan is the ablation's. It removes the same units of SD 1.5's shape."""
+    plan = PruningPlan.load(RESULTS / "ablation" / f"plan-{target:g}.json")
+    rows: list[dict[str, Any]] = []
+    for shape in only.split(","):
+        unet = asdm.load_pipeline("demo").unet if shape == "embedded" else random_unet(UNETS[shape]).eval()
+        models = {}
+        for name, kind in (("removed", "none"), ("projections", "linear"), ("folded", "linear")):
+            edits = [asdm.Remove(unit=edit.unit, compensate=kind) for edit in plan.edits]
+            models[name] = build_student(unet, PruningPlan.for_unet(unet, edits))
+        del unet
+        fold_projections(models["folded"])
+        for row in timed(models, rounds):
+            student = models[row["model"]]
+            with counting_macs(student) as count:
+                denoiser_call(student, batch_size=1)()
+            left = sum(isinstance(module, Projection) for module in student.modules())
+            rows.append({"shape": shape, **row, "projections": left, "gmacs": count.below() / 1e9})
+    finish("folding", rows, target=target)
 
 
 @app.command()
@@ -172,6 +201,7 @@ def presets(rounds: int = 4, only: str = ",".join(PRESETS)) -> None:
     for preset in only.split(","):
         plan = asdm.make_plan(redundancy, preset=preset, unet=unet)
         student = build_student(unet, plan)
+        fold_projections(student)
         row = timed({"original": unet, preset: student}, rounds)[1]
         size = sum(p.numel() for p in student.parameters()) / 1e6
         rows.append({"preset": preset, "parameters_m": size, **{k: v for k, v in row.items() if k != "model"}})

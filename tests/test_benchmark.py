@@ -59,6 +59,7 @@ def test_a_benchmark_measures_all_methods_and_reports_failures(pipeline, data_fo
         combined("lean stack", "stack", cached(lean), caching(every=2), steps=2, kinds=at_every(2)),
         combined("few steps", "stack", by_lcm, steps=4),
         Method("broken", "baseline", failing),
+        Method("from text alone", "baseline", image_to_image=False),
     ]
     limits = {"float32": {"matrix product": 1e-3, "3x3 convolution": 1e-4}}
     found = benchmark_rows(
@@ -67,6 +68,7 @@ def test_a_benchmark_measures_all_methods_and_reports_failures(pipeline, data_fo
         place="tiny",
         data=data_folder,
         samples=2,
+        image_to_image=1,
         rounds=2,
         limits=limits,
         images_folder=tmp_path / "images",
@@ -76,6 +78,12 @@ def test_a_benchmark_measures_all_methods_and_reports_failures(pipeline, data_fo
     assert rows["original"].speedup == 1 and rows["original"].teacher_distance["seen"] == pytest.approx(0, abs=1e-6)
     assert rows["same"].teacher_distance == pytest.approx(rows["original"].teacher_distance, abs=1e-6)
     assert rows["2 steps"].teacher_distance["seen"] > 0
+    from_images = {name: row.image_to_image for name, row in rows.items()}
+    assert from_images["same"]["teacher_distance"] == pytest.approx({"seen": 0, "held_out": 0}, abs=1e-6)
+    assert from_images["2 steps"]["seed_part"]["seen"] > 0 and from_images["few steps"]["seed_part"]["seen"] > 0
+    assert from_images["from text alone"] == from_images["broken"] == {}
+    assert "text-to-image alone" in rows["from text alone"].image_to_image_error
+    assert rows["from text alone"].teacher_distance and not t_gate(25, 5).image_to_image
     assert rows["broken"].error == "RuntimeError: does not run here" and rows["broken"].speedup is None
     assert len(entered) == 1  # it is not tried again
     assert all(row.images == 3 for name, row in rows.items() if name != "broken")
@@ -106,7 +114,7 @@ def test_a_benchmark_measures_all_methods_and_reports_failures(pipeline, data_fo
         Benchmark.load(tmp_path / "made.json")
     known = [row.model_copy(update={"speedup_interval": (row.speedup, row.speedup)}) for row in found if row.speedup]
     figure = benchmark_plot(known)
-    assert [axes.get_title() for axes in figure.axes] == ["seen prompts", "held-out prompts"]
+    assert [axes.get_title() for axes in figure.axes] == 2 * ["seen prompts"] + 2 * ["held-out prompts"]
     assert any("lean" in text.get_text() for text in figure.axes[0].texts)
     plt.close(figure)
 

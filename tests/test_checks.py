@@ -165,6 +165,7 @@ def calls(tiny):
             pipeline=pipeline, student=unet, data="x", prompts=["x"], timesteps=1, samples=1, ridge=0.1, seed=0,
             progress=print,
         ),
+        "fold_compensation": dict(student=unet, within_blocks=True),
         "remeasure_plan": dict(plan=plan, unet=unet),
         "refine_plan": dict(
             pipeline=pipeline, redundancy=redundancy, plan=plan, data="x", prompts=["x"], timesteps=1, samples=1,
@@ -172,16 +173,16 @@ def calls(tiny):
         ),
         "compress": dict(
             model="x", out="x", speedup=1.5, params=0.8, macs=0.8, preset="a-sdm", sensitivity="taylor",
-            compensate="bias", refine=1, data="x", steps=1, recipe="joint", stages=[], samples=1, sampling_steps=1,
-            seed=0, progress=print,
+            compensate="bias", refine=1, data="x", steps=1, recipe="joint", stages=[], samples=1, image_to_image=1,
+            strength=0.5, sampling_steps=1, seed=0, progress=print,
         ),
         "distill": dict(
             teacher=pipeline, student=unet, data="x", folder="x", recipe="joint", steps=1, stages=[1], seed=0,
             progress=print,
         ),
         "evaluate": dict(
-            pipelines={"x": pipeline}, data="x", prompts=["x"], samples=1, steps=1, guidance_scale=1.0, seed=0,
-            rounds=1, quality=True, images_folder="x", progress=print,
+            pipelines={"x": pipeline}, data="x", prompts=["x"], samples=1, image_to_image=1, strength=0.5, steps=1,
+            guidance_scale=1.0, seed=0, rounds=1, quality=True, images_folder="x", progress=print,
         ),
         "export": dict(
             pipeline=pipeline, folder="x", to="onnx", size=16, int8="weights", data="x", cache=1, parts=["x"],

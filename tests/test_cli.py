@@ -114,10 +114,14 @@ def test_main_job_by_its_single_commands(run, model, data_folder, tmp_path):
     assert run("analyze", model, "--timesteps", 1, "--samples", 1, "--out", "map.json", "--plot", "map.png")[0] == 0
     assert run("plan", "map.json", "--params", 0.8, "--out", "plan.json")[0] == 0
     assert run("prune", model, "plan.json", "--out", "pruned")[0] == 0
+    assert run("prune", model, "plan.json", "--out", "apart", "--no-fold")[0] == 0
     (tmp_path / "stages.json").write_text(json.dumps([{"name": "a", "steps": 2, "batch_size": 2}]))
-    status, out, _ = run("distill", model, "pruned", "--data", data_folder, "--out", "done", "--recipe", "stages.json")
+    status, out, _ = run("distill", model, "apart", "--data", data_folder, "--out", "done", "--recipe", "stages.json")
     assert status == 0
     assert "written to done" in out
+    folders = ("apart", "pruned", "done")
+    apart, pruned, done = (json.loads((tmp_path / name / "unet" / "config.json").read_text()) for name in folders)
+    assert apart["edits"] != pruned["edits"] == done["edits"]
     status, _, _ = run("evaluate", model, "done", "--data", data_folder, "--samples", 2, "--steps", 2, "--rounds", 2)
     assert status == 0
     assert len(json.loads((tmp_path / "evaluation.json").read_text())["speed"]) == 2

@@ -53,6 +53,15 @@ def test_a_folder_with_the_old_names_of_settings_resumes(model, tmp_path, monkey
         compress(model, made.folder, params=0.8, **SHORT | {"refine": 1})
 
 
+def test_a_folder_of_0_1_0_resumes_with_the_defaults_of_newer_settings(tmp_path):
+    settings = make_settings("demo", BUDGET, **SETTINGS)
+    claim_folder(tmp_path, settings)
+    rewrite(tmp_path, lambda saved: {name: saved[name] for name in saved if name not in ("image_to_image", "strength")})
+    claim_folder(tmp_path, settings)
+    with pytest.raises(AsdmError, match=r"other settings \(image_to_image\)"):
+        claim_folder(tmp_path, make_settings("demo", BUDGET, **SETTINGS, image_to_image=1))
+
+
 def test_stages_of_a_folder_are_compared_by_their_present_fields(tmp_path):
     stages = [Stage(name="joint", steps=3, batch_size=2)]
     settings = make_settings("demo", BUDGET, **SETTINGS | {"stages": stages})

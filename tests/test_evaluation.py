@@ -34,10 +34,10 @@ def test_recognition_on_features_with_a_known_answer():
     real = torch.eye(6)
     labels = [(concept, style) for concept in "abc" for style in ("x", "y")]
     found = recognition(real, labels, real, labels)
-    assert (found.concept_top1, found.concept_top5, found.style) == (1.0, 1.0, 1.0)
+    assert (found.exact_pair, found.concept_top1, found.concept_top5, found.style) == (1.0, 1.0, 1.0, 1.0)
     # The nearest image of each is the same concept in the other style.
     found = recognition(real[[1, 0, 3, 2, 5, 4]], labels, real, labels)
-    assert (found.concept_top1, found.concept_top5, found.style) == (1.0, 1.0, 0.0)
+    assert (found.exact_pair, found.concept_top1, found.concept_top5, found.style) == (0.0, 1.0, 1.0, 0.0)
     wrong = [("z", "x")] * 6
     assert recognition(real, wrong, real, labels).concept_top5 == 0.0
 
@@ -194,6 +194,7 @@ def test_an_evaluation_of_0_1_0_loads(tmp_path):
     teacher, pruned = found.speed[:2]
     assert (teacher.unet.ms, found.denoiser) == (json.loads(path.read_text())["speed"][0]["unet"]["median_ms"], "UNet")
     assert teacher.unet_speedup_interval == (1.0, 1.0)
+    assert (found.image_to_image, teacher.image_to_image, teacher.image_to_image_ratio) == (None, None, None)
     low, high = pruned.unet_speedup_interval
     assert low < pruned.unet_speedup < high
     assert low == teacher.unet.low_ms / pruned.unet.high_ms
@@ -235,7 +236,9 @@ def test_compress_makes_a_folder_that_loads_and_a_report_without_network(model, 
     assert "2.png" in html
     assert made.plan.metrics.measured_sensitivity > 0
     assert "all edits together move" in html.replace("\n", " ")
-    assert html.count("<img") >= 2 + 3 * 4
+    # Two plots; four prompts from text and four from images, each with the real image and three models'.
+    assert html.count("<img") == 2 + 2 * 4 * 4
+    assert "Image-to-image, held-out prompts" in html and "teacher, another seed" in html
 
 
 def test_compress_goes_on_where_it_was(model, data_folder, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 
 from asdm import AsdmError, CondConv, PruningPlan, add_cond_conv, analyze, build_student, make_plan
+from asdm.compensation.folding import fold_projections
 from asdm.families import denoiser_call
 from asdm.families.tensors import fingerprint
 from asdm.families.unet_structure import removable_units
@@ -91,6 +92,7 @@ def redundancy() -> RedundancyMap:
 def remaining(redundancy, plan):
     unet = random_unet(redundancy.unet_config)
     student = build_student(unet, plan)
+    fold_projections(student)
     return sum(p.numel() for p in student.parameters()) / redundancy.parameters
 
 

@@ -36,10 +36,14 @@ def row(**figures):
 
 @pytest.mark.parametrize("judged", [True, False])
 def test_no_number_of_a_benchmark_is_cut_short(judged):
-    quality = {"teacher_distance": {"seen": 0.1276, "held_out": 0.1942}, "concept_top5": {"seen": 1.0}}
+    quality = {
+        "teacher_distance": {"seen": 0.1276, "held_out": 0.1942},
+        "concept_top5": {"seen": 1.0},
+        "image_to_image": {"exact_pair": {"held_out": 0.5625}},
+    }
     failed = BenchmarkRow(place="demo", name="T-GATE", group="baseline", steps=25, error="ImportError: none such")
     text = printed(benchmark_table([row(**(quality if judged else {})), failed]))
-    expected = ["0.1276", "0.1942", "100%", "–"] if judged else ["6523", "246", "–", "3438", "274"]
+    expected = ["0.1276", "0.1942", "100%", "–", "56%"] if judged else ["6523", "246", "–", "3438", "274"]
     for figure in ["174.29", "12.59x", "±4%", *expected]:
         assert figure in text
     assert "…" not in text and "ImportError" in text

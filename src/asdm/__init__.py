@@ -6,6 +6,7 @@ plan = asdm.make_plan(redundancy, speedup=1.5)
 student = asdm.build_student(pipeline.unet, plan)
 asdm.fit_compensation(pipeline, student)
 asdm.distill(pipeline, student, data="demo", folder="training", steps=500)
+student = asdm.fold_compensation(student)
 asdm.save_pipeline(asdm.with_unet(pipeline, student), "faster")
 """
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from asdm.caching.features import cache_features as cache_features
     from asdm.caching.schedule import CacheSchedule as CacheSchedule
     from asdm.compensation.fitting import fit_compensation as fit_compensation
+    from asdm.compensation.folding import fold_compensation as fold_compensation
     from asdm.compression.compress import compress as compress
     from asdm.data.preparation import prepare_data as prepare_data
     from asdm.diffusion.generation import generate as generate
@@ -76,6 +78,7 @@ _HOME = {
     "evaluate": "asdm.evaluation.comparison",
     "export": "asdm.runtime.export",
     "fit_compensation": "asdm.compensation.fitting",
+    "fold_compensation": "asdm.compensation.folding",
     "generate": "asdm.diffusion.generation",
     "cache_features": "asdm.caching.features",
     "lcm_scheduler": "asdm.distillation.consistency",

@@ -10,6 +10,7 @@ from typing import Any
 
 OLD_EDIT_KINDS = {"shorten": "drop_layers"}
 OLD_PLAN_FIELDS = {"figures": "metrics"}
+OLD_UNIT_FIELDS = {"has_shortcut": "projection_folds"}  # of a redundancy profile's units
 OLD_COMPRESSION_SETTINGS = {"repair": "refine"}  # in the marker of a folder that `compress` wrote
 OLD_CACHE_SCHEDULE_FIELDS = {"computed": "full_steps", "whole_ms": "full_ms", "inheriting_ms": "cached_ms"}
 OLD_EXPORT_SETTINGS = {"inherit": "cache"}

@@ -126,4 +126,5 @@ def t_gate(steps: int, gate_step: int) -> Method:
             return "gated"
         return "reusing" if 2 < step < gate_step - 1 and step % 5 else "whole"
 
-    return Method(f"T-GATE, gate {gate_step}", GROUP, prepared, steps, kinds)
+    # Its package replaces the loop of text-to-image alone.
+    return Method(f"T-GATE, gate {gate_step}", GROUP, prepared, steps, kinds, image_to_image=False)

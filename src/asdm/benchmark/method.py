@@ -36,7 +36,8 @@ class Method:
     """A way to make a pipeline faster: `prepared` yields the pipeline to call, and restores the original after it.
 
     `kinds` names the kind of the denoiser call at each step: where only parts are timed, each kind is timed once.
-    `cfg_cutoff` is the part of the steps that have guidance.
+    `cfg_cutoff` is the part of the steps that have guidance. `image_to_image` says whether it works in a pipeline for
+    image-to-image that shares the prepared one's parts.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Method:
     steps: int = 25
     kinds: Kinds = whole
     cfg_cutoff: float = 1.0
+    image_to_image: bool = True
 
     @property
     def setup(self) -> Setup:

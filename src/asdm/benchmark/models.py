@@ -16,6 +16,7 @@ from asdm.benchmark.results import Benchmark, BenchmarkRow, BenchmarkRun
 from asdm.benchmark.run import benchmark_rows
 from asdm.benchmark.techniques import preset_students, with_denoiser, with_dpm_solver
 from asdm.benchmark.timing import Progress
+from asdm.choices import IMAGE_TO_IMAGE_SAMPLES, IMAGE_TO_IMAGE_STRENGTH
 from asdm.diffusion.generation import is_few_step
 from asdm.diffusion.kinds import is_random
 from asdm.evaluation.image_folders import folder_name
@@ -61,6 +62,8 @@ def benchmark_model(
     data: str | Path | None,
     limits: dict[str, dict[str, float]],
     samples: int = 64,
+    image_to_image: int = IMAGE_TO_IMAGE_SAMPLES,
+    strength: float = IMAGE_TO_IMAGE_STRENGTH,
     steps: int = 25,
     rounds: int = 5,
     only: Collection[str] = (),
@@ -74,6 +77,7 @@ def benchmark_model(
         students: the model's students by name; few-step ones sample as they were made to. A model with random weights
             is measured with the presets' students too.
         data: prompts and real images; None for speed only, as for random weights.
+        image_to_image, strength: as for `evaluate`.
         limits: the machine's best throughput (`machine_limits`).
         only: parts of the methods' names; none of them for all methods. The original is always measured.
     """
@@ -86,6 +90,8 @@ def benchmark_model(
         place=model,
         data=data,
         samples=samples,
+        image_to_image=image_to_image,
+        strength=strength,
         rounds=rounds,
         seed=seed,
         limits=limits,
@@ -94,7 +100,14 @@ def benchmark_model(
     )
     meter.mark()
     others = meter.other_cores()
-    run = BenchmarkRun.now(device=pipeline.device, rounds=rounds, seed=seed, limits=limits, other_cores=others)
+    run = BenchmarkRun.now(
+        device=pipeline.device,
+        rounds=rounds,
+        seed=seed,
+        limits=limits,
+        other_cores=others,
+        strength=strength if any(row.image_to_image for row in rows) else None,
+    )
     return MeasuredModel(model, run, rows, busy_line(others, meter.contention()))
 
 

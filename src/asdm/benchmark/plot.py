@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib import pyplot as plt
@@ -24,8 +24,10 @@ COLOURS = {
 _PANELS = {  # quality metric -> label of its axis
     "teacher_distance": "distance to the original's images (1 - cosine), lower is better",
     "concept_top5": "concept among the five nearest, higher is better",
+    "image_to_image.exact_pair": "image-to-image: the nearest real image is the target, higher is better",
+    "image_to_image.seed_part": "image-to-image: distance to the original's, in that of two seeds, lower is better",
 }
-_LOWER_IS_BETTER = ("teacher_distance", "kid")
+_LOWER_IS_BETTER = ("teacher_distance", "kid", "image_to_image.seed_part")
 _LABELS_OF_A_GROUP = 3
 
 
@@ -169,7 +171,7 @@ def _overlap(box: Bbox, other: Bbox) -> float:
 
 def _judged_rows(rows: Sequence[BenchmarkRow], split: str, quality: str) -> list[BenchmarkRow]:
     """Return the rows whose quality and speed are known."""
-    return [row for row in rows if row.ratio is not None and row.ratio.is_known and split in getattr(row, quality)]
+    return [row for row in rows if row.ratio is not None and row.ratio.is_known and split in _by_split(row, quality)]
 
 
 def _speedup(row: BenchmarkRow) -> float:
@@ -177,4 +179,11 @@ def _speedup(row: BenchmarkRow) -> float:
 
 
 def _value(row: BenchmarkRow, split: str, quality: str) -> float:
-    return getattr(row, quality)[split]
+    return _by_split(row, quality)[split]
+
+
+def _by_split(row: BenchmarkRow, quality: str) -> Mapping[str, float]:
+    """Return a row's values of a metric by split. Image-to-image has its own metrics."""
+    kind, _, metric = quality.rpartition(".")
+    found: Mapping[str, float] = row.image_to_image.get(metric, {}) if kind else getattr(row, quality)
+    return found

@@ -54,9 +54,14 @@ class BenchmarkRow(Record):
     images: int = 0
     teacher_distance: dict[str, float] = {}
     kid: dict[str, float] = {}
+    exact_pair: dict[str, float] = {}
     concept_top1: dict[str, float] = {}
     concept_top5: dict[str, float] = {}
     style: dict[str, float] = {}
+    image_to_image: dict[str, dict[str, float]] = Field(
+        default={}, description="by metric and split, as in `ImageToImageMetrics`; empty where there is none"
+    )
+    image_to_image_error: str | None = Field(default=None, description="why the method has no image-to-image")
     error: str | None = None
 
     @model_validator(mode="before")
@@ -91,6 +96,7 @@ class BenchmarkRun(Record):
     seed: int
     limits: dict[str, dict[str, float]] = Field(description="of the machine in GFLOP/s, as `machine_limits` measures")
     other_cores: float | None = Field(default=None, description="how many cores other processes used meanwhile")
+    strength: float | None = Field(default=None, description="of image-to-image; None where there is none")
 
     @classmethod
     def now(
@@ -101,6 +107,7 @@ class BenchmarkRun(Record):
         seed: int,
         limits: dict[str, dict[str, float]],
         other_cores: float | None = None,
+        strength: float | None = None,
     ) -> BenchmarkRun:
         """Describe a run on this machine today."""
         return cls(
@@ -112,6 +119,7 @@ class BenchmarkRun(Record):
             seed=seed,
             limits=limits,
             other_cores=other_cores,
+            strength=strength,
         )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,22 @@ from torch import Tensor
 from asdm.benchmark.method import Method, data_dependent
 from asdm.benchmark.results import BenchmarkRow, fault
 from asdm.benchmark.timing import MethodTimer, Progress
+from asdm.choices import IMAGE_TO_IMAGE_STRENGTH
+from asdm.diffusion.conditioning import image_size
 from asdm.diffusion.generation import generate
-from asdm.evaluation.image_folders import folder_names, save_images
+from asdm.evaluation.image_folders import IMAGE_TO_IMAGE, folder_names, save_images
 from asdm.evaluation.image_timing import ImageTiming
+from asdm.evaluation.image_to_image import OTHER_SEED, ImageToImageJudge
 from asdm.evaluation.metrics import Judge, feature_distance
 from asdm.evaluation.real_images import RealImages
 from asdm.evaluation.sampling import EvaluationSet, evaluation_sets
-from asdm.families import denoiser_call, denoiser_of
+from asdm.evaluation.starting_images import ImageToImageSet, image_to_image_sets
+from asdm.families import denoiser_call, denoiser_of, family_of
 from asdm.measure.latency import seconds_of
 
 LONGEST_TIMED_IMAGE = 10.0  # seconds; where an image takes longer, its parts are timed
-QUALITIES = ("teacher_distance", "kid", "concept_top1", "concept_top5", "style")
+FROM_TEXT_ALONE = "the method changes the loop of text-to-image alone"
+QUALITIES = ("teacher_distance", "kid", "exact_pair", "concept_top1", "concept_top5", "style")
 
 
 @torch.no_grad()
@@ -38,6 +44,8 @@ def benchmark_rows(
     place: str,
     data: str | Path | None,
     samples: int = 64,
+    image_to_image: int = 0,
+    strength: float = IMAGE_TO_IMAGE_STRENGTH,
     rounds: int = 5,
     seed: int = 0,
     limits: dict[str, dict[str, float]] | None = None,
@@ -50,6 +58,8 @@ def benchmark_rows(
     Args:
         data: prompts and real images, as for `evaluate`; None for speed alone.
         samples: images of each split.
+        image_to_image: images of each split that start from an image; none where the model cannot do that.
+        strength: of image-to-image.
         longest: the most seconds that a timed image may take. Where it would take longer, its parts are timed, and
             methods whose full steps depend on the prompt are left out.
     """
@@ -61,7 +71,12 @@ def benchmark_rows(
     timing = timer.run(rounds)
     quality: dict[str, dict[str, Any]] = {}
     if data is not None:
-        quality = _QualityRun.of(pipeline, data, samples, seed, images_folder).run(methods, faults, progress)
+        judge, sets = Judge(pipeline.device), evaluation_sets(data, None, samples, seed)
+        count = min(samples, image_to_image) if family_of(pipeline).has_image_to_image else 0
+        starts = image_to_image_sets(data, sets, count, seed)
+        real = RealImages.of(data, [*sets, *starts], judge, pipeline, None)
+        run = _QualityRun(pipeline, sets, starts, strength, seed, images_folder, judge, real)
+        quality = run.run(methods, faults, progress)
     rows = []
     for method in methods:
         found: dict[str, Any] = {"error": faults.get(method.name)}
@@ -98,18 +113,17 @@ class _QualityRun:
 
     pipeline: DiffusionPipeline
     sets: list[EvaluationSet]
+    starts: list[ImageToImageSet]
+    strength: float
     seed: int
     images_folder: Path | None
     judge: Judge
     real: RealImages | None
     originals: dict[str, Tensor] = field(default_factory=dict)
 
-    @classmethod
-    def of(
-        cls, pipeline: DiffusionPipeline, data: str | Path, samples: int, seed: int, images_folder: Path | None
-    ) -> _QualityRun:
-        judge, sets = Judge(pipeline.device), evaluation_sets(data, None, samples, seed)
-        return cls(pipeline, sets, seed, images_folder, judge, RealImages.of(data, sets, judge, pipeline, None))
+    @cached_property
+    def _from_images(self) -> ImageToImageJudge:
+        return ImageToImageJudge(self.judge, self.real)
 
     def run(
         self, methods: Sequence[Method], faults: dict[str, str], progress: Progress | None
@@ -126,7 +140,20 @@ class _QualityRun:
                 found[method.name] = self._judged(method, folders[method.name], is_original=method is methods[0])
             except Exception as error:
                 faults[method.name] = fault(error)
+                continue
+            found[method.name] |= self._image_to_image(method, folders[method.name], is_original=method is methods[0])
         return found
+
+    def _image_to_image(self, method: Method, folder: str, is_original: bool) -> dict[str, Any]:
+        """Return the fields of a `BenchmarkRow` about image-to-image. A failure of it is no failure of the method."""
+        if not self.starts:
+            return {}
+        if not method.image_to_image:
+            return {"image_to_image_error": FROM_TEXT_ALONE}
+        try:
+            return {"image_to_image": self._judged_from_images(method, folder, is_original)}
+        except Exception as error:
+            return {"image_to_image_error": fault(error)}
 
     def _judged(self, method: Method, folder: str, is_original: bool) -> dict[str, Any]:
         found: dict[str, Any] = {"images": 0}
@@ -146,6 +173,22 @@ class _QualityRun:
                     found.setdefault(name, {})[each.split] = metrics[name]
         return found
 
-    def _images(self, method: Method, each: EvaluationSet) -> Tensor:
+    def _judged_from_images(self, method: Method, folder: str, is_original: bool) -> dict[str, dict[str, float]]:
+        found: dict[str, dict[str, float]] = {}
+        for each in self.starts:
+            images = self._images(method, each)
+            if self.images_folder is not None:
+                save_images(images, self.images_folder / IMAGE_TO_IMAGE / each.split / folder)
+            features = self.judge.features(images)
+            if is_original:
+                self._from_images.add_teacher(features, each, partial(self._images, method, each, OTHER_SEED))
+            for name, value in self._from_images.metrics(features, each).items():
+                found.setdefault(name, {})[each.split] = value
+        return found
+
+    def _images(self, method: Method, each: EvaluationSet | ImageToImageSet, added_to_seed: int = 0) -> Tensor:
+        arguments: dict[str, Any] = {"steps": method.steps, "cfg_cutoff": method.cfg_cutoff}
+        if isinstance(each, ImageToImageSet):
+            arguments |= {"image": each.images(image_size(self.pipeline)), "strength": self.strength}
         with method.prepared(self.pipeline) as ready:
-            return generate(ready, each.prompts, steps=method.steps, cfg_cutoff=method.cfg_cutoff, seed=self.seed)
+            return generate(ready, each.prompts, **arguments, seed=self.seed + added_to_seed)

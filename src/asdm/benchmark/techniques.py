@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from asdm.benchmark.method import Maker, Prepared, fresh, memoized
 from asdm.caching.calibration import Observations, observe_sampling
 from asdm.caching.features import cache_features
+from asdm.compensation.folding import fold_projections
 from asdm.diffusion.conditioning import latent_shape
 from asdm.diffusion.generation import generate
 from asdm.distillation.consistency import lcm_scheduler
@@ -59,8 +60,14 @@ def with_denoiser(denoiser: Denoiser) -> Maker:
 
 
 def pruned(plan: PruningPlan) -> Maker:
-    """Give a pipeline a plan's student."""
-    return lambda pipeline: with_unet(pipeline, build_student(denoiser_of(pipeline), plan))
+    """Give a pipeline a plan's student, its projections folded."""
+
+    def with_student(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+        student = build_student(denoiser_of(pipeline), plan)
+        fold_projections(student)
+        return with_unet(pipeline, student)
+
+    return with_student
 
 
 def preset_students(pipeline: DiffusionPipeline) -> dict[str, Maker]:

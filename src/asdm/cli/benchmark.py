@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from asdm.choices import IMAGE_TO_IMAGE_SAMPLES, IMAGE_TO_IMAGE_STRENGTH
 from asdm.cli import loading
 from asdm.cli.options import (
     DATA,
@@ -16,8 +17,10 @@ from asdm.cli.options import (
     ConfigOption,
     DeviceOption,
     DtypeOption,
+    ImageToImageOption,
     PredictionTypeOption,
     SeedOption,
+    StrengthOption,
 )
 from asdm.cli.output import console, say, warn_if_busy, warn_of_skipped
 from asdm.cli.progress import reporting
@@ -41,6 +44,8 @@ def benchmark(
         typer.Option("--data", help=f"{DATA} Without it, speed only.", callback=NAME, show_default=False),
     ] = None,
     samples: Annotated[int, typer.Option(help="Images per split.", min=2, max=10**6)] = 64,
+    image_to_image: ImageToImageOption = IMAGE_TO_IMAGE_SAMPLES,
+    strength: StrengthOption = None,
     steps: Annotated[int, typer.Option(help="Sampling steps.", min=4, max=10_000)] = 25,
     rounds: Annotated[int, typer.Option(help="Timed images of each method.", min=1, max=10_000)] = 5,
     only: Annotated[
@@ -86,6 +91,8 @@ def benchmark(
                 data=_data_of(model, data),
                 limits=limits,
                 samples=samples,
+                image_to_image=image_to_image,
+                strength=strength or IMAGE_TO_IMAGE_STRENGTH,
                 steps=steps,
                 rounds=rounds,
                 only=only or (),

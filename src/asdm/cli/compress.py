@@ -8,11 +8,13 @@ from typing import Annotated, Any
 import typer
 
 import asdm
+from asdm.choices import IMAGE_TO_IMAGE_SAMPLES
 from asdm.cli.options import (
     CompensateOption,
     ConfigOption,
     DataOption,
     DeviceOption,
+    ImageToImageOption,
     MacsOption,
     ModelArgument,
     ParamsOption,
@@ -23,6 +25,7 @@ from asdm.cli.options import (
     SeedOption,
     SensitivityOption,
     SpeedupOption,
+    StrengthOption,
     training_steps,
 )
 from asdm.cli.output import print_evaluation, print_skipped, say, warn_if_busy
@@ -45,6 +48,8 @@ def compress(
     ] = None,
     recipe: RecipeOption = "joint",
     samples: Annotated[int, typer.Option(help="Images per split in the evaluation.", min=0, max=10**6)] = 128,
+    image_to_image: ImageToImageOption = IMAGE_TO_IMAGE_SAMPLES,
+    strength: StrengthOption = None,
     sampling_steps: Annotated[int, typer.Option(help="Sampling steps in the evaluation.", min=1, max=10_000)] = 25,
     prediction_type: PredictionTypeOption = None,
     config: ConfigOption = None,
@@ -68,6 +73,8 @@ def compress(
         steps=training_steps(steps, recipe),
         recipe=recipe,
         samples=samples,
+        image_to_image=image_to_image,
+        strength=strength,
         sampling_steps=sampling_steps,
         prediction_type=prediction_type,
         config=config,

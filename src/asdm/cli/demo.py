@@ -9,8 +9,8 @@ import typer
 
 from asdm.cli.compress import compress_and_print
 
-QUICK = {"steps": 320, "samples": 64}
-FULL = {"steps": 1500, "samples": 128}
+QUICK = {"steps": 320, "samples": 48, "image_to_image": 16}
+FULL = {"steps": 1500, "samples": 128, "image_to_image": 64}
 
 
 def demo(
@@ -18,6 +18,19 @@ def demo(
     full: Annotated[
         bool, typer.Option("--full", help="Distil 1,500 steps; evaluate 128 seen and all 102 held-out prompts.")
     ] = False,
+    image_to_image: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Images per split that start from an image, by default {QUICK['image_to_image']}, with --full "
+            f"{FULL['image_to_image']}; 0 leaves image-to-image out.",
+            min=0,
+            max=10**6,
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Compress the embedded Stable Diffusion pipeline by 1.5x, and report speed and quality."""
-    compress_and_print("demo", out, speedup=1.5, refine=4, data="demo", **(FULL if full else QUICK))
+    settings = dict(FULL if full else QUICK)
+    if image_to_image is not None:
+        settings["image_to_image"] = image_to_image
+    compress_and_print("demo", out, speedup=1.5, refine=4, data="demo", **settings)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 import asdm
+from asdm.choices import IMAGE_TO_IMAGE_SAMPLES
 from asdm.cli import loading
 from asdm.cli.options import (
     GUIDANCE,
@@ -17,9 +18,11 @@ from asdm.cli.options import (
     DataOption,
     DeviceOption,
     DtypeOption,
+    ImageToImageOption,
     PredictionTypeOption,
     ResultsFile,
     SeedOption,
+    StrengthOption,
 )
 from asdm.cli.output import print_evaluation, say, warn_if_busy, warn_of_skipped
 from asdm.cli.progress import reporting
@@ -31,6 +34,8 @@ def evaluate(
     ],
     data: DataOption = None,
     samples: Annotated[int, typer.Option(help="Images per split; 0 measures speed only.", min=0, max=10**6)] = 128,
+    image_to_image: ImageToImageOption = IMAGE_TO_IMAGE_SAMPLES,
+    strength: StrengthOption = None,
     steps: Annotated[int, typer.Option(help="Sampling steps, except of few-step models.", min=1, max=10_000)] = 25,
     guidance: Annotated[
         float | None, typer.Option(help="Guidance scale.", callback=GUIDANCE, show_default=False)
@@ -60,6 +65,8 @@ def evaluate(
             pipelines,
             data=data,
             samples=samples,
+            image_to_image=image_to_image,
+            strength=strength,
             steps=steps,
             guidance_scale=guidance,
             seed=seed,

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from asdm import checks
-from asdm.choices import CompensationKind, PredictionType, Sensitivity
+from asdm.choices import IMAGE_TO_IMAGE_STRENGTH, CompensationKind, PredictionType, Sensitivity
 from asdm.errors import AsdmError
 
 # The API's errors say the same; importing it for --help would take seconds.
@@ -88,6 +88,26 @@ ConfigOption = Annotated[
         "--config",
         help="The model's configuration, if the checkpoint's is missing or wrong: a pipeline's folder or Hub id, a "
         "scheduler_config.json, or a .yaml of the original code.",
+        show_default=False,
+    ),
+]
+ImageToImageOption = Annotated[
+    int,
+    typer.Option(
+        "--image-to-image",
+        help="Images per split that start from an image, --samples at most; 0 leaves image-to-image out.",
+        min=0,
+        max=10**6,
+    ),
+]
+StrengthOption = Annotated[
+    float | None,
+    typer.Option(
+        "--strength",
+        help=f"How much image-to-image may change in the evaluation, {IMAGE_TO_IMAGE_STRENGTH:g} by default.",
+        min=0.01,
+        max=1.0,
+        callback=POSITIVE,
         show_default=False,
     ),
 ]

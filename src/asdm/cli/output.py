@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from asdm.cli.tables import quality_table, speed_table
+from asdm.cli.tables import image_to_image_table, quality_table, speed_table
 
 if TYPE_CHECKING:
-    from asdm.evaluation.results import Evaluation
+    from asdm.evaluation.results import Evaluation, SpeedMetrics
 
 console = Console()
 errors = Console(stderr=True)
@@ -72,8 +72,39 @@ def print_evaluation(evaluation: Evaluation) -> None:
         return
     console.print(quality_table(evaluation))
     console.print(
-        "Concept (top-1, top-5), style and KID by EfficientNet-Lite0 features; R@1 by the pipeline's own CLIP; "
-        "distance to the first model's images of the same seeds.",
+        "Concept (top-1, top-5), style, both (exact) and KID by EfficientNet-Lite0 features; R@1 by the pipeline's own "
+        "CLIP; distance to the first model's images of the same seeds.",
         style="dim",
         highlight=False,
     )
+    _print_image_to_image(evaluation)
+
+
+def _time_from_an_image(row: SpeedMetrics) -> str | None:
+    """Return a pipeline's latency of image-to-image, with its speed-up; None where it was not timed."""
+    if row.image_to_image is None or row.image_to_image_ratio is None:
+        return None
+    speedup = "" if row.image_to_image_speedup == 1 else f" ({row.image_to_image_ratio.brief()})"
+    return f"{row.name} {row.image_to_image.ms:.0f} ms{speedup}"
+
+
+def _print_image_to_image(evaluation: Evaluation) -> None:
+    """Print the quality of image-to-image, or why there is none."""
+    found = evaluation.image_to_image
+    if found is None:
+        return
+    if found.note is not None:
+        say(f"no image-to-image: {found.note}")
+    if not found.rows:
+        return
+    console.print(image_to_image_table(evaluation))
+    times = ", ".join(filter(None, map(_time_from_an_image, evaluation.speed)))
+    if times:
+        say(f"an image from an image: {times}")
+    explained = (
+        "Exact: the nearest of all real images is the target, another variant of the source's design."
+        if found.has_targets
+        else "Variations of the data's images by their own captions; distance to the first model's results of the same "
+        "seeds, and as a part of that between two seeds."
+    )
+    console.print(explained, style="dim", highlight=False)

@@ -22,6 +22,14 @@ def prune(
     prediction_type: PredictionTypeOption = None,
     config: ConfigOption = None,
     device: DeviceOption = None,
+    fold: Annotated[
+        bool,
+        typer.Option(
+            "--fold/--no-fold",
+            help="Fold the fitted projections into other weights, or keep all as layers of their own, as `asdm "
+            "compress` trains them. `asdm distill` folds them after the training.",
+        ),
+    ] = True,
     seed: SeedOption = 0,
 ) -> None:
     """Build the student of a plan: inherit the teacher's weights, fit the compensations, save the pipeline."""
@@ -45,6 +53,8 @@ def prune(
                 seed=seed,
                 progress=lambda done, total, name: report("compensate", done, total, name),
             )
+    if fold:
+        student = asdm.fold_compensation(student, within_blocks=True)
     asdm.save_pipeline(asdm.with_unet(pipeline, student), out, {"teacher": model})
     say(f"{out}: {family_of(student).label} of {_millions(student):.2f}M parameters, from {_millions(teacher):.2f}M")
     if fit is not None:

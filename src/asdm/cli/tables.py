@@ -11,7 +11,8 @@ from rich.table import Table
 if TYPE_CHECKING:
     from asdm.benchmark.results import BenchmarkRow
     from asdm.distillation.estimate import StageEstimate
-    from asdm.evaluation.results import Evaluation
+    from asdm.evaluation.report import Column
+    from asdm.evaluation.results import Evaluation, ImageToImageMetrics, QualityMetrics
     from asdm.sensitivity.profile import RedundancyMap
 
 
@@ -76,12 +77,27 @@ def speed_table(evaluation: Evaluation) -> Table:
 
 def quality_table(evaluation: Evaluation) -> Table:
     """Return the quality of an evaluation's images, by model and split; columns without a value are left out."""
-    from asdm.evaluation.report import QUALITY_COLUMNS
+    from asdm.evaluation.report import known_columns
 
-    columns = [c for c in QUALITY_COLUMNS if any(getattr(q, c[0]) is not None for q in evaluation.quality)]
     title = f"Quality ({evaluation.steps} steps, guidance {evaluation.guidance_scale:g}, seed {evaluation.seed})"
+    return _judged_table(title, evaluation.quality, known_columns(evaluation.quality))
+
+
+def image_to_image_table(evaluation: Evaluation) -> Table:
+    """Return the quality of an evaluation's image-to-image, by model and split, with what it is to be compared with."""
+    from asdm.evaluation.report import image_to_image_columns
+
+    found = evaluation.image_to_image
+    assert found is not None
+    title = f"Image-to-image (strength {found.strength:g}, otherwise as above)"
+    return _judged_table(title, [*found.rows, *found.references], image_to_image_columns(evaluation))
+
+
+def _judged_table(
+    title: str, rows: Sequence[QualityMetrics] | Sequence[ImageToImageMetrics], columns: Sequence[Column]
+) -> Table:
     table = _table(title, ["model", "prompts"], ["images", *(short for _, _, short, _ in columns)])
-    for judged in evaluation.quality:
+    for judged in rows:
         cells = [
             _or_dash(getattr(judged, key), "{:.1%}" if kind == "percent" else "{:.3f}") for key, _, _, kind in columns
         ]
@@ -91,9 +107,13 @@ def quality_table(evaluation: Evaluation) -> Table:
 
 def benchmark_table(rows: Sequence[BenchmarkRow]) -> Table:
     """One model's rows: seconds and the speed-up with its interval; then the quality where images were judged, else
-    throughput and memory. The file that the benchmark writes has all results."""
+    throughput and memory. Of image-to-image on the last split: exact pairs, or the distance as a part of that between
+    two seeds. The file that the benchmark writes has all results."""
     splits = list(dict.fromkeys(split for row in rows for split in row.teacher_distance))
-    titles = [f"{title}, {split.replace('_', ' ')}" for split in splits for title in ("distance", "top-5")]
+    titles = [f"{title}, {split.replace('_', ' ')}" for split in splits for title in ("dist.", "top-5")]
+    last = splits[-1] if splits else ""
+    from_images = _image_to_image_metric(rows, last)
+    titles += [f"from image, {last.replace('_', ' ')}"] if from_images else []
     measured = ["call ms", "GFLOP/s", "of limit", "weights MB", "peak MB"] if not splits else []
     table = _table(
         rows[0].place + (" (extrapolated from parts)" if rows[0].extrapolated else ""),
@@ -115,8 +135,16 @@ def benchmark_table(rows: Sequence[BenchmarkRow]) -> Table:
             ]
         for split in splits:
             cells += [f"{row.teacher_distance[split]:.4f}", _or_dash(row.concept_top5.get(split), "{:.0%}")]
+        if from_images:
+            cells.append(_or_dash(row.image_to_image.get(from_images, {}).get(last), "{:.0%}"))
         table.add_row(row.name, *cells)
     return _legible(table)
+
+
+def _image_to_image_metric(rows: Sequence[BenchmarkRow], split: str) -> str | None:
+    """Return the metric of image-to-image to show: exact pairs, or else the distance to the original's results."""
+    metrics = ("exact_pair", "seed_part")
+    return next((each for each in metrics if any(split in row.image_to_image.get(each, {}) for row in rows)), None)
 
 
 def _or_dash(value: float | None, form: str) -> str:

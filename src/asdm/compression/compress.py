@@ -6,15 +6,16 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from diffusers import DiffusionPipeline
 
 from asdm import checks
-from asdm.choices import CompensationKind, PredictionType, Sensitivity
+from asdm.choices import IMAGE_TO_IMAGE_SAMPLES, CompensationKind, PredictionType, Sensitivity
 from asdm.compression.settings import KIND, Settings, claim_folder, make_settings
 from asdm.compression.steps import STEPS, Job, Progress
 from asdm.data.sources import require_usable
-from asdm.diffusion.generation import require_steps
+from asdm.diffusion.generation import require_steps, require_strength
 from asdm.distillation.stages import Stage
 from asdm.errors import AsdmError
 from asdm.evaluation.metrics import Judge
@@ -52,6 +53,8 @@ class Compression:
     recipe=checks.path,
     stages=checks.each(checks.a(Stage)),
     samples=checks.whole(0, 10**6),
+    image_to_image=checks.whole(0, 10**6),
+    strength=checks.number(above=0, high=1),
     sampling_steps=checks.STEPS,
     seed=checks.SEED,
     progress=checks.function,
@@ -72,6 +75,8 @@ def compress(
     recipe: str = "joint",
     stages: Sequence[Stage] | None = None,
     samples: int = 128,
+    image_to_image: int = IMAGE_TO_IMAGE_SAMPLES,
+    strength: float | None = None,
     sampling_steps: int = 25,
     prediction_type: PredictionType | None = None,
     config: str | None = None,
@@ -93,8 +98,8 @@ def compress(
         steps: training steps; 0 prunes only, and then needs no data.
         recipe: of the distillation (`asdm.distillation.recipes`): by name, or a YAML file.
         stages: the distillation in detail, instead of `steps` and `recipe`.
-        samples: images per split in the evaluation; 0 measures speed only.
-        sampling_steps: sampling steps in the evaluation.
+        samples, sampling_steps: of the evaluation: images per split, 0 for speed only; and sampling steps.
+        image_to_image, strength: of the evaluation's image-to-image, as for `evaluate`; 0 images leave it out.
         prediction_type, config: what the model is, whatever its checkpoint says, as for `load_pipeline`.
         device: where to work; the CPU by default.
         progress: called with a title, its done and total, and a note.
@@ -104,6 +109,8 @@ def compress(
     """
     out = Path(out)
     _require_one_process()
+    evaluation: dict[str, Any] = {"samples": samples, "image_to_image": image_to_image, "strength": strength}
+    others: dict[str, Any] = {"prediction_type": prediction_type, "config": config, "seed": seed}
     settings = make_settings(
         model,
         {"speedup": speedup, "params": params, "macs": macs, "preset": preset},
@@ -114,11 +121,9 @@ def compress(
         steps=steps,
         recipe=recipe,
         stages=stages,
-        samples=samples,
         sampling_steps=sampling_steps,
-        prediction_type=prediction_type,
-        config=config,
-        seed=seed,
+        **evaluation,
+        **others,
     )
     require_ours(out, KIND)
     if all((out / name).is_file() for name in (REPORT, PLAN, EVALUATION)):
@@ -155,6 +160,8 @@ def _checked_teacher(settings: Settings, device: str | None) -> DiffusionPipelin
     pipeline = load_pipeline(settings.model, device=device, **settings.claims)
     require_params(denoiser_of(pipeline), settings.budget["params"])
     require_steps(pipeline, settings.sampling_steps)
+    if settings.strength is not None:
+        require_strength(settings.strength, settings.sampling_steps)
     if settings.samples > 0 and not settings.is_random:
         Judge()  # whose package may not be installed
     return pipeline

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field
 
-from asdm.choices import CompensationKind, PredictionType, Sensitivity
+from asdm.choices import IMAGE_TO_IMAGE_SAMPLES, CompensationKind, PredictionType, Sensitivity
 from asdm.distillation.recipes import RECIPES, read_stages
 from asdm.distillation.stages import Stage, parse_stages
 from asdm.errors import AsdmError
@@ -20,6 +20,8 @@ from asdm.planning.refine import ROUNDS
 from asdm.records import Record
 
 KIND = "compression"  # of a folder, in its marker
+# Settings that folders of 0.1.0 do not name, as their runs are continued.
+_NEW_SETTINGS: dict[str, Any] = {"image_to_image": IMAGE_TO_IMAGE_SAMPLES, "strength": None}
 
 
 class Settings(Record):
@@ -35,6 +37,10 @@ class Settings(Record):
     recipe: str | None = Field(description="The recipe's name; None with stages.")
     samples: int = Field(description="Images per split in the evaluation.")
     sampling_steps: int = Field(description="Sampling steps in the evaluation.")
+    image_to_image: int = Field(
+        IMAGE_TO_IMAGE_SAMPLES, description="Images per split of the evaluation that start from an image."
+    )
+    strength: float | None = Field(None, description="Of the evaluation's image-to-image; None for the default.")
     stages: list[Stage] | None = Field(description="The distillation in detail, instead of steps and recipe.")
     seed: int = Field(description="Seed of all random numbers.")
     prediction_type: PredictionType | None = Field(None, description="What the model predicts, if given.")
@@ -130,7 +136,7 @@ def claim_folder(folder: Path, settings: Settings) -> None:
 
 def _present_names(saved: dict[str, Any]) -> dict[str, Any]:
     """Settings that an earlier version saved, by the present names."""
-    saved = renamed(saved, OLD_COMPRESSION_SETTINGS)
+    saved = _NEW_SETTINGS | renamed(saved, OLD_COMPRESSION_SETTINGS)
     try:
         if saved.get("stages") is not None:
             saved["stages"] = [stage.model_dump(mode="json") for stage in parse_stages(saved["stages"])]

@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from asdm.compensation.fitting import CompensationReport, fit_compensation, fitted_tensors
+from asdm.compensation.folding import fold_compensation
 from asdm.compression.settings import Settings
 from asdm.distillation.distill import distill
 from asdm.distillation.recipes import recipe_stages
@@ -26,6 +27,7 @@ from asdm.evaluation.plots import redundancy_plot
 from asdm.evaluation.report import metrics_section, save_figure, write_report
 from asdm.evaluation.results import Evaluation
 from asdm.evaluation.sampling import evaluation_sets
+from asdm.evaluation.starting_images import image_to_image_sets
 from asdm.families import Denoiser, denoiser_of
 from asdm.files import replacing_file, write_text
 from asdm.pipelines.clip import load_clip
@@ -168,20 +170,21 @@ class PlotProfile(Step):
 
 
 class Prune(Step):
-    """Build the student, fitted where the plan compensates: `work/compensation-*`."""
+    """Build the student, fitted where the plan compensates: `work/compensation-*`. Its projections fold after the
+    training, in which they are layers of their own."""
 
     def run(self, job: Job) -> None:
         job.student, job.compensation = pruned_student(job)
-        job.pipelines = {"teacher": job.teacher, "pruned": with_unet(job.teacher, job.student)}
 
 
 class Distil(Step):
-    """Train the student in the recipe's stages: `work/training`, where an interrupted training resumes."""
+    """Train the student in the recipe's stages: `work/training`, where an interrupted training resumes. Fold it."""
 
     def run(self, job: Job) -> None:
         settings, folder = job.settings, job.work / "training"
         stages = _stages(settings, job.student)
         if settings.data is None or not any(stage.steps for stage in stages):
+            job.pipelines = {"teacher": job.teacher, "pruned": _folded(job, job.student)}
             return
         examples = distill(
             job.teacher,
@@ -198,9 +201,10 @@ class Distil(Step):
             for number, stage in enumerate(stages)
         }
         pruned, _ = pruned_student(job)  # the student before the training, for the comparison
-        job.pipelines |= {
-            "pruned": with_unet(job.teacher, pruned),
-            "distilled": with_unet(job.teacher, job.student),
+        job.pipelines = {
+            "teacher": job.teacher,
+            "pruned": _folded(job, pruned),
+            "distilled": _folded(job, job.student),
         }
 
 
@@ -220,6 +224,8 @@ class Evaluate(Step):
             job.pipelines,
             data=settings.data,
             samples=settings.samples,
+            image_to_image=settings.image_to_image,
+            strength=settings.strength,
             steps=settings.sampling_steps,
             seed=settings.seed,
             quality=settings.samples > 0 and not settings.is_random,
@@ -238,6 +244,9 @@ class WriteReport(Step):
         card = model_card(job.result, job.out.name, settings.model, metrics_section(evaluation))
         write_text(job.out / "README.md", card)
         sets = evaluation_sets(settings.data, None, settings.samples, settings.seed) if evaluation.quality else []
+        from_images = evaluation.image_to_image
+        count = min(settings.image_to_image, settings.samples) if from_images is not None and from_images.rows else 0
+        starts = image_to_image_sets(settings.data, sets, count, settings.seed)
         job.headline = write_report(
             job.out / "report.html",
             evaluation=evaluation,
@@ -246,6 +255,7 @@ class WriteReport(Step):
             compensation=job.compensation,
             logs=job.logs,
             sets=sets,
+            starts=starts,
             images_folder=job.images,
             target_speedup=settings.budget["speedup"],
             skipped=job.skipped,
@@ -266,6 +276,11 @@ def pruned_student(job: Job) -> tuple[Denoiser, CompensationReport | None]:
         _fit(job, student, tensors, metrics)
     student.load_state_dict(load_file(tensors), strict=False)
     return student, CompensationReport.model_validate_json(metrics.read_text("utf-8"))
+
+
+def _folded(job: Job, student: Denoiser) -> DiffusionPipeline:
+    """Return the teacher's pipeline with a student, its projections folded."""
+    return with_unet(job.teacher, fold_compensation(student))
 
 
 def _fit(job: Job, student: Any, tensors: Path, metrics: Path) -> None:

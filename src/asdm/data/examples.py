@@ -23,7 +23,7 @@ PIECE = 1024  # examples of a folder, a dataset or a file of captions that are r
 CAPTION_FIELDS = ("caption", "text", "prompt")
 
 Split = Literal["train", "held_out", "all"]
-_LABELS = ("concept", "style")
+_LABELS = ("concept", "style", "design")
 _FALSE = ("", "0", "false", "no")  # in a table of texts
 
 
@@ -31,7 +31,8 @@ _FALSE = ("", "0", "false", "no")  # in a table of texts
 class Example:
     """A caption, and its image where the source has images: a file, or a file's content.
 
-    `concept` and `style` name what it shows and in which style, where the source says so.
+    `concept` and `style` name what it shows and in which style, where the source says so. `design` is the same for
+    images that show one design in several variants, such as a drawing and its outlines.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Example:
     concept: str | None = None
     style: str | None = None
     held_out: bool = False
+    design: str | None = None
 
     def image(self) -> Image.Image:
         """Open the image.

@@ -50,7 +50,7 @@ def open_data(source: str | Path, split: Split = "train") -> Data:
 
     Rows of `metadata.jsonl` (or of a shard's `.json`, or columns of a dataset) may have `"held_out": true`. They are
     for evaluation, never in "train". They may also have `"concept"` and `"style"`, by which generated images are
-    judged.
+    judged, and `"design"`, equal for the variants of one design: each variant can be asked for from another one.
 
     Raises:
         AsdmError: there is no such source, or none of it can be used.

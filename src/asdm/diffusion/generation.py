@@ -30,7 +30,7 @@ from asdm.images import as_rgb
     guidance_scale=checks.GUIDANCE,
     cfg_cutoff=CFG_CUTOFF,
     seed=checks.whole(0, 2**63 - 1),
-    image=checks.a(Image.Image),
+    image=checks.any_of(checks.each(checks.a(Image.Image), 1), checks.a(Image.Image)),
     mask=checks.a(Image.Image),
     strength=checks.number(above=0, high=1),
     batch_size=checks.whole(),
@@ -45,7 +45,7 @@ def generate(
     guidance_scale: float | None = None,
     cfg_cutoff: float = 1.0,
     seed: int = 0,
-    image: Image.Image | None = None,
+    image: Image.Image | Sequence[Image.Image] | None = None,
     mask: Image.Image | None = None,
     strength: float = 0.6,
     size: int | None = None,
@@ -56,6 +56,7 @@ def generate(
     inpainting.
 
     Args:
+        image: where to start from: one image for all prompts, or one for each prompt, all of one size.
         mask: of the size of `image`, white where it is replaced. A denoiser made for inpainting reads it; with any
             other, the rest of the image is restored after each step.
         steps: the pipeline's recommended ones by default (`default_steps`), at most `most_steps`.
@@ -69,7 +70,8 @@ def generate(
     Raises:
         AsdmError: an argument is out of range: `steps` more than the scheduler has, `strength` so small that no step
             would be taken, a size that the pipeline cannot generate, or that `image` decides; a mask without an image,
-            or of another size; or the images are no numbers (NaN).
+            or of another size; not as many images as prompts; an image for a pipeline without image-to-image; or the
+            generated images are no numbers (NaN).
     """
     if mask is not None and image is None:
         raise AsdmError("a mask says what of an image is replaced; give the image too")
@@ -77,11 +79,11 @@ def generate(
         raise AsdmError(f"size={size}: image-to-image generates at the image's own size; scale the image instead")
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if image is not None:
-        _require_image(image, mask)
+        _require_images(image, mask, len(prompts))
     steps = default_steps(pipeline) if steps is None else steps
     require_steps(pipeline, steps)
     if image is not None:
-        _require_strength(strength, steps)
+        require_strength(strength, steps)
     if size is not None:
         require_size(pipeline, size)
     guidance = default_guidance(pipeline) if guidance_scale is None else guidance_scale
@@ -93,7 +95,7 @@ def generate(
     images = []
     for start in range(0, len(prompts), batch_size):
         batch = list(prompts[start : start + batch_size])
-        pixels = _generate_batch(target, batch, seed + start, arguments)
+        pixels = _generate_batch(target, batch, seed + start, _of_batch(arguments, start, len(batch)))
         if not is_random(pipeline):
             _require_finite(pixels, pipeline, guidance)
         images.append(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() * 2 - 1)
@@ -103,7 +105,11 @@ def generate(
 
 
 def _target(
-    pipeline: DiffusionPipeline, image: Image.Image | None, mask: Image.Image | None, strength: float, size: int | None
+    pipeline: DiffusionPipeline,
+    image: Image.Image | Sequence[Image.Image] | None,
+    mask: Image.Image | None,
+    strength: float,
+    size: int | None,
 ) -> tuple[DiffusionPipeline, dict[str, Any]]:
     """Return the pipeline that reads these inputs, and the arguments that hold them."""
     arguments = pipeline_arguments(pipeline, size)
@@ -112,10 +118,26 @@ def _target(
     if image is None:
         return pipeline, arguments
     target = pipeline if is_inpainting(pipeline) else image_to_image(pipeline, with_mask=mask is not None)
-    arguments |= {"image": image if image.mode == "RGB" else as_rgb(image), "strength": strength}
+    arguments |= {"image": _in_rgb(image), "strength": strength}
     if mask is not None:
         arguments |= {"mask_image": mask}
     return target, arguments
+
+
+def _in_rgb(image: Image.Image | Sequence[Image.Image]) -> Image.Image | list[Image.Image]:
+    if isinstance(image, Image.Image):
+        return image if image.mode == "RGB" else as_rgb(image)
+    return [each if each.mode == "RGB" else as_rgb(each) for each in image]
+
+
+def _of_batch(arguments: dict[str, Any], start: int, count: int) -> dict[str, Any]:
+    """Return the arguments of a batch: of images, its own, or the one that all prompts have."""
+    return {
+        name: (value[start : start + count] if isinstance(value, list) else [value] * count)
+        if "image" in name
+        else value
+        for name, value in arguments.items()
+    }
 
 
 def _generate_batch(
@@ -123,9 +145,8 @@ def _generate_batch(
 ) -> np.ndarray:
     """Return images (prompts, height, width, 3) in [0, 1], the n-th from the noise of seed + n."""
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-    given = {name: [value] * len(prompts) if "image" in name else value for name, value in arguments.items()}
     with _faults_in_one_line(pipeline):
-        result = pipeline(prompts, generator=generators, **given)
+        result = pipeline(prompts, generator=generators, **arguments)
     blacked_out = sum(getattr(result, "nsfw_content_detected", None) or [])
     if blacked_out:
         warnings.warn(f"the safety checker blacked out {blacked_out} of {len(prompts)} images", stacklevel=4)
@@ -143,16 +164,26 @@ def _faults_in_one_line(pipeline: DiffusionPipeline) -> Iterator[None]:
         raise AsdmError(f"{type(pipeline).__name__} refuses this: {one_line(error, 300)}") from error
 
 
-def _require_image(image: Image.Image, mask: Image.Image | None) -> None:
-    if mask is not None and mask.size != image.size:
-        raise AsdmError(f"the mask has {mask.size} pixels, the image {image.size}; give both in one size")
-    if min(image.size) < PIPELINES_MULTIPLE or max(image.size) > LARGEST_IMAGE:
+def _require_images(image: Image.Image | Sequence[Image.Image], mask: Image.Image | None, prompts: int) -> None:
+    images = [image] if isinstance(image, Image.Image) else image
+    if not isinstance(image, Image.Image) and len(images) != prompts:
+        raise AsdmError(f"{len(images)} images for {prompts} prompts: give one for each, or one for all")
+    if len({each.size for each in images}) > 1:
+        raise AsdmError("the images have different sizes; scale them to one")
+    size = images[0].size
+    if mask is not None and mask.size != size:
+        raise AsdmError(f"the mask has {mask.size} pixels, the image {size}; give both in one size")
+    if min(size) < PIPELINES_MULTIPLE or max(size) > LARGEST_IMAGE:
         raise AsdmError(
-            f"an image of {image.size} pixels: its sides must be from {PIPELINES_MULTIPLE} to {LARGEST_IMAGE}; scale it"
+            f"an image of {size} pixels: its sides must be from {PIPELINES_MULTIPLE} to {LARGEST_IMAGE}; scale it"
         )
 
 
-def _require_strength(strength: float, steps: int) -> None:
+def require_strength(strength: float, steps: int) -> None:
+    """
+    Raises:
+        AsdmError: image-to-image of this strength would take none of so many steps.
+    """
     if int(steps * strength) < 1:
         raise AsdmError(
             f"strength={strength:g}: must leave at least one of the {steps} steps; "

@@ -14,7 +14,8 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 
-from asdm.families import denoiser_of
+from asdm.errors import AsdmError
+from asdm.families import denoiser_of, family_of
 
 RANDOM = "random:"  # how names of pipelines with random weights begin
 
@@ -38,7 +39,11 @@ def image_to_image(pipeline: DiffusionPipeline, with_mask: bool = False) -> Diff
     """Return the pipeline for image-to-image, or for inpainting, that shares this pipeline's parts.
 
     `from_pipe` does not serve: it leaves out a component whose class is a subclass of the one expected.
+
+    Raises:
+        AsdmError: diffusers has none for this architecture.
     """
+    require_image_to_image(pipeline)
     if with_mask:
         kind = StableDiffusionXLInpaintPipeline if is_sdxl(pipeline) else StableDiffusionInpaintPipeline
     else:
@@ -46,6 +51,17 @@ def image_to_image(pipeline: DiffusionPipeline, with_mask: bool = False) -> Diff
     other = kind(**pipeline.components, **extra_arguments(pipeline))
     other.set_progress_bar_config(disable=True)
     return other
+
+
+def require_image_to_image(pipeline: DiffusionPipeline) -> None:
+    """
+    Raises:
+        AsdmError: diffusers has no image-to-image for the pipeline's architecture.
+    """
+    if not family_of(pipeline).has_image_to_image:
+        raise AsdmError(
+            f"{type(pipeline).__name__}: diffusers has no image-to-image for this architecture; start from text alone"
+        )
 
 
 def text_to_image(pipeline: DiffusionPipeline) -> DiffusionPipeline:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 
+from asdm.compensation.folding import fold_compensation
 from asdm.distillation.consistency import lcm_scheduler
 from asdm.distillation.distill import distill
 from asdm.distillation.stages import Stage
 from asdm.distillation.training_set import TrainingSet
-from asdm.families import denoiser_of
+from asdm.families import component_of, denoiser_of
 from asdm.training.loop import Progress
 
 
@@ -25,8 +26,11 @@ def distill_pipeline(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> TrainingSet:
-    """Train the student's denoiser in place (`distill`); after a consistency stage it samples by `lcm_scheduler`."""
-    examples = distill(teacher, denoiser_of(student), data, folder, stages=stages, seed=seed, progress=progress)
+    """Train the student's denoiser in place (`distill`) and fold its compensations (`fold_compensation`); after a
+    consistency stage it samples by `lcm_scheduler`."""
+    denoiser = denoiser_of(student)
+    examples = distill(teacher, denoiser, data, folder, stages=stages, seed=seed, progress=progress)
+    student.register_modules(**{component_of(student): fold_compensation(denoiser)})
     last = stages[-1]
     if last.scope == "consistency":
         student.scheduler = lcm_scheduler(teacher.scheduler.config, last.consistency.solver_steps)

@@ -29,7 +29,8 @@ class Remove(UnitEdit):
     `compensate` puts a projection of the unit's input in the branch's place, fitted to what the teacher computes there
     (`asdm.fit_compensation`; beyond the paper): a constant for each channel, a scale and a constant for each
     channel, or a linear projection of all channels (a 1x1 convolution). Where the unit has a 1x1 shortcut the fit
-    folds into it and costs nothing. `compensate_time` adds a term linear in the time embedding, in resnets.
+    folds into it and costs nothing; `asdm.fold_compensation` folds others. `compensate_time` adds a term linear in the
+    time embedding, in resnets.
     """
 
     edit = "remove"

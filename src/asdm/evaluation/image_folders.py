@@ -9,6 +9,8 @@ from torch import Tensor
 
 from asdm.images import to_images
 
+IMAGE_TO_IMAGE = "image-to-image"  # the folder of images that start from images
+
 
 def distinct_names(places: Sequence[str], *, shortest: bool = False) -> list[str]:
     """Name each model by its path, no name twice; a repeated path gets a number.

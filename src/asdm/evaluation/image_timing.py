@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -35,7 +35,8 @@ def one_kind(_step: int) -> str:
 class ImageJob:
     """How a pipeline generates one image.
 
-    `generate` may take fewer denoiser calls than the `calls` that an image needs. `kinds` names the part that the
+    `generate` may take fewer denoiser calls than the `calls` that an image needs. `encode` encodes an image by the VAE,
+    which is timed beside the images where they are also to start from images. `kinds` names the part that the
     denoiser call of each step belongs to. Where the calls are `data_dependent`, all but the first are timed as a whole,
     with the scheduler between them.
     """
@@ -45,6 +46,7 @@ class ImageJob:
     calls: int
     kinds: Callable[[int], str] = one_kind
     data_dependent: bool = False
+    encode: Callable[[], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,24 @@ class ImageTiming:
             max(ratio("high_ms", "low_ms", common, "high") for common in commons),
         )
 
+    def from_images(self, calls: Mapping[str, int], encoders: Mapping[str, str]) -> ImageTiming:
+        """Return the timing of images that start from an image.
+
+        Args:
+            calls: of the denoiser, all of one kind, by the pipeline's name.
+            encoders: the key in `timing` of the VAE's encoder, by the pipeline's name.
+        """
+        counts = {name: {one_kind(0): count, "scheduler": count - 1} for name, count in calls.items()}
+        parts = {
+            name: {
+                "text encoder": own["text encoder"],
+                "VAE encoder": (encoders[name], 1),
+                **{part: (key, counts[name].get(part, count)) for part, (key, count) in own.items()},
+            }
+            for name, own in self.parts.items()
+        }
+        return replace(self, parts=parts)
+
     def precision(self) -> float:
         """Return half of the widest interval of the ratios to the first pipeline, relative to its value."""
         first, *others = self.parts
@@ -142,8 +162,13 @@ def time_images(
 
     shared = {id(module) for job in jobs.values() for module in job.pipeline.components.values()}
     while more.another_round(lambda: timed().precision()):
+        encoders = {}
         for name, job in jobs.items():
             parts[name] = time_image(watch, name, job, shared)
+            if job.encode is not None:
+                encoders[encoder_key(job.pipeline)] = job.encode
+        for key, encode in encoders.items():
+            watch.time(key, encode)
         images += 1
     return timed()
 
@@ -175,6 +200,11 @@ def time_image(watch: Stopwatch, name: str, job: ImageJob, shared: Collection[in
 def decoder_key(name: str, pipeline: DiffusionPipeline, shared: Collection[int]) -> str:
     """Return the timing key of a pipeline's decoder, which pipelines with the same decoder share."""
     return f"decoder {id(pipeline.vae)}" if id(pipeline.vae) in shared else f"{name}: decoder"
+
+
+def encoder_key(pipeline: DiffusionPipeline) -> str:
+    """Return the timing key of a pipeline's VAE encoder, which pipelines with the same VAE share."""
+    return f"encoder {id(pipeline.vae)}"
 
 
 def add_calls(

@@ -56,6 +56,7 @@ class Judge:
 class Recognition:
     """How often the real images nearest to a generated one show its caption's concept and style, in [0, 1]."""
 
+    exact_pair: float
     concept_top1: float
     concept_top5: float
     style: float
@@ -75,20 +76,21 @@ def recognition(
         labels, real_labels: (concept, style) of each.
         without: for each image the index of a real one to leave out, such as the image itself.
 
-    Top-1 and style use the nearest real image, top-5 the five nearest.
+    Top-1, style and the exact pair, which is both, use the nearest real image, top-5 the five nearest.
     """
     similarity = cosine_similarity(generated, real)
     if without is not None:
         similarity[torch.arange(len(similarity)), torch.tensor(without)] = -torch.inf
     order = similarity.argsort(dim=1, descending=True)[:, :5].tolist()
-    top1 = top5 = style = 0
+    exact = top1 = top5 = style = 0
     for (concept, wanted_style), nearest in zip(labels, order, strict=True):
         names = [real_labels[index][0] for index in nearest]
+        exact += tuple(real_labels[nearest[0]]) == (concept, wanted_style)
         top1 += names[0] == concept
         top5 += concept in names
         style += real_labels[nearest[0]][1] == wanted_style
     count = len(labels)
-    return Recognition(top1 / count, top5 / count, style / count)
+    return Recognition(exact / count, top1 / count, top5 / count, style / count)
 
 
 def kid(generated: Tensor, real: Tensor, *, subsets: int = 50, seed: int = 0) -> tuple[float, float]:
@@ -108,6 +110,12 @@ def kid(generated: Tensor, real: Tensor, *, subsets: int = 50, seed: int = 0) ->
 def feature_distance(images: Tensor, others: Tensor) -> float:
     """Return the mean 1 - cosine between paired features: 0 for equal images."""
     return float((1 - F.cosine_similarity(images, others)).mean().clamp(min=0))
+
+
+def nearest_of(features: Tensor, others: Tensor) -> list[int]:
+    """Return for each row of `features` the row of `others` that is nearest (cosine)."""
+    nearest: list[int] = cosine_similarity(features, others).argmax(dim=1).tolist()
+    return nearest
 
 
 def retrieval_at_1(image_embeds: Tensor, text_embeds: Tensor, targets: Sequence[int]) -> float:

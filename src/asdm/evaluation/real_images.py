@@ -16,8 +16,9 @@ from transformers import CLIPModel
 from asdm.data.examples import Example, load_pixels
 from asdm.data.sources import open_data
 from asdm.diffusion.conditioning import image_size
-from asdm.evaluation.metrics import Judge, kid, recognition, retrieval_at_1
+from asdm.evaluation.metrics import Judge, feature_distance, kid, nearest_of, recognition, retrieval_at_1
 from asdm.evaluation.sampling import EvaluationSet
+from asdm.evaluation.starting_images import ImageToImageSet
 from asdm.pipelines.clip import clip_statistics
 
 _READ_TOGETHER = 64  # images whose pixels are in memory at once
@@ -30,20 +31,22 @@ class RealImages:
     def of(
         cls,
         data: str | Path,
-        sets: Sequence[EvaluationSet],
+        sets: Sequence[EvaluationSet | ImageToImageSet],
         judge: Judge,
         pipeline: DiffusionPipeline,
         clip: CLIPModel | None,
     ) -> RealImages | None:
         """Read the images of the sets; None where the data has captions alone.
 
-        All other images of the data come before them if metrics look for the nearest one, by label or by caption.
+        All other images of the data come before them if metrics look for the nearest one, by label or by caption, or
+        where image-to-image has targets.
         """
-        compared = [example for each in sets for example in each.examples]
+        compared = list(dict.fromkeys(example for each in sets for example in each.examples))
         if not compared:
             return None
+        has_targets = any(isinstance(each, ImageToImageSet) and each.targets for each in sets)
         others = open_data(data, "all").examples
-        if clip is None and not _are_labelled(others):
+        if not has_targets and clip is None and not _are_labelled(others):
             others = []
         among = set(compared)
         return cls(judge, pipeline, [*(example for example in others if example not in among), *compared], clip)
@@ -68,8 +71,7 @@ class RealImages:
             images: (images, 3, height, width) in [-1, 1].
             features: the judge's of them.
         """
-        row_of = {example: row for row, example in enumerate(self.examples)}
-        rows = [row_of[example] for example in examples]
+        rows = self.rows(examples)
         found: dict[str, Any] = {}
         if len(images) > 1:
             found["kid"], found["kid_deviation"] = kid(features, self.features[rows])
@@ -79,6 +81,29 @@ class RealImages:
         if self.clip is not None:
             found["retrieval_at_1"] = retrieval_at_1(image_embeds(self.clip, images), self.text_embeds, rows)
         return found
+
+    def target_metrics(self, features: Tensor, targets: Sequence[Example]) -> dict[str, Any]:
+        """Return fields of `ImageToImageMetrics` for images of these features, each of which is to be its target."""
+        rows = self.rows(targets)
+        nearest = nearest_of(features, self.features)
+        found = {
+            "exact_pair": _share(nearest, rows),
+            "target_distance": feature_distance(features, self.features[rows]),
+        }
+        if _are_labelled(self.examples):
+            styles = [example.style for example in self.examples]
+            found["style"] = _share([styles[row] for row in nearest], [target.style for target in targets])
+        return found
+
+    def rows(self, examples: Sequence[Example]) -> list[int]:
+        """Return the rows of these examples' images in `features`."""
+        row_of = {example: row for row, example in enumerate(self.examples)}
+        return [row_of[example] for example in examples]
+
+
+def _share(found: Sequence[Any], wanted: Sequence[Any]) -> float:
+    """Return the part of the places at which both have the same."""
+    return sum(one == other for one, other in zip(found, wanted, strict=True)) / len(wanted)
 
 
 def _are_labelled(examples: Sequence[Example]) -> bool:

@@ -15,18 +15,22 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from asdm.compensation.fitting import CompensationReport
-from asdm.evaluation.image_folders import folder_name
+from asdm.data.examples import Example
+from asdm.evaluation.image_folders import IMAGE_TO_IMAGE, folder_name
 from asdm.evaluation.metrics import JUDGE_NAME
 from asdm.evaluation.plots import loss_plot, redundancy_plot
-from asdm.evaluation.results import Evaluation, SpeedMetrics
+from asdm.evaluation.results import Evaluation, ImageToImageMetrics, QualityMetrics, SpeedMetrics
 from asdm.evaluation.sampling import EvaluationSet
+from asdm.evaluation.starting_images import ImageToImageSet
 from asdm.files import replacing_file, write_text
 from asdm.sensitivity.profile import RedundancyMap
 from asdm.student.plan import PruningPlan
 from asdm.version import __version__
 
+Column = tuple[str, str, str, str]
 # Field of QualityMetrics, title in the report, title in a terminal, format.
 QUALITY_COLUMNS = (
+    ("exact_pair", "exact pair", "exact", "percent"),
     ("concept_top1", "concept, top-1", "top-1", "percent"),
     ("concept_top5", "concept, top-5", "top-5", "percent"),
     ("style", "style", "style", "percent"),
@@ -34,11 +38,19 @@ QUALITY_COLUMNS = (
     ("retrieval_at_1", "R@1 (own CLIP)", "R@1", "percent"),
     ("teacher_distance", "distance to teacher's images", "distance", "number"),
 )
+# The same for fields of ImageToImageMetrics.
+IMAGE_TO_IMAGE_COLUMNS = (
+    ("exact_pair", "exact pair", "exact", "percent"),
+    ("style", "style", "style", "percent"),
+    ("target_distance", "distance to target", "to target", "number"),
+    ("teacher_distance", "distance to teacher's images", "to teacher", "number"),
+    ("seed_part", "of the distance between seeds", "of seeds'", "percent"),
+)
 
 
 @dataclass(frozen=True)
 class ImageRow:
-    """A prompt and each model's image of it, as data URIs; the real image first where there is one."""
+    """A prompt and each model's image of it, as data URIs; the real images first where there are some."""
 
     caption: str
     images: list[str]
@@ -53,6 +65,7 @@ def write_report(
     compensation: CompensationReport | None = None,
     logs: Mapping[str, Sequence[Mapping[str, float]]],
     sets: Sequence[EvaluationSet],
+    starts: Sequence[ImageToImageSet] = (),
     images_folder: Path,
     target_speedup: float | None = None,
     rows_per_split: int = 10,
@@ -71,11 +84,14 @@ def write_report(
         plan=plan,
         compensation=compensation,
         names=names,
-        columns=known_columns(evaluation),
+        columns=known_columns(evaluation.quality),
+        image_to_image_columns=image_to_image_columns(evaluation),
         written=_written,
         splits=[s.split for s in sets],
         image_rows={s.split: _image_rows(s, names, images_folder, rows_per_split) for s in sets},
         has_real={s.split: bool(s.examples) for s in sets},
+        starts=starts,
+        starting_rows={s.split: _starting_rows(s, names, images_folder, rows_per_split) for s in starts},
         u_plot=_figure_uri(redundancy_plot(redundancy, plan)),
         loss_plot=_figure_uri(loss_plot(logs)) if logs else None,
         skipped=skipped or {},
@@ -89,13 +105,24 @@ def metrics_section(evaluation: Evaluation) -> str:
     """Return the metrics as Markdown tables, for a model card."""
     environment = jinja2.Environment(loader=jinja2.FunctionLoader(_template), trim_blocks=True, lstrip_blocks=True)
     return environment.get_template("metrics.md.j2").render(
-        evaluation=evaluation, columns=known_columns(evaluation), written=_written
+        evaluation=evaluation,
+        columns=known_columns(evaluation.quality),
+        image_to_image_columns=image_to_image_columns(evaluation),
+        written=_written,
     )
 
 
-def known_columns(evaluation: Evaluation) -> list[tuple[str, str, str, str]]:
-    """Return those of `QUALITY_COLUMNS` that have values."""
-    return [c for c in QUALITY_COLUMNS if any(getattr(row, c[0]) is not None for row in evaluation.quality)]
+def known_columns(
+    rows: Sequence[QualityMetrics] | Sequence[ImageToImageMetrics], columns: Sequence[Column] = QUALITY_COLUMNS
+) -> list[Column]:
+    """Return those of the columns that have values."""
+    return [column for column in columns if any(getattr(row, column[0]) is not None for row in rows)]
+
+
+def image_to_image_columns(evaluation: Evaluation) -> list[Column]:
+    """Return those of `IMAGE_TO_IMAGE_COLUMNS` that have values; none where there are no results."""
+    found = evaluation.image_to_image
+    return [] if found is None else known_columns(found.rows, IMAGE_TO_IMAGE_COLUMNS)
 
 
 def _written(value: float | None, kind: str) -> str:
@@ -154,14 +181,28 @@ def _template(name: str) -> str:
 
 
 def _image_rows(evaluation_set: EvaluationSet, names: list[str], folder: Path, count: int) -> list[ImageRow]:
+    real = [evaluation_set.examples] if evaluation_set.examples else []
+    return _rows(evaluation_set.prompts, real, names, folder / evaluation_set.split, count)
+
+
+def _starting_rows(of: ImageToImageSet, names: list[str], folder: Path, count: int) -> list[ImageRow]:
+    real = [each for each in (of.sources, of.targets) if each]
+    captions = of.prompts
+    if of.targets:
+        captions = [f"{prompt}, from {source.caption}" for prompt, source in zip(of.prompts, of.sources, strict=True)]
+    return _rows(captions, real, names, folder / IMAGE_TO_IMAGE / of.split, count)
+
+
+def _rows(
+    captions: Sequence[str], real: Sequence[Sequence[Example]], names: Sequence[str], folder: Path, count: int
+) -> list[ImageRow]:
+    """Return at most `count` rows, spread over all prompts: the real images, then each model's."""
     rows = []
-    step = max(1, len(evaluation_set.prompts) // count)
-    for index in list(range(0, len(evaluation_set.prompts), step))[:count]:
-        paths = [folder / evaluation_set.split / folder_name(name) / f"{index:04d}.png" for name in names]
-        images: list[Image.Image] = [Image.open(path) for path in paths]
-        if evaluation_set.examples:
-            images.insert(0, evaluation_set.examples[index].image())
-        rows.append(ImageRow(evaluation_set.prompts[index], [_image_uri(image) for image in images]))
+    step = max(1, len(captions) // count)
+    for index in list(range(0, len(captions), step))[:count]:
+        images: list[Image.Image] = [each[index].image() for each in real]
+        images += [Image.open(folder / folder_name(name) / f"{index:04d}.png") for name in names]
+        rows.append(ImageRow(captions[index], [_image_uri(image) for image in images]))
     return rows
 
 

@@ -31,6 +31,11 @@ class SpeedMetrics(Record):
     pipeline_speedup: float
     pipeline_speedup_interval: tuple[float, float] = Field(description="holds the true speed-up")
     pipeline_parts_ms: dict[str, float] = Field(default={}, description="an image's milliseconds by part")
+    image_to_image: Latency | None = Field(default=None, description="of one image that starts from an image")
+    image_to_image_speedup: float | None = None
+    image_to_image_speedup_interval: tuple[float, float] | None = Field(
+        default=None, description="holds the true speed-up"
+    )
     pipeline_extrapolated: bool = Field(description="two steps were timed, as an image takes too long")
     steps: int = Field(description="of one image")
 
@@ -44,6 +49,13 @@ class SpeedMetrics(Record):
         """How many times faster an image is than the teacher's."""
         return Ratio(self.pipeline_speedup, *self.pipeline_speedup_interval)
 
+    @property
+    def image_to_image_ratio(self) -> Ratio | None:
+        """How many times faster an image from an image is than the teacher's; None where it was not timed."""
+        if self.image_to_image_speedup is None or self.image_to_image_speedup_interval is None:
+            return None
+        return Ratio(self.image_to_image_speedup, *self.image_to_image_speedup_interval)
+
 
 class QualityMetrics(Record):
     """The quality of one pipeline's images on one split. A metric is None where the data does not allow it."""
@@ -56,10 +68,57 @@ class QualityMetrics(Record):
     )
     kid: float | None = None
     kid_deviation: float | None = None
+    exact_pair: float | None = Field(
+        default=None, description="how often the nearest real image shows both the concept and the style"
+    )
     concept_top1: float | None = None
     concept_top5: float | None = None
     style: float | None = None
     retrieval_at_1: float | None = None
+
+
+class ImageToImageMetrics(Record):
+    """The quality of one pipeline's image-to-image results on one split. A metric is None where the data does not
+    allow it."""
+
+    name: str
+    split: str
+    images: int
+    exact_pair: float | None = Field(
+        default=None, description="how often the nearest of all real images is the target itself"
+    )
+    style: float | None = Field(default=None, description="how often the nearest real image has the target's style")
+    target_distance: float | None = Field(default=None, description="1 - cosine of the judge's features to the target")
+    teacher_distance: float | None = Field(
+        default=None, description="1 - cosine to the first pipeline's result from the same image and seed"
+    )
+    seed_part: float | None = Field(
+        default=None,
+        description="teacher_distance as a part of the distance between the first pipeline's results of two seeds",
+    )
+
+
+class ImageToImage(Record):
+    """Image-to-image of several pipelines, from the same images with the same seeds, strength and steps.
+
+    Where the data names variants of designs, each result has a target: another variant of what it starts from.
+    `references` say what the numbers mean: the metrics of the sources as they are, and of the targets after the VAE; or
+    the distance between the first pipeline's results of two seeds.
+    """
+
+    strength: float = Field(description="the part of the steps that are taken, from an image with as much noise")
+    note: str | None = Field(default=None, description="why there are no results")
+    rows: list[ImageToImageMetrics] = []
+    references: list[ImageToImageMetrics] = []
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether the results have a right answer."""
+        return any(row.target_distance is not None for row in self.rows)
+
+    def of(self, name: str, split: str) -> ImageToImageMetrics | None:
+        """Return a pipeline's metrics on a split; None where it was not measured."""
+        return next((row for row in self.rows if (row.name, row.split) == (name, split)), None)
 
 
 class Evaluation(Record):
@@ -77,6 +136,7 @@ class Evaluation(Record):
     contention: float = Field(default=0.0, description="the part of this process's cores that they took")
     speed: list[SpeedMetrics]
     quality: list[QualityMetrics]
+    image_to_image: ImageToImage | None = Field(default=None, description="None where it was not requested")
 
     def speed_of(self, name: str) -> SpeedMetrics:
         """Return a pipeline's speed."""

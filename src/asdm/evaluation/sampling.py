@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from diffusers import DiffusionPipeline
 from pydantic import ConfigDict
 
 from asdm.data.calibration import DEFAULT_PROMPTS
-from asdm.data.examples import Example, can_be_decoded
+from asdm.data.examples import Example, Split, can_be_decoded
 from asdm.data.sources import open_data
 from asdm.diffusion.generation import default_guidance, default_steps, is_few_step
 from asdm.records import Record
 
-_SPLITS: dict[Literal["train", "held_out"], str] = {"train": "seen", "held_out": "held_out"}
+SPLITS: dict[Split, str] = {"train": "seen", "held_out": "held_out"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def evaluation_sets(
         chosen = list(prompts or DEFAULT_PROMPTS)[:samples]
         return [EvaluationSet(split="prompts", prompts=chosen, examples=[])]
     sets = []
-    for split, name in _SPLITS.items():
+    for split, name in SPLITS.items():
         examples = open_data(data, split).examples
         random.Random(seed).shuffle(examples)
         if examples and examples[0].file is None:  # captions alone

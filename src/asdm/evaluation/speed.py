@@ -6,11 +6,15 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
+from torch import Tensor
 
+from asdm.diffusion.conditioning import encode_images, image_size
 from asdm.diffusion.generation import generate
-from asdm.evaluation.image_timing import IMAGES, ImageJob, ImageTiming, time_images
+from asdm.evaluation.image_timing import IMAGES, ImageJob, ImageTiming, encoder_key, time_images
 from asdm.evaluation.results import SpeedMetrics
 from asdm.evaluation.sampling import Sampling, sampling_of
 from asdm.families import denoiser_call, denoiser_of
@@ -33,11 +37,20 @@ class Speed:
 
 
 def measure_speed(
-    pipelines: Mapping[str, DiffusionPipeline], *, steps: int, guidance_scale: float, rounds: int | None
+    pipelines: Mapping[str, DiffusionPipeline],
+    *,
+    steps: int,
+    guidance_scale: float,
+    rounds: int | None,
+    strength: float | None = None,
 ) -> Speed:
     """Measure the latency of the denoiser call and of an image, each in interleaved rounds; parameters; MACs.
 
     Few-step pipelines sample in their own number of steps, without guidance.
+
+    Args:
+        strength: of image-to-image; None where it is not timed. The only part of such an image that is timed for it is
+            the VAE's encoder. The others are those of an image from text.
     """
     meter = LoadMeter()
     samplings = {name: sampling_of(pipeline, steps, guidance_scale) for name, pipeline in pipelines.items()}
@@ -47,12 +60,16 @@ def measure_speed(
     slowest = max(latency.ms for latency in denoisers.values())
     too_long = slowest * steps > _LONGEST_TIMED_IMAGE_MS and steps > _EXTRAPOLATED_STEPS
     extrapolated = {name for name, sampling in samplings.items() if too_long and not sampling.is_few_step}
-    images = _time_images(pipelines, samplings, extrapolated, denoisers, rounds)
+    images = _time_images(pipelines, samplings, extrapolated, denoisers, rounds, with_encoder=strength is not None)
     meter.mark()
     rows = [
         _metrics(name, pipeline, denoisers, images, samplings[name].steps, name in extrapolated)
         for name, pipeline in pipelines.items()
     ]
+    if strength is not None:
+        counts = {name: denoiser_calls(each, samplings[name].steps, strength) for name, each in pipelines.items()}
+        from_images = images.from_images(counts, {name: encoder_key(each) for name, each in pipelines.items()})
+        rows = [row.model_copy(update=_image_to_image(row.name, from_images)) for row in rows]
     return Speed(rows, meter.other_cores(), meter.contention())
 
 
@@ -62,6 +79,7 @@ def _time_images(
     extrapolated: set[str],
     denoisers: Timing,
     rounds: int | None,
+    with_encoder: bool,
 ) -> ImageTiming:
     """Time images of all pipelines in turns; of the `extrapolated` ones a few steps."""
     jobs = {}
@@ -69,7 +87,8 @@ def _time_images(
         sampling = samplings[name]
         timed = _EXTRAPOLATED_STEPS if name in extrapolated else sampling.steps
         one_image = partial(generate, pipeline, ["a photograph"], steps=timed, guidance_scale=sampling.guidance_scale)
-        jobs[name] = ImageJob(pipeline, one_image, denoiser_calls(pipeline, sampling.steps))
+        encode = partial(encode_images, pipeline.vae, _blank_image(pipeline)) if with_encoder else None
+        jobs[name] = ImageJob(pipeline, one_image, denoiser_calls(pipeline, sampling.steps), encode=encode)
     # The timed calls are of one image with guidance, so their ratios are those of guided samplings alone.
     guided = [name for name, sampling in samplings.items() if sampling.guidance_scale > 1]
     first = next(iter(pipelines))
@@ -103,8 +122,25 @@ def _metrics(
     )
 
 
-def denoiser_calls(pipeline: DiffusionPipeline, steps: int) -> int:
-    """Return how often a sampling calls the denoiser: second-order schedulers do it twice in a step."""
+def _image_to_image(name: str, images: ImageTiming) -> dict[str, Any]:
+    """Return the fields of `SpeedMetrics` about images that start from an image."""
+    ratio = images.speedup(next(iter(images.parts)), name)
+    return {
+        "image_to_image": images.latency(name),
+        "image_to_image_speedup": ratio.value,
+        "image_to_image_speedup_interval": ratio.interval,
+    }
+
+
+def _blank_image(pipeline: DiffusionPipeline) -> Tensor:
+    side = image_size(pipeline)
+    return torch.zeros(1, 3, side, side)
+
+
+def denoiser_calls(pipeline: DiffusionPipeline, steps: int, strength: float = 1.0) -> int:
+    """Return how often a sampling calls the denoiser: second-order schedulers do it twice in a step. From an image it
+    skips the first steps."""
     scheduler = copy.deepcopy(pipeline.scheduler)
     scheduler.set_timesteps(steps)
-    return len(scheduler.timesteps)
+    skipped = steps - int(steps * strength)
+    return len(scheduler.timesteps) - skipped * getattr(scheduler, "order", 1)

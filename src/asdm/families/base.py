@@ -255,6 +255,7 @@ class ModelFamily(Architecture):
 
     label: ClassVar[str] = "denoiser"  # what reports call the denoiser
     guidance_scale: ClassVar[float] = 7.5  # the usual one
+    has_image_to_image: ClassVar[bool] = True  # whether diffusers has pipelines for it
     layer_classes: ClassVar[tuple[type[Any], ...]] = ()  # whose weights FSDP gathers together
     presets: ClassVar[tuple[str, ...]] = ()  # names of the family's published plans
 
@@ -265,6 +266,21 @@ class ModelFamily(Architecture):
             AsdmError: the family has no such preset.
         """
         raise AsdmError(f"{name}: a preset for another family of models; give a budget instead")
+
+    def fold_projections(self, model: Denoiser, within_blocks: bool) -> dict[str, CompensationKind]:
+        """Fold in place every projection that folds into other weights; the model's output changes by rounding alone.
+
+        Args:
+            within_blocks: so does each block's output.
+
+        Returns:
+            The kinds of projections that are then left, for units where that changes: "none" where nothing is left.
+        """
+        return {}
+
+    def projection_folds(self, model: Denoiser, unit: str) -> bool:
+        """Return whether a linear projection in a unit's place folds, whatever else is removed."""
+        return False
 
     def semantic_module(self, model: Denoiser) -> str | None:
         """Path of the module whose output says what an image means; None where there is none."""

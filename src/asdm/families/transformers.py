@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from asdm.choices import CompensationKind
 from asdm.errors import AsdmError
 from asdm.families.base import CacheCut, ModelFamily, register_family
 from asdm.families.transformer_architecture import PixArtArchitecture
+from asdm.families.transformer_folding import fold_projections
 
 _TOKENS = 120  # of a prompt in PixArt-alpha's pipeline
 
@@ -21,6 +23,10 @@ class PixArtFamily(PixArtArchitecture, ModelFamily):
 
     label = "transformer"
     guidance_scale = 4.5
+    has_image_to_image = False
+
+    def fold_projections(self, model: Any, within_blocks: bool) -> dict[str, CompensationKind]:
+        return fold_projections(model, within_blocks)
 
     def sampling_arguments(self) -> dict[str, Any]:
         """Return images have the requested size, and prompts are embedded as `encode_prompts` does."""

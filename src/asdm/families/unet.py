@@ -10,10 +10,12 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
+from asdm.choices import CompensationKind
 from asdm.errors import AsdmError
 from asdm.families.base import BlockPlace, CacheCut, ModelFamily, Preset, UnitLike, block_of, register_family
 from asdm.families.unet_architecture import UNetArchitecture
 from asdm.families.unet_calls import guidance_embedding, random_inputs
+from asdm.families.unet_folding import fold_projections, projection_folds
 from asdm.families.unet_presets import PRESETS, preset
 from asdm.families.unet_structure import layers, require_known_inputs, unlike
 
@@ -28,6 +30,13 @@ class UNetFamily(UNetArchitecture, ModelFamily):
 
     def preset(self, name: str, units: Sequence[UnitLike]) -> Preset:
         return preset(name, units)
+
+    def fold_projections(self, model: Any, within_blocks: bool) -> dict[str, CompensationKind]:
+        """As the base class; no fold crosses the border of a UNet's block."""
+        return fold_projections(model)
+
+    def projection_folds(self, model: Any, unit: str) -> bool:
+        return projection_folds(model, unit)
 
     def block_places(self, blocks: Sequence[str]) -> dict[str, BlockPlace]:
         """Return the U: the encoder's and the decoder's blocks at their resolution, the mid block below them."""

@@ -35,7 +35,7 @@ def possible_edits(redundancy: RedundancyMap, compensate: CompensationKind) -> l
     for unit in redundancy.units:
         removal = Remove(unit=unit.name, compensate=compensate)
         covers = removal.covers(names, redundancy.family)
-        choices.append(_possible(redundancy, unit, removal, covers, "none" if unit.has_shortcut else compensate))
+        choices.append(_possible(redundancy, unit, removal, covers, "none" if unit.projection_folds else compensate))
     for other in redundancy.others:
         (edit,) = parse_edits([other.edit])
         if other.channels:

@@ -253,7 +253,7 @@ def _map(subject: _Subject, errors: Errors, **fields: Any) -> RedundancyMap:
 
 
 def _unit_record(subject: _Subject, unit: Unit, errors: dict[int, float]) -> UnitRecord:
-    branch = family_of(subject.model).branch(subject.model, unit.name)
+    family = family_of(subject.model)
     costs = subject.costs
     saving = costs.savings[unit.name]
     return UnitRecord(
@@ -261,9 +261,9 @@ def _unit_record(subject: _Subject, unit: Unit, errors: dict[int, float]) -> Uni
         kind=unit.kind,
         parent=unit.parent,
         latency_share=saving.ms / costs.model.ms if costs.model.ms else 0.0,
-        channels=branch.channels,
+        channels=family.branch(subject.model, unit.name).channels,
         positions=costs.positions[unit.layer],
-        has_shortcut=branch.folds_into is not None,
+        projection_folds=family.projection_folds(subject.model, unit.name),
         **_saved(saving),
         **_sensitivity(errors),
     )

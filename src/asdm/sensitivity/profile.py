@@ -9,13 +9,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from asdm.choices import CompensationKind, Sensitivity
 from asdm.errors import AsdmError, one_line
 from asdm.families import ModelFamily, UNetFamily, UnitKind, block_of
 from asdm.families.base import family_named
 from asdm.files import write_text
+from asdm.old_names import OLD_UNIT_FIELDS, renamed
 from asdm.records import Record, first_fault
 
 MAX_LATENCY_DOUBT = 0.1  # uncertainty of the units' latencies up to which a plan goes by them
@@ -34,12 +35,17 @@ class UnitRecord(Record):
     latency_share: float = Field(description="`latency_ms` as a fraction of the call.")
     channels: int = Field(0, description="Channels of the unit's hidden states, on which a projection's cost depends.")
     positions: int = Field(0, description="Pixels or tokens of a sample in the unit's layer.")
-    has_shortcut: bool = Field(False, description="Whether a projection folds into its shortcut and costs nothing.")
+    projection_folds: bool = Field(False, description="Whether a projection folds into other layers and costs nothing.")
     sensitivity: float = Field(
         description="|prediction without it - prediction|^2 / |prediction|^2, averaged over time steps and prompts "
         "(inferred), with the projection in its place that the profile's `compensate` names."
     )
     sensitivity_by_timestep: dict[int, float]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _present_names(cls, content: Any) -> Any:
+        return renamed(content, OLD_UNIT_FIELDS) if isinstance(content, dict) else content
 
     @property
     def block(self) -> str:
