@@ -97,7 +97,8 @@ def shortened(arguments):
     for place, (option, value) in enumerate(itertools.pairwise(arguments), start=1):
         if option in SMALLEST and float(value) > SMALLEST[option]:
             result[place] = str(SMALLEST[option])
-    missing = [option for option in ALWAYS.get(arguments[0], ()) if option not in arguments]
+    options = ALWAYS.get(arguments[0], ()) if arguments[0] != "analyze" or "--cache" not in arguments else ()
+    missing = [option for option in options if option not in arguments]
     return [*result, *(word for option in missing for word in (option, str(SMALLEST[option])))]
 
 
