@@ -26,7 +26,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import CLIPTokenizer
 
-from asdm.families.unet_structure import removable_units
+from asdm.families.unet_structure import prompt_channels, removable_units
 from asdm.student.unet import AsdmUNet2DConditionModel
 
 KIND, RESULTS = "ASDM_TESTED_KIND", "ASDM_TEST_RESULTS"  # environment: which class, and the file to write
@@ -71,7 +71,7 @@ def _regional(unet: UNet2DConditionModel) -> Edits:
 
 def _banks(unet: UNet2DConditionModel) -> Edits:
     """Of each resnet one convolution is a bank and the other its expert, with all kinds of routers."""
-    routers = itertools.cycle(["input", "time", "input+time"])
+    routers = itertools.cycle(["input", "time", "input+time", "prompt", "prompt+time"])
     pairs = itertools.cycle([("conv2", "conv1"), ("conv1", "conv2")])
     resnets = [unit for unit in removable_units(unet) if unit.kind == "resnet"]
     return [
@@ -79,9 +79,9 @@ def _banks(unet: UNet2DConditionModel) -> Edits:
             "edit": "cond_conv",
             "unit": f"{unit.name}.{bank}",
             "experts": [f"{unit.name}.{expert}"],
-            "router": next(routers),
+            "router": router if prompt_channels(unet, unit.name) else router.replace("prompt", "input"),
         }
-        for unit, (bank, expert) in zip(resnets, pairs, strict=False)
+        for unit, (bank, expert), router in zip(resnets, pairs, routers, strict=False)
     ]
 
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import asdm
-from asdm import AsdmError, CacheSchedule, PruningPlan, Stage, cli, lcm_scheduler
+from asdm import AsdmError, CacheSchedule, GenerationRequest, PruningPlan, Stage, cli, lcm_scheduler
 from asdm.benchmark.baselines import deep_cache, t_gate, tome
 from asdm.benchmark.methods import methods
 from asdm.data.sources import open_data
@@ -39,9 +39,11 @@ NEEDED = {
     "evaluate": ["demo"],
     "generate": ["demo", "x"],
     "export": ["demo", "--to", "onnx", "--out", "out"],
+    "convert-lora": ["lora.safetensors", "--for", "demo", "--out", "out.safetensors"],
     "compress": ["demo", "--out", "out"],
     "demo": [],
     "benchmark": ["demo"],
+    "doctor": [],
 }
 BAD = {float: ("nan", "inf", "-1"), int: ("-1", "1" + 30 * "0"), Literal: ("x",)}
 
@@ -101,6 +103,25 @@ def test_no_option_takes_what_is_no_number_of_its_range(refusal, command):
     [
         (["generate", "", "x"], "MODEL='': must be a name or path that is not empty"),
         (["generate", "demo", "\udcff"], "text in UTF-8"),
+        (["generate", "demo"], "no prompt: give one behind MODEL"),
+        (["generate", "demo", "x", "--prompt-file", "gone.txt"], "gone.txt: no such file of prompts"),
+        (["generate", "demo", "-", "--prompt-file", "-"], "standard input is read once"),
+        (["generate", "demo", "x", "--seeds", "3-1"], "seeds=3-1: a range must rise"),
+        (["generate", "demo", "x", "--seeds", "3", "--seed", "0"], "--seed 0: --seeds says it already"),
+        (["generate", "demo", "x", "--seeds", "3", "--num-images", "2"], "num_images=2: seeds=[3] says it already"),
+        (["generate", "demo", "x", "--size", "64", "--width", "64"], "--size 64: is both sides"),
+        (["generate", "demo", "x", "--width", "64"], "width=64: give height too"),
+        (
+            ["generate", "demo", "x", "--width", "60", "--height", "64"],
+            "--width=60: must be a positive multiple of 8; the nearest is 64",
+        ),
+        (["generate", "demo", "x", "--scheduler", "eulr"], "scheduler=eulr: must be one of ddim"),
+        (["generate", "demo", "x", "--lora", "gone.safetensors:0.5"], "gone.safetensors: no such LoRA file"),
+        (["generate", "demo", "x", "--lora", "a", "--low-noise-model", "b"], "--lora a: does not go with"),
+        (["generate", "demo", "x", "--control-scale", "2"], "control_scale=2.0: has no effect without controlnet"),
+        (["generate", "demo", "x", "--controlnet", "./gone"], "controlnet=gone: has no effect without control_image"),
+        (["generate", "demo", "x", "--strength", "0.5"], "strength=0.5: has no effect without image"),
+        (["generate", "demo", "x", "--negative", "y", "--guidance", "1"], "negative=y: has no effect"),
         (["generate", "demo", "x", "--cache", "nan"], "--cache=nan: must be a finite number"),
         (["generate", "demo", "x", "--cache", ""], "--cache='': must be a name or path"),
         (["generate", "demo", "x", "--cache", "gone.json"], "gone.json: no such file"),
@@ -155,9 +176,10 @@ def calls(tiny):
             pipeline=pipeline, data="x", prompts=["x"], sensitivity="taylor", compensate="linear", timesteps=1,
             samples=1, latency_rounds=1, seed=0, progress=print,
         ),
+        "expert_usage": dict(pipeline=pipeline, prompts={"x": ["x"], "y": ["y"]}, timesteps=1, seed=0),
         "make_plan": dict(
-            redundancy=redundancy, speedup=1.5, params=0.8, macs=0.8, preset="a-sdm", compensate="bias", unet=unet,
-            rounds=1, progress=print,
+            redundancy=redundancy, speedup=1.5, params=0.8, macs=0.8, preset="a-sdm", portable=True,
+            compensate="bias", unet=unet, rounds=1, progress=print,
         ),
         "add_cond_conv": dict(plan=plan, unet=unet, params=0.1, router="time", activation="softmax"),
         "build_student": dict(unet=unet, plan=plan),
@@ -173,17 +195,22 @@ def calls(tiny):
         ),
         "compress": dict(
             model="x", out="x", speedup=1.5, params=0.8, macs=0.8, preset="a-sdm", sensitivity="taylor",
-            compensate="bias", refine=1, data="x", steps=1, recipe="joint", stages=[], samples=1, image_to_image=1,
-            strength=0.5, sampling_steps=1, seed=0, progress=print,
+            compensate="bias", refine=1, data="x", steps=1, recipe="joint", stages=[], captions="x", samples=1,
+            image_to_image=1, strength=0.5, sampling_steps=1, seed=0, progress=print,
         ),
         "distill": dict(
-            teacher=pipeline, student=unet, data="x", folder="x", recipe="joint", steps=1, stages=[1], seed=0,
+            teacher=pipeline, student=unet, data="x", folder="x", recipe="joint", steps=1, stages=[1], captions="x",
+            seed=0,
             progress=print,
         ),
         "evaluate": dict(
             pipelines={"x": pipeline}, data="x", prompts=["x"], samples=1, image_to_image=1, strength=0.5, steps=1,
             guidance_scale=1.0, seed=0, rounds=1, quality=True, images_folder="x", progress=print,
         ),
+        "export_checkpoint": dict(
+            pipeline=pipeline, file="x.safetensors", program="diffusers", unet_only=True, dtype="fp32", license="mit",
+        ),
+        "convert_lora": dict(lora="x", unet=unet, file="x.safetensors"),
         "export": dict(
             pipeline=pipeline, folder="x", to="onnx", size=16, int8="weights", data="x", cache=1, parts=["x"],
             progress=print,
@@ -195,6 +222,13 @@ def calls(tiny):
         "calibrate_cache": dict(
             pipeline=pipeline, speedup=1.1, steps=4, data="x", samples=1, guidance_scale=1.0, depth=1, seed=0,
             progress=print,
+        ),
+        "generate_images": dict(
+            pipeline=pipeline, request=GenerationRequest(prompts=["x"]), progress=print, cancelled=print, batch_size=1,
+        ),
+        "compare_images": dict(
+            pipeline=pipeline, teacher=pipeline, request=GenerationRequest(prompts=["x"]), progress=print,
+            cancelled=print,
         ),
         "CfgCutoff": dict(pipeline=pipeline, cfg_cutoff=0.5),
         "lcm_scheduler": dict(config=pipeline.scheduler.config, solver_steps=50),
@@ -260,6 +294,7 @@ RECORDS = {
     Semantics: {},
     Consistency: {},
     PlanMetrics: {"target": {}, "predicted_sensitivity": 0.1, "predicted_speedup": 1.1},
+    GenerationRequest: {"prompts": ["x"]},
     CacheSchedule: {
         "fingerprint": "x", "steps": 4, "full_steps": (0,), "depth": 1, "order": 1, "full_ms": 2.0, "cached_ms": 1.0,
         "speedup": 1.5,

@@ -1,5 +1,6 @@
 """The command line: every mistake of a user is one line on standard error and exit status 2."""
 
+import io
 import json
 import re
 import shutil
@@ -82,7 +83,7 @@ def mistakes(model, tmp_path):
         (["generate", model, "x", "--size", "100"], "multiple of 8; the nearest is 96"),
         (["generate", model, "x", "--steps", "1001"], "has 1000; give as many at most"),
         (["plan", model, "--params", "1e9"], "params=1e.09: the denoiser has"),
-        (["generate", model, "x", "--strength", "0.5"], "0.5: has no effect without --image"),
+        (["generate", model, "x", "--strength", "0.5"], "0.5: has no effect without image"),
         (["generate", model, "x", "--switch-at", "0.5"], "0.5: has no effect without --low-noise-model"),
         (["generate", model, "x", "--low-noise-model", model, "--switch-at", "1"], "above 0 and below 1"),
         (["generate", model, "x", "--low-noise-model", other_kind], "predicts epsilon, .* v_prediction"),
@@ -110,7 +111,7 @@ def test_every_mistake_is_one_line_and_status_2_and_leaves_nothing(run, model, t
         assert left == before, arguments
 
 
-def test_main_job_by_its_single_commands(run, model, data_folder, tmp_path):
+def test_main_job_by_its_single_commands(run, model, data_folder, monkeypatch, tmp_path):
     assert run("analyze", model, "--timesteps", 1, "--samples", 1, "--out", "map.json", "--plot", "map.png")[0] == 0
     assert run("plan", "map.json", "--params", 0.8, "--out", "plan.json")[0] == 0
     assert run("prune", model, "plan.json", "--out", "pruned")[0] == 0
@@ -143,6 +144,11 @@ def test_main_job_by_its_single_commands(run, model, data_folder, tmp_path):
         "drawn",
     )
     assert again[0] == 0
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"pear\n\ntree\n")))
+    status, out, _ = run("generate", "done", "-", "--steps", 2, "--compare", model, "--grid", "--out", "compared")
+    assert status == 0 and "one image each" in out
+    names = [f"{prompt}{kind}.png" for prompt in ("pear", "tree") for kind in ("", "_comparison", "_teacher")]
+    assert sorted(path.name for path in (tmp_path / "compared").iterdir()) == ["grid.png", *names]
     with Image.open(tmp_path / "drawn" / "pear-1.png") as image:
         assert image.size == (16, 16)
     drawn = {}

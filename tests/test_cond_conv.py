@@ -1,12 +1,19 @@
 """CLME-CondConv: the exact start, the sum of convolutions it stands for, inheritance, files, speed-ups."""
 
+from contextlib import ExitStack
+from typing import get_args
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from asdm import AsdmError, CondConv, PruningPlan, build_student
+from asdm.choices import Router
+from asdm.edits.base import restored
 from asdm.edits.cond_conv import CondConv2d, CondResnetBlock2D
+from asdm.edits.prompted_blocks import pooled_prompt
+from asdm.families import family_of
 from asdm.families.unet_structure import conv_channels
 from asdm.measure.macs import counting_macs
 from asdm.student.unet import AsdmUNet2DConditionModel
@@ -18,7 +25,7 @@ BANKS = {
     "up_blocks.2.resnets.0.conv1": ["up_blocks.2.resnets.1.conv1"],
     "up_blocks.2.resnets.2.conv2": ["up_blocks.2.resnets.1.conv2"],
 }
-ROUTERS = ("input", "input+time", "time")
+ROUTERS = get_args(Router)
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +56,17 @@ def moved(student, seed=0):
 def bank(router="input", activation="softmax", experts=3):
     torch.manual_seed(0)
     edit = CondConv(unit="x", experts=["e"] * experts, router=router, activation=activation)
-    conv = CondConv2d.around(nn.Conv2d(6, 8, 3, padding=1), edit, time_channels=10)
+    read = {name: {"input": 6, "prompt": 12, "time": 10}[name] for name in router.split("+")}
+    conv = CondConv2d.around(nn.Conv2d(6, 8, 3, padding=1), edit, read)
     with torch.no_grad():
         for parameter in (conv.expert_weight, conv.expert_bias, conv.router.weight, conv.router.bias):
             parameter.copy_(0.3 * torch.randn(parameter.shape))
     return conv
 
 
-def naive(conv, hidden_states, temb):
+def naive(conv, hidden_states, temb, prompt):
     """E convolutions, then their sum."""
-    routing = conv.routing(hidden_states, temb).expand(len(hidden_states), -1)
+    routing = conv.routing(hidden_states, temb, prompt).expand(len(hidden_states), -1)
     experts = conv.expert_weight.view(-1, *conv.weight.shape)
     kernels = [(conv.weight, conv.bias), *zip(experts, conv.expert_bias, strict=True)]
     outputs = [F.conv2d(hidden_states, weight, bias, padding=1) for weight, bias in kernels]
@@ -76,23 +84,25 @@ def test_a_fresh_student_is_the_plain_pruned_one(unet, router, activation):
 
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("batch", [1, 3, 9])  # one kernel, kernels of the samples, outputs of the experts
-def test_outputs_and_gradients_are_those_of_the_naive_sum(router, activation, batch):
-    conv = bank(router, activation)
-    hidden_states, temb = torch.randn(batch, 6, 5, 7), torch.randn(batch, 10)
+# One kernel, kernels of the samples, outputs of the experts; the same of one expert.
+@pytest.mark.parametrize(("batch", "experts"), [(1, 3), (3, 3), (9, 3), (1, 1), (3, 1)])
+def test_outputs_and_gradients_are_those_of_the_naive_sum(router, activation, batch, experts):
+    conv = bank(router, activation, experts)
+    hidden_states, temb, prompt = torch.randn(batch, 6, 5, 7), torch.randn(batch, 10), torch.randn(batch, 12)
     gradients = []
     for function in (conv, lambda *given: naive(conv, *given)):
         conv.zero_grad()
         inputs = hidden_states.clone().requires_grad_(True)
-        output = function(inputs, temb)
+        output = function(inputs, temb, prompt)
         (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
         gradients.append([output.detach(), inputs.grad, *(p.grad.clone() for p in conv.parameters())])
     for ours, expected in zip(*gradients, strict=True):
         assert torch.allclose(ours, expected, atol=1e-5 * max(1.0, float(expected.abs().max())))
 
 
-def test_the_routing_learns_from_the_first_step(unet):
-    student = build_student(unet, PruningPlan.for_unet(unet, edits_of("input+time"))).train()
+@pytest.mark.parametrize("router", ["input+time", "prompt+time"])
+def test_the_routing_learns_from_the_first_step(unet, router):
+    student = build_student(unet, PruningPlan.for_unet(unet, edits_of(router))).train()
     student(**unet_inputs(unet)).sample.square().mean().backward()
     for module in student.modules():
         if isinstance(module, CondConv2d):
@@ -150,8 +160,9 @@ def test_experts_are_the_teachers_kernels_on_the_channels_they_share(unet):
     assert torch.equal(bank[:, 64:], source[:, 32:])  # skip on skip
 
 
-def test_save_and_load_is_bit_identical_and_names_stay(unet, tmp_path):
-    student = moved(build_student(unet, PruningPlan.for_unet(unet, edits_of("input+time", "sigmoid"))))
+@pytest.mark.parametrize("router", ["input+time", "prompt+time"])
+def test_save_and_load_is_bit_identical_and_names_stay(unet, tmp_path, router):
+    student = moved(build_student(unet, PruningPlan.for_unet(unet, edits_of(router, "sigmoid"))))
     student.save_pretrained(tmp_path)
     loaded = AsdmUNet2DConditionModel.from_pretrained(tmp_path)
     assert torch.equal(predict(loaded), predict(student))
@@ -159,10 +170,11 @@ def test_save_and_load_is_bit_identical_and_names_stay(unet, tmp_path):
     assert all(torch.equal(student.state_dict()[f"{name}.weight"], state[f"{name}.weight"]) for name in BANKS)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(unet):
+@pytest.mark.parametrize("router", ["input+time", "prompt+time"])
+def test_gradient_checkpointing_gives_the_same_gradients(unet, router):
     gradients = []
     for checkpointing in (False, True):
-        student = moved(build_student(unet, PruningPlan.for_unet(unet, edits_of("input+time")))).train()
+        student = moved(build_student(unet, PruningPlan.for_unet(unet, edits_of(router)))).train()
         if checkpointing:
             student.enable_gradient_checkpointing()
         student(**unet_inputs(unet)).sample.square().mean().backward()
@@ -175,10 +187,10 @@ def test_it_compiles_without_graph_breaks(router):
     conv = bank(router)
     resnet = CondResnetBlock2D(in_channels=6, out_channels=8, temb_channels=10, groups=2).eval()
     resnet.conv1 = conv
-    hidden_states, temb = torch.randn(2, 6, 5, 5), torch.randn(2, 10)
+    given, prompt = (torch.randn(2, 6, 5, 5), torch.randn(2, 10)), torch.randn(2, 12)
     with torch.no_grad():
         compiled = torch.compile(resnet, backend="eager", fullgraph=True)
-        assert torch.allclose(compiled(hidden_states, temb), resnet(hidden_states, temb), atol=1e-6)
+        assert torch.allclose(compiled(*given, prompt=prompt), resnet(*given, prompt=prompt), atol=1e-6)
 
 
 def test_it_works_in_bfloat16_under_autocast_and_channels_last(unet):
@@ -187,6 +199,71 @@ def test_it_works_in_bfloat16_under_autocast_and_channels_last(unet):
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.allclose(predict(student).float(), expected, atol=0.2)
     assert torch.allclose(predict(student.to(memory_format=torch.channels_last)), expected, atol=1e-4)
+
+
+def test_a_router_sees_the_prompt_of_its_own_sample(unet):
+    """A batch with guidance has two halves with two prompts: each is what it is alone."""
+    student = moved(build_student(unet, PruningPlan.for_unet(unet, edits_of("prompt"))))
+    inputs = unet_inputs(unet, batch=3)
+    inputs["sample"] = inputs["sample"][:1].repeat(3, 1, 1, 1)  # the prompts alone differ
+    conv = student.get_submodule(next(iter(BANKS)))
+    rows, routing = [], conv.routing
+    conv.routing = lambda *given: rows.append(routing(*given)) or rows[-1]
+    together = predict(student, **inputs)
+    (mixtures,) = rows
+    assert (mixtures[0] - mixtures[1]).abs().max() > 1e-2
+    for index in range(3):
+        alone = {name: value if value.ndim == 0 else value[index : index + 1] for name, value in inputs.items()}
+        assert torch.allclose(predict(student, **alone), together[index : index + 1], atol=1e-5)
+    at_another_step = predict(student, **{**inputs, "timestep": torch.tensor(5)})
+    assert not torch.allclose(at_another_step, together, atol=1e-3)
+    assert torch.equal(rows[-1], mixtures)  # the prompt alone decides
+
+
+def test_the_pooled_prompt_is_the_mean_of_the_tokens_that_count():
+    states, mask = torch.randn(2, 5, 8), torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])
+    bias = (1 - mask.float())[:, None] * -10000.0  # as UNet2DConditionModel passes it on
+    pooled = pooled_prompt(states, bias)
+    assert torch.allclose(pooled[0], states[0, :2].mean(0))
+    assert torch.allclose(pooled[1], pooled_prompt((states, "an image"))[1])
+
+
+def test_a_masked_token_does_not_reach_the_router(unet):
+    student = moved(build_student(unet, PruningPlan.for_unet(unet, edits_of("prompt+time"))))
+    inputs, mask = unet_inputs(unet), torch.ones(2, 5)
+    mask[:, 3:] = 0
+    changed = inputs["encoder_hidden_states"].clone()
+    changed[:, 3:] += 5
+    expected = predict(student, **inputs, encoder_attention_mask=mask)
+    assert torch.allclose(
+        predict(student, **{**inputs, "encoder_hidden_states": changed}, encoder_attention_mask=mask),
+        expected,
+        atol=1e-5,
+    )
+    assert not torch.allclose(predict(student, **inputs), expected, atol=1e-3)
+
+
+def test_the_prompt_is_only_where_a_block_reads_it(unet):
+    edit = {"edit": "cond_conv", "experts": ["down_blocks.3.resnets.1.conv2"], "router": "prompt"}
+    with pytest.raises(AsdmError, match="no cross-attention in its block, hence no prompt to route by; use router inp"):
+        PruningPlan.for_unet(unet, [{**edit, "unit": "down_blocks.3.resnets.0.conv2"}])
+    student = build_student(unet, PruningPlan.for_unet(unet, [{**edit, "unit": "mid_block.resnets.1.conv2"}]))
+    assert not torch.allclose(predict(moved(student)), predict(unet), atol=1e-3)
+    with pytest.raises(AsdmError, match="no encoder_hidden_states"):
+        student.mid_block(torch.randn(2, 64, 1, 1), torch.randn(2, 128))
+
+
+@pytest.mark.parametrize("router", ["time", "prompt+time"])
+def test_the_teachers_convolution_returns_without_its_block(unet, router):
+    """As a refinement tries it: what other edits changed in the block stays."""
+    plan = PruningPlan.for_unet(unet, edits_of(router))
+    student = moved(build_student(unet, plan))
+    plain = build_student(unet, PruningPlan.for_unet(unet, edits_of()[:2]))
+    with ExitStack() as stack:
+        for edit in plan.edits[2:]:
+            stack.enter_context(restored(student, unet, edit, family_of(unet)))
+        assert torch.allclose(predict(student), predict(plain), atol=1e-6)
+    assert not torch.allclose(predict(student), predict(plain), atol=1e-2)
 
 
 def test_macs_count_the_mixing(unet):

@@ -32,7 +32,9 @@ EDITS = [
     {"edit": "remove", "unit": "up_blocks.3.resnets.1"},
     {"edit": "gri_attention", "unit": ATTENTION, "regions": 3, "pool": 2, "weighted": True},
     {"edit": "cond_conv", "unit": "up_blocks.3.resnets.2.conv2", "experts": ["up_blocks.3.resnets.1.conv2"]},
-]
+    {"edit": "cond_conv", "unit": "up_blocks.3.resnets.0.conv2", "experts": ["up_blocks.3.resnets.1.conv2"],
+     "router": "prompt+time"},
+]  # fmt: skip
 
 
 def student_of(pipeline, *edits):
@@ -79,7 +81,7 @@ def graph_inputs(pipeline, batch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("router", ["input", "time", "input+time"])
+@pytest.mark.parametrize("router", ["input", "time", "input+time", "prompt"])
 def test_a_student_with_all_kinds_of_edits(pipeline, tmp_path, router):
     student = student_of(pipeline, *EDITS[:3], EDITS[3] | {"router": router})
     made = export(student, tmp_path / "out", parts=None if router == "time" else ["unet"])

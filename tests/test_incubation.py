@@ -156,6 +156,17 @@ def test_routers_are_trained_alone(pipeline):
         set_trainable(pruned(pipeline.unet), "routers")
 
 
+def test_a_router_that_reads_the_prompt_is_incubated_on_the_prompts_that_its_block_gets(pipeline, examples):
+    bank = {"edit": "cond_conv", "unit": "up_blocks.3.resnets.0.conv2", "experts": ["up_blocks.3.resnets.1.conv2"]}
+    edits = [{"edit": "remove", "unit": "up_blocks.3.resnets.1"}, bank | {"router": "prompt"}]
+    student = build_student(pipeline.unet, PruningPlan.for_unet(pipeline.unet, edits))
+    losses_of(pipeline, student, examples, stage(scope="incubate", caption_dropout=0))
+    gradient = student.get_submodule("up_blocks.3.resnets.0.conv2.router").weight.grad
+    assert gradient.abs().sum() > 0
+    with blocks_in_teacher(student, pipeline.unet, ["up_blocks.3"]):
+        predict(student)
+
+
 def test_semantic_loss_is_the_weighted_distance_of_directions():
     mine, theirs = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0, 0.0], [0.0, -1.0]])
     assert semantic_loss(mine, theirs, torch.tensor([1.0, 1.0])) == pytest.approx(1.0)

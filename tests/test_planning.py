@@ -190,6 +190,21 @@ def test_banks_inherit_removed_convolutions_within_the_budget(redundancy):
         add_cond_conv(plan, unet, params=1e-6)
 
 
+def test_experts_that_the_prompt_mixes_are_where_a_block_reads_it(redundancy):
+    unet = random_unet(redundancy.unet_config)
+    removed = [{"edit": "remove", "unit": f"down_blocks.{level}.resnets.1"} for level in (2, 3)]
+    plan = PruningPlan.for_unet(unet, removed)
+    blocks = {
+        router: {
+            edit.unit.partition(".resnets")[0]
+            for edit in add_cond_conv(plan, unet, params=1.0, router=router).edits[2:]
+        }
+        for router in ("input", "prompt")
+    }
+    assert "down_blocks.3" in blocks["input"]
+    assert "down_blocks.3" not in blocks["prompt"] and "down_blocks.2" in blocks["prompt"]
+
+
 def test_our_presets_look_at_regions_and_drop_middle_layers(redundancy, monkeypatch):
     monkeypatch.setattr("asdm.edits.regional_attention.MANY_TOKENS", 64)
     known = analyze(tiny_pipeline(), timesteps=1, samples=1, latency_rounds=1)

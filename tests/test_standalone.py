@@ -1,5 +1,6 @@
 """A saved student carries the code that loads it: without this package, with the same outputs."""
 
+import ast
 import sys
 
 import pytest
@@ -20,7 +21,21 @@ EDITS = [
     {"edit": "cond_conv", "unit": "up_blocks.3.resnets.2.conv2", "experts": ["up_blocks.3.resnets.1.conv2"]},
     {"edit": "cond_conv", "unit": "up_blocks.3.resnets.0.conv2", "experts": ["up_blocks.3.resnets.1.conv2"],
      "router": "time"},
+    {"edit": "cond_conv", "unit": "down_blocks.0.resnets.0.conv2", "experts": ["down_blocks.0.resnets.1.conv2"],
+     "router": "prompt+time"},
 ]  # fmt: skip
+
+
+def test_joined_modules_share_no_name():
+    """In one file the second definition of a name would replace the first."""
+    names: list[str] = []
+    for node in ast.parse(module_source("asdm.student.unet")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.append(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names += [target.id for target in targets if isinstance(target, ast.Name)]
+    assert {name for name in names if names.count(name) > 1} <= {"Kind"}  # of annotations alone
 
 
 @pytest.fixture

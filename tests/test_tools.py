@@ -35,6 +35,8 @@ LEAN = [
     {"edit": "gri_attention", "unit": f"{OUTER}.attn1", "regions": 2, "pool": 2},
     {"edit": "cond_conv", "unit": "up_blocks.3.resnets.0.conv2", "experts": ["down_blocks.1.resnets.1.conv2"],
      "router": "input+time"},
+    {"edit": "cond_conv", "unit": "up_blocks.3.resnets.2.conv2", "experts": ["down_blocks.1.resnets.1.conv2"],
+     "router": "prompt"},
 ]  # fmt: skip
 
 

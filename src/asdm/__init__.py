@@ -38,18 +38,24 @@ if TYPE_CHECKING:
     from asdm.errors import AsdmWarning as AsdmWarning
     from asdm.evaluation.comparison import evaluate as evaluate
     from asdm.evaluation.results import Evaluation as Evaluation
+    from asdm.generation.comparison import compare_images as compare_images
+    from asdm.generation.generate import generate_images as generate_images
+    from asdm.generation.request import GenerationRequest as GenerationRequest
     from asdm.pipelines.derived import with_unet as with_unet
     from asdm.pipelines.loading import load_pipeline as load_pipeline
+    from asdm.pipelines.lora_files import convert_lora as convert_lora
     from asdm.pipelines.saving import save_pipeline as save_pipeline
     from asdm.planning.budget import make_plan as make_plan
     from asdm.planning.experts import add_cond_conv as add_cond_conv
     from asdm.planning.refine import refine_plan as refine_plan
     from asdm.planning.speedup import remeasure_plan as remeasure_plan
+    from asdm.runtime.checkpoint import export_checkpoint as export_checkpoint
     from asdm.runtime.export import export as export
     from asdm.runtime.openvino import with_openvino_graphs as with_openvino_graphs
     from asdm.runtime.optimize import optimize as optimize
     from asdm.runtime.switching import switch_unets as switch_unets
     from asdm.sensitivity.analysis import analyze as analyze
+    from asdm.sensitivity.expert_usage import expert_usage as expert_usage
     from asdm.sensitivity.profile import RedundancyMap as RedundancyMap
     from asdm.student.build import build_student as build_student
     from asdm.student.plan import PruningPlan as PruningPlan
@@ -62,6 +68,7 @@ _HOME = {
     "AsdmWarning": "asdm.errors",
     "CondConv": "asdm.edits",
     "Evaluation": "asdm.evaluation.comparison",
+    "GenerationRequest": "asdm.generation.request",
     "GriAttention": "asdm.edits",
     "CfgCutoff": "asdm.diffusion.guidance",
     "CacheSchedule": "asdm.caching.schedule",
@@ -73,13 +80,18 @@ _HOME = {
     "analyze": "asdm.sensitivity.analysis",
     "build_student": "asdm.student.build",
     "calibrate_cache": "asdm.caching.calibration",
+    "compare_images": "asdm.generation.comparison",
     "compress": "asdm.compression.compress",
+    "convert_lora": "asdm.pipelines.lora_files",
     "distill": "asdm.distillation.distill",
     "evaluate": "asdm.evaluation.comparison",
+    "expert_usage": "asdm.sensitivity.expert_usage",
     "export": "asdm.runtime.export",
+    "export_checkpoint": "asdm.runtime.checkpoint",
     "fit_compensation": "asdm.compensation.fitting",
     "fold_compensation": "asdm.compensation.folding",
     "generate": "asdm.diffusion.generation",
+    "generate_images": "asdm.generation.generate",
     "cache_features": "asdm.caching.features",
     "lcm_scheduler": "asdm.distillation.consistency",
     "load_pipeline": "asdm.pipelines.loading",

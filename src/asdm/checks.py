@@ -92,6 +92,19 @@ def whole(low: int = 1, high: int | None = None) -> Check:
     return check
 
 
+def multiple_of(unit: int, high: int) -> Check:
+    """Return a positive whole multiple of `unit`, up to `high`."""
+    within = whole(1, high)
+
+    def check(name: str, value: Any) -> None:
+        within(name, value)
+        if value % unit:
+            nearest = max(1, round(value / unit)) * unit
+            raise AsdmError(f"{name}={value}: must be a positive multiple of {unit}; the nearest is {nearest}")
+
+    return check
+
+
 def each(item: Check, least: int = 0, allowed: str = "a list") -> Check:
     """Return a collection of at least so many items, each of which passes the check; a text is none."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from asdm.errors import AsdmError, one_line
@@ -189,6 +189,11 @@ def cropped(image: Image.Image, size: int) -> Image.Image:
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side))
     return image if side == size else image.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def fitted(image: Image.Image, sides: tuple[int, int]) -> Image.Image:
+    """Crop the middle of an image to the aspect ratio of `sides` (width, height) and resize it to them."""
+    return image if image.size == sides else ImageOps.fit(image, sides, Image.Resampling.LANCZOS)
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,13 @@ def preset_students(pipeline: DiffusionPipeline) -> dict[str, Maker]:
     def student(preset: str) -> Maker:
         return lambda given: pruned(make_plan(redundancy(), preset=preset, unet=denoiser_of(given)))(given)
 
-    return {preset: student(preset) for preset in family_of(denoiser_of(pipeline)).presets}
+    denoiser = denoiser_of(pipeline)
+    family, found = family_of(denoiser), {}
+    for preset in family.presets:
+        with suppress(AsdmError):  # a preset for another shape
+            family.preset(preset, family.units(denoiser))
+            found[preset] = student(preset)
+    return found
 
 
 def with_gri(pipeline: DiffusionPipeline, faster: bool = False) -> DiffusionPipeline:

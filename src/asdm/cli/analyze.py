@@ -1,13 +1,15 @@
-"""`asdm analyze`: the cost and sensitivity of each unit, or a schedule of feature caching."""
+"""`asdm analyze`: the cost and sensitivity of each unit, a schedule of feature caching, or how experts are used."""
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import asdm
+from asdm.choices import Label
 from asdm.cli import loading
 from asdm.cli.options import (
     SPEEDUP,
@@ -24,7 +26,7 @@ from asdm.cli.options import (
 )
 from asdm.cli.output import console, say, say_path, warn_if_busy, warn_of_skipped
 from asdm.cli.progress import reporting
-from asdm.cli.tables import profile_table
+from asdm.cli.tables import profile_table, usage_table
 from asdm.errors import AsdmError
 
 if TYPE_CHECKING:
@@ -47,6 +49,14 @@ def analyze(
         ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Sampling steps, for --cache.", min=4, max=10_000)] = 25,
+    experts: Annotated[
+        Label | None,
+        typer.Option(
+            help="Look at a student's expert kernels instead: how far prompts of different styles (or concepts) of "
+            "--data are mixed differently.",
+            show_default=False,
+        ),
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="The plot to write (PNG).", callback=not_a_folder, show_default=False)
     ] = None,
@@ -62,7 +72,13 @@ def analyze(
         ),
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(help="Images or prompts to calibrate on.", min=1, max=10**6, show_default=False)
+        int | None,
+        typer.Option(
+            help="Images or prompts to calibrate on; for --experts in a group.",
+            min=1,
+            max=10**6,
+            show_default=False,
+        ),
     ] = None,
     prediction_type: PredictionTypeOption = None,
     config: ConfigOption = None,
@@ -70,6 +86,16 @@ def analyze(
     seed: SeedOption = 0,
 ) -> None:
     """Measure the cost and the sensitivity of every removable unit."""
+    if experts is not None:
+        if cache is not None or plot or sensitivity or compensate or data is None:
+            raise AsdmError(
+                "--experts: looks at routers, on the prompts of --data; name the data, and leave out --cache, --plot, "
+                "--sensitivity and --compensate"
+            )
+        groups = _prompt_groups(data, experts)
+        pipeline = loading.load_model(model, device, prediction_type=prediction_type, config=config)
+        _print_usage(pipeline, groups, samples, timesteps or 4, out, seed)
+        return
     if cache is not None:
         if plot or sensitivity or compensate or timesteps:
             raise AsdmError(
@@ -99,6 +125,28 @@ def analyze(
     say(f"written to {out}")
     if plot is not None:
         _plot(redundancy, plot)
+
+
+def _prompt_groups(data: str, label: Label) -> dict[str, list[str]]:
+    from asdm.sensitivity.expert_usage import prompts_by_label
+
+    warn_of_skipped(data)
+    return prompts_by_label(data, label)
+
+
+def _print_usage(
+    pipeline: Any, groups: dict[str, list[str]], samples: int | None, timesteps: int, out: Path | None, seed: int
+) -> None:
+    """Observe the routers on some prompts of each group, print the table, and save it where a file is named."""
+    from asdm.sensitivity.expert_usage import default_samples
+
+    draw, count = random.Random(seed), samples or default_samples(pipeline)
+    chosen = {name: draw.sample(texts, min(count, len(texts))) for name, texts in groups.items()}
+    usage = asdm.expert_usage(pipeline, chosen, timesteps=timesteps, seed=seed)
+    console.print(usage_table(usage))
+    if out is not None:
+        usage.save(out)
+        say(f"written to {out}")
 
 
 def _print_profile(redundancy: RedundancyMap) -> None:

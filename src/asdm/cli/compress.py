@@ -10,6 +10,7 @@ import typer
 import asdm
 from asdm.choices import IMAGE_TO_IMAGE_SAMPLES
 from asdm.cli.options import (
+    CaptionsOption,
     CompensateOption,
     ConfigOption,
     DataOption,
@@ -47,6 +48,7 @@ def compress(
         int | None, typer.Option(help="Distillation steps, 1000 by default; 0 prunes only.", min=0, max=10**9)
     ] = None,
     recipe: RecipeOption = "joint",
+    captions: CaptionsOption = None,
     samples: Annotated[int, typer.Option(help="Images per split in the evaluation.", min=0, max=10**6)] = 128,
     image_to_image: ImageToImageOption = IMAGE_TO_IMAGE_SAMPLES,
     strength: StrengthOption = None,
@@ -72,6 +74,7 @@ def compress(
         data=data,
         steps=training_steps(steps, recipe),
         recipe=recipe,
+        captions=captions,
         samples=samples,
         image_to_image=image_to_image,
         strength=strength,

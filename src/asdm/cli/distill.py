@@ -14,6 +14,7 @@ from asdm.cli.options import (
     DATA,
     NAME,
     POSITIVE,
+    CaptionsOption,
     ConfigOption,
     DeviceOption,
     DistillRecipeOption,
@@ -43,6 +44,7 @@ def distill(
     out: Annotated[Path, typer.Option(help="The folder to write the distilled pipeline to.")],
     steps: Annotated[int | None, typer.Option(help="Training steps, 1000 by default.", min=1, max=10**9)] = None,
     recipe: DistillRecipeOption = "joint",
+    captions: CaptionsOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the stages with their time and memory; train nothing.")
     ] = False,
@@ -68,7 +70,7 @@ def distill(
     """Train a student to predict what its teacher predicts, or to sample in a few steps; run again to resume."""
     from asdm.data.sources import require_usable
     from asdm.distillation.pipelines import distill_pipeline
-    from asdm.distillation.recipes import recipe_stages
+    from asdm.distillation.recipes import recipe_stages, with_captions
     from asdm.families import denoiser_of
     from asdm.files import require_ours
     from asdm.pipelines.compatibility import require_same_prediction
@@ -86,6 +88,8 @@ def distill(
     require_same_prediction(teaching, learning, (teacher, student))
     denoiser = denoiser_of(learning).to(teaching.device)  # the student's other components are only saved
     stages = recipe_stages(recipe, denoiser, length)
+    if captions is not None:
+        stages = with_captions(stages, captions)
     if dry_run:
         _print_estimate(teaching, denoiser, stages, teraflops=device_tflops, processes=processes, sharded=fsdp)
         return

@@ -1,14 +1,14 @@
-"""`asdm export`: graphs for OpenVINO or ONNX."""
+"""`asdm export`: graphs for OpenVINO or ONNX, or one file for the programs that people draw with."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import asdm
-from asdm.choices import GraphFormat
+from asdm.choices import ExportFormat, FileDtype, Program
 from asdm.cli import loading
 from asdm.cli.options import DATA, NAME, ConfigOption, ModelArgument, PredictionTypeOption
 from asdm.cli.output import say, say_path, warn_of_skipped
@@ -18,8 +18,11 @@ from asdm.errors import AsdmError
 
 def export(
     model: ModelArgument,
-    to: Annotated[GraphFormat, typer.Option("--to", help="The format of the graphs.")],
-    out: Annotated[Path, typer.Option(help="The folder to write to.")],
+    to: Annotated[
+        ExportFormat,
+        typer.Option("--to", help="The format of the graphs; or checkpoint: one file in the original layout."),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to write to; for a checkpoint the .safetensors file.")],
     size: Annotated[
         int | None,
         typer.Option(
@@ -48,27 +51,91 @@ def export(
             show_default=False,
         ),
     ] = None,
+    program: Annotated[
+        Program | None,
+        typer.Option(
+            "--for",
+            help="With --to checkpoint: who reads the file: comfyui (also Forge; the default), sdcpp "
+            "(stable-diffusion.cpp) or diffusers.",
+            show_default=False,
+        ),
+    ] = None,
+    unet_only: Annotated[
+        bool, typer.Option("--unet-only", help="With --to checkpoint: without VAE and text encoders.")
+    ] = False,
+    dtype: Annotated[
+        FileDtype | None,
+        typer.Option(help="With --to checkpoint: precision of the file; fp16 by default.", show_default=False),
+    ] = None,
+    license: Annotated[
+        str | None,
+        typer.Option(
+            help="With --to checkpoint: the model's licence; by default what its model card says.",
+            callback=NAME,
+            show_default=False,
+        ),
+    ] = None,
     prediction_type: PredictionTypeOption = None,
     config: ConfigOption = None,
 ) -> None:
-    """Write a teacher or a student as OpenVINO or ONNX graphs, in a folder that optimum loads."""
+    """Write a teacher or a student as OpenVINO or ONNX graphs, in a folder that optimum loads, or as one file for
+    ComfyUI, Forge and stable-diffusion.cpp."""
+    claims: dict[str, Any] = {"prediction_type": prediction_type, "config": config}
+    of_graphs = {"--size": size, "--int8": int8, "--weights-only": weights_only, "--data": data, "--cache": cache}
+    of_file = {"--for": program, "--unet-only": unet_only, "--dtype": dtype, "--license": license}
+    for name, value in (of_graphs if to == "checkpoint" else of_file).items():
+        if value not in (None, False):
+            raise AsdmError(f"{name}: does not go with --to {to}; leave it out")
+    if to == "checkpoint":
+        _export_checkpoint(model, out, program or "comfyui", unet_only, dtype or "fp16", license, claims)
+        return
+    _export_graphs(
+        model,
+        out,
+        claims,
+        to=to,
+        size=size,
+        int8=("weights" if weights_only else "activations") if int8 else None,
+        data=data,
+        cache=cache,
+        weights_only=weights_only,
+    )
+
+
+def _export_graphs(model: str, out: Path, claims: dict[str, Any], *, weights_only: bool, **settings: Any) -> None:
     from asdm.files import require_ours
 
-    if weights_only and not int8:
+    if weights_only and settings["int8"] is None:
         raise AsdmError("--weights-only goes with --int8")
     require_ours(out, "export")
-    warn_of_skipped(data)
+    warn_of_skipped(settings["data"])
     with reporting() as report:
         made = asdm.export(
-            loading.load_model(model, "cpu", prediction_type=prediction_type, config=config),
+            loading.load_model(model, "cpu", **claims),
             out,
-            to,
-            size=size,
-            int8=("weights" if weights_only else "activations") if int8 else None,
-            data=data,
-            cache=cache,
+            **settings,
             progress=lambda name, done, total: report("export", done, total, name),
         )
     for name, difference in made.differences.items():
         say(f"{name}: differs from torch's outputs by at most {difference:.2%}")
     say_path(f"written to {made.folder}")
+
+
+def _export_checkpoint(
+    model: str,
+    out: Path,
+    program: Program,
+    unet_only: bool,
+    dtype: FileDtype,
+    license: str | None,
+    claims: dict[str, Any],
+) -> None:
+    from asdm.runtime.checkpoint import require_file
+
+    require_file(out)
+    # In the precision of the file, so that memory never holds more than that.
+    pipeline = loading.load_model(model, "cpu", {"fp16": "float16", "fp32": "float32"}[dtype], **claims)
+    made = asdm.export_checkpoint(pipeline, out, program, unet_only=unet_only, dtype=dtype, license=license)
+    for note in made.notes:
+        say(f"to set: this model {note}")
+    say_path(f"written to {made.file}, and what it is to {made.card}")

@@ -58,6 +58,8 @@ def training_steps(steps: int | None, recipe: str) -> int:
 NAME = require(checks.path)
 TEXT = require(checks.text)
 GUIDANCE = require(checks.GUIDANCE)
+SIDE = require(checks.multiple_of(8, 8192))  # pixels
+CONTROL_SCALE = require(checks.number(0, 10))
 SPEEDUP = require(checks.SPEEDUP)
 POSITIVE = require(checks.number(above=0))
 FRACTION = require(checks.number(above=0, below=1))
@@ -156,8 +158,8 @@ PresetOption = Annotated[
     str | None,
     typer.Option(
         "--preset",
-        help="A preset instead of a budget: a-sdm (mild), a-sdm-fast (2x at SD 1.5's size), or BK-SDM's bk-base, "
-        "bk-small, bk-tiny.",
+        help="A preset instead of a budget: a-sdm (mild), a-sdm-fast (2x at SD 1.5's size), BK-SDM's bk-base, "
+        "bk-small, bk-tiny, or for SDXL ssd-1b, vega, koala-1b, koala-700m.",
     ),
 ]
 SensitivityOption = Annotated[
@@ -193,6 +195,16 @@ RefineOption = Annotated[
 
 RecipeOption = Annotated[
     str, typer.Option(help="joint, bk-sdm, incubation, or a YAML file with a list of stages (then without --steps).")
+]
+CaptionsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--captions",
+        help="Captions without images, for which the student is to mean what its teacher means: a .txt file, one a "
+        "line, or spliced (splices of two of DATA's captions).",
+        callback=NAME,
+        show_default=False,
+    ),
 ]
 DistillRecipeOption = Annotated[
     str,

@@ -47,6 +47,14 @@ def plan(
     params: ParamsOption = None,
     macs: MacsOption = None,
     preset: PresetOption = None,
+    portable: Annotated[
+        bool,
+        typer.Option(
+            "--portable",
+            help="Choose only students that are stock UNets and that ComfyUI, Forge and diffusers read: whole layers, "
+            "transformer blocks and the mid block go.",
+        ),
+    ] = False,
     compensate: CompensateOption = None,
     experts: Annotated[
         float | None,
@@ -82,6 +90,9 @@ def plan(
     if source is None:
         raise AsdmError("name a profile that `asdm analyze` wrote, or a model")
     require_budget(speedup, params, macs, preset)
+    if portable:
+        _require_portable(preset, compensate, experts, refine)
+        compensate = "none"
     if compensate is None and source.startswith("random:"):
         compensate = "none"
     claims: dict[str, Any] = {"prediction_type": prediction_type, "config": config}
@@ -100,6 +111,7 @@ def plan(
             redundancy,
             pipeline,
             budget={"speedup": speedup, "params": params, "macs": macs, "preset": preset},
+            portable=portable,
             refine=refine or 0,
             experts=experts,
             router=router,
@@ -112,6 +124,13 @@ def plan(
     for edit in made.edits:
         say(f"  {edit}")
     say(f"{_summary(made)}; written to {out}")
+
+
+def _require_portable(preset: str | None, compensate: str | None, experts: float | None, refine: int | None) -> None:
+    given = {"--preset": preset, "--compensate": compensate, "--experts": experts, "--refine": refine}
+    for name, value in given.items():
+        if value not in (None, "none", 0):
+            raise AsdmError(f"{name} {value}: does not go with --portable; leave one of them out")
 
 
 def _saved_profile(path: str, refine: int | None, claims: dict[str, Any]) -> RedundancyMap:

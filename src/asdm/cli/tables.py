@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from asdm.distillation.estimate import StageEstimate
     from asdm.evaluation.report import Column
     from asdm.evaluation.results import Evaluation, ImageToImageMetrics, QualityMetrics
+    from asdm.measure.installation import Installation
+    from asdm.sensitivity.expert_usage import ExpertUsage
     from asdm.sensitivity.profile import RedundancyMap
 
 
@@ -35,6 +37,17 @@ def _legible(table: Table) -> Table:
     return table
 
 
+def extras_table(found: Installation) -> Table:
+    """Return which extras are installed, and what each gives."""
+    table = _table(None, ["extra", "state", "gives"], [])
+    for name, extra in found.extras.items():
+        table.add_row(name, "; ".join(extra.problems) or "installed", extra.gives)
+    if any(extra.problems for extra in found.extras.values()):
+        table.caption = "To add one: pip install 'asdm-diffusion\\[NAME]'"
+        table.caption_justify = "left"
+    return table
+
+
 def profile_table(redundancy: RedundancyMap) -> Table:
     """Return what each removable unit costs and how sensitive the prediction is to it."""
     table = _table(
@@ -51,6 +64,26 @@ def profile_table(redundancy: RedundancyMap) -> Table:
             f"{100 * unit.latency_share:.1f}%",
             f"{unit.sensitivity:.5f}",
         )
+    return _legible(table)
+
+
+def usage_table(usage: ExpertUsage) -> Table:
+    """Return the mean weight of the expert kernels by group of prompts, and how far the groups divide them."""
+    table = _table(
+        f"weights of expert kernels ({', '.join(f'{count} {name}' for name, count in usage.groups.items())})",
+        ["convolution", "expert"],
+        [*usage.groups, "bits", "by chance", "explained"],
+    )
+    for conv in usage.convolutions:
+        shared = [f"{conv.information:.4f}", f"{conv.chance:.4f}", f"{100 * conv.explained:.0f}%"]
+        for kernel, expert in enumerate(conv.experts, start=1):
+            means = [sum(row[kernel] for row in rows) / len(rows) for rows in conv.weights.values()]
+            table.add_row(
+                conv.name if kernel == 1 else "",
+                expert,
+                *(f"{mean:+.3f}" for mean in means),
+                *(shared if kernel == 1 else [""] * len(shared)),
+            )
     return _legible(table)
 
 

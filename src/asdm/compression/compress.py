@@ -52,6 +52,7 @@ class Compression:
     steps=checks.TRAINING_STEPS,
     recipe=checks.path,
     stages=checks.each(checks.a(Stage)),
+    captions=checks.path,
     samples=checks.whole(0, 10**6),
     image_to_image=checks.whole(0, 10**6),
     strength=checks.number(above=0, high=1),
@@ -74,6 +75,7 @@ def compress(
     steps: int = 1000,
     recipe: str = "joint",
     stages: Sequence[Stage] | None = None,
+    captions: str | Path | None = None,
     samples: int = 128,
     image_to_image: int = IMAGE_TO_IMAGE_SAMPLES,
     strength: float | None = None,
@@ -98,6 +100,7 @@ def compress(
         steps: training steps; 0 prunes only, and then needs no data.
         recipe: of the distillation (`asdm.distillation.recipes`): by name, or a YAML file.
         stages: the distillation in detail, instead of `steps` and `recipe`.
+        captions: captions without images for the distillation, as for `distill`.
         samples, sampling_steps: of the evaluation: images per split, 0 for speed only; and sampling steps.
         image_to_image, strength: of the evaluation's image-to-image, as for `evaluate`; 0 images leave it out.
         prediction_type, config: what the model is, whatever its checkpoint says, as for `load_pipeline`.
@@ -121,6 +124,7 @@ def compress(
         steps=steps,
         recipe=recipe,
         stages=stages,
+        captions=captions,
         sampling_steps=sampling_steps,
         **evaluation,
         **others,

@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import Field
 
 from asdm.choices import IMAGE_TO_IMAGE_SAMPLES, CompensationKind, PredictionType, Sensitivity
-from asdm.distillation.recipes import RECIPES, read_stages
+from asdm.distillation.caption_only import read_captions
+from asdm.distillation.recipes import RECIPES, SPLICED, read_stages
 from asdm.distillation.stages import Stage, parse_stages
 from asdm.errors import AsdmError
 from asdm.files import MARKER, write_text
@@ -45,6 +46,7 @@ class Settings(Record):
     seed: int = Field(description="Seed of all random numbers.")
     prediction_type: PredictionType | None = Field(None, description="What the model predicts, if given.")
     config: str | None = Field(None, description="The model's configuration, if given.")
+    captions: str | None = Field(None, description="Captions without images for the distillation, if given.")
 
     @property
     def claims(self) -> dict[str, Any]:
@@ -78,6 +80,7 @@ def make_settings(
     steps: int,
     recipe: str | Path,
     stages: Sequence[Stage] | None,
+    captions: str | Path | None,
     config: str | Path | None,
     **others: Any,
 ) -> Settings:
@@ -97,6 +100,8 @@ def make_settings(
             f"recipe={recipe}: its students sample otherwise than the teacher they are compared with; compress "
             "by another recipe, then run asdm distill --recipe lcm on the result"
         )
+    if captions is not None and str(captions) != SPLICED:
+        read_captions(captions)
     is_random, has_preset = has_random_weights(str(model)), budget["preset"] is not None
     if refine is None:
         refine = 0 if is_random or has_preset else ROUNDS
@@ -109,6 +114,7 @@ def make_settings(
         steps=steps if stages is None else None,
         recipe=str(recipe) if stages is None else None,
         stages=None if stages is None else list(stages),
+        captions=None if captions is None else str(captions),
         config=None if config is None else str(config),
         **others,
     )

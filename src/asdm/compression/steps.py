@@ -20,7 +20,7 @@ from asdm.compensation.fitting import CompensationReport, fit_compensation, fitt
 from asdm.compensation.folding import fold_compensation
 from asdm.compression.settings import Settings
 from asdm.distillation.distill import distill
-from asdm.distillation.recipes import recipe_stages
+from asdm.distillation.recipes import recipe_stages, with_captions
 from asdm.distillation.stages import Stage
 from asdm.evaluation.comparison import evaluate
 from asdm.evaluation.plots import redundancy_plot
@@ -296,9 +296,11 @@ def _fit(job: Job, student: Any, tensors: Path, metrics: Path) -> None:
 
 def _stages(settings: Settings, student: Any) -> Sequence[Stage]:
     if settings.stages is not None:
-        return settings.stages
-    assert settings.recipe is not None and settings.steps is not None
-    return recipe_stages(settings.recipe, student, settings.steps)
+        stages = settings.stages
+    else:
+        assert settings.recipe is not None and settings.steps is not None
+        stages = recipe_stages(settings.recipe, student, settings.steps)
+    return stages if settings.captions is None else with_captions(stages, settings.captions)
 
 
 def _training_note(row: dict[str, float]) -> str:

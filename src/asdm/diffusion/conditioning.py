@@ -13,7 +13,6 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from asdm import checks
-from asdm.errors import AsdmError
 from asdm.families import Denoiser, denoiser_of, family_of
 
 PIPELINES_MULTIPLE = 8  # of diffusers' Stable Diffusion pipelines, whatever the VAE's factor
@@ -128,17 +127,14 @@ def image_size(pipeline: DiffusionPipeline) -> int:
     return latent_shape(pipeline)[1] * pipeline.vae_scale_factor
 
 
-def require_size(pipeline: DiffusionPipeline, size: int) -> None:
+def require_size(pipeline: DiffusionPipeline, size: int, name: str = "size") -> None:
     """
     Raises:
         AsdmError: the VAE has no latents for images of so many pixels a side, or the pipeline does not generate them.
     """
-    checks.whole(1, LARGEST_IMAGE)("size", size)
     latent_multiple = family_of(pipeline).size_multiple(denoiser_of(pipeline))
     multiple = math.lcm(PIPELINES_MULTIPLE, pipeline.vae_scale_factor * latent_multiple)
-    if size % multiple:
-        nearest = max(1, round(size / multiple)) * multiple
-        raise AsdmError(f"size={size}: must be a positive multiple of {multiple}; the nearest is {nearest}")
+    checks.multiple_of(multiple, LARGEST_IMAGE)(name, size)
 
 
 @torch.no_grad()

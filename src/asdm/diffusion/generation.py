@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -87,7 +87,7 @@ def generate(
     if size is not None:
         require_size(pipeline, size)
     guidance = default_guidance(pipeline) if guidance_scale is None else guidance_scale
-    batch_size = batch_size or (32 if _is_small(pipeline) else 1)
+    batch_size = batch_size or (32 if is_small(pipeline) else 1)
     target, arguments = _target(pipeline, image, mask, strength, size)
     if cfg_cutoff != 1:
         arguments |= {"callback_on_step_end": CfgCutoff(target, cfg_cutoff)}
@@ -95,9 +95,10 @@ def generate(
     images = []
     for start in range(0, len(prompts), batch_size):
         batch = list(prompts[start : start + batch_size])
-        pixels = _generate_batch(target, batch, seed + start, _of_batch(arguments, start, len(batch)))
+        seeds = range(seed + start, seed + start + len(batch))
+        pixels = sample_batch(target, seeds, {**_of_batch(arguments, start, len(batch)), "prompt": batch})
         if not is_random(pipeline):
-            _require_finite(pixels, pipeline, guidance)
+            require_finite(pixels, pipeline, guidance)
         images.append(torch.from_numpy(pixels).permute(0, 3, 1, 2).float() * 2 - 1)
         if progress is not None:
             progress(min(start + batch_size, len(prompts)), len(prompts))
@@ -112,8 +113,9 @@ def _target(
     size: int | None,
 ) -> tuple[DiffusionPipeline, dict[str, Any]]:
     """Return the pipeline that reads these inputs, and the arguments that hold them."""
-    arguments = pipeline_arguments(pipeline, size)
-    if size is not None:
+    sides = None if size is None else (size, size)
+    arguments = pipeline_arguments(pipeline, sides)
+    if sides is not None:
         arguments |= {"height": size, "width": size}
     if image is None:
         return pipeline, arguments
@@ -131,25 +133,26 @@ def _in_rgb(image: Image.Image | Sequence[Image.Image]) -> Image.Image | list[Im
 
 
 def _of_batch(arguments: dict[str, Any], start: int, count: int) -> dict[str, Any]:
-    """Return the arguments of a batch: of images, its own, or the one that all prompts have."""
-    return {
-        name: (value[start : start + count] if isinstance(value, list) else [value] * count)
-        if "image" in name
-        else value
-        for name, value in arguments.items()
+    """Return the arguments of a batch, which has its own part of a list of images."""
+    images = arguments.get("image")
+    return arguments | {"image": images[start : start + count]} if isinstance(images, list) else arguments
+
+
+def sample_batch(pipeline: DiffusionPipeline, seeds: Sequence[int], arguments: Mapping[str, Any]) -> np.ndarray:
+    """Return images (seeds, height, width, 3) in [0, 1], the n-th from the noise of the n-th seed.
+
+    Args:
+        arguments: of the pipeline's call. Images are repeated for all seeds.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    given = {
+        name: [value] * len(seeds) if isinstance(value, Image.Image) else value for name, value in arguments.items()
     }
-
-
-def _generate_batch(
-    pipeline: DiffusionPipeline, prompts: list[str], seed: int, arguments: dict[str, Any]
-) -> np.ndarray:
-    """Return images (prompts, height, width, 3) in [0, 1], the n-th from the noise of seed + n."""
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     with _faults_in_one_line(pipeline):
-        result = pipeline(prompts, generator=generators, **arguments)
+        result = pipeline(generator=generators, **given)
     blacked_out = sum(getattr(result, "nsfw_content_detected", None) or [])
     if blacked_out:
-        warnings.warn(f"the safety checker blacked out {blacked_out} of {len(prompts)} images", stacklevel=4)
+        warnings.warn(f"the safety checker blacked out {blacked_out} of {len(seeds)} images", stacklevel=4)
     return np.asarray(result.images)
 
 
@@ -170,12 +173,19 @@ def _require_images(image: Image.Image | Sequence[Image.Image], mask: Image.Imag
         raise AsdmError(f"{len(images)} images for {prompts} prompts: give one for each, or one for all")
     if len({each.size for each in images}) > 1:
         raise AsdmError("the images have different sizes; scale them to one")
-    size = images[0].size
-    if mask is not None and mask.size != size:
-        raise AsdmError(f"the mask has {mask.size} pixels, the image {size}; give both in one size")
-    if min(size) < PIPELINES_MULTIPLE or max(size) > LARGEST_IMAGE:
+    require_image(images[0], mask)
+
+
+def require_image(image: Image.Image, mask: Image.Image | None) -> None:
+    """
+    Raises:
+        AsdmError: the image is too small or too large, or the mask has another size.
+    """
+    if mask is not None and mask.size != image.size:
+        raise AsdmError(f"the mask has {mask.size} pixels, the image {image.size}; give both in one size")
+    if min(image.size) < PIPELINES_MULTIPLE or max(image.size) > LARGEST_IMAGE:
         raise AsdmError(
-            f"an image of {size} pixels: its sides must be from {PIPELINES_MULTIPLE} to {LARGEST_IMAGE}; scale it"
+            f"an image of {image.size} pixels: its sides must be from {PIPELINES_MULTIPLE} to {LARGEST_IMAGE}; scale it"
         )
 
 
@@ -191,7 +201,7 @@ def require_strength(strength: float, steps: int) -> None:
         )
 
 
-def _require_finite(images: np.ndarray, pipeline: DiffusionPipeline, guidance: float) -> None:
+def require_finite(images: np.ndarray, pipeline: DiffusionPipeline, guidance: float) -> None:
     """Raise an AsdmError for images (count, height, width, 3) that would be saved as black ones."""
     broken = int((~np.isfinite(images)).reshape(len(images), -1).any(axis=1).sum())
     if broken:
@@ -223,12 +233,12 @@ def require_steps(pipeline: DiffusionPipeline, steps: int) -> None:
         raise AsdmError(f"steps={steps}: {kind} refuses it ({one_line(error)}); give another number") from None
 
 
-def pipeline_arguments(pipeline: DiffusionPipeline, size: int | None = None) -> dict[str, Any]:
-    """Arguments that this kind of pipeline needs to generate from text alone, at this size: for one made for
-    inpainting, an image and a mask; and those of the denoiser's family."""
+def pipeline_arguments(pipeline: DiffusionPipeline, sides: tuple[int, int] | None = None) -> dict[str, Any]:
+    """Arguments that this kind of pipeline needs to generate from text alone, at this width and height: for one made
+    for inpainting, an image and a mask; and those of the denoiser's family."""
     arguments = family_of(pipeline).sampling_arguments()
     if is_inpainting(pipeline):
-        sides = (size or image_size(pipeline),) * 2
+        sides = sides or (image_size(pipeline),) * 2
         images = {"image": Image.new("RGB", sides, "gray"), "mask_image": Image.new("L", sides, 255)}
         arguments |= {**images, "strength": 1.0}
     return arguments
@@ -249,8 +259,9 @@ def default_guidance(pipeline: DiffusionPipeline) -> float:
     burns out; 1, none, for few-step denoisers with built-in guidance."""
     if is_few_step(pipeline) and not family_of(pipeline).embeds_guidance(denoiser_of(pipeline)):
         return 1.0
-    return 3.0 if _is_small(pipeline) else family_of(pipeline).guidance_scale
+    return 3.0 if is_small(pipeline) else family_of(pipeline).guidance_scale
 
 
-def _is_small(pipeline: DiffusionPipeline) -> bool:
+def is_small(pipeline: DiffusionPipeline) -> bool:
+    """Return whether its latents have at most 32x32 pixels."""
     return max(latent_shape(pipeline)[1:]) <= 32

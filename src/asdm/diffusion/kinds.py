@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from diffusers import (
     DiffusionPipeline,
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionControlNetInpaintPipeline,
+    StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLControlNetImg2ImgPipeline,
+    StableDiffusionXLControlNetInpaintPipeline,
+    StableDiffusionXLControlNetPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
@@ -17,6 +24,12 @@ from diffusers import (
 from asdm.errors import AsdmError
 from asdm.families import denoiser_of, family_of
 
+# By whether they start from an image, and whether a mask says what of it is replaced.
+_WITH_CONTROLNET: dict[tuple[bool, bool], tuple[Any, Any]] = {
+    (False, False): (StableDiffusionControlNetPipeline, StableDiffusionXLControlNetPipeline),
+    (True, False): (StableDiffusionControlNetImg2ImgPipeline, StableDiffusionXLControlNetImg2ImgPipeline),
+    (True, True): (StableDiffusionControlNetInpaintPipeline, StableDiffusionXLControlNetInpaintPipeline),
+}
 RANDOM = "random:"  # how names of pipelines with random weights begin
 
 
@@ -64,15 +77,30 @@ def require_image_to_image(pipeline: DiffusionPipeline) -> None:
         )
 
 
+def controlled(
+    pipeline: DiffusionPipeline, controlnet: Any, with_image: bool = False, with_mask: bool = False
+) -> DiffusionPipeline:
+    """Return the pipeline with a ControlNet that shares this pipeline's parts."""
+    kind = _WITH_CONTROLNET[with_image, with_mask][is_sdxl(pipeline)]
+    other = kind(**pipeline.components, controlnet=controlnet, **extra_arguments(pipeline, kind))
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
 def text_to_image(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     """Return the pipeline for text-to-image that shares this pipeline's parts."""
     kind = StableDiffusionXLPipeline if is_sdxl(pipeline) else StableDiffusionPipeline
-    arguments = extra_arguments(pipeline)
-    arguments.pop("requires_aesthetics_score", None)  # of the refiner's
-    return kind(**pipeline.components, **arguments)
+    return kind(**pipeline.components, **extra_arguments(pipeline, kind))
 
 
-def extra_arguments(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """Return the arguments of its class that are no components, as its config has them."""
-    allowed = ("requires_safety_checker", "force_zeros_for_empty_prompt", "requires_aesthetics_score")
+def extra_arguments(pipeline: DiffusionPipeline, kind: Any = None) -> dict[str, Any]:
+    """Return the arguments of its class that are no components, as its config has them.
+
+    Args:
+        kind: another class, to which those are limited that it has, too.
+    """
+    allowed = ["requires_safety_checker", "force_zeros_for_empty_prompt", "requires_aesthetics_score"]
+    if kind is not None:
+        taken = inspect.signature(kind.__init__).parameters
+        allowed = [name for name in allowed if name in taken]
     return {name: pipeline.config[name] for name in allowed if name in pipeline.config}

@@ -168,19 +168,4 @@ class ConsistencyTask(TeachingTask):
         return estimates[-1]
 
     def _guided(self, noised: Noised) -> Tensor:
-        """Return the teacher's guided prediction (batch, channels, h, w), both branches in one call; one that embeds
-        the scale needs no second branch."""
-        if self.embeds_guidance:
-            return self.teacher_pred(noised).float()
-        count = len(noised.noisy)
-        rows = torch.arange(count, device=noised.noisy.device).repeat(2)
-        with_text = torch.arange(2 * count, device=rows.device) < count
-        empty = self.examples.empty_caption.to(rows.device, torch.float32)
-        both = replace(
-            noised,
-            noisy=noised.noisy[rows],
-            timesteps=noised.timesteps[rows],
-            captions=noised.captions[rows].where(with_text, empty),
-        )
-        conditional, unconditional = self.teacher_pred(both).float().chunk(2)
-        return unconditional + self.guidance_scale * (conditional - unconditional)
+        return self.guided_teacher_pred(noised, self.guidance_scale)

@@ -14,7 +14,7 @@ from asdm import checks
 from asdm.data.prepared import digest_of
 from asdm.diffusion.parameterization import parameterization_of
 from asdm.distillation.incubation import blocks_in_teacher
-from asdm.distillation.recipes import recipe_stages
+from asdm.distillation.recipes import recipe_stages, with_captions
 from asdm.distillation.run import StageRun, train_stage
 from asdm.distillation.stages import Stage
 from asdm.distillation.tasks import make_task
@@ -36,6 +36,7 @@ from asdm.training.optimizers import require_installed
     recipe=checks.path,
     steps=checks.TRAINING_STEPS,
     stages=checks.each(checks.a(Stage), least=1),
+    captions=checks.path,
     seed=checks.SEED,
     progress=checks.function,
 )
@@ -48,6 +49,7 @@ def distill(
     recipe: str | Path = "joint",
     steps: int | None = None,
     stages: Sequence[Stage] | None = None,
+    captions: str | Path | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> TrainingSet:
@@ -62,6 +64,8 @@ def distill(
         recipe: by name (`asdm.distillation.recipes`), of `steps` steps (1000 by default), or a YAML file, whose stages
             have their own. A few-step student samples by `lcm_scheduler`.
         stages: the recipe in detail, instead of `recipe` and `steps`.
+        captions: captions without images, on which teacher and student are compared in meaning, too
+            (`asdm.distillation.recipes.with_captions`): a .txt file, one a line, or "spliced".
         progress: called after each step, in the first process, with `done` and `total` of all stages' steps, the
             losses and the `seconds` it took.
 
@@ -81,6 +85,8 @@ def distill(
     folder.mkdir(parents=True, exist_ok=True)
     prepare_for_training()
     stages = recipe_stages(recipe, student, 1000 if steps is None else steps) if stages is None else list(stages)
+    if captions is not None:
+        stages = with_captions(stages, captions)
     networks = {
         "teacher": digest_of(denoiser),
         "student": digest_of(student),

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from asdm.diffusion.conditioning import Conditioning
 from asdm.distillation.incubation import blocks_in_teacher
 from asdm.distillation.stages import Stage
-from asdm.distillation.tasks import make_task
+from asdm.distillation.tasks import DistillationTask, make_task
 from asdm.distillation.teaching import Batch
 from asdm.distillation.training_set import TrainingSet
 from asdm.families import Denoiser, denoiser_call, denoiser_of, family_of
@@ -150,10 +150,17 @@ def _stage_cost(
 
 def _weightless_task(teacher: DiffusionPipeline, student: Denoiser, stage: Stage, share: BatchSlice) -> TrainingTask:
     """Return the stage's task with shapes for its tensors, without a semantic encoder that would have to be loaded."""
-    losses = stage.losses.model_copy(update={"semantic_text": 0.0})
+    losses = stage.losses.model_copy(update={"semantic_text": 0.0, "caption_text": 0.0})
     if stage.semantics.encoder != "unet":
-        losses = losses.model_copy(update={"semantic": 0.0})
-    task = make_task(teacher, student, _Examples.of(student), stage.model_copy(update={"losses": losses}), share)
+        losses = losses.model_copy(update={"semantic": 0.0, "caption_semantic": 0.0})
+    examples = _Examples.of(student)
+    task = make_task(teacher, student, examples, stage.model_copy(update={"losses": losses}), share)
+    if isinstance(task, DistillationTask) and task.caption_sampler is not None:
+        task.caption_sampler = replace(
+            task.caption_sampler,
+            texts=lambda count, _: [""] * count,
+            embed=lambda texts: examples.prepared.batch(range(len(texts)))[1],
+        )
     if stage.checkpointing:
         # There is no random state to keep; a backward pass leaves modes, so that of the norms is entered again.
         student.enable_gradient_checkpointing(
@@ -240,6 +247,7 @@ class _Examples:
     """Stands in for prepared latents and embeddings."""
 
     denoiser: Denoiser
+    captions: Sequence[str] = ("",)
 
     @classmethod
     def of(cls, denoiser: Denoiser) -> TrainingSet:

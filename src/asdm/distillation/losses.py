@@ -86,18 +86,35 @@ def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> 
 # -- terms ------------------------------------------------------------------------------------------------
 
 FeatureWeighting = Literal["spatial", "block"]
-Reads = Literal["prediction", "features", "semantics"]
+Reads = Literal["prediction", "features", "semantics", "captions", "caption_semantics"]
 
 
 @dataclass(frozen=True)
 class SemanticFeatures:
     """What an encoder says of x_0 estimates, (batch, channels) each: the student's, the teacher's, the captions' where
-    the encoder has a text tower; and the weight (batch,) of each sample."""
+    the encoder has a text tower; and the weights (batch,) of each sample, beside the teacher and beside the caption."""
 
     student: Tensor
     teacher: Tensor
     text: Tensor | None
     weights: Tensor
+    text_weights: Tensor
+
+
+@dataclass(frozen=True)
+class CaptionComparison:
+    """A student beside its teacher on captions that have no image.
+
+    `share` is the part of what they weigh: of a batch in several parts, one part may have more of these captions than
+    another, or none. `weights` (captions,) are those of the time steps, None where all count alike.
+    `semantic_features` computes when it is called; it is None without an encoder.
+    """
+
+    noise_pred: Tensor
+    teacher_pred: Tensor
+    weights: Tensor | None
+    share: float
+    semantic_features: Callable[[], SemanticFeatures] | None
 
 
 @dataclass(frozen=True)
@@ -106,8 +123,8 @@ class Comparison:
 
     `weights` (batch,) are those of the time steps, None where all count alike. `student_features` and
     `teacher_features` are the blocks' outputs, `by_block` their losses. `guided_predictions` returns the student's and
-    the teacher's prediction, with guidance where the stage has a scale; `semantic_features` is None at steps without
-    semantic losses. Both compute when they are called.
+    the teacher's prediction, with guidance where the stage has a scale; `semantic_features`, and `captions` for those
+    without an image, are None at steps without such losses. All three compute when they are called.
     """
 
     noise_pred: Tensor
@@ -119,6 +136,7 @@ class Comparison:
     by_block: Mapping[str, Tensor]
     guided_predictions: Callable[[], tuple[Tensor, Tensor]]
     semantic_features: Callable[[], SemanticFeatures] | None
+    captions: Callable[[], CaptionComparison | None] | None = None
     relative: bool = True
     feature_weighting: FeatureWeighting = "spatial"
 
@@ -193,4 +211,51 @@ def _semantic_text(comparison: Comparison) -> Tensor | None:
     if comparison.semantic_features is None:
         return None
     found = comparison.semantic_features()
-    return None if found.text is None else semantic_loss(found.student, found.text, found.weights)
+    return None if found.text is None else semantic_loss(found.student, found.text, found.text_weights)
+
+
+@loss_term("caption_output", reads="captions")
+def _caption_output(comparison: Comparison) -> Tensor | None:
+    """Return what the teacher predicts for captions that have no image."""
+
+    def output(found: CaptionComparison) -> Tensor:
+        return output_loss(found.noise_pred, found.teacher_pred, found.weights, comparison.relative)
+
+    return _on_captions(comparison, output)
+
+
+@loss_term("caption_semantic", reads="caption_semantics")
+def _caption_semantic(comparison: Comparison) -> Tensor | None:
+    """Return what the teacher's x_0 estimate means, for captions that have no image."""
+
+    def semantic(found: CaptionComparison) -> Tensor | None:
+        if found.semantic_features is None:
+            return None
+        features = found.semantic_features()
+        return semantic_loss(features.student, features.teacher, features.weights)
+
+    return _on_captions(comparison, semantic)
+
+
+@loss_term("caption_text", reads="caption_semantics")
+def _caption_text(comparison: Comparison) -> Tensor | None:
+    """Return what captions mean that have no image."""
+
+    def text(found: CaptionComparison) -> Tensor | None:
+        features = None if found.semantic_features is None else found.semantic_features()
+        if features is None or features.text is None:
+            return None
+        return semantic_loss(features.student, features.text, features.text_weights)
+
+    return _on_captions(comparison, text)
+
+
+def _on_captions(comparison: Comparison, loss: Callable[[CaptionComparison], Tensor | None]) -> Tensor | None:
+    """Return a loss on captions without an image; None at steps without, 0 where this part of the batch has none."""
+    if comparison.captions is None:
+        return None
+    found = comparison.captions()
+    if found is None:
+        return 0 * comparison.noise_pred.sum()
+    value = loss(found)
+    return None if value is None else found.share * value

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from asdm.distillation.caption_only import read_captions
 from asdm.distillation.incubation import groups_of, incubated_blocks
-from asdm.distillation.stages import Consistency, LossWeights, Semantics, Stage, parse_stages
+from asdm.distillation.stages import CaptionOnly, Consistency, LossWeights, Semantics, Stage, parse_stages
 from asdm.errors import AsdmError, one_line
 from asdm.families import Denoiser, family_of
 
@@ -17,6 +18,7 @@ SMALL_MODEL_PARAMETERS = 50_000_000
 SEMANTIC_WEIGHT = 0.3
 SEMANTICS = Semantics(every=4)
 CAPTION_MIXING = 0.7
+SPLICED = "spliced"  # captions without images: splices of the data's
 # The blocks' features weigh most and the denoising task least: its target does not know that a caption was mixed.
 WEIGHTS = LossWeights(task=0.3, output=1.0, feature=10.0)
 INCUBATING = 0.05  # of the steps, and as many train groups in the teacher: a block alone learns soon what it can
@@ -119,6 +121,32 @@ def recipe_stages(recipe: str | Path, student: Denoiser, steps: int) -> list[Sta
         AsdmError: no such recipe or file, or one that is not a list of stages.
     """
     return RECIPES[str(recipe)](student, steps) if str(recipe) in RECIPES else read_stages(recipe)
+
+
+def with_captions(stages: Sequence[Stage], captions: str | Path) -> list[Stage]:
+    """Return stages whose joint ones also compare what x_0 estimates mean on captions that have no image, at every
+    fourth step: semantic-aware supervision where nothing else can supervise (inferred).
+
+    Args:
+        captions: "spliced", for splices of the data's captions, or a .txt file, one caption a line.
+
+    Raises:
+        AsdmError: no such file, or no stage is a joint one.
+    """
+    if str(captions) != SPLICED:
+        read_captions(captions)
+    if not any(stage.scope == "joint" for stage in stages):
+        raise AsdmError(f"captions={captions}: these stages have no losses on captions; use one of scope joint")
+    source = CaptionOnly(file=None if str(captions) == SPLICED else str(captions))
+    return [_on_captions(stage, source) if stage.scope == "joint" else stage for stage in stages]
+
+
+def _on_captions(stage: Stage, source: CaptionOnly) -> Stage:
+    weights = stage.losses.model_dump() | {"caption_semantic": SEMANTIC_WEIGHT}
+    changes: dict[str, Any] = {"losses": LossWeights(**weights), "caption_only": source}
+    if not stage.losses.any_reads("semantics"):
+        changes["semantics"] = stage.semantics.model_copy(update={"every": SEMANTICS.every})
+    return stage.model_copy(update=changes)
 
 
 def read_stages(recipe: str | Path) -> list[Stage]:

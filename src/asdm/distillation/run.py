@@ -52,7 +52,11 @@ class StageRun:
         settings = self._settings(student, examples)
         path = self.folder / "run.json"
         if path.is_file():
-            known = {"predicts": settings["predicts"], **renamed_stage(json.loads(path.read_text("utf-8")))}
+            # A setting that an earlier version did not have has its default.
+            defaults = Stage(name=self.stage.name, steps=0).model_dump(mode="json")
+            saved = renamed_stage(json.loads(path.read_text("utf-8")))
+            known = {"predicts": settings["predicts"], **defaults, **saved}
+            known["losses"] = defaults["losses"] | known["losses"]
             now = json.loads(json.dumps(settings))
             changed = [name for name in now if known.get(name) != now[name]]
             if changed and not (changed == ["steps"] and self.is_newest and self.stage.steps > known["steps"]):
@@ -83,7 +87,9 @@ def train_stage(
         AsdmError: the folder is of another run, a loss is not finite, or the stage is not possible.
     """
     stage = run.stage
-    only_features = stage.scope == "joint" and not stage.losses.any_reads("prediction", "semantics")
+    only_features = stage.scope == "joint" and not stage.losses.any_reads(
+        "prediction", "semantics", "captions", "caption_semantics"
+    )
     accelerator = make_accelerator(teacher.device, stage.mixed_precision, some_unused=only_features)
     is_spread = stage.scope == "incubate" and accelerator.num_processes > 1
     share = BatchSlice(accelerator.process_index, accelerator.num_processes) if is_spread else WHOLE

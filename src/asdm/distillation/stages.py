@@ -23,6 +23,7 @@ class LossWeights(Record):
 
     "task" is the denoising loss, "output" compares with the teacher's prediction, "feature" with its blocks' features;
     "semantic" compares the x_0 estimate's meaning with the teacher's, "semantic_text" with the caption's.
+    "caption_output", "caption_semantic" and "caption_text" compare the same on captions that have no image.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -52,7 +53,8 @@ class LossWeights(Record):
         return self
 
     def any_reads(self, *kinds: str) -> bool:
-        """Return whether a term with a weight reads one of these: "prediction", "features", "semantics"."""
+        """Return whether a term with a weight reads one of these: "prediction", "features", "semantics", "captions",
+        "caption_semantics"."""
         weights = self.model_dump()
         return any(weights.get(term.name) for term in loss_terms() if term.reads in kinds)
 
@@ -68,7 +70,28 @@ class Semantics(Record):
     decoder: str | None = Field(
         None, description="A tiny decoder by name, for encoders that read images; by default the pipeline's VAE."
     )
-    every: int = Field(1, ge=1, description="The semantic losses are computed at every k-th step.")
+    every: int = Field(1, ge=1, description="The semantic and the caption losses are computed at every k-th step.")
+
+
+class CaptionOnly(Record):
+    """Captions that have no image, for the losses whose names begin with "caption_" (`asdm.distillation.caption_only`).
+
+    They are off where none of these losses has a weight.
+    """
+
+    file: str | None = Field(
+        None, description="A .txt file, one caption a line; by default splices of two of the data's captions."
+    )
+    share: float = Field(
+        0.25, gt=0, le=1, description="Captions in a step, relative to the batch; the nearest of 1, 1/2, 1/3, .."
+    )
+    sampling_steps: int = Field(
+        4,
+        ge=0,
+        le=1000,
+        description="Steps of the teacher's guided solver from pure noise to the latents that are compared, two calls "
+        "each. 0: the comparison is at pure noise, at the end of the schedule.",
+    )
 
 
 class Consistency(Record):
@@ -175,6 +198,7 @@ class Stage(Record):
     )
     min_snr_gamma: float | None = Field(None, gt=0, description="Weigh time steps by Min-SNR with this gamma.")
     semantics: Semantics = Field(Semantics(), description="How the semantic losses compare.")
+    caption_only: CaptionOnly = Field(CaptionOnly(), description="Captions without images, for the caption losses.")
     consistency: Consistency = Field(Consistency(), description="Settings of scope consistency.")
 
     @model_validator(mode="after")

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from asdm.diffusion.generation import default_guidance
 from asdm.diffusion.parameterization import Parameterization, parameterization_of
+from asdm.distillation.caption_only import CaptionSampler, make_caption_sampler, trajectory
 from asdm.distillation.consistency import ConsistencyTask
 from asdm.distillation.incubation import block_error, calls_of, incubated_blocks
 from asdm.distillation.losses import (
+    CaptionComparison,
     Comparison,
     SemanticFeatures,
     feature_losses,
@@ -47,10 +49,12 @@ def make_task(
     if stage.scope == "consistency":
         scale = default_guidance(teacher) if stage.guidance_scale is None else stage.guidance_scale
         return ConsistencyTask(denoiser, student, parameterization, examples, stage, scale)
-    encoder = None
-    if stage.losses.any_reads("semantics"):
+    encoder = captions = None
+    if stage.losses.any_reads("semantics", "caption_semantics"):
         encoder = make_encoder(stage.semantics.encoder, teacher, stage.semantics.decoder)
-    return DistillationTask(denoiser, student, parameterization, examples, stage, encoder)
+    if stage.losses.any_reads("captions", "caption_semantics"):
+        captions = make_caption_sampler(teacher, stage, examples.prepared.captions)
+    return DistillationTask(denoiser, student, parameterization, examples, stage, encoder, captions)
 
 
 class DistillationTask(TeachingTask):
@@ -67,6 +71,7 @@ class DistillationTask(TeachingTask):
         examples: TrainingSet,
         stage: Stage,
         encoder: SemanticEncoder | None = None,
+        caption_sampler: CaptionSampler | None = None,
     ):
         super().__init__(teacher, student, parameterization, examples, stage)
         self.blocks = family_of(student).blocks(student)
@@ -77,23 +82,34 @@ class DistillationTask(TeachingTask):
         self.mean_snr_weight: Tensor | None = None
         if stage.min_snr_gamma is not None:
             self.mean_snr_weight = parameterization.min_snr_weights(sampled, stage.min_snr_gamma).mean()
-        self.encoder = encoder
+        self.encoder, self.caption_sampler = encoder, caption_sampler
         self.text_features: Tensor | None = None
         if encoder is not None and stage.losses.semantic_text:
-            self.text_features = encoder.text_features(examples.prepared.captions)
-            if self.text_features is None:
-                raise AsdmError(
-                    f"semantic_text={stage.losses.semantic_text:g}: the encoder {stage.semantics.encoder} has no text "
-                    "tower; choose clip, or give it no weight"
-                )
+            self.text_features = self._text_features(examples.prepared.captions, "semantic_text")
+        if encoder is not None and stage.losses.caption_text:
+            self._text_features([""], "caption_text")  # it must have a text tower
 
     def forward(self, batch: Batch, generator: torch.Generator, part: BatchSlice = WHOLE) -> dict[str, Tensor]:
         """The losses of a part of the batch: the total, each term, and the features of each block."""
         indices, step = batch
         noised = self.noised(indices, generator, part)
         comparison = self._compare(noised, indices[part.of(len(indices))], step)
+        if self.caption_sampler is not None and step % self.stage.semantics.every == 0:
+            on_captions = partial(self._compare_on_captions, self.caption_sampler, len(indices), part, generator)
+            comparison = replace(comparison, captions=cache(on_captions))
         by_block = {f"feature/{name}": value for name, value in comparison.by_block.items()}
         return {**self.weighted(losses_of(comparison)), **by_block}
+
+    def _text_features(self, captions: list[str], name: str) -> Tensor:
+        """Return the features (captions, channels) of the encoder's text tower, for the loss `name`."""
+        assert self.encoder is not None
+        features = self.encoder.text_features(captions)
+        if features is None:
+            raise AsdmError(
+                f"{name}={self.stage.losses.model_dump()[name]:g}: the encoder {self.stage.semantics.encoder} has no "
+                "text tower; choose clip, or give it no weight"
+            )
+        return features
 
     def snr_weights(self, timesteps: Tensor) -> Tensor | None:
         """Min-SNR weights (batch,) with a mean of 1; None where all time steps count alike."""
@@ -115,8 +131,9 @@ class DistillationTask(TeachingTask):
             block = self.teacher_blocks[name]
             features[name] = family.block_io(self.student, name).image_states(output)
             expected[name] = family.block_io(self.teacher, block).image_states(teacher_outputs[block])
-        has_semantics = self.encoder is not None and step % stage.semantics.every == 0
-        look = partial(self._semantic_features, noised, noise_pred, teacher_pred, indices)
+        has_semantics = stage.losses.any_reads("semantics") and step % stage.semantics.every == 0
+        texts = None if self.text_features is None else self.text_features[indices]
+        look = partial(self._semantic_features, noised, noise_pred, teacher_pred, texts)
         return Comparison(
             noise_pred=noise_pred,
             teacher_pred=teacher_pred,
@@ -146,9 +163,10 @@ class DistillationTask(TeachingTask):
         return own + scale * (noise_pred - own), teacher_pred
 
     def _semantic_features(
-        self, noised: Noised, noise_pred: Tensor, teacher_pred: Tensor, indices: Tensor
+        self, noised: Noised, noise_pred: Tensor, teacher_pred: Tensor, texts: Tensor | None
     ) -> SemanticFeatures:
-        """Return what the x_0 estimates mean; those at high noise mean little, and weigh by the signal's power."""
+        """Return what the x_0 estimates mean; those at high noise mean little, and weigh by the signal's power. Beside
+        their captions' features `texts` (batch, channels) count those alone that the networks read."""
         assert self.encoder is not None
         mine, theirs = (
             self.parameterization.to_x0(pred.float(), noised.noisy, noised.timesteps)
@@ -159,8 +177,58 @@ class DistillationTask(TeachingTask):
             expected = self.encoder(theirs, noised.captions)
         power = self.parameterization.signal_power(noised.timesteps)
         weights = power / self.mean_signal_power.to(power.device)
-        text = None if self.text_features is None else self.text_features[indices].to(features)
-        return SemanticFeatures(features, expected, text, weights)
+        texts = None if texts is None else texts.to(features)
+        is_own = noised.has_own_caption
+        return SemanticFeatures(features, expected, texts, weights, weights if is_own is None else weights * is_own)
+
+    def _compare_on_captions(
+        self, source: CaptionSampler, count: int, part: BatchSlice, generator: torch.Generator
+    ) -> CaptionComparison | None:
+        """Run both networks on this part's captions without an image; None where it has none.
+
+        Every k-th row of a batch of `count` has one.
+        """
+        stride = min(count, max(1, round(1 / self.stage.caption_only.share)))
+        here = range(count)[part.of(count)]
+        rows = [row for row in here if row % stride == 0]
+        if not rows:
+            return None
+        texts = source.texts(count, generator)
+        texts = [texts[row] for row in rows]
+        noised = self._noised_captions(source, texts, rows, count, generator)
+        with torch.no_grad():
+            teacher_pred = self.teacher_pred(noised)
+        noise_pred = self.student_pred(noised)
+        features = None
+        if self.encoder is not None:
+            expected = self._text_features(texts, "caption_text") if self.stage.losses.caption_text else None
+            features = cache(partial(self._semantic_features, noised, noise_pred, teacher_pred, expected))
+        share = len(rows) / len(here) / (len(range(0, count, stride)) / count)
+        return CaptionComparison(noise_pred, teacher_pred, self.snr_weights(noised.timesteps), share, features)
+
+    def _noised_captions(
+        self, source: CaptionSampler, texts: list[str], rows: list[int], count: int, generator: torch.Generator
+    ) -> Noised:
+        """Return captions `texts` without an image at the noisy latents that the teacher comes to with them.
+
+        Random numbers are those of the whole batch of `count`; `rows` are the captions' places in it.
+        """
+        device, steps = self.student.device, self.stage.caption_only.sampling_steps
+        timesteps = self.timesteps(count, generator)[rows].to(device)
+        if not steps:
+            timesteps = torch.full_like(timesteps, self.parameterization.num_timesteps - 1)
+        shape = family_of(self.teacher).sample_shape(self.teacher)
+        noise = torch.randn(count, *shape, generator=generator)[rows].to(device)
+        captions = source.embed(texts).to(device, torch.float32)
+        if self.embeds_guidance:
+            scales = torch.full((len(texts),), source.guidance_scale)
+            captions = replace(captions, timestep_cond=family_of(self.teacher).guidance_embedding(self.teacher, scales))
+        noised = Noised(noise, timesteps, noise, captions)  # there is no denoising target
+
+        def predict(noisy: Tensor, here: Tensor) -> Tensor:
+            return self.guided_teacher_pred(replace(noised, noisy=noisy, timesteps=here), source.guidance_scale)
+
+        return replace(noised, noisy=trajectory(self.parameterization, predict, noise, timesteps, steps))
 
 
 class IncubationTask(TeachingTask):

@@ -24,12 +24,14 @@ GUIDANCE_SCALES = (3.0, 15.0)  # that embeddings are trained for: 2 to 14 as LCM
 @dataclass(frozen=True)
 class Noised:
     """A batch as both networks see it: latents `noisy` (batch, channels, h, w) at `timesteps` (batch,), their captions,
-    and the denoising `target`."""
+    and the denoising `target`; `has_own_caption` (batch,) says whose caption is the image's, neither left out nor
+    mixed; None: all."""
 
     noisy: Tensor
     timesteps: Tensor
     target: Tensor
     captions: Conditioning
+    has_own_caption: Tensor | None = None
 
 
 class TeachingTask(TrainingTask):
@@ -74,8 +76,9 @@ class TeachingTask(TrainingTask):
         chosen = part.of(count)
         latents, captions = self.examples.prepared.batch(indices[chosen])
         latents = latents.to(device)
+        is_mixed = torch.zeros(len(captions), dtype=torch.bool)
         if self.stage.caption_mixing:
-            captions = self._mixed(captions, indices, generator, part)
+            captions, is_mixed = self._mixed(captions, indices, generator, part)
         kept = torch.rand(count, generator=generator) >= self.stage.caption_dropout
         captions = captions.where(kept[chosen], self.examples.empty_caption)
         timesteps = self.timesteps(count, generator)[chosen].to(device)
@@ -86,7 +89,8 @@ class TeachingTask(TrainingTask):
             scales = self._guidance_scales(count, generator)
             embedding = family_of(self.teacher).guidance_embedding(self.teacher, scales)
             captions = replace(captions.to(device), timestep_cond=None if embedding is None else embedding[chosen])
-        return Noised(noisy, timesteps, target, captions.to(device, torch.float32))
+        has_own_caption = (kept[chosen] & ~is_mixed).to(device)
+        return Noised(noisy, timesteps, target, captions.to(device, torch.float32), has_own_caption=has_own_caption)
 
     @property
     def embeds_guidance(self) -> bool:
@@ -102,6 +106,25 @@ class TeachingTask(TrainingTask):
         """Return the student's prediction (batch, channels, h, w)."""
         return predict(self.student, noised.noisy, noised.timesteps, noised.captions)
 
+    @torch.no_grad()
+    def guided_teacher_pred(self, noised: Noised, scale: float) -> Tensor:
+        """Return the teacher's guided prediction (batch, channels, h, w), both branches in one call; one that embeds
+        the scale needs no second branch."""
+        if self.embeds_guidance:
+            return self.teacher_pred(noised).float()
+        count = len(noised.noisy)
+        rows = torch.arange(count, device=noised.noisy.device).repeat(2)
+        with_text = torch.arange(2 * count, device=rows.device) < count
+        empty = self.examples.empty_caption.to(rows.device, torch.float32)
+        both = replace(
+            noised,
+            noisy=noised.noisy[rows],
+            timesteps=noised.timesteps[rows],
+            captions=noised.captions[rows].where(with_text, empty),
+        )
+        conditional, unconditional = self.teacher_pred(both).float().chunk(2)
+        return unconditional + scale * (conditional - unconditional)
+
     def weighted(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add the total, and each term as it counts in it."""
         weights = self.stage.losses.model_dump()
@@ -110,8 +133,8 @@ class TeachingTask(TrainingTask):
 
     def _mixed(
         self, captions: Conditioning, indices: Tensor, generator: torch.Generator, part: BatchSlice
-    ) -> Conditioning:
-        """Captions of which some are another one's of the batch from a token on."""
+    ) -> tuple[Conditioning, Tensor]:
+        """Captions of which some are another one's of the batch from a token on; and which (part of the batch,) are."""
         count, chosen = len(indices), part.of(len(indices))
         order = torch.randperm(count, generator=generator)
         # A part of the batch has to read what other parts have.
@@ -119,7 +142,7 @@ class TeachingTask(TrainingTask):
         tokens = captions.encoder_hidden_states.shape[1]
         places = torch.randint(1, tokens, (count,), generator=generator)
         is_mixed = torch.rand(count, generator=generator) < self.stage.caption_mixing
-        return captions.mixed_with(others, torch.where(is_mixed, places, tokens)[chosen])
+        return captions.mixed_with(others, torch.where(is_mixed, places, tokens)[chosen]), is_mixed[chosen]
 
     def _guidance_scales(self, count: int, generator: torch.Generator) -> Tensor:
         """Return the scales (count,) that networks which embed them read: the stage's, or random ones of the usual

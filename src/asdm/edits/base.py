@@ -37,6 +37,8 @@ class EditedFamily(Protocol):
 
     def conv_channels(self, model: Any) -> dict[str, tuple[int, int]]: ...
 
+    def prompt_channels(self, model: Any, name: str) -> int: ...
+
     def shorter_config(self, model: Any, edit: Any) -> dict[str, Any]: ...
 
     def dropped_layers(self, edit: Any, units: Sequence[str]) -> list[str]: ...
@@ -217,7 +219,7 @@ def _parse(content: Any) -> Edit:
             raise AsdmError(f"there is no kind {content['edit']!r}")
         values = {name: value for name, value in content.items() if name != "edit"}
         for field in fields(kind):
-            if field.name not in values and field.default is MISSING:
+            if field.name not in values and field.default is MISSING and field.default_factory is MISSING:
                 raise AsdmError(f"field {field.name} is missing")
         for name in values:
             if name not in {field.name for field in fields(kind)}:

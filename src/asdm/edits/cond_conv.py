@@ -20,10 +20,13 @@ from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
+from asdm.choices import Router
 from asdm.edits.base import EditedFamily, UnitEdit, register_edit
-from asdm.edits.recast import recast
+from asdm.edits.prompted_blocks import prompted
+from asdm.edits.recast import Overlay, recast
 from asdm.errors import AsdmError
 
+_RESNETS = ".resnets."  # between the path of a block and its resnets'
 _IN_EXPERTS = "merged_into_experts"  # an attribute of an adapter's layer: the adapters merged into the experts
 Channels = tuple[int, int]  # of a convolution's input: of hidden states, and of the skip connection behind them
 
@@ -34,14 +37,14 @@ class CondConv(UnitEdit):
     """Give a convolution expert kernels, mixed with its own (CLME-CondConv).
 
     `unit` names a resnet's `conv1` or `conv2` that stays, `experts` the teacher's convolutions, mostly of removed
-    units, whose kernels join the own one. `router`: what decides the mixture, the input's average, the time
-    embedding, or both.
+    units, whose kernels join the own one. `router`: what decides the mixture, the input's average, the prompt's, the
+    time embedding, or one of the first two with the time embedding.
     """
 
     edit = "cond_conv"
     no_split_modules: ClassVar = ("CondResnetBlock2D",)
     experts: list[str]
-    router: Literal["input", "input+time", "time"] = "input"
+    router: Router = "input"
     activation: Literal["softmax", "sigmoid"] = "softmax"
 
     def __post_init__(self) -> None:
@@ -62,15 +65,40 @@ class CondConv(UnitEdit):
                     f"{self.unit}: cannot inherit from {name}: an expert is another convolution with as many output "
                     f"channels, here {conv.out_channels} and not {expert.out_channels}"
                 )
-        time_channels = None if resnet.time_emb_proj is None else resnet.time_emb_proj.in_features
-        if self.router != "input" and time_channels is None:
-            raise AsdmError(f"{self.unit}: has no time embedding to route by; use router input")
+        read = self._read_channels(model, family, resnet)
         around = resnet if isinstance(resnet, CondResnetBlock2D) else recast(CondResnetBlock2D, resnet)
         assert isinstance(conv, nn.Conv2d)
-        found: dict[str, nn.Module] = {resnet_name: around, self.unit: CondConv2d.around(conv, self, time_channels)}
+        found: dict[str, nn.Module] = {resnet_name: around, self.unit: CondConv2d.around(conv, self, read)}
+        if "prompt" in read:
+            block_name = self.unit.partition(_RESNETS)[0]
+            found = {block_name: prompted(model.get_submodule(block_name)), **found}
         if self.router == "time":
             found["time_embedding"] = recast(OneTimestepEmbedding, model.time_embedding)
         return found
+
+    def changed_paths(self, model: Any, family: EditedFamily) -> list[str]:
+        """Return the convolution: the modules around it only pass on what it reads."""
+        return [self.unit]
+
+    def _read_channels(self, model: Any, family: EditedFamily, resnet: Any) -> dict[str, int]:
+        """Return the channels of each part of what the router reads.
+
+        Raises:
+            AsdmError: there is no time embedding or prompt at this convolution.
+        """
+        time = 0 if resnet.time_emb_proj is None else resnet.time_emb_proj.in_features
+        channels = {
+            "input": model.get_submodule(self.unit).in_channels,
+            "prompt": family.prompt_channels(model, self.unit),
+            "time": time,
+        }
+        read = {name: channels[name] for name in self.router.split("+")}
+        missing = next((name for name, width in read.items() if not width), None)
+        if missing is not None:
+            what = "time embedding" if missing == "time" else "cross-attention in its block, hence no prompt"
+            others = [name for name in ("input", "time") if channels[name]]
+            raise AsdmError(f"{self.unit}: has no {what} to route by; use router {' or '.join(others)}")
+        return read
 
     def _require_known(self, channels: Mapping[str, Channels]) -> None:
         for name in (self.unit, *self.experts):
@@ -91,7 +119,7 @@ class CondConv(UnitEdit):
 
 
 class CondConv2d(nn.Conv2d):
-    """A convolution whose kernel is a mixture, by the input, the time embedding or both.
+    """A convolution whose kernel is a mixture, by the input, the prompt or the time embedding.
 
     `weight` and `bias` are the own kernel, under their original names. The mixture starts at exactly the own kernel,
     and has a gradient there: a = (1, 0, ..) + softmax(logits) - 1/E, or (1, 0, ..) + 2 sigmoid(logits) - 1, with
@@ -108,8 +136,9 @@ class CondConv2d(nn.Conv2d):
     bias: Any
 
     @classmethod
-    def around(cls, conv: nn.Conv2d, edit: CondConv, time_channels: int | None) -> CondConv2d:
-        """Return a convolution with empty experts for `edit`; its own kernel is shared."""
+    def around(cls, conv: nn.Conv2d, edit: CondConv, read: Mapping[str, int]) -> CondConv2d:
+        """Return a convolution with empty experts for `edit`, whose router reads so many channels of each of "input",
+        "prompt" and "time"; its own kernel is shared."""
         assert conv.bias is not None and conv.groups == 1
         places: Any = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "device": "meta"}
         kernel_size: Any = conv.kernel_size
@@ -121,20 +150,20 @@ class CondConv2d(nn.Conv2d):
         # and `.to(memory_format=torch.channels_last)` rejects tensors of five dimensions.
         mixed.expert_weight = nn.Parameter(torch.zeros(experts * conv.out_channels, conv.weight[0].numel()))
         mixed.expert_bias = nn.Parameter(torch.zeros(experts, conv.out_channels))
-        inputs = conv.in_channels * (edit.router != "time") + (time_channels or 0) * (edit.router != "input")
-        mixed.router = nn.Linear(inputs, experts + 1)
+        mixed.router = nn.Linear(sum(read.values()), experts + 1)
         nn.init.zeros_(mixed.router.weight)
         nn.init.zeros_(mixed.router.bias)
         return mixed
 
-    def forward(self, hidden_states: Tensor, temb: Tensor | None = None) -> Tensor:
-        """Convolve (batch, in, h, w), with the time embedding (batch, time channels), to (batch, out, h, w).
+    def forward(self, hidden_states: Tensor, temb: Tensor | None = None, prompt: Tensor | None = None) -> Tensor:
+        """Convolve (batch, in, h, w), with the time embedding (batch, time channels) and the pooled prompt (batch,
+        prompt channels), to (batch, out, h, w).
 
         It is one convolution, for any number of experts.
         """
         if not self.sources:
             return super().forward(hidden_states)
-        routing = self.routing(hidden_states, temb)
+        routing = self.routing(hidden_states, temb, prompt)
         if (is_traced() and not self._mixes_once(temb)) or len(routing) > 2 * routing.shape[1]:
             return self._mixed_outputs(routing, hidden_states)
         weight = self._mixed(routing, self.weight, self.expert_weight)
@@ -148,15 +177,18 @@ class CondConv2d(nn.Conv2d):
         )
         return output.unflatten(1, (batch, self.out_channels)).squeeze(0)
 
-    def routing(self, hidden_states: Tensor, temb: Tensor | None) -> Tensor:
+    def routing(self, hidden_states: Tensor, temb: Tensor | None, prompt: Tensor | None = None) -> Tensor:
         """Return the weights of the kernels (batch, experts + 1), the own kernel's first.
 
         It is one row where the router reads the time step alone and all samples have the same one.
         """
-        read = []
-        if self.router_kind != "time":
+        kinds, read = self.router_kind.split("+"), []
+        if "input" in kinds:
             read.append(hidden_states.mean(dim=(2, 3)))
-        if self.router_kind != "input":
+        if "prompt" in kinds:
+            assert prompt is not None
+            read.append(prompt)
+        if "time" in kinds:
             assert temb is not None
             activated = F.silu(temb)
             read.append(activated[:1] if self._mixes_once(temb) else activated)
@@ -167,6 +199,15 @@ class CondConv2d(nn.Conv2d):
             moved = 2 * logits.sigmoid() - 1
         return torch.cat([moved[:, :1] + 1, moved[:, 1:]], dim=1)
 
+    def probabilities(self, routing: Tensor) -> Tensor:
+        """Return routing weights (.., experts + 1) as shares of the kernels, which add up to 1: a softmax without the
+        offset of its start, or sigmoids relative to their sum."""
+        moved = torch.cat([routing[..., :1] - 1, routing[..., 1:]], dim=-1)
+        if self.activation == "softmax":
+            return (moved + 1 / routing.shape[-1]).clamp(min=0)
+        gates = (moved + 1) / 2
+        return gates / gates.sum(dim=-1, keepdim=True)
+
     def _mixes_once(self, temb: Tensor | None) -> bool:
         return self.router_kind == "time" and temb is not None and repeats_one_row(temb)
 
@@ -174,9 +215,9 @@ class CondConv2d(nn.Conv2d):
         """Return the mixtures (rows of routing, *own.shape) of tensors."""
         rows, flat = routing.to(own.dtype), own.flatten()
         experts = experts.view(-1, len(flat))
-        if len(rows) == 1 and len(experts) == 1 and self.activation == "softmax":
-            # The weights add up to 1. Kernels are larger than caches, and lerp reads each once.
-            return torch.lerp(flat, experts[0], rows[0, 1]).view(1, *own.shape)
+        if len(experts) == 1 and self.activation == "softmax":
+            # The weights add up to 1. Kernels are larger than caches, and lerp passes over them once.
+            return torch.lerp(flat, experts[0], rows[:, 1:]).view(-1, *own.shape)
         return (rows[:, 1:] @ experts + rows[:, :1] * flat).view(-1, *own.shape)
 
     def _mixed_outputs(self, routing: Tensor, hidden_states: Tensor) -> Tensor:
@@ -231,23 +272,24 @@ def _aligned(kernel: Tensor, has: Channels, wanted: Channels) -> Tensor:
 
 
 class CondResnetBlock2D(ResnetBlock2D):
-    """A ResnetBlock2D that passes the time embedding to its convolutions with expert kernels."""
+    """A ResnetBlock2D that passes the time embedding, and the pooled prompt (batch, channels) where its block gives it
+    one, to its convolutions with expert kernels."""
 
-    def forward(self, input_tensor: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether the mixture of a convolution's kernels depends on the prompt."""
+        parts = [part for conv in (self.conv1, self.conv2) for part in conv.modules()]
+        return any(isinstance(part, CondConv2d) and part.sources and "prompt" in part.router_kind for part in parts)
+
+    def forward(
+        self, input_tensor: Tensor, temb: Tensor, *args: Any, prompt: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
         convolutions = {name: getattr(self, name) for name in ("conv1", "conv2")}
-        conditional = {name: partial(conv, temb=temb) for name, conv in convolutions.items() if _has_experts(conv)}
-        # The stock forward; in this call, `self.conv1` and `self.conv2` get one more argument.
-        return ResnetBlock2D.forward(_Seen(self, conditional), input_tensor, temb, *args, **kwargs)  # type: ignore[arg-type]
-
-
-class _Seen:
-    """A module with some attributes replaced, for one call."""
-
-    def __init__(self, module: nn.Module, attributes: Mapping[str, Any]):
-        vars(self).update(attributes, _module=module)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
+        conditional = {
+            name: partial(conv, temb=temb, prompt=prompt) for name, conv in convolutions.items() if _has_experts(conv)
+        }
+        # The stock forward; in this call, `self.conv1` and `self.conv2` get two more arguments.
+        return ResnetBlock2D.forward(Overlay(self, conditional), input_tensor, temb, *args, **kwargs)  # type: ignore[arg-type]
 
 
 def _has_experts(conv: nn.Module) -> bool:

@@ -1,8 +1,9 @@
-"""A module as an instance of a subclass of its class, its parts shared."""
+"""A module as an instance of a subclass of its class, or with other attributes; its parts are shared."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -14,3 +15,13 @@ def recast(kind: type[Kind], module: nn.Module) -> Kind:
     same = kind.__new__(kind)
     same.__setstate__({**vars(module), "_modules": dict(module._modules)})
     return same
+
+
+class Overlay:
+    """A module with some attributes replaced, for one call of a stock forward."""
+
+    def __init__(self, module: nn.Module, attributes: Mapping[str, Any]):
+        vars(self).update(attributes, _module=module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)

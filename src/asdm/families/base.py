@@ -13,15 +13,17 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
+import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
-from asdm.choices import CompensationKind
+from asdm.choices import CompensationKind, Program
 from asdm.edits.base import Edit
 from asdm.errors import AsdmError
 from asdm.families.tensors import fingerprint
 
 Denoiser: TypeAlias = ModelMixin
+GenerationInput = Literal["image", "mask", "lora", "controlnet", "clip_skip", "weighted"]
 UnitKind = Literal["resnet", "attention", "self_attention", "cross_attention", "feed_forward", "block"]
 
 
@@ -142,6 +144,36 @@ class CacheCut:
     relative_to: str | None = None
 
 
+OriginalKind = Literal["sd1", "sd2", "sdxl"]
+
+
+@dataclass(frozen=True)
+class OriginalLayout:
+    """The names of a model's tensors in the original code's layout.
+
+    `names`: from the model's own names. `kind`: which of the original models has the model's parts.
+    `names_velocity`: whether the program finds out from the file that the model predicts velocities, where it does.
+    """
+
+    names: dict[str, str]
+    kind: OriginalKind
+    names_velocity: bool
+
+
+@dataclass(frozen=True)
+class PortableShape:
+    """A smaller stock model that every program reads, before its transformer blocks are chosen.
+
+    `gone`: units and larger parts that it lacks. `depths`: how many transformer blocks an attention keeps, where that
+    is fixed. `free`: attentions that may lose blocks as long as one stays, and how many they have.
+    """
+
+    edit: Any
+    gone: list[str]
+    depths: dict[str, int]
+    free: dict[str, int]
+
+
 @dataclass(frozen=True)
 class BlockPlace:
     """Where a diagram of the model has a block: its level, 0 for the highest resolution, and its side."""
@@ -220,6 +252,11 @@ class Architecture(ABC):
         connection behind them."""
         return {}
 
+    def prompt_channels(self, model: Denoiser, name: str) -> int:
+        """Return the channels of the prompt's hidden states that the block around a module reads; 0 where it reads
+        none."""
+        return 0
+
     def stock_config(self, model: Denoiser, edits: Sequence[Edit]) -> dict[str, Any] | None:
         """Return the config of a stock model that equals the edited one; None where there is none."""
         return None
@@ -240,6 +277,15 @@ class Architecture(ABC):
         """Return the teacher's name of a student's block, module or tensor."""
         return name
 
+    def made_from(self, model: Denoiser) -> Any:
+        """Return the model that a student was made of, without weights (on the meta device); None for an original, or
+        for a smaller stock model whose config does not say it."""
+        config: Any = model.config  # type: ignore[attr-defined]
+        if not config.get("edits"):
+            return None
+        with torch.device("meta"):
+            return self.model_class.from_config({key: value for key, value in config.items() if key != "edits"})
+
     def no_such_unit(self, model: Denoiser, name: str) -> AsdmError:
         """Return the error for a name that no unit has; it names the nearest one."""
         known = [unit.name for unit in self.units(model)]
@@ -258,6 +304,7 @@ class ModelFamily(Architecture):
     has_image_to_image: ClassVar[bool] = True  # whether diffusers has pipelines for it
     layer_classes: ClassVar[tuple[type[Any], ...]] = ()  # whose weights FSDP gathers together
     presets: ClassVar[tuple[str, ...]] = ()  # names of the family's published plans
+    takes: ClassVar[frozenset[GenerationInput]] = frozenset()  # what its pipelines generate with, beside prompts
 
     def preset(self, name: str, units: Sequence[UnitLike]) -> Preset:
         """Return what a preset changes in a model with these units.
@@ -282,6 +329,14 @@ class ModelFamily(Architecture):
         """Return whether a linear projection in a unit's place folds, whatever else is removed."""
         return False
 
+    def portable_shapes(self, config: Mapping[str, Any], units: Sequence[str]) -> list[PortableShape]:
+        """Return the smaller stock models that every program reads, for a model of this config with these units.
+
+        Raises:
+            AsdmError: there is none.
+        """
+        raise AsdmError(f"portable: no shape of a smaller {self.label} is known to programs; plan without --portable")
+
     def semantic_module(self, model: Denoiser) -> str | None:
         """Path of the module whose output says what an image means; None where there is none."""
         return None
@@ -293,6 +348,14 @@ class ModelFamily(Architecture):
     def block_places(self, blocks: Sequence[str]) -> dict[str, BlockPlace]:
         """Return where a diagram has each of these blocks: by default in one column, in their order."""
         return {block: BlockPlace(level, "middle") for level, block in enumerate(blocks)}
+
+    def original_layout(self, model: Denoiser, program: Program) -> OriginalLayout:
+        """Return the names of a model's tensors in the original code's layout, for a program that reads it.
+
+        Raises:
+            AsdmError: the layout has no place for an edit of the model, or the program does not read its shape.
+        """
+        raise AsdmError(f"{type(model).__name__}: the original layout is for UNets; save it as a pipeline's folder")
 
     # -- calls -----------------------------------------------------------------------------------------
 
@@ -321,6 +384,16 @@ class ModelFamily(Architecture):
     def sampling_arguments(self) -> dict[str, Any]:
         """Arguments of the family's pipelines that `generate` passes."""
         return {}
+
+    def prompt_tokens(self, pipeline: DiffusionPipeline) -> int:
+        """Return the number of tokens of a prompt that the denoiser reads, with those that mark its start and end."""
+        most: int = pipeline.tokenizer.model_max_length
+        return most
+
+    def require_controlnet(self, model: Denoiser, controlnet: Any, name: str = "") -> None:
+        """Raise an AsdmError unless a ControlNet's residuals fit the model; `name` is the ControlNet's in the
+        message."""
+        raise AsdmError(f"{name}: no ControlNet is for a {type(model).__name__}; leave it out")
 
     def size_multiple(self, model: Denoiser) -> int:
         """Return the number that divides the sides of the latents that a model reads."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,10 @@ class PixArtFamily(PixArtArchitecture, ModelFamily):
     def sampling_arguments(self) -> dict[str, Any]:
         """Return images have the requested size, and prompts are embedded as `encode_prompts` does."""
         return {"use_resolution_binning": False, "clean_caption": False}
+
+    def prompt_tokens(self, pipeline: Any) -> int:
+        most: int = inspect.signature(type(pipeline).__call__).parameters["max_sequence_length"].default
+        return most
 
     def size_multiple(self, model: Any) -> int:
         return model.config.patch_size

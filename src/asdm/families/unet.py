@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,13 +10,25 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 
-from asdm.choices import CompensationKind
+from asdm.choices import CompensationKind, Program
 from asdm.errors import AsdmError
-from asdm.families.base import BlockPlace, CacheCut, ModelFamily, Preset, UnitLike, block_of, register_family
+from asdm.families.base import (
+    BlockPlace,
+    CacheCut,
+    ModelFamily,
+    OriginalLayout,
+    PortableShape,
+    Preset,
+    UnitLike,
+    block_of,
+    register_family,
+)
 from asdm.families.unet_architecture import UNetArchitecture
 from asdm.families.unet_calls import guidance_embedding, random_inputs
 from asdm.families.unet_folding import fold_projections, projection_folds
+from asdm.families.unet_portable import portable_shapes
 from asdm.families.unet_presets import PRESETS, preset
+from asdm.families.unet_programs import original_layout
 from asdm.families.unet_structure import layers, require_known_inputs, unlike
 
 
@@ -27,6 +39,7 @@ class UNetFamily(UNetArchitecture, ModelFamily):
     label = "UNet"
     presets = PRESETS
     layer_classes = (ResnetBlock2D, BasicTransformerBlock)
+    takes = frozenset({"image", "mask", "lora", "controlnet", "clip_skip", "weighted"})
 
     def preset(self, name: str, units: Sequence[UnitLike]) -> Preset:
         return preset(name, units)
@@ -51,6 +64,12 @@ class UNetFamily(UNetArchitecture, ModelFamily):
             else:
                 places[block] = BlockPlace(levels, "middle")
         return places
+
+    def portable_shapes(self, config: Mapping[str, Any], units: Sequence[str]) -> list[PortableShape]:
+        return portable_shapes(config, units)
+
+    def original_layout(self, model: Any, program: Program) -> OriginalLayout:
+        return original_layout(model, program)
 
     def semantic_module(self, model: Any) -> str | None:
         return None if model.mid_block is None else "mid_block"
@@ -81,6 +100,15 @@ class UNetFamily(UNetArchitecture, ModelFamily):
 
     def embeds_guidance(self, model: Any) -> bool:
         return model.config.get("time_cond_proj_dim") is not None
+
+    def require_controlnet(self, model: Any, controlnet: Any, name: str = "") -> None:
+        fields = ("cross_attention_dim", "block_out_channels", "layers_per_block", "addition_embed_type")
+        for field in fields:
+            found, expected = (
+                tuple(v) if isinstance(v := each.config.get(field), list) else v for each in (controlnet, model)
+            )
+            if found != expected:
+                raise AsdmError(f"{name}: a ControlNet for another UNet, with {field} {found}; this one has {expected}")
 
     def sample_shape(self, model: Any) -> tuple[int, int, int]:
         size = model.config.sample_size

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
 from asdm.choices import CompensationKind
 from asdm.families.base import Architecture, Branch, Unit
 from asdm.families.unet_removed import removed_modules
-from asdm.families.unet_shorter import dropped, shorter_config, teacher_key
+from asdm.families.unet_shorter import dropped, original_config, shorter_config, teacher_key
 from asdm.families.unet_structure import (
     TRANSFORMER_BRANCHES,
     blocks,
@@ -20,6 +21,7 @@ from asdm.families.unet_structure import (
     is_covered_by,
     is_level,
     layers,
+    prompt_channels,
     removable_units,
     unlike_in,
 )
@@ -92,6 +94,9 @@ class UNetArchitecture(Architecture):
     def conv_channels(self, model: Any) -> dict[str, tuple[int, int]]:
         return conv_channels(model)
 
+    def prompt_channels(self, model: Any, name: str) -> int:
+        return prompt_channels(model, name)
+
     def shorter_config(self, model: Any, edit: Any) -> dict[str, Any]:
         return shorter_config(model, edit)
 
@@ -100,3 +105,10 @@ class UNetArchitecture(Architecture):
 
     def teacher_key(self, name: str, student: Any, teacher: Any) -> str:
         return teacher_key(name, student, teacher)
+
+    def made_from(self, model: Any) -> Any:
+        config = original_config(model.config)
+        if config is None or model.config.get("edits"):
+            return super().made_from(model)
+        with torch.device("meta"):
+            return UNet2DConditionModel.from_config(config)

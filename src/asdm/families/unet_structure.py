@@ -13,6 +13,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D, CrossAttnUpBlock2D, UNetMidBlock2DCrossAttn
 from torch import nn
 
 from asdm.errors import AsdmError
@@ -96,6 +97,19 @@ def conv_channels(unet: UNet2DConditionModel) -> dict[str, tuple[int, int]]:
             shortcut = getattr(resnet, "conv_shortcut", None)  # a removed resnet keeps it
             hidden = hidden if shortcut is None else shortcut.out_channels
     return channels
+
+
+def prompt_channels(unet: UNet2DConditionModel, name: str) -> int:
+    """Return the width of the prompt that a module's block cross-attends to; 0 for a block without cross-attention."""
+    block_name = block_of(name)
+    block = unet.get_submodule(block_name)
+    if not isinstance(block, CrossAttnDownBlock2D | UNetMidBlock2DCrossAttn | CrossAttnUpBlock2D):
+        return 0
+    widths = unet.config.cross_attention_dim
+    if isinstance(widths, int):
+        return widths
+    level = -1 if block_name == "mid_block" else int(block_name.rpartition(".")[2])
+    return (widths[::-1] if block_name.startswith("up_blocks") else widths)[level]
 
 
 def is_covered_by(name: str, removed: Collection[str]) -> bool:

@@ -259,7 +259,7 @@ def scheduler_for(scheduler: Any, said: Parameterization) -> Any:
     if said.zero_snr and not said.scheduler.get("rescale_betas_zero_snr"):
         changes["timestep_spacing"] = "trailing"  # the first step is that of pure noise (arXiv 2305.08891, Sec. 3.3)
     unable = said.zero_snr and not takes_zero_snr(kind)
-    if unable or (said.prediction_type == "sample" and not _predicts_samples(kind)):
+    if unable or (said.prediction_type == "sample" and not predicts_samples(kind)):
         kind = DDIMScheduler
         changes |= {"clip_sample": False, "set_alpha_to_one": config.get("set_alpha_to_one", False)}
     return kind.from_config(config, **changes)
@@ -284,7 +284,8 @@ def edm_scheduler(header: Header) -> Any | None:
     )
 
 
-def _predicts_samples(kind: type) -> bool:
+def predicts_samples(kind: type) -> bool:
+    """Return whether a class of schedulers takes predictions of the image itself."""
     return not any(name in kind.__name__ for name in ("PNDM", "Euler", "LMS", "Heun", "KDPM2"))
 
 

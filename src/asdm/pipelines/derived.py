@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from diffusers import DiffusionPipeline
 from torch import nn
 
@@ -13,7 +15,16 @@ from asdm.families import Denoiser, component_of, denoiser_of
 @checks.arguments(pipeline=checks.PIPELINE, unet=checks.a(nn.Module))
 def with_unet(pipeline: DiffusionPipeline, unet: Denoiser) -> DiffusionPipeline:
     """Make a second pipeline that shares everything with `pipeline` but the UNet."""
-    parts = {**pipeline.components, component_of(pipeline): unet}
+    return _with_parts(pipeline, **{component_of(pipeline): unet})
+
+
+def with_scheduler(pipeline: DiffusionPipeline, scheduler: Any) -> DiffusionPipeline:
+    """Make a second pipeline that shares everything with `pipeline` but the scheduler."""
+    return _with_parts(pipeline, scheduler=scheduler)
+
+
+def _with_parts(pipeline: DiffusionPipeline, **others: Any) -> DiffusionPipeline:
+    parts = {**pipeline.components, **others}
     other = type(pipeline)(**parts, **extra_arguments(pipeline))
     other.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
     other.set_progress_bar_config(disable=True)

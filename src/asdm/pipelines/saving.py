@@ -38,7 +38,7 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path, about: dict[s
     """
     folder = Path(folder)
     require_ours(folder, "pipeline")
-    _require_savable(pipeline)
+    require_savable(pipeline)
     with replacing_folder(folder) as partial, quiet():
         _save_parts(pipeline, partial)
         _keep_others(folder, partial)
@@ -50,7 +50,7 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path, about: dict[s
 
 def save_pipeline_into(pipeline: DiffusionPipeline, folder: Path) -> None:
     """Save a pipeline's parts into a folder of this tool that holds other things too; what makes it load comes last."""
-    _require_savable(pipeline)
+    require_savable(pipeline)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary, quiet():
         _save_parts(pipeline, Path(temporary))
         (folder / "model_index.json").unlink(missing_ok=True)
@@ -62,7 +62,7 @@ def save_pipeline_into(pipeline: DiffusionPipeline, folder: Path) -> None:
             os.replace(part, target)
 
 
-def _require_savable(pipeline: DiffusionPipeline) -> None:
+def require_savable(pipeline: DiffusionPipeline) -> None:
     require_plain(denoiser_of(pipeline))
     for name in ("text_encoder", "text_encoder_2"):
         if getattr(getattr(pipeline, name, None), "peft_config", None):

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from accelerate import init_empty_weights
+from safetensors import safe_open
 
 from asdm.diffusion.kinds import RANDOM
 from asdm.errors import AsdmError, one_line
 from asdm.families import Denoiser, ModelFamily, UNetFamily, denoiser_of, families
 from asdm.pipelines.loading import load_pipeline
+from asdm.pipelines.original_layout import CONFIG_KEY
 from asdm.pipelines.quiet import quiet
 from asdm.pipelines.random_models import UNETS
+from asdm.pipelines.tensor_faults import require_safetensors
 from asdm.registry import PIPELINES, registered_folder
 from asdm.student.classes import student_class_of
 
@@ -20,7 +24,7 @@ from asdm.student.classes import student_class_of
 def denoiser_without_weights(model: str) -> Denoiser:
     """Make the denoiser of a model on the meta device from its configuration. Nothing else is downloaded.
 
-    A single file is loaded, as its tensors are its configuration.
+    A single file is loaded, as its tensors are its configuration, unless `export_checkpoint` wrote it.
 
     Args:
         model: as for `load_pipeline`.
@@ -28,11 +32,29 @@ def denoiser_without_weights(model: str) -> Denoiser:
     Raises:
         AsdmError: there is no such model, or its configuration cannot be read.
     """
+    exported = _exported_config(Path(model))
+    if exported is not None:
+        with init_empty_weights():
+            return student_class_of(UNetFamily()).from_config(exported)
     if Path(model).is_file() or (model.startswith(RANDOM) and model.removeprefix(RANDOM) not in UNETS):
         return denoiser_of(load_pipeline(model)).to("meta")
     family, config = _config(model)
     with init_empty_weights():
         return student_class_of(family).from_config(config)
+
+
+def _exported_config(file: Path) -> dict[str, Any] | None:
+    """Return the config in the metadata of a file that `export_checkpoint` wrote; None for any other."""
+    if file.suffix != ".safetensors" or not file.is_file():
+        return None
+    require_safetensors(file)
+    with safe_open(file, "pt") as content:
+        text = (content.metadata() or {}).get(CONFIG_KEY)
+    try:
+        found = None if text is None else json.loads(text)
+    except ValueError:
+        found = None
+    return {"edits": (), **found} if isinstance(found, dict) else None
 
 
 def _config(model: str) -> tuple[ModelFamily, dict[str, Any]]:

@@ -11,6 +11,7 @@ from asdm import checks
 from asdm.choices import CompensationKind
 from asdm.errors import AsdmError
 from asdm.families import Denoiser
+from asdm.planning.portable import portable_plan
 from asdm.planning.possible_edits import PossibleEdit, plan_of, possible_edits
 from asdm.planning.presets import PRESETS, preset_plan
 from asdm.planning.program import least_sensitive, most_saved
@@ -49,6 +50,7 @@ def require_params(unet: Denoiser, params: float | None) -> None:
 
 @checks.arguments(
     redundancy=checks.a(RedundancyMap, "asdm.analyze makes one"),
+    portable=checks.flag,
     compensate=checks.literal(CompensationKind),
     unet=checks.UNET,
     rounds=checks.ROUNDS,
@@ -61,6 +63,7 @@ def make_plan(
     params: float | None = None,
     macs: float | None = None,
     preset: str | None = None,
+    portable: bool = False,
     compensate: CompensationKind | None = None,
     unet: Denoiser | None = None,
     device: str | None = None,
@@ -76,7 +79,10 @@ def make_plan(
         params, macs: what must remain, as a fraction of the original in (0, 1) or as a number of parameters
             or of MACs (attention products counted).
         preset: in place of a budget "a-sdm" (the paper's 22% less time, for SD 1.5's shape), "a-sdm-fast" (half the
-            time), or BK-SDM's "bk-base", "bk-small", "bk-tiny".
+            time), BK-SDM's "bk-base", "bk-small", "bk-tiny", or, for SDXL's shape, "ssd-1b", "vega", "koala-1b",
+            "koala-700m".
+        portable: choose among the stock UNets that ComfyUI, Forge and diffusers read: whole layers, levels, transformer
+            blocks and the mid block go, and nothing is fitted.
         compensate: what to fit in place of the removed branches (`fit_compensation`), by default "linear", or what
             the profile's ablation tried; "none" for plain removal. BK-SDM's presets drop whole layers and fit nothing.
         unet: the denoiser to measure; by default one of the profile's shape and precision with random weights.
@@ -90,7 +96,13 @@ def make_plan(
             every unit does not reach; the message says what is reachable.
     """
     require_budget(speedup, params, macs, preset)
+    fitted = compensate
     compensate = compensate or (redundancy.compensate if redundancy.estimator == "ablation" else "linear")
+    if portable:
+        _require_portable(preset, fitted)
+        budget = {"speedup": speedup, "params": params, "macs": macs}
+        given = {name: value for name, value in budget.items() if value is not None}
+        return portable_plan(redundancy, given, unet=unet, rounds=rounds or 5, note=progress)
     choices = possible_edits(redundancy, compensate)
     if preset is not None:
         return preset_plan(redundancy, preset, choices)
@@ -103,6 +115,14 @@ def make_plan(
     assert macs is not None
     chosen = _within("macs", macs, redundancy.gmacs * 1e9, choices, [choice.macs for choice in choices])
     return plan_of(redundancy, chosen, {"macs": macs})
+
+
+def _require_portable(preset: str | None, compensate: CompensationKind | None) -> None:
+    """Raise an AsdmError for what does not go with a portable plan."""
+    if preset is not None:
+        raise AsdmError(f"preset={preset}: is a plan of its own; give portable a budget: speedup, params or macs")
+    if compensate not in (None, "none"):
+        raise AsdmError(f"compensate={compensate}: a portable student has no place for projections; leave it out")
 
 
 def _within(

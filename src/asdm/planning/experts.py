@@ -18,7 +18,7 @@ Pair = tuple[str, str]  # a kept convolution, and the removed one that it inheri
     plan=checks.a(PruningPlan, "asdm.make_plan makes one"),
     unet=checks.UNET,
     params=checks.number(above=0),
-    router=checks.one_of("input", "input+time", "time"),
+    router=checks.literal(Router),
     activation=checks.one_of("softmax", "sigmoid"),
 )
 def add_cond_conv(
@@ -32,8 +32,8 @@ def add_cond_conv(
     """Add expert kernels to a plan: convolutions that stay inherit those of removed layers.
 
     Each removed convolution goes to the nearest kept one, in order of execution, of its name (`conv1`, `conv2`) and
-    output channels. The smallest come first, as mixing a kernel costs its size, then the nearest, until the budget is
-    used (inferred).
+    output channels, and with a router that reads the prompt, in a block that does. The smallest come first, as mixing
+    a kernel costs its size, then the nearest, until the budget is used (inferred).
 
     Args:
         params: what the experts may add, as a fraction of the original's parameters or as a number of them.
@@ -44,7 +44,7 @@ def add_cond_conv(
     plan.require_for(unet)
     total = sum(p.numel() for p in unet.parameters())
     budget = params * total if params <= 1 else params
-    pairs = _pairs(plan, unet)
+    pairs = _pairs(plan, unet, needs_prompt="prompt" in router)
     experts: dict[str, list[str]] = {}
     for size, (kept, removed) in pairs:
         if size <= budget:
@@ -61,13 +61,16 @@ def add_cond_conv(
     return plan.model_copy(update={"edits": [*plan.edits, *edits]})
 
 
-def _pairs(plan: PruningPlan, unet: Denoiser) -> list[tuple[int, Pair]]:
+def _pairs(plan: PruningPlan, unet: Denoiser, needs_prompt: bool) -> list[tuple[int, Pair]]:
     """Return, for each removed convolution, the nearest kept one that can inherit it, with its size, by preference."""
     family = family_of(unet)
     order = {name: index for index, name in enumerate(family.layers(unet))}
     convs = {name: unet.get_submodule(name) for name in family.conv_channels(unet)}
     units = removed_units(plan.edits, [unit.name for unit in family.units(unet)], family)
     removed = [name for name in convs if family.is_covered_by(name, units)]
+    kept = [
+        name for name in convs if name not in removed and (not needs_prompt or family.prompt_channels(unet, name) > 0)
+    ]
 
     def position(conv: str) -> int:
         return order[conv.rpartition(".")[0]]
@@ -76,9 +79,8 @@ def _pairs(plan: PruningPlan, unet: Denoiser) -> list[tuple[int, Pair]]:
     for source in removed:
         fitting = [
             (abs(position(name) - position(source)), name)
-            for name in convs
-            if name not in removed
-            and name.rpartition(".")[2] == source.rpartition(".")[2]
+            for name in kept
+            if name.rpartition(".")[2] == source.rpartition(".")[2]
             and len(convs[name].weight) == len(convs[source].weight)
         ]
         if fitting:

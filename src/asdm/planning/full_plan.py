@@ -28,6 +28,7 @@ def full_plan(
     *,
     budget: Mapping[str, Any],
     compensate: CompensationKind | None = None,
+    portable: bool = False,
     refine: int = 0,
     experts: float | None = None,
     router: Router = "input",
@@ -41,6 +42,7 @@ def full_plan(
     Args:
         pipeline: the profile's model, to measure with and to refine on; without it, random weights are measured.
         budget: one of speedup, params, macs and preset, as for `make_plan`.
+        portable: as for `make_plan`; refinement and expert kernels do not go with it.
         refine: rounds of `refine_plan`; they need the pipeline.
         experts: the parameters that expert kernels may add, as for `add_cond_conv`; None for no expert kernels.
         data, seed: the calibration of the refinement.
@@ -53,6 +55,8 @@ def full_plan(
     """
     if refine and pipeline is None:
         raise AsdmError(f"refine={refine}: a profile has no weights to try the plan with; give the pipeline too")
+    if portable and (refine or experts is not None):
+        raise AsdmError("portable: refinement and expert kernels make students that no program reads; leave them out")
     report = progress or (lambda *_: None)
     denoiser = None if pipeline is None else denoiser_of(pipeline)
     attempts: list[str] = []
@@ -64,6 +68,7 @@ def full_plan(
     plan = make_plan(
         redundancy,
         **budget,
+        portable=portable,
         compensate=compensate,
         unet=denoiser,
         device=device or fastest_device(),

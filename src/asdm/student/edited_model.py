@@ -17,7 +17,7 @@ from diffusers import ModelMixin
 from diffusers.models.model_loading_utils import load_state_dict
 from torch import Tensor, nn
 
-from asdm.edits.base import EDIT_KINDS, UnitEdit, apply_edits, parse_edits
+from asdm.edits.base import EDIT_KINDS, Edit, UnitEdit, apply_edits, parse_edits
 from asdm.edits.projections import Projection, reshape_saved
 from asdm.errors import AsdmError, one_line
 from asdm.families.base import Architecture
@@ -117,6 +117,17 @@ class EditedModel:
                 )
         align_weights(model)
         return (model, info) if wants_info else model
+
+
+def all_edits_of(model: Any) -> list[Edit]:
+    """Return all edits by which a model was made, those that made it a smaller stock model first."""
+    recorded = _recorded_edits(model.config)
+    return [*recorded, *edits_of(model)]
+
+
+def _recorded_edits(config: Any) -> list[Edit]:
+    earlier = config.get("_original") or {}
+    return [*(_recorded_edits(earlier) if earlier else []), *parse_edits(config.get("_edits") or [])]
 
 
 def signature_with_edits(stock: type[Any]) -> inspect.Signature:

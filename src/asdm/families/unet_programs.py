@@ -1,0 +1,127 @@
+"""Which UNets other people's programs read from one file in the original layout, and what they infer from its names.
+
+The facts are those of ComfyUI's detection of models, which Forge shares, and of stable-diffusion.cpp's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers.loaders.single_file_utils import LDM_UNET_KEY
+
+from asdm.choices import Numbering, Program
+from asdm.errors import AsdmError
+from asdm.families.base import OriginalKind, OriginalLayout
+from asdm.families.unet_original import (
+    NO_MIDDLE,
+    ONE_RESNET,
+    OriginalShape,
+    OriginalStructure,
+    original_names,
+    original_structure,
+)
+
+# The width of the text embedding, that of SDXL's added embeddings, and the number of heads. Heads of SD 2.x and SDXL
+# have 64 channels.
+_WIDTHS: dict[OriginalKind, tuple[int, int | None, int | None]] = {
+    "sd1": (768, None, 8),
+    "sd2": (1024, None, None),
+    "sdxl": (2048, 2816, None),
+}
+_CHANNELS_OF_A_HEAD = 64
+KIND_NAMES = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL"}
+_CHANNELS = 320  # of the first level
+
+# ComfyUI knows an SDXL by the depths of its encoder path, whatever its decoder path and mid block are.
+COMFYUI_ENCODERS = {
+    "SDXL": (0, 0, 2, 2, 10, 10),
+    "SSD-1B": (0, 0, 2, 2, 4, 4),
+    "Vega": (0, 0, 1, 1, 2, 2),
+    "KOALA-700M": (0, 2, 5),
+    "KOALA-1B": (0, 2, 6),
+}
+_SD = OriginalShape(((1, 1), (1, 1), (1, 1), (0, 0)), 1, ((0, 0, 0), (1, 1, 1), (1, 1, 1), (1, 1, 1)))
+_TINY = OriginalShape(((1,), (1,), (1,)), NO_MIDDLE, ((1, 1), (1, 1), (1, 1)))
+SDCPP_SHAPES: dict[str, dict[str, OriginalShape]] = {
+    "sd1": {"SD 1.x": _SD, "bk-tiny": _TINY},
+    "sd2": {"SD 2.x": _SD, "bk-tiny": _TINY},
+    "sdxl": {
+        "SDXL": OriginalShape(((0, 0), (2, 2), (10, 10)), 10, ((10, 10, 10), (2, 2, 2), (0, 0, 0))),
+        "ssd-1b": OriginalShape(((0, 0), (2, 2), (4, 4)), ONE_RESNET, ((4, 4, 10), (2, 1, 1), (0, 0, 0))),
+        "vega": OriginalShape(((0, 0), (1, 1), (2, 2)), ONE_RESNET, ((2, 2, 2), (1, 1, 1), (0, 0, 0))),
+    },
+}
+_OF_VELOCITY = "output_blocks.11.1.transformer_blocks.0.norm1.bias"  # by which ComfyUI knows an SD 2.x that predicts it
+
+
+def original_layout(unet: Any, program: Program) -> OriginalLayout:
+    """Return the names of a UNet's tensors in the original layout, as a program wants them.
+
+    Raises:
+        AsdmError: the UNet has edits that the layout has no place for, or a shape that the program does not read.
+    """
+    structure = original_structure(unet)
+    kind = _kind(unet)
+    numbering: Numbering = "dense"
+    if program != "diffusers":
+        _require_widths(unet, structure, kind, program)
+    if program == "comfyui" and kind == "sdxl":
+        _require_comfyui(structure.shape)
+    if program == "sdcpp":
+        numbering = _require_sdcpp(unet, kind, structure.shape)
+    names = original_names(unet, numbering)
+    # stable-diffusion.cpp tries an SD 2.x out. For SDXL's fine-tunes there are marker tensors.
+    of_sd2 = program == "sdcpp" or _OF_VELOCITY in names.values()
+    names_velocity = program != "diffusers" and (kind == "sdxl" or (kind == "sd2" and of_sd2))
+    return OriginalLayout({tensor: LDM_UNET_KEY + name for tensor, name in names.items()}, kind, names_velocity)
+
+
+def _kind(unet: Any) -> OriginalKind:
+    """Return which of the original models has a UNet's parts."""
+    if unet.config.addition_embed_type == "text_time":
+        return "sdxl"
+    return "sd2" if unet.config.use_linear_projection else "sd1"
+
+
+def _require_widths(unet: Any, structure: OriginalStructure, kind: OriginalKind, program: Program) -> None:
+    """Raise an AsdmError unless the UNet has the widths of its kind, which programs do not read from a file."""
+    context, pooled, heads = _WIDTHS[kind]
+    found = (
+        unet.config.cross_attention_dim,
+        unet.config.get("projection_class_embeddings_input_dim"),
+        unet.config.block_out_channels[0],
+    )
+    attentions = [unet.get_submodule(path).transformer_blocks[0].attn1 for path in structure.attentions]
+    wrong = [each for each in attentions if each.heads != (heads or each.inner_dim // _CHANNELS_OF_A_HEAD)]
+    if found != (context, pooled, _CHANNELS) or wrong:
+        about = f"{found[2]} channels, a text embedding of {found[0]}" + (f", {wrong[0].heads} heads" if wrong else "")
+        raise AsdmError(
+            f"{program}: reads UNets of the widths of SD 1.x, SD 2.x and SDXL, and this one has others ({about}); "
+            "export it for diffusers, whose from_single_file takes a config"
+        )
+
+
+def _require_comfyui(shape: OriginalShape) -> None:
+    """Raise an AsdmError for an SDXL whose encoder path ComfyUI does not know. It reads any SD 1.x and 2.x."""
+    depths = tuple(depth for level in shape.encoder for depth in level)
+    if depths not in COMFYUI_ENCODERS.values():
+        known = ", ".join(f"{list(each)} ({name})" for name, each in COMFYUI_ENCODERS.items())
+        raise AsdmError(
+            f"comfyui: knows an SDXL by the transformer blocks of the encoder path's layers, and this one has "
+            f"{list(depths)}; known are {known}; make a plan with `asdm plan --portable`"
+        )
+
+
+def _require_sdcpp(unet: Any, kind: OriginalKind, shape: OriginalShape) -> Numbering:
+    """Return how stable-diffusion.cpp numbers the layers: those of bk-tiny as diffusers' script does.
+
+    Raises:
+        AsdmError: it does not know the shape.
+    """
+    known = SDCPP_SHAPES[kind]
+    if shape not in known.values() or (shape == _TINY and unet.config.in_channels != 4):
+        raise AsdmError(
+            f"sdcpp: reads of {KIND_NAMES[kind]}'s shape only {', '.join(known)}, and no student of another; make a "
+            "plan with one of these presets, or export it for comfyui"
+        )
+    return "two_layers" if shape == _TINY else "dense"

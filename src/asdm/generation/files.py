@@ -1,0 +1,133 @@
+"""Prompts from files, and generated images as files under names made from their prompts."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from asdm import checks
+from asdm.errors import AsdmError
+from asdm.generation.comparison import Comparison
+from asdm.generation.image import GeneratedImage, save_png
+from asdm.generation.request import GenerationRequest
+from asdm.generation.sheets import Tile, sheet
+from asdm.images import open_image
+
+STANDARD_INPUT = "-"
+LONGEST_NAME = 60  # characters of the prompt
+MOST_COLUMNS = 16  # of a contact sheet with one row a prompt
+
+
+def read_prompts(name: str) -> list[str]:
+    """Read one prompt a line from a text file, or for "-" from standard input. Empty lines do not count.
+
+    Raises:
+        AsdmError: there is no such file, it is not UTF-8, or it has no prompt.
+    """
+    where = "standard input" if name == STANDARD_INPUT else name
+    try:
+        content = sys.stdin.buffer.read() if name == STANDARD_INPUT else Path(name).read_bytes()
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise AsdmError(f"{where}: not text in UTF-8; convert it") from None
+    except (FileNotFoundError, IsADirectoryError):
+        raise AsdmError(f"{where}: no such file of prompts") from None
+    if "\0" in text:
+        raise AsdmError(f"{where}: not a text file; write one prompt a line")
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise AsdmError(f"{where}: has no prompt; write one a line")
+    return prompts
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Read seeds such as `1,5,8-11`.
+
+    Raises:
+        AsdmError: it is no such list, or names a seed twice.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not (first.isdecimal() and (last.isdecimal() if dash else True)):
+            raise AsdmError(f"seeds={text[:80]}: must be whole numbers and ranges, such as 1,5,8-11")
+        numbers = (int(first), int(last) if dash else int(first))
+        checks.whole(0, 2**63 - 1)("seeds", max(numbers))
+        if not 0 <= numbers[1] - numbers[0] < 10_000:
+            raise AsdmError(f"seeds={part.strip()}: a range must rise, by fewer than 10000")
+        seeds += range(numbers[0], numbers[1] + 1)
+    if len(set(seeds)) < len(seeds):
+        raise AsdmError(f"seeds={text[:80]}: a seed is named twice")
+    return seeds
+
+
+def open_inputs(image: Path | None, mask: Path | None) -> tuple[Image.Image | None, Image.Image | None]:
+    """Read the files of an image and its mask.
+
+    Raises:
+        AsdmError: a file cannot be read, or the mask is not of the image's size.
+    """
+    start = None if image is None else open_image(image)
+    hole = None if mask is None else open_image(mask).convert("L")
+    if start is not None and hole is not None and start.size != hole.size:
+        raise AsdmError(f"{mask}: {hole.size} pixels; it must be of the size of {image}, {start.size}")
+    return start, hole
+
+
+class ImageFolder:
+    """A folder that a request's images are written to as they are finished; existing files stay.
+
+    `paths` are the files that were written, `lines` what there is to say of them.
+    """
+
+    def __init__(self, folder: Path, request: GenerationRequest):
+        self.folder, self.paths = folder, list[Path]()
+        self.lines: list[str] = []
+        self._of_each = request.total // len(request.prompts)
+        self._tiles: list[Tile] = []
+        self._columns = self._of_each if 1 < self._of_each <= MOST_COLUMNS else math.ceil(request.total**0.5)
+
+    def write(self, image: GeneratedImage) -> None:
+        """Write an image."""
+        self._save(image)
+        self._tiles.append(Tile(image.image, (image.prompt, f"seed {image.seed}")))
+
+    def write_comparison(self, comparison: Comparison) -> None:
+        """Write a student's image, the teacher's, and both beside each other with their difference."""
+        student, teacher = comparison.student, comparison.teacher
+        stem = self._save(student).stem
+        teacher.save(free_path(self.folder, stem, "_teacher"))
+        picture = save_png(comparison.picture(), free_path(self.folder, stem, "_comparison"))
+        self.paths.append(picture)
+        self.lines.append(
+            f"{stem}: teacher {teacher.seconds:.2f} s, student {student.seconds:.2f} s "
+            f"({comparison.speedup:.2f}x, one image each)"
+        )
+        self._tiles += comparison.tiles()
+        self._columns = len(comparison.tiles())
+
+    def write_sheet(self) -> None:
+        """Write a contact sheet of what was written so far."""
+        if self._tiles:
+            self.paths.append(save_png(sheet(self._tiles, self._columns), free_path(self.folder, "grid")))
+
+    def _save(self, image: GeneratedImage) -> Path:
+        suffix = f"_seed{image.seed}" if self._of_each > 1 else ""
+        self.paths.append(image.save(free_path(self.folder, stem_of(image.prompt), suffix)))
+        return self.paths[-1]
+
+
+def stem_of(prompt: str) -> str:
+    """Return the name of a file that a prompt is for, without its suffix."""
+    return "".join(c if c.isalnum() else "_" for c in prompt)[:LONGEST_NAME].strip("_") or "image"
+
+
+def free_path(folder: Path, stem: str, suffix: str = "") -> Path:
+    """Return the path of a PNG in a folder that is not taken yet, with a number where it is."""
+    path, number = folder / f"{stem}{suffix}.png", 1
+    while path.exists():
+        path, number = folder / f"{stem}{suffix}-{number}.png", number + 1
+    return path

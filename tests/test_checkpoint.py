@@ -1,0 +1,518 @@
+"""One file in the original layout: what diffusers reads back, what programs infer from the names, what is refused."""
+
+import json
+import os
+import re
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModelWithProjection
+
+from asdm import (
+    AsdmError,
+    PruningPlan,
+    build_student,
+    convert_lora,
+    export_checkpoint,
+    make_plan,
+    save_pipeline,
+    with_unet,
+)
+from asdm.families import UNetFamily
+from asdm.families.unet_original import OriginalShape, original_structure
+from asdm.pipelines import streaming
+from asdm.pipelines.random_models import UNETS
+from asdm.pipelines.shapes import denoiser_without_weights
+from asdm.sensitivity.analysis import structure_map
+from asdm.student.build import empty_student
+from conftest import _text_encoder, predict, tiny_pipeline, tiny_sdxl_pipeline, tiny_sdxl_unet, tiny_unet
+
+FAMILY = UNetFamily()
+TINY = {"edit": "drop_layers", "layers_per_block": 1, "mid_block": False, "levels": 3}
+PREFIX = "model.diffusion_model."
+
+
+def student_of(unet, *edits):
+    return build_student(unet, PruningPlan.for_unet(unet, edits))
+
+
+def block_of(path, *branches):
+    return [{"edit": "remove", "unit": f"{path}.{branch}"} for branch in branches or ("attn1", "attn2", "ff")]
+
+
+def full_size(shape):
+    with torch.device("meta"):
+        return UNet2DConditionModel(**UNETS[shape])
+
+
+def of_preset(unet, name):
+    edit = FAMILY.preset(name, FAMILY.units(unet)).edit
+    return empty_student(unet, PruningPlan.for_unet(unet, [edit]))
+
+
+def tiny_sd2_pipeline():
+    pipeline = tiny_pipeline()
+    pipeline.unet = tiny_unet(use_linear_projection=True)
+    return pipeline
+
+
+def tiny_sdxl_pipeline_with_two_widths():
+    """diffusers tells the two text encoders by their widths, which are equal in the tiny pipeline."""
+    pipeline = tiny_sdxl_pipeline()
+    pipeline.text_encoder_2 = _text_encoder(CLIPTextModelWithProjection, 64, pipeline.tokenizer_2)
+    return pipeline
+
+
+# -- diffusers reads back what was written -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_sd2_pipeline, tiny_sdxl_pipeline_with_two_widths])
+@pytest.mark.parametrize("edit", [None, {**TINY, "levels": None}])
+def test_diffusers_reads_back_every_tensor(make, edit, tmp_path):
+    """SD 1.x's text encoder in CLIP's layout, SD 2.x's and SDXL's second one in OpenCLIP's."""
+    pipeline = make()
+    if edit is not None:
+        pipeline = with_unet(pipeline, student_of(pipeline.unet, edit))
+    save_pipeline(pipeline, tmp_path / "folder")
+    export_checkpoint(pipeline, tmp_path / "one.safetensors", "diffusers", dtype="fp32")
+    kind = StableDiffusionXLPipeline if hasattr(pipeline, "text_encoder_2") else StableDiffusionPipeline
+    read = kind.from_single_file(tmp_path / "one.safetensors", config=str(tmp_path / "folder"))
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        if hasattr(pipeline, part):
+            ours, theirs = getattr(pipeline, part).state_dict(), getattr(read, part).state_dict()
+            assert ours.keys() == theirs.keys(), part
+            for name, tensor in ours.items():
+                assert torch.equal(tensor, theirs[name]), (part, name)
+
+
+def read_unet(file, config):
+    """The stock UNet that diffusers reads from a file, strictly."""
+    unet = UNet2DConditionModel.from_config(config)
+    unet.load_state_dict(convert_ldm_unet_checkpoint(load_file(file), unet.config))
+    return unet.eval()
+
+
+def test_removed_parts_that_a_stock_unet_lacks_leave_the_same_function(tmp_path):
+    """The mid block and the lowest level, removed as units: names of modules stay, those of the file have no gaps."""
+    pipeline = tiny_pipeline()
+    edits = [{"edit": "remove", "unit": unit} for unit in ("mid_block", "down_blocks.3")]
+    student = with_unet(pipeline, student_of(pipeline.unet, *edits))
+    export_checkpoint(student, tmp_path / "one.safetensors", "diffusers", unet_only=True, dtype="fp32")
+    stock = student_of(pipeline.unet, {**TINY, "layers_per_block": 2})
+    assert torch.equal(predict(read_unet(tmp_path / "one.safetensors", stock.config)), predict(student.unet))
+
+
+def test_a_transformer_block_whose_branches_are_all_removed_is_left_out(tmp_path):
+    pipeline = tiny_sdxl_pipeline()
+    unet = pipeline.unet
+    blocks = [f"down_blocks.1.attentions.{i}.transformer_blocks.0" for i in (0, 1)]
+    student = with_unet(pipeline, student_of(unet, *block_of(blocks[0]), *block_of(blocks[1])))
+    export_checkpoint(student, tmp_path / "one.safetensors", "diffusers", unet_only=True, dtype="fp32")
+    stock = student_of(unet, {"edit": "drop_layers", "layers_per_block": 2, "transformer_blocks": blocks})
+    assert [len(each.transformer_blocks) for each in stock.down_blocks[1].attentions] == [1, 1]
+    expected = predict(student.unet)
+    torch.testing.assert_close(predict(stock), expected)
+    assert torch.equal(predict(read_unet(tmp_path / "one.safetensors", stock.config)), predict(stock))
+
+
+# -- what programs infer from the names --------------------------------------------------------------------
+
+
+def inferred(names):
+    """Transformer blocks of each layer, as a program that knows nothing but the names counts them: levels end at a
+    downsampler, numbers run until one is missing, the decoder's layers mirror the encoder's."""
+
+    def parts(block, number):
+        return [name for name in names if name.startswith(f"{PREFIX}{block}.{number}.")]
+
+    def depth(block, number):
+        pattern = rf"{PREFIX}{block}\.{number}\.1\.transformer_blocks\.(\d+)\."
+        return len({found[1] for name in names if (found := re.match(pattern, name))})
+
+    levels, number = [[]], 1
+    while parts("input_blocks", number):
+        if f"{PREFIX}input_blocks.{number}.0.op.weight" in names:
+            levels.append([])
+        else:
+            levels[-1].append(depth("input_blocks", number))
+        number += 1
+    decoder, number = [], 0
+    for level in reversed(levels):
+        decoder.append([])
+        for _ in range(len(level) + 1):
+            assert f"{PREFIX}output_blocks.{number}.0.in_layers.0.weight" in names
+            decoder[-1].append(depth("output_blocks", number))
+            number += 1
+        # The upsampler is the last module of the level's last layer.
+        place = 2 if decoder[-1][-1] else 1
+        assert (f"{PREFIX}output_blocks.{number - 1}.{place}.conv.weight" in names) == (len(decoder) < len(levels))
+    assert not parts("output_blocks", number)
+    middle = -2
+    if parts("middle_block", 0):
+        middle = -1
+    if parts("middle_block", 2):
+        middle = len({name.split(".")[5] for name in names if f"{PREFIX}middle_block.1.transformer_blocks" in name})
+    return OriginalShape(tuple(map(tuple, levels)), middle, tuple(map(tuple, decoder)))
+
+
+# By ComfyUI's list of models: SDXL's kinds by the encoder path's depths.
+COMFYUI = {
+    "sdxl": [0, 0, 2, 2, 10, 10],
+    "ssd-1b": [0, 0, 2, 2, 4, 4],
+    "vega": [0, 0, 1, 1, 2, 2],
+    "koala-700m": [0, 2, 5],
+    "koala-1b": [0, 2, 6],
+}
+# (parameters in millions, mid block, depths of the decoder path) as published.
+PUBLISHED = {
+    "ssd-1b": (1331, -1, ((4, 4, 10), (2, 1, 1), (0, 0, 0))),
+    "vega": (745, -1, ((2, 2, 2), (1, 1, 1), (0, 0, 0))),
+    "koala-700m": (783, -2, ((5, 5), (2, 2), (0, 0))),
+    "koala-1b": (1161, 6, ((6, 6), (2, 2), (0, 0))),
+}
+
+
+@pytest.fixture(scope="module")
+def sdxl():
+    return full_size("sdxl")
+
+
+@pytest.mark.parametrize("preset", COMFYUI)
+def test_comfyui_knows_sdxl_and_its_students(preset, sdxl):
+    unet = sdxl if preset == "sdxl" else of_preset(sdxl, preset)
+    names = set(FAMILY.original_layout(unet, "comfyui").names.values())
+    shape = inferred(names)
+    assert [depth for level in shape.encoder for depth in level] == COMFYUI[preset]
+    assert shape == original_structure(unet).shape
+    if preset in PUBLISHED:
+        millions, middle, decoder = PUBLISHED[preset]
+        assert round(sum(p.numel() for p in unet.parameters()) / 1e6) == millions
+        assert (shape.middle, shape.decoder) == (middle, decoder)
+
+
+@pytest.mark.parametrize("shape", ["sd15", "sd21"])
+@pytest.mark.parametrize("preset", [None, "bk-base", "bk-small", "bk-tiny"])
+def test_numbers_have_no_gaps_for_comfyui(shape, preset):
+    unet = full_size(shape)
+    unet = unet if preset is None else of_preset(unet, preset)
+    layout = FAMILY.original_layout(unet, "comfyui")
+    assert inferred(set(layout.names.values())) == original_structure(unet).shape
+    assert len(set(layout.names.values())) == len(unet.state_dict())
+    # ComfyUI knows an SD 2.x that predicts velocities by a layer that shorter students lack.
+    assert layout.names_velocity == (shape == "sd21" and preset is None)
+
+
+def test_numbers_have_the_gaps_of_two_layers_a_level_for_stable_diffusion_cpp():
+    names = FAMILY.original_layout(of_preset(full_size("sd15"), "bk-tiny"), "sdcpp").names.values()
+
+    def numbers(block):
+        return sorted({int(name.split(".")[3]) for name in names if f"{PREFIX}{block}." in name})
+
+    assert numbers("input_blocks") == [0, 1, 3, 4, 6, 7]
+    assert numbers("output_blocks") == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert {f"{PREFIX}output_blocks.2.1.conv.weight", f"{PREFIX}output_blocks.5.2.conv.weight"} <= set(names)
+
+
+@pytest.mark.parametrize("program", ["comfyui", "sdcpp"])
+def test_a_program_that_does_not_know_the_shape_is_named(program, sdxl):
+    halved = {"edit": "drop_layers", "layers_per_block": 1}
+    with pytest.raises(AsdmError, match=rf"{program}.*(plan --portable|preset)"):
+        FAMILY.original_layout(empty_student(sdxl, PruningPlan.for_unet(sdxl, [halved])), program)
+    with pytest.raises(AsdmError, match="widths of SD 1"):
+        FAMILY.original_layout(tiny_unet(), program)
+
+
+@pytest.mark.parametrize(
+    "edits, said",
+    [
+        ([{"edit": "remove", "unit": "mid_block", "compensate": "linear"}], "mid_block: removed with a projection"),
+        ([{"edit": "remove", "unit": "down_blocks.0.resnets.1"}], "down_blocks.0.resnets.1: removed"),
+        (block_of("down_blocks.0.attentions.0.transformer_blocks.0", "ff"), "ff: removed alone"),
+        (block_of("down_blocks.0.attentions.0.transformer_blocks.0"), "remove it as a whole"),
+        (
+            [{"edit": "gri_attention", "unit": "down_blocks.0.attentions.0.transformer_blocks.0.attn1"}],
+            "gri_attention",
+        ),
+        (
+            [
+                {
+                    "edit": "cond_conv",
+                    "unit": "down_blocks.0.resnets.0.conv2",
+                    "experts": ["down_blocks.0.resnets.1.conv2"],
+                }
+            ],
+            "cond_conv",
+        ),
+    ],
+)
+def test_students_that_no_program_computes_are_refused_with_the_remedy(edits, said, tmp_path):
+    pipeline = tiny_pipeline()
+    student = with_unet(pipeline, student_of(pipeline.unet, *edits))
+    with pytest.raises(AsdmError, match=f"{said}.*"):
+        export_checkpoint(student, tmp_path / "one.safetensors", "diffusers")
+    assert not list(tmp_path.iterdir())
+
+
+# -- the file ----------------------------------------------------------------------------------------------
+
+
+def test_the_file_says_what_it_is(tmp_path):
+    pipeline = tiny_sdxl_pipeline()
+    pipeline.scheduler.register_to_config(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    edit = {"edit": "drop_layers", "layers_per_block": 1}
+    made = export_checkpoint(
+        with_unet(pipeline, student_of(pipeline.unet, edit)), tmp_path / "one.safetensors", "diffusers", license="mit"
+    )
+    with safe_open(made.file, "pt") as content:
+        about = content.metadata()
+        assert {content.get_slice(name).get_dtype() for name in content.keys()} == {"F16"}  # noqa: SIM118
+        assert {"v_pred", "ztsnr"} <= set(content.keys())
+    assert about["modelspec.prediction_type"] == "v" and about["modelspec.license"] == "mit"
+    assert about["modelspec.architecture"] == "stable-diffusion-xl-v1-base"
+    assert json.loads(about["asdm.edits"]) == [{**edit, "mid_block": True, "levels": None}]
+    assert "licence: mit" in made.card.read_text("utf-8") and "drop_layers" in made.card.read_text("utf-8")
+    student = denoiser_without_weights(str(made.file))  # from the metadata alone
+    assert len(student.down_blocks[1].resnets) == 1 and next(student.parameters()).is_meta
+
+
+def test_a_short_student_that_predicts_velocities_says_what_to_set(tmp_path):
+    pipeline = tiny_sd2_pipeline()
+    pipeline.scheduler.register_to_config(prediction_type="v_prediction")
+    made = export_checkpoint(pipeline, tmp_path / "one.safetensors", "diffusers")
+    assert "predicts velocities" in made.notes[0]
+    assert made.notes[0] in made.card.read_text("utf-8")
+
+
+def test_values_that_do_not_fit_and_interruptions_leave_nothing(tmp_path, monkeypatch):
+    pipeline = tiny_pipeline()
+    with torch.no_grad():
+        pipeline.unet.conv_out.bias[0] = 1e6
+    with pytest.raises(AsdmError, match=r"out.2.bias.*not finite in float16.*fp32"):
+        export_checkpoint(pipeline, tmp_path / "one.safetensors", "diffusers")
+    assert not list(tmp_path.iterdir())
+    export_checkpoint(pipeline, tmp_path / "one.safetensors", "diffusers", dtype="fp32", unet_only=True)
+    before = (tmp_path / "one.safetensors").read_bytes()
+
+    def interrupted(tensor, dtype, real=streaming._data):
+        if tensor.name.startswith("first_stage_model"):
+            raise KeyboardInterrupt
+        return real(tensor, dtype)
+
+    monkeypatch.setattr(streaming, "_data", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export_checkpoint(pipeline, tmp_path / "one.safetensors", "diffusers", dtype="fp32")
+    assert (tmp_path / "one.safetensors").read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["one.md", "one.safetensors"]
+
+
+def test_files_of_others_are_not_replaced(tmp_path):
+    save_file({"weight": torch.zeros(1)}, tmp_path / "theirs.safetensors")
+    with pytest.raises(AsdmError, match="no export of asdm"):
+        export_checkpoint(tiny_pipeline(), tmp_path / "theirs.safetensors", "diffusers")
+    with pytest.raises(AsdmError, match="ends in"):
+        export_checkpoint(tiny_pipeline(), tmp_path / "theirs.ckpt", "diffusers")
+
+
+def test_no_second_copy_is_made(tmp_path, monkeypatch):
+    """Each tensor is converted when it is written, and let go before the next."""
+    alive, most = [], []
+
+    def converted(tensor, dtype, real=streaming._data):
+        data = real(tensor, dtype)
+        alive.append(data.nbytes)
+        most.append(data.nbytes)
+        return data
+
+    monkeypatch.setattr(streaming, "_data", converted)
+    pipeline = tiny_pipeline()
+    made = export_checkpoint(pipeline, tmp_path / "one.safetensors", "diffusers")
+    assert max(most) < made.file.stat().st_size / 10
+
+
+# -- LoRA --------------------------------------------------------------------------------------------------
+
+KEPT = "up_blocks.1.attentions.2.transformer_blocks.0.attn1.to_q"  # the last layer, the second of a student's
+GONE = "up_blocks.1.attentions.1.transformer_blocks.0.attn1.to_q"
+SHORT = {
+    "edit": "drop_layers",
+    "layers_per_block": 1,
+    "transformer_blocks": ["up_blocks.1.attentions.2.transformer_blocks.0"],
+}
+
+
+def lora_file(path, unet, names, style):
+    tensors = {}
+    for name in names:
+        module = unet.get_submodule(name)
+        rank = 2
+        down, up = torch.randn(rank, module.in_features), torch.randn(module.out_features, rank)
+        if style == "diffusers":
+            tensors |= {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
+            continue
+        flat = name if style == "kohya" else originally(unet, name)
+        start = f"lora_unet_{flat.replace('.', '_')}"
+        tensors |= {
+            f"{start}.lora_down.weight": down,
+            f"{start}.lora_up.weight": up,
+            f"{start}.alpha": torch.tensor(2.0),
+        }
+    tensors["lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"] = torch.zeros(2, 32)
+    save_file(tensors, path, {"ss_network_module": "networks.lora"})
+    return path
+
+
+def originally(unet, name):
+    return (
+        FAMILY.original_layout(unet, "diffusers").names[f"{name}.weight"].removeprefix(PREFIX).removesuffix(".weight")
+    )
+
+
+@pytest.mark.parametrize("style", ["diffusers", "kohya", "original"])
+def test_a_lora_is_renumbered_and_what_the_student_lacks_is_counted(style, tmp_path):
+    """Adapting and then shortening gives what shortening and then adapting gives."""
+    original = tiny_sdxl_unet()
+    kept = ["up_blocks.1.attentions.2.transformer_blocks.1.attn1.to_q", "down_blocks.2.attentions.0.proj_in"]
+    gone = ["up_blocks.1.attentions.1.proj_in", "up_blocks.1.attentions.2.transformer_blocks.0.ff.net.2"]
+    student = student_of(original, SHORT)
+    lora = lora_file(tmp_path / "lora.safetensors", original, kept + gone, style)
+    made = convert_lora(lora, student, tmp_path / "new.safetensors")
+    assert (made.kept, made.dropped) == (2, sorted(gone))
+    new = load_file(made.file)
+    renamed = "up_blocks.1.attentions.1.transformer_blocks.0.attn1.to_q"
+    name = {
+        "diffusers": f"unet.{renamed}.lora_A.weight",
+        "kohya": f"lora_unet_{renamed.replace('.', '_')}.lora_down.weight",
+        "original": f"lora_unet_{originally(student, renamed).replace('.', '_')}.lora_down.weight",
+    }[style]
+    old = {"diffusers": f"unet.{kept[0]}.lora_A.weight"}.get(style)
+    before = load_file(lora)
+    old = old or next(key for key in before if key.endswith("attn1_to_q.lora_down.weight"))
+    assert torch.equal(new[name], before[old])
+    assert "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight" in new
+    assert len(new) == (5 if style == "diffusers" else 7)
+
+
+def test_a_saved_student_remembers_its_original(tmp_path):
+    """The names of what is dropped come from the student's folder, without its teacher."""
+    pipeline = tiny_sdxl_pipeline()
+    save_pipeline(with_unet(pipeline, student_of(pipeline.unet, SHORT)), tmp_path / "student")
+    stock = UNet2DConditionModel.from_pretrained(tmp_path / "student" / "unet")
+    names = ["up_blocks.1.attentions.1.proj_in", "down_blocks.2.attentions.0.proj_in"]
+    lora = lora_file(tmp_path / "lora.safetensors", pipeline.unet, names, "kohya")
+    for student in (stock, denoiser_without_weights(str(tmp_path / "student"))):
+        made = convert_lora(lora, student, tmp_path / "new.safetensors")
+        assert (made.kept, made.dropped) == (1, names[:1])
+
+
+def test_loras_that_do_not_fit_are_refused(tmp_path):
+    original = tiny_unet()
+    gone = lora_file(
+        tmp_path / "a.safetensors", original, ["mid_block.attentions.0.transformer_blocks.0.ff.net.2"], "kohya"
+    )
+    student = student_of(original, TINY)
+    with pytest.raises(AsdmError, match="lacks all 1 layers"):
+        convert_lora(gone, student, tmp_path / "new.safetensors")
+    save_file({"lora_unet_x.lora_down.weight": torch.zeros(1, 1)}, tmp_path / "b.safetensors")
+    with pytest.raises(AsdmError, match="no tensor is for a layer"):
+        convert_lora(tmp_path / "b.safetensors", student, tmp_path / "new.safetensors")
+    wide = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight"
+    save_file({wide: torch.zeros(2, 320)}, tmp_path / "c.safetensors")
+    with pytest.raises(AsdmError, match="320 inputs"):
+        convert_lora(tmp_path / "c.safetensors", student, tmp_path / "new.safetensors")
+    (tmp_path / "d.pt").write_bytes(b"")
+    with pytest.raises(AsdmError, match="a pickle"):
+        convert_lora(tmp_path / "d.pt", student, tmp_path / "new.safetensors")
+    with pytest.raises(AsdmError, match="is the LoRA itself"):
+        convert_lora(gone, student, gone)
+
+
+# -- portable plans ----------------------------------------------------------------------------------------
+
+
+def profile(unet, sensitive=""):
+    """A profile whose sensitivities grow with the parameters; units of this name are a thousand times as sensitive."""
+    sizes = structure_map(unet)
+
+    def rated(record, name):
+        factor = 1000 if sensitive and name.startswith(sensitive) else 1
+        return record.model_copy(update={"sensitivity": factor * (1e-9 + record.parameters * 1e-9)})
+
+    units = [rated(unit, unit.name) for unit in sizes.units]
+    others = [rated(other, other.edit["unit"]) for other in sizes.others]
+    return sizes.model_copy(update={"units": units, "others": others, "estimator": "taylor"})
+
+
+def parameters(unet):
+    return sum(p.numel() for p in unet.parameters())
+
+
+@pytest.mark.parametrize("params", [0.8, 0.45])
+def test_a_portable_student_is_stock_and_within_the_budget(params):
+    unet = tiny_unet()
+    student = build_student(unet, make_plan(profile(unet), params=params, portable=True))
+    assert type(student) is UNet2DConditionModel
+    assert parameters(student) <= params * parameters(unet)
+    FAMILY.original_layout(student, "diffusers")
+    assert predict(student).shape == predict(unet).shape
+
+
+def test_a_portable_student_of_sdxl_is_of_a_known_shape_and_keeps_what_is_sensitive(sdxl):
+    kept = "up_blocks.0.attentions.1.transformer_blocks.7"
+    for part in (0.6, 0.3):
+        plan = make_plan(profile(sdxl, kept), params=part, portable=True)
+        student = empty_student(sdxl, plan)
+        assert parameters(student) <= part * parameters(sdxl)
+        shape = inferred(set(FAMILY.original_layout(student, "comfyui").names.values()))
+        assert [depth for level in shape.encoder for depth in level] in COMFYUI.values()
+        assert not any(name.startswith(kept) for name in plan.edits[0].transformer_blocks)
+
+
+def test_portable_refuses_what_it_cannot_do(sdxl):
+    with pytest.raises(AsdmError, match="out of reach of students that every program reads"):
+        make_plan(profile(sdxl), params=0.01, portable=True)
+    with pytest.raises(AsdmError, match="no place for projections"):
+        make_plan(profile(tiny_unet()), params=0.5, portable=True, compensate="linear")
+    with pytest.raises(AsdmError, match="no program reads a student of this UNet"):
+        make_plan(profile(tiny_sdxl_unet()), params=0.5, portable=True)
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"transformer_blocks": ["up_blocks.1.attentions.0.transformer_blocks.9"]}, "no such transformer block"),
+        ({"transformer_blocks": ["down_blocks.1.attentions.0.transformer_blocks.0"] * 2}, "some of its attentions"),
+        ({"layers_per_block": [2, 1]}, "a number for each level"),
+        ({"layers_per_block": [2, 0, 1]}, "at least 1"),
+    ],
+)
+def test_what_no_stock_unet_is_cannot_be_dropped(fields, said):
+    unet = tiny_unet(block_out_channels=(32, 64, 64), down_block_types=DOWN, up_block_types=UP)
+    with pytest.raises(AsdmError, match=said):
+        PruningPlan.for_unet(unet, [{"edit": "drop_layers", "layers_per_block": 2, **fields}])
+
+
+DOWN, UP = ("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",), ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 2
+
+
+def test_levels_may_have_different_numbers_of_layers():
+    """A layer that goes takes its skip connection along: what stays computes what it computed."""
+    unet = tiny_unet()
+    student = student_of(unet, {"edit": "drop_layers", "layers_per_block": [2, 1, 2, 1]})
+    assert [len(block.resnets) for block in student.down_blocks] == [2, 1, 2, 1]
+    assert [len(block.resnets) for block in student.up_blocks] == [2, 3, 2, 3]
+    for own, original in (("up_blocks.2.resnets.1", "up_blocks.2.resnets.2"), ("up_blocks.1.resnets.1",) * 2):
+        assert torch.equal(student.get_submodule(own).conv1.weight, unet.get_submodule(original).conv1.weight)
+
+
+def test_the_mid_block_may_keep_its_first_resnet_alone(tmp_path):
+    pipeline = tiny_pipeline()
+    edits = [{"edit": "remove", "unit": f"mid_block.{unit}"} for unit in ("attentions.0", "resnets.1")]
+    student = student_of(pipeline.unet, {"edit": "drop_layers", "layers_per_block": 2, "mid_attention": False})
+    removed = student_of(pipeline.unet, *edits)
+    assert torch.equal(predict(student), predict(removed))
+    names = [FAMILY.original_layout(each, "diffusers").names.values() for each in (student, removed)]
+    assert set(names[0]) == set(names[1])

@@ -1,0 +1,435 @@
+"""What `asdm generate` and other interfaces make of a request: which images, from which noise, and what is refused."""
+
+import json
+import warnings
+
+import numpy as np
+import peft
+import pytest
+import torch
+from diffusers import ControlNetModel, DDIMScheduler, EulerAncestralDiscreteScheduler
+from peft.utils import get_peft_model_state_dict
+from PIL import Image
+from safetensors.torch import save_file
+
+from asdm import (
+    AsdmError,
+    AsdmWarning,
+    GenerationRequest,
+    PruningPlan,
+    build_student,
+    compare_images,
+    generate,
+    generate_images,
+    with_unet,
+)
+from asdm.choices import SCHEDULERS
+from asdm.generation.additions import LoraFile
+from asdm.generation.files import ImageFolder, open_inputs, parse_seeds, read_prompts
+from asdm.generation.image import read_about
+from asdm.generation.prompts import lost_text, parse_weights, without_last_layers
+from asdm.generation.schedulers import scheduler_label, scheduler_named
+from asdm.generation.sheets import Tile, difference_map, sheet
+from asdm.images import to_images
+from conftest import tiny_inpainting_pipeline, tiny_pipeline, tiny_pixart_pipeline, tiny_sdxl_pipeline, tiny_unet
+
+REMOVALS = [
+    {"edit": "remove", "unit": "down_blocks.1.attentions.0"},
+    {"edit": "remove", "unit": "down_blocks.0.resnets.1", "compensate": "bias"},
+]
+
+
+def request(**fields) -> GenerationRequest:
+    return GenerationRequest(**{"prompts": ["pear"], "steps": 2} | fields)
+
+
+def pixels(images) -> np.ndarray:
+    return np.stack([np.asarray(each.image) for each in images])
+
+
+def made(pipeline, **fields) -> np.ndarray:
+    return pixels(generate_images(pipeline, request(**fields)))
+
+
+@pytest.fixture
+def student(pipeline):
+    return with_unet(pipeline, build_student(pipeline.unet, PruningPlan.for_unet(pipeline.unet, REMOVALS)))
+
+
+@pytest.fixture
+def lora(tmp_path):
+    """A LoRA of the tiny SD UNet in a file."""
+    unet = tiny_unet()
+    torch.manual_seed(0)
+    unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    state = {f"unet.{name}": tensor.contiguous() for name, tensor in get_peft_model_state_dict(unet).items()}
+    save_file(state, tmp_path / "lora.safetensors")
+    return tmp_path / "lora.safetensors"
+
+
+# -- requests ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"prompts": []}, "prompts"),
+        ({"strength": 0.5}, "strength=0.5: has no effect without image"),
+        ({"mask": Image.new("L", (16, 16))}, r"mask\(16x16 pixels\): has no effect without image"),
+        ({"control_scale": 0.5}, "control_scale=0.5: has no effect without controlnet"),
+        ({"width": 16}, "width=16: give height too"),
+        ({"width": 20, "height": 16}, "width=20: must be a positive multiple of 8; the nearest is 16"),
+        ({"seeds": [1], "seed": 3}, "seed=3: seeds=.1. says it already"),
+        ({"seeds": [1], "num_images": 2}, "num_images=2: seeds"),
+        ({"seed": 2**63 - 1}, "seed=9223372036854775807: the last one"),
+        ({"negative": "x", "guidance_scale": 1.0}, "negative=x: has no effect at guidance_scale=1"),
+        ({"cfg_cutoff": 0.5, "guidance_scale": 0.5}, "cfg_cutoff=0.5: has no effect at guidance_scale=0.5"),
+        ({"scheduler": "euler-b"}, "scheduler=euler-b: must be one of ddim, .* the nearest is euler-"),
+        ({"image": Image.new("RGB", (16, 16)), "strength": 0.1}, "strength=0.1: must leave at least one of the 2"),
+        ({"image": Image.new("RGB", (16, 16)), "mask": Image.new("L", (8, 8))}, "the mask has"),
+        ({"controlnet": "./gone", "control_image": Image.new("RGB", (16, 16))}, "gone: no such folder of a ControlNet"),
+        ({"loras": [{"path": "gone.safetensors"}]}, "gone.safetensors: no such LoRA file"),
+        ({"cache_schedule": "gone.json"}, "gone.json"),
+        ({"cache_speedup": 1.5, "cache_schedule": __file__}, "cache_speedup=1.5|not a"),
+    ],
+)
+def test_a_request_without_meaning_is_refused_in_one_line(fields, told):
+    with pytest.raises(AsdmError, match=rf"^not a GenerationRequest: [^\n]*({told})[^\n]*$"):
+        request(**fields)
+
+
+def test_each_image_has_a_seed_of_its_own_or_the_given_ones():
+    both = request(prompts=["a", "b"], seed=5, num_images=2)
+    assert both.items() == [("a", 5), ("a", 6), ("b", 7), ("b", 8)]
+    assert request(prompts=["a", "b"], seeds=[9, 3]).items() == [("a", 9), ("a", 3), ("b", 9), ("b", 3)]
+    assert parse_seeds("1,5, 8-10") == [1, 5, 8, 9, 10]
+    for wrong in ("", "x", "3-1", "1,,2", "-1", "1,1", "1.5", "0-99999"):
+        with pytest.raises(AsdmError, match=r"^seeds=[^\n]*$"):
+            parse_seeds(wrong)
+
+
+def test_prompts_are_read_from_files(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("\ufeffbirne, rot\r\n\n  übung \n".encode())
+    assert read_prompts(str(tmp_path / "prompts.txt")) == ["birne, rot", "übung"]
+    for content, told in [(b"", "no prompt"), (b"\xff\xfe\xfa", "not text in UTF-8"), (b"a\0b", "not a text file")]:
+        (tmp_path / "prompts.txt").write_bytes(content)
+        with pytest.raises(AsdmError, match=told):
+            read_prompts(str(tmp_path / "prompts.txt"))
+
+
+# -- images --------------------------------------------------------------------------------------------------
+
+
+def test_images_are_those_of_generate_whatever_the_batch(pipeline):
+    prompts = ["pear", "a tree", "dog"]
+    expected = np.stack([np.asarray(each) for each in to_images(generate(pipeline, prompts, steps=2, seed=5))])
+    for batch_size in (None, 1, 2):
+        seen = []
+        wanted = request(prompts=prompts, seed=5)
+        images = list(
+            generate_images(
+                pipeline, wanted, batch_size=batch_size, progress=lambda now, seen=seen: seen.append(now.image_steps)
+            )
+        )
+        np.testing.assert_array_equal(pixels(images), expected)
+        assert seen[-1] == (6, 6) and seen == sorted(seen)
+        assert [(each.prompt, each.seed) for each in images] == [("pear", 5), ("a tree", 6), ("dog", 7)]
+    np.testing.assert_array_equal(made(pipeline, prompts=["dog"], seeds=[7]), expected[2:])
+
+
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_sdxl_pipeline, tiny_inpainting_pipeline])
+def test_inputs_are_cropped_to_the_size_and_a_mask_keeps_the_rest(make):
+    pipeline, image = make(), Image.new("RGB", (40, 16), "red")
+    assert made(pipeline, width=24, height=16).shape == (1, 16, 24, 3)
+    whole = made(pipeline, image=image, strength=1.0, width=24, height=16)
+    kept = made(pipeline, image=image, mask=Image.new("L", (40, 16), 0), strength=1.0, width=24, height=16)
+    assert whole.shape == kept.shape == (1, 16, 24, 3) and not np.array_equal(whole, kept)
+
+
+def test_a_negative_prompt_counts_with_guidance(pipeline):
+    plain, negative = made(pipeline), made(pipeline, negative="red")
+    assert not np.array_equal(plain, negative)
+    pipeline.scheduler = scheduler_named("lcm", pipeline.scheduler)
+    with pytest.raises(AsdmError, match="negative=red: has no effect"):
+        generate_images(pipeline, request(negative="red"))
+
+
+def test_pixart_generates_and_refuses_what_it_does_not_take(lora):
+    pipeline, steps = tiny_pixart_pipeline(), []
+    images = generate_images(pipeline, request(negative="b", width=24, height=16), progress=steps.append)
+    assert pixels(images).shape == (1, 16, 24, 3) and [(each.step, each.total_steps) for each in steps] == [
+        (1, 2),
+        (2, 2),
+    ]
+    for fields, name in [
+        ({"image": Image.new("RGB", (16, 16)), "strength": 1.0}, "image"),
+        ({"clip_skip": 1}, "clip_skip"),
+        ({"weighted": True}, "weighted"),
+        ({"loras": [{"path": lora}]}, "lora"),
+        ({"cfg_cutoff": 0.5}, "PixArtAlphaPipeline"),
+    ]:
+        with pytest.raises(AsdmError, match=rf"^{name}: [^\n]*leave "):
+            generate_images(pipeline, request(**fields))
+
+
+def test_cancelling_ends_the_images_and_an_error_of_the_callback_leaves_nothing_behind(pipeline, lora):
+    seen = []
+    images = list(
+        generate_images(
+            pipeline, request(num_images=3), progress=seen.append, cancelled=lambda: len(seen) > 2, batch_size=1
+        )
+    )
+    assert len(images) == 1 and [(each.images, each.step) for each in seen] == [(0, 1), (0, 2), (1, 1)]
+
+    def fails(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(generate_images(pipeline, request(loras=[LoraFile(path=lora)], cache_speedup=1.01), progress=fails))
+    assert not any("lora" in name for name, _ in pipeline.unet.named_parameters())
+    np.testing.assert_array_equal(made(pipeline), pixels(images))
+
+
+# -- schedulers ----------------------------------------------------------------------------------------------
+
+
+def test_each_short_name_samples_and_has_its_label(pipeline):
+    before, images = pipeline.scheduler, {}
+    for name, choice in SCHEDULERS.items():
+        images[name] = made(pipeline, scheduler=name, steps=3).tobytes()
+        scheduler = scheduler_named(name, before)
+        assert (type(scheduler).__name__, scheduler_label(scheduler)) == (choice.class_name, choice.label), name
+        assert scheduler.config.beta_end == before.config.beta_end
+    assert pipeline.scheduler is before
+    assert len(set(images.values())) > len(images) - 3  # a few agree in so few steps
+
+
+def test_schedulers_that_would_ignore_the_training_are_refused(pipeline):
+    by_class = scheduler_named("EulerAncestralDiscreteScheduler", pipeline.scheduler)
+    assert isinstance(by_class, EulerAncestralDiscreteScheduler)
+    karras = scheduler_named("dpmpp-2m-karras", pipeline.scheduler)
+    assert scheduler_named("dpmpp-2m", karras).config.use_karras_sigmas is False
+    zero_snr = DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    with pytest.raises(AsdmError, match="scheduler=heun: cannot end at zero SNR"):
+        scheduler_named("heun", zero_snr)
+    assert scheduler_named("euler", zero_snr).config.rescale_betas_zero_snr
+    with pytest.raises(AsdmError, match="scheduler=lms: takes no predictions of the image"):
+        scheduler_named("lms", DDIMScheduler(prediction_type="sample"))
+
+
+# -- prompts -------------------------------------------------------------------------------------------------
+
+
+def test_what_a_prompt_loses_is_said(pipeline):
+    most = pipeline.tokenizer.model_max_length
+    long = " ".join(["pear"] * (most - 2)) + " green tree"
+    lost = lost_text(pipeline, long)
+    assert lost and long.endswith(lost.strip()) and lost_text(pipeline, "pear") == ""
+    with pytest.warns(AsdmWarning, match=f"reads {most} tokens; it does not see"):
+        list(generate_images(pipeline, request(prompts=[long])))
+    assert lost_text(tiny_pixart_pipeline(), "a" * 130).strip("a") == ""
+    with pytest.warns(AsdmWarning, match=r"\(pear:1.5\): read as text"):
+        list(generate_images(pipeline, request(prompts=["a (pear:1.5)"])))
+
+
+def test_clip_skip_takes_an_earlier_layer_and_puts_the_encoder_back(pipeline):
+    encoder, tokens = pipeline.text_encoder, torch.tensor([[0, 5, 7, 1]])
+    with torch.no_grad():
+        states = encoder(tokens, output_hidden_states=True).hidden_states
+        with without_last_layers(encoder, 1):
+            skipped = encoder(tokens).last_hidden_state
+        torch.testing.assert_close(skipped, encoder.final_layer_norm(states[-2]))
+        torch.testing.assert_close(encoder(tokens).last_hidden_state, encoder.final_layer_norm(states[-1]))
+    assert not np.array_equal(made(pipeline), made(pipeline, clip_skip=1))
+    with pytest.raises(AsdmError, match="clip_skip=2: the text encoder has 2 layers; must be from 1 to 1"):
+        made(pipeline, clip_skip=2)
+    sdxl = tiny_sdxl_pipeline()
+    with pytest.raises(AsdmError, match="clip_skip=2"):
+        made(sdxl, clip_skip=2)
+
+
+def test_weights_in_parentheses_are_parsed():
+    assert parse_weights("a cat") == [("a cat", 1.0)]
+    assert parse_weights("a (cat:1.5), red") == [("a ", 1.0), ("cat", 1.5), (", red", 1.0)]
+    (_, twice), (_, less) = parse_weights("((cat))[dog]")
+    assert (twice, less) == (pytest.approx(1.21), pytest.approx(1 / 1.1))
+    assert parse_weights(r"a \(b\) at 16:9") == [("a (b) at 16:9", 1.0)]
+    assert parse_weights("(a (b:2) c:0.5)") == [("a ", 0.5), ("b", 1.0), (" c", 0.5)]
+    assert parse_weights("") == parse_weights("()") == [("", 1.0)]
+    for wrong in ("(a", "a)", "[a)", "(a]", "(a:99)", "(a:-1)"):
+        with pytest.raises(AsdmError, match=r'^prompt "[^\n]*$'):
+            parse_weights(wrong)
+
+
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_sdxl_pipeline])
+def test_weights_move_the_embedding_and_leave_plain_prompts_alone(make):
+    pytest.importorskip("compel")
+    pipeline = make()
+    plain = made(pipeline, prompts=["pear"], negative="tree")
+    np.testing.assert_array_equal(made(pipeline, prompts=["pear"], negative="tree", weighted=True), plain)
+    for prompt in ("(pear:1.5)", "red [pear]", "pear " * 40):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", AsdmWarning)  # nothing of it is lost
+            assert not np.array_equal(made(pipeline, prompts=[prompt], negative="(tree)", weighted=True), plain)
+
+
+def test_without_the_extra_it_is_named(pipeline, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "compel", None)
+    with pytest.raises(AsdmError, match=r"asdm-diffusion\[weighting\]"):
+        made(pipeline, weighted=True)
+
+
+# -- LoRA and ControlNet -------------------------------------------------------------------------------------
+
+
+def test_a_lora_counts_by_its_scale_and_is_gone_afterwards(pipeline, lora):
+    plain = made(pipeline)
+    full, half, none = (made(pipeline, loras=[{"path": lora, "scale": scale}]) for scale in (1.0, 0.5, 0.0))
+    assert not np.array_equal(full, plain) and not np.array_equal(half, full) and np.array_equal(none, plain)
+    both = made(pipeline, loras=[{"path": lora, "scale": 0.5}, {"path": lora, "scale": 0.5}])
+    np.testing.assert_allclose(both.astype(int), full, atol=1)
+    np.testing.assert_array_equal(made(pipeline), plain)
+
+
+def test_a_students_missing_layers_of_a_lora_are_counted(student, lora):
+    with pytest.warns(AsdmWarning, match=r"lora.safetensors: 4 of its \d+ layers are not in this model"):
+        made(student, loras=[{"path": lora}])
+
+
+def test_files_that_are_no_lora_for_this_model_are_refused(pipeline, lora, tmp_path):
+    other = tmp_path / "other.safetensors"
+    save_file({"weight": torch.zeros(1)}, other)
+    with pytest.raises(AsdmError, match=r"other.safetensors: holds no LoRA"):
+        LoraFile.parse(str(other))
+    other.write_bytes(lora.read_bytes()[:200])
+    with pytest.raises(AsdmError, match="not a safetensors file"):
+        LoraFile.parse(f"{other}:0.5")
+    (tmp_path / "old.pt").write_bytes(b"x")
+    with pytest.raises(AsdmError, match=r"must be a .safetensors file"):
+        LoraFile.parse(str(tmp_path / "old.pt"))
+    for wrong in (float("nan"), True, 11, "x"):
+        with pytest.raises(AsdmError, match=r"^not a LoraFile: scale="):
+            LoraFile(path=lora, scale=wrong)
+    assert LoraFile.parse(f"{lora}:0.25") == LoraFile(path=lora, scale=0.25)
+    with pytest.raises(AsdmError, match=r"lora.safetensors: a LoRA for another model"):
+        made(tiny_sdxl_pipeline(), loras=[{"path": lora}])
+
+
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_inpainting_pipeline])
+def test_a_controlnet_guides_each_kind_of_generation(make, tmp_path):
+    pipeline = make()
+    torch.manual_seed(0)
+    controlnet = ControlNetModel.from_unet(tiny_unet(), conditioning_embedding_out_channels=(16, 32))
+    with torch.no_grad():  # its outputs start at zero
+        for parameter in controlnet.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    controlnet.save_pretrained(tmp_path / "control")
+    image, edges = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (30, 20), "blue")
+    mask = {"mask": Image.new("L", (16, 16), 255)}
+    for inputs in ({}, {"image": image, "strength": 1.0}, {"image": image, "strength": 1.0, **mask}):
+        control = {"controlnet": tmp_path / "control", "control_image": edges}
+        without, guided = (made(pipeline, **inputs, **control, control_scale=scale) for scale in (0.0, 1.0))
+        assert not np.array_equal(without, guided)
+        np.testing.assert_allclose(without.astype(int), made(pipeline, **inputs), atol=1)
+    with pytest.raises(AsdmError, match="control: a ControlNet for another UNet, with"):
+        made(tiny_sdxl_pipeline(), **control)
+    (tmp_path / "control" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    with pytest.raises(AsdmError, match="control: a AutoencoderKL; must be"):
+        request(**control)
+
+
+# -- files ---------------------------------------------------------------------------------------------------
+
+
+def test_a_png_says_how_it_was_made(student, lora, tmp_path):
+    fields = {"prompts": ["pear, 50%: red\nleaf"], "negative": "tree", "clip_skip": 1, "scheduler": "dpmpp-2m-karras"}
+    with pytest.warns(AsdmWarning, match="layers are not in this model"):
+        (image,) = generate_images(student, request(**fields, seed=7, loras=[{"path": lora, "scale": 0.5}]))
+    path = image.save(tmp_path / "image.png")
+    with Image.open(path) as saved:
+        lines = saved.info["parameters"].splitlines()
+        json.loads(saved.info["asdm"], parse_constant=pytest.fail)
+    assert lines[:3] == ["pear, 50%: red", "leaf <lora:lora:0.5>", "Negative prompt: tree"]
+    assert lines[3].startswith("Steps: 2, Sampler: DPM++ 2M Karras, CFG scale: 3, Seed: 7, Size: 16x16, ")
+    assert "Clip skip: 2" in lines[3]
+    about = read_about(path)
+    assert PruningPlan.model_validate(about["plan"]) == PruningPlan.for_unet(student.unet.original(), REMOVALS)
+    assert about["versions"].keys() == {"asdm", "diffusers", "transformers", "torch"} and about["seed"] == 7
+    assert str(tmp_path) not in json.dumps(about)
+    with pytest.raises(AsdmError, match="not a PNG that asdm generated"):
+        read_about(lora)
+
+
+def test_files_are_named_after_their_prompts_and_replace_nothing(pipeline, tmp_path):
+    wanted = request(prompts=["pear, red", "pear, red"])
+    folder = ImageFolder(tmp_path / "out", wanted)
+    for image in generate_images(pipeline, wanted):
+        folder.write(image)
+    folder.write_sheet()
+    assert [path.name for path in folder.paths] == ["pear__red.png", "pear__red-1.png", "grid.png"]
+    seeded = ImageFolder(tmp_path / "out", request(seeds=[4, 9]))
+    for image in generate_images(pipeline, request(seeds=[4, 9])):
+        seeded.write(image)
+    assert [path.name for path in seeded.paths] == ["pear_seed4.png", "pear_seed9.png"]
+
+
+def test_an_image_and_its_mask_have_one_size(tmp_path):
+    Image.new("RGB", (24, 16), "red").save(tmp_path / "image.png")
+    Image.new("L", (8, 8)).save(tmp_path / "mask.png")
+    with pytest.raises(AsdmError, match=r"mask.png: \(8, 8\) pixels; it must be of the size"):
+        open_inputs(tmp_path / "image.png", tmp_path / "mask.png")
+
+
+# -- comparisons and sheets ----------------------------------------------------------------------------------
+
+
+def test_a_comparison_starts_both_from_the_same_noise(pipeline, student, tmp_path):
+    wanted = request(num_images=2, cache_speedup=1.01)
+    (same, _) = compare_images(pipeline, pipeline, request(num_images=2))
+    np.testing.assert_array_equal(np.asarray(same.teacher.image), np.asarray(same.student.image))
+    seen = []
+    first, second = compare_images(student, pipeline, wanted, progress=seen.append)
+    assert (first.teacher.seed, second.student.seed) == (0, 1)
+    assert "cache" in first.student.about and "cache" not in first.teacher.about
+    np.testing.assert_array_equal(np.asarray(first.teacher.image), made(pipeline)[0])
+    assert {(each.images, each.total_images) for each in seen} == {(0, 4), (1, 4), (2, 4), (3, 4)}
+    assert first.speedup == first.teacher.seconds / first.student.seconds
+    folder = ImageFolder(tmp_path, wanted)
+    folder.write_comparison(first)
+    folder.write_sheet()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "grid.png", "pear_seed0.png", "pear_seed0_comparison.png", "pear_seed0_teacher.png",
+    ]  # fmt: skip
+    with Image.open(tmp_path / "pear_seed0_comparison.png") as picture:
+        assert picture.width > 3 * 256
+    other = tiny_pipeline()
+    other.vae.register_to_config(latent_channels=8)
+    with pytest.raises(AsdmError, match="latents have 8 channels"):
+        compare_images(student, other, request())
+
+
+def test_a_comparison_that_is_cancelled_yields_whole_pairs(pipeline, student):
+    seen = []
+    pairs = compare_images(
+        student, pipeline, request(num_images=2), progress=seen.append, cancelled=lambda: len(seen) >= 7
+    )
+    assert len(list(pairs)) == 1
+
+
+def test_a_sheet_enlarges_by_whole_factors_and_cuts_long_labels():
+    board = Image.fromarray((np.indices((16, 16)).sum(0) % 2 * 255).astype(np.uint8)).convert("RGB")
+    page = np.asarray(sheet([Tile(board, ("word " * 50, "2"))] * 5, columns=2))
+    assert page.shape[1] == 2 * (256 + 12) + 12
+    tile = page[12 : 12 + 256, 12 : 12 + 256]
+    np.testing.assert_array_equal(tile[::16, ::16], np.asarray(board))
+    assert set(np.unique(tile)) == {0, 255}
+    assert (page[:, 12 + 256 : 24 + 256] == 255).all()  # no label reaches into the gap
+    assert max(sheet([Tile(Image.new("RGB", (512, 512)), ("x",))] * 90, columns=90).size) <= 16_000
+
+
+def test_a_difference_map_is_black_where_images_agree():
+    one, other = Image.new("RGB", (8, 8)), Image.new("RGB", (8, 8))
+    other.paste("white", (4, 0, 8, 8))
+    picture, mean = difference_map(one, other)
+    assert mean == pytest.approx(127.5)
+    assert np.asarray(picture)[:, :4].max() < 8 and np.asarray(picture)[:, 4:, 0].min() > 200

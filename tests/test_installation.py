@@ -1,0 +1,66 @@
+"""What a person asks of an installation: `asdm doctor`, `asdm --version`, shell completion, types for their checker."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+import asdm
+from asdm.cli import app
+from asdm.measure import installation
+from asdm.measure.installation import EXTRAS
+
+PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+
+
+def test_each_extra_is_explained_with_its_packages():
+    declared = PROJECT["optional-dependencies"]
+    for_developers = {"test", "demo-build"}
+    assert {name: list(packages) for name, (packages, _) in EXTRAS.items()} == {
+        name: packages for name, packages in declared.items() if name not in for_developers
+    }
+
+
+def test_doctor_says_what_is_missing_and_what_it_gives(monkeypatch):
+    monkeypatch.setattr(installation, "_gflops", lambda _: {"matrix product": 12.5})
+    monkeypatch.setattr(installation, "_version", lambda name: {"peft": "0.17.0", "torch": "2.7"}.get(name))
+    monkeypatch.setattr(installation, "requires", lambda _: ["torch>=2.6", "numpy>=2.0", "peft>=9; extra == 'lora'"])
+    told = CliRunner().invoke(app, ["doctor", "--json"])
+    found = json.loads(told.stdout)
+    assert told.exit_code == 1 and found["problems"] == ["numpy is not installed"]
+    assert found["extras"]["lora"]["problems"] == ["peft is 0.17.0, needed is >=0.18"]
+    assert found["gflops"] == {"matrix product": 12.5} and found["devices"]["cpu"]["memory_gb"] > 0
+    monkeypatch.setattr(installation, "requires", lambda _: ["torch>=2.6"])
+    told = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "200"})
+    assert told.exit_code == 0
+    assert re.search(r"lora\s+peft is 0.17.0, needed is >=0.18\s+LoRA files", told.stdout)
+    assert "pip install 'asdm-diffusion[NAME]'" in told.stdout and "12 GFLOP/s" in told.stdout
+
+
+def test_the_version_is_printed():
+    told = CliRunner().invoke(app, ["--version"])
+    assert (told.exit_code, told.stdout) == (0, f"asdm {asdm.__version__}\n")
+
+
+def test_the_shell_completes_commands_and_schedulers():
+    script = "import sys; sys.argv = ['asdm']; from asdm.cli import main; main()"
+
+    def completed(line: str) -> list[str]:
+        words = {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1), "_ASDM_COMPLETE": "complete_bash"}
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, **words}
+        )
+        return done.stdout.split()
+
+    assert completed("asdm gen") == ["generate"]
+    assert completed("asdm generate demo --scheduler euler-") == ["euler-karras", "euler-a"]
+
+
+def test_type_checkers_read_the_packages_types():
+    assert files("asdm").joinpath("py.typed").is_file()
