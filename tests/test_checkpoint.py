@@ -27,7 +27,7 @@ from asdm.families.unet_original import OriginalShape, original_structure
 from asdm.pipelines import streaming
 from asdm.pipelines.random_models import UNETS
 from asdm.pipelines.shapes import denoiser_without_weights
-from asdm.sensitivity.analysis import structure_map
+from asdm.sensitivity.profile import RedundancyMap
 from asdm.student.build import empty_student
 from conftest import _text_encoder, predict, tiny_pipeline, tiny_sdxl_pipeline, tiny_sdxl_unet, tiny_unet
 
@@ -433,17 +433,33 @@ def test_loras_that_do_not_fit_are_refused(tmp_path):
 # -- portable plans ----------------------------------------------------------------------------------------
 
 
-def profile(unet, sensitive=""):
+def profile(unet, sensitive="\0"):
     """A profile whose sensitivities grow with the parameters; units of this name are a thousand times as sensitive."""
-    sizes = structure_map(unet)
+    sizes = {unit: parameters(unet.get_submodule(unit.name)) for unit in FAMILY.units(unet)}
+    names, total = [unit.name for unit in sizes], parameters(unet)
 
-    def rated(record, name):
-        factor = 1000 if sensitive and name.startswith(sensitive) else 1
-        return record.model_copy(update={"sensitivity": factor * (1e-9 + record.parameters * 1e-9)})
+    def costs(name, size):
+        sensitivity = (1000 if name.startswith(sensitive) else 1) * (1 + size) / total
+        shared = {"parameters": size, "gmacs": size / 1e9, "gmacs_without_attention": size / 1e9, "latency_ms": 0.0}
+        return {**shared, "sensitivity": sensitivity, "sensitivity_by_timestep": {}}
 
-    units = [rated(unit, unit.name) for unit in sizes.units]
-    others = [rated(other, other.edit["unit"]) for other in sizes.others]
-    return sizes.model_copy(update={"units": units, "others": others, "estimator": "taylor"})
+    units = [
+        {"name": unit.name, "kind": unit.kind, "parent": unit.parent, "latency_share": 0.0, **costs(unit.name, size)}
+        for unit, size in sizes.items()
+    ]
+    others = []
+    for part in ("mid_block", f"down_blocks.{len(unet.down_blocks) - 1}"):
+        covers = [name for name in names if FAMILY.is_covered_by(name, [part])]
+        size = sum(sizes[unit] for unit in sizes if unit.name in covers and unit.parent is None)
+        others.append({"edit": {"edit": "remove", "unit": part}, "covers": covers, **costs(part, size)})
+    return RedundancyMap.model_validate(
+        {
+            "model": "made up", "fingerprint": FAMILY.fingerprint(unet), "unet_config": dict(unet.config),
+            "parameters": total, "gmacs": total / 1e9, "gmacs_without_attention": total / 1e9, "latency_ms": 0.0,
+            "latency_batch_size": 2, "dtype": "float32", "threads": 1, "timesteps": [], "prompts": 0, "seed": 0,
+            "unet_forwards": 0, "necessary_forwards": 0, "seconds": 0, "units": units, "others": others,
+        }
+    )  # fmt: skip
 
 
 def parameters(unet):
@@ -476,8 +492,9 @@ def test_portable_refuses_what_it_cannot_do(sdxl):
         make_plan(profile(sdxl), params=0.01, portable=True)
     with pytest.raises(AsdmError, match="no place for projections"):
         make_plan(profile(tiny_unet()), params=0.5, portable=True, compensate="linear")
+    shallow = [unit.name for unit in FAMILY.units(tiny_sdxl_unet()) if "transformer_blocks.1" not in unit.name]
     with pytest.raises(AsdmError, match="no program reads a student of this UNet"):
-        make_plan(profile(tiny_sdxl_unet()), params=0.5, portable=True)
+        FAMILY.portable_shapes(tiny_sdxl_unet().config, shallow)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from asdm import AsdmError, Stage, compress, save_pipeline
 from asdm.compression.settings import claim_folder, make_settings
@@ -19,11 +21,14 @@ SETTINGS = {
     "steps": 10,
     "recipe": "joint",
     "stages": None,
+    "captions": None,
     "samples": 4,
     "sampling_steps": 2,
     "config": None,
     "seed": 0,
 }
+
+NEWER = ("captions", "image_to_image", "strength")  # than 0.1.0
 
 
 @pytest.fixture
@@ -53,10 +58,23 @@ def test_a_folder_with_the_old_names_of_settings_resumes(model, tmp_path, monkey
         compress(model, made.folder, params=0.8, **SHORT | {"refine": 1})
 
 
+def test_a_result_has_the_dtype_and_is_trained_in_float32(model, data_folder, tmp_path):
+    stages = [Stage(name="joint", steps=1, batch_size=2)]
+    settings = SHORT | {"steps": 1, "stages": stages, "data": str(data_folder), "dtype": "bfloat16"}
+    made = compress(model, tmp_path / "out", params=0.8, **settings)
+    assert (
+        load_file(made.folder / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"].dtype
+        == torch.bfloat16
+    )
+    assert made.evaluation.dtype == "bfloat16"
+    with pytest.raises(AsdmError, match=r"made with other settings \(dtype\)"):
+        compress(model, made.folder, params=0.8, **settings | {"dtype": "float32"})
+
+
 def test_a_folder_of_0_1_0_resumes_with_the_defaults_of_newer_settings(tmp_path):
     settings = make_settings("demo", BUDGET, **SETTINGS)
     claim_folder(tmp_path, settings)
-    rewrite(tmp_path, lambda saved: {name: saved[name] for name in saved if name not in ("image_to_image", "strength")})
+    rewrite(tmp_path, lambda saved: {name: saved[name] for name in saved if name not in NEWER})
     claim_folder(tmp_path, settings)
     with pytest.raises(AsdmError, match=r"other settings \(image_to_image\)"):
         claim_folder(tmp_path, make_settings("demo", BUDGET, **SETTINGS, image_to_image=1))

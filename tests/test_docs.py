@@ -149,7 +149,8 @@ def navigation(entries):
 
 def test_the_sites_navigation_has_each_page_once():
     listed = list(navigation(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
-    assert sorted(listed) == sorted(str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md"))
+    pages = [page.relative_to(ROOT / "docs") for page in (ROOT / "docs").rglob("*.md")]
+    assert sorted(listed) == sorted(str(page) for page in pages if page.parts[0] != "results")  # what scripts print
 
 
 def anchors(page):
@@ -190,5 +191,5 @@ def test_the_site_builds_without_warnings(tmp_path):
     (tmp_path / "mkdocs.yml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "zensical", "build", "--strict", "-f", str(tmp_path / "mkdocs.yml")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0 and "No issues found" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "No issues found" in done.stdout + done.stderr, done.stdout + done.stderr
     assert "asdm.analyze" in (tmp_path / "site" / "api" / "index.html").read_text()

@@ -72,7 +72,7 @@ def benchmark_rows(
     quality: dict[str, dict[str, Any]] = {}
     if data is not None:
         judge, sets = Judge(pipeline.device), evaluation_sets(data, None, samples, seed)
-        count = min(samples, image_to_image) if family_of(pipeline).has_image_to_image else 0
+        count = min(samples, image_to_image) if "image" in family_of(pipeline).takes else 0
         starts = image_to_image_sets(data, sets, count, seed)
         real = RealImages.of(data, [*sets, *starts], judge, pipeline, None)
         run = _QualityRun(pipeline, sets, starts, strength, seed, images_folder, judge, real)

@@ -15,6 +15,7 @@ from asdm.cli.options import (
     ConfigOption,
     DataOption,
     DeviceOption,
+    DtypeOption,
     ImageToImageOption,
     MacsOption,
     ModelArgument,
@@ -56,6 +57,7 @@ def compress(
     prediction_type: PredictionTypeOption = None,
     config: ConfigOption = None,
     device: DeviceOption = None,
+    dtype: DtypeOption = "float32",
     seed: SeedOption = 0,
 ) -> None:
     """Analyse, plan, prune, distil, evaluate and report, in a row; run again to resume."""
@@ -82,6 +84,7 @@ def compress(
         prediction_type=prediction_type,
         config=config,
         device=device or fastest_device(),
+        dtype=dtype,
         seed=seed,
     )
 

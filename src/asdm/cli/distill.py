@@ -69,6 +69,7 @@ def distill(
 ) -> None:
     """Train a student to predict what its teacher predicts, or to sample in a few steps; run again to resume."""
     from asdm.data.sources import require_usable
+    from asdm.devices import fastest_device
     from asdm.distillation.pipelines import distill_pipeline
     from asdm.distillation.recipes import recipe_stages, with_captions
     from asdm.families import denoiser_of
@@ -83,13 +84,16 @@ def distill(
         )
     require_ours(out, "pipeline")
     require_usable(data)
-    teaching = loading.load_model(teacher, device, prediction_type=prediction_type, config=config)
     learning = loading.load_model(student, "cpu", prediction_type=prediction_type)
-    require_same_prediction(teaching, learning, (teacher, student))
-    denoiser = denoiser_of(learning).to(teaching.device)  # the student's other components are only saved
+    denoiser = denoiser_of(learning)
     stages = recipe_stages(recipe, denoiser, length)
     if captions is not None:
         stages = with_captions(stages, captions)
+    is_live = any(stage.teacher == "live" for stage in stages)
+    # Without a teacher that runs, a stage brings to the device what it trains.
+    teaching = loading.load_model(teacher, device if is_live else "cpu", prediction_type=prediction_type, config=config)
+    require_same_prediction(teaching, learning, (teacher, student))
+    denoiser.to(teaching.device)  # the student's other components are only saved
     if dry_run:
         _print_estimate(teaching, denoiser, stages, teraflops=device_tflops, processes=processes, sharded=fsdp)
         return
@@ -101,6 +105,7 @@ def distill(
             data,
             training,
             stages=stages,
+            device=device or fastest_device(),
             seed=seed,
             progress=lambda row: report("distil", int(row["done"]), int(row["total"]), f"loss {row['loss']:.3f}"),
         )

@@ -11,7 +11,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from asdm import checks
-from asdm.choices import IMAGE_TO_IMAGE_SAMPLES, CompensationKind, PredictionType, Sensitivity
+from asdm.choices import IMAGE_TO_IMAGE_SAMPLES, CompensationKind, Dtype, PredictionType, Sensitivity
 from asdm.compression.settings import KIND, Settings, claim_folder, make_settings
 from asdm.compression.steps import STEPS, Job, Progress
 from asdm.data.sources import require_usable
@@ -57,6 +57,7 @@ class Compression:
     image_to_image=checks.whole(0, 10**6),
     strength=checks.number(above=0, high=1),
     sampling_steps=checks.STEPS,
+    dtype=checks.literal(Dtype),
     seed=checks.SEED,
     progress=checks.function,
 )
@@ -83,6 +84,7 @@ def compress(
     prediction_type: PredictionType | None = None,
     config: str | None = None,
     device: str | None = None,
+    dtype: Dtype = "float32",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Compression:
@@ -105,6 +107,8 @@ def compress(
         image_to_image, strength: of the evaluation's image-to-image, as for `evaluate`; 0 images leave it out.
         prediction_type, config: what the model is, whatever its checkpoint says, as for `load_pipeline`.
         device: where to work; the CPU by default.
+        dtype: what the teacher computes in, and what the result is measured and saved in. A student is trained in
+            float32 all the same; a stage's `mixed_precision` says what it computes in.
         progress: called with a title, its done and total, and a note.
 
     Raises:
@@ -112,19 +116,16 @@ def compress(
     """
     out = Path(out)
     _require_one_process()
+    training: dict[str, Any] = {"data": data, "steps": steps, "recipe": recipe, "stages": stages, "captions": captions}
     evaluation: dict[str, Any] = {"samples": samples, "image_to_image": image_to_image, "strength": strength}
-    others: dict[str, Any] = {"prediction_type": prediction_type, "config": config, "seed": seed}
+    others: dict[str, Any] = {"prediction_type": prediction_type, "config": config, "dtype": dtype, "seed": seed}
     settings = make_settings(
         model,
         {"speedup": speedup, "params": params, "macs": macs, "preset": preset},
         sensitivity=sensitivity,
         compensate=compensate,
         refine=refine,
-        data=data,
-        steps=steps,
-        recipe=recipe,
-        stages=stages,
-        captions=captions,
+        **training,
         sampling_steps=sampling_steps,
         **evaluation,
         **others,
@@ -161,7 +162,7 @@ def _checked_teacher(settings: Settings, device: str | None) -> DiffusionPipelin
     """Load the teacher, and refuse before any work what a later step would refuse."""
     if settings.data is not None:
         require_usable(settings.data)
-    pipeline = load_pipeline(settings.model, device=device, **settings.claims)
+    pipeline = load_pipeline(settings.model, dtype=settings.torch_dtype, device=device, **settings.claims)
     require_params(denoiser_of(pipeline), settings.budget["params"])
     require_steps(pipeline, settings.sampling_steps)
     if settings.strength is not None:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field
 
-from asdm.choices import IMAGE_TO_IMAGE_SAMPLES, CompensationKind, PredictionType, Sensitivity
+from asdm.choices import IMAGE_TO_IMAGE_SAMPLES, CompensationKind, Dtype, PredictionType, Sensitivity
 from asdm.distillation.caption_only import read_captions
 from asdm.distillation.recipes import RECIPES, SPLICED, read_stages
 from asdm.distillation.stages import Stage, parse_stages
@@ -22,7 +23,7 @@ from asdm.records import Record
 
 KIND = "compression"  # of a folder, in its marker
 # Settings that folders of 0.1.0 do not name, as their runs are continued.
-_NEW_SETTINGS: dict[str, Any] = {"image_to_image": IMAGE_TO_IMAGE_SAMPLES, "strength": None}
+_NEW_SETTINGS: dict[str, Any] = {"captions": None, "image_to_image": IMAGE_TO_IMAGE_SAMPLES, "strength": None}
 
 
 class Settings(Record):
@@ -46,6 +47,7 @@ class Settings(Record):
     seed: int = Field(description="Seed of all random numbers.")
     prediction_type: PredictionType | None = Field(None, description="What the model predicts, if given.")
     config: str | None = Field(None, description="The model's configuration, if given.")
+    dtype: Dtype = Field("float32", description="What the teacher and the result compute in.")
     captions: str | None = Field(None, description="Captions without images for the distillation, if given.")
 
     @property
@@ -61,8 +63,14 @@ class Settings(Record):
 
     def saved(self) -> dict[str, Any]:
         """Return the settings as JSON data."""
-        content = self.model_dump(mode="json", exclude={"prediction_type", "config"})
-        return content | self.claims
+        content = self.model_dump(mode="json", exclude={"prediction_type", "config", "dtype"})
+        # Folders of versions without the setting have the default.
+        return content | self.claims | ({} if self.dtype == "float32" else {"dtype": self.dtype})
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """What the teacher and the result compute in."""
+        return getattr(torch, self.dtype)
 
 
 def has_random_weights(model: str) -> bool:
@@ -80,7 +88,7 @@ def make_settings(
     steps: int,
     recipe: str | Path,
     stages: Sequence[Stage] | None,
-    captions: str | Path | None,
+    captions: str | Path | None = None,
     config: str | Path | None,
     **others: Any,
 ) -> Settings:

@@ -188,7 +188,7 @@ class Distil(Step):
             return
         examples = distill(
             job.teacher,
-            job.student,
+            job.student.float(),
             settings.data,
             folder,
             stages=stages,
@@ -279,8 +279,8 @@ def pruned_student(job: Job) -> tuple[Denoiser, CompensationReport | None]:
 
 
 def _folded(job: Job, student: Denoiser) -> DiffusionPipeline:
-    """Return the teacher's pipeline with a student, its projections folded."""
-    return with_unet(job.teacher, fold_compensation(student))
+    """Return the teacher's pipeline with a student, its projections folded, in the precision of the result."""
+    return with_unet(job.teacher, fold_compensation(student).to(job.settings.torch_dtype))
 
 
 def _fit(job: Job, student: Any, tensors: Path, metrics: Path) -> None:

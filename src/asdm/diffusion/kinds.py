@@ -71,7 +71,7 @@ def require_image_to_image(pipeline: DiffusionPipeline) -> None:
     Raises:
         AsdmError: diffusers has no image-to-image for the pipeline's architecture.
     """
-    if not family_of(pipeline).has_image_to_image:
+    if "image" not in family_of(pipeline).takes:
         raise AsdmError(
             f"{type(pipeline).__name__}: diffusers has no image-to-image for this architecture; start from text alone"
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
+from functools import cache
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 from torch import Tensor, nn
@@ -66,7 +67,8 @@ class Edit:
     no_split_modules: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
+        kind: Any = type(self)
+        hints = _type_hints(kind)
         for name, value in vars(self).items():
             if not _fits(value, hints[name]):
                 raise AsdmError(f"{name}: {value!r} is not allowed; it is {_said(hints[name])}")
@@ -230,6 +232,11 @@ def _parse(content: Any) -> Edit:
             f"not an edit: {content!r}: {error}; allowed kinds: {', '.join(sorted(EDIT_KINDS, reverse=True))}, "
             'for example {"edit": "remove", "unit": "mid_block"}'
         ) from None
+
+
+@cache
+def _type_hints(kind: type[Edit]) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -301,7 +301,6 @@ class ModelFamily(Architecture):
 
     label: ClassVar[str] = "denoiser"  # what reports call the denoiser
     guidance_scale: ClassVar[float] = 7.5  # the usual one
-    has_image_to_image: ClassVar[bool] = True  # whether diffusers has pipelines for it
     layer_classes: ClassVar[tuple[type[Any], ...]] = ()  # whose weights FSDP gathers together
     presets: ClassVar[tuple[str, ...]] = ()  # names of the family's published plans
     takes: ClassVar[frozenset[GenerationInput]] = frozenset()  # what its pipelines generate with, beside prompts

@@ -24,7 +24,6 @@ class PixArtFamily(PixArtArchitecture, ModelFamily):
 
     label = "transformer"
     guidance_scale = 4.5
-    has_image_to_image = False
 
     def fold_projections(self, model: Any, within_blocks: bool) -> dict[str, CompensationKind]:
         return fold_projections(model, within_blocks)

@@ -161,16 +161,17 @@ def kept_transformer_blocks(unet: Any, dropped: Sequence[str]) -> dict[str, list
         AsdmError: there is no block of a name.
     """
     kept: dict[str, list[int]] = {}
-    for name, _ in unet.named_modules():
-        found = _TRANSFORMER_BLOCK.fullmatch(name)
-        if found:
-            kept.setdefault(found[1], [])
-            if name not in dropped:
-                kept[found[1]].append(int(found[2]))
+    known = {name: found for name, _ in unet.named_modules() if (found := _TRANSFORMER_BLOCK.fullmatch(name))}
     for name in dropped:
-        attention, _, number = name.rpartition(".transformer_blocks.")
-        if attention not in kept or not number.isdecimal() or int(number) in kept[attention]:
-            raise AsdmError(f"transformer_blocks: {name}: no such transformer block in this UNet (`asdm analyze`)")
+        if name not in known:
+            raise AsdmError(
+                f"transformer_blocks: {name}: no such transformer block in this UNet, which has {len(known)} "
+                "(`asdm analyze` lists their branches)"
+            )
+    for name, found in known.items():
+        kept.setdefault(found[1], [])
+        if name not in dropped:
+            kept[found[1]].append(int(found[2]))
     return kept
 
 
