@@ -101,7 +101,9 @@ def estimate(
         samples = max(1, stage.batch_size // part.count)
         if (precision, samples) not in rates:
             rates[precision, samples] = (
-                _measured_rate(denoiser_of(teacher), precision, samples, quick) if teraflops is None else 1e12 * teraflops
+                _measured_rate(denoiser_of(teacher), precision, samples, quick)
+                if teraflops is None
+                else 1e12 * teraflops
             )
         share = BatchSlice(0, processes) if is_alone else BatchSlice()
         cost = _stage_cost(teacher, student, stage, part, share, precision)

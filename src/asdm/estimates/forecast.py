@@ -14,6 +14,7 @@ from asdm.benchmark.run import LONGEST_TIMED_IMAGE
 from asdm.choices import IMAGE_TO_IMAGE_STRENGTH, CompensationKind
 from asdm.data.prepared import is_prepared
 from asdm.diffusion.generation import default_guidance
+from asdm.distillation.distill import require_fit
 from asdm.distillation.estimate import estimate
 from asdm.distillation.stages import Stage
 from asdm.estimates.architecture import Architecture
@@ -27,7 +28,6 @@ from asdm.families import Denoiser, denoiser_of
 from asdm.student.plan import PruningPlan
 from asdm.training.checkpoints import checkpoint_step
 
-LONG = 2 * 3600.0  # seconds; a job that takes longer is worth a question
 FASTEST_METHOD = 0.5  # the least that a method takes, as a part of the original's time, on average (inferred)
 
 
@@ -68,8 +68,8 @@ class Forecast:
         return self.architecture.student(self.plan)
 
     def times(self, steps: Sequence[StepWork]) -> list[StepTime]:
-        """Return how long steps take, without those that compute nothing."""
-        return [time for time in self.speed.times(steps) if time.most > 0]
+        """Return how long steps take."""
+        return self.speed.times(steps)
 
 
 def training(
@@ -86,7 +86,11 @@ def training(
     Args:
         student: it may be without weights.
         processes: how many share each batch.
+
+    Raises:
+        AsdmError: teacher and student do not fit, or a stage is not possible with them.
     """
+    require_fit(denoiser_of(teacher), student)
     works = []
     if not is_prepared(folder / "prepared") and any(stage.teacher == "live" for stage in stages):
         works.append(StepWork.exactly("prepare data", preparation(teacher, data)))
@@ -96,7 +100,7 @@ def training(
         steps = max(0, stage.steps - checkpoint_step(folder / f"{number:02d}-{stage.name}"))
         left += steps
         seconds += row.seconds * steps / stage.steps if stage.steps else 0.0
-    works.append(StepWork.exactly(f"distil, {left:,} steps", Work(seconds=seconds)))
+    works.append(StepWork.exactly(f"distil {left:,} steps", Work(seconds=seconds)))
     return works
 
 

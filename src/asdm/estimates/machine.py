@@ -33,10 +33,9 @@ class MachineSpeed:
         self._layer_seconds: dict[str, float] = {}
 
     def times(self, steps: Sequence[StepWork]) -> list[StepTime]:
-        """Return how long steps take."""
-        return [
-            StepTime(step.name, self.seconds(step.least), self.seconds(step.most, is_busy=True)) for step in steps
-        ]
+        """Return how long steps take, without those that compute nothing."""
+        times = (StepTime(step.name, self.seconds(step.least), self.seconds(step.most, is_busy=True)) for step in steps)
+        return [time for time in times if time.most > 0]
 
     def seconds(self, work: Work, *, is_busy: bool = False) -> float:
         """Return the seconds of some work.

@@ -22,7 +22,6 @@ from asdm.estimates.sampling import (
     calibration_samples,
     calibration_timesteps,
     sampling,
-    samples_per_call,
 )
 from asdm.estimates.work import Network, StepWork, Work, calls, total
 from asdm.evaluation import image_timing
@@ -30,7 +29,6 @@ from asdm.evaluation.image_to_image import image_to_image_fault
 from asdm.evaluation.sampling import evaluation_sets
 from asdm.evaluation.speed import DENOISER_ROUNDS, EXTRAPOLATED_STEPS, LONGEST_TIMED_IMAGE_MS
 from asdm.evaluation.starting_images import image_to_image_sets
-from asdm.families import denoiser_of, family_of
 from asdm.measure import latency
 from asdm.planning.refine import CHANGES
 from asdm.planning.speedup import MEASUREMENT_ATTEMPTS
@@ -60,9 +58,7 @@ def analysis(
     timesteps, samples = timesteps or calibration_timesteps(pipeline), samples or calibration_samples(pipeline)
     work = _unit_costs(architecture, rounds) + calibration(pipeline, data, samples)
     if sensitivity == "taylor":
-        tried, share = architecture.trials(
-            edit for edit in architecture.others if not edit.has_first_order_estimate
-        )
+        tried, share = architecture.trials(edit for edit in architecture.others if not edit.has_first_order_estimate)
         passes = 1 + TAYLOR_PROBES + share  # a backward pass to the hidden states alone takes as long as a forward one
         work += calls(1, samples) + calls(timesteps * (1 + tried), samples, forwards=timesteps * passes)
     else:
@@ -137,7 +133,9 @@ def _refinement(
     timesteps, samples, more = calibration_timesteps(pipeline), calibration_samples(pipeline), samples_to_fit(pipeline)
     start = calibration(pipeline, data, samples) + calibration(pipeline, data, more) + calls(timesteps, samples)
     candidate = _fit(architecture, expected, timesteps, more) + calls(timesteps, samples, "student")
-    covered = {unit for choice in architecture.choices(compensate) if choice.edit in expected.edits for unit in choice.covers}
+    covered = {
+        unit for choice in architecture.choices(compensate) if choice.edit in expected.edits for unit in choice.covers
+    }
     choices = architecture.choices(compensate)
     free = [choice.edit for choice in choices if choice.edit in expected.edits or not choice.covers & covered]
     tried, share = architecture.trials(free)
