@@ -133,10 +133,8 @@ def _refinement(
     timesteps, samples, more = calibration_timesteps(pipeline), calibration_samples(pipeline), samples_to_fit(pipeline)
     start = calibration(pipeline, data, samples) + calibration(pipeline, data, more) + calls(timesteps, samples)
     candidate = _fit(architecture, expected, timesteps, more) + calls(timesteps, samples, "student")
-    covered = {
-        unit for choice in architecture.choices(compensate) if choice.edit in expected.edits for unit in choice.covers
-    }
     choices = architecture.choices(compensate)
+    covered = {unit for choice in choices if choice.edit in expected.edits for unit in choice.covers}
     free = [choice.edit for choice in choices if choice.edit in expected.edits or not choice.covers & covered]
     tried, share = architecture.trials(free)
     worth = calls(timesteps * (1 + tried), samples, "student", forwards=timesteps * (1 + share))
