@@ -80,6 +80,7 @@ def assert_the_same_losses(folder, other):
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_with_half_a_batch_each_do_what_one_does(data_folder, tmp_path, alone):
     found = distilled(data_folder, tmp_path / "two", [STAGE], processes=2)
     expected = alone([STAGE])
