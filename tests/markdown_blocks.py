@@ -66,7 +66,7 @@ def blocks(page: Path) -> list[Block]:
                 mark = match["kind"]
         elif token.type in ("fence", "code_block"):
             language = token.info.split()[0] if token.info.split() else SHELL[0]
-            default = README_MARKS if page.name == "README.md" else {SHELL[0]: whole_page}
+            default = README_MARKS if page.name == "README.md" else dict.fromkeys(SHELL, whole_page)
             found.append(Block(page, line, language, token.content, mark or default.get(language)))
             mark = None
         elif mark is not None and token.nesting >= 0 and token.type != "html_block":

@@ -201,7 +201,7 @@ def calls(tiny):
         "compress": dict(
             model="x", out="x", speedup=1.5, params=0.8, macs=0.8, preset="a-sdm", sensitivity="taylor",
             compensate="bias", refine=1, data="x", steps=1, recipe="joint", stages=[], captions="x", samples=1,
-            image_to_image=1, strength=0.5, sampling_steps=1, dtype="float16", seed=0, progress=print,
+            image_to_image=1, strength=0.5, sampling_steps=1, dtype="float16", seed=0, progress=print, estimated=print,
         ),
         "distill": dict(
             teacher=pipeline, student=unet, data="x", folder="x", recipe="joint", steps=1, stages=[1], captions="x",

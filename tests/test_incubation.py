@@ -365,7 +365,7 @@ def test_recipes_are_data_that_run_and_survive_their_file(pipeline, data_folder,
 def test_wrong_recipes_are_told_in_one_line(pipeline, tmp_path):
     student = pruned(pipeline.unet)
     (tmp_path / "bad.yaml").write_text("- name: [")
-    (tmp_path / "odd.yaml").write_text("- {name: a, steps: 3, scope: incubate, student_blocks: [mid_block]}")
+    (tmp_path / "odd.yaml").write_text("- {name: a, steps: 3, scope: consistency, student_blocks: [mid_block]}")
     for recipe, message in (
         ("incubate", "incubate: no such recipe; it is joint, bk-sdm, incubation, small-gpu, lcm or a YAML file"),
         (tmp_path / "bad.yaml", "not a list of stages in YAML"),

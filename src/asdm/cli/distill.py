@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +11,7 @@ import typer
 
 import asdm
 from asdm.cli import loading
+from asdm.cli.estimates import YesOption, announce
 from asdm.cli.options import (
     DATA,
     NAME,
@@ -66,6 +68,7 @@ def distill(
     config: ConfigOption = None,
     device: DeviceOption = None,
     seed: SeedOption = 0,
+    yes: YesOption = False,
 ) -> None:
     """Train a student to predict what its teacher predicts, or to sample in a few steps; run again to resume."""
     from asdm.data.sources import require_usable
@@ -98,6 +101,8 @@ def distill(
         _print_estimate(teaching, denoiser, stages, teraflops=device_tflops, processes=processes, sharded=fsdp)
         return
     training = out.with_name(f"{out.name}.training")
+    if is_main_process():
+        _announce(teaching, denoiser, stages, data, training, yes)
     with reporting(resumable=True) as report:
         examples = distill_pipeline(
             teaching,
@@ -113,6 +118,16 @@ def distill(
         asdm.save_pipeline(learning, out, {"teacher": teacher})
         print_skipped(examples.skipped)
         say(f"written to {out}; log and checkpoints in {training}")
+
+
+def _announce(teacher: Any, student: Any, stages: Sequence[Stage], data: str, folder: Path, yes: bool) -> None:
+    """Print how long the training will take with the processes of this launch."""
+    from asdm.estimates.forecast import training
+    from asdm.estimates.machine import MachineSpeed
+
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    steps = training(teacher, student, stages, data=data, folder=folder, processes=processes)
+    announce(MachineSpeed(teacher).times(steps), yes=yes)
 
 
 def _print_estimate(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ from diffusers import DiffusionPipeline
 
 from asdm import checks
 from asdm.choices import IMAGE_TO_IMAGE_SAMPLES, CompensationKind, Dtype, PredictionType, Sensitivity
-from asdm.compression.settings import KIND, Settings, claim_folder, make_settings
-from asdm.compression.steps import STEPS, Job, Progress
+from asdm.compression.settings import KIND, Settings, claim_folder, make_settings, require_same_settings
+from asdm.compression.steps import STEPS, Job, Progress, expected_work
 from asdm.data.sources import require_usable
 from asdm.diffusion.generation import require_steps, require_strength
 from asdm.distillation.stages import Stage
 from asdm.errors import AsdmError
+from asdm.estimates.work import StepTime
 from asdm.evaluation.metrics import Judge
 from asdm.evaluation.report import headline_of
 from asdm.evaluation.results import Evaluation
@@ -27,6 +28,7 @@ from asdm.pipelines.loading import load_pipeline
 from asdm.planning.budget import require_params
 from asdm.student.plan import PruningPlan
 
+Estimated = Callable[[Sequence[StepTime]], None]
 REPORT, PLAN, EVALUATION = "report.html", "plan.json", "evaluation.json"  # a folder with these is finished
 
 
@@ -60,6 +62,7 @@ class Compression:
     dtype=checks.literal(Dtype),
     seed=checks.SEED,
     progress=checks.function,
+    estimated=checks.function,
 )
 def compress(
     model: str,
@@ -87,6 +90,7 @@ def compress(
     dtype: Dtype = "float32",
     seed: int = 0,
     progress: Progress | None = None,
+    estimated: Estimated | None = None,
 ) -> Compression:
     """Make a smaller and faster pipeline of `model` in the folder `out`; called again, resume.
 
@@ -110,6 +114,9 @@ def compress(
         dtype: what the teacher computes in, and what the result is measured and saved in. A student is trained in
             float32 all the same; a stage's `mixed_precision` says what it computes in.
         progress: called with a title, its done and total, and a note.
+        estimated: called with how long each step that is left will take on this machine, from a quick measurement,
+            before anything is written. An exception that it raises ends the compression. Without it nothing is
+            measured.
 
     Raises:
         AsdmError: whatever the steps raise; or `out` is not ours, or was made with other settings.
@@ -132,8 +139,10 @@ def compress(
     )
     require_ours(out, KIND)
     if all((out / name).is_file() for name in (REPORT, PLAN, EVALUATION)):
+        if estimated is not None:
+            estimated([])
         return _finished(out, settings)
-    return _run(out, settings, device, progress)
+    return _run(out, settings, device, progress, estimated)
 
 
 def _require_one_process() -> None:
@@ -141,11 +150,18 @@ def _require_one_process() -> None:
         raise AsdmError("compress works in one process; launch prepare-data and distill in several")
 
 
-def _run(out: Path, settings: Settings, device: str | None, progress: Progress | None) -> Compression:
+def _run(
+    out: Path, settings: Settings, device: str | None, progress: Progress | None, estimated: Estimated | None
+) -> Compression:
     """Return all steps in a row; those that are done are loaded."""
     teacher = _checked_teacher(settings, device)
-    claim_folder(out, settings)
     job = Job(settings, out, teacher, progress or (lambda *_: None))
+    if estimated is not None:
+        require_same_settings(out, settings)
+        forecast, works = expected_work(job)
+        estimated(forecast.times(works))
+        del forecast
+    claim_folder(out, settings)
     for step in STEPS:
         step.perform(job)
     return Compression(out, out / REPORT, job.headline, job.plan, job.evaluation, job.skipped)

@@ -135,10 +135,17 @@ def claim_folder(folder: Path, settings: Settings) -> None:
         AsdmError: it was made with other settings.
     """
     marker = folder / MARKER
-    wanted = settings.saved()
+    if marker.is_file():
+        require_same_settings(folder, settings)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(marker, json.dumps({"kind": KIND, "settings": settings.saved()}, indent=1) + "\n")
+
+
+def require_same_settings(folder: Path, settings: Settings) -> None:
+    """Raise an AsdmError if the folder was made with other settings. Write nothing."""
+    marker, wanted = folder / MARKER, settings.saved()
     if not marker.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(marker, json.dumps({"kind": KIND, "settings": wanted}, indent=1) + "\n")
         return
     found = _present_names(json.loads(marker.read_text("utf-8")).get("settings") or {})
     changed = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]

@@ -85,7 +85,7 @@ def distill(
     """
     denoiser = denoiser_of(teacher)
     family_of(denoiser).require_known_inputs(denoiser)
-    _require_fit(denoiser, student)
+    require_fit(denoiser, student)
     _require_trainable(denoiser, student)
     if device is not None:
         on_device(torch.empty(0), device)
@@ -124,7 +124,7 @@ def distill(
     return examples
 
 
-def _require_fit(teacher: Denoiser, student: Denoiser) -> None:
+def require_fit(teacher: Denoiser, student: Denoiser) -> None:
     """Raise an AsdmError where the student reads or writes other tensors than the teacher."""
     name = family_of(teacher).unlike(teacher, student)
     if name is not None:

@@ -80,6 +80,7 @@ def estimate(
     teraflops: float | None = None,
     processes: int = 1,
     sharded: bool = False,
+    quick: bool = False,
 ) -> list[StageEstimate]:
     """Estimates of each stage; without a semantic encoder other than the teacher, and what devices exchange.
 
@@ -88,6 +89,7 @@ def estimate(
             in a call of the teacher's UNet, of as many samples as a round of a step has where one alone is quick.
         processes: how many share a step's batch.
         sharded: whether they share what is trained, too (FSDP).
+        quick: measure what this device sustains in one call of each kind, as busy as it is now.
     """
     rates: dict[tuple[torch.dtype | None, int], float] = {}
     rows = []
@@ -99,7 +101,9 @@ def estimate(
         samples = max(1, stage.batch_size // part.count)
         if (precision, samples) not in rates:
             rates[precision, samples] = (
-                _measured_rate(denoiser_of(teacher), precision, samples) if teraflops is None else 1e12 * teraflops
+                _measured_rate(denoiser_of(teacher), precision, samples, quick)
+                if teraflops is None
+                else 1e12 * teraflops
             )
         share = BatchSlice(0, processes) if is_alone else BatchSlice()
         cost = _stage_cost(teacher, student, stage, part, share, precision)
@@ -258,7 +262,7 @@ class _NormsAsOnCuda(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _measured_rate(denoiser: Denoiser, precision: torch.dtype | None, samples: int) -> float:
+def _measured_rate(denoiser: Denoiser, precision: torch.dtype | None, samples: int, quick: bool) -> float:
     """Floating-point operations a second in a call of the denoiser here, its products in this precision; with so many
     samples where one alone is quick, and does not fill the device."""
     with (
@@ -271,7 +275,8 @@ def _measured_rate(denoiser: Denoiser, precision: torch.dtype | None, samples: i
     def rate(batch_size: int) -> float:
         with torch.autocast(denoiser.device.type, precision, enabled=precision is not None):
             call = denoiser_call(denoiser, batch_size)
-            times = measure_interleaved({"denoiser": call}, rounds=3, warmup=1, device=denoiser.device)
+            effort: dict[str, Any] = {"rounds": 1, "patience": 0.0} if quick else {"rounds": 3}
+            times = measure_interleaved({"denoiser": call}, warmup=1, device=denoiser.device, **effort)
         return batch_size * counter.get_total_flops() / (times["denoiser"].ms / 1000)
 
     alone = rate(1)

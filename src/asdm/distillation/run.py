@@ -63,7 +63,7 @@ class StageRun:
         path = self.folder / "run.json"
         if path.is_file():
             # A setting that an earlier version did not have has its default.
-            defaults = Stage(name=self.stage.name, steps=0).model_dump(mode="json")
+            defaults = _fields(Stage(name=self.stage.name, steps=0))
             saved = renamed_stage(json.loads(path.read_text("utf-8")))
             known = {"predicts": settings["predicts"], **defaults, **saved}
             known["losses"] = defaults["losses"] | known["losses"]
@@ -85,8 +85,14 @@ class StageRun:
             "edits": student.config.get("edits") or [],
             "data": [examples.prepared.made_by, captions, *recorded],
             **self.networks,
-            **self.stage.model_dump(exclude=CHANGEABLE),
+            **{name: value for name, value in _fields(self.stage).items() if name not in CHANGEABLE},
         }
+
+
+def _fields(stage: Stage) -> dict[str, Any]:
+    """Return a stage's fields; `teacher` as `teacher_is`, as `teacher` is the digest of its weights."""
+    fields = stage.model_dump(mode="json")
+    return {"teacher_is" if name == "teacher" else name: value for name, value in fields.items()}
 
 
 def train_stage(
