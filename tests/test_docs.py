@@ -82,8 +82,8 @@ def test_a_wrong_command_does_not_parse():
 def small_demo(monkeypatch, tmp_path, data_folder):
     """A folder to run a page in, in which "demo" is a tiny pipeline and six images."""
     model = save_pipeline(tiny_pipeline(), tmp_path / "demo-pipeline")
-    monkeypatch.setattr("asdm.demo.pipeline_folder", lambda: model)
-    monkeypatch.setattr("asdm.demo.images_folder", lambda: data_folder)
+    monkeypatch.setattr("asdm_demo.pipeline_folder", lambda: model)
+    monkeypatch.setattr("asdm_demo.images_folder", lambda: data_folder)
     monkeypatch.setattr("asdm.cli.options.DEFAULT_STEPS", 2)
     monkeypatch.setattr("asdm.measure.latency.PATIENCE", 0.05)
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))

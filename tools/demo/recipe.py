@@ -407,7 +407,9 @@ def take_over(clip: CLIPModel, tokenizer: CLIPTokenizer, start: Path) -> None:
     earlier = CLIPModel.from_pretrained(start / "clip", dtype=torch.float32).state_dict()
     known = CLIPTokenizer.from_pretrained(start / "tokenizer").get_vocab()
     words = "text_model.embeddings.token_embedding.weight"
-    embeddings = clip.state_dict()[words].clone()
+    # Drawn by a seed of its own: by `make_clip`'s, a new word would begin as the twin of the earlier one in its row.
+    spread = clip.state_dict()[words].std()
+    embeddings = spread * torch.randn(clip.state_dict()[words].shape, generator=torch.Generator().manual_seed(2))
     for word, index in tokenizer.get_vocab().items():
         if word in known:
             embeddings[index] = earlier[words][known[word]]
