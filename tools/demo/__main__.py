@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
+from asdm.cli.main import one_line_errors
 from asdm.cli.options import POSITIVE
-from asdm.cli.output import errors, say
+from asdm.cli.output import say
 from asdm.cli.progress import reporting
-from asdm.errors import AsdmError
 from tools.demo.build import build
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -18,11 +18,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 def main() -> None:
     """Run the command; a user's mistake is one line and exit status 2."""
-    try:
+    with one_line_errors():
         app()
-    except AsdmError as error:
-        errors.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
-        raise SystemExit(2) from None
 
 
 @app.command()

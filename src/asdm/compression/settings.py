@@ -15,7 +15,7 @@ from asdm.distillation.caption_only import read_captions
 from asdm.distillation.recipes import RECIPES, SPLICED, read_stages
 from asdm.distillation.stages import Stage, parse_stages
 from asdm.errors import AsdmError
-from asdm.files import MARKER, write_text
+from asdm.files import MARKER, read_marker, write_text
 from asdm.old_names import OLD_COMPRESSION_SETTINGS, renamed
 from asdm.planning.budget import require_budget
 from asdm.planning.refine import ROUNDS
@@ -147,12 +147,17 @@ def require_same_settings(folder: Path, settings: Settings) -> None:
     marker, wanted = folder / MARKER, settings.saved()
     if not marker.is_file():
         return
-    found = _present_names(json.loads(marker.read_text("utf-8")).get("settings") or {})
+    found = _present_names(_saved_settings(folder))
     changed = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
     if changed:
         raise AsdmError(
             f"{folder}: made with other settings ({', '.join(changed)}); repeat those, or name another folder"
         )
+
+
+def _saved_settings(folder: Path) -> dict[str, Any]:
+    found = read_marker(folder).get("settings")
+    return found if isinstance(found, dict) else {}
 
 
 def _present_names(saved: dict[str, Any]) -> dict[str, Any]:

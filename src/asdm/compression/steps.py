@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from asdm.choices import Sensitivity
 from asdm.compensation.fitting import CompensationReport, fit_compensation, fitted_tensors
@@ -39,10 +39,12 @@ from asdm.pipelines.derived import with_unet
 from asdm.pipelines.model_card import model_card
 from asdm.pipelines.saving import save_pipeline_into
 from asdm.planning.full_plan import full_plan
+from asdm.records import read_record
 from asdm.sensitivity.analysis import analyze
 from asdm.sensitivity.profile import RedundancyMap
 from asdm.student.build import build_student
 from asdm.student.plan import PruningPlan
+from asdm.tensor_files import load_tensors
 from asdm.training.log import read_log
 
 Progress = Callable[[str, int, int, str], None]
@@ -341,8 +343,9 @@ def pruned_student(job: Job) -> tuple[Denoiser, CompensationReport | None]:
     tensors, metrics = (job.work / f"compensation-{edits}.{suffix}" for suffix in ("safetensors", "json"))
     if not metrics.is_file():
         _fit(job, student, tensors, metrics)
-    student.load_state_dict(load_file(tensors), strict=False)
-    return student, CompensationReport.model_validate_json(metrics.read_text("utf-8"))
+    student.load_state_dict(load_tensors(tensors, f"remove it and {metrics}, and run again"), strict=False)
+    remedy = f"remove it and {tensors}, and run again"
+    return student, read_record(CompensationReport, metrics, "a report of compensation", remedy)
 
 
 def _folded(job: Job, student: Denoiser) -> DiffusionPipeline:

@@ -22,6 +22,7 @@ from asdm.families import denoiser_of, family_of
 from asdm.files import replacing_file
 from asdm.generation.request import GenerationRequest
 from asdm.generation.schedulers import scheduler_label
+from asdm.reading import parse_json
 from asdm.version import __version__
 
 JSON_CHUNK, A1111_CHUNK = "asdm", "parameters"
@@ -43,17 +44,16 @@ class GeneratedImage:
 
     def save(self, path: str | Path) -> Path:
         """Write a PNG with two text chunks: `parameters`, in A1111's format, and `asdm`, JSON."""
+        with replacing_file(Path(path)) as partial:
+            self.write(partial)
+        return Path(path)
+
+    def write(self, path: Path) -> None:
+        """Write the PNG to a temporary name."""
         info = PngInfo()
         info.add_text(A1111_CHUNK, a1111_parameters(self.about))
         info.add_text(JSON_CHUNK, json.dumps(self.about, ensure_ascii=False))
-        return save_png(self.image, Path(path), info)
-
-
-def save_png(image: Image.Image, path: Path, info: PngInfo | None = None) -> Path:
-    """Write a PNG so that a reader sees a whole file or none."""
-    with replacing_file(path) as partial:
-        image.save(partial, format="PNG", pnginfo=info)
-    return path
+        self.image.save(path, format="PNG", pnginfo=info)
 
 
 def read_about(path: str | Path) -> dict[str, Any]:
@@ -65,8 +65,10 @@ def read_about(path: str | Path) -> dict[str, Any]:
     try:
         with Image.open(path, formats=["PNG"]) as image:
             image.load()
-            found: dict[str, Any] = json.loads(image.info[JSON_CHUNK])
-    except (OSError, KeyError, ValueError, TypeError, SyntaxError) as error:
+            found: dict[str, Any] = parse_json(image.info[JSON_CHUNK])
+            if not isinstance(found, dict):
+                raise TypeError("no object")
+    except Exception as error:  # of Pillow's reader, many kinds
         raise AsdmError(f"{path}: not a PNG that asdm generated ({type(error).__name__})") from None
     return found
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -26,6 +25,7 @@ from asdm.files import read_marker
 from asdm.measure.latency import measure_interleaved
 from asdm.old_names import OLD_EXPORT_SETTINGS, OLD_OUTER_GRAPH_INPUT, renamed
 from asdm.pipelines.derived import with_unet
+from asdm.reading import read_json
 from asdm.runtime.graphs import CACHED_FEATURES
 from asdm.runtime.writers import FILES
 
@@ -57,7 +57,7 @@ def with_openvino_graphs(pipeline: DiffusionPipeline, folder: str | Path) -> Dif
 
 
 def _config_of(folder: Path) -> FrozenDict:
-    return FrozenDict(json.loads((folder / "config.json").read_text("utf-8")))
+    return FrozenDict(read_json(folder / "config.json"))
 
 
 @cache
