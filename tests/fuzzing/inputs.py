@@ -343,7 +343,7 @@ def image_files() -> st.SearchStrategy[bytes]:
 
 MEMBERS = [
     "0.png", "0.txt", "0.json", "1.jpg", "1.txt", "../../escaped.png", "/tmp/escaped.txt", "a/../../escaped.txt",
-    "0.pyd", "0.pkl", "0.pickle", "0.pth", "0.npy", "0.cls", "x", "", ".", "0.tar", "\ud800.png", "0.PNG", "é.png",
+    "0.pyd", "0.pkl", "0.pickle", "0.pth", "0.npy", "0.cls", "x", "", ".", "0.tar", "\udc80.png", "0.PNG", "é.png",
     "n" * 300 + ".png",
 ]  # fmt: skip
 KINDS = [

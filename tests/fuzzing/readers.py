@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from diffusers import ControlNetModel
 from hypothesis import strategies as st
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save
 from torch import nn
 
@@ -42,7 +44,7 @@ from asdm.families import family_of
 from asdm.files import MARKER, require_ours
 from asdm.generation.additions import LoraFile, load_controlnet, with_loras
 from asdm.generation.files import read_prompts
-from asdm.generation.image import read_about
+from asdm.generation.image import JSON_CHUNK, read_about
 from asdm.images import open_image
 from asdm.pipelines.checkpoints import Header, claim_of, kind_of, scheduler_for, settled
 from asdm.pipelines.clip import clip_statistics
@@ -254,14 +256,20 @@ _FEATURES = {"key": _KEY, "draws": 2, "shapes": {"noisy": [[4, 8, 8], "float32"]
 _DRAW = save({"noisy": torch.zeros(4, 8, 8, dtype=torch.int8), "noisy.scale": torch.ones(4, 1, 1)})
 
 
-@reader(3, lambda: st.tuples(inputs.json_files(_FEATURES), st.one_of(inputs.tensor_files(_DRAW), st.just(_DRAW))))
+@reader(
+    3,
+    lambda: st.one_of(
+        st.tuples(inputs.json_files(_FEATURES), st.just(_DRAW)),
+        st.tuples(st.just(inputs.dumped(_FEATURES)), inputs.tensor_files(_DRAW)),
+    ),
+)
 def teacher_features(folder: Path, contents: tuple[bytes, bytes]) -> None:
     draws = Draws(folder, "int8", ["noisy"])
     draws.path(0).parent.mkdir(parents=True)
     draws.path(0).write_bytes(contents[1])
-    draws.read(torch.tensor([0]), "noisy")
     written(folder, INDEX, contents[0])
     read_index(folder)
+    draws.read(torch.tensor([0]), "noisy")
 
 
 def _sample() -> bytes:
@@ -373,8 +381,21 @@ def refusals(calls: list[Callable[[], Any]]) -> None:
 
 @reader(10, _PICTURE)
 def images(folder: Path, content: bytes) -> None:
-    path = written(folder, "image.png", content)
-    refusals([lambda: open_image(path), lambda: read_about(path)])
+    open_image(written(folder, "image.png", content))
+
+
+@cache
+def _generated() -> bytes:
+    content = io.BytesIO()
+    about = PngInfo()
+    about.add_text(JSON_CHUNK, json.dumps({"prompt": "a cat", "seed": 1}))
+    Image.new("RGB", (16, 16)).save(content, format="PNG", pnginfo=about)
+    return content.getvalue()
+
+
+@reader(4, lambda: st.one_of(inputs.damaged(_generated()), inputs.image_files()))
+def generated_images(folder: Path, content: bytes) -> None:
+    assert isinstance(read_about(written(folder, "image.png", content)), dict)
 
 
 @reader(8, inputs.archives)

@@ -44,7 +44,7 @@ def denoiser_without_weights(model: str) -> Denoiser:
 def _built(family: ModelFamily, config: dict[str, Any], model: str) -> Denoiser:
     try:
         require_plausible(config, model)
-        with init_empty_weights(), bounded_modules(model):
+        with init_empty_weights(include_buffers=True), bounded_modules(model):
             return student_class_of(family).from_config(config)
     except (AsdmError, MemoryError):
         raise

@@ -144,7 +144,7 @@ def empty_of_transformers(folder: Path, config: dict[str, Any]) -> nn.Module | N
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         return None
     try:
-        with init_empty_weights(), bounded_modules(str(folder)):
+        with init_empty_weights(include_buffers=True), bounded_modules(str(folder)):
             return kind(kind.config_class.from_pretrained(folder))
     except AsdmError:
         raise
