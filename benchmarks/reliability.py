@@ -59,7 +59,7 @@ from tools.demo.__main__ import main as demo_main
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__.splitlines()[0])
 REMOVED = ("down_blocks.1.attentions.1", "mid_block.attentions.0", "up_blocks.2.attentions.1")
 IMAGES, SHARDS = 24, 4
-DEMO_STEPS, DEMO_CHECKPOINT = 24, 3  # of the VAE, in a build that is killed
+DEMO_STEPS, DEMO_CHECKPOINT = 12, 2  # of the VAE, in a build that is killed
 FLAT_MEGABYTES = 20  # that the last quarter of a long run may hold more than the second
 
 # -- processes --------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from importlib.metadata import Distribution, distributions
+from typing import Any
 
 PERMITTED = frozenset(
     [
@@ -51,7 +52,7 @@ def name_of(package: Distribution) -> str:
 
 def licence_of(package: Distribution) -> str:
     """Return a package's licence as an SPDX expression; as it stands in its metadata where that is none."""
-    about = package.metadata
+    about: Any = package.metadata
     if name_of(package) in _KNOWN:
         return _KNOWN[name_of(package)]
     if about.get("License-Expression"):

@@ -143,9 +143,10 @@ def empty_of_transformers(folder: Path, config: dict[str, Any]) -> nn.Module | N
     kind: Any = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         return None
+    made: Any = kind
     try:
         with init_empty_weights(include_buffers=True), bounded_modules(str(folder)):
-            return kind(kind.config_class.from_pretrained(folder))
+            return made(made.config_class.from_pretrained(folder))
     except AsdmError:
         raise
     except Exception:  # of transformers, any kind; loading says what is wrong
