@@ -497,14 +497,14 @@ def distill(
     model: Annotated[str | None, typer.Option(help="MODEL; the embedded one with a small UNet by default.")] = None,
 ) -> None:
     """Distil in one process; memory has to stay flat."""
-    pipeline = tiny_pipeline() if model is None else asdm.load_pipeline(model)
-    plan = PruningPlan.for_unet(pipeline.unet, [asdm.Remove(unit=unit) for unit in REMOVED])
-    student = build_student(denoiser_of(pipeline), plan)
     samples: list[float] = []
-    stage = Stage(name="joint", steps=steps, batch_size=4, checkpoint_every=max(10, steps // 20))
-    with tempfile.TemporaryDirectory(prefix="asdm-reliability-") as folder:
-        out = Path(folder) / "training"
-        asdm.distill(pipeline, student, "demo", out, stages=[stage], progress=lambda row: samples.append(memory()))
+    with workplace() as inputs:
+        pipeline = tiny_pipeline() if model is None else asdm.load_pipeline(model)
+        plan = PruningPlan.for_unet(pipeline.unet, [asdm.Remove(unit=unit) for unit in REMOVED])
+        student = build_student(denoiser_of(pipeline), plan)
+        stage = Stage(name="joint", steps=steps, batch_size=4, checkpoint_every=max(10, steps // 20))
+        data, out = inputs / "data", inputs / "training"
+        asdm.distill(pipeline, student, data, out, stages=[stage], progress=lambda row: samples.append(memory()))
     row = {"steps": len(samples), **require_flat(samples, "distill")}
     finish("reliability_distill", [row], model=model or "demo, small UNet")
 

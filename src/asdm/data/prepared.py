@@ -65,7 +65,7 @@ class PreparedData:
         self.skipped: dict[str, str] = {}
         self.folder, places = folder, [np.empty((0, 3), np.int64)]
         for number in range(index.pieces):
-            piece = _read_piece(piece_path(folder, number))
+            piece = read_piece(piece_path(folder, number))
             self.captions += piece.captions
             self.skipped |= piece.skipped
             places.append(np.array([(number, *place) for place in piece.places], np.int64).reshape(-1, 3))
@@ -103,7 +103,12 @@ def _arrays(content: bytes) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def _read_piece(path: Path) -> _Piece:
+def read_piece(path: Path) -> _Piece:
+    """Read the index of a shard.
+
+    Raises:
+        AsdmError: it is damaged.
+    """
     return read_record(_Piece, path, "the index of a shard", f"remove it, and {_REMEDY}")
 
 
@@ -145,7 +150,7 @@ def digest_of(module: nn.Module) -> str:
 
 def prepared_captions(folder: Path) -> list[str]:
     """Return the captions of a folder that was prepared."""
-    pieces = [_read_piece(path) for path in sorted(folder.glob("[0-9]*.json"))]
+    pieces = [read_piece(path) for path in sorted(folder.glob("[0-9]*.json"))]
     return [caption for piece in pieces for caption in piece.captions]
 
 
