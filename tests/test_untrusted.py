@@ -195,7 +195,7 @@ def test_a_checkpoint_that_does_not_fit_is_named(name, change, said, tmp_path):
 
 
 def test_folders_and_rows_of_others_are_passed_over(tmp_path):
-    for name in ("checkpoint-x5", "checkpoint-9", "checkpoint-0000004"):
+    for name in ("checkpoint-x5", "checkpoint-" + "9" * 30, "checkpoint-0000004"):
         (tmp_path / name).mkdir()
     assert checkpoint_step(tmp_path) == 4
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2}\n{"loss": 3}\n{"step": 3, "loss": 4}\n')

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import ConfigDict, Field, NonNegativeInt, model_validator
 from torch import Tensor, nn
 
 from asdm.diffusion.conditioning import Conditioning, image_size
@@ -32,6 +32,7 @@ VALUES = 256  # of each parameter, that tell pipelines apart
 class _Index(Record):
     """What `PREPARED` says."""
 
+    model_config = ConfigDict(extra="ignore")  # of other versions
     pieces: int = Field(ge=0, description="number of shards")
     made_by: str = Field(description="fingerprint of the pipeline")
 
@@ -39,6 +40,7 @@ class _Index(Record):
 class _Piece(Record):
     """The index of a shard."""
 
+    model_config = ConfigDict(extra="ignore")
     captions: list[str]
     places: list[tuple[NonNegativeInt, NonNegativeInt]] = Field(description="where each sample begins, and its size")
     skipped: dict[str, str] = Field(description="by name, why it is not in the shard")

@@ -24,7 +24,7 @@ from asdm.tensor_files import load_tensors
 from asdm.training.optimizers import moment_names
 from asdm.training.sharding import full_tensor, shard_like
 
-_NAME = re.compile("checkpoint-[0-9]{7,12}")
+_NAME = re.compile("checkpoint-[0-9]{1,12}")
 _REMEDY = "remove this checkpoint's folder, and run the training again, which resumes at the one before"
 
 
