@@ -51,6 +51,12 @@ class Judge:
             features.append(maps.mean(dim=(2, 3)).cpu())
         return torch.cat(features)
 
+    @torch.no_grad()
+    def logits(self, features: Tensor) -> Tensor:
+        """Return ImageNet's logits (images, 1000) of `features`."""
+        logits: Tensor = self.network._fc(features.to(self.device)).cpu()
+        return logits
+
 
 @dataclass(frozen=True)
 class Recognition:
@@ -93,9 +99,12 @@ def recognition(
     return Recognition(exact / count, top1 / count, top5 / count, style / count)
 
 
-def kid(generated: Tensor, real: Tensor, *, subsets: int = 50, seed: int = 0) -> tuple[float, float]:
-    """Return the kernel inception distance (arXiv 1801.01401) of features: mean and deviation over subsets."""
-    size = min(len(generated), len(real), 100)
+def kid(
+    generated: Tensor, real: Tensor, *, subsets: int = 50, subset_size: int = 100, seed: int = 0
+) -> tuple[float, float]:
+    """Return the kernel inception distance (arXiv 1801.01401) of features: mean and deviation over subsets of at most
+    `subset_size` images."""
+    size = min(len(generated), len(real), subset_size)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer")
         metric = KernelInceptionDistance(feature=nn.Identity(), subsets=subsets, subset_size=size)
