@@ -99,9 +99,8 @@ def for_scorer(load: Load, layout: ImageLayout, prompts: Path | None, folder: Pa
 def _print(results: ProtocolResults) -> None:
     """Print the metrics, what extracts their features, and where the run differs from the published protocol."""
     real = "" if results.real_images is None else f", {results.real_images:,} real images"
-    say_path(
-        f"{results.protocol}: {results.prompts:,} prompts, seed {results.seed}, images of {results.stored_side} px{real}"
-    )
+    count, side = f"{results.prompts:,} prompts, seed {results.seed}", f"images of {results.stored_side} px"
+    say_path(f"{results.protocol}: {count}, {side}{real}")
     console.print(protocol_table(results))
     for metric, network in results.networks.items():
         say_path(f"{metric} by {network}")

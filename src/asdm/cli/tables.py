@@ -127,7 +127,8 @@ def protocol_table(results: ProtocolResults) -> Table:
         if any(value is not None for value in values):
             arrow = "higher is better" if metric.higher_is_better else "lower is better"
             cells = ["–" if value is None else f"{value:.{metric.digits}f}" for value in values]
-            table.add_row(f"{metric.title} ({arrow})", *cells)
+            judged = " by the judge" if "judge" in results.networks.get(metric.title, "") else ""
+            table.add_row(f"{metric.title}{judged} ({arrow})", *cells)
             wins = [row.wins.get(name) for row in results.rows]
             if any(value is not None for value in wins):
                 cells = ["–" if value is None else f"{100 * value:.1f}%" for value in wins]

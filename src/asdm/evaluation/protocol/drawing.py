@@ -78,7 +78,8 @@ class ImageJob:
 
     def __init__(self, folder: Path, pictures: Pictures, state: PartialState):
         self.folder, self.pictures, self.state = folder, pictures, state
-        require_ours(folder, KIND)
+        if state.is_main_process:  # another process would see the marker half-written
+            require_ours(folder, KIND)
         self._prompts = _digest([(each.file, each.prompt, each.images) for each in pictures.all])
 
     def claim(self, settings: Mapping[str, tuple[DiffusionPipeline, Drawing]]) -> None:

@@ -97,7 +97,7 @@ class ClipExtractor:
 
     def __init__(self, clip: CLIPModel, tokenizer: Any, title: str, *, scaled: bool = False) -> None:
         self._clip, self._tokenizer, self.title = clip, tokenizer, title
-        self.scale = float(clip.logit_scale.exp()) if scaled else 1.0
+        self.scale = float(clip.logit_scale.detach().exp()) if scaled else 1.0
         self.identity = f"clip {digest_of(clip)}"
 
     @classmethod

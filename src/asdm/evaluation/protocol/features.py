@@ -70,7 +70,7 @@ class FeatureCache:
             return _joined(extractor.images(batch) for batch in _pixel_batches(paths, files))
 
         def key(paths: Sequence[Path]) -> list[str]:
-            return [extractor.identity, files.prepared_as, *map(digest_of_file, paths)]
+            return [extractor.identity, files.prepared_as, str(files.may_skip), *map(digest_of_file, paths)]
 
         return self._pieces(title, files.paths, key, compute)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from asdm.errors import AsdmError
 from asdm.evaluation.metrics import kid
 from asdm.evaluation.protocol.distances import (
     KID_SUBSET_SIZE,
@@ -50,6 +51,7 @@ class Measurement:
         self.wins: dict[str, dict[str, float]] = {name: {} for name in images}
         self.real_images: int | None = None
         self._distances: dict[str, dict[str, Tensor]] = {}  # to the teacher's image: by role or metric, by model
+        self._measures: dict[str, str] = {}  # what reports call these distances
         self._scores: dict[str, dict[str, Tensor]] = {}  # by metric, by model
 
     @property
@@ -68,14 +70,17 @@ class Measurement:
         found = self._features(extractor)
         if not self._cache.is_reader:
             return
-        self.real_images = len(real[FEATURES]) if real else self.real_images
+        if any(map(needs_real_images, metrics)):
+            self.real_images = len(real.get(FEATURES, ()))
+            if self.real_images < 2:
+                raise AsdmError(f"{self.real_images} of the real images can be decoded; name a folder with two or more")
         for name, tensors in found.items():
             for metric in metrics:
                 self.fields[name] |= self._compared(metric, tensors, real)
             if role == "inception":
                 own = distances(tensors[FEATURES], found[self._teacher][FEATURES])
                 self.fields[name]["teacher_distance"] = float(own.mean())
-        self._keep_distances(role, {name: tensors[FEATURES] for name, tensors in found.items()})
+        self._keep_distances(role, {name: tensors[FEATURES] for name, tensors in found.items()}, extractor.title)
 
     def _compared(self, metric: str, own: Mapping[str, Tensor], real: Mapping[str, Tensor]) -> dict[str, Any]:
         field = METRICS[metric].field
@@ -103,7 +108,7 @@ class Measurement:
             if name != self._teacher:
                 self.wins[name][metric] = win_share(own, of_all[self._teacher])
         self._scores[metric] = of_all
-        self._keep_distances(SCORES[metric], images)
+        self._keep_distances(SCORES[metric], images, extractor.title)
 
     def by_pairs(self, metric: str, network: Lpips | None) -> None:
         """Measure LPIPS, or without a network SSIM, of each image and the teacher's of the same seed."""
@@ -114,11 +119,13 @@ class Measurement:
             if values is not None:
                 self.fields[name][METRICS[metric].field] = float(values.mean())
                 self._distances.setdefault(metric, {})[name] = 1 - values if network is None else values
+                self._measures[metric] = "1 − SSIM" if network is None else METRICS[metric].title
 
     def distance(self, name: str) -> tuple[str, Tensor] | None:
-        """Return the measure that orders a student's win sheet, and each image's distance to the teacher's."""
+        """Return what reports call the measure that orders a student's win sheet, and each image's distance to the
+        teacher's."""
         measure = next((each for each in _ORDER if name in self._distances.get(each, {})), None)
-        return None if measure is None else (measure, self._distances[measure][name])
+        return None if measure is None else (self._measures[measure], self._distances[measure][name])
 
     def scores_of(self, name: str) -> dict[str, tuple[Tensor, Tensor]]:
         """Return by metric the teacher's and a student's score of each image."""
@@ -131,7 +138,8 @@ class Measurement:
             for name, paths in self._images.items()
         }
 
-    def _keep_distances(self, role: str, features: Mapping[str, Tensor]) -> None:
+    def _keep_distances(self, role: str, features: Mapping[str, Tensor], title: str) -> None:
+        self._measures[role] = f"1 − cosine of features by {title}"
         teacher = features[self._teacher]
         self._distances[role] = {name: distances(features[name], teacher) for name in self._students}
 

@@ -18,16 +18,6 @@ from asdm.version import __version__
 
 ROWS = 60  # of the most different prompts, and of the least different ones
 LONGEST_SIDE = 256  # of an embedded image in pixels
-_TITLES = {
-    "inception": "1 − cosine of FID's features",
-    "dinov2": "1 − cosine of DINOv2's features",
-    "cmmd": "1 − cosine of CLIP's features",
-    "clip": "1 − cosine of CLIP's features",
-    "pickscore": "1 − cosine of PickScore's features",
-    "hpsv2": "1 − cosine of HPSv2's features",
-    "lpips": "LPIPS",
-    "ssim": "1 − SSIM",
-}
 
 
 @dataclass(frozen=True)
@@ -63,7 +53,7 @@ def write_win_sheet(
     Args:
         names: the teacher's and the student's.
         files: both images of each prompt.
-        measure: what the distances are, as `Measurement.distance` names it.
+        measure: what the distances are, in words.
         scores: by metric the teacher's and the student's of each prompt.
         rows: the most rows of each of the two lists.
     """
@@ -80,7 +70,7 @@ def write_win_sheet(
     )
     html = environment.get_template("wins.html.j2").render(
         names=names,
-        measure=_TITLES[measure],
+        measure=measure,
         count=len(prompts),
         mean=sum(distances) / len(distances),
         median=distances[order[len(order) // 2]],
