@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from click.core import ParameterSource
 
 import asdm
 from asdm.choices import ImageLayout, ProtocolName
@@ -43,7 +42,8 @@ def require_options(context: typer.Context, protocol: ProtocolName | None, layou
     else:
         kind, without = "speed and samples, without --protocol or --layout", (*_BY_PROTOCOL, *_JOB, *_LAYOUT)
     for name in without:
-        if context.get_parameter_source(name) == ParameterSource.COMMANDLINE:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":  # typer brings its own copy of click, by version
             option = f"--{name.replace('_', '-')}"
             raise AsdmError(f"{option} {context.params[name]}: has no effect on an evaluation by {kind}; leave it out")
     if layout is not None and context.params["prompts"] is None:

@@ -107,7 +107,9 @@ def kid(
     size = min(len(generated), len(real), subset_size)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer")
-        metric = KernelInceptionDistance(feature=nn.Identity(), subsets=subsets, subset_size=size)
+        # In a launch of several processes, one of them has all features.
+        sizes: dict[str, Any] = {"subsets": subsets, "subset_size": size, "sync_on_compute": False}
+        metric = KernelInceptionDistance(feature=nn.Identity(), **sizes)
     metric.update(real, real=True)
     metric.update(generated, real=False)
     with torch.random.fork_rng(devices=[]):

@@ -14,6 +14,7 @@ from torchmetrics.image.inception import InceptionScore
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # as torchmetrics and torch-fidelity
 SPLITS = 10  # of the inception score
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0  # arXiv 2401.09603, section 4 and its code
+_ALONE = {"sync_on_compute": False}  # rank 0 of a launch has the features of all
 _ROWS = 2048  # of a kernel matrix that are in memory at once
 
 
@@ -28,7 +29,7 @@ class _Features(nn.Identity):
 def frechet_distance(generated: Tensor, real: Tensor) -> float:
     """Return the Fréchet distance (arXiv 1706.08500) of features (images, channels): FID on Inception's, FD-DINOv2 on
     DINOv2's. It is in float64, with unbiased covariances."""
-    metric = FrechetInceptionDistance(feature=_Features(real))
+    metric = FrechetInceptionDistance(feature=_Features(real), **_ALONE)
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
     return max(0.0, float(metric.compute()))
@@ -40,7 +41,7 @@ def inception_score(logits: Tensor, *, seed: int = 0) -> tuple[float, float | No
     splits = min(SPLITS, max(1, len(logits) // 2))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer")
-        metric = InceptionScore(feature=nn.Identity(), splits=splits)
+        metric = InceptionScore(feature=nn.Identity(), splits=splits, **_ALONE)
     metric.update(logits)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*degrees of freedom")

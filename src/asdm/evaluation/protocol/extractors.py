@@ -150,7 +150,8 @@ class Lpips:
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
         with _hub_folder_with(path):
-            self._metric = LearnedPerceptualImagePatchSimilarity("alex", reduction="none").to(device)
+            self._metric = LearnedPerceptualImagePatchSimilarity("alex", reduction="none", sync_on_compute=False)
+        self._metric.to(device)
         self._device = device
         self.identity = f"lpips {digest_of(self._metric.net)}"
 
