@@ -24,6 +24,7 @@ from asdm.diffusion.generation import default_steps, most_steps
 from asdm.distillation.stages import Consistency, LossWeights, Semantics, parse_stages
 from asdm.evaluation.image_folders import distinct_names, folder_names
 from asdm.evaluation.metrics import Judge
+from asdm.evaluation.protocol.weights import SOURCES
 from asdm.student.plan import PlanMetrics
 from conftest import tiny_pipeline, tiny_sdxl_pipeline
 
@@ -448,6 +449,8 @@ def test_a_stage_that_is_not_possible_is_told_before_the_data_is_prepared(tiny, 
         ("DeepCache", "benchmark", lambda pipeline: deep_cache(4, 2).prepared(pipeline).__enter__()),
         ("tgate", "benchmark", lambda pipeline: t_gate(4, 2).prepared(pipeline).__enter__()),
         ("efficientnet_lite_pytorch", "judge", lambda _: Judge()),
+        ("torch_fidelity", "metrics", lambda _: SOURCES["inception"].name),
+        ("torchvision", "metrics", lambda _: SOURCES["lpips"].name),
     ],
 )
 def test_what_is_not_installed_is_told_with_its_extra(tiny, monkeypatch, package, extra, use):

@@ -123,6 +123,11 @@ def feature_distance(images: Tensor, others: Tensor) -> float:
     return float((1 - F.cosine_similarity(images, others)).mean().clamp(min=0))
 
 
+def feature_distances(images: Tensor, others: Tensor) -> Tensor:
+    """Return 1 - cosine (images,) of paired features: 0 for equal images."""
+    return (1 - F.cosine_similarity(images, others)).clamp(min=0)
+
+
 def nearest_of(features: Tensor, others: Tensor) -> list[int]:
     """Return for each row of `features` the row of `others` that is nearest (cosine)."""
     nearest: list[int] = cosine_similarity(features, others).argmax(dim=1).tolist()

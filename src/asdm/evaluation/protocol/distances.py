@@ -81,11 +81,6 @@ def scores(images: Tensor, texts: Tensor, scale: float = 1.0) -> Tensor:
     return scale * F.cosine_similarity(images, texts)
 
 
-def distances(features: Tensor, others: Tensor) -> Tensor:
-    """Return 1 - cosine (images,) of paired features: 0 for equal images."""
-    return (1 - F.cosine_similarity(features, others)).clamp(min=0)
-
-
 def win_share(own: Tensor, others: Tensor) -> float:
     """Return the part of the places at which `own` is larger; equal values count half."""
     return float(((own > others).float() + 0.5 * (own == others).float()).mean())

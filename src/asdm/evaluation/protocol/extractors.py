@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, CLIPModel
 
 from asdm.data.prepared import digest_of
-from asdm.errors import AsdmError, needs_extra, one_line
+from asdm.errors import AsdmError, one_line
 from asdm.evaluation.metrics import Judge
-from asdm.evaluation.protocol.weights import Source
+from asdm.evaluation.protocol.weights import Source, metrics_extra
 from asdm.evaluation.real_images import image_embeds, text_embeds
 from asdm.pipelines.clip import clip_statistics, load_clip
 from asdm.pipelines.quiet import quiet
@@ -77,7 +77,7 @@ class InceptionExtractor:
     title = "Inception-v3 of the original FID"
 
     def __init__(self, path: Path, device: torch.device | str) -> None:
-        with needs_extra("metrics", "FID, IS and KID by Inception-v3"):
+        with metrics_extra("FID, IS and KID by Inception-v3"):
             import torch_fidelity  # noqa: F401  torchmetrics names the missing package in several lines
         from torchmetrics.image.fid import NoTrainInceptionV3
 
@@ -145,7 +145,7 @@ class Lpips:
     title = "AlexNet with LPIPS's weights"
 
     def __init__(self, path: Path, device: torch.device | str) -> None:
-        with needs_extra("metrics", "LPIPS"):
+        with metrics_extra("LPIPS"):
             import torchvision  # noqa: F401  torchmetrics names the missing package in several lines
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 

@@ -9,12 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from asdm.errors import AsdmError
-from asdm.evaluation.metrics import kid
+from asdm.evaluation.metrics import feature_distances, kid
 from asdm.evaluation.protocol.distances import (
     KID_SUBSET_SIZE,
     KID_SUBSETS,
     cmmd,
-    distances,
     frechet_distance,
     inception_score,
     scores,
@@ -78,7 +77,7 @@ class Measurement:
             for metric in metrics:
                 self.fields[name] |= self._compared(metric, tensors, real)
             if role == "inception":
-                own = distances(tensors[FEATURES], found[self._teacher][FEATURES])
+                own = feature_distances(tensors[FEATURES], found[self._teacher][FEATURES])
                 self.fields[name]["teacher_distance"] = float(own.mean())
         self._keep_distances(role, {name: tensors[FEATURES] for name, tensors in found.items()}, extractor.title)
 
@@ -141,7 +140,7 @@ class Measurement:
     def _keep_distances(self, role: str, features: Mapping[str, Tensor], title: str) -> None:
         self._measures[role] = f"1 − cosine of features by {title}"
         teacher = features[self._teacher]
-        self._distances[role] = {name: distances(features[name], teacher) for name in self._students}
+        self._distances[role] = {name: feature_distances(features[name], teacher) for name in self._students}
 
 
 def needs_real_images(metric: str) -> bool:

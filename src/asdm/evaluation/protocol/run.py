@@ -28,7 +28,7 @@ from asdm.evaluation.protocol.pictures import numbered
 from asdm.evaluation.protocol.protocols import PROTOCOLS
 from asdm.evaluation.protocol.results import ProtocolMetrics, ProtocolResults
 from asdm.evaluation.protocol.settings import Changes, drawing_of, launch_state
-from asdm.evaluation.protocol.wins import write_win_sheet
+from asdm.evaluation.protocol.wins import WIN_SHEET, write_win_sheet
 from asdm.families import denoiser_of
 from asdm.files import folder_lock, require_ours
 from asdm.generation.schedulers import scheduler_label
@@ -295,4 +295,4 @@ class _Evaluation:
 
 def win_sheet_name(name: str, students: Sequence[str]) -> str:
     """Return the name of a student's win sheet in the job's folder."""
-    return "wins.html" if len(students) == 1 else f"wins-{folder_names(students)[name]}.html"
+    return WIN_SHEET if len(students) == 1 else f"wins-{folder_names(students)[name]}.html"

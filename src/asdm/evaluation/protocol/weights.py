@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import re
 import urllib.error
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,14 +25,29 @@ _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # in transformers' layo
 _CONFIGS = ("config.json", "preprocessor_config.json")
 
 
+@contextmanager
+def metrics_extra(what: str) -> Iterator[None]:
+    """Import in the block what the extra `metrics` brings; where it is missing or broken, say so.
+
+    Args:
+        what: the metrics that need it.
+    """
+    try:
+        with needs_extra("metrics", what):
+            yield
+    except RuntimeError as error:  # of a torchvision that was compiled for another torch
+        told = f"{what}: torchvision does not fit torch {torch.__version__} ({one_line(error, 80)})"
+        raise AsdmError(f"{told}; install the version that does") from None
+
+
 def _inception_url() -> str:
-    with needs_extra("metrics", "FID, IS and KID by Inception-v3"):
+    with metrics_extra("FID, IS and KID by Inception-v3"):
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
     return str(URL_INCEPTION_V3)
 
 
 def _alexnet_url() -> str:
-    with needs_extra("metrics", "LPIPS"):
+    with metrics_extra("LPIPS"):
         from torchvision.models import AlexNet_Weights
     return str(AlexNet_Weights.DEFAULT.url)
 

@@ -16,6 +16,7 @@ from asdm.evaluation.protocol.metrics import METRICS
 from asdm.files import write_text
 from asdm.version import __version__
 
+WIN_SHEET = "wins.html"
 ROWS = 60  # of the most different prompts, and of the least different ones
 LONGEST_SIDE = 256  # of an embedded image in pixels
 
@@ -45,7 +46,7 @@ def write_win_sheet(
     files: Sequence[tuple[Path, Path]],
     measure: str,
     distances: Sequence[float],
-    scores: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    scores: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
     rows: int = ROWS,
 ) -> None:
     """Write the sheet.
@@ -57,6 +58,7 @@ def write_win_sheet(
         scores: by metric the teacher's and the student's of each prompt.
         rows: the most rows of each of the two lists.
     """
+    scores = scores or {}
     order = sorted(range(len(prompts)), key=lambda index: (-distances[index], index))
     shown = min(rows, (len(order) + 1) // 2)
 
