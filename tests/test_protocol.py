@@ -448,7 +448,7 @@ def test_published_metrics_by_networks_of_a_folder(make, tmp_path, data_folder, 
         values = [getattr(row, field) for row in found.rows]
         assert values[0] == values[1] != values[2] and None not in values, field
     assert same.wins == {"clip": 0.5, "pickscore": 0.5, "hpsv2": 0.5} and own.wins == {}
-    scale = float(CLIPModel.from_pretrained(weights / "PickScore_v1").logit_scale.exp())
+    scale = float(CLIPModel.from_pretrained(weights / "PickScore_v1").logit_scale.detach().exp())
     assert abs(own.pickscore) > abs(own.hpsv2) and abs(own.pickscore) <= scale
     assert found.networks["FD-DINOv2"] == "DINOv2 ViT-L/14 (dinov2-large)"
     notes = "\n".join(found.notes)

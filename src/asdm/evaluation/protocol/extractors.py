@@ -77,9 +77,8 @@ class InceptionExtractor:
     title = "Inception-v3 of the original FID"
 
     def __init__(self, path: Path, device: torch.device | str) -> None:
-        with metrics_extra("FID, IS and KID by Inception-v3"):
-            import torch_fidelity  # noqa: F401  torchmetrics names the missing package in several lines
-        from torchmetrics.image.fid import NoTrainInceptionV3
+        with metrics_extra("torch_fidelity", "FID, IS and KID by Inception-v3"):
+            from torchmetrics.image.fid import NoTrainInceptionV3
 
         self._network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path)).to(device)
         self._device = device
@@ -145,9 +144,8 @@ class Lpips:
     title = "AlexNet with LPIPS's weights"
 
     def __init__(self, path: Path, device: torch.device | str) -> None:
-        with metrics_extra("LPIPS"):
-            import torchvision  # noqa: F401  torchmetrics names the missing package in several lines
-        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+        with metrics_extra("torchvision", "LPIPS"):
+            from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
         with _hub_folder_with(path):
             self._metric = LearnedPerceptualImagePatchSimilarity("alex", reduction="none", sync_on_compute=False)

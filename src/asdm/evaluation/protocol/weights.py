@@ -11,6 +11,7 @@ import urllib.error
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
@@ -26,14 +27,16 @@ _CONFIGS = ("config.json", "preprocessor_config.json")
 
 
 @contextmanager
-def metrics_extra(what: str) -> Iterator[None]:
+def metrics_extra(package: str, what: str) -> Iterator[None]:
     """Import in the block what the extra `metrics` brings; where it is missing or broken, say so.
 
     Args:
+        package: what is imported from; torchmetrics names a missing one in several lines.
         what: the metrics that need it.
     """
     try:
         with needs_extra("metrics", what):
+            import_module(package)
             yield
     except RuntimeError as error:  # of a torchvision that was compiled for another torch
         told = f"{what}: torchvision does not fit torch {torch.__version__} ({one_line(error, 80)})"
@@ -41,13 +44,13 @@ def metrics_extra(what: str) -> Iterator[None]:
 
 
 def _inception_url() -> str:
-    with metrics_extra("FID, IS and KID by Inception-v3"):
+    with metrics_extra("torch_fidelity", "FID, IS and KID by Inception-v3"):
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
     return str(URL_INCEPTION_V3)
 
 
 def _alexnet_url() -> str:
-    with metrics_extra("LPIPS"):
+    with metrics_extra("torchvision", "LPIPS"):
         from torchvision.models import AlexNet_Weights
     return str(AlexNet_Weights.DEFAULT.url)
 
