@@ -26,11 +26,11 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, Dinov2Config, Din
 from asdm import AsdmError, PruningPlan, build_student, evaluate_by_protocol, generate_for_scorer, save_pipeline
 from asdm.demo import pipeline_folder
 from asdm.evaluation.metrics import kid
-from asdm.evaluation.protocol import distances, drawing
+from asdm.evaluation.protocol import distances, image_job
 from asdm.evaluation.protocol.captions import read_captions
-from asdm.evaluation.protocol.drawing import Drawing, ImageJob
 from asdm.evaluation.protocol.extractors import Lpips
 from asdm.evaluation.protocol.features import FeatureCache, ImageFiles
+from asdm.evaluation.protocol.image_job import ImageJob, ImageSettings
 from asdm.evaluation.protocol.pictures import numbered, pictures_of
 from asdm.evaluation.protocol.protocols import PROTOCOLS
 from asdm.evaluation.protocol.results import ProtocolResults
@@ -38,7 +38,7 @@ from asdm.evaluation.protocol.weights import Source, find_weights
 from asdm.pipelines.derived import with_unet
 from conftest import tiny_pipeline, tiny_pixart_pipeline
 
-DRAWING = Drawing(steps=2, guidance_scale=2.0, seed=5, side=16)
+SETTINGS = ImageSettings(steps=2, guidance_scale=2.0, seed=5, side=16)
 
 
 class Stub(nn.Module):
@@ -260,9 +260,9 @@ def contents(files):
 
 def test_a_job_resumes_with_what_is_missing_and_ends_in_the_same_bytes(tmp_path, monkeypatch):
     pipeline, prompts = tiny_pipeline(), [f"a cat {n}" for n in range(7)]
-    whole = contents(job_in(tmp_path / "whole", prompts).draw("m", pipeline, DRAWING, batch_size=2))
+    whole = contents(job_in(tmp_path / "whole", prompts).generate("m", pipeline, SETTINGS, batch_size=2))
     assert len(set(whole)) == 7
-    calls, generate = [], drawing.generate
+    calls, generate = [], image_job.generate
 
     def interrupted(*args, **kwargs):
         calls.append(args[1])
@@ -270,42 +270,45 @@ def test_a_job_resumes_with_what_is_missing_and_ends_in_the_same_bytes(tmp_path,
             raise KeyboardInterrupt
         return generate(*args, **kwargs)
 
-    monkeypatch.setattr(drawing, "generate", interrupted)
+    monkeypatch.setattr(image_job, "generate", interrupted)
     job = job_in(tmp_path / "job", prompts)
     with pytest.raises(KeyboardInterrupt):
-        job.draw("m", pipeline, DRAWING, batch_size=2)
+        job.generate("m", pipeline, SETTINGS, batch_size=2)
     done = sorted((tmp_path / "job" / "m").iterdir())
     assert [path.name for path in done] == [f"00000{n}.png" for n in range(4)]
     done[1].unlink()
     done[3].write_bytes(b"")  # as after a loss of power
     times = {path: path.stat().st_mtime_ns for path in (done[0], done[2])}
-    assert contents(job.draw("m", pipeline, DRAWING, batch_size=2)) == whole
+    assert contents(job.generate("m", pipeline, SETTINGS, batch_size=2)) == whole
     assert calls[3:] == [prompts[0:2], prompts[2:4], prompts[4:6], prompts[6:7]], "batches are always the same"
     assert times == {path: path.stat().st_mtime_ns for path in times}, "finished images stay"
     calls.clear()
-    job.draw("m", pipeline, DRAWING, batch_size=2)
+    job.generate("m", pipeline, SETTINGS, batch_size=2)
     assert calls == []
     progress = []
-    job.draw("m", pipeline, DRAWING, limit=3, progress=lambda *args: progress.append(args))
+    job.generate("m", pipeline, SETTINGS, limit=3, progress=lambda *args: progress.append(args))
     assert progress == [(3, 3)]
 
 
 def test_a_folder_of_other_settings_is_refused(tmp_path):
     pipeline = tiny_pipeline()
-    job_in(tmp_path, ["x"]).claim({"m": (pipeline, DRAWING)})
+    job_in(tmp_path, ["x"]).claim({"m": (pipeline, SETTINGS)})
+    (tmp_path / "m").mkdir()
     before = (tmp_path / "asdm.json").read_bytes()
     with torch.no_grad():
         other = tiny_pipeline()
         other.unet.conv_in.weight.mul_(-1)
     for prompts, of, told in [
-        (["y"], (pipeline, DRAWING), "images of other prompts"),
-        (["x"], (pipeline, DRAWING.model_copy(update={"steps": 3})), r"images of steps=2, not 3"),
-        (["x"], (other, DRAWING), "images of another model's weights"),
+        (["y"], (pipeline, SETTINGS), "images of other prompts"),
+        (["x"], (pipeline, SETTINGS.model_copy(update={"steps": 3})), r"images of steps=2, not 3"),
+        (["x"], (other, SETTINGS), "images of another model's weights"),
     ]:
         with pytest.raises(AsdmError, match=told):
             job_in(tmp_path, prompts).claim({"m": of})
     assert (tmp_path / "asdm.json").read_bytes() == before
-    job_in(tmp_path, ["x"]).claim({"m": (pipeline, DRAWING), "n": (other, DRAWING)})
+    job_in(tmp_path, ["x"]).claim({"m": (pipeline, SETTINGS), "n": (other, SETTINGS)})
+    (tmp_path / "m").rmdir()
+    job_in(tmp_path, ["x"]).claim({"m": (other, SETTINGS)})  # its images were removed
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "thesis.txt").touch()
     with pytest.raises(AsdmError, match="was not written by asdm"):
@@ -463,7 +466,7 @@ def test_published_metrics_by_networks_of_a_folder(make, tmp_path, data_folder, 
     def computed(*_, **__):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(drawing, "generate", computed)
+    monkeypatch.setattr(image_job, "generate", computed)
     monkeypatch.setattr("asdm.evaluation.protocol.extractors.image_embeds", computed)
     again = evaluate_by_protocol(pipelines, "coco30k", tmp_path / "out", weights=weights, limit=4, **settings)
     assert again == found

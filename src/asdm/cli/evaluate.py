@@ -93,8 +93,8 @@ def evaluate(
     metrics: Annotated[
         str | None,
         typer.Option(
-            help="all, or names such as fid,is,clip,kid,cmmd,fd-dinov2,lpips,ssim,pickscore,hpsv2; NAME=WHERE takes a "
-            "network from a folder or a Hub id. By default the protocol's own.",
+            help="all, or some of fid, is, clip, kid, cmmd, fd-dinov2, lpips, ssim, pickscore, hpsv2, with commas "
+            "between them; NAME=WHERE takes a network from a folder or a Hub id. By default the protocol's own.",
             callback=TEXT,
             show_default=False,
             rich_help_panel=_PROTOCOL,

@@ -52,8 +52,9 @@ def require_options(context: typer.Context, protocol: ProtocolName | None, layou
 
 def by_protocol(load: Load, protocol: ProtocolName, folder: Path, out: Path | None, **settings: Any) -> None:
     """Evaluate models by a protocol; print and save the results."""
-    from asdm.evaluation.protocol.drawing import KIND
+    from asdm.evaluation.protocol.image_job import KIND
     from asdm.evaluation.protocol.inputs import read_inputs
+    from asdm.evaluation.protocol.run import win_sheet_name
 
     require_ours(folder, KIND)
     if is_main_process():  # which refuses for all before a model is loaded, and downloads weights
@@ -69,13 +70,15 @@ def by_protocol(load: Load, protocol: ProtocolName, folder: Path, out: Path | No
     if out is not None:
         results.save(out)
     say_path(f"written to {out or folder / 'evaluation.json'}")
-    for sheet in sorted(folder.glob("wins*.html")):
-        say_path(f"win sheet: {sheet}")
+    students = list(pipelines)[1:]
+    for sheet in (folder / win_sheet_name(name, students) for name in students):
+        if sheet.is_file():
+            say_path(f"win sheet: {sheet}")
 
 
 def for_scorer(load: Load, layout: ImageLayout, prompts: Path | None, folder: Path, **settings: Any) -> None:
     """Generate the images of a benchmark, and say where they are."""
-    from asdm.evaluation.protocol.drawing import KIND
+    from asdm.evaluation.protocol.image_job import KIND
     from asdm.evaluation.protocol.pictures import pictures_of
 
     assert prompts is not None

@@ -57,6 +57,7 @@ class FeatureCache:
 
     def __init__(self, folder: Path, state: PartialState, progress: Progress | None = None):
         self._folder, self._state, self._progress = folder, state, progress
+        self._digests: dict[tuple[Path, int, int], str] = {}  # by path, size and time: networks read the same files
 
     @property
     def is_reader(self) -> bool:
@@ -70,7 +71,7 @@ class FeatureCache:
             return _joined(extractor.images(batch) for batch in _pixel_batches(paths, files))
 
         def key(paths: Sequence[Path]) -> list[str]:
-            return [extractor.identity, files.prepared_as, str(files.may_skip), *map(digest_of_file, paths)]
+            return [extractor.identity, files.prepared_as, str(files.may_skip), *map(self._digest, paths)]
 
         return self._pieces(title, files.paths, key, compute)
 
@@ -93,7 +94,7 @@ class FeatureCache:
             return _joined({"value": measure(*pair)} for pair in zip(firsts, seconds, strict=True))
 
         def key(some: Sequence[tuple[Path, Path]]) -> list[str]:
-            return [identity, *(digest_of_file(path) for pair in some for path in pair)]
+            return [identity, *(self._digest(path) for pair in some for path in pair)]
 
         return self._pieces(title, pairs, key, compute).get("value")
 
@@ -124,21 +125,24 @@ class FeatureCache:
             raise AsdmError(f"{path}: was there a moment ago; run the same command again")
         return found
 
+    def _digest(self, path: Path) -> str:
+        """Return the SHA-256 of a file's content, which is read once as long as the file stays as it is.
+
+        Raises:
+            AsdmError: it cannot be read.
+        """
+        try:
+            about = path.stat()
+            key = (path, about.st_size, about.st_mtime_ns)
+            if key not in self._digests:
+                with path.open("rb") as file:
+                    self._digests[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise AsdmError(f"{path}: {error.strerror}") from None
+        return self._digests[key]
+
     def _path(self, key: Sequence[str]) -> Path:
         return self._folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.safetensors"
-
-
-def digest_of_file(path: Path) -> str:
-    """Return the SHA-256 of a file's content.
-
-    Raises:
-        AsdmError: it cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise AsdmError(f"{path}: {error.strerror}") from None
 
 
 def _read(path: Path) -> dict[str, Tensor] | None:

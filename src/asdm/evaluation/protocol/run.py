@@ -18,16 +18,16 @@ from asdm.choices import ProtocolName
 from asdm.diffusion.conditioning import image_size
 from asdm.errors import AsdmError
 from asdm.evaluation.image_folders import folder_names
-from asdm.evaluation.protocol.drawing import KIND, Drawing, ImageJob
 from asdm.evaluation.protocol.extractors import Lpips, TextExtractor, open_extractor
 from asdm.evaluation.protocol.features import FeatureCache, ImageFiles
+from asdm.evaluation.protocol.image_job import KIND, ImageJob, ImageSettings
 from asdm.evaluation.protocol.inputs import Inputs, read_inputs
 from asdm.evaluation.protocol.measurement import Measurement, needs_several_images
 from asdm.evaluation.protocol.metrics import METRICS, SCORES, Role
 from asdm.evaluation.protocol.pictures import numbered
 from asdm.evaluation.protocol.protocols import PROTOCOLS
 from asdm.evaluation.protocol.results import ProtocolMetrics, ProtocolResults
-from asdm.evaluation.protocol.settings import Changes, drawing_of, launch_state
+from asdm.evaluation.protocol.settings import Changes, launch_state, settings_of
 from asdm.evaluation.protocol.wins import WIN_SHEET, write_win_sheet
 from asdm.families import denoiser_of
 from asdm.files import folder_lock, require_ours
@@ -104,9 +104,9 @@ def evaluate_by_protocol(
     changes = Changes(PROTOCOLS[protocol], steps, guidance_scale, size, seed)
     job = _Evaluation(changes, pipelines, place, state, inputs, limit, progress)
     job.require()
-    drawing = job.claim()
+    settings = job.claim()
     with folder_lock(place):
-        job.run(drawing, batch_size)
+        job.run(settings, batch_size)
         state.wait_for_everyone()
     return ProtocolResults.load(place / RESULTS)
 
@@ -144,11 +144,11 @@ class _Evaluation:
         return min(self.protocol.stored_side, *sides)
 
     @cached_property
-    def drawings(self) -> dict[str, Drawing]:
+    def image_settings(self) -> dict[str, ImageSettings]:
         """How each model's images are generated."""
         stored = {"stored_side": self.stored_side, "jpeg": self.protocol.jpeg}
         return {
-            name: drawing_of(
+            name: settings_of(
                 pipeline, self.changes.sampling(pipeline, self.first), self.changes.size, self.changes.seed, **stored
             )
             for name, pipeline in self.pipelines.items()
@@ -162,7 +162,7 @@ class _Evaluation:
         count, names = len(self.pictures.all), [name for name in self.inputs.metrics if needs_several_images(name)]
         if count < 2 and names:
             raise AsdmError(f"limit={count}: {names[0]} needs two images or more; raise it or leave {names[0]} out")
-        _ = self.drawings
+        _ = self.image_settings
 
     def claim(self) -> ImageJob:
         """Return the job of all models' images, for which the folder is marked.
@@ -171,17 +171,17 @@ class _Evaluation:
             AsdmError: the folder holds images of other settings.
         """
         job = ImageJob(self.folder, self.all_pictures, self.state)
-        job.claim({self.names[name]: (each, self.drawings[name]) for name, each in self.pipelines.items()})
+        job.claim({self.names[name]: (each, self.image_settings[name]) for name, each in self.pipelines.items()})
         return job
 
     def run(self, job: ImageJob, batch_size: int | None) -> None:
         """Generate, measure and write."""
         store = partial(self.protocol.stored, side=self.stored_side)
         images = {
-            name: job.draw(
+            name: job.generate(
                 self.names[name],
                 pipeline,
-                self.drawings[name],
+                self.image_settings[name],
                 limit=self.limit,
                 batch_size=batch_size,
                 store=store,
@@ -248,13 +248,13 @@ class _Evaluation:
         )
 
     def _row(self, name: str, measurement: Measurement) -> ProtocolMetrics:
-        drawing = self.drawings[name]
+        settings = self.image_settings[name]
         return ProtocolMetrics(
             name=name,
             images=len(self._prompts()),
-            side=drawing.side,
-            steps=drawing.steps,
-            guidance_scale=drawing.guidance_scale,
+            side=settings.side,
+            steps=settings.steps,
+            guidance_scale=settings.guidance_scale,
             scheduler=scheduler_label(self.pipelines[name].scheduler),
             wins=measurement.wins[name],
             **measurement.fields[name],
@@ -268,7 +268,7 @@ class _Evaluation:
                 "within this table alone"
             )
         for name, pipeline in self.pipelines.items():
-            notes += self.changes.notes(name, pipeline, self.drawings[name])
+            notes += self.changes.notes(name, pipeline, self.image_settings[name])
         if measurement.real_images is not None and measurement.real_images < len(self.inputs.real):
             left_out = len(self.inputs.real) - measurement.real_images
             notes.append(f"{left_out} of {len(self.inputs.real)} real images cannot be decoded and are left out")

@@ -11,9 +11,9 @@ from diffusers import DiffusionPipeline
 from asdm import checks
 from asdm.choices import ImageLayout
 from asdm.evaluation.image_folders import folder_names
-from asdm.evaluation.protocol.drawing import ImageJob
+from asdm.evaluation.protocol.image_job import ImageJob
 from asdm.evaluation.protocol.pictures import pictures_of
-from asdm.evaluation.protocol.settings import drawing_of, guidance_of, launch_state
+from asdm.evaluation.protocol.settings import guidance_of, launch_state, settings_of
 from asdm.evaluation.sampling import sampling_of
 from asdm.files import folder_lock
 
@@ -68,15 +68,15 @@ def generate_for_scorer(
     """
     first, place = next(iter(pipelines.values())), Path(folder)
     state = launch_state(first)
-    drawings = {
-        name: drawing_of(pipeline, sampling_of(pipeline, steps, guidance_of(first, guidance_scale)), size, seed)
+    settings = {
+        name: settings_of(pipeline, sampling_of(pipeline, steps, guidance_of(first, guidance_scale)), size, seed)
         for name, pipeline in pipelines.items()
     }
     job = ImageJob(place, pictures_of(layout, Path(prompts)), state)
     names = folder_names(list(pipelines))
-    job.claim({names[name]: (pipeline, drawings[name]) for name, pipeline in pipelines.items()})
+    job.claim({names[name]: (pipeline, settings[name]) for name, pipeline in pipelines.items()})
     with folder_lock(place):
         for name, pipeline in pipelines.items():
             report = None if progress is None else partial(progress, f"images: {name}")
-            job.draw(names[name], pipeline, drawings[name], limit=limit, batch_size=batch_size, progress=report)
+            job.generate(names[name], pipeline, settings[name], limit=limit, batch_size=batch_size, progress=report)
     return [place / names[name] for name in pipelines]

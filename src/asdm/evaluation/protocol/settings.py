@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from asdm.devices import LONGEST_WAIT
 from asdm.diffusion.conditioning import image_size, require_size
 from asdm.diffusion.generation import default_guidance, is_few_step, require_steps
-from asdm.evaluation.protocol.drawing import Drawing
+from asdm.evaluation.protocol.image_job import ImageSettings
 from asdm.evaluation.protocol.protocols import Protocol
 from asdm.evaluation.sampling import Sampling, sampling_of
 
@@ -25,9 +25,9 @@ def guidance_of(pipeline: DiffusionPipeline, given: float | None) -> float:
     return default_guidance(pipeline) if given is None else given
 
 
-def drawing_of(
+def settings_of(
     pipeline: DiffusionPipeline, sampling: Sampling, size: int | None, seed: int, **stored: int | None
-) -> Drawing:
+) -> ImageSettings:
     """Return how a pipeline generates the images of a job.
 
     Raises:
@@ -37,7 +37,7 @@ def drawing_of(
     if size is not None:
         require_size(pipeline, size)
     side = size or image_size(pipeline)
-    return Drawing(steps=sampling.steps, guidance_scale=sampling.guidance_scale, seed=seed, side=side, **stored)
+    return ImageSettings(steps=sampling.steps, guidance_scale=sampling.guidance_scale, seed=seed, side=side, **stored)
 
 
 @dataclass(frozen=True)
@@ -55,17 +55,17 @@ class Changes:
         guidance = self.protocol.guidance_scale if self.guidance_scale is None else self.guidance_scale
         return sampling_of(pipeline, self.steps or self.protocol.steps, guidance_of(first, guidance))
 
-    def notes(self, name: str, pipeline: DiffusionPipeline, drawing: Drawing) -> list[str]:
+    def notes(self, name: str, pipeline: DiffusionPipeline, settings: ImageSettings) -> list[str]:
         """Say where a model's images differ from the published protocol's."""
         protocol, told = self.protocol, []
-        if protocol.side is not None and drawing.side != protocol.side:
+        if protocol.side is not None and settings.side != protocol.side:
             reason = "its own size" if self.size is None else "as requested"
-            told.append(f"sampled at {drawing.side} px, {reason}, not at {protocol.side}")
+            told.append(f"sampled at {settings.side} px, {reason}, not at {protocol.side}")
         if is_few_step(pipeline):
-            told.append(f"a few-step model, in {drawing.steps} steps at guidance {drawing.guidance_scale:g}")
+            told.append(f"a few-step model, in {settings.steps} steps at guidance {settings.guidance_scale:g}")
         else:
-            if drawing.steps != protocol.steps:
-                told.append(f"{drawing.steps} steps, not {protocol.steps}")
-            if protocol.guidance_scale not in (None, drawing.guidance_scale):
-                told.append(f"guidance {drawing.guidance_scale:g}, not {protocol.guidance_scale:g}")
+            if settings.steps != protocol.steps:
+                told.append(f"{settings.steps} steps, not {protocol.steps}")
+            if protocol.guidance_scale not in (None, settings.guidance_scale):
+                told.append(f"guidance {settings.guidance_scale:g}, not {protocol.guidance_scale:g}")
         return [f"{name}: {each}" for each in told]

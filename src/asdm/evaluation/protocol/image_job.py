@@ -36,7 +36,7 @@ SMALL_BATCH = 32  # of latents of up to 32x32
 Progress = Callable[[int, int], None]
 
 
-class Drawing(Record):
+class ImageSettings(Record):
     """How all images of one model are generated and stored."""
 
     steps: int
@@ -82,7 +82,7 @@ class ImageJob:
             require_ours(folder, KIND)
         self._prompts = _digest([(each.file, each.prompt, each.images) for each in pictures.all])
 
-    def claim(self, settings: Mapping[str, tuple[DiffusionPipeline, Drawing]]) -> None:
+    def claim(self, models: Mapping[str, tuple[DiffusionPipeline, ImageSettings]]) -> None:
         """Write down with which settings each model's images are generated, by the name of its folder.
 
         Raises:
@@ -91,14 +91,15 @@ class ImageJob:
         marker = read_marker(self.folder)
         if marker.get("prompts", self._prompts) != self._prompts:
             raise AsdmError(f"{self.folder}: holds images of other prompts; name another folder")
-        models = dict(marker.get("models") or {})
-        for name, (pipeline, drawing) in settings.items():
-            wanted = {**drawing.model_dump(), **identity_of(pipeline)}
-            self._require_same(name, models.get(name), wanted)
-            models[name] = wanted
+        known = dict(marker.get("models") or {})
+        for name, (pipeline, settings) in models.items():
+            wanted = {**settings.model_dump(), **identity_of(pipeline)}
+            if (self.folder / name).exists():  # otherwise its images were removed
+                self._require_same(name, known.get(name), wanted)
+            known[name] = wanted
         if self.state.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-            about = {"kind": KIND, "prompts": self._prompts, "models": models}
+            about = {"kind": KIND, "prompts": self._prompts, "models": known}
             write_text(self.folder / MARKER, json.dumps(about, indent=1) + "\n")
         self.state.wait_for_everyone()
 
@@ -108,14 +109,14 @@ class ImageJob:
                 told = f"{key}={found.get(key)}, not {value}"
                 told = "another model's weights" if key == "model" else told
                 raise AsdmError(
-                    f"{self.folder / name}: holds images of {told}; name another folder, or remove this one's images"
+                    f"{self.folder / name}: holds images of {told}; name another folder, or remove this one"
                 )
 
-    def draw(
+    def generate(
         self,
         name: str,
         pipeline: DiffusionPipeline,
-        drawing: Drawing,
+        settings: ImageSettings,
         *,
         limit: int | None = None,
         batch_size: int | None = None,
@@ -138,7 +139,7 @@ class ImageJob:
         for batch in batches[self.state.process_index :: self.state.num_processes]:
             if progress is not None:
                 progress(min(done, len(pictures.all)), len(pictures.all))
-            self._draw_batch(folder, pipeline, drawing, batch, batch_size, store)
+            self._generate_batch(folder, pipeline, settings, batch, batch_size, store)
             done += len(batch) * self.state.num_processes
         self.state.wait_for_everyone()
         if progress is not None:
@@ -163,11 +164,11 @@ class ImageJob:
             found = [[batch for batch in batches if not all(_is_written(folder / pictures[at].file) for at in batch)]]
         return list(broadcast_object_list(found)[0])
 
-    def _draw_batch(
+    def _generate_batch(
         self,
         folder: Path,
         pipeline: DiffusionPipeline,
-        drawing: Drawing,
+        settings: ImageSettings,
         batch: range,
         batch_size: int,
         store: Callable[[Image.Image], Image.Image],
@@ -178,10 +179,10 @@ class ImageJob:
             generate(
                 without_safety_checker(pipeline),
                 [each.prompt for each in pictures for _ in range(per_picture)],
-                seed=drawing.seed + batch.start * per_picture,
-                steps=drawing.steps,
-                guidance_scale=drawing.guidance_scale,
-                size=None if drawing.side == image_size(pipeline) else drawing.side,
+                seed=settings.seed + batch.start * per_picture,
+                steps=settings.steps,
+                guidance_scale=settings.guidance_scale,
+                size=None if settings.side == image_size(pipeline) else settings.side,
                 batch_size=batch_size,
             )
         )
@@ -189,7 +190,7 @@ class ImageJob:
             path = folder / picture.file
             if not _is_written(path):  # a file of a batch that was interrupted stays as it is
                 own = images[number * per_picture : (number + 1) * per_picture]
-                _save(store(own[0] if per_picture == 1 else grid(own)), path, drawing.jpeg)
+                _save(store(own[0] if per_picture == 1 else grid(own)), path, settings.jpeg)
 
 
 def grid(images: Sequence[Image.Image], columns: int = 2) -> Image.Image:
