@@ -190,7 +190,9 @@ def test_captions_are_read_as_coco_bk_sdm_and_lists_have_them(tmp_path):
     text = tmp_path / "prompts.txt"
     text.write_text("a cat\n\na dog\n")
     assert read_captions(text, 1) == ["a cat"]
-    for content in ("[]", "{", '{"annotations": [{"id": 1}]}', '{"annotations": []}', "7"):
+    coco.write_text(json.dumps({"annotations": [{"image_id": 1, "id": 1, "caption": "half \ud83d an emoji"}]}))
+    assert read_captions(coco, 1) == ["half ? an emoji"]
+    for content in ("[]", "{", "[" * 100_000, '{"annotations": [{"id": 1}]}', '{"annotations": []}', "7"):
         coco.write_text(content)
         with pytest.raises(AsdmError, match=r"^[^\n]+captions[^\n]+$"):
             read_captions(coco, 10)

@@ -42,9 +42,9 @@ def _of_coco(path: Path, count: int) -> list[str]:
         rows = json.loads(text_of(path))["annotations"]
         chosen: dict[Any, tuple[Any, str]] = {}
         for row in rows:
-            image, caption = row["image_id"], (row["id"], " ".join(row["caption"].split()))
+            image, caption = row["image_id"], (row["id"], _plain(row["caption"]))
             chosen[image] = min(chosen.get(image, caption), caption)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         told = "not COCO's captions, with image_id, id and caption in each of its annotations"
         raise AsdmError(f"{path}: {told} ({one_line(repr(error), 60)})") from None
     if not chosen:
@@ -70,4 +70,9 @@ def _caption_of(row: dict[str, Any], second_column: bool) -> str | None:
     values = [row[name] for name in CAPTION_FIELDS if name in row]
     if not values and second_column:
         values = list(row.values())[1:2]
-    return " ".join(values[0].split()) if values and isinstance(values[0], str) and values[0].split() else None
+    return _plain(values[0]) or None if values and isinstance(values[0], str) else None
+
+
+def _plain(text: str) -> str:
+    """Return a text in one line; half an emoji is no character."""
+    return " ".join(text.encode("utf-8", "replace").decode().split())

@@ -95,7 +95,7 @@ def _geneval(path: Path) -> Pictures:
 def _json_of(line: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

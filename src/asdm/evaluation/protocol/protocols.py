@@ -31,7 +31,6 @@ class Protocol(Record):
     jpeg: int | None = Field(description="quality of JPEG files; None for PNG")
     squash: bool = Field(description="real images lose their aspect ratio; otherwise their middle square is used")
     metrics: tuple[str, ...] = Field(description="by default")
-    seed: int = Field(0, description="of the first prompt; the n-th prompt's noise is that of seed + n")
 
     @property
     def sources(self) -> Mapping[Role, Source]:
