@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from transformers import CLIPModel
+from transformers import CLIPModel, PreTrainedModel
 
 from asdm.errors import AsdmError, one_line
 from asdm.pipelines.quiet import quiet
@@ -29,8 +29,8 @@ def load_clip(pipeline: DiffusionPipeline) -> CLIPModel | None:
         raise AsdmError(f"{folder}: the CLIPModel cannot be loaded ({one_line(error)}); remove the folder") from None
 
 
-def clip_statistics(clip: CLIPModel) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation by which a CLIPModel from a folder wants pixels in [0, 1] to be normalised."""
+def clip_statistics(clip: PreTrainedModel) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation by which a model of images from a folder wants pixels in [0, 1] to be normalised."""
     about: dict[str, Any] = {}
     for name in ("preprocessor_config.json", "processor_config.json"):  # of transformers 4, and of 5
         path = Path(clip.name_or_path) / name
