@@ -103,8 +103,8 @@ class ClipExtractor:
     def of_folder(cls, path: Path, title: str, device: torch.device | str, *, scaled: bool = False) -> ClipExtractor:
         """Load a CLIPModel and its tokenizer from a folder."""
         with _loading(path), quiet():
-            clip = CLIPModel.from_pretrained(path, dtype=torch.float32).eval().to(device)
-            return cls(clip, AutoTokenizer.from_pretrained(path), title, scaled=scaled)
+            clip = CLIPModel.from_pretrained(path, dtype=torch.float32, use_safetensors=True).eval().to(device)
+            return cls(clip, AutoTokenizer.from_pretrained(path, trust_remote_code=False), title, scaled=scaled)
 
     @torch.no_grad()
     def images(self, pixels: Tensor) -> dict[str, Tensor]:
@@ -121,7 +121,10 @@ class Dinov2Extractor:
 
     def __init__(self, path: Path, device: torch.device | str) -> None:
         with _loading(path), quiet():
-            self._network = AutoModel.from_pretrained(path, dtype=torch.float32).eval().to(device)
+            network = AutoModel.from_pretrained(
+                path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            )
+            self._network = network.eval().to(device)
         self._mean, self._deviation = (torch.tensor(each).view(3, 1, 1) for each in clip_statistics(self._network))
         self._device = device
         self.identity = f"dinov2 {DINOV2_SIDE} {digest_of(self._network)}"
