@@ -104,7 +104,8 @@ def require_ours(folder: Path, kind: str) -> None:
     """Raise an AsdmError unless `folder` can be replaced: it is empty, absent, or of this kind and this tool's.
 
     Args:
-        kind: as it stands in the folder's `MARKER`: pipeline, prepared, compression or export.
+        kind: as it stands in the folder's `MARKER`: pipeline, prepared, compression, export or
+            decoder.
     """
     if folder.is_file():
         raise AsdmError(f"{folder}: a file; name a folder that does not exist yet")
