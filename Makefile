@@ -10,7 +10,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n logical --maxprocesses 8 --dist loadfile
 
-# Builds the embedded pipeline by its recipe (hours). STEP: images, tokenizer, clip, vae, unet, assemble, check or all.
+# Builds the embedded pipeline by its recipe (hours). STEP: images, tokenizer, clip, vae, unet, assemble, decoder, check or all.
 STEP ?= all
 demo-build: $(INSTALLED)
 	$(BIN)/python -m tools.demo $(STEP)

@@ -18,15 +18,9 @@ from asdm.evaluation.decoders import DecodedSet, compare_decoder, held_out_set
 from asdm.pipelines.decoders import make_tiny
 from asdm.training.log import read_log
 from asdm.training.task import BatchSlice
-from conftest import tiny_inpainting_pipeline, tiny_pipeline, tiny_pixart_pipeline, tiny_sdxl_pipeline
+from conftest import tiny_decoder, tiny_inpainting_pipeline, tiny_pipeline, tiny_pixart_pipeline, tiny_sdxl_pipeline
 
 SMALL = {"width": 8, "blocks": [1, 1], "batch_size": 2, "mixed_precision": "no", "checkpoint_every": 2}
-
-
-def tiny_decoder(channels=4, blocks=(1, 1)) -> AutoencoderTiny:
-    """For the tiny pipelines' VAE, whose images have twice the latents' side."""
-    torch.manual_seed(3)
-    return make_tiny(channels, 8, blocks).eval()
 
 
 @pytest.fixture
@@ -125,7 +119,7 @@ def test_a_batch_in_parts_has_the_whole_ones_gradient(pipeline, crop):
 
 def test_the_size_follows_the_vae_and_the_recipe(pipeline, tmp_path):
     tiny = DecoderRecipe(width=8).tiny_for(pipeline)
-    assert tiny.config.num_decoder_blocks == (6, 0) and tiny.config.num_encoder_blocks == (0, 6)
+    assert tiny.config.num_decoder_blocks == (6, 0) and tiny.config.num_encoder_blocks == (0, 3)
     with pytest.raises(AsdmError, match="blocks=3,3,3,1: the levels of this model's VAE are 2"):
         DecoderRecipe(blocks=[3, 3, 3, 1]).tiny_for(pipeline)
     file = tmp_path / "recipe.yaml"

@@ -31,6 +31,7 @@ from asdm.registry import PIPELINES, registered_folder
 
 KIND = "decoder"  # of a folder, in its marker
 FOLDER = "decoder"  # within a registered pipeline's folder
+ENCODER_BLOCKS = 3  # of a level, at most
 RANDOM_DECODER = f"{RANDOM}taesd"
 _LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
 _CARD = """---
@@ -139,19 +140,19 @@ def is_tiny(vae: Any) -> bool:
 
 
 def make_tiny(latent_channels: int, width: int, blocks: Sequence[int]) -> AutoencoderTiny:
-    """Make a tiny decoder, with an encoder of the same size, of random weights.
+    """Make a tiny decoder of random weights, with an encoder of the same width.
 
     Args:
         width: channels of all layers.
         blocks: residual blocks of each level of the decoder, from the latents to the pixels. Each level has twice the
-            side of the one before.
+            side of the one before. The encoder has as many, but three of a level at most, as TAESD's.
     """
     widths = (width,) * len(blocks)
     return AutoencoderTiny(
         latent_channels=latent_channels,
         encoder_block_out_channels=widths,
         decoder_block_out_channels=widths,
-        num_encoder_blocks=tuple(reversed(blocks)),
+        num_encoder_blocks=tuple(min(count, ENCODER_BLOCKS) for count in reversed(blocks)),
         num_decoder_blocks=tuple(blocks),
     )
 
