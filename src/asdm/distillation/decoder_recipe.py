@@ -36,7 +36,7 @@ class DecoderRecipe(Record):
     accumulation: int = Field(1, ge=1, description="Rounds in which a step's batch is computed, for less memory.")
     crop: int = Field(32, ge=1, description="Side of the part of a latent that a step trains on, cut at random.")
     optimizer: OptimizerName = Field("muon", description="adamw, adamw8bit or muon.")
-    learning_rate: float = Field(2e-3, gt=0, description="The peak, reached after the warm-up.")
+    learning_rate: float = Field(3e-3, gt=0, description="The peak, reached after the warm-up.")
     warmup_steps: int = Field(30, ge=0, description="Steps in which the learning rate rises.")
     ema_decay: float = Field(0.99, ge=0, lt=1, description="Decay of the averaged weights, which are the result.")
     checkpoint_every: int = Field(100, ge=1, description="Steps between checkpoints.")
@@ -45,8 +45,10 @@ class DecoderRecipe(Record):
     )
     pixels: float = Field(1.0, gt=0, description="Weight of the error of pixels.")
     features: float = Field(0.05, ge=0, description="Weight of the error of the VAE encoder's features.")
-    features_every: int = Field(8, ge=1, description="The error of features is computed at every k-th step.")
-    encoder: float = Field(0.1, ge=0, description="Weight of the error of the student's encoder; 0 trains none.")
+    features_every: int = Field(16, ge=1, description="The error of features is computed at every k-th step.")
+    encoder: float = Field(
+        0.1, gt=0, description="Weight of the error of the student's encoder, by which image-to-image starts."
+    )
     encoder_every: int = Field(2, ge=1, description="The encoder is trained at every k-th step.")
 
     @field_validator("blocks")

@@ -46,7 +46,6 @@ class DecoderTask(TrainingTask):
     def __init__(self, pipeline: DiffusionPipeline, tiny: AutoencoderTiny, recipe: DecoderRecipe):
         super().__init__()
         self.tiny, self.recipe = tiny.requires_grad_(True), recipe
-        tiny.encoder.requires_grad_(recipe.encoder > 0)
         self._teacher = _Teacher(pipeline)
 
     def forward(
@@ -54,7 +53,7 @@ class DecoderTask(TrainingTask):
     ) -> dict[str, Tensor]:
         recipe, teacher = self.recipe, self._teacher
         chosen = _chosen(batch, recipe.crop, generator, (part or BatchSlice()))
-        with_encoder = bool(recipe.encoder) and batch.step % recipe.encoder_every == 0
+        with_encoder = batch.step % recipe.encoder_every == 0
         with _in_full_precision(teacher.device):
             images, target = teacher.answers(chosen, with_encoder)
         decoded = self.tiny.decode(chosen.latents.to(teacher.device)).sample.float()

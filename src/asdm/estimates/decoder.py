@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -44,13 +43,13 @@ def _seconds_of_a_pair(pipeline: DiffusionPipeline, recipe: DecoderRecipe) -> fl
     """Return the seconds of the passes of two latents, on average over the steps. Where latents are whole, the teacher
     has answered before."""
     latents = torch.randn(SAMPLES, *latent_shape(pipeline), generator=torch.Generator().manual_seed(0))
-    batch = DecoderBatch(latents, torch.arange(SAMPLES), 0)
+    tiny = recipe.tiny_for(pipeline).to(pipeline.vae.device)
+    # The first step compares pixels alone, the second one latents too, the third one features too.
+    task = DecoderTask(pipeline, tiny, recipe.model_copy(update={"encoder_every": 2, "features_every": 3}))
 
-    def seconds(**changes: Any) -> float:
-        tiny = recipe.tiny_for(pipeline).to(pipeline.vae.device)
-        task = DecoderTask(pipeline, tiny, recipe.model_copy(update=changes))
-
+    def seconds(step: int) -> float:
         def passes() -> None:
+            batch = DecoderBatch(latents, torch.arange(SAMPLES), step)
             task(batch, torch.Generator().manual_seed(0))["loss"].backward()
 
         passes()
@@ -58,6 +57,5 @@ def _seconds_of_a_pair(pipeline: DiffusionPipeline, recipe: DecoderRecipe) -> fl
 
     with preserve_module_state(pipeline.vae), torch.enable_grad():
         pipeline.vae.eval().requires_grad_(False)
-        plain = seconds(encoder=0.0, features=0.0)
-        with_encoder, with_features = seconds(features=0.0), seconds(encoder=0.0)
+        plain, with_encoder, with_features = (seconds(step) for step in (1, 2, 3))
     return plain + (with_encoder - plain) / recipe.encoder_every + (with_features - plain) / recipe.features_every

@@ -21,7 +21,7 @@ from asdm.diffusion.generation import default_guidance, most_steps, pipeline_arg
 from asdm.diffusion.kinds import is_random
 from asdm.errors import one_line
 from asdm.measure.latency import measure_interleaved
-from asdm.pipelines.decoders import with_decoder
+from asdm.pipelines.decoders import is_tiny, with_decoder
 from asdm.pipelines.derived import with_vae
 from asdm.runtime.graphs import decoder_graph
 from asdm.runtime.measures import Measure, is_worth_it, relative_error
@@ -84,10 +84,9 @@ def optimize_decoder(
 def _ways(pipeline: DiffusionPipeline, latents: Tensor) -> dict[str, Make]:
     """Return the ways to run the VAE's own decoder, by name."""
     vae: Any = pipeline.vae
-    ways: dict[str, Make] = {
-        "decoder: channels last": lambda: _in_channels_last(copy.deepcopy(vae)),
-        "decoder: tiles": lambda: _in_tiles(copy.deepcopy(vae), image_size(pipeline), latent_shape(pipeline)[1]),
-    }
+    ways: dict[str, Make] = {"decoder: channels last": lambda: _in_channels_last(copy.deepcopy(vae))}
+    if not is_tiny(vae):  # whose tiles are for a factor of eight alone
+        ways["decoder: tiles"] = lambda: _in_tiles(copy.deepcopy(vae), image_size(pipeline), latent_shape(pipeline)[1])
     if pipeline.device.type == "cpu" and vae.dtype == torch.float32:
         ways |= {
             "decoder: OpenVINO": lambda: _in_openvino(pipeline, latents, None),

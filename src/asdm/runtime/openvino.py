@@ -206,6 +206,9 @@ class OpenVinoVae(nn.Module):
         self.dtype, self.device = torch.float32, torch.device("cpu")
         self.graph = _Graph(folder / FILES["openvino"])
 
+    def __deepcopy__(self, _: Any) -> OpenVinoVae:
+        return self  # a graph is never changed, and cannot be copied
+
     def decode(self, latents: Tensor, return_dict: bool = True, **_: Any) -> Any:
         sample = self.graph(latent_sample=latents.float())
         return DecoderOutput(sample=sample) if return_dict else (sample,)
