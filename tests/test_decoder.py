@@ -138,9 +138,12 @@ def test_the_size_follows_the_vae_and_the_recipe(pipeline, tmp_path):
         read_decoder_recipe(tmp_path / "gone.yaml")
 
 
-def test_a_tiny_vae_teaches_none(pipeline, data_folder, tmp_path):
+def test_a_tiny_vae_teaches_none_and_one_in_half_precision_neither(pipeline, data_folder, tmp_path):
     with pytest.raises(AsdmError, match="its VAE is an AutoencoderTiny already"):
         distill_decoder(with_decoder(pipeline, tiny_decoder()), data_folder, tmp_path / "work")
+    pipeline.vae.half()
+    with pytest.raises(AsdmError, match="load the pipeline in float32"):
+        distill_decoder(pipeline, data_folder, tmp_path / "work")
     assert not (tmp_path / "work").exists()
 
 

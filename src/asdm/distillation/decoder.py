@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline
 
 from asdm import checks
@@ -112,7 +113,7 @@ def distill_decoder(
 def require_teachable(pipeline: DiffusionPipeline) -> None:
     """
     Raises:
-        AsdmError: the pipeline's VAE is a tiny one, or not of a kind whose decoder can be taught from.
+        AsdmError: the pipeline's VAE is a tiny one, in half precision, or of a kind that teaches none.
     """
     vae: Any = pipeline.vae
     if is_tiny(vae):
@@ -120,6 +121,8 @@ def require_teachable(pipeline: DiffusionPipeline) -> None:
             f"{pipeline.config.get('_name_or_path')}: its VAE is an AutoencoderTiny already; name the model with its "
             "own VAE"
         )
+    if vae.dtype != torch.float32:
+        raise AsdmError(f"a VAE in {vae.dtype} teaches no decoder; load the pipeline in float32")
     if not encoder_levels(vae):
         raise AsdmError(f"vae: a {type(vae).__name__}; a decoder is taught by an AutoencoderKL")
 

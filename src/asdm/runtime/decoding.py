@@ -23,6 +23,7 @@ from asdm.errors import one_line
 from asdm.measure.latency import measure_interleaved
 from asdm.pipelines.decoders import is_tiny, with_decoder
 from asdm.pipelines.derived import with_vae
+from asdm.pipelines.quiet import quiet
 from asdm.runtime.graphs import decoder_graph
 from asdm.runtime.measures import Measure, is_worth_it, relative_error
 from asdm.runtime.openvino import OpenVinoVae
@@ -122,7 +123,8 @@ def _in_openvino(pipeline: DiffusionPipeline, latents: Tensor, int8: Int8 | None
     calibration = [] if int8 is None else [{"latent_sample": each[None]} for each in scaled]
     graph = decoder_graph(pipeline, scaled, calibration)
     place = Path(folder.name)
-    write(graph, place / FILES["openvino"])
+    with quiet():
+        write(graph, place / FILES["openvino"])
     (place / "config.json").write_text(json.dumps(graph.config, default=str), "utf-8")
     vae = OpenVinoVae(place, pipeline.vae)
     vae.files = folder  # type: ignore[assignment]
