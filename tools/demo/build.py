@@ -34,7 +34,7 @@ from tools.demo.emoji import held_out_pairs, render_dataset, seen_pairs
 from tools.demo.recipe import LOOPS, Recipe
 
 STAGES = ("images", "tokenizer", "clip", "vae", "unet", "assemble", "decoder", "check")
-DECODER = DecoderRecipe(width=32, blocks=[6, 4, 0], steps=1500)  # below 1 MB, its encoder included
+DECODER = DecoderRecipe(width=32, blocks=[6, 4, 0], steps=3000)  # below 1 MB, its encoder included
 SAMPLED = 64  # captions of either split, from which the decoder is checked on latents that the pipeline samples
 Report = Callable[[str, int, int, str], None]
 
