@@ -21,7 +21,7 @@ reliability: $(INSTALLED)
 	  $(BIN)/python benchmarks/reliability.py $$part || exit; \
 	done
 
-# Builds the embedded pipeline by its recipe (hours). STEP: images, tokenizer, clip, vae, unet, assemble, check or all.
+# Builds the embedded pipeline by its recipe (hours). STEP: images, tokenizer, clip, vae, unet, assemble, decoder, check or all.
 STEP ?= all
 demo-build: $(INSTALLED)
 	$(BIN)/python -m tools.demo $(STEP)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     PixArtAlphaPipeline,
@@ -39,6 +41,7 @@ from asdm import AsdmUNet2DConditionModel, PruningPlan, build_student
 from asdm.demo import pipeline_folder
 from asdm.evaluation import image_timing
 from asdm.measure import latency
+from asdm.pipelines.decoders import make_tiny
 
 # Tests run beside each other, on a machine that is never quiet; they do not wait for narrow intervals.
 latency.PATIENCE = image_timing.IMAGES_PATIENCE = 0.5
@@ -202,6 +205,12 @@ def tiny_pixart_pipeline() -> PixArtAlphaPipeline:
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def tiny_decoder(channels: int = 4, blocks: Sequence[int] = (1, 1)) -> AutoencoderTiny:
+    """For the tiny pipelines' VAE, whose images have twice the latents' side."""
+    torch.manual_seed(3)
+    return make_tiny(channels, 8, blocks).eval()
 
 
 @pytest.fixture

@@ -35,6 +35,7 @@ SMALLEST = {"--steps": 4, "--samples": 2, "--rounds": 1, "--timesteps": 1, "--re
 ALWAYS = {  # options that a test's runs get where the page leaves them out
     "analyze": ("--samples", "--timesteps"),
     "compress": ("--samples", "--refine"),
+    "distill-decoder": ("--steps",),
     "evaluate": ("--samples", "--rounds", "--steps"),
     "generate": ("--steps",),
 }

@@ -8,16 +8,29 @@ import pytest
 import torch
 from PIL import Image
 
-from asdm import AsdmError, PruningPlan, Remove, build_student, cache_features, export, generate, with_unet
+from asdm import (
+    AsdmError,
+    PruningPlan,
+    Remove,
+    build_student,
+    cache_features,
+    export,
+    generate,
+    with_decoder,
+    with_unet,
+)
+from asdm.diffusion.conditioning import encode_images
 from asdm.families import UNetFamily
 from asdm.families.tensors import fingerprint
 from asdm.measure.latency import Latency
+from asdm.pipelines.derived import with_vae
 from asdm.runtime import openvino as openvino_graphs
 from asdm.runtime.graphs import Graph
-from asdm.runtime.openvino import with_openvino_graphs
+from asdm.runtime.openvino import OpenVinoVae, with_openvino_graphs
 from asdm.runtime.writers import program_of
 from conftest import (
     predict,
+    tiny_decoder,
     tiny_inpainting_pipeline,
     tiny_pipeline,
     tiny_sdxl_pipeline,
@@ -138,6 +151,17 @@ def two_graphs(tmp_path_factory):
     student = student_of(tiny_pipeline(), *EDITS[:3], EDITS[3] | {"router": "time"})
     export(student, folder, cache=1, parts=["unet_inner", "unet_outer", "vae_decoder"])
     return student, folder
+
+
+def test_graphs_of_a_tiny_decoder_keep_the_latents_scale(pipeline, tmp_path):
+    """The VAE scales latents by 0.5, and a tiny decoder does not."""
+    fast = with_decoder(pipeline, tiny_decoder())
+    export(fast, tmp_path / "out", parts=["vae_decoder"])
+    ready = with_vae(pipeline, OpenVinoVae(tmp_path / "out" / "vae_decoder", pipeline.vae))
+    found, expected = (generate(each, ["a prompt"], steps=2, seed=3) for each in (ready, fast))
+    assert (found - expected).abs().max() < 0.05
+    images = torch.rand(1, 3, 16, 16) * 2 - 1
+    torch.testing.assert_close(encode_images(ready.vae, images), encode_images(pipeline.vae, images))
 
 
 @pytest.mark.slow

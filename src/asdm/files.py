@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
-from asdm.errors import AsdmError
+from asdm.errors import AsdmError, one_line
 from asdm.reading import read_json
 
 MARKER = "asdm.json"  # in a folder that this tool wrote: what it is, and that it may be replaced
@@ -134,7 +134,8 @@ def require_ours(folder: Path, kind: str) -> None:
     """Raise an AsdmError unless `folder` can be replaced: it is empty, absent, or of this kind and this tool's.
 
     Args:
-        kind: as it stands in the folder's `MARKER`: pipeline, prepared, compression or export.
+        kind: as it stands in the folder's `MARKER`: pipeline, prepared, compression, export or
+            decoder.
     """
     if folder.is_file():
         raise AsdmError(f"{folder}: a file; name a folder that does not exist yet")
@@ -150,6 +151,21 @@ def require_ours(folder: Path, kind: str) -> None:
             f"{folder}: holds what asdm calls {found}, and would be replaced by {kind}; name another folder or remove "
             "it"
         )
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read the settings that a run wrote beside its checkpoints.
+
+    Raises:
+        AsdmError: they are damaged.
+    """
+    try:
+        found = read_json(path)
+    except (OSError, ValueError) as error:
+        raise AsdmError(f"{path}: damaged ({one_line(error)}); use another output folder") from None
+    if not isinstance(found, dict):
+        raise AsdmError(f"{path}: not the settings of a run; use another output folder")
+    return found
 
 
 def read_marker(folder: Path) -> dict[str, Any]:

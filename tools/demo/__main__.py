@@ -25,7 +25,10 @@ def main() -> None:
 @app.command()
 def demo_build(
     step: Annotated[
-        str, typer.Argument(help="images, tokenizer, clip, vae, unet, assemble, check; all is all of them but images.")
+        str,
+        typer.Argument(
+            help="images, tokenizer, clip, vae, unet, assemble, decoder, check; all is all of them but images."
+        ),
     ] = "all",
     folder: Annotated[Path, typer.Option(help="Where checkpoints and the result go.")] = Path("runs/demo-build"),
     minutes: Annotated[

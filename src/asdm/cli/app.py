@@ -12,6 +12,7 @@ from asdm.cli.compress import compress
 from asdm.cli.convert_lora import convert_lora
 from asdm.cli.demo import demo
 from asdm.cli.distill import distill
+from asdm.cli.distill_decoder import distill_decoder
 from asdm.cli.doctor import doctor
 from asdm.cli.evaluate import evaluate
 from asdm.cli.export import export
@@ -28,6 +29,7 @@ COMMANDS = (
     prune,
     prepare_data,
     distill,
+    distill_decoder,
     evaluate,
     generate,
     export,

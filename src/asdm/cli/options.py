@@ -93,6 +93,16 @@ ConfigOption = Annotated[
         show_default=False,
     ),
 ]
+DecoderOption = Annotated[
+    str | None,
+    typer.Option(
+        "--decoder",
+        help="A tiny decoder in the place of the VAE: a folder that distill-decoder wrote, or the Hub id of an "
+        "AutoencoderTiny.",
+        callback=NAME,
+        show_default=False,
+    ),
+]
 ImageToImageOption = Annotated[
     int,
     typer.Option(

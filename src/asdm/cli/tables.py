@@ -11,6 +11,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from asdm.benchmark.results import BenchmarkRow
     from asdm.distillation.estimate import StageEstimate
+    from asdm.evaluation.decoders import DecoderComparison
     from asdm.evaluation.protocol.results import ProtocolResults
     from asdm.evaluation.report import Column
     from asdm.evaluation.results import Evaluation, ImageToImageMetrics, QualityMetrics
@@ -46,6 +47,21 @@ def extras_table(found: Installation) -> Table:
     if any(extra.problems for extra in found.extras.values()):
         table.caption = "To add one: pip install 'asdm-diffusion\\[NAME]'"
         table.caption_justify = "left"
+    return table
+
+
+def decoder_table(found: DecoderComparison) -> Table:
+    """Return what a tiny decoder is beside the VAE that taught it."""
+    table = _table(f"{found.images} images", ["decoder"], ["params M", "ms", "PSNR to real", "to the VAE's"])
+    for name, parameters, ms, real, own in (
+        ("VAE", found.vae_parameters, found.vae_ms, found.vae_real_psnr, None),
+        ("tiny", found.parameters, found.ms, found.real_psnr, found.psnr),
+    ):
+        shown = ["" if value is None else f"{value:.2f} dB" for value in (real, own)]
+        table.add_row(name, f"{parameters / 1e6:.2f}", f"{ms:.2f}", *shown)
+    apart = "" if found.told_apart is None else f"; the judge tells {found.told_apart:.1%} of the images apart"
+    table.caption = f"speed-up of decoding: {found.ratio}{apart}"
+    table.caption_justify = "left"
     return table
 
 

@@ -38,6 +38,7 @@ from asdm.evaluation.starting_images import image_to_image_sets
 from asdm.families import Denoiser, denoiser_of
 from asdm.files import replacing_file, write_text
 from asdm.pipelines.clip import load_clip
+from asdm.pipelines.decoders import with_decoder
 from asdm.pipelines.derived import with_unet
 from asdm.pipelines.model_card import model_card
 from asdm.pipelines.saving import save_pipeline_into
@@ -57,9 +58,9 @@ Progress = Callable[[str, int, int, str], None]
 class Job:
     """The settings, the folder, and the results that steps hand to later ones.
 
-    `pipelines`: by the name that they have in the evaluation: the teacher, the student as it was pruned, and the
-    distilled student if there is a distillation. `logs`: each stage's training log. `skipped`: the data's files that
-    could not be used, with reasons.
+    `pipelines`: by the name that they have in the evaluation: the teacher, the student as it was pruned, the distilled
+    student if there is a distillation, and the last of these with a tiny decoder if there is one. `logs`: each stage's
+    training log. `skipped`: the data's files that could not be used, with reasons.
     """
 
     settings: Settings
@@ -89,7 +90,8 @@ class Job:
     @property
     def result(self) -> DiffusionPipeline:
         """The pipeline that the job makes."""
-        return list(self.pipelines.values())[-1]
+        is_measured_alone = self.settings.decoder is not None and not self.settings.save_decoder
+        return list(self.pipelines.values())[-2 if is_measured_alone else -1]
 
     def reporter(self, title: str) -> Callable[[int, int, str], None]:
         """Return the progress of one task, called with its done and total, and a note."""
@@ -252,6 +254,15 @@ class Distil(Step):
         return training(job.teacher, forecast.student, stages, data=settings.data, folder=job.work / "training")
 
 
+class Decode(Step):
+    """Give the last student a tiny decoder, beside the one with the VAE."""
+
+    def run(self, job: Job) -> None:
+        if job.settings.decoder is not None:
+            name, last = list(job.pipelines.items())[-1]
+            job.pipelines[f"{name}, tiny decoder"] = with_decoder(last, job.settings.decoder)
+
+
 class Save(Step):
     """Write the result's components into the folder, which then loads as a pipeline."""
 
@@ -284,6 +295,7 @@ class Evaluate(Step):
         stages = _stages(settings, forecast.student)
         is_trained = settings.data is not None and any(stage.steps for stage in stages)
         networks: list[Network] = ["teacher", "student", "student"] if is_trained else ["teacher", "student"]
+        networks += ["student"] if settings.decoder is not None else []
         evaluated = works.evaluation(
             job.teacher,
             networks,
@@ -345,7 +357,17 @@ def _write_win_sheet(job: Job, sets: Sequence[EvaluationSet]) -> None:
         write_win_sheet(path, prompts=prompts, names=names, files=files, measure=measure, distances=distances)
 
 
-STEPS: tuple[Step, ...] = (Analyse(), Plan(), PlotProfile(), Prune(), Distil(), Save(), Evaluate(), WriteReport())
+STEPS: tuple[Step, ...] = (
+    Analyse(),
+    Plan(),
+    PlotProfile(),
+    Prune(),
+    Distil(),
+    Decode(),
+    Save(),
+    Evaluate(),
+    WriteReport(),
+)
 
 
 def expected_work(job: Job) -> tuple[Forecast, list[StepWork]]:

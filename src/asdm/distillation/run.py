@@ -24,11 +24,10 @@ from asdm.distillation.stages import Stage
 from asdm.distillation.tasks import make_task
 from asdm.distillation.teaching import WHOLE, Batch
 from asdm.distillation.training_set import TrainingSet
-from asdm.errors import AsdmError, one_line
+from asdm.errors import AsdmError
 from asdm.families import Denoiser, denoiser_of
-from asdm.files import write_text
+from asdm.files import read_settings, write_text
 from asdm.old_names import renamed_stage
-from asdm.reading import read_json
 from asdm.training.launch import make_accelerator
 from asdm.training.loop import Progress, train
 from asdm.training.sharding import is_sharding_requested
@@ -65,9 +64,10 @@ class StageRun:
         if path.is_file():
             # A setting that an earlier version did not have has its default.
             defaults = _fields(Stage(name=self.stage.name, steps=0))
-            saved = renamed_stage(self._saved(path))
+            saved = renamed_stage(read_settings(path))
             known = {"predicts": settings["predicts"], **defaults, **saved}
-            known["losses"] = defaults["losses"] | known["losses"]
+            if isinstance(known["losses"], dict):
+                known["losses"] = defaults["losses"] | known["losses"]
             now = json.loads(json.dumps(settings))
             changed = [name for name in now if known.get(name) != now[name]]
             if changed and not (changed == ["steps"] and self.is_newest and self.stage.steps > known["steps"]):
@@ -76,15 +76,6 @@ class StageRun:
                     "output folder"
                 )
         write_text(path, json.dumps(settings, indent=1) + "\n")
-
-    def _saved(self, path: Path) -> dict[str, Any]:
-        try:
-            found = read_json(path)
-        except (OSError, ValueError) as error:
-            raise AsdmError(f"{path}: damaged ({one_line(error)}); use another output folder") from None
-        if not isinstance(found, dict) or not isinstance(found.get("losses", {}), dict):
-            raise AsdmError(f"{path}: not the settings of a stage; use another output folder")
-        return found
 
     def _settings(self, student: Denoiser, examples: TrainingSet) -> dict[str, Any]:
         """Return all that a checkpoint's weights depend on."""

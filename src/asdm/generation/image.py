@@ -22,6 +22,7 @@ from asdm.families import denoiser_of, family_of
 from asdm.files import replacing_file
 from asdm.generation.request import GenerationRequest
 from asdm.generation.schedulers import scheduler_label
+from asdm.pipelines.decoders import is_tiny
 from asdm.reading import parse_json
 from asdm.version import __version__
 
@@ -87,6 +88,7 @@ def description(pipeline: DiffusionPipeline, request: GenerationRequest) -> dict
         "steps": default_steps(pipeline) if request.steps is None else request.steps,
         "guidance_scale": default_guidance(pipeline) if guidance is None else guidance,
         "scheduler": {"class": type(scheduler).__name__, "label": scheduler_label(scheduler), "config": config},
+        "decoder": shared_name(str(pipeline.vae.config.get("_name_or_path"))) if is_tiny(pipeline.vae) else None,
         "strength": None if request.image is None else request.image_strength,
         "masked": None if request.mask is None else True,
         "cfg_cutoff": None if request.cfg_cutoff == 1 else request.cfg_cutoff,
@@ -140,6 +142,7 @@ def a1111_parameters(about: Mapping[str, Any]) -> str:
         "Seed": about["seed"],
         "Size": f"{about['width']}x{about['height']}",
         "Model": about["model"],
+        "VAE": about.get("decoder"),
         "Denoising strength": about.get("strength"),
         "Clip skip": about["clip_skip"] + 1 if "clip_skip" in about else None,  # A1111 counts from 1, which skips none
         "ControlNet": about["controlnet"]["name"] if "controlnet" in about else None,
