@@ -20,6 +20,7 @@ from asdm.cli.output import say
 from asdm.cli.plan import plan
 from asdm.cli.prepare_data import prepare_data
 from asdm.cli.prune import prune
+from asdm.cli.web import app as web_app
 from asdm.version import __version__
 
 COMMANDS = (
@@ -35,6 +36,7 @@ COMMANDS = (
     compress,
     demo,
     benchmark,
+    web_app,
     doctor,
 )
 
