@@ -12,7 +12,9 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 import gradio as gr
 
 from asdm.app.compare_tab import compare_tab
+from asdm.app.evidence_tab import evidence_tab
 from asdm.app.handlers import Page, session_of
+from asdm.app.plan_tab import plan_tab
 from asdm.app.settings import AppSettings
 
 _FONTS = ["system-ui", "sans-serif"]  # none is fetched from elsewhere
@@ -40,6 +42,10 @@ def build_page(settings: AppSettings, folder: Path) -> gr.Blocks:
         gr.Markdown("# asdm\nDiffusion pipelines, pruned and distilled: compare them, plan them, look at the evidence.")
         with gr.Tab("Compare", id="compare"):
             compare_tab(page)
+        with gr.Tab("Plan", id="plan"):
+            plan_tab(page)
+        with gr.Tab("Evidence", id="evidence") as evidence:
+            evidence_tab(page, evidence)
 
         def closed(request: gr.Request) -> None:
             page.workbench.cancel(session_of(request))
