@@ -143,8 +143,6 @@ def save_comparison(comparison: Comparison, folder: Path) -> SavedComparison:
     )
 
 
-def with_newest(
-    history: tuple[SavedComparison, ...], newest: SavedComparison
-) -> tuple[SavedComparison, ...]:
+def with_newest(history: tuple[SavedComparison, ...], newest: SavedComparison) -> tuple[SavedComparison, ...]:
     """Return a session's history, the newest comparison first, without those beyond `HISTORY`."""
     return (newest, *history)[:HISTORY]

@@ -34,9 +34,16 @@ def compare_tab(page: Page) -> None:
         with gr.Column(scale=3, min_width=320):
             outputs = _outputs()
     gallery = gr.Gallery(
-        label=f"History of this session (the last {HISTORY})", columns=6, height="auto", object_fit="contain",
-        elem_id="history", interactive=False, allow_preview=False, buttons=[],
-    )  # fmt: skip
+        label=f"History of this session (the last {HISTORY})",
+        columns=8,
+        height="auto",
+        object_fit="contain",
+        fit_columns=False,
+        elem_id="history",
+        interactive=False,
+        allow_preview=False,
+        buttons=[],
+    )
     _connect(page, models, fields, buttons, [*outputs, gallery, history])
 
 
@@ -54,16 +61,17 @@ def _inputs(page: Page) -> tuple[list[Any], list[Any], list[Any]]:
     with gr.Row():
         run = gr.Button("Compare", variant="primary", elem_id="compare")
         cancel = gr.Button("Cancel", elem_id="cancel-compare")
+    usual: dict[str, Any] = {"info": "0: usual", "value": 0, "minimum": 0, "min_width": 100}
     with gr.Accordion("Sampler", open=True), gr.Row():
         seed = gr.Number(label="Seed", info="of the noise", value=0, precision=0, minimum=0, min_width=100)
-        steps = gr.Number(
-            label="Steps", info="0: usual", value=0, precision=0, minimum=0, maximum=limits.steps, min_width=100
+        steps = gr.Number(label="Steps", precision=0, maximum=limits.steps, **usual)
+        guidance = gr.Number(label="Guidance", maximum=50, **usual)
+        scheduler = gr.Dropdown(
+            [OWN_SCHEDULER, *SCHEDULERS], value=OWN_SCHEDULER, label="Scheduler", info="by short name", min_width=160
         )
-        guidance = gr.Number(label="Guidance", info="0: usual", value=0, minimum=0, maximum=50, min_width=100)
-        scheduler = gr.Dropdown([OWN_SCHEDULER, *SCHEDULERS], value=OWN_SCHEDULER, label="Scheduler", info="by short name", min_width=160)
     with gr.Accordion("Size and feature caching", open=False), gr.Row():
-        width = gr.Number(label="Width", info="0: usual", value=0, precision=0, minimum=0, step=8, maximum=limits.side, min_width=100)
-        height = gr.Number(label="Height", info="0: usual", value=0, precision=0, minimum=0, step=8, maximum=limits.side, min_width=100)
+        width = gr.Number(label="Width", precision=0, step=8, maximum=limits.side, **usual)
+        height = gr.Number(label="Height", precision=0, step=8, maximum=limits.side, **usual)
         cache = gr.Number(
             label="Feature caching", info="speed-up of the second model; 0: none", value=0, minimum=0, min_width=160
         )
@@ -83,8 +91,16 @@ def _outputs() -> list[Any]:
     summary = gr.Markdown("Write a prompt and press Compare.", elem_id="summary")
     with gr.Row():
         pair = [
-            gr.Image(label=label, type="filepath", interactive=False, height=200, min_width=100, buttons=["fullscreen"])
-            for label in ("First", "Second", "Difference, brightest from 64 of 255")
+            gr.Image(
+                label=label,
+                type="filepath",
+                interactive=False,
+                height=200,
+                min_width=100,
+                buttons=["fullscreen"],
+                elem_classes="tile",
+            )
+            for label in ("First", "Second", "Difference")
         ]
     with gr.Row():
         downloads = [

@@ -102,7 +102,7 @@ def report_frame(path: Path) -> str:
     guarded = f'<meta http-equiv="Content-Security-Policy" content="{policy}">{content}'
     return (
         f'<iframe title="report" sandbox="" srcdoc="{html.escape(guarded, quote=True)}" '
-        'style="width:100%;height:75vh;border:1px solid var(--border-color-primary);border-radius:8px;background:white">'
+        'style="width:100%;height:75vh;border:1px solid var(--border-color-primary);background:white">'
         "</iframe>"
     )
 
@@ -120,9 +120,7 @@ def pareto_figure(rows: Sequence[BenchmarkRow], split: str, quality: str) -> Any
     """
     import plotly.graph_objects as go
 
-    known = [
-        row for row in rows if row.ratio is not None and row.ratio.is_known and split in getattr(row, quality)
-    ]
+    known = [row for row in rows if row.ratio is not None and row.ratio.is_known and split in getattr(row, quality)]
     if not known:
         raise AsdmError(f"{quality}: not in this benchmark for {split or 'any split'}; choose another metric")
     figure = go.Figure()
@@ -182,7 +180,9 @@ def loss_figure(rows: Sequence[dict[str, float]]) -> Any:
         window = max(1, len(values) // 50)
         smooth = np.convolve(values, np.ones(window) / window, mode="valid")
         figure.add_trace(
-            go.Scatter(x=list(steps[window - 1 :: every]), y=[float(v) for v in smooth[::every]], name=term, mode="lines")
+            go.Scatter(
+                x=list(steps[window - 1 :: every]), y=[float(v) for v in smooth[::every]], name=term, mode="lines"
+            )
         )
     return _styled(figure, "step", f"loss, mean of {max(1, len(rows) // 50)} steps", log_y=True)
 
@@ -205,6 +205,8 @@ def read_losses(path: Path) -> list[dict[str, float]]:
 
 def _styled(figure: Any, x: str, y: str, log_x: bool = False, log_y: bool = False) -> Any:
     """Give a figure colours that are legible on light and dark pages."""
+    values = [1, 1.5, 2, 3, 5, 8, 10, 15, 20, 30]
+    ticks = {"type": "log", "tickvals": values, "ticktext": [f"{value:g}x" for value in values]}
     axis = {"gridcolor": "rgba(128,128,128,0.25)", "zerolinecolor": "rgba(128,128,128,0.4)"}
     figure.update_layout(
         paper_bgcolor="rgba(0,0,0,0)",
@@ -213,7 +215,7 @@ def _styled(figure: Any, x: str, y: str, log_x: bool = False, log_y: bool = Fals
         margin={"l": 60, "r": 10, "t": 30, "b": 50},
         legend={"orientation": "h", "y": 1.12},
         height=460,
-        xaxis={"title": {"text": x}, **axis, **({"type": "log", "dtick": "D2"} if log_x else {})},
+        xaxis={"title": {"text": x}, **axis, **(ticks if log_x else {})},
         yaxis={"title": {"text": y}, **axis, **({"type": "log"} if log_y else {})},
     )
     return figure

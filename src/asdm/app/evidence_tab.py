@@ -35,7 +35,9 @@ def evidence_tab(page: Page, tab: Any) -> None:
         with gr.Row():
             place = gr.Dropdown([], label="Model", min_width=120)
             split = gr.Dropdown([], label="Prompts", min_width=120)
-            quality = gr.Dropdown([(text, name) for name, text in QUALITIES.items()], label="Quality", min_width=160)
+            quality = gr.Dropdown(
+                [(text, name) for name, text in QUALITIES.items()], label="Quality", min_width=260, scale=2
+            )
         plot = gr.Plot(show_label=False, elem_id="pareto")
     with gr.Tab("Report"):
         report = gr.Dropdown([], label="Report of a compression", elem_id="report")

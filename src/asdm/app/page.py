@@ -19,8 +19,8 @@ from asdm.app.settings import AppSettings
 
 _FONTS = ["system-ui", "sans-serif"]  # none is fetched from elsewhere
 CSS = """
-.gradio-container {max-width: 1180px !important; margin: 0 auto}
-#slider img, #history img {image-rendering: auto}
+.gradio-container {max-width: 1180px !important; width: 100% !important; margin: 0 auto}
+.tile img {width: 100% !important; height: 100% !important; object-fit: contain}
 @media (max-width: 500px) {.gradio-container {padding: 4px !important}}
 """
 CACHE_SECONDS = 24 * 3600  # after which a generated file is deleted

@@ -200,7 +200,7 @@ def summary_of(board: PlanBoard) -> str:
         f"· {gmacs:.2f} of {redundancy.gmacs:.2f} GMACs"
     ]
     if board.others:
-        lines.append(f"{len(board.others)} further edits of the loaded plan are not in the profile and count for nothing.")
+        lines.append(f"{len(board.others)} edits of the loaded plan are not in the profile and count for nothing.")
     return "\n\n".join(lines)
 
 

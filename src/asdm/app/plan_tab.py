@@ -24,14 +24,14 @@ DIAGRAM_CSS = """
 .block h4 {margin: 0 0 4px; font-size: 12px; font-weight: 600; color: var(--body-text-color)}
 .units {display: flex; flex-wrap: wrap; gap: 6px}
 .unit {display: inline-flex; gap: 1px}
-.cell {min-width: 26px; height: 30px; padding: 0 6px; border: 2px solid transparent; border-radius: 4px; font-size: 12px;
-  font-weight: 600; cursor: pointer; position: relative}
+.cell {min-width: 26px; height: 30px; padding: 0 6px; border: 2px solid transparent; border-radius: 4px;
+  font-size: 12px; font-weight: 600; cursor: pointer; position: relative}
 .cell:hover, .cell:focus-visible {outline: 2px solid var(--body-text-color); z-index: 1}
 .cell.changed {border: 2px dashed #ff3b3b}
 .cell.removed {border-color: #ff3b3b}
 .cell.removed::after {content: ""; position: absolute; inset: 0; background:
-  linear-gradient(to top right, transparent 45%, #ff3b3b 45%, #ff3b3b 55%, transparent 55%),
-  linear-gradient(to bottom right, transparent 45%, #ff3b3b 45%, #ff3b3b 55%, transparent 55%)}
+  linear-gradient(to top right, transparent 47%, #ff3b3b 47%, #ff3b3b 53%, transparent 53%),
+  linear-gradient(to bottom right, transparent 47%, #ff3b3b 47%, #ff3b3b 53%, transparent 53%)}
 .legend {margin-top: 10px; font-size: 12px; text-align: center; color: var(--body-text-color)}
 .legend .scale {display: inline-block; width: 120px; height: 10px; margin: 0 6px; border-radius: 3px}
 .about {min-height: 2.8em; margin-top: 6px; font-size: 13px; text-align: center; color: var(--body-text-color)}
@@ -58,7 +58,7 @@ def plan_tab(page: Page) -> None:
     """Lay out the tab and connect it."""
     board = gr.State(None)
     offered = page.settings.models
-    with gr.Row(equal_height=True):
+    with gr.Row():
         model = gr.Dropdown(
             offered, value=offered[0], label="Model", allow_custom_value=page.settings.is_loopback, min_width=160
         )
@@ -71,7 +71,7 @@ def plan_tab(page: Page) -> None:
         elem_id="diagram", container=True, padding=True,
     )  # fmt: skip
     summary = gr.Markdown("", elem_id="plan-summary")
-    with gr.Row(equal_height=True):
+    with gr.Row():
         speedup = gr.Slider(1.05, 3, value=1.5, step=0.05, label="Speed-up", min_width=200, scale=3)
         best = gr.Button("Best plan for it", elem_id="best", min_width=120)
         clear = gr.Button("Clear", min_width=80)
@@ -84,7 +84,12 @@ def plan_tab(page: Page) -> None:
         with gr.Row():
             seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, min_width=100)
             steps = gr.Number(
-                label="Steps; 0: usual", value=0, precision=0, minimum=0, maximum=page.settings.limits.steps, min_width=100
+                label="Steps; 0: usual",
+                value=0,
+                precision=0,
+                minimum=0,
+                maximum=page.settings.limits.steps,
+                min_width=100,
             )
             attempt = gr.Button("Try the untrained student", variant="primary", elem_id="try", min_width=160)
     trial = gr.ImageSlider(
