@@ -50,7 +50,7 @@ def compare_tab(page: Page) -> None:
 def _inputs(page: Page) -> tuple[list[Any], list[Any], list[Any]]:
     """Return the widgets of the models, of a request's fields in the order of `FIELDS`, and the buttons."""
     offered, limits = page.settings.models, page.settings.limits
-    free = {"allow_custom_value": page.settings.is_loopback, "filterable": True}
+    free: dict[str, Any] = {"allow_custom_value": page.settings.is_loopback, "filterable": True}
     with gr.Group():
         models = [
             gr.Dropdown(offered, value=offered[0], label="First model (teacher)", elem_id="first-model", **free),

@@ -91,7 +91,7 @@ def plan_tab(page: Page) -> None:
                 maximum=page.settings.limits.steps,
                 min_width=100,
             )
-            attempt = gr.Button("Try the untrained student", variant="primary", elem_id="try", min_width=160)
+    attempt = gr.Button("Try the untrained student", variant="primary", elem_id="try")
     trial = gr.ImageSlider(
         label="Model on the left, untrained compensated student on the right", type="filepath", interactive=False,
         height=400, max_height=400, buttons=["fullscreen"], elem_id="trial",
