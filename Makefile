@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-build test benchmark ablation slow lint clean
+.PHONY: demo demo-build test benchmark ablation slow docs lint clean
 demo: $(INSTALLED)
 	$(BIN)/asdm demo --out asdm-demo
 
@@ -29,7 +29,13 @@ ablation: $(INSTALLED)
 	$(BIN)/python benchmarks/ablation.py show
 
 slow: $(INSTALLED)
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[docs,examples]"
 	$(BIN)/pytest -q -m slow
+
+# The site, in site/; a warning is an error.
+docs: $(INSTALLED)
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[docs]"
+	$(BIN)/zensical build --strict --clean
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check src tests tools benchmarks
@@ -42,4 +48,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv asdm-demo
+	rm -rf .venv asdm-demo site

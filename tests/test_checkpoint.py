@@ -18,6 +18,7 @@ from asdm import (
     build_student,
     convert_lora,
     export_checkpoint,
+    fold_compensation,
     make_plan,
     save_pipeline,
     with_unet,
@@ -416,13 +417,16 @@ def test_loras_that_do_not_fit_are_refused(tmp_path):
     student = student_of(original, TINY)
     with pytest.raises(AsdmError, match="lacks all 1 layers"):
         convert_lora(gone, student, tmp_path / "new.safetensors")
-    save_file({"lora_unet_x.lora_down.weight": torch.zeros(1, 1)}, tmp_path / "b.safetensors")
+    save_file({"unet.x.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "b.safetensors")
     with pytest.raises(AsdmError, match="no tensor is for a layer"):
         convert_lora(tmp_path / "b.safetensors", student, tmp_path / "new.safetensors")
     wide = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight"
     save_file({wide: torch.zeros(2, 320)}, tmp_path / "c.safetensors")
     with pytest.raises(AsdmError, match="320 inputs"):
         convert_lora(tmp_path / "c.safetensors", student, tmp_path / "new.safetensors")
+    forgetful = UNet2DConditionModel.from_config({k: v for k, v in student.config.items() if k[0] != "_"})
+    with pytest.raises(AsdmError, match="does not say which model it was made of"):
+        convert_lora(gone, forgetful, tmp_path / "new.safetensors")
     (tmp_path / "d.pt").write_bytes(b"")
     with pytest.raises(AsdmError, match="a pickle"):
         convert_lora(tmp_path / "d.pt", student, tmp_path / "new.safetensors")
@@ -533,3 +537,20 @@ def test_the_mid_block_may_keep_its_first_resnet_alone(tmp_path):
     assert torch.equal(predict(student), predict(removed))
     names = [FAMILY.original_layout(each, "diffusers").names.values() for each in (student, removed)]
     assert set(names[0]) == set(names[1])
+
+
+def test_a_projection_that_folds_is_written_and_one_that_does_not_is_refused(tmp_path):
+    """A projection in an attention's place folds into the resnet before it, where that has a 1x1 shortcut."""
+    pipeline = tiny_pipeline()
+    folding, staying = "up_blocks.3.attentions.0", "down_blocks.0.attentions.1"
+    for unit, folds in ((folding, True), (staying, False)):
+        assert FAMILY.projection_folds(pipeline.unet, unit) == folds
+        student = student_of(pipeline.unet, {"edit": "remove", "unit": unit, "compensate": "linear"})
+        with torch.no_grad():
+            student.get_submodule(unit).compensation.bias.fill_(0.1)
+        student = with_unet(pipeline, fold_compensation(student))
+        if folds:
+            export_checkpoint(student, tmp_path / "one.safetensors", "diffusers")
+        else:
+            with pytest.raises(AsdmError, match=f"{unit}: removed with a projection"):
+                export_checkpoint(student, tmp_path / "two.safetensors", "diffusers")

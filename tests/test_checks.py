@@ -135,6 +135,11 @@ def test_no_option_takes_what_is_no_number_of_its_range(refusal, command):
         (["plan", "demo", "--speedup", "1"], "above 1"),
         (["plan", "demo", "--speedup", "1e9"], "out of reach"),
         (["compress", "demo", "--out", "out", "--params", "nan"], "--params=nan"),
+        (["prepare-data", "demo", "demo", "--out", "out", "--draws", "8"], "add --teacher-features float16"),
+        (
+            ["prepare-data", "demo", "demo", "--out", "out", "--teacher-features", "int8", "--recipe", "gone"],
+            "gone: no",
+        ),
         (["compress", "demo", "--out", "out"], "exactly one of"),
         (["compress", "demo", "--out", "out", "--preset", "huge", "--steps", "0"], "no such preset"),
         (["compress", "demo", "--out", "out", "--params", "0.8", "--data", "gone"], "gone: no such data folder"),
@@ -197,12 +202,11 @@ def calls(tiny):
         "compress": dict(
             model="x", out="x", speedup=1.5, params=0.8, macs=0.8, preset="a-sdm", sensitivity="taylor",
             compensate="bias", refine=1, data="x", steps=1, recipe="joint", stages=[], captions="x", samples=1,
-            image_to_image=1, strength=0.5, sampling_steps=1, seed=0, progress=print,
+            image_to_image=1, strength=0.5, sampling_steps=1, dtype="float16", seed=0, progress=print, estimated=print,
         ),
         "distill": dict(
             teacher=pipeline, student=unet, data="x", folder="x", recipe="joint", steps=1, stages=[1], captions="x",
-            seed=0,
-            progress=print,
+            device="cpu", seed=0, progress=print,
         ),
         "evaluate": dict(
             pipelines={"x": pipeline}, data="x", prompts=["x"], samples=1, image_to_image=1, strength=0.5, steps=1,
@@ -238,6 +242,9 @@ def calls(tiny):
         "prepare_data": dict(
             pipeline=pipeline, data="x", folder="x", batch_size=1, steps=1, seed=0, progress=print,
             ignore_missing_shards=True,
+        ),
+        "record_teacher": dict(
+            pipeline=pipeline, data="x", recipe="joint", stages=[1], draws=1, dtype="int8", seed=0, progress=print
         ),
         "save_pipeline": dict(pipeline=pipeline, folder="x", about={}),
         "switch_unets": dict(pipeline=pipeline, unets=[unet], below=[0.5], speedup=1.1),
@@ -466,7 +473,7 @@ def test_other_libraries_give_no_advice_and_benchmarks_need_a_package_only_where
         "for name in ('tomesd', 'DeepCache', 'tgate', 'openvino', 'nncf', 'webdataset'):\n"
         "    sys.modules[name] = None\n"
         f"sys.path.insert(0, {str(scripts)!r})\n"
-        "for name in ('ablation', 'caching', 'student', 'training_step'):\n"
+        "for name in ('ablation', 'caching', 'incubation_memory', 'student', 'training_step'):\n"
         "    importlib.import_module(name)\n"
         "sys.argv = ['student.py', 'gri']\n"
         "sys.modules['common'].run(sys.modules['student'].app)\n"

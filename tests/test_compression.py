@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from asdm import AsdmError, Stage, compress, save_pipeline
 from asdm.compression.settings import claim_folder, make_settings
@@ -54,6 +56,19 @@ def test_a_folder_with_the_old_names_of_settings_resumes(model, tmp_path, monkey
     assert compress(model, made.folder, params=0.8, **SHORT).plan == made.plan
     with pytest.raises(AsdmError, match=r"made with other settings \(refine\)"):
         compress(model, made.folder, params=0.8, **SHORT | {"refine": 1})
+
+
+def test_a_result_has_the_dtype_and_is_trained_in_float32(model, data_folder, tmp_path):
+    stages = [Stage(name="joint", steps=1, batch_size=2)]
+    settings = SHORT | {"steps": 1, "stages": stages, "data": str(data_folder), "dtype": "bfloat16"}
+    made = compress(model, tmp_path / "out", params=0.8, **settings)
+    assert (
+        load_file(made.folder / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"].dtype
+        == torch.bfloat16
+    )
+    assert made.evaluation.dtype == "bfloat16"
+    with pytest.raises(AsdmError, match=r"made with other settings \(dtype\)"):
+        compress(model, made.folder, params=0.8, **settings | {"dtype": "float32"})
 
 
 def test_a_folder_of_0_1_0_resumes_with_the_defaults_of_newer_settings(tmp_path):

@@ -8,7 +8,16 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from transformers import CLIPConfig, CLIPModel, ConvNextConfig, ConvNextModel, ViTConfig, ViTModel
 
-from asdm import AsdmError, AsdmUNet2DConditionModel, PruningPlan, Stage, build_student, distill
+from asdm import (
+    AsdmError,
+    AsdmUNet2DConditionModel,
+    PruningPlan,
+    Stage,
+    build_student,
+    distill,
+    prepare_data,
+    record_teacher,
+)
 from asdm.diffusion.parameterization import parameterization_of
 from asdm.distillation.estimate import estimate
 from asdm.distillation.incubation import blocks_in_teacher, groups_of, incubated_blocks, set_trainable
@@ -336,7 +345,11 @@ def test_recipes_are_data_that_run_and_survive_their_file(pipeline, data_folder,
     (tmp_path / "recipe.yaml").write_text(as_yaml(stages))
     assert recipe_stages(tmp_path / "recipe.yaml", student, 1) == stages
     short = [s.model_copy(update={"steps": 1, "batch_size": 2}) for s in stages]
-    distill(pipeline, student, data_folder, tmp_path / "run", stages=short)
+    data = data_folder
+    if any(s.teacher == "recorded" for s in short):
+        data = prepare_data(pipeline, data_folder, tmp_path / "prepared").folder
+        record_teacher(pipeline, data, stages=short, draws=2)
+    distill(pipeline, student, data, tmp_path / "run", stages=short)
     assert all(torch.isfinite(p).all() for p in student.parameters())
     if recipe == "incubation":
         assert [s.name for s in stages] == ["incubate", "assemble-1", "assemble-2", "joint"]
@@ -352,9 +365,9 @@ def test_recipes_are_data_that_run_and_survive_their_file(pipeline, data_folder,
 def test_wrong_recipes_are_told_in_one_line(pipeline, tmp_path):
     student = pruned(pipeline.unet)
     (tmp_path / "bad.yaml").write_text("- name: [")
-    (tmp_path / "odd.yaml").write_text("- {name: a, steps: 3, scope: incubate, student_blocks: [mid_block]}")
+    (tmp_path / "odd.yaml").write_text("- {name: a, steps: 3, scope: consistency, student_blocks: [mid_block]}")
     for recipe, message in (
-        ("incubate", "incubate: no such recipe; it is joint, bk-sdm, incubation, lcm or a YAML file"),
+        ("incubate", "incubate: no such recipe; it is joint, bk-sdm, incubation, small-gpu, lcm or a YAML file"),
         (tmp_path / "bad.yaml", "not a list of stages in YAML"),
         (tmp_path / "odd.yaml", "student_blocks goes with scope joint"),
     ):
@@ -386,7 +399,7 @@ def test_recipes_of_version_0_1_still_load(pipeline, tmp_path):
     assert (first.student_blocks, first.caption_mixing, first.min_timestep_fraction) == (["mid_block"], 0.5, 0.2)
     assert (second.feature_weighting, second.timestep_sampling) == ("block", "uniform")
     (tmp_path / "odd.yaml").write_text("[{name: a, steps: 1, trained: neighbours}]")
-    with pytest.raises(AsdmError, match="trained='neighbours': input should be 'all' or 'routers'"):
+    with pytest.raises(AsdmError, match="trained='neighbours': input should be 'all', 'routers' or 'lora'"):
         recipe_stages(tmp_path / "odd.yaml", pipeline.unet, 1)
 
 

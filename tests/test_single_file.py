@@ -512,7 +512,8 @@ def test_compress_remembers_what_was_said_of_the_model(tmp_path, sd15, monkeypat
     budget = {"params": 0.8, "refine": 0, "steps": 0, "samples": 0}
     with pytest.raises(pytest.fail.Exception):
         compress("demo", tmp_path / "out", **budget, prediction_type="v_prediction", config="theirs")
-    assert given[0] == {"device": None, "prediction_type": "v_prediction", "config": "theirs"}
+    said = {"prediction_type": "v_prediction", "config": "theirs"}
+    assert given[0] == {"device": None, "dtype": torch.float32, **said}
     with pytest.raises(AsdmError, match=r"other settings \(prediction_type, config\)"):
         compress("demo", tmp_path / "out", **budget)
     with pytest.raises(pytest.fail.Exception):

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from asdm.diffusion.guidance import CfgCutoff as CfgCutoff
     from asdm.distillation.consistency import lcm_scheduler as lcm_scheduler
     from asdm.distillation.distill import distill as distill
+    from asdm.distillation.recording import record_teacher as record_teacher
     from asdm.distillation.stages import Stage as Stage
     from asdm.edits import CondConv as CondConv
     from asdm.edits import GriAttention as GriAttention
@@ -98,6 +99,7 @@ _HOME = {
     "make_plan": "asdm.planning.budget",
     "optimize": "asdm.runtime.optimize",
     "prepare_data": "asdm.data.preparation",
+    "record_teacher": "asdm.distillation.recording",
     "remeasure_plan": "asdm.planning.speedup",
     "refine_plan": "asdm.planning.refine",
     "save_pipeline": "asdm.pipelines.saving",

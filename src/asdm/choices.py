@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 CompensationKind = Literal["none", "bias", "diagonal", "linear"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+FeatureDtype = Literal["float32", "float16", "int8"]
 Label = Literal["style", "concept"]
 GraphFormat = Literal["openvino", "onnx"]
 ExportFormat = Literal["openvino", "onnx", "checkpoint"]

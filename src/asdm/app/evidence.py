@@ -212,9 +212,9 @@ def _styled(figure: Any, x: str, y: str, log_x: bool = False, log_y: bool = Fals
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"color": "#888888", "size": 13},
-        margin={"l": 60, "r": 10, "t": 30, "b": 50},
-        legend={"orientation": "h", "y": 1.12},
-        height=460,
+        margin={"l": 60, "r": 10, "t": 20, "b": 50},
+        legend={"orientation": "h", "y": -0.25},
+        height=520,
         xaxis={"title": {"text": x}, **axis, **(ticks if log_x else {})},
         yaxis={"title": {"text": y}, **axis, **({"type": "log"} if log_y else {})},
     )

@@ -82,7 +82,7 @@ def benchmark_model(
         only: parts of the methods' names; none of them for all methods. The original is always measured.
     """
     pipeline = without_safety_checker(with_dpm_solver(pipeline))
-    chosen = _chosen_methods(pipeline, students, data, steps, only)
+    chosen = chosen_methods(pipeline, students, data, steps, only)
     meter = LoadMeter()
     rows = benchmark_rows(
         pipeline,
@@ -111,13 +111,14 @@ def benchmark_model(
     return MeasuredModel(model, run, rows, busy_line(others, meter.contention()))
 
 
-def _chosen_methods(
+def chosen_methods(
     pipeline: DiffusionPipeline,
     students: Mapping[str, DiffusionPipeline],
     data: str | Path | None,
     steps: int,
     only: Collection[str],
 ) -> list[Method]:
+    """Return the methods that `benchmark_model` measures a model with, given the same arguments."""
     trained: dict[str, Any] = preset_students(pipeline) if is_random(pipeline) else {}
     few_step: dict[str, Any] = {}
     for name, student in students.items():

@@ -11,6 +11,7 @@ import typer
 import asdm
 from asdm.choices import Label
 from asdm.cli import loading
+from asdm.cli.estimates import YesOption, announce
 from asdm.cli.options import (
     SPEEDUP,
     CompensateOption,
@@ -84,6 +85,7 @@ def analyze(
     config: ConfigOption = None,
     device: DeviceOption = None,
     seed: SeedOption = 0,
+    yes: YesOption = False,
 ) -> None:
     """Measure the cost and the sensitivity of every removable unit."""
     if experts is not None:
@@ -107,15 +109,19 @@ def analyze(
         return
     warn_of_skipped(data)
     pipeline = loading.load_model(model, device, prediction_type=prediction_type, config=config)
+    settings: dict[str, Any] = {
+        "data": data,
+        "sensitivity": sensitivity,
+        "compensate": compensate,
+        "timesteps": timesteps,
+        "samples": samples,
+    }
+    _announce(pipeline, yes, **settings)
     warn_if_busy()
     with reporting() as report:
         redundancy = asdm.analyze(
             pipeline,
-            data=data,
-            sensitivity=sensitivity,
-            compensate=compensate,
-            timesteps=timesteps,
-            samples=samples,
+            **settings,
             seed=seed,
             progress=lambda done, total, name: report("analyse", done, total, name),
         )
@@ -125,6 +131,14 @@ def analyze(
     say(f"written to {out}")
     if plot is not None:
         _plot(redundancy, plot)
+
+
+def _announce(pipeline: Any, yes: bool, **settings: Any) -> None:
+    from asdm.estimates.forecast import Forecast
+    from asdm.estimates.steps import analysis
+
+    forecast = Forecast(pipeline)
+    announce(forecast.times([analysis(pipeline, forecast.architecture, **settings)]), yes=yes)
 
 
 def _prompt_groups(data: str, label: Label) -> dict[str, list[str]]:

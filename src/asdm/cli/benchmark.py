@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +10,7 @@ import typer
 
 from asdm.choices import IMAGE_TO_IMAGE_SAMPLES, IMAGE_TO_IMAGE_STRENGTH
 from asdm.cli import loading
+from asdm.cli.estimates import YesOption, announce
 from asdm.cli.options import (
     DATA,
     MODEL,
@@ -59,6 +60,7 @@ def benchmark(
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
     seed: SeedOption = 0,
+    yes: YesOption = False,
 ) -> None:
     """Compare methods that make a pipeline faster, ours and baselines, in one run: speed and loss of quality.
 
@@ -82,6 +84,19 @@ def benchmark(
         limits = limits or machine_limits(pipeline.device)
         folders = zip(names, students or (), strict=True) if first else ()
         loaded = {name: loading.load_model(str(folder), device, dtype) for name, folder in folders}
+        _announce(
+            pipeline,
+            loaded,
+            yes or not first,
+            steps=steps,
+            only=only or (),
+            data=_data_of(model, data),
+            samples=samples,
+            image_to_image=image_to_image,
+            strength=strength or IMAGE_TO_IMAGE_STRENGTH,
+            rounds=rounds,
+            seed=seed,
+        )
         warn_if_busy()
         with reporting(otherwise=f"finished models are in {out / RESULTS}") as report:
             measured = benchmark_model(
@@ -106,6 +121,27 @@ def benchmark(
             say(f"during the measurement, {measured.busy_line}")
     _print_limits(limits or {})
     say(f"written to {out}")
+
+
+def _announce(
+    pipeline: Any,
+    students: Mapping[str, Any],
+    yes: bool,
+    *,
+    steps: int,
+    only: Sequence[str],
+    data: str | None,
+    **settings: Any,
+) -> None:
+    """Print how long the benchmark of a model will take."""
+    from asdm.benchmark.models import chosen_methods
+    from asdm.benchmark.techniques import with_dpm_solver
+    from asdm.estimates.forecast import Forecast, benchmarking
+
+    pipeline = with_dpm_solver(pipeline)
+    methods, forecast = chosen_methods(pipeline, students, data, steps, only), Forecast(pipeline)
+    works = benchmarking(pipeline, methods, data=data, call_ms=forecast.call_ms, **settings)
+    announce(forecast.times(works), yes=yes)
 
 
 def _require_distinct(models: list[str]) -> None:

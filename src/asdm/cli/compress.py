@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import asdm
 from asdm.choices import IMAGE_TO_IMAGE_SAMPLES
+from asdm.cli.estimates import YesOption, announce, only_print
 from asdm.cli.options import (
     CaptionsOption,
     CompensateOption,
     ConfigOption,
     DataOption,
     DeviceOption,
+    DtypeOption,
     ImageToImageOption,
     MacsOption,
     ModelArgument,
@@ -31,6 +34,9 @@ from asdm.cli.options import (
 )
 from asdm.cli.output import print_evaluation, print_skipped, say, warn_if_busy
 from asdm.cli.progress import reporting
+
+if TYPE_CHECKING:
+    from asdm.estimates.work import StepTime
 
 
 def compress(
@@ -56,7 +62,12 @@ def compress(
     prediction_type: PredictionTypeOption = None,
     config: ConfigOption = None,
     device: DeviceOption = None,
+    dtype: DtypeOption = "float32",
     seed: SeedOption = 0,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Print how long each step will take on this machine, and stop.")
+    ] = False,
+    yes: YesOption = False,
 ) -> None:
     """Analyse, plan, prune, distil, evaluate and report, in a row; run again to resume."""
     from asdm.devices import fastest_device
@@ -82,12 +93,23 @@ def compress(
         prediction_type=prediction_type,
         config=config,
         device=device or fastest_device(),
+        dtype=dtype,
         seed=seed,
+        only_estimate=estimate,
+        yes=yes,
     )
 
 
-def compress_and_print(model: str, out: Path, **settings: Any) -> None:
-    """Compress a model with progress, then print the evaluation and the headline."""
+def compress_and_print(
+    model: str, out: Path, *, only_estimate: bool = False, yes: bool = False, **settings: Any
+) -> None:
+    """Print how long the compression of a model will take, compress it with progress, then print the evaluation and
+    the headline.
+
+    Args:
+        only_estimate: end after the first of these.
+        yes: ask nothing.
+    """
     with reporting(resumable=True) as report:
 
         def progress(title: str, done: int, total: int, note: str) -> None:
@@ -95,7 +117,12 @@ def compress_and_print(model: str, out: Path, **settings: Any) -> None:
                 warn_if_busy()
             report(title, done, total, note)
 
-        made = asdm.compress(model, out, progress=progress, **settings)
+        def estimated(times: Sequence[StepTime]) -> None:
+            if only_estimate:
+                only_print(times)
+            announce(times, yes=yes)
+
+        made = asdm.compress(model, out, progress=progress, estimated=estimated, **settings)
     print_evaluation(made.evaluation)
     print_skipped(made.skipped)
     say(f"\n[bold]{made.headline}[/bold]")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from asdm.cli.compress import compress_and_print
+from asdm.cli.estimates import YesOption
 
 QUICK = {"steps": 320, "samples": 48, "image_to_image": 16}
 FULL = {"steps": 1500, "samples": 128, "image_to_image": 64}
@@ -28,9 +29,10 @@ def demo(
             show_default=False,
         ),
     ] = None,
+    yes: YesOption = False,
 ) -> None:
     """Compress the embedded Stable Diffusion pipeline by 1.5x, and report speed and quality."""
-    settings = dict(FULL if full else QUICK)
+    settings: dict[str, Any] = dict(FULL if full else QUICK)
     if image_to_image is not None:
         settings["image_to_image"] = image_to_image
-    compress_and_print("demo", out, speedup=1.5, refine=4, data="demo", **settings)
+    compress_and_print("demo", out, speedup=1.5, refine=4, data="demo", yes=yes, **settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +11,7 @@ import typer
 
 import asdm
 from asdm.cli import loading
+from asdm.cli.estimates import YesOption, announce
 from asdm.cli.options import (
     DATA,
     NAME,
@@ -66,9 +68,11 @@ def distill(
     config: ConfigOption = None,
     device: DeviceOption = None,
     seed: SeedOption = 0,
+    yes: YesOption = False,
 ) -> None:
     """Train a student to predict what its teacher predicts, or to sample in a few steps; run again to resume."""
     from asdm.data.sources import require_usable
+    from asdm.devices import fastest_device
     from asdm.distillation.pipelines import distill_pipeline
     from asdm.distillation.recipes import recipe_stages, with_captions
     from asdm.families import denoiser_of
@@ -83,17 +87,22 @@ def distill(
         )
     require_ours(out, "pipeline")
     require_usable(data)
-    teaching = loading.load_model(teacher, device, prediction_type=prediction_type, config=config)
     learning = loading.load_model(student, "cpu", prediction_type=prediction_type)
-    require_same_prediction(teaching, learning, (teacher, student))
-    denoiser = denoiser_of(learning).to(teaching.device)  # the student's other components are only saved
+    denoiser = denoiser_of(learning)
     stages = recipe_stages(recipe, denoiser, length)
     if captions is not None:
         stages = with_captions(stages, captions)
+    is_live = any(stage.teacher == "live" for stage in stages)
+    # Without a teacher that runs, a stage brings to the device what it trains.
+    teaching = loading.load_model(teacher, device if is_live else "cpu", prediction_type=prediction_type, config=config)
+    require_same_prediction(teaching, learning, (teacher, student))
+    denoiser.to(teaching.device)  # the student's other components are only saved
     if dry_run:
         _print_estimate(teaching, denoiser, stages, teraflops=device_tflops, processes=processes, sharded=fsdp)
         return
     training = out.with_name(f"{out.name}.training")
+    if is_main_process():
+        _announce(teaching, denoiser, stages, data, training, yes)
     with reporting(resumable=True) as report:
         examples = distill_pipeline(
             teaching,
@@ -101,6 +110,7 @@ def distill(
             data,
             training,
             stages=stages,
+            device=device or fastest_device(),
             seed=seed,
             progress=lambda row: report("distil", int(row["done"]), int(row["total"]), f"loss {row['loss']:.3f}"),
         )
@@ -108,6 +118,16 @@ def distill(
         asdm.save_pipeline(learning, out, {"teacher": teacher})
         print_skipped(examples.skipped)
         say(f"written to {out}; log and checkpoints in {training}")
+
+
+def _announce(teacher: Any, student: Any, stages: Sequence[Stage], data: str, folder: Path, yes: bool) -> None:
+    """Print how long the training will take with the processes of this launch."""
+    from asdm.estimates.forecast import training
+    from asdm.estimates.machine import MachineSpeed
+
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    steps = training(teacher, student, stages, data=data, folder=folder, processes=processes)
+    announce(MachineSpeed(teacher).times(steps), yes=yes)
 
 
 def _print_estimate(

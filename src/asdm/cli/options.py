@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from asdm import checks
-from asdm.choices import IMAGE_TO_IMAGE_STRENGTH, CompensationKind, PredictionType, Sensitivity
+from asdm.choices import IMAGE_TO_IMAGE_STRENGTH, CompensationKind, Dtype, PredictionType, Sensitivity
 from asdm.errors import AsdmError
 
 # The API's errors say the same; importing it for --help would take seconds.
@@ -73,7 +73,7 @@ DeviceOption = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1 or mps; by default the fastest available.")
 ]
 DtypeOption = Annotated[
-    Literal["float32", "float16", "bfloat16"],
+    Dtype,
     typer.Option("--dtype", help="Precision of the computation; float16 and bfloat16 are for GPUs."),
 ]
 PredictionTypeOption = Annotated[
@@ -194,7 +194,11 @@ RefineOption = Annotated[
 # -- recipes of a distillation -----------------------------------------------------------------------------
 
 RecipeOption = Annotated[
-    str, typer.Option(help="joint, bk-sdm, incubation, or a YAML file with a list of stages (then without --steps).")
+    str,
+    typer.Option(
+        help="joint, bk-sdm, incubation, small-gpu (with the teacher's features on disk), or a YAML file with a list "
+        "of stages (then without --steps)."
+    ),
 ]
 CaptionsOption = Annotated[
     str | None,
@@ -210,7 +214,7 @@ DistillRecipeOption = Annotated[
     str,
     typer.Option(
         "--recipe",
-        help="joint, bk-sdm, incubation, lcm (samples in 4 steps), or a YAML file with a list of stages (then without "
-        "--steps).",
+        help="joint, bk-sdm, incubation, small-gpu (with the teacher's features on disk), lcm (samples in 4 steps), "
+        "or a YAML file with a list of stages (then without --steps).",
     ),
 ]

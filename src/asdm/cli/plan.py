@@ -10,6 +10,7 @@ import typer
 import asdm
 from asdm.choices import Router
 from asdm.cli import loading
+from asdm.cli.estimates import YesOption, announce
 from asdm.cli.options import (
     MODEL,
     NAME,
@@ -77,6 +78,7 @@ def plan(
     config: ConfigOption = None,
     device: DeviceOption = None,
     seed: SeedOption = 0,
+    yes: YesOption = False,
 ) -> None:
     """Choose the edits of least total sensitivity that fit a budget; a speed-up is measured on --device."""
     from asdm.planning.budget import require_budget
@@ -105,6 +107,8 @@ def plan(
     else:
         warn_of_skipped(data)
         pipeline = loading.load_model(source, device, **claims)
+        budget = {"speedup": speedup, "params": params, "macs": macs, "preset": preset}
+        _announce(pipeline, yes, budget, refine or 0, **settings)
         redundancy = _measured_profile(pipeline, params, preset, **settings)
     with reporting() as report:
         made = full_plan(
@@ -124,6 +128,24 @@ def plan(
     for edit in made.edits:
         say(f"  {edit}")
     say(f"{_summary(made)}; written to {out}")
+
+
+def _announce(
+    pipeline: Any, yes: bool, budget: dict[str, Any], refine: int, *, compensate: Any, data: str | None, seed: int
+) -> None:
+    """Print how long the analysis and the plan will take."""
+    from asdm.estimates import steps
+    from asdm.estimates.forecast import Forecast
+
+    kind: Any = compensate or "linear"
+    forecast = Forecast(pipeline, budget, kind)
+    sensitivity: Any = None if budget["preset"] is None else "taylor"
+    analysis = steps.analysis(
+        pipeline, forecast.architecture, data=data, sensitivity=sensitivity, compensate=compensate
+    )
+    given: dict[str, Any] = {"compensate": kind, "refine": refine, "data": data, "call_ms": forecast.call_ms}
+    planned = steps.plan(pipeline, forecast.architecture, budget=budget, expected=forecast.plan, **given)
+    announce(forecast.times([analysis, planned]), yes=yes)
 
 
 def _require_portable(preset: str | None, compensate: str | None, experts: float | None, refine: int | None) -> None:

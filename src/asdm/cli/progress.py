@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from asdm.cli.estimates import rounded
 from asdm.cli.output import errors, is_main_process
 
 SECONDS_BETWEEN_LINES = 15  # of progress without a terminal
@@ -28,6 +29,7 @@ class ProgressReport:
         self._progress = Progress(*columns, console=errors, disable=not is_main_process())
         self._bars: dict[str, TaskID] = {}
         self._last_line = time.monotonic()
+        self._started: dict[str, tuple[float, int]] = {}
 
     def __call__(self, title: str, done: int, total: int, note: str = "") -> None:
         self._log(title, done, total, note)
@@ -39,10 +41,14 @@ class ProgressReport:
 
     def _log(self, title: str, done: int, total: int, note: str) -> None:
         """Print a line if there is no terminal and the last one is some time ago."""
+        started, before = self._started.setdefault(title, (time.monotonic(), done))
         if errors.is_terminal or not is_main_process():
             return
         if time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
+            if before < done < total:
+                left = (time.monotonic() - started) / (done - before) * (total - done)
+                note = f"{note}, {rounded(left)} left".removeprefix(", ")
             errors.print(f"{title} {done}/{total} {note}", highlight=False, markup=False, soft_wrap=True)
 
     def stop(self) -> None:

@@ -193,8 +193,12 @@ def estimate_tables(rows: Sequence[StageEstimate], processes: int) -> tuple[Tabl
     for row in rows:
         stage = row.stage
         what: str = "edited blocks, each alone" if stage.scope == "incubate" else stage.trained
-        if stage.student_blocks is not None:
-            what += f" of {len(stage.student_blocks)} blocks in the teacher"
+        if stage.trained == "lora":
+            what += f" of rank {stage.lora_rank}"
+        if stage.teacher == "recorded":
+            what += ", from recorded features"
+        if stage.blocks_in_teacher is not None:
+            what += f" of {len(stage.blocks_in_teacher)} blocks in the teacher"
         table.add_row(
             stage.name,
             what,

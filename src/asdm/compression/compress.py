@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,14 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from asdm import checks
-from asdm.choices import IMAGE_TO_IMAGE_SAMPLES, CompensationKind, PredictionType, Sensitivity
-from asdm.compression.settings import KIND, Settings, claim_folder, make_settings
-from asdm.compression.steps import STEPS, Job, Progress
+from asdm.choices import IMAGE_TO_IMAGE_SAMPLES, CompensationKind, Dtype, PredictionType, Sensitivity
+from asdm.compression.settings import KIND, Settings, claim_folder, make_settings, require_same_settings
+from asdm.compression.steps import STEPS, Job, Progress, expected_work
 from asdm.data.sources import require_usable
 from asdm.diffusion.generation import require_steps, require_strength
 from asdm.distillation.stages import Stage
 from asdm.errors import AsdmError
+from asdm.estimates.work import StepTime
 from asdm.evaluation.metrics import Judge
 from asdm.evaluation.report import headline_of
 from asdm.evaluation.results import Evaluation
@@ -27,6 +28,7 @@ from asdm.pipelines.loading import load_pipeline
 from asdm.planning.budget import require_params
 from asdm.student.plan import PruningPlan
 
+Estimated = Callable[[Sequence[StepTime]], None]
 REPORT, PLAN, EVALUATION = "report.html", "plan.json", "evaluation.json"  # a folder with these is finished
 
 
@@ -57,8 +59,10 @@ class Compression:
     image_to_image=checks.whole(0, 10**6),
     strength=checks.number(above=0, high=1),
     sampling_steps=checks.STEPS,
+    dtype=checks.literal(Dtype),
     seed=checks.SEED,
     progress=checks.function,
+    estimated=checks.function,
 )
 def compress(
     model: str,
@@ -83,8 +87,10 @@ def compress(
     prediction_type: PredictionType | None = None,
     config: str | None = None,
     device: str | None = None,
+    dtype: Dtype = "float32",
     seed: int = 0,
     progress: Progress | None = None,
+    estimated: Estimated | None = None,
 ) -> Compression:
     """Make a smaller and faster pipeline of `model` in the folder `out`; called again, resume.
 
@@ -105,7 +111,12 @@ def compress(
         image_to_image, strength: of the evaluation's image-to-image, as for `evaluate`; 0 images leave it out.
         prediction_type, config: what the model is, whatever its checkpoint says, as for `load_pipeline`.
         device: where to work; the CPU by default.
+        dtype: what the teacher computes in, and what the result is measured and saved in. A student is trained in
+            float32 all the same; a stage's `mixed_precision` says what it computes in.
         progress: called with a title, its done and total, and a note.
+        estimated: called with how long each step that is left will take on this machine, from a quick measurement,
+            before anything is written. An exception that it raises ends the compression. Without it nothing is
+            measured.
 
     Raises:
         AsdmError: whatever the steps raise; or `out` is not ours, or was made with other settings.
@@ -114,7 +125,7 @@ def compress(
     _require_one_process()
     training: dict[str, Any] = {"data": data, "steps": steps, "recipe": recipe, "stages": stages, "captions": captions}
     evaluation: dict[str, Any] = {"samples": samples, "image_to_image": image_to_image, "strength": strength}
-    others: dict[str, Any] = {"prediction_type": prediction_type, "config": config, "seed": seed}
+    others: dict[str, Any] = {"prediction_type": prediction_type, "config": config, "dtype": dtype, "seed": seed}
     settings = make_settings(
         model,
         {"speedup": speedup, "params": params, "macs": macs, "preset": preset},
@@ -128,8 +139,10 @@ def compress(
     )
     require_ours(out, KIND)
     if all((out / name).is_file() for name in (REPORT, PLAN, EVALUATION)):
+        if estimated is not None:
+            estimated([])
         return _finished(out, settings)
-    return _run(out, settings, device, progress)
+    return _run(out, settings, device, progress, estimated)
 
 
 def _require_one_process() -> None:
@@ -137,11 +150,18 @@ def _require_one_process() -> None:
         raise AsdmError("compress works in one process; launch prepare-data and distill in several")
 
 
-def _run(out: Path, settings: Settings, device: str | None, progress: Progress | None) -> Compression:
+def _run(
+    out: Path, settings: Settings, device: str | None, progress: Progress | None, estimated: Estimated | None
+) -> Compression:
     """Return all steps in a row; those that are done are loaded."""
     teacher = _checked_teacher(settings, device)
-    claim_folder(out, settings)
     job = Job(settings, out, teacher, progress or (lambda *_: None))
+    if estimated is not None:
+        require_same_settings(out, settings)
+        forecast, works = expected_work(job)
+        estimated(forecast.times(works))
+        del forecast
+    claim_folder(out, settings)
     for step in STEPS:
         step.perform(job)
     return Compression(out, out / REPORT, job.headline, job.plan, job.evaluation, job.skipped)
@@ -158,7 +178,7 @@ def _checked_teacher(settings: Settings, device: str | None) -> DiffusionPipelin
     """Load the teacher, and refuse before any work what a later step would refuse."""
     if settings.data is not None:
         require_usable(settings.data)
-    pipeline = load_pipeline(settings.model, device=device, **settings.claims)
+    pipeline = load_pipeline(settings.model, dtype=settings.torch_dtype, device=device, **settings.claims)
     require_params(denoiser_of(pipeline), settings.budget["params"])
     require_steps(pipeline, settings.sampling_steps)
     if settings.strength is not None:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field
 
-from asdm.choices import IMAGE_TO_IMAGE_SAMPLES, CompensationKind, PredictionType, Sensitivity
+from asdm.choices import IMAGE_TO_IMAGE_SAMPLES, CompensationKind, Dtype, PredictionType, Sensitivity
 from asdm.distillation.caption_only import read_captions
 from asdm.distillation.recipes import RECIPES, SPLICED, read_stages
 from asdm.distillation.stages import Stage, parse_stages
@@ -46,6 +47,7 @@ class Settings(Record):
     seed: int = Field(description="Seed of all random numbers.")
     prediction_type: PredictionType | None = Field(None, description="What the model predicts, if given.")
     config: str | None = Field(None, description="The model's configuration, if given.")
+    dtype: Dtype = Field("float32", description="What the teacher and the result compute in.")
     captions: str | None = Field(None, description="Captions without images for the distillation, if given.")
 
     @property
@@ -61,8 +63,14 @@ class Settings(Record):
 
     def saved(self) -> dict[str, Any]:
         """Return the settings as JSON data."""
-        content = self.model_dump(mode="json", exclude={"prediction_type", "config"})
-        return content | self.claims
+        content = self.model_dump(mode="json", exclude={"prediction_type", "config", "dtype"})
+        # Folders of versions without the setting have the default.
+        return content | self.claims | ({} if self.dtype == "float32" else {"dtype": self.dtype})
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """What the teacher and the result compute in."""
+        return getattr(torch, self.dtype)
 
 
 def has_random_weights(model: str) -> bool:
@@ -127,10 +135,17 @@ def claim_folder(folder: Path, settings: Settings) -> None:
         AsdmError: it was made with other settings.
     """
     marker = folder / MARKER
-    wanted = settings.saved()
+    if marker.is_file():
+        require_same_settings(folder, settings)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(marker, json.dumps({"kind": KIND, "settings": settings.saved()}, indent=1) + "\n")
+
+
+def require_same_settings(folder: Path, settings: Settings) -> None:
+    """Raise an AsdmError if the folder was made with other settings. Write nothing."""
+    marker, wanted = folder / MARKER, settings.saved()
     if not marker.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(marker, json.dumps({"kind": KIND, "settings": wanted}, indent=1) + "\n")
         return
     found = _present_names(json.loads(marker.read_text("utf-8")).get("settings") or {})
     changed = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]

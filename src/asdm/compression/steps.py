@@ -16,12 +16,16 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from asdm.choices import Sensitivity
 from asdm.compensation.fitting import CompensationReport, fit_compensation, fitted_tensors
 from asdm.compensation.folding import fold_compensation
 from asdm.compression.settings import Settings
 from asdm.distillation.distill import distill
 from asdm.distillation.recipes import recipe_stages, with_captions
 from asdm.distillation.stages import Stage
+from asdm.estimates import steps as works
+from asdm.estimates.forecast import Forecast, training
+from asdm.estimates.work import Network, StepWork
 from asdm.evaluation.comparison import evaluate
 from asdm.evaluation.plots import redundancy_plot
 from asdm.evaluation.report import metrics_section, save_figure, write_report
@@ -107,6 +111,10 @@ class Step(ABC):
         """Set the results in the job that an earlier run wrote."""
         raise NotImplementedError
 
+    def work(self, job: Job, forecast: Forecast) -> list[StepWork]:
+        """Return what the step computes when it is run; a step of a few seconds has none."""
+        return []
+
     def perform(self, job: Job) -> None:
         """Load the results if the step is done, else run it."""
         if self.is_done(job):
@@ -123,16 +131,21 @@ class Analyse(Step):
 
     def run(self, job: Job) -> None:
         settings = job.settings
-        has_preset = settings.budget["preset"] is not None
         job.redundancy = analyze(
             job.teacher,
             data=settings.data,
-            sensitivity=settings.sensitivity or ("taylor" if has_preset else None),
+            sensitivity=_sensitivity(settings),
             compensate=settings.compensate,
             seed=settings.seed,
             progress=job.reporter("analyse"),
         )
         job.redundancy.save(*self.files(job))
+
+    def work(self, job: Job, forecast: Forecast) -> list[StepWork]:
+        settings = job.settings
+        sensitivity = _sensitivity(settings)
+        analysis: dict[str, Any] = {"sensitivity": sensitivity, "compensate": settings.compensate}
+        return [works.analysis(job.teacher, forecast.architecture, data=settings.data, **analysis)]
 
     def load(self, job: Job) -> None:
         job.redundancy = RedundancyMap.load(*self.files(job))
@@ -158,6 +171,20 @@ class Plan(Step):
         )
         job.plan.save(*self.files(job))
 
+    def work(self, job: Job, forecast: Forecast) -> list[StepWork]:
+        settings = job.settings
+        planned = works.plan(
+            job.teacher,
+            forecast.architecture,
+            budget=settings.budget,
+            expected=forecast.plan,
+            compensate=settings.compensate,
+            refine=settings.refine,
+            data=settings.data,
+            call_ms=forecast.call_ms,
+        )
+        return [planned]
+
     def load(self, job: Job) -> None:
         job.plan = PruningPlan.load(*self.files(job))
 
@@ -176,6 +203,11 @@ class Prune(Step):
     def run(self, job: Job) -> None:
         job.student, job.compensation = pruned_student(job)
 
+    def work(self, job: Job, forecast: Forecast) -> list[StepWork]:
+        if any(job.work.glob("compensation-*.json")):
+            return []
+        return [works.fitting(job.teacher, forecast.architecture, forecast.plan, job.settings.data)]
+
 
 class Distil(Step):
     """Train the student in the recipe's stages: `work/training`, where an interrupted training resumes. Fold it."""
@@ -188,7 +220,7 @@ class Distil(Step):
             return
         examples = distill(
             job.teacher,
-            job.student,
+            job.student.float(),
             settings.data,
             folder,
             stages=stages,
@@ -206,6 +238,13 @@ class Distil(Step):
             "pruned": _folded(job, pruned),
             "distilled": _folded(job, job.student),
         }
+
+    def work(self, job: Job, forecast: Forecast) -> list[StepWork]:
+        settings = job.settings
+        stages = _stages(settings, forecast.student)
+        if settings.data is None or not any(stage.steps for stage in stages):
+            return []
+        return training(job.teacher, forecast.student, stages, data=settings.data, folder=job.work / "training")
 
 
 class Save(Step):
@@ -228,12 +267,31 @@ class Evaluate(Step):
             strength=settings.strength,
             steps=settings.sampling_steps,
             seed=settings.seed,
-            quality=settings.samples > 0 and not settings.is_random,
+            quality=_has_quality(settings),
             clip=None if settings.is_random else load_clip(job.teacher),
             images_folder=job.images,
             progress=lambda title, done, total: job.report(f"images: {title}", done, total, ""),
         )
         job.evaluation.save(job.out / "evaluation.json")
+
+    def work(self, job: Job, forecast: Forecast) -> list[StepWork]:
+        settings = job.settings
+        stages = _stages(settings, forecast.student)
+        is_trained = settings.data is not None and any(stage.steps for stage in stages)
+        networks: list[Network] = ["teacher", "student", "student"] if is_trained else ["teacher", "student"]
+        evaluated = works.evaluation(
+            job.teacher,
+            networks,
+            data=settings.data,
+            samples=settings.samples,
+            image_to_image=settings.image_to_image,
+            strength=settings.strength,
+            steps=settings.sampling_steps,
+            seed=settings.seed,
+            quality=_has_quality(settings),
+            call_ms=forecast.call_ms,
+        )
+        return [evaluated]
 
 
 class WriteReport(Step):
@@ -265,6 +323,15 @@ class WriteReport(Step):
 STEPS: tuple[Step, ...] = (Analyse(), Plan(), PlotProfile(), Prune(), Distil(), Save(), Evaluate(), WriteReport())
 
 
+def expected_work(job: Job) -> tuple[Forecast, list[StepWork]]:
+    """Return what the steps compute that are not done, with the machine's speed."""
+    planned = Plan()
+    known = PruningPlan.load(*planned.files(job)) if planned.is_done(job) else None
+    settings = job.settings
+    forecast = Forecast(job.teacher, settings.budget, settings.compensate, known)
+    return forecast, [work for step in STEPS if not step.is_done(job) for work in step.work(job, forecast)]
+
+
 def pruned_student(job: Job) -> tuple[Denoiser, CompensationReport | None]:
     """Build the plan's student with its compensations fitted, or as they were fitted before for the same edits."""
     student = build_student(denoiser_of(job.teacher), job.plan)
@@ -279,8 +346,8 @@ def pruned_student(job: Job) -> tuple[Denoiser, CompensationReport | None]:
 
 
 def _folded(job: Job, student: Denoiser) -> DiffusionPipeline:
-    """Return the teacher's pipeline with a student, its projections folded."""
-    return with_unet(job.teacher, fold_compensation(student))
+    """Return the teacher's pipeline with a student, its projections folded, in the precision of the result."""
+    return with_unet(job.teacher, fold_compensation(student).to(job.settings.torch_dtype))
 
 
 def _fit(job: Job, student: Any, tensors: Path, metrics: Path) -> None:
@@ -292,6 +359,14 @@ def _fit(job: Job, student: Any, tensors: Path, metrics: Path) -> None:
     with replacing_file(tensors) as partial:
         save_file({name: tensor.cpu().contiguous() for name, tensor in fitted_tensors(student).items()}, partial)
     write_text(metrics, fit.model_dump_json(indent=1) + "\n")
+
+
+def _sensitivity(settings: Settings) -> Sensitivity | None:
+    return settings.sensitivity or ("taylor" if settings.budget["preset"] is not None else None)
+
+
+def _has_quality(settings: Settings) -> bool:
+    return settings.samples > 0 and not settings.is_random
 
 
 def _stages(settings: Settings, student: Any) -> Sequence[Stage]:

@@ -34,6 +34,8 @@ from asdm.errors import AsdmError
 from asdm.files import MARKER, read_marker, replacing_file, require_ours, write_text
 
 Progress = Callable[[int, int], None]
+BATCH_SIZE = 16  # examples that are encoded together
+STEPS = 25  # in which images are generated from captions alone
 
 
 @checks.arguments(
@@ -52,8 +54,8 @@ def prepare_data(
     data: str | Path,
     folder: str | Path,
     *,
-    batch_size: int = 16,
-    steps: int = 25,
+    batch_size: int = BATCH_SIZE,
+    steps: int = STEPS,
     seed: int = 0,
     ignore_missing_shards: bool = False,
     progress: Progress | None = None,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from asdm import checks
 from asdm.data.captions import CaptionSource
-from asdm.data.examples import Example, Source, Split, Unusable, in_split
+from asdm.data.examples import PIECE, Example, Source, Split, Unusable, in_split
 from asdm.data.folder import FolderSource
 from asdm.data.hf_datasets import DatasetSource
 from asdm.data.metadata import metadata_of, text_of
@@ -100,6 +100,16 @@ def open_source(source: str | Path, split: Split = "train") -> Source:
     if metadata_of(path) is None and any(path.glob("*.tar")):
         return ShardSource(sorted(str(shard) for shard in path.glob("*.tar")), split)
     return FolderSource(path, split)
+
+
+def count_of_examples(data: str | Path) -> tuple[int, bool]:
+    """Return about how many training examples a source has, and whether they have images: the examples of a folder,
+    else as many as its pieces can have. A remote source is not read."""
+    source = open_source(data)
+    if isinstance(source, FolderSource):
+        examples = open_data(data).examples
+        return len(examples), examples[0].file is not None
+    return len(source) * PIECE, not isinstance(source, CaptionSource)
 
 
 def require_usable(data: str | Path) -> None:

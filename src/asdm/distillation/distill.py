@@ -11,9 +11,11 @@ import torch
 from diffusers import DiffusionPipeline
 
 from asdm import checks
-from asdm.data.prepared import digest_of
+from asdm.data.prepared import digest_of, is_prepared
+from asdm.devices import on_device
 from asdm.diffusion.parameterization import parameterization_of
 from asdm.distillation.incubation import blocks_in_teacher
+from asdm.distillation.lora import low_rank
 from asdm.distillation.recipes import recipe_stages, with_captions
 from asdm.distillation.run import StageRun, train_stage
 from asdm.distillation.stages import Stage
@@ -37,6 +39,7 @@ from asdm.training.optimizers import require_installed
     steps=checks.TRAINING_STEPS,
     stages=checks.each(checks.a(Stage), least=1),
     captions=checks.path,
+    device=checks.path,
     seed=checks.SEED,
     progress=checks.function,
 )
@@ -50,6 +53,7 @@ def distill(
     steps: int | None = None,
     stages: Sequence[Stage] | None = None,
     captions: str | Path | None = None,
+    device: str | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> TrainingSet:
@@ -66,6 +70,8 @@ def distill(
         stages: the recipe in detail, instead of `recipe` and `steps`.
         captions: captions without images, on which teacher and student are compared in meaning, too
             (`asdm.distillation.recipes.with_captions`): a .txt file, one a line, or "spliced".
+        device: where stages with `teacher: recorded` are trained; by default where the student is. They hold what they
+            train there, and keep teacher and student in the host's memory.
         progress: called after each step, in the first process, with `done` and `total` of all stages' steps, the
             losses and the `seconds` it took.
 
@@ -79,8 +85,10 @@ def distill(
     """
     denoiser = denoiser_of(teacher)
     family_of(denoiser).require_known_inputs(denoiser)
-    _require_fit(denoiser, student)
+    require_fit(denoiser, student)
     _require_trainable(denoiser, student)
+    if device is not None:
+        on_device(torch.empty(0), device)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     prepare_for_training()
@@ -92,14 +100,23 @@ def distill(
         "student": digest_of(student),
         "predicts": parameterization_of(teacher.scheduler).description,
     }
+    reading = [stage for stage in stages if stage.teacher == "recorded"]
     with folder_lock(folder), preserve_module_state(denoiser, teacher.vae):
         _require_possible(teacher, student, stages)
-        examples = prepare(teacher, data, folder / "prepared")
+        if reading and not is_prepared(data):
+            raise AsdmError(
+                f"stage {reading[0].name}: teacher=recorded, and {data} was not prepared; run asdm prepare-data MODEL "
+                f"{data} --out PREPARED --teacher-features float16, and give PREPARED as the data"
+            )
+        examples = prepare(teacher, data, folder / "prepared", recorded=bool(reading))
+        for stage in reading:
+            assert examples.recorded is not None
+            examples.recorded.require_drawn_for(stage)
         total, before = sum(stage.steps for stage in stages), 0
         for index, stage in enumerate(stages):
             report = None if progress is None else partial(_report, progress, before, total)
             is_newest = not any(folder.glob(f"{index + 1:02d}-*"))
-            run = StageRun(folder / f"{index:02d}-{stage.name}", stage, seed, networks, is_newest)
+            run = StageRun(folder / f"{index:02d}-{stage.name}", stage, seed, networks, is_newest, device)
             train_stage(teacher, student, examples, run, report)
             before += stage.steps
     student.eval().requires_grad_(False)
@@ -107,7 +124,7 @@ def distill(
     return examples
 
 
-def _require_fit(teacher: Denoiser, student: Denoiser) -> None:
+def require_fit(teacher: Denoiser, student: Denoiser) -> None:
     """Raise an AsdmError where the student reads or writes other tensors than the teacher."""
     name = family_of(teacher).unlike(teacher, student)
     if name is not None:
@@ -134,7 +151,10 @@ def _require_possible(teacher: DiffusionPipeline, student: Denoiser, stages: Seq
     nothing = TrainingSet(SimpleNamespace(captions=[""]), None)  # type: ignore[arg-type]
     for stage in stages:
         require_installed(stage.optimizer)
-        with blocks_in_teacher(student, denoiser_of(teacher), stage.student_blocks):
+        with (
+            blocks_in_teacher(student, denoiser_of(teacher), stage.blocks_in_teacher),
+            low_rank(student, stage, None),
+        ):
             make_task(teacher, student, nothing, stage)
 
 

@@ -6,12 +6,11 @@ is known, for any device and any number of them, on any machine.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +21,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from asdm.diffusion.conditioning import Conditioning
+from asdm.diffusion.parameterization import parameterization_of
 from asdm.distillation.incubation import blocks_in_teacher
+from asdm.distillation.lora import low_rank
+from asdm.distillation.recorded import FeatureIndex
+from asdm.distillation.recording import weightless_index
 from asdm.distillation.stages import Stage
 from asdm.distillation.tasks import DistillationTask, make_task
 from asdm.distillation.teaching import Batch
-from asdm.distillation.training_set import TrainingSet
+from asdm.distillation.weightless import weightless, weightless_examples
 from asdm.families import Denoiser, denoiser_call, denoiser_of, family_of
 from asdm.measure.latency import measure_interleaved
 from asdm.measure.machine import fastest_precision
@@ -37,7 +39,6 @@ from asdm.training.optimizers import OptimizerName, is_matrix
 from asdm.training.sharding import gathered_layers
 from asdm.training.task import BatchSlice, TrainingTask
 
-Module = TypeVar("Module", bound=nn.Module)
 FLOAT32 = 4  # bytes
 QUICK = 0.5  # seconds
 ATTENTION = {
@@ -54,7 +55,8 @@ class StageEstimate:
 
     `step_teraflops` are the floating-point operations of one step in all processes together, on average (two for each
     multiply-accumulate, in 10^12), `seconds` those of all its steps. `memory` is what each process holds at most, in
-    bytes by part: the frozen `teacher`, the pipeline's other networks (`encoders`); the `student`, its `gradients` (and
+    bytes by part: the frozen `teacher`, the pipeline's other networks (`encoders`), none of which a stage holds that
+    reads recorded answers; the `student`, or the blocks that are incubated from recorded calls; its `gradients` (and
     their buckets, where processes exchange them), the optimiser's `moments`, the weights' `average`; `activations`,
     with copies of the weights in half precision; and, when sharded, the layers `gathered` to compute.
     """
@@ -78,6 +80,7 @@ def estimate(
     teraflops: float | None = None,
     processes: int = 1,
     sharded: bool = False,
+    quick: bool = False,
 ) -> list[StageEstimate]:
     """Estimates of each stage; without a semantic encoder other than the teacher, and what devices exchange.
 
@@ -86,6 +89,7 @@ def estimate(
             in a call of the teacher's UNet, of as many samples as a round of a step has where one alone is quick.
         processes: how many share a step's batch.
         sharded: whether they share what is trained, too (FSDP).
+        quick: measure what this device sustains in one call of each kind, as busy as it is now.
     """
     rates: dict[tuple[torch.dtype | None, int], float] = {}
     rows = []
@@ -97,11 +101,14 @@ def estimate(
         samples = max(1, stage.batch_size // part.count)
         if (precision, samples) not in rates:
             rates[precision, samples] = (
-                _measured_rate(denoiser_of(teacher), precision, samples) if teraflops is None else 1e12 * teraflops
+                _measured_rate(denoiser_of(teacher), precision, samples, quick)
+                if teraflops is None
+                else 1e12 * teraflops
             )
         share = BatchSlice(0, processes) if is_alone else BatchSlice()
         cost = _stage_cost(teacher, student, stage, part, share, precision)
         others = (p for name, p in _parameters(teacher) if name != family_of(teacher).component)
+        is_live = stage.teacher == "live"
         rows.append(
             StageEstimate(
                 stage=stage,
@@ -109,9 +116,9 @@ def estimate(
                 step_teraflops=cost.flops * stage.accumulation * processes / 1e12,
                 seconds=stage.steps * cost.flops * stage.accumulation / rates[precision, samples],
                 memory={
-                    "teacher": _size(denoiser_of(teacher).parameters()),
-                    "encoders": _size(others),
-                    **_trained_memory(student, cost.trained, stage, sharing, sharded and sharing > 1),
+                    "teacher": _size(denoiser_of(teacher).parameters()) if is_live else 0,
+                    "encoders": _size(others) if is_live else 0,
+                    **_trained_memory(student, cost, stage, sharing, sharded and sharing > 1),
                     "activations": cost.activations,
                 },
             )
@@ -121,10 +128,12 @@ def estimate(
 
 @dataclass(frozen=True)
 class _Cost:
-    """The cost of a round of a step in one process: floating-point operations, bytes of activations, and weights."""
+    """The cost of a round of a step in one process: floating-point operations, bytes of activations and of the student
+    as it is held, and the weights that are trained."""
 
     flops: float
     activations: int
+    student: int
     trained: list[nn.Parameter]
 
 
@@ -137,23 +146,36 @@ def _stage_cost(
     precision: torch.dtype | None,
 ) -> _Cost:
     """Run a round of the stage's step without memory; semantic losses count by how often they are computed."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        pipeline, learning = with_unet(teacher, _weightless(denoiser_of(teacher))), _weightless(student)
-        with blocks_in_teacher(learning, denoiser_of(pipeline), stage.student_blocks):
-            task = _weightless_task(pipeline, learning, stage, share)
+    index = None
+    if stage.teacher == "recorded":
+        index = weightless_index(denoiser_of(teacher), parameterization_of(teacher.scheduler), stage)
+    whole = _size(student.parameters())
+    # peft, which moves the weights that it makes, does so on the device meta.
+    with (
+        low_rank(weightless(student, "meta"), stage, precision) as changes,
+        FakeTensorMode(allow_non_fake_inputs=True),
+    ):
+        pipeline = with_unet(teacher, weightless(denoiser_of(teacher)))
+        learning = weightless(student if changes is None else changes.student)
+        with blocks_in_teacher(learning, denoiser_of(pipeline), stage.blocks_in_teacher):
+            task = _weightless_task(pipeline, learning, stage, share, index)
+            is_part = stage.trained == "lora" or stage.teacher == "recorded"
+            held = _size(task.student.parameters()) if is_part else whole
             flops, activations = _round_cost(task, (torch.arange(stage.batch_size), 0), part, precision)
             if stage.semantics.every > 1:  # the first step has semantic losses, the second has none
                 usual, _ = _round_cost(task, (torch.arange(stage.batch_size), 1), part, precision)
                 flops = usual + (flops - usual) / stage.semantics.every
-            return _Cost(flops, activations, list(task.trained().values()))
+            return _Cost(flops, activations, held, list(task.trained().values()))
 
 
-def _weightless_task(teacher: DiffusionPipeline, student: Denoiser, stage: Stage, share: BatchSlice) -> TrainingTask:
+def _weightless_task(
+    teacher: DiffusionPipeline, student: Denoiser, stage: Stage, share: BatchSlice, index: FeatureIndex | None
+) -> Any:
     """Return the stage's task with shapes for its tensors, without a semantic encoder that would have to be loaded."""
     losses = stage.losses.model_copy(update={"semantic_text": 0.0, "caption_text": 0.0})
     if stage.semantics.encoder != "unet":
         losses = losses.model_copy(update={"semantic": 0.0, "caption_semantic": 0.0})
-    examples = _Examples.of(student)
+    examples = weightless_examples(student, index)
     task = make_task(teacher, student, examples, stage.model_copy(update={"losses": losses}), share)
     if isinstance(task, DistillationTask) and task.caption_sampler is not None:
         task.caption_sampler = replace(
@@ -182,14 +204,12 @@ def _precision(stage: Stage, device: torch.device | None) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
 
 
-def _trained_memory(
-    student: Denoiser, trained: list[nn.Parameter], stage: Stage, processes: int, sharded: bool
-) -> dict[str, int]:
+def _trained_memory(student: Denoiser, cost: _Cost, stage: Stage, processes: int, sharded: bool) -> dict[str, int]:
     """Bytes in each process of what its share of `processes` is, or of all where nothing is sharded."""
-    parts = processes if sharded else 1
+    parts, trained = processes if sharded else 1, cost.trained
     gradients = FLOAT32 * sum(p.numel() for p in trained)
     sizes = {
-        "student": _size(student.parameters()) // parts,
+        "student": cost.student // parts,
         "gradients": gradients // parts if sharded or processes == 1 else 2 * gradients,
         "moments": sum(_moments(p, stage.optimizer) for p in trained) // parts,
         "average": gradients // parts if stage.ema_decay else 0,
@@ -242,35 +262,7 @@ class _NormsAsOnCuda(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@dataclass(frozen=True)
-class _Examples:
-    """Stands in for prepared latents and embeddings."""
-
-    denoiser: Denoiser
-    captions: Sequence[str] = ("",)
-
-    @classmethod
-    def of(cls, denoiser: Denoiser) -> TrainingSet:
-        examples = cls(denoiser)
-        return TrainingSet(examples, examples.batch([0])[1])  # type: ignore[arg-type]
-
-    def batch(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Conditioning]:
-        inputs = family_of(self.denoiser).random_inputs(self.denoiser, len(indices))
-        latents, masked = inputs["sample"][:, :4], inputs["sample"][:, 4:]
-        captions = Conditioning(inputs["encoder_hidden_states"], **inputs.get("added_cond_kwargs", {}))
-        return latents, replace(captions, masked=masked) if masked.numel() else captions
-
-
-def _weightless(module: Module) -> Module:
-    """Return the module again, with shapes for its tensors. In a FakeTensorMode."""
-    shapes: dict[int, Any] = {}
-    for tensor in (*module.parameters(), *module.buffers()):
-        shape = torch.empty(tensor.shape, dtype=tensor.dtype)
-        shapes[id(tensor)] = nn.Parameter(shape, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shape
-    return copy.deepcopy(module, shapes)
-
-
-def _measured_rate(denoiser: Denoiser, precision: torch.dtype | None, samples: int) -> float:
+def _measured_rate(denoiser: Denoiser, precision: torch.dtype | None, samples: int, quick: bool) -> float:
     """Floating-point operations a second in a call of the denoiser here, its products in this precision; with so many
     samples where one alone is quick, and does not fill the device."""
     with (
@@ -278,12 +270,13 @@ def _measured_rate(denoiser: Denoiser, precision: torch.dtype | None, samples: i
         FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter,
         torch.no_grad(),
     ):
-        denoiser_call(_weightless(denoiser), batch_size=1)()
+        denoiser_call(weightless(denoiser), batch_size=1)()
 
     def rate(batch_size: int) -> float:
         with torch.autocast(denoiser.device.type, precision, enabled=precision is not None):
             call = denoiser_call(denoiser, batch_size)
-            times = measure_interleaved({"denoiser": call}, rounds=3, warmup=1, device=denoiser.device)
+            effort: dict[str, Any] = {"rounds": 1, "patience": 0.0} if quick else {"rounds": 3}
+            times = measure_interleaved({"denoiser": call}, warmup=1, device=denoiser.device, **effort)
         return batch_size * counter.get_total_flops() / (times["denoiser"].ms / 1000)
 
     alone = rate(1)

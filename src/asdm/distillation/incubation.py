@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from asdm.distillation.stages import Stage
 from asdm.errors import AsdmError
 from asdm.families import Denoiser, block_of, family_of
 from asdm.measure.hooks import swapped
@@ -31,8 +32,24 @@ def incubated_blocks(student: Denoiser) -> list[str]:
     return [group[0] for group in groups_of(student) if len(group) == 1]
 
 
+def chosen_blocks(stage: Stage, student: Denoiser) -> list[str]:
+    """Return the blocks that a stage incubates.
+
+    Raises:
+        AsdmError: it names a block that cannot be incubated.
+    """
+    blocks = incubated_blocks(student)
+    for name in stage.student_blocks or ():
+        if name not in blocks:
+            raise AsdmError(
+                f"student_blocks: {name}: cannot be incubated in this student; those are {', '.join(blocks) or 'none'}"
+            )
+    return [name for name in blocks if stage.student_blocks is None or name in stage.student_blocks]
+
+
 def set_trainable(student: Denoiser, trained: str) -> None:
-    """Make all of the student's parameters trainable, or only the routers of its expert kernels.
+    """Make all of the student's parameters trainable, or only the routers of its expert kernels, or these and the
+    low-rank changes that `asdm.distillation.lora` puts around its layers.
 
     Raises:
         AsdmError: it has no router.
@@ -43,8 +60,30 @@ def set_trainable(student: Denoiser, trained: str) -> None:
     routers = [module for name, module in student.named_modules() if name.endswith(".router")]
     for router in routers:
         router.requires_grad_(True)
-    if not routers:
+    if trained == "lora":
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad or is_lora(name))
+    elif not routers:
         raise AsdmError(f"trained={trained}: this student has none; use all")
+
+
+def is_lora(name: str) -> bool:
+    """Return whether a parameter's name is that of a low-rank change, as peft names them."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def parts_of(model: nn.Module, paths: Sequence[str]) -> nn.Module:
+    """Return a module that has only these of a model's submodules, at their paths; it is not to be called."""
+    parts = nn.Module()
+    for path in paths:
+        inside = parts
+        *parents, last = path.split(".")
+        for name in parents:
+            if name not in inside._modules:
+                inside.add_module(name, nn.Module())
+            inside = inside.get_submodule(name)
+        inside.add_module(last, model.get_submodule(path))
+    return parts
 
 
 @contextmanager

@@ -23,13 +23,14 @@ def distill_pipeline(
     folder: str | Path,
     *,
     stages: Sequence[Stage],
+    device: str | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> TrainingSet:
     """Train the student's denoiser in place (`distill`) and fold its compensations (`fold_compensation`); after a
     consistency stage it samples by `lcm_scheduler`."""
     denoiser = denoiser_of(student)
-    examples = distill(teacher, denoiser, data, folder, stages=stages, seed=seed, progress=progress)
+    examples = distill(teacher, denoiser, data, folder, stages=stages, device=device, seed=seed, progress=progress)
     student.register_modules(**{component_of(student): fold_compensation(denoiser)})
     last = stages[-1]
     if last.scope == "consistency":

@@ -23,6 +23,7 @@ SPLICED = "spliced"  # captions without images: splices of the data's
 WEIGHTS = LossWeights(task=0.3, output=1.0, feature=10.0)
 INCUBATING = 0.05  # of the steps, and as many train groups in the teacher: a block alone learns soon what it can
 SHORTEST_ASSEMBLY = 40
+SMALL_GPU_RANK = 64
 
 
 def _is_small(student: Denoiser) -> bool:
@@ -92,6 +93,16 @@ def incubation_stages(student: Denoiser, steps: int) -> list[Stage]:
     return [*stages, Stage(name="joint", **joint, **batches, **default_hyperparameters(student, left))]
 
 
+def small_gpu_stages(student: Denoiser, steps: int) -> list[Stage]:
+    """Return the joint distillation for a GPU of 8 GB (SD 1.5's size) or 16 GB (SDXL's): the teacher's answers are read
+    from disk, and large students learn low-rank changes, one image at a time, with their activations computed again."""
+    shared = {"teacher": "recorded", "losses": WEIGHTS, **_batches(student), **default_hyperparameters(student, steps)}
+    if not _is_small(student):
+        lora = {"trained": "lora", "lora_rank": SMALL_GPU_RANK, "learning_rate": 2e-4}
+        shared |= {**lora, "accumulation": shared["batch_size"], "checkpointing": True, "ema_decay": 0.99}
+    return [Stage(name="small-gpu", **shared)]
+
+
 def lcm_stages(student: Denoiser, steps: int) -> list[Stage]:
     """Return a few-step student by latent consistency distillation, at the learning rate of LCM (arXiv 2310.04378,
     Sec. 5); a small denoiser, whose teacher is cheap to call, learns what its solver reaches, at the time steps of
@@ -109,6 +120,7 @@ RECIPES: dict[str, Callable[[Denoiser, int], list[Stage]]] = {
     "joint": joint_stages,
     "bk-sdm": bk_sdm_stages,
     "incubation": incubation_stages,
+    "small-gpu": small_gpu_stages,
     "lcm": lcm_stages,
 }
 
@@ -121,6 +133,17 @@ def recipe_stages(recipe: str | Path, student: Denoiser, steps: int) -> list[Sta
         AsdmError: no such recipe or file, or one that is not a list of stages.
     """
     return RECIPES[str(recipe)](student, steps) if str(recipe) in RECIPES else read_stages(recipe)
+
+
+def require_recipe(recipe: str) -> str:
+    """Return a recipe's name.
+
+    Raises:
+        AsdmError: no such recipe or file, or one that is not a list of stages.
+    """
+    if recipe not in RECIPES:
+        read_stages(recipe)
+    return recipe
 
 
 def with_captions(stages: Sequence[Stage], captions: str | Path) -> list[Stage]:

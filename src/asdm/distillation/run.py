@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from diffusers import DiffusionPipeline
+from torch import nn
 
 from asdm.data.batches import ShuffledBatches
-from asdm.distillation.incubation import blocks_in_teacher, incubated_blocks
+from asdm.distillation.incubation import blocks_in_teacher, chosen_blocks
+from asdm.distillation.lora import low_rank
 from asdm.distillation.stages import Stage
 from asdm.distillation.tasks import make_task
 from asdm.distillation.teaching import WHOLE, Batch
@@ -25,22 +30,27 @@ from asdm.files import write_text
 from asdm.old_names import renamed_stage
 from asdm.training.launch import make_accelerator
 from asdm.training.loop import Progress, train
+from asdm.training.sharding import is_sharding_requested
 from asdm.training.task import BatchSlice
 
 # These settings may change when a stage is resumed, to run on another machine or to save a run that diverged.
 CHANGEABLE = {"learning_rate", "warmup_steps", "checkpoint_every", "accumulation", "checkpointing", "mixed_precision"}
 
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 @dataclass(frozen=True)
 class StageRun:
     """A stage as it is trained in a folder; `networks` are digests of the teacher and the student that it began with,
-    and what they predict; it is the newest where no later stage has begun."""
+    and what they predict; it is the newest where no later stage has begun. `device` is where a stage without a teacher
+    is trained, by default the student's."""
 
     folder: Path
     stage: Stage
     seed: int
     networks: dict[str, str]
     is_newest: bool
+    device: str | None = None
 
     def claim(self, student: Denoiser, examples: TrainingSet) -> None:
         """Write beside the stage's checkpoints whose they are, or check that they are this run's; the newest stage may
@@ -53,7 +63,7 @@ class StageRun:
         path = self.folder / "run.json"
         if path.is_file():
             # A setting that an earlier version did not have has its default.
-            defaults = Stage(name=self.stage.name, steps=0).model_dump(mode="json")
+            defaults = _fields(Stage(name=self.stage.name, steps=0))
             saved = renamed_stage(json.loads(path.read_text("utf-8")))
             known = {"predicts": settings["predicts"], **defaults, **saved}
             known["losses"] = defaults["losses"] | known["losses"]
@@ -69,13 +79,20 @@ class StageRun:
     def _settings(self, student: Denoiser, examples: TrainingSet) -> dict[str, Any]:
         """Return all that a checkpoint's weights depend on."""
         captions = hashlib.sha256("\n".join(examples.prepared.captions).encode()).hexdigest()[:16]
+        recorded = [examples.recorded.identity] if examples.recorded and self.stage.teacher == "recorded" else []
         return {
             "seed": self.seed,
             "edits": student.config.get("edits") or [],
-            "data": [examples.prepared.made_by, captions],
+            "data": [examples.prepared.made_by, captions, *recorded],
             **self.networks,
-            **self.stage.model_dump(exclude=CHANGEABLE),
+            **{name: value for name, value in _fields(self.stage).items() if name not in CHANGEABLE},
         }
+
+
+def _fields(stage: Stage) -> dict[str, Any]:
+    """Return a stage's fields; `teacher` as `teacher_is`, as `teacher` is the digest of its weights."""
+    fields = stage.model_dump(mode="json")
+    return {"teacher_is" if name == "teacher" else name: value for name, value in fields.items()}
 
 
 def train_stage(
@@ -86,19 +103,30 @@ def train_stage(
     Raises:
         AsdmError: the folder is of another run, a loss is not finite, or the stage is not possible.
     """
-    stage = run.stage
+    stage, is_live = run.stage, run.stage.teacher == "live"
     only_features = stage.scope == "joint" and not stage.losses.any_reads(
         "prediction", "semantics", "captions", "caption_semantics"
     )
-    accelerator = make_accelerator(teacher.device, stage.mixed_precision, some_unused=only_features)
+    device = teacher.device if is_live else torch.device(run.device or student.device)
+    accelerator = make_accelerator(device, stage.mixed_precision, some_unused=only_features)
+    if stage.trained == "lora" and accelerator.num_processes > 1 and is_sharding_requested():
+        raise AsdmError(f"stage {stage.name}: trained=lora: not under FSDP; launch without FSDP")
     is_spread = stage.scope == "incubate" and accelerator.num_processes > 1
     share = BatchSlice(accelerator.process_index, accelerator.num_processes) if is_spread else WHOLE
     if accelerator.is_main_process:
         run.claim(student, examples)
     accelerator.wait_for_everyone()
     _require_one_precision(teacher, student, stage, accelerator)
-    order = ShuffledBatches(len(examples), stage.batch_size, run.seed)
-    with blocks_in_teacher(student, denoiser_of(teacher), stage.student_blocks):
+    if is_live:
+        order = ShuffledBatches(len(examples), stage.batch_size, run.seed)
+    else:
+        assert examples.recorded is not None
+        order = ShuffledBatches(len(examples.recorded), stage.batch_size, run.seed, first_in_order=True)
+    with (
+        nullcontext() if is_live else _on_host(teacher, student),
+        blocks_in_teacher(student, denoiser_of(teacher), stage.blocks_in_teacher),
+        low_rank(student, stage, HALF.get(accelerator.mixed_precision)) as changes,
+    ):
         task = make_task(teacher, student, examples, stage, share)
         if task.trained():  # there may be more processes than blocks
             train(
@@ -111,7 +139,25 @@ def train_stage(
                 progress=progress if accelerator.is_main_process else None,
             )
         if is_spread:
-            _share_blocks(student, accelerator)
+            _share_blocks(student, accelerator, stage)
+        if changes is not None:
+            changes.merge()
+
+
+@contextmanager
+def _on_host(teacher: DiffusionPipeline, student: Denoiser) -> Iterator[None]:
+    """Keep the teacher's pipeline and the student in the host's memory, from which a task moves what it trains; then
+    bring them back to where they were."""
+    parts = (*teacher.components.values(), student)
+    modules = [part for part in parts if isinstance(part, nn.Module) and any(True for _ in part.parameters())]
+    places = [(module, next(module.parameters()).device) for module in modules]
+    for module, _ in places:
+        module.to("cpu")
+    try:
+        yield
+    finally:
+        for module, device in places:
+            module.to(device)
 
 
 def _require_one_precision(
@@ -126,10 +172,11 @@ def _require_one_precision(
         )
 
 
-def _share_blocks(student: Denoiser, accelerator: Accelerator) -> None:
+def _share_blocks(student: Denoiser, accelerator: Accelerator, stage: Stage) -> None:
     """Give all processes the blocks that each of them has incubated."""
-    for number, name in enumerate(incubated_blocks(student)):
-        for tensor in student.get_submodule(name).state_dict().values():
+    for number, name in enumerate(chosen_blocks(stage, student)):
+        block = student.get_submodule(name).to(accelerator.device)  # recorded calls leave others' on the host
+        for tensor in block.state_dict().values():
             broadcast(tensor, from_process=number % accelerator.num_processes)
 
 

@@ -164,10 +164,21 @@ class Stage(Record):
         "feeds it and expects behind it. consistency: sampling in a few steps, by `consistency` instead of the losses.",
     )
     student_blocks: list[str] | None = Field(
-        None, description="With scope joint: train the student's blocks of these names inside the frozen teacher."
+        None,
+        description="With scope joint: train the student's blocks of these names inside the frozen teacher. With scope "
+        "incubate: incubate these blocks alone.",
     )
-    trained: Literal["all", "routers"] = Field(
-        "all", description="What is trained: everything, or the routers of expert kernels."
+    trained: Literal["all", "routers", "lora"] = Field(
+        "all",
+        description="What is trained: everything, or the routers of expert kernels. lora: low-rank changes of all "
+        "convolutions and linear layers, and the routers; the weights themselves are frozen, in the precision of the "
+        "computation, and the changes are added to them at the end (arXiv 2106.09685).",
+    )
+    lora_rank: int = Field(16, ge=1, le=4096, description="Rank of the changes that `trained: lora` learns.")
+    teacher: Literal["live", "recorded"] = Field(
+        "live",
+        description="live: the teacher runs at each step. recorded: what it answered on fixed draws is read from the "
+        "prepared data (`asdm prepare-data --teacher-features`), and only what is trained is on the device.",
     )
     relative: bool = Field(
         True, description="Divide task, output and feature losses by the mean square of what they compare with."
@@ -202,9 +213,27 @@ class Stage(Record):
     consistency: Consistency = Field(Consistency(), description="Settings of scope consistency.")
 
     @model_validator(mode="after")
-    def _student_blocks_are_joint(self) -> Stage:
-        if self.student_blocks is not None and self.scope != "joint":
-            raise ValueError("student_blocks goes with scope joint; blocks are incubated each by itself")
+    def _student_blocks_have_a_scope(self) -> Stage:
+        if self.student_blocks is not None and self.scope == "consistency":
+            raise ValueError("student_blocks goes with scope joint or incubate; leave it out")
+        if self.student_blocks is not None and self.scope == "joint" and self.trained == "lora":
+            raise ValueError("trained=lora changes the student's layers, not the teacher's; leave student_blocks out")
+        return self
+
+    @model_validator(mode="after")
+    def _recorded_answers_suffice(self) -> Stage:
+        if self.teacher == "live":
+            return self
+        has_semantics = self.losses.any_reads("semantics", "captions", "caption_semantics")
+        needs = {
+            "scope=consistency": self.scope == "consistency",
+            "student_blocks with scope joint": self.student_blocks is not None and self.scope == "joint",
+            f"guidance_scale={self.guidance_scale}": self.guidance_scale is not None,
+            "a semantic loss": self.scope == "joint" and has_semantics,
+        }
+        for what, is_needed in needs.items():
+            if is_needed:
+                raise ValueError(f"teacher=recorded: {what} needs the teacher itself; choose teacher live")
         return self
 
     @model_validator(mode="after")
@@ -217,6 +246,11 @@ class Stage(Record):
     def _rounds_are_equal(self) -> Stage:
         BatchSlice(0, self.accumulation).of(self.batch_size)
         return self
+
+    @property
+    def blocks_in_teacher(self) -> list[str] | None:
+        """The student's blocks that are trained inside the teacher; None where the whole student is."""
+        return self.student_blocks if self.scope == "joint" else None
 
     def loop(self, seed: int) -> LoopSettings:
         """Return the settings of its training loop."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
+from typing import Any
 
 import torch
 from accelerate.utils import convert_to_fp32
@@ -15,7 +16,7 @@ from asdm.diffusion.generation import default_guidance
 from asdm.diffusion.parameterization import Parameterization, parameterization_of
 from asdm.distillation.caption_only import CaptionSampler, make_caption_sampler, trajectory
 from asdm.distillation.consistency import ConsistencyTask
-from asdm.distillation.incubation import block_error, calls_of, incubated_blocks
+from asdm.distillation.incubation import block_error, calls_of, chosen_blocks, incubated_blocks, parts_of
 from asdm.distillation.losses import (
     CaptionComparison,
     Comparison,
@@ -121,16 +122,13 @@ class DistillationTask(TeachingTask):
     def _compare(self, noised: Noised, indices: Tensor, step: int) -> Comparison:
         """Run both networks on a batch of the images `indices`."""
         stage = self.stage
-        with torch.no_grad(), outputs_of(self.teacher, list(self.teacher_blocks.values())) as teacher_outputs:
-            teacher_pred = self.teacher_pred(noised)
+        teacher_pred, expected = self._teacher_answers(noised)
         with outputs_of(self.student, self.blocks) as student_outputs:
             noise_pred = self.student_pred(noised)
         family = family_of(self.student)
-        features, expected = {}, {}
-        for name, output in student_outputs.items():
-            block = self.teacher_blocks[name]
-            features[name] = family.block_io(self.student, name).image_states(output)
-            expected[name] = family.block_io(self.teacher, block).image_states(teacher_outputs[block])
+        features = {
+            name: family.block_io(self.student, name).image_states(output) for name, output in student_outputs.items()
+        }
         has_semantics = stage.losses.any_reads("semantics") and step % stage.semantics.every == 0
         texts = None if self.text_features is None else self.text_features[indices]
         look = partial(self._semantic_features, noised, noise_pred, teacher_pred, texts)
@@ -148,11 +146,25 @@ class DistillationTask(TeachingTask):
             feature_weighting=stage.feature_weighting,
         )
 
+    @torch.no_grad()
+    def _teacher_answers(self, noised: Noised) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the teacher's prediction, and its blocks' features by the student's names."""
+        if noised.recorded is not None:
+            recorded = noised.recorded
+            return recorded.prediction, {name: recorded.features(block) for name, block in self.teacher_blocks.items()}
+        family = family_of(self.teacher)
+        with outputs_of(self.teacher, list(self.teacher_blocks.values())) as outputs:
+            teacher_pred = self.teacher_pred(noised)
+        return teacher_pred, {
+            name: family.block_io(self.teacher, block).image_states(outputs[block])
+            for name, block in self.teacher_blocks.items()
+        }
+
     def _guided_predictions(self, noised: Noised, noise_pred: Tensor, teacher_pred: Tensor) -> tuple[Tensor, Tensor]:
         """Return the student's and the teacher's predictions, or the guided ones (arXiv 2207.12598, Eq. 6), whose
         unconditional branch runs here."""
         scale = self.stage.guidance_scale
-        if scale is None or self.embeds_guidance:
+        if scale is None or self.embeds_guidance:  # recorded answers have no scale
             return noise_pred, teacher_pred
         empty = self.examples.empty_caption[[0] * len(noised.noisy)].to(noised.noisy.device, torch.float32)
         without = replace(noised, captions=replace(empty, masked=noised.captions.masked))
@@ -253,7 +265,7 @@ class IncubationTask(TeachingTask):
         super().__init__(teacher, student, parameterization, examples, stage)
         if not incubated_blocks(student):
             raise AsdmError(f"stage {stage.name}: nothing to incubate in this student; leave the stage out")
-        self.blocks = incubated_blocks(student)[share.index :: share.count]
+        self.blocks = chosen_blocks(stage, student)[share.index :: share.count]
         incubated = {id(p) for name in self.blocks for p in student.get_submodule(name).parameters()}
         for parameter in student.parameters():
             parameter.requires_grad_(parameter.requires_grad and id(parameter) in incubated)
@@ -262,15 +274,25 @@ class IncubationTask(TeachingTask):
             name for name in self.blocks if any(p.requires_grad for p in student.get_submodule(name).parameters())
         ]
         self.error: Callable[[Tensor, Tensor], Tensor] = relative_error if stage.relative else squared_error
+        if stage.teacher == "recorded":  # then nothing but the blocks is needed on the device
+            self.student = parts_of(student, self.blocks)
 
     def forward(self, batch: Batch, generator: torch.Generator, part: BatchSlice = WHOLE) -> dict[str, Tensor]:
         """The error of each block, and their sum."""
         noised = self.noised(batch[0], generator, part)
-        with torch.no_grad(), calls_of(self.teacher, self.blocks) as calls:
-            self.teacher_pred(noised)
+        calls = self._teacher_calls(noised)
         losses = {}
         for name in self.blocks:
             args, kwargs, expected = convert_to_fp32(calls.pop(name))
             output = self.student.get_submodule(name)(*args, **kwargs)
             losses[f"block/{name}"] = block_error(output, expected, self.error)
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
+
+    @torch.no_grad()
+    def _teacher_calls(self, noised: Noised) -> dict[str, tuple[Any, Any, Any]]:
+        """Return the teacher's calls of the blocks: (args, kwargs, output)."""
+        if noised.recorded is not None:
+            return {name: noised.recorded.call(name) for name in self.blocks}
+        with calls_of(self.teacher, self.blocks) as calls:
+            self.teacher_pred(noised)
+        return calls

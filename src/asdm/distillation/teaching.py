@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from asdm.diffusion.conditioning import Conditioning, predict
 from asdm.diffusion.parameterization import Parameterization
 from asdm.distillation.incubation import set_trainable
 from asdm.distillation.losses import weighted_sum
+from asdm.distillation.recorded import RecordedBatch
 from asdm.distillation.stages import Stage
 from asdm.distillation.training_set import TrainingSet
 from asdm.families import Denoiser, family_of
@@ -25,17 +27,27 @@ GUIDANCE_SCALES = (3.0, 15.0)  # that embeddings are trained for: 2 to 14 as LCM
 class Noised:
     """A batch as both networks see it: latents `noisy` (batch, channels, h, w) at `timesteps` (batch,), their captions,
     and the denoising `target`; `has_own_caption` (batch,) says whose caption is the image's, neither left out nor
-    mixed; None: all."""
+    mixed; None: all. `recorded` is what the teacher answered, where that was recorded."""
 
     noisy: Tensor
     timesteps: Tensor
     target: Tensor
     captions: Conditioning
     has_own_caption: Tensor | None = None
+    recorded: RecordedBatch | None = None
+
+    @classmethod
+    def of(cls, batch: RecordedBatch) -> Noised:
+        """Return recorded draws."""
+        noisy, timesteps, target = (batch.tensor(name) for name in ("noisy", "timesteps", "target"))
+        return cls(noisy, timesteps, target, batch.captions, recorded=batch)
 
 
 class TeachingTask(TrainingTask):
-    """A student beside its frozen teacher, and the batches that both see."""
+    """A student beside its frozen teacher, and the batches that both see.
+
+    Where the stage reads recorded answers, the teacher is no part of the task, and a batch's indices number draws.
+    """
 
     def __init__(
         self,
@@ -51,13 +63,16 @@ class TeachingTask(TrainingTask):
             student.enable_gradient_checkpointing()
         else:
             student.disable_gradient_checkpointing()
-        self.teacher, self.student = teacher.eval().requires_grad_(False), student
+        teacher.eval().requires_grad_(False)
+        self.teacher: Any = None if stage.teacher == "recorded" else teacher
+        self.student: Any = student
         self.parameterization, self.examples, self.stage = parameterization, examples, stage
 
     def train(self, mode: bool = True) -> TeachingTask:
         """Switch the student's mode; the teacher stays in evaluation mode."""
         super().train(mode)
-        self.teacher.eval()
+        if self.teacher is not None:
+            self.teacher.eval()
         return self
 
     def timesteps(self, count: int, generator: torch.Generator) -> Tensor:
@@ -68,12 +83,15 @@ class TeachingTask(TrainingTask):
         )
 
     def noised(self, indices: Tensor, generator: torch.Generator, part: BatchSlice) -> Noised:
-        """Add noise to this part of the images `indices` (batch,).
+        """Add noise to this part of the images `indices` (batch,), or read this part of the draws `indices`.
 
         Random numbers are those of the whole batch, so that parts of it together are the whole.
         """
-        device, count = self.student.device, len(indices)
+        device, count = next(self.student.parameters()).device, len(indices)
         chosen = part.of(count)
+        if self.stage.teacher == "recorded":
+            assert self.examples.recorded is not None
+            return Noised.of(self.examples.recorded.batch(indices[chosen], device))
         latents, captions = self.examples.prepared.batch(indices[chosen])
         latents = latents.to(device)
         is_mixed = torch.zeros(len(captions), dtype=torch.bool)

@@ -9,16 +9,21 @@ import torch
 from diffusers import DiffusionPipeline
 
 from asdm.data.preparation import prepare_data
-from asdm.data.prepared import PreparedData, is_prepared, open_prepared
+from asdm.data.prepared import PreparedData, digest_of, is_prepared, open_prepared
 from asdm.diffusion.conditioning import Conditioning, embed_prompts
+from asdm.diffusion.parameterization import parameterization_of
+from asdm.distillation.recorded import Recorded, open_recorded
+from asdm.families import denoiser_of
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """What is trained on: prepared latents and captions, and the empty caption's embedding."""
+    """What is trained on: prepared latents and captions, the empty caption's embedding, and what the teacher answered
+    before, where a stage reads that."""
 
     prepared: PreparedData
     empty_caption: Conditioning
+    recorded: Recorded | None = None
 
     def __len__(self) -> int:
         return len(self.prepared)
@@ -29,15 +34,19 @@ class TrainingSet:
         return self.prepared.skipped
 
 
-def prepare(pipeline: DiffusionPipeline, data: str | Path, folder: Path) -> TrainingSet:
-    """Open `data` where it was prepared, else prepare it into `folder`.
+def prepare(pipeline: DiffusionPipeline, data: str | Path, folder: Path, *, recorded: bool = False) -> TrainingSet:
+    """Open `data` where it was prepared, else prepare it into `folder`; with the teacher's features if `recorded`.
 
     Raises:
-        AsdmError: the source cannot be used, or was prepared by another model.
+        AsdmError: the source cannot be used, or was prepared by another model, or has no features of this teacher.
     """
     prepared = open_prepared(pipeline, data) if is_prepared(data) else prepare_data(pipeline, data, folder)
+    features = None
+    if recorded:
+        predicts = parameterization_of(pipeline.scheduler).description
+        features = open_recorded(prepared, digest_of(denoiser_of(pipeline)), predicts)
     with torch.no_grad():
         empty_caption = embed_prompts(pipeline, [""]).to("cpu")
     if pipeline.config.get("force_zeros_for_empty_prompt"):
         empty_caption = empty_caption.without_text()
-    return TrainingSet(prepared, empty_caption)
+    return TrainingSet(prepared, empty_caption, features)

@@ -67,7 +67,8 @@ class Edit:
     no_split_modules: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        hints = _type_hints(type(self))
+        kind: Any = type(self)
+        hints = _type_hints(kind)
         for name, value in vars(self).items():
             if not _fits(value, hints[name]):
                 raise AsdmError(f"{name}: {value!r} is not allowed; it is {_said(hints[name])}")

@@ -23,8 +23,8 @@ from asdm.measure.load import LoadMeter
 from asdm.measure.macs import counting_macs
 
 DENOISER_ROUNDS = 10
-_LONGEST_TIMED_IMAGE_MS = 10_000
-_EXTRAPOLATED_STEPS = 2
+LONGEST_TIMED_IMAGE_MS = 10_000
+EXTRAPOLATED_STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def measure_speed(
     calls = {name: denoiser_call(denoiser_of(pipeline)) for name, pipeline in pipelines.items()}
     denoisers = measure_interleaved(calls, rounds=rounds or DENOISER_ROUNDS, device=first.device)
     slowest = max(latency.ms for latency in denoisers.values())
-    too_long = slowest * steps > _LONGEST_TIMED_IMAGE_MS and steps > _EXTRAPOLATED_STEPS
+    too_long = slowest * steps > LONGEST_TIMED_IMAGE_MS and steps > EXTRAPOLATED_STEPS
     extrapolated = {name for name, sampling in samplings.items() if too_long and not sampling.is_few_step}
     images = _time_images(pipelines, samplings, extrapolated, denoisers, rounds, with_encoder=strength is not None)
     meter.mark()
@@ -85,7 +85,7 @@ def _time_images(
     jobs = {}
     for name, pipeline in pipelines.items():
         sampling = samplings[name]
-        timed = _EXTRAPOLATED_STEPS if name in extrapolated else sampling.steps
+        timed = EXTRAPOLATED_STEPS if name in extrapolated else sampling.steps
         one_image = partial(generate, pipeline, ["a photograph"], steps=timed, guidance_scale=sampling.guidance_scale)
         encode = partial(encode_images, pipeline.vae, _blank_image(pipeline)) if with_encoder else None
         jobs[name] = ImageJob(pipeline, one_image, denoiser_calls(pipeline, sampling.steps), encode=encode)

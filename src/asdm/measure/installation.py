@@ -38,7 +38,14 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "8bit": (("bitsandbytes>=0.50",), "the optimiser adamw8bit, whose moments take 8 bits"),
     "tensorboard": (("tensorboard>=2.18",), "the viewer of training logs"),
     "benchmark": (
-        ("tomesd==0.1.3", "DeepCache==0.1.1", "tgate==1.0.0", "openvino>=2026.0", "nncf>=3.4"),
+        (
+            "tomesd==0.1.3",
+            "DeepCache==0.1.1",
+            "tgate==1.0.0",
+            "openvino>=2026.0",
+            "nncf>=3.4",
+            "stable-diffusion-cpp-python==0.4.7",
+        ),
         "other methods that asdm benchmark compares with",
     ),
 }

@@ -66,6 +66,11 @@ def convert_lora(lora: str | Path, unet: Denoiser, file: str | Path) -> Converte
             converted[key] = tensor
             continue
         found = found or place.path in names.known
+        if place.path not in names.known and not names.knows_original:
+            raise AsdmError(
+                f"{lora}: adapts {place.path}, which this model lacks, and its config does not say which model it was "
+                "made of, so layers cannot be matched; prune the original again with this version"
+            )
         if place.in_student is None:
             dropped.add(place.path)
             continue
@@ -127,6 +132,7 @@ class _Names:
             paths = {family.teacher_key(path, model, made_from): own for path, own in paths.items()}
             model = made_from
         self.student = student
+        self.knows_original = model is not student
         self.in_student = paths
         self.known = {name for name, _ in model.named_modules() if name}
         self._flat = {path.replace(".", "_"): path for path in self.known}
@@ -155,7 +161,7 @@ class _Names:
             if key.startswith(start) and path is not None:
                 own = self.in_student.get(path)
                 return _Place(path, own, f"{start}{own}{inside.removeprefix(path)}")
-        return None
+        return _Place(key.removeprefix(_DOTTED[0]), None) if key.startswith(_DOTTED[0]) else None
 
     @cached_property
     def _originally_in_student(self) -> dict[str, str]:

@@ -130,7 +130,7 @@ def measure_edits(model: Denoiser, edits: Sequence[Edit], costs: Costs, rounds: 
     before_ms, _ = module_latencies(model, denoiser_call(model), everything, device=model.device, rounds=rounds)
     before = {edit: _cost_of(model, counted[edit], costs.count, {}) for edit in edits}
     savings: dict[Edit, Cost] = {}
-    for group in _groups(edits):
+    for group in groups_measured_together(edits):
         after_ms: dict[str, Latency] = {}
         with ExitStack() as stack:
             for edit in group:
@@ -150,7 +150,7 @@ def measure_edits(model: Denoiser, edits: Sequence[Edit], costs: Costs, rounds: 
     return [savings[edit] for edit in edits]
 
 
-def _groups(edits: Sequence[Edit]) -> list[list[Edit]]:
+def groups_measured_together(edits: Sequence[Edit]) -> list[list[Edit]]:
     """Return the edits in groups that are measured together."""
     groups: dict[Hashable, list[Edit]] = {}
     for edit in edits:
