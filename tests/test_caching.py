@@ -304,6 +304,7 @@ def test_each_thread_has_its_own_sampling(pipeline):
     others = [with_unet(pipeline, pipeline.unet) for _ in range(2)]
     for other in others:
         other.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+        other.tokenizer = copy.deepcopy(pipeline.tokenizer)  # whose padding each call sets
     with cache_features(pipeline, every=3) as session:
         own = draw(pipeline, seed=9)
         expected = [draw(other, seed=seed) for seed, other in enumerate(others)]

@@ -189,6 +189,7 @@ def task_with_clip(pipeline, examples, chosen):
     return DistillationTask(pipeline.unet, student, parameterization, examples, chosen, encoder, only)
 
 
+@pytest.mark.slow
 def test_a_recipe_gets_captions_and_an_estimate_counts_them(pipeline, tmp_path):
     student = pruned(pipeline.unet)
     plain = recipe_stages("joint", student, 40)

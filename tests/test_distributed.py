@@ -80,6 +80,7 @@ def assert_the_same_losses(folder, other):
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_with_half_a_batch_each_do_what_one_does(data_folder, tmp_path, alone):
     found = distilled(data_folder, tmp_path / "two", [STAGE], processes=2)
     expected = alone([STAGE])
@@ -128,6 +129,7 @@ def test_rounds_of_accumulation_do_what_one_round_does(data_folder, tmp_path, al
     assert not any(getattr(module, "gradient_checkpointing", False) for module in student.modules())
 
 
+@pytest.mark.slow
 def test_blocks_are_incubated_by_different_processes(data_folder, tmp_path, alone):
     stages = [{**STAGE, "name": "incubate", "scope": "incubate", "steps": 2}]
     found = distilled(data_folder, tmp_path / "two", stages, processes=2)
@@ -144,6 +146,7 @@ def test_blocks_are_incubated_by_different_processes(data_folder, tmp_path, alon
         assert torch.equal(tensor, start[name]) == torch.equal(expected[name], start[name]), name
 
 
+@pytest.mark.slow
 def test_processes_share_the_pieces_of_a_source(data_folder, tmp_path):
     (tmp_path / "a.txt").write_text("\n".join(f"caption {number}" for number in range(1030)))
     save_pipeline(tiny_pipeline(), tmp_path / "model")

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -12,6 +13,8 @@ from diffusers import DiffusionPipeline
 
 import asdm
 from asdm import cli, save_pipeline
+from asdm.distillation import losses
+from asdm.edits.base import EDIT_KINDS
 from conftest import tiny_pipeline
 from markdown_blocks import (
     DATA,
@@ -88,7 +91,8 @@ def small_demo(monkeypatch, tmp_path, data_folder):
     folder = tmp_path / "page"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    return folder
+    with patch.dict(losses._TERMS), patch.dict(EDIT_KINDS):  # pages register kinds of their own
+        yield folder
 
 
 def shortened(arguments):

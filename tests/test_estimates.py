@@ -54,6 +54,7 @@ def made():
     handle.remove()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("budget", "changes"),
     [
@@ -81,6 +82,7 @@ def test_each_step_makes_as_many_calls_as_estimated(tmp_path, data_folder, monke
     assert compared == ["analyse", "plan", "compensate", "evaluate"]
 
 
+@pytest.mark.slow
 def test_a_training_is_estimated_by_the_steps_that_are_left(pipeline, data_folder, tmp_path):
     stages = [Stage(name="first", steps=8, batch_size=2), Stage(name="second", steps=4, batch_size=2)]
     prepared, all_steps = training(pipeline, tiny_unet(1), stages, data=data_folder, folder=tmp_path)

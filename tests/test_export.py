@@ -140,6 +140,7 @@ def two_graphs(tmp_path_factory):
     return student, folder
 
 
+@pytest.mark.slow
 def test_two_graphs_cache_as_the_torch_unet_does(two_graphs):
     student, folder = two_graphs
     ready = with_openvino_graphs(student, folder)
@@ -195,6 +196,7 @@ def test_two_graphs_in_8_bits_with_ranges_from_data(pipeline, data_folder, tmp_p
         assert any(op.get_type_name() == "FakeQuantize" for op in model.get_ops())
 
 
+@pytest.mark.slow
 def test_nothing_is_cached_within_one_graph(drawing, tmp_path):
     pipeline, folder = drawing
     ready = with_openvino_graphs(pipeline, folder)

@@ -205,7 +205,11 @@ def test_a_recipe_says_what_is_recorded(pipeline):
 
 
 @pytest.mark.parametrize(
-    ("changes", "most"), [({}, 1.12), ({"trained": "lora", "checkpointing": True, "mixed_precision": "bf16"}, 2)]
+    ("changes", "most"),
+    [
+        ({}, 1.12),
+        pytest.param({"trained": "lora", "checkpointing": True, "mixed_precision": "bf16"}, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_the_memory_of_a_step_is_estimated_as_it_is_or_higher(pipeline, prepared, changes, most):
     chosen = stage(teacher="recorded", **changes)

@@ -495,6 +495,7 @@ def estimated(stage, **devices):
     return pipeline, student, estimate(pipeline, student, stages, **{"teraflops": 1.0, **devices})[0]
 
 
+@pytest.mark.slow
 def test_a_step_is_estimated_by_its_operations():
     pipeline, student, row = estimated({})
     macs = []

@@ -19,7 +19,7 @@ from asdm.distillation.estimate import estimate
 from asdm.distillation.stages import Stage
 from asdm.estimates.architecture import Architecture
 from asdm.estimates.machine import PAIR, MachineSpeed
-from asdm.estimates.sampling import preparation, sampling
+from asdm.estimates.sampling import judged_images, preparation, sampling
 from asdm.estimates.work import StepTime, StepWork, Work, total
 from asdm.evaluation.image_to_image import image_to_image_fault
 from asdm.evaluation.sampling import evaluation_sets
@@ -130,15 +130,9 @@ def benchmarking(
     sets = [] if data is None else evaluation_sets(data, None, samples, seed)
     can_start = image_to_image_fault(pipeline, steps, strength) is None
     starts = image_to_image_sets(data, sets, min(samples, image_to_image) if can_start else 0, seed)
-    judged = Work()
-    for method in methods:
-        for each in sets:
-            count = len(each.prompts)
-            judged += sampling(pipeline, count, method.steps, guidance) + Work(decodes=count)
-        for start in starts:
-            count = len(start.sources)
-            judged += sampling(pipeline, count, method.steps, guidance, strength=strength)
-            judged += Work(encodes=count, decodes=count)
+    judged = total(
+        judged_images(pipeline, sets, starts, method.steps, guidance, strength=strength) for method in methods
+    )
     count = len(methods)
     return [
         StepWork(f"time {count} methods", _part(timed), timed),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
@@ -13,7 +14,9 @@ from asdm.diffusion.conditioning import latent_shape
 from asdm.diffusion.generation import default_guidance, is_small
 from asdm.diffusion.kinds import is_inpainting, is_random
 from asdm.estimates.work import Network, Work, calls, total
+from asdm.evaluation.sampling import EvaluationSet
 from asdm.evaluation.speed import denoiser_calls
+from asdm.evaluation.starting_images import ImageToImageSet
 from asdm.families import denoiser_of, family_of
 
 OWN_STEPS = 10  # in which the calibration samples latents where it has no data
@@ -45,6 +48,28 @@ def sampling(
     each, samples = denoiser_calls(pipeline, steps, strength), samples_per_call(pipeline, guidance_scale)
     batches = [min(at_once, images - start) for start in range(0, images, at_once)]
     return total(calls(each, samples * batch, network) for batch in batches)
+
+
+def judged_images(
+    pipeline: DiffusionPipeline,
+    sets: Sequence[EvaluationSet],
+    starts: Sequence[ImageToImageSet],
+    steps: int,
+    guidance_scale: float,
+    *,
+    strength: float,
+    network: Network = "teacher",
+) -> Work:
+    """Return the work of one pipeline's images in an evaluation: from prompts, and from images."""
+    work = Work()
+    for each in sets:
+        count = len(each.prompts)
+        work += sampling(pipeline, count, steps, guidance_scale, network=network) + Work(decodes=count)
+    for start in starts:
+        count = len(start.sources)
+        from_images = sampling(pipeline, count, steps, guidance_scale, strength=strength, network=network)
+        work += from_images + Work(encodes=count, decodes=count)
+    return work
 
 
 def preparation(pipeline: DiffusionPipeline, data: str | Path) -> Work:

@@ -21,6 +21,7 @@ from asdm.estimates.sampling import (
     calibration,
     calibration_samples,
     calibration_timesteps,
+    judged_images,
     sampling,
 )
 from asdm.estimates.work import Network, StepWork, Work, calls, total
@@ -189,15 +190,10 @@ def evaluation(
     can_start = image_to_image > 0 and image_to_image_fault(pipeline, steps, strength) is None
     sets = evaluation_sets(data, None, samples, seed) if quality else []
     starts = image_to_image_sets(data, sets, min(image_to_image, samples) if can_start else 0, seed)
-    work = Work()
-    for network in networks:
-        for each in sets:
-            count = len(each.prompts)
-            work += sampling(pipeline, count, steps, guidance, network=network) + Work(decodes=count)
-        for start in starts:
-            count = len(start.sources)
-            from_images = sampling(pipeline, count, steps, guidance, strength=strength, network=network)
-            work += from_images + Work(encodes=count, decodes=count)
+    work = total(
+        judged_images(pipeline, sets, starts, steps, guidance, strength=strength, network=network)
+        for network in networks
+    )
     for start in starts:
         # Targets are encoded and decoded; without any, the teacher generates the images of another seed.
         count = len(start.sources)
