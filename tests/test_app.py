@@ -1,11 +1,6 @@
-"""The page of `asdm app`: the functions behind its tabs, and the page in a real browser."""
+"""The page of `asdm app`: the functions behind its tabs, and the page as it is built."""
 
-import json
-import shutil
-import signal
-import socket
-import subprocess
-import sys
+import os
 import threading
 import time
 import warnings
@@ -13,9 +8,10 @@ import warnings
 import pytest
 from PIL import Image
 
-from asdm import AsdmError, AsdmWarning, PruningPlan, analyze, make_plan
+from asdm import AsdmError, AsdmWarning, PruningPlan, make_plan
 from asdm.app.compare import draw_comparison, request_of, save_comparison, with_newest
 from asdm.app.evidence import evidence_file, find_evidence, loss_figure, pareto_figure, report_frame
+from asdm.app.files import KEPT_SECONDS, new_folder
 from asdm.app.models import KEPT, ModelLibrary
 from asdm.app.plan_board import PlanBoard, diagram, summary_of
 from asdm.app.settings import AppSettings, Limits
@@ -23,14 +19,14 @@ from asdm.app.trial import computed_profile, trial_student
 from asdm.app.work import CancelledError, Ticket, Workbench
 from asdm.benchmark.results import BenchmarkRow
 from asdm.generation.image import read_about
-from conftest import tiny_pipeline
+from conftest import profile_by_hand, tiny_pipeline
 
 LIMITS = Limits(side=64, steps=8)
 
 
 @pytest.fixture(scope="module")
 def board() -> PlanBoard:
-    return PlanBoard.of(analyze(tiny_pipeline(), timesteps=1, samples=1, latency_rounds=1))
+    return PlanBoard.of(profile_by_hand(tiny_pipeline()))
 
 
 # -- requests, sessions, models ------------------------------------------------------------------------
@@ -53,6 +49,8 @@ def test_a_request_has_the_models_usual_values_where_fields_are_empty():
         ({"prompt": "x", "seed": float("nan")}, "seed=nan"),
         ({"prompt": "x", "scheduler": "eulr"}, "scheduler=eulr"),
         ({"prompt": "x", "image": "/etc/passwd"}, "not an image"),
+        ({"prompt": "x", "lora": "/etc/passwd"}, "/etc/passwd: a LoRA must be a .safetensors file"),
+        ({"prompt": "x", "lora": "gone.safetensors:0.5"}, "gone.safetensors: no such LoRA file"),
     ],
 )
 def test_what_a_request_may_not_have_is_refused(fields, told):
@@ -72,6 +70,20 @@ def test_only_this_machine_may_name_any_model():
         AppSettings(host=host).require_model("demo")
         with pytest.raises(AsdmError, match="/etc/model: this page offers demo"):
             AppSettings(host=host).require_model("/etc/model")
+
+
+def test_only_this_machine_may_name_files():
+    AppSettings().require_own_machine("lora")
+    with pytest.raises(AsdmError, match="lora: this page reads no files of its machine"):
+        AppSettings(host="0.0.0.0").require_own_machine("lora")
+
+
+def test_old_files_are_deleted(tmp_path):
+    old, young = new_folder(tmp_path), new_folder(tmp_path)
+    (old / "image.png").write_bytes(b"x")
+    os.utime(old, (time.time() - KEPT_SECONDS - 60,) * 2)
+    newest = new_folder(tmp_path)
+    assert set(tmp_path.iterdir()) == {young, newest}
 
 
 def test_few_models_stay_loaded(monkeypatch):
@@ -205,15 +217,28 @@ def test_names_of_a_profile_are_text_in_the_diagram(board):
 def test_the_trials_student_is_pruned_and_fitted(board, pipeline):
     unit = board.redundancy.units[0].name
     lines = []
-    student = trial_student(pipeline, board.toggle(unit).plan(), Ticket(), lambda *line: lines.append(line))
+    plan = board.toggle(unit).plan()
+    pipeline.register_to_config(_name_or_path="random:tiny")  # is fitted on noise, which takes no sampling
+    student = trial_student(pipeline, plan, Ticket(), lambda *line: lines.append(line), samples=1)
     assert [edit["unit"] for edit in student.unet.config["edits"]] == [unit]
-    assert lines and pipeline.unet.config.get("edits") is None
-    cancelled = Ticket()
-    cancelled.cancel()
+    assert lines[-1] == (1.0, f"fitting compensations, 1 of 1: {unit}") and pipeline.unet.config.get("edits") is None
+
+
+def test_a_trial_and_an_analysis_end_at_the_next_call_of_the_denoiser(board, pipeline):
+    calls, ticket = [], Ticket()
+
+    def after_call(*_):
+        calls.append(1)
+        ticket.cancel()
+
+    handle = pipeline.unet.register_forward_hook(after_call)
     with pytest.raises(CancelledError):
-        trial_student(pipeline, board.toggle(unit).plan(), cancelled, lambda *_: None)
+        trial_student(pipeline, board.toggle(board.redundancy.units[0].name).plan(), ticket, lambda *_: None)
+    assert len(calls) == 1
     with pytest.raises(CancelledError):
-        computed_profile(pipeline, cancelled, lambda *_: None)
+        computed_profile(pipeline, ticket, lambda *_: None)
+    handle.remove()
+    assert len(calls) == 1 and not pipeline.unet._forward_pre_hooks, "the hooks stay"
 
 
 # -- evidence ------------------------------------------------------------------------------------------
@@ -286,68 +311,13 @@ def test_handlers_show_errors_as_sentences(monkeypatch):
 
 def test_the_page_is_built_without_a_model(tmp_path):
     pytest.importorskip("gradio")
+    from asdm.app.handlers import Page
     from asdm.app.page import build_page
 
-    blocks = build_page(AppSettings(models=["gone"], folder=tmp_path), tmp_path)
+    blocks = build_page(Page(AppSettings(models=["gone"], folder=tmp_path), tmp_path))
     names = [block.label for block in blocks.blocks.values() if type(block).__name__ == "Tab"]
     assert names[:3] == ["Compare", "Plan", "Evidence"]
     computing = [fn for fn in blocks.fns.values() if fn.concurrency_id == "computing"]
     assert len(computing) == 3 and all(fn.concurrency_limit == 1 for fn in computing)
-    assert all(fn.api_visibility == "private" for fn in blocks.fns.values() if fn.fn is not None and fn.targets[0][0])
-
-
-@pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    pytest.importorskip("gradio")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    folder = tmp_path_factory.mktemp("runs")
-    (folder / "report.html").write_text("<h1>the report</h1>")
-    (folder / "log.jsonl").write_text("".join(json.dumps({"step": s, "loss": 1 / s}) + "\n" for s in range(1, 30)))
-    command = [sys.executable, "-m", "asdm", "app", "--port", str(port), "--folder", str(folder)]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    for _ in range(180):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        assert server.poll() is None, server.stdout.read()
-        time.sleep(1)
-    yield f"http://127.0.0.1:{port}/"
-    server.send_signal(signal.SIGINT)
-    server.wait(20)
-
-
-@pytest.mark.slow
-def test_each_tab_is_used_in_a_browser(address, tmp_path):
-    api = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no chromium on this machine")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
-        page.set_default_timeout(120_000)
-        outside = []
-        page.on("request", lambda request: outside.append(request.url) if "http" in request.url[:4] else None)
-        page.goto(address)
-        page.locator("#prompt textarea").fill("red apple, noto")
-        page.locator("#compare").click()
-        page.locator("#summary").get_by_text("Mean difference").wait_for()
-        with page.expect_download() as saved:
-            page.get_by_text("Second as PNG").click()
-        saved.value.save_as(tmp_path / "second.png")
-        assert read_about(tmp_path / "second.png")["prompt"] == "red apple, noto"
-        page.get_by_role("tab", name="Plan").click()
-        page.locator("#analyse").click()
-        cell = page.locator("#diagram [data-unit]").first
-        cell.wait_for()
-        cell.click()
-        page.locator("#diagram [aria-pressed=true]").first.wait_for()
-        page.get_by_role("tab", name="Evidence").click()
-        page.get_by_role("tab", name="Training").click()
-        page.locator("#log input").click()
-        page.get_by_role("option", name="log.jsonl").click()
-        page.locator("#losses svg").first.wait_for()
-        assert [url for url in outside if not url.startswith(address)] == []
-        browser.close()
+    callable_by_programs = {fn.api_name for fn in blocks.fns.values() if fn.fn and fn.api_visibility != "private"}
+    assert callable_by_programs == {"begin", "compare", "cancel"}

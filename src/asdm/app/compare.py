@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,11 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from asdm.app.files import new_folder
 from asdm.app.settings import Limits
 from asdm.app.work import CancelledError, Ticket
 from asdm.errors import AsdmError
+from asdm.generation.additions import LoraFile
 from asdm.generation.comparison import Comparison, compare_images
 from asdm.generation.files import stem_of
 from asdm.generation.generate import GenerationProgress, sides_of
@@ -22,6 +23,11 @@ from asdm.generation.sheets import SMALLEST_TILE, difference_map
 from asdm.images import open_image
 
 Progress = Callable[[float, str], Any]  # called with the finished part, and a line
+FIELDS = (
+    "prompt", "negative", "seed", "steps", "guidance_scale", "scheduler", "width", "height", "cache_speedup", "image",
+    "strength", "lora",
+)  # fmt: skip
+OWN_SCHEDULER = "the model's own"
 LONGEST_PROMPT = 2000  # characters
 HISTORY = 24  # comparisons of a session
 
@@ -62,7 +68,8 @@ def request_of(fields: Mapping[str, Any], limits: Limits) -> GenerationRequest:
     """Return the request of the page's fields. Empty ones, and numbers of 0 but for the seed, are the model's usual.
 
     Args:
-        fields: as in `GenerationRequest`, but for `prompt`, one text, and `image`, a file's path.
+        fields: of `FIELDS`, as in `GenerationRequest`, but for `prompt`, one text, `image`, a file's path, and `lora`,
+            a LoRA's path with `:SCALE` behind it where that is not 1.
 
     Raises:
         AsdmError: a field is out of range, or exceeds a limit.
@@ -77,10 +84,14 @@ def request_of(fields: Mapping[str, Any], limits: Limits) -> GenerationRequest:
     for name in ("seed", "steps", "width", "height"):
         if name in given:
             given[name] = _whole(name, given[name])
+    if given.get("scheduler") == OWN_SCHEDULER:
+        del given["scheduler"]
     if "image" in given:
         given["image"] = open_image(Path(given["image"]))
     else:
         given.pop("strength", None)
+    if "lora" in given:
+        given["loras"] = [LoraFile.parse(str(given.pop("lora")).strip())]
     request = GenerationRequest(prompts=[prompt], **given)
     limits.require(request)
     return request
@@ -123,8 +134,7 @@ def draw_comparison(
 
 def save_comparison(comparison: Comparison, folder: Path) -> SavedComparison:
     """Write a comparison's images, with metadata, and the map of their difference into a new folder inside `folder`."""
-    place = folder / secrets.token_hex(8)
-    place.mkdir(parents=True)
+    place = new_folder(folder)
     stem = stem_of(comparison.student.prompt)
     difference, mean = difference_map(comparison.teacher.image, comparison.student.image)
     enlarged = max(1, -(-SMALLEST_TILE // max(difference.size)))

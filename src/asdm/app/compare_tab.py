@@ -7,8 +7,10 @@ from typing import Any
 import gradio as gr
 
 from asdm.app.compare import (
+    FIELDS,
     HISTORY,
     LONGEST_PROMPT,
+    OWN_SCHEDULER,
     SavedComparison,
     draw_comparison,
     request_of,
@@ -18,23 +20,19 @@ from asdm.app.compare import (
 from asdm.app.handlers import COMPUTING, Page, bar, sentences, session_of, show_notes
 from asdm.choices import IMAGE_STRENGTH, SCHEDULERS
 
-OWN_SCHEDULER = "the model's own"
-FIELDS = (
-    "prompt", "negative", "seed", "steps", "guidance_scale", "scheduler", "width", "height", "cache_speedup", "image",
-    "strength",
-)  # fmt: skip
-
 
 def compare_tab(page: Page) -> None:
     """Lay out the tab and connect it."""
     history = gr.State(())
     with gr.Row():
-        with gr.Column(scale=2, min_width=320):
+        with gr.Column(scale=2, min_width=320, elem_classes="merged"):
             models, fields, buttons = _inputs(page)
-        with gr.Column(scale=3, min_width=320):
+        with gr.Column(scale=3, min_width=320, elem_classes="merged"):
             outputs = _outputs()
+    gr.Markdown(f"History of this session: the last {HISTORY}, the newest first. Click one to see it again.")
     gallery = gr.Gallery(
-        label=f"History of this session (the last {HISTORY})",
+        label="History",
+        show_label=False,
         columns=8,
         height="auto",
         object_fit="contain",
@@ -49,7 +47,7 @@ def compare_tab(page: Page) -> None:
 
 def _inputs(page: Page) -> tuple[list[Any], list[Any], list[Any]]:
     """Return the widgets of the models, of a request's fields in the order of `FIELDS`, and the buttons."""
-    offered, limits = page.settings.models, page.settings.limits
+    offered = page.settings.models
     free: dict[str, Any] = {"allow_custom_value": page.settings.is_loopback, "filterable": True}
     with gr.Group():
         models = [
@@ -61,25 +59,36 @@ def _inputs(page: Page) -> tuple[list[Any], list[Any], list[Any]]:
     with gr.Row():
         run = gr.Button("Compare", variant="primary", elem_id="compare")
         cancel = gr.Button("Cancel", elem_id="cancel-compare")
+    return models, [prompt, negative, *_settings(page)], [run, cancel]
+
+
+def _settings(page: Page) -> list[Any]:
+    """Return the widgets of a request's fields after the prompts."""
+    limits = page.settings.limits
+    late: dict[str, Any] = {"elem_classes": "late"}
     usual: dict[str, Any] = {"info": "0: usual", "value": 0, "minimum": 0, "min_width": 100}
-    with gr.Accordion("Sampler", open=True), gr.Row():
+    with gr.Accordion("Sampler", open=True, **late), gr.Row():
         seed = gr.Number(label="Seed", info="of the noise", value=0, precision=0, minimum=0, min_width=100)
         steps = gr.Number(label="Steps", precision=0, maximum=limits.steps, **usual)
         guidance = gr.Number(label="Guidance", maximum=50, **usual)
         scheduler = gr.Dropdown(
             [OWN_SCHEDULER, *SCHEDULERS], value=OWN_SCHEDULER, label="Scheduler", info="by short name", min_width=160
         )
-    with gr.Accordion("Size and feature caching", open=False), gr.Row():
-        width = gr.Number(label="Width", precision=0, step=8, maximum=limits.side, **usual)
-        height = gr.Number(label="Height", precision=0, step=8, maximum=limits.side, **usual)
-        cache = gr.Number(
-            label="Feature caching", info="speed-up of the second model; 0: none", value=0, minimum=0, min_width=160
-        )
-    with gr.Accordion("Start from an image", open=False):
+    with gr.Accordion("Size, feature caching, LoRA", open=False, **late):
+        with gr.Row():
+            width = gr.Number(label="Width", precision=0, step=8, maximum=limits.side, **usual)
+            height = gr.Number(label="Height", precision=0, step=8, maximum=limits.side, **usual)
+            cache = gr.Number(
+                label="Feature caching", info="speed-up of the second model; 0: none", value=0, minimum=0, min_width=160
+            )
+        lora = gr.Textbox(
+            label="LoRA", info="path of a .safetensors file on this machine; :SCALE behind it where that is not 1",
+            max_length=1000, elem_id="lora", visible=page.settings.is_loopback,
+        )  # fmt: skip
+    with gr.Accordion("Start from an image", open=False, **late):
         image = gr.Image(label="Image", type="filepath", sources=["upload", "clipboard"], height=200)
         strength = gr.Slider(0.05, 1, value=IMAGE_STRENGTH, step=0.05, label="Strength: how much may change")
-    fields = [prompt, negative, seed, steps, guidance, scheduler, width, height, cache, image, strength]
-    return models, fields, [run, cancel]
+    return [seed, steps, guidance, scheduler, width, height, cache, image, strength, lora]
 
 
 def _outputs() -> list[Any]:
@@ -130,7 +139,8 @@ def _connect(page: Page, models: list[Any], fields: list[Any], buttons: list[Any
         first, second, *rest, earlier = values
         ticket, progress = page.workbench.ticket(session_of(request)), bar(report)
         given = dict(zip(FIELDS, rest, strict=True))
-        given["scheduler"] = None if given["scheduler"] == OWN_SCHEDULER else given["scheduler"]
+        if given["lora"]:
+            page.settings.require_own_machine("lora")
         wanted = request_of(given, page.settings.limits)
         progress(0, "waiting")
         with page.workbench.computing(ticket) as notes:
@@ -150,10 +160,12 @@ def _connect(page: Page, models: list[Any], fields: list[Any], buttons: list[Any
         page.workbench.cancel(session_of(request))
 
     triggers = [run.click, fields[0].submit]
-    started = gr.on(triggers, begin, queue=False, show_progress="hidden", api_visibility="private")
+    # Programs may call these three, in this order.
+    callable_by: dict[str, Any] = {"api_visibility": "undocumented"}
+    started = gr.on(triggers, begin, queue=False, show_progress="hidden", api_name="begin", **callable_by)
     started.then(
-        compare, [*models, *fields, history], outputs, show_progress_on=[outputs[0]], api_visibility="private",
-        **COMPUTING,
+        compare, [*models, *fields, history], outputs, show_progress_on=[outputs[0]], api_name="compare",
+        **callable_by, **COMPUTING,
     )  # fmt: skip
-    cancel.click(cancelled, queue=False, api_visibility="private")
+    cancel.click(cancelled, queue=False, api_name="cancel", **callable_by)
     gallery.select(show_earlier, history, outputs[:-2], queue=False, api_visibility="private")

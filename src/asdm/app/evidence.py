@@ -157,7 +157,7 @@ def _about(row: BenchmarkRow, split: str, quality: str) -> str:
     seconds = "" if row.seconds is None else f"<br>{row.seconds:.3g} s an image"
     return (
         f"<b>{html.escape(row.name)}</b><br>{row.speedup:.2f}x ({row.ratio.low:.2f} to {row.ratio.high:.2f})"
-        f"{seconds}<br>{quality} {getattr(row, quality)[split]:.4g}<br>{row.steps} steps"
+        f"{seconds}<br>{QUALITIES[quality].partition(',')[0]} {getattr(row, quality)[split]:.4g}<br>{row.steps} steps"
     )
 
 
@@ -213,7 +213,9 @@ def _styled(figure: Any, x: str, y: str, log_x: bool = False, log_y: bool = Fals
         plot_bgcolor="rgba(0,0,0,0)",
         font={"color": "#888888", "size": 13},
         margin={"l": 60, "r": 10, "t": 20, "b": 50},
-        legend={"orientation": "h", "y": -0.25},
+        legend={"orientation": "h", "y": -0.2},
+        modebar={"bgcolor": "rgba(0,0,0,0)", "remove": ["select2d", "lasso2d"]},
+        hoverlabel={"bgcolor": "#ffffff", "font": {"color": "#222222"}},
         height=520,
         xaxis={"title": {"text": x}, **axis, **(ticks if log_x else {})},
         yaxis={"title": {"text": y}, **axis, **({"type": "log"} if log_y else {})},

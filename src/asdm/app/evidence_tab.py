@@ -33,7 +33,7 @@ def evidence_tab(page: Page, tab: Any) -> None:
     with gr.Tab("Benchmark"):
         benchmark = gr.Dropdown([], label="Benchmark", elem_id="benchmark")
         with gr.Row():
-            place = gr.Dropdown([], label="Model", min_width=120)
+            place = gr.Dropdown([], label="Model", min_width=120, elem_id="benchmark-model")
             split = gr.Dropdown([], label="Prompts", min_width=120)
             quality = gr.Dropdown(
                 [(text, name) for name, text in QUALITIES.items()], label="Quality", min_width=260, scale=2

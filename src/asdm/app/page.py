@@ -13,6 +13,7 @@ import gradio as gr
 
 from asdm.app.compare_tab import compare_tab
 from asdm.app.evidence_tab import evidence_tab
+from asdm.app.files import KEPT_SECONDS
 from asdm.app.handlers import Page, session_of
 from asdm.app.plan_tab import plan_tab
 from asdm.app.settings import AppSettings
@@ -21,9 +22,18 @@ _FONTS = ["system-ui", "sans-serif"]  # none is fetched from elsewhere
 CSS = """
 .gradio-container {max-width: 1180px !important; width: 100% !important; margin: 0 auto}
 .tile img {width: 100% !important; height: 100% !important; object-fit: contain}
-@media (max-width: 500px) {.gradio-container {padding: 4px !important}}
+#history .grid-wrap {min-height: 0; height: auto}
+#history .grid-container {display: flex; overflow-x: auto; padding: 4px}
+#history .gallery-item {flex: 0 0 112px}
+.actions {align-items: flex-end}
+@media (max-width: 700px) {
+  /* One column, in which the result comes before the settings. */
+  .merged {display: contents !important}
+  .merged > * {flex: 1 1 100% !important; min-width: 0 !important}
+  .late {order: 1}
+  .gradio-container > main {padding: 8px !important}
+}
 """
-CACHE_SECONDS = 24 * 3600  # after which a generated file is deleted
 
 
 def theme() -> Any:
@@ -31,14 +41,9 @@ def theme() -> Any:
     return gr.themes.Default(primary_hue="blue", font=_FONTS, font_mono=["ui-monospace", "monospace"])
 
 
-def build_page(settings: AppSettings, folder: Path) -> gr.Blocks:
-    """Return the page.
-
-    Args:
-        folder: for the files that the page makes.
-    """
-    page = Page(settings, folder)
-    with gr.Blocks(title="asdm", analytics_enabled=False, delete_cache=(3600, CACHE_SECONDS)) as blocks:
+def build_page(page: Page) -> gr.Blocks:
+    """Return the page with its tabs."""
+    with gr.Blocks(title="asdm", analytics_enabled=False, delete_cache=(3600, KEPT_SECONDS)) as blocks:
         gr.Markdown("# asdm\nDiffusion pipelines, pruned and distilled: compare them, plan them, look at the evidence.")
         with gr.Tab("Compare", id="compare"):
             compare_tab(page)
@@ -51,33 +56,27 @@ def build_page(settings: AppSettings, folder: Path) -> gr.Blocks:
             page.workbench.cancel(session_of(request))
 
         blocks.unload(closed)
-    return blocks.queue(max_size=settings.limits.waiting, default_concurrency_limit=4)
+    return blocks.queue(max_size=page.settings.limits.waiting, default_concurrency_limit=4)
 
 
-def serve(settings: AppSettings, *, in_background: bool = False) -> gr.Blocks:
-    """Serve the page until it is interrupted.
-
-    Args:
-        in_background: return at once; `close()` of what is returned ends it.
-    """
-    folder = tempfile.TemporaryDirectory(prefix="asdm-app-")
-    blocks = build_page(settings, Path(folder.name))
-    try:
-        blocks.launch(
-            server_name=settings.host,
-            server_port=settings.port,
-            share=False,
-            quiet=True,
-            show_error=False,
-            max_file_size=settings.limits.upload_megabytes * 2**20,
-            ssr_mode=False,
-            footer_links=[],
-            run_history=False,
-            prevent_thread_lock=in_background,
-            theme=theme(),
-            css=CSS,
-        )
-    finally:
-        if not in_background:
-            folder.cleanup()
-    return blocks
+def serve(settings: AppSettings) -> None:
+    """Serve the page until it is interrupted. The requests in work end at their next step."""
+    with tempfile.TemporaryDirectory(prefix="asdm-app-", ignore_cleanup_errors=True) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "gradio")  # uploads and copies go with the server
+        page = Page(settings, Path(folder) / "results")
+        try:
+            build_page(page).launch(
+                server_name=settings.host,
+                server_port=settings.port,
+                share=False,
+                quiet=True,
+                show_error=False,
+                max_file_size=settings.limits.upload_megabytes * 2**20,
+                ssr_mode=False,
+                footer_links=[],
+                run_history=False,
+                theme=theme(),
+                css=CSS,
+            )
+        finally:
+            page.workbench.cancel_all()

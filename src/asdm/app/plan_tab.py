@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import secrets
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from asdm.app.compare import LONGEST_PROMPT, draw_comparison, request_of, save_comparison
+from asdm.app.files import new_folder
 from asdm.app.handlers import COMPUTING, Page, bar, sentences, session_of, show_notes
 from asdm.app.plan_board import PlanBoard, diagram, summary_of
 from asdm.app.trial import computed_profile, trial_student
@@ -17,6 +17,7 @@ from asdm.sensitivity.profile import RedundancyMap
 from asdm.student.plan import PruningPlan
 
 DIAGRAM_CSS = """
+.empty {padding: 64px 0 40px; text-align: center}
 .u {display: flex; flex-direction: column; gap: 8px; align-items: center}
 .level {display: flex; flex-wrap: wrap; gap: 8px 40px; justify-content: center; width: 100%}
 .block {border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 4px 8px;
@@ -34,23 +35,41 @@ DIAGRAM_CSS = """
   linear-gradient(to bottom right, transparent 47%, #ff3b3b 47%, #ff3b3b 53%, transparent 53%)}
 .legend {margin-top: 10px; font-size: 12px; text-align: center; color: var(--body-text-color)}
 .legend .scale {display: inline-block; width: 120px; height: 10px; margin: 0 6px; border-radius: 3px}
-.about {min-height: 2.8em; margin-top: 6px; font-size: 13px; text-align: center; color: var(--body-text-color)}
+.about {min-height: 2.8em; margin-top: 6px; font-size: 13px; text-align: center; overflow-wrap: anywhere;
+  color: var(--body-text-color)}
 """
-# The text of a hovered unit stands below the diagram too: touch screens show no titles.
+# The text of a hovered unit stands below the diagram too: touch screens show no titles. Each click makes the diagram
+# again, which must lose neither that text nor the keyboard's place.
 DIAGRAM_JS = """
 const unitOf = event => event.target.closest('[data-unit]');
+let last = null, clicked = false;
+const restore = () => {
+  const unit = last && element.querySelector(`[data-unit="${CSS.escape(last)}"]`);
+  const about = element.querySelector('.about');
+  if (!unit || !about) return;
+  if (about.textContent !== unit.dataset.about) about.textContent = unit.dataset.about;
+  if (clicked && !element.contains(document.activeElement)) {
+    clicked = false;
+    unit.focus({preventScroll: true});
+  }
+};
 const show = event => {
-  const unit = unitOf(event), about = element.querySelector('.about');
-  if (unit && about) about.textContent = unit.dataset.about;
+  const unit = unitOf(event);
+  if (!unit) return;
+  last = unit.dataset.unit;
+  restore();
 };
 element.addEventListener('click', event => {
   const unit = unitOf(event);
-  if (unit) trigger('click', {unit: unit.dataset.unit});
+  if (!unit) return;
+  clicked = true;
+  trigger('click', {unit: unit.dataset.unit});
 });
+new MutationObserver(restore).observe(element, {childList: true, subtree: true});
 element.addEventListener('mouseover', show);
 element.addEventListener('focusin', show);
 """
-EMPTY = "<p style='text-align:center'>Compute the profile of a model, or load one that asdm analyze wrote.</p>"
+EMPTY = "<p class='empty'>Compute the profile of a model, or load one that asdm analyze wrote.</p>"
 LARGEST_SLIDER = 10.0
 
 
@@ -58,49 +77,51 @@ def plan_tab(page: Page) -> None:
     """Lay out the tab and connect it."""
     board = gr.State(None)
     offered = page.settings.models
-    with gr.Row():
+    with gr.Row(elem_classes="actions"):
         model = gr.Dropdown(
             offered, value=offered[0], label="Model", allow_custom_value=page.settings.is_loopback, min_width=160
         )
-        analyse = gr.Button("Compute its profile", variant="primary", elem_id="analyse", min_width=120)
-        load = gr.UploadButton("Load a profile", file_types=[".json"], elem_id="load-profile", min_width=120)
-        cancel = gr.Button("Cancel", min_width=80)
+        analyse = gr.Button("Compute its profile", variant="primary", elem_id="analyse", min_width=180)
+        load = gr.UploadButton("Load a profile", file_types=[".json"], elem_id="load-profile", min_width=180)
+        cancel = gr.Button("Cancel", min_width=180)
     status = gr.Markdown("", elem_id="plan-status")
     picture = gr.HTML(
         EMPTY, html_template='${value}<div class="about"></div>', css_template=DIAGRAM_CSS, js_on_load=DIAGRAM_JS,
         elem_id="diagram", container=True, padding=True,
     )  # fmt: skip
     summary = gr.Markdown("", elem_id="plan-summary")
-    with gr.Row():
+    with gr.Row(elem_classes="actions"):
         speedup = gr.Slider(1.05, 3, value=1.5, step=0.05, label="Speed-up", min_width=200, scale=3)
-        best = gr.Button("Best plan for it", elem_id="best", min_width=120)
-        clear = gr.Button("Clear", min_width=80)
+        best = gr.Button("Best plan for it", elem_id="best", min_width=180)
+        clear = gr.Button("Clear", min_width=180)
     edits = gr.Dropdown([], value=[], multiselect=True, label="Edits of the plan", elem_id="edits")
     with gr.Row():
-        upload = gr.UploadButton("Load a plan", file_types=[".json"], elem_id="load-plan", min_width=120)
-        save = gr.DownloadButton("Save the plan", elem_id="save-plan", interactive=False, min_width=120)
-    with gr.Group():
-        prompt = gr.Textbox(label="Prompt of the trial", max_length=LONGEST_PROMPT, elem_id="trial-prompt")
-        with gr.Row():
-            seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, min_width=100)
-            steps = gr.Number(
-                label="Steps; 0: usual",
-                value=0,
-                precision=0,
-                minimum=0,
-                maximum=page.settings.limits.steps,
-                min_width=100,
-            )
-    attempt = gr.Button("Try the untrained student", variant="primary", elem_id="try")
-    trial = gr.ImageSlider(
-        label="Model on the left, untrained compensated student on the right", type="filepath", interactive=False,
-        height=400, max_height=400, buttons=["fullscreen"], elem_id="trial",
-    )  # fmt: skip
-    result = gr.Markdown("", elem_id="trial-summary")
+        upload = gr.UploadButton("Load a plan", file_types=[".json"], elem_id="load-plan", min_width=180)
+        save = gr.DownloadButton("Save the plan", elem_id="save-plan", interactive=False, min_width=180)
+    with gr.Row():
+        with gr.Column(scale=2, min_width=320):
+            trial_inputs, attempt, result = _trial_inputs(page)
+        with gr.Column(scale=3, min_width=320):
+            trial = gr.ImageSlider(
+                label="Model on the left, untrained compensated student on the right", type="filepath",
+                interactive=False, height=400, max_height=400, buttons=["fullscreen"], elem_id="trial",
+            )  # fmt: skip
     views = [board, picture, summary, edits, speedup, save]
     _connect_profiles(page, model, [analyse, load, cancel], status, views)
     _connect_edits(page, [best, clear, upload], views)
-    _connect_trial(page, [attempt, cancel], [board, model, prompt, seed, steps], [trial, result])
+    _connect_trial(page, attempt, [board, model, *trial_inputs], [trial, result])
+
+
+def _trial_inputs(page: Page) -> tuple[list[Any], Any, Any]:
+    """Return the widgets of a trial's prompt, seed and steps; its button; and the place of its result."""
+    with gr.Group():
+        prompt = gr.Textbox(label="Prompt of the trial", lines=2, max_length=LONGEST_PROMPT, elem_id="trial-prompt")
+        with gr.Row():
+            number: dict[str, Any] = {"value": 0, "precision": 0, "minimum": 0, "min_width": 100}
+            seed = gr.Number(label="Seed", info="of the noise", **number)
+            steps = gr.Number(label="Steps", info="0: usual", maximum=page.settings.limits.steps, **number)
+    attempt = gr.Button("Try the untrained student", variant="primary", elem_id="try")
+    return [prompt, seed, steps], attempt, gr.Markdown("", elem_id="trial-summary")
 
 
 def views_of(board: PlanBoard, folder: Path, with_speedup: bool = False) -> tuple[Any, ...]:
@@ -109,7 +130,7 @@ def views_of(board: PlanBoard, folder: Path, with_speedup: bool = False) -> tupl
     most = max(1.1, min(LARGEST_SLIDER, int(board.reachable * 20 - 1e-6) / 20)) if with_speedup else 0
     slider = gr.Slider(maximum=most, value=min(1.5, most)) if with_speedup else gr.skip()
     if board.chosen or board.others:
-        place = folder / secrets.token_hex(8) / "plan.json"
+        place = new_folder(folder) / "plan.json"
         board.plan().save(place)
         file = gr.DownloadButton(value=str(place), interactive=True)
     else:
@@ -162,7 +183,7 @@ def _connect_profiles(page: Page, model: Any, buttons: list[Any], status: Any, v
 
     private: dict[str, Any] = {"api_visibility": "private"}
     analyse.click(begin, queue=False, show_progress="hidden", **private).then(
-        compute, model, [status, *views], show_progress_on=[status], **private, **COMPUTING
+        compute, model, [status, *views], show_progress_on=[views[1]], **private, **COMPUTING
     )
     load.upload(load_profile, load, [status, *views], show_progress="hidden", **private)
     cancel.click(cancelled, queue=False, **private)
@@ -201,9 +222,7 @@ def _connect_edits(page: Page, buttons: list[Any], views: list[Any]) -> None:
     upload.upload(load_plan, [board, upload], views, **settings)
 
 
-def _connect_trial(page: Page, buttons: list[Any], inputs: list[Any], outputs: list[Any]) -> None:
-    attempt, _ = buttons
-
+def _connect_trial(page: Page, attempt: Any, inputs: list[Any], outputs: list[Any]) -> None:
     def begin(request: gr.Request) -> None:
         page.workbench.issue(session_of(request))
 

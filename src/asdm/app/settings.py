@@ -59,3 +59,15 @@ class AppSettings(Record):
         """
         if name not in self.models and not self.is_loopback:
             raise AsdmError(f"{name}: this page offers {', '.join(self.models)}; add others by asdm app --model")
+
+    def require_own_machine(self, name: str) -> None:
+        """Refuse to read a file of this machine for anyone else.
+
+        Args:
+            name: of the field that names the file.
+
+        Raises:
+            AsdmError: other machines reach the page.
+        """
+        if not self.is_loopback:
+            raise AsdmError(f"{name}: this page reads no files of its machine; leave it empty")

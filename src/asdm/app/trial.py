@@ -27,13 +27,21 @@ def computed_profile(pipeline: DiffusionPipeline, ticket: Ticket, progress: Prog
         ticket.check()
         progress(done / max(total, 1), f"analysing, {done} of {total}: {name}")
 
-    return analyze(pipeline, progress=after_unit)
+    with ticket.guards(denoiser_of(pipeline)):
+        return analyze(pipeline, progress=after_unit)
 
 
 def trial_student(
-    pipeline: DiffusionPipeline, plan: PruningPlan, ticket: Ticket, progress: Progress
+    pipeline: DiffusionPipeline,
+    plan: PruningPlan,
+    ticket: Ticket,
+    progress: Progress,
+    samples: int | None = None,
 ) -> DiffusionPipeline:
     """Build a plan's student, fit its compensations, and return it as a pipeline.
+
+    Args:
+        samples: to fit on, as for `fit_compensation`.
 
     Raises:
         AsdmError: a plan for another model.
@@ -46,7 +54,9 @@ def trial_student(
             ticket.check()
             progress(done / total, f"fitting compensations, {done} of {total}: {name}")
 
-        fit_compensation(pipeline, student, progress=after_unit)
+        progress(0, "generating images to fit compensations on")
+        with ticket.guards(denoiser_of(pipeline), student):
+            fit_compensation(pipeline, student, samples=samples, progress=after_unit)
     other = with_unet(pipeline, fold_compensation(student, within_blocks=True))
     other.register_to_config(_name_or_path=f"untrained student of {pipeline.config.get('_name_or_path')}")
     return other

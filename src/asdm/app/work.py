@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from torch import nn
+
 from asdm.errors import AsdmWarning
 
 
@@ -35,6 +37,20 @@ class Ticket:
         """
         if self.is_cancelled():
             raise CancelledError
+
+    @contextmanager
+    def guards(self, *models: nn.Module) -> Iterator[None]:
+        """End the block at the next call of one of the models once the request is cancelled.
+
+        Raises:
+            CancelledError: the request was cancelled.
+        """
+        handles = [model.register_forward_pre_hook(lambda *_: self.check()) for model in models]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 class Workbench:
@@ -67,6 +83,14 @@ class Workbench:
         with self._tickets_lock:
             ticket = self._tickets.pop(session, None)
         if ticket is not None:
+            ticket.cancel()
+
+    def cancel_all(self) -> None:
+        """Cancel the requests of all sessions."""
+        with self._tickets_lock:
+            tickets = list(self._tickets.values())
+            self._tickets.clear()
+        for ticket in tickets:
             ticket.cancel()
 
     @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated
@@ -50,6 +51,7 @@ def app(
         errors.print(f"note: the page is open to all who reach {host}; it has no passwords", highlight=False)
     shown = f"[{host}]" if ":" in host else host
     say(f"http://{shown}:{port}/ (Ctrl-C ends it)")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # of service managers and containers
     try:
         serve(settings)
     except OSError as error:
