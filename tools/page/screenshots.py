@@ -43,9 +43,9 @@ def take_screenshots(
 
 def _compare(visitor: Visitor, student: str | None, _profile: Path | None) -> None:
     if student is None:
-        visitor.press("Size, feature caching, LoRA ▼")
+        visitor.press("Size, feature caching, LoRA")
         visitor.fill("Feature caching", CACHE_SPEEDUP)
-        visitor.press("Size, feature caching, LoRA ▼")
+        visitor.press("Size, feature caching, LoRA")
     for seed in range(4):
         visitor.compare(PROMPT, seed=seed)
 

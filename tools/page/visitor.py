@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,8 +53,9 @@ class Visitor:
         self.window.get_by_role("option", name=option, exact=True).click()
 
     def press(self, button: str) -> None:
-        """Press the visible button with this text."""
-        self.window.get_by_role("button", name=button, exact=True).locator("visible=true").click()
+        """Press the visible button with this text, or the head of the settings with this title."""
+        text = re.compile(rf"^\s*{re.escape(button)}\s*▼?\s*$")
+        self.window.locator("button:visible", has_text=text).click()
 
     def shown(self, text: str) -> str:
         """Wait for a visible text, and return all of its element's."""

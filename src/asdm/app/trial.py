@@ -6,7 +6,7 @@ from diffusers import DiffusionPipeline
 
 from asdm.app.compare import Progress
 from asdm.app.work import Ticket
-from asdm.compensation.fitting import fit_compensation, fitted_tensors
+from asdm.compensation.fitting import fit_compensation, fitted_tensors, samples_to_fit
 from asdm.compensation.folding import fold_compensation
 from asdm.families import denoiser_of
 from asdm.pipelines.derived import with_unet
@@ -14,6 +14,8 @@ from asdm.sensitivity.analysis import analyze
 from asdm.sensitivity.profile import RedundancyMap
 from asdm.student.build import build_student
 from asdm.student.plan import PruningPlan
+
+TRIAL_SAMPLES = 8  # at most, to fit a trial's compensations on: sampling them takes most of its time
 
 
 def computed_profile(pipeline: DiffusionPipeline, ticket: Ticket, progress: Progress) -> RedundancyMap:
@@ -36,12 +38,12 @@ def trial_student(
     plan: PruningPlan,
     ticket: Ticket,
     progress: Progress,
-    samples: int | None = None,
+    samples: int = TRIAL_SAMPLES,
 ) -> DiffusionPipeline:
     """Build a plan's student, fit its compensations, and return it as a pipeline.
 
     Args:
-        samples: to fit on, as for `fit_compensation`.
+        samples: to fit on, at most; `prune` fits on up to 32.
 
     Raises:
         AsdmError: a plan for another model.
@@ -56,7 +58,7 @@ def trial_student(
 
         progress(0, "generating images to fit compensations on")
         with ticket.guards(denoiser_of(pipeline), student):
-            fit_compensation(pipeline, student, samples=samples, progress=after_unit)
+            fit_compensation(pipeline, student, samples=min(samples, samples_to_fit(pipeline)), progress=after_unit)
     other = with_unet(pipeline, fold_compensation(student, within_blocks=True))
     other.register_to_config(_name_or_path=f"untrained student of {pipeline.config.get('_name_or_path')}")
     return other
