@@ -32,6 +32,7 @@ def main() -> None:
 def screenshots(
     folder: Annotated[Path, typer.Option(help="Where the pictures go.")] = ROOT / "docs" / "images",
     results: Annotated[Path, typer.Option(help="The folder of the benchmark.")] = ROOT / "docs" / "results",
+    tab: Annotated[list[str] | None, typer.Option(help="compare, plan or evidence; all.", show_default=False)] = None,
     student: Annotated[
         str | None, typer.Option(help="The second model; the embedded one with feature caching.", show_default=False)
     ] = None,
@@ -40,7 +41,7 @@ def screenshots(
     ] = None,
 ) -> None:
     """Take the README's pictures of the page."""
-    for file in take_screenshots(folder, results, student=student, profile=profile):
+    for file in take_screenshots(folder, results, tabs=tab or (), student=student, profile=profile):
         say(f"{file}: {file.stat().st_size // 1000} kB")
 
 

@@ -55,7 +55,7 @@ class Visitor:
     def press(self, button: str) -> None:
         """Press the visible button with this text, or the head of the settings with this title."""
         text = re.compile(rf"^\s*{re.escape(button)}\s*▼?\s*$")
-        self.window.locator("button:visible", has_text=text).click()
+        self.window.locator("button:visible:not([role=tab], [tabindex='-1'])", has_text=text).click()
 
     def shown(self, text: str) -> str:
         """Wait for a visible text, and return all of its element's."""

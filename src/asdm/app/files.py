@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 
 KEPT_SECONDS = 24 * 3600
@@ -15,8 +16,9 @@ def new_folder(root: Path) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     oldest = time.time() - KEPT_SECONDS
     for folder in root.iterdir():
-        if folder.stat().st_mtime < oldest:
-            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another request deleted it
+            if folder.stat().st_mtime < oldest:
+                shutil.rmtree(folder, ignore_errors=True)
     made = root / secrets.token_hex(8)
     made.mkdir()
     return made
