@@ -115,9 +115,7 @@ def use_evidence(visitor, _profile, _folder):
     window = visitor.window
     visitor.open_tab("Evidence")
     visitor.choose("benchmark", "benchmark.json")
-    window.locator("#pareto .scatterlayer .point").first.hover(force=True)
-    window.locator("#pareto .hoverlayer text").first.wait_for()
-    assert "x (" in window.locator("#pareto .hoverlayer").inner_text()
+    assert "x (" in visitor.point_at("pareto")
     visitor.open_tab("Report")
     visitor.choose("report", "report.html")
     assert window.frame_locator("#report-frame iframe").locator("body").inner_text().strip() == "the report"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -53,7 +54,7 @@ def soak_command(
 ) -> None:
     """Send many small requests to the page; its memory must stay flat, and no request may be lost."""
     with tempfile.TemporaryDirectory() as folder, serving(Path(folder)) as served, reporting() as report:
-        result = soak(served, requests, users=users, cancelled=cancelled, progress=report)
+        result = soak(served, requests, users=users, cancelled=cancelled, progress=partial(report, "requests"))
     say(", ".join(f"{name} {value}" for name, value in result.row().items()))
     result.require_good()
 

@@ -82,7 +82,7 @@ def _evidence(visitor: Visitor, _student: str | None, _profile: Path | None) -> 
     visitor.window.locator("#pareto .main-svg").first.wait_for()
     if PLACE not in visitor.window.locator("#benchmark-model input").input_value():
         visitor.choose("benchmark-model", PLACE)
-    visitor.window.locator("#pareto .scatterlayer .point").first.hover(force=True)
+    visitor.point_at("pareto")
 
 
 TABS: dict[str, Callable[[Visitor, str | None, Path | None], None]] = {

@@ -96,6 +96,25 @@ class Visitor:
         self.window.mouse.move(middle[0] + pixels, middle[1], steps=5)
         self.window.mouse.up()
 
+    def point_at(self, plot: str, number: int = 0) -> str:
+        """Hold the mouse over a point of a plot; return the text that appears.
+
+        Args:
+            plot: the plot's `elem_id`.
+        """
+        point = self.window.locator(f"#{plot} .scatterlayer .point").nth(number)
+        text = self.window.locator(f"#{plot} .hoverlayer text").first
+        point.scroll_into_view_if_needed()
+        for _ in range(SECONDS):
+            box = point.bounding_box()
+            x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+            self.window.mouse.move(x - 20, y - 20)
+            self.window.mouse.move(x, y, steps=4)
+            self.window.wait_for_timeout(1000)
+            if text.is_visible():
+                return str(text.text_content())
+        raise AsdmError(f"{plot}: its points say nothing")
+
     def upload(self, button: str, file: Path) -> None:
         """Choose a file for an upload button.
 
