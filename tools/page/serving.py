@@ -15,7 +15,7 @@ from pathlib import Path
 
 from asdm.errors import AsdmError
 
-SECONDS_TO_START = 180
+SECONDS_TO_START = 600
 
 
 @dataclass(frozen=True)
