@@ -25,8 +25,7 @@ from asdm.distillation.stages import Consistency
 from asdm.edits import GriAttention
 from asdm.edits.regional_attention import gri_kinds
 from asdm.errors import AsdmError
-from asdm.families import Denoiser, denoiser_call, denoiser_of, family_of
-from asdm.measure.macs import counting_macs
+from asdm.families import Denoiser, denoiser_of, family_of, macs_of_call
 from asdm.pipelines.derived import with_unet
 from asdm.planning.budget import make_plan
 from asdm.runtime.export import export
@@ -172,9 +171,7 @@ def in_openvino(
         folder = tempfile.TemporaryDirectory(prefix="asdm-openvino-")
         graphs, ranges = Path(folder.name) / "graphs", None if int8 is None else data
         export(made, graphs, "openvino", int8=int8, data=ranges, cache=cache, parts=parts)
-        with counting_macs(denoiser_of(made)) as count:
-            denoiser_call(denoiser_of(made), batch_size=1)()
-        return folder, count.below() / 1e9
+        return folder, macs_of_call(denoiser_of(made)).below() / 1e9
 
     @contextmanager
     def prepared(pipeline: DiffusionPipeline) -> Iterator[DiffusionPipeline]:

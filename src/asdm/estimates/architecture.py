@@ -12,7 +12,7 @@ from typing import Any
 from asdm.choices import CompensationKind
 from asdm.edits import UnitEdit, compensated
 from asdm.errors import AsdmError
-from asdm.families import Denoiser, family_of
+from asdm.families import Denoiser, family_of, macs_of_call
 from asdm.planning.budget import make_plan
 from asdm.planning.possible_edits import PossibleEdit, possible_edits
 from asdm.sensitivity.analysis import structure_map
@@ -73,7 +73,7 @@ class Architecture:
 
     def student_share(self, student: Denoiser) -> float:
         """Return what a call of a student without weights takes, as a part of the original's, by MACs."""
-        return structure_map(student).gmacs / self.structure.gmacs
+        return macs_of_call(student).below() / 1e9 / self.structure.gmacs
 
     def fitted(self, plan: PruningPlan) -> int:
         """Return how many of a plan's edits are fitted."""

@@ -17,6 +17,7 @@ from asdm.families.base import denoiser_of as denoiser_of
 from asdm.families.base import families as families
 from asdm.families.base import family_named as family_named
 from asdm.families.base import family_of as family_of
+from asdm.families.base import macs_of_call as macs_of_call
 from asdm.families.tensors import fingerprint as fingerprint
 from asdm.families.tensors import require_plain as require_plain
 from asdm.families.unet import UNetFamily as UNetFamily

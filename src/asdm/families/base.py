@@ -21,6 +21,7 @@ from asdm.choices import CompensationKind, Program
 from asdm.edits.base import Edit
 from asdm.errors import AsdmError
 from asdm.families.tensors import fingerprint
+from asdm.measure.macs import MacCount, counting_macs
 
 Denoiser: TypeAlias = ModelMixin
 GenerationInput = Literal["image", "mask", "lora", "controlnet", "clip_skip", "weighted"]
@@ -521,6 +522,13 @@ def denoiser_call(model: Denoiser, batch_size: int = 2, seed: int = 0) -> Callab
     family = family_of(model)
     arguments = family.random_inputs(model, batch_size, seed)
     return lambda: family.predict(model, arguments)
+
+
+def macs_of_call(model: Denoiser) -> MacCount:
+    """Count what a denoiser computes for one sample at its native size."""
+    with counting_macs(model) as count:
+        denoiser_call(model, batch_size=1)()
+    return count
 
 
 def _unknown(name: str) -> AsdmError:

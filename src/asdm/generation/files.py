@@ -81,10 +81,21 @@ class ImageFolder:
     """A folder that a request's images are written to as they are finished; existing files stay.
 
     `paths` are the files that were written, `lines` what there is to say of them.
+
+    Args:
+        out: the folder, or for a single image the name of its file.
+
+    Raises:
+        AsdmError: `out` names a file, and there is more than one image.
     """
 
-    def __init__(self, folder: Path, request: GenerationRequest):
-        self.folder, self.paths = folder, list[Path]()
+    def __init__(self, out: Path, request: GenerationRequest):
+        self._stem = out.stem if out.suffix.lower() == ".png" and not out.is_dir() else None
+        if self._stem is not None and request.total > 1:
+            raise AsdmError(f"{out}: a file, and there are {request.total} images; name a folder")
+        if self._stem is None and out.is_file():
+            raise AsdmError(f"{out}: a file; name a folder, or for one image a name that ends in .png")
+        self.folder, self.paths = out if self._stem is None else out.parent, list[Path]()
         self.lines: list[str] = []
         self._of_each = request.total // len(request.prompts)
         self._tiles: list[Tile] = []
@@ -116,7 +127,7 @@ class ImageFolder:
 
     def _save(self, image: GeneratedImage) -> Path:
         suffix = f"_seed{image.seed}" if self._of_each > 1 else ""
-        self.paths.append(image.save(free_path(self.folder, stem_of(image.prompt), suffix)))
+        self.paths.append(image.save(free_path(self.folder, self._stem or stem_of(image.prompt), suffix)))
         return self.paths[-1]
 
 
