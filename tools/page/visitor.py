@@ -89,6 +89,7 @@ class Visitor:
 
     def drag(self, handle: Any, pixels: float) -> None:
         """Drag an element to the right, or to the left by less than 0 pixels."""
+        handle.scroll_into_view_if_needed()
         box = handle.bounding_box()
         middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
         self.window.mouse.move(*middle)
