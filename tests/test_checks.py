@@ -24,6 +24,7 @@ from asdm.diffusion.generation import default_steps, most_steps
 from asdm.distillation.stages import Consistency, LossWeights, Semantics, parse_stages
 from asdm.evaluation.image_folders import distinct_names, folder_names
 from asdm.evaluation.metrics import Judge
+from asdm.evaluation.protocol.weights import SOURCES
 from asdm.student.plan import PlanMetrics
 from conftest import tiny_pipeline, tiny_sdxl_pipeline
 
@@ -145,6 +146,18 @@ def test_no_option_takes_what_is_no_number_of_its_range(refusal, command):
         (["compress", "demo", "--out", "out", "--params", "0.8", "--data", "gone"], "gone: no such data folder"),
         (["compress", "demo", "--out", "out", "--params", "0.8", "--recipe", "gone"], "gone: no such recipe"),
         (["evaluate", "demo", "--data", "gone"], "gone: no such data folder"),
+        (["evaluate", "demo", "--limit", "2"], "--limit 2: has no effect on an evaluation by speed and samples"),
+        (["evaluate", "demo", "--protocol", "demo", "--rounds", "2"], "--rounds 2: has no effect on an evaluation by"),
+        (["evaluate", "demo", "--protocol", "demo", "--metrics", "fit"], "metrics=fit: must be all or some of fid"),
+        (["evaluate", "demo", "--protocol", "demo", "--metrics", "fid,fid"], "metrics=fid: named twice"),
+        (["evaluate", "demo", "--protocol", "demo", "--metrics", "ssim=x"], "metrics=ssim=x: name a network behind ="),
+        (["evaluate", "demo", "--protocol", "demo", "--images", "gone"], "gone: no such folder of real images"),
+        (["evaluate", "demo", "--protocol", "demo", "--captions", "gone"], "gone: no such file of captions"),
+        (["evaluate", "demo", "--protocol", "demo", "--weights", "gone"], "gone: no such folder of weights"),
+        (["evaluate", "demo", "--protocol", "coco30k"], "captions: coco30k needs the file of prompts"),
+        (["evaluate", "demo", "--layout", "dpg"], "--layout dpg: needs --prompts"),
+        (["evaluate", "demo", "--layout", "dpg", "--prompts", "gone"], "gone: no such file of prompts for dpg"),
+        (["evaluate", "demo", "--layout", "dpg", "--protocol", "demo"], "does not go with --protocol demo"),
         (["benchmark", "demo", "demo"], "demo: named twice"),
         (["prune", "demo", "plän.json", "--out", "out"], "plän.json: no such plan file"),
         (["nothing"], "No such command 'nothing'"),
@@ -211,6 +224,14 @@ def calls(tiny):
         "evaluate": dict(
             pipelines={"x": pipeline}, data="x", prompts=["x"], samples=1, image_to_image=1, strength=0.5, steps=1,
             guidance_scale=1.0, seed=0, rounds=1, quality=True, images_folder="x", progress=print,
+        ),
+        "evaluate_by_protocol": dict(
+            pipelines={"x": pipeline}, protocol="demo", folder="x", images="x", captions="x", limit=2, metrics="ssim",
+            weights="x", steps=1, guidance_scale=1.0, size=16, seed=0, batch_size=1, progress=print,
+        ),
+        "generate_for_scorer": dict(
+            pipelines={"x": pipeline}, layout="dpg", prompts="x", folder="x", limit=1, steps=1, guidance_scale=1.0,
+            size=16, seed=0, batch_size=1, progress=print,
         ),
         "export_checkpoint": dict(
             pipeline=pipeline, file="x.safetensors", program="diffusers", unet_only=True, dtype="fp32", license="mit",
@@ -429,6 +450,8 @@ def test_a_stage_that_is_not_possible_is_told_before_the_data_is_prepared(tiny, 
         ("DeepCache", "benchmark", lambda pipeline: deep_cache(4, 2).prepared(pipeline).__enter__()),
         ("tgate", "benchmark", lambda pipeline: t_gate(4, 2).prepared(pipeline).__enter__()),
         ("efficientnet_lite_pytorch", "judge", lambda _: Judge()),
+        ("torch_fidelity", "metrics", lambda _: SOURCES["inception"].name),
+        ("torchvision", "metrics", lambda _: SOURCES["lpips"].name),
     ],
 )
 def test_what_is_not_installed_is_told_with_its_extra(tiny, monkeypatch, package, extra, use):

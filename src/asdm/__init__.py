@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from asdm.errors import AsdmError as AsdmError
     from asdm.errors import AsdmWarning as AsdmWarning
     from asdm.evaluation.comparison import evaluate as evaluate
+    from asdm.evaluation.protocol.results import ProtocolResults as ProtocolResults
+    from asdm.evaluation.protocol.run import evaluate_by_protocol as evaluate_by_protocol
+    from asdm.evaluation.protocol.scorer import generate_for_scorer as generate_for_scorer
     from asdm.evaluation.results import Evaluation as Evaluation
     from asdm.generation.comparison import compare_images as compare_images
     from asdm.generation.generate import generate_images as generate_images
@@ -73,6 +76,7 @@ _HOME = {
     "GriAttention": "asdm.edits",
     "CfgCutoff": "asdm.diffusion.guidance",
     "CacheSchedule": "asdm.caching.schedule",
+    "ProtocolResults": "asdm.evaluation.protocol.results",
     "PruningPlan": "asdm.student.plan",
     "RedundancyMap": "asdm.sensitivity.profile",
     "Remove": "asdm.edits",
@@ -86,12 +90,14 @@ _HOME = {
     "convert_lora": "asdm.pipelines.lora_files",
     "distill": "asdm.distillation.distill",
     "evaluate": "asdm.evaluation.comparison",
+    "evaluate_by_protocol": "asdm.evaluation.protocol.run",
     "expert_usage": "asdm.sensitivity.expert_usage",
     "export": "asdm.runtime.export",
     "export_checkpoint": "asdm.runtime.checkpoint",
     "fit_compensation": "asdm.compensation.fitting",
     "fold_compensation": "asdm.compensation.folding",
     "generate": "asdm.diffusion.generation",
+    "generate_for_scorer": "asdm.evaluation.protocol.scorer",
     "generate_images": "asdm.generation.generate",
     "cache_features": "asdm.caching.features",
     "lcm_scheduler": "asdm.distillation.consistency",

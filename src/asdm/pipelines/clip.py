@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from transformers import CLIPModel
+from transformers import CLIPModel, PreTrainedModel
 
 from asdm.pipelines.quiet import quiet
 from asdm.registry import PIPELINES, registered_folder
@@ -24,8 +24,8 @@ def load_clip(pipeline: DiffusionPipeline) -> CLIPModel | None:
         return CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def clip_statistics(clip: CLIPModel) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation by which a CLIPModel from a folder wants pixels in [0, 1] to be normalised."""
+def clip_statistics(clip: PreTrainedModel) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation by which a model of images from a folder wants pixels in [0, 1] to be normalised."""
     about: dict[str, Any] = {}
     for name in ("preprocessor_config.json", "processor_config.json"):  # of transformers 4, and of 5
         path = Path(clip.name_or_path) / name
