@@ -62,7 +62,7 @@ audit: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[8bit,data,int8,judge,onnx,openvino,tensorboard,test]"
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[8bit,data,int8,judge,onnx,openvino,tensorboard,test,web]"
 	touch $@
 
 clean:

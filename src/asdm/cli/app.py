@@ -21,6 +21,7 @@ from asdm.cli.output import say
 from asdm.cli.plan import plan
 from asdm.cli.prepare_data import prepare_data
 from asdm.cli.prune import prune
+from asdm.cli.web import app as web_app
 from asdm.version import __version__
 
 COMMANDS = (
@@ -37,6 +38,7 @@ COMMANDS = (
     compress,
     demo,
     benchmark,
+    web_app,
     doctor,
 )
 
