@@ -57,6 +57,13 @@ class GeneratedImage:
         self.image.save(path, format="PNG", pnginfo=info)
 
 
+def save_png(image: Image.Image, path: Path) -> Path:
+    """Write a PNG so that a reader sees a whole file or none."""
+    with replacing_file(path) as partial:
+        image.save(partial, format="PNG")
+    return path
+
+
 def read_about(path: str | Path) -> dict[str, Any]:
     """Read the JSON chunk of a PNG that `GeneratedImage.save` wrote.
 
