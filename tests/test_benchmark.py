@@ -137,6 +137,7 @@ def test_a_benchmark_measures_all_methods_and_reports_failures(pipeline, data_fo
     plt.close(figure)
 
 
+@pytest.mark.slow
 def test_where_an_image_takes_long_its_time_is_put_together_from_parts(pipeline):
     slow = {"whole": 0.03, "reusing": 0.01}
     entered = []
@@ -292,6 +293,7 @@ def test_the_front_holds_what_no_other_beats():
 
 
 @pytest.mark.parametrize("name", ["benchmark", "benchmark_gpu"])
+@pytest.mark.slow
 def test_results_of_earlier_versions_load_are_continued_and_drawn(name, tmp_path):
     saved = json.loads((RESULTS / f"{name}.json").read_text())
     found = Benchmark.load(RESULTS / f"{name}.json")

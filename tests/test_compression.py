@@ -47,6 +47,7 @@ def with_repair(settings):
     return {"repair" if name == "refine" else name: value for name, value in settings.items()}
 
 
+@pytest.mark.slow
 def test_a_folder_with_the_old_names_of_settings_resumes(model, tmp_path, monkeypatch):
     made = compress(model, tmp_path / "out", params=0.8, **SHORT)
     rewrite(made.folder, with_repair)
@@ -58,6 +59,7 @@ def test_a_folder_with_the_old_names_of_settings_resumes(model, tmp_path, monkey
         compress(model, made.folder, params=0.8, **SHORT | {"refine": 1})
 
 
+@pytest.mark.slow
 def test_a_result_has_the_dtype_and_is_trained_in_float32(model, data_folder, tmp_path):
     stages = [Stage(name="joint", steps=1, batch_size=2)]
     settings = SHORT | {"steps": 1, "stages": stages, "data": str(data_folder), "dtype": "bfloat16"}

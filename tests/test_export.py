@@ -72,6 +72,7 @@ def drawing(tmp_path_factory):
     return pipeline, folder
 
 
+@pytest.mark.slow
 def test_onnx_gives_the_same(pipeline, tmp_path):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -185,6 +186,7 @@ def test_two_graphs_cache_as_the_torch_unet_does(two_graphs):
     assert json.loads((folder / "model_index.json").read_text()).get("unet_inner") is None
 
 
+@pytest.mark.slow
 def test_two_graphs_of_version_0_1_load(two_graphs, tmp_path):
     """Their marker says `inherit`, and their outer graph's input is `inherited`."""
     student, folder = two_graphs

@@ -24,7 +24,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 def test_each_extra_is_explained_with_its_packages():
     declared = PROJECT["optional-dependencies"]
-    for_developers = {"test", "demo-build", "docs", "examples"}
+    for_developers = {"audit", "test", "demo-build", "docs", "examples"}
     assert {name: list(packages) for name, (packages, _) in EXTRAS.items()} == {
         name: packages for name, packages in declared.items() if name not in for_developers
     }

@@ -47,6 +47,7 @@ def test_a_bad_plan_is_bettered_within_its_budget(pipeline, redundancy):
     assert macs_saved(redundancy, after) >= macs_saved(redundancy, plan) * (1 - 1e-6)
 
 
+@pytest.mark.slow
 def test_a_plan_that_is_faster_than_asked_for_gives_edits_back(pipeline, redundancy, monkeypatch):
     plan = make_plan(redundancy, macs=0.6)
 

@@ -19,18 +19,24 @@ MAX_YAML_VALUES = 100_000  # aliases written out, which can otherwise repeat a k
 MAX_WHOLE = 2**63 - 1  # what tensors and arrays can hold
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, largest: float = MAX_WHOLE) -> Any:
     """Read a file of JSON in UTF-8.
+
+    Args:
+        largest: of its whole numbers.
 
     Raises:
         OSError: it cannot be read.
         ValueError: as `parse_json`.
     """
-    return parse_json(path.read_text("utf-8"))
+    return parse_json(path.read_text("utf-8"), largest)
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, largest: float = MAX_WHOLE) -> Any:
     """Parse JSON.
+
+    Args:
+        largest: of its whole numbers.
 
     Raises:
         ValueError: it is no JSON, nested too deeply, or has a whole number of more than 64 bits.
@@ -39,7 +45,7 @@ def parse_json(text: str | bytes) -> Any:
         content = json.loads(text)
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
-    _require_bounded(content)
+    _require_bounded(content, largest=largest)
     return content
 
 
@@ -62,13 +68,13 @@ def parse_yaml(text: str) -> Any:
 _TOO_DEEP = f"nested more than {MAX_DEPTH} deep"
 
 
-def _require_bounded(content: Any, most: float = float("inf")) -> None:
+def _require_bounded(content: Any, most: float = float("inf"), largest: float = MAX_WHOLE) -> None:
     """Raise a ValueError where plain data is too deep, too much, or holds a whole number that is too large."""
     level: list[Any] = [content]
     count = 1
     for _ in range(MAX_DEPTH):
         for value in level:
-            if isinstance(value, int) and abs(value) > MAX_WHOLE:
+            if isinstance(value, int) and abs(value) > largest:
                 raise ValueError(f"a whole number of {value.bit_length()} bits, more than 64")
         inside = [value for value in level if isinstance(value, list | dict)]
         count += sum(map(len, inside))  # before the next level is made

@@ -58,10 +58,11 @@ class Draws:
         """
         with torch.autocast("cpu", enabled=False):  # which stacks no float16 where the computation is in bfloat16
             tensors = [self._decoded(number, name) for number in numbers.tolist()]
-        try:
-            return torch.stack(tensors)
-        except (RuntimeError, TypeError) as error:
-            raise AsdmError(f"{self.folder}: draws of several shapes ({one_line(error)}); record them again") from None
+            try:
+                return torch.stack(tensors)
+            except (RuntimeError, TypeError) as error:
+                fault = f"draws of several shapes ({one_line(error)})"
+                raise AsdmError(f"{self.folder}: {fault}; record them again") from None
 
     def _encoded(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         if name not in self.reduced or self.dtype == "float32":
