@@ -267,6 +267,7 @@ def test_compress_goes_on_where_it_was(model, data_folder, tmp_path, monkeypatch
     assert "distil" not in titles
 
 
+@pytest.mark.slow
 def test_compress_refuses_other_settings_and_missing_data_and_says_what_it_missed(model, tmp_path):
     with pytest.raises(AsdmError, match="need data"):
         compress(model, tmp_path / "out", params=0.8, steps=5)

@@ -38,6 +38,7 @@ def macs_saved(redundancy, plan):
     return sum(choice.macs for choice in possible_edits(redundancy, "linear") if choice.edit in plan.edits)
 
 
+@pytest.mark.slow
 def test_a_bad_plan_is_bettered_within_its_budget(pipeline, redundancy):
     plan = worst_plan(redundancy)
     before = refine_plan(pipeline, redundancy, plan, timesteps=2, samples=4, rounds=0)
