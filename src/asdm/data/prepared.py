@@ -77,6 +77,11 @@ class PreparedData:
     def __len__(self) -> int:
         return len(self.places)
 
+    @property
+    def identity(self) -> list[str]:
+        """What tells these samples from others: the fingerprint of the pipeline, and a digest of the captions."""
+        return [self.made_by, hashlib.sha256("\n".join(self.captions).encode()).hexdigest()[:16]]
+
     def batch(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Conditioning]:
         """Return latents (batch, 4, h, w) and the captions' embeddings of these samples, in float32."""
         rows = [self._read(*self.places[int(index)]) for index in indices]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from asdm.files import folder_lock, read_settings, write_text
 from asdm.measure.hooks import preserve_module_state
 from asdm.measure.machine import prepare_for_training
 from asdm.pipelines.decoders import is_tiny
+from asdm.training.checkpoints import require_same_run
 from asdm.training.launch import make_accelerator
 from asdm.training.loop import Progress, train
 from asdm.training.optimizers import require_installed
@@ -134,19 +134,13 @@ def _claim(folder: Path, recipe: DecoderRecipe, seed: int, vae: str, examples: T
         AsdmError: they are another's.
     """
     path = folder / "run.json"
-    captions = hashlib.sha256("\n".join(examples.prepared.captions).encode()).hexdigest()[:16]
     now = {
         "seed": seed,
         "teacher": vae,
-        "data": [examples.prepared.made_by, captions],
+        "data": examples.prepared.identity,
         **recipe.model_dump(mode="json", exclude=CHANGEABLE),
     }
     if path.is_file():
         known = DecoderRecipe().model_dump(mode="json", exclude=CHANGEABLE) | read_settings(path)
-        changed = [name for name in now if known.get(name) != now[name]]
-        if changed and not (changed == ["steps"] and recipe.steps > known["steps"]):
-            raise AsdmError(
-                f"{folder}: begun with other settings ({', '.join(changed)}); repeat those, or use another output "
-                "folder"
-            )
+        require_same_run(folder, known, now)
     write_text(path, json.dumps(now, indent=1) + "\n")

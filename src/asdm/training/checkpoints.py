@@ -178,6 +178,25 @@ class TrainingState:
         return moments
 
 
+def require_same_run(
+    folder: Path, known: Mapping[str, Any], now: Mapping[str, Any], *, may_lengthen: bool = True
+) -> None:
+    """Require that the checkpoints in a folder are of a run with these settings.
+
+    Args:
+        known: the settings that the run was begun with.
+        may_lengthen: the number of `steps` may have grown since.
+
+    Raises:
+        AsdmError: they are another run's.
+    """
+    changed = [name for name in now if known.get(name) != now[name]]
+    if changed and not (changed == ["steps"] and may_lengthen and now["steps"] > known["steps"]):
+        raise AsdmError(
+            f"{folder}: begun with other settings ({', '.join(changed)}); repeat those, or use another output folder"
+        )
+
+
 def _of_another(path: Path) -> AsdmError:
     return AsdmError(f"{path}: a checkpoint of another model; use another output folder")
 

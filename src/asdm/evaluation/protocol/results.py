@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from asdm.errors import AsdmError, one_line
 from asdm.files import write_text
-from asdm.records import Record, first_fault
+from asdm.records import Record, read_record
 
 
 class ProtocolMetrics(Record):
@@ -68,10 +67,4 @@ class ProtocolResults(Record):
         Raises:
             AsdmError: no such file, or not results of a protocol.
         """
-        try:
-            return cls.model_validate_json(Path(path).read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            fault = first_fault(error) if isinstance(error, ValidationError) else one_line(error)
-            raise AsdmError(
-                f"{path}: not a protocol's results ({fault}); `asdm evaluate --protocol` writes them"
-            ) from None
+        return read_record(cls, path, "a protocol's results", "`asdm evaluate --protocol` writes them")
