@@ -373,6 +373,19 @@ def test_files_are_named_after_their_prompts_and_replace_nothing(pipeline, tmp_p
     assert [path.name for path in seeded.paths] == ["pear_seed4.png", "pear_seed9.png"]
 
 
+def test_a_single_image_may_have_a_name_of_its_own(pipeline, tmp_path):
+    (image,) = generate_images(pipeline, request())
+    for _ in range(2):
+        alone = ImageFolder(tmp_path / "fruit.png", request())
+        alone.write(image)
+    assert [path.name for path in alone.paths] == ["fruit-1.png"] and (tmp_path / "fruit.png").is_file()
+    with pytest.raises(AsdmError, match=r"fruit.png: a file, and there are 2 images; name a folder"):
+        ImageFolder(tmp_path / "fruit.png", request(seeds=[4, 9]))
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(AsdmError, match=r"notes.txt: a file; name a folder, or for one image a name that ends in .png"):
+        ImageFolder(tmp_path / "notes.txt", request())
+
+
 def test_an_image_and_its_mask_have_one_size(tmp_path):
     Image.new("RGB", (24, 16), "red").save(tmp_path / "image.png")
     Image.new("L", (8, 8)).save(tmp_path / "mask.png")

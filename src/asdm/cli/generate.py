@@ -22,6 +22,7 @@ from asdm.cli.options import (
     SIDE,
     TEXT,
     ConfigOption,
+    DecoderOption,
     DeviceOption,
     DtypeOption,
     ModelArgument,
@@ -57,7 +58,7 @@ def generate(
             help="A text file with one prompt a line; - is standard input.", callback=NAME, show_default=False
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="The folder to write images to.")] = Path("images"),
+    out: Annotated[Path, typer.Option(help="The folder to write to, or NAME.png for one image.")] = Path("images"),
     negative: Annotated[
         str, typer.Option(help="A negative prompt, for all prompts.", callback=TEXT, show_default=False)
     ] = "",
@@ -183,6 +184,7 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    decoder: DecoderOption = None,
     compare: Annotated[
         str | None,
         typer.Option(
@@ -213,8 +215,6 @@ def generate(
         raise AsdmError(f"--size {size}: is both sides; leave it out beside --width and --height")
     if seeds is not None and seed is not None:
         raise AsdmError(f"--seed {seed}: --seeds says it already; leave one of them out")
-    if out.is_file():
-        raise AsdmError(f"{out}: a file; name a folder")
     opened, hole = files.open_inputs(image, mask)
     request = _request(
         prompts=_all_prompts(prompts or [], prompt_file),
@@ -240,13 +240,13 @@ def generate(
         **_cache_settings(cache),
     )
     claims = {"prediction_type": prediction_type, "config": config}
-    pipeline = loading.load_model(model, device, dtype, **claims)
+    written = files.ImageFolder(out, request)
+    pipeline = loading.load_with_decoder(model, decoder, device, dtype, **claims)
     if low_noise_model is not None:
         below = SWITCH_AT if switch_at is None else switch_at
         pipeline = _with_low_noise_model(pipeline, model, low_noise_model, below, dtype, **claims)
     teacher = None if compare is None else loading.load_model(compare, device, dtype, **claims)
     with reporting(otherwise=f"finished images are in {out}") as report:
-        written = files.ImageFolder(out, request)
 
         def after_step(now: GenerationProgress) -> None:
             report("steps", *now.image_steps)
