@@ -8,7 +8,8 @@ ARG PIP_EXTRA_INDEX_URL
 WORKDIR /opt/asdm
 COPY pyproject.toml constraints.txt README.md LICENSE NOTICE ./
 COPY src ./src
-RUN pip install --no-cache-dir -c constraints.txt ".[web,lora]"
+COPY packages ./packages
+RUN pip install --no-cache-dir -c constraints.txt ".[web,lora]" ./packages/demo
 
 # Results to look at, and models, are mounted at /runs. The page writes nothing there.
 RUN useradd --create-home asdm && mkdir /runs

@@ -19,7 +19,7 @@ from tools.page.visitor import DESKTOP, PHONE, browsing
 
 pytestmark = pytest.mark.slow
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
-PROMPT, MANY_STEPS = "red apple, noto", 1000
+PROMPT, MANY_STEPS = "apple, noto", 1000
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from tools.page.serving import serving
 from tools.page.visitor import Visitor, browsing
 
 LARGEST_BYTES = 300_000
-PROMPT, CACHE_SPEEDUP, PLAN_SPEEDUP = "red apple, noto", 2, 1.5
+PROMPT, CACHE_SPEEDUP, PLAN_SPEEDUP = "apple, noto", 2, 1.5
 BENCHMARK, PLACE = "benchmark.json", "demo"
 
 

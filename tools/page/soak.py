@@ -76,7 +76,7 @@ class User:
         with needs_extra("web", "requests to the page"):
             from gradio_client import Client
         self.client: Any = Client(address, download_files=False, verbose=False)
-        self.prompt = f"red apple, noto, for user {number}"
+        self.prompt = f"apple, noto, for user {number}"
         self.chance = random.Random(number)
 
     def ask(self, seed: int, cancels: bool) -> Outcome:
