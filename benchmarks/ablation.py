@@ -7,10 +7,11 @@
     python benchmarks/ablation.py show                      # mean and spread over the seeds: tables, plot, images
 
 The embedded pipeline; one plan of removals for each speed-up; each run trains for the time of so many steps of
-BK-SDM's recipe, by the steps' cost as measured in turns, so that a busy minute of the machine falls on nobody; the
-components one by one in short runs, and students of the faster plan that leave the last steps of an image to the
-original. A finished run is not run again, one that was stopped goes on; two processes can
-share the work, each with its own --seeds or --only.
+BK-SDM's recipe, by the steps' cost as measured in turns, so that a busy minute of the machine falls on nobody. At 1.5x
+the components one by one, in short runs, and students of the faster plan that leave the last steps of an image to the
+original; at 2x and 2.5x what is for harder plans: expert kernels by what their routers read, and semantic supervision
+on captions that have no image. A finished run is not run again, one that was stopped goes on; two processes can share
+the work, each with its own --seeds or --only.
 """
 
 from __future__ import annotations
@@ -41,9 +42,11 @@ from asdm.distillation.recipes import (
     CAPTION_MIXING,
     SEMANTIC_WEIGHT,
     SEMANTICS,
+    SPLICED,
     WEIGHTS,
     default_hyperparameters,
     incubation_stages,
+    with_captions,
 )
 from asdm.distillation.stages import LossWeights, Stage
 from asdm.distillation.tasks import make_task
@@ -76,7 +79,15 @@ COMPONENTS = (*METHOD, *EXTRAS)
 EARLY = "early"  # our students are not trained for the steps that the original draws
 DEFAULT = ("normalised", *EXTRAS)  # what `compress` and `distill` do if nothing else is asked for
 NAMED: dict[str, tuple[str, ...]] = {"bk-sdm": (), "joint": DEFAULT, "full": COMPONENTS}
-FAST_SPEEDUP = 2.0  # at which the components are not looked at one by one
+EXPERTS = {
+    "cond-conv": "time",
+    "cond-conv by prompt": "prompt",
+    "cond-conv by both": "prompt+time",
+}  # what routers read
+LOOKING = ("semantic", "caption_semantic")  # losses of every few steps
+ON_CAPTIONS = "sas on captions"  # of pairs that have no image
+HARD: dict[str, tuple[str, ...]] = {f"joint + {name}": (*DEFAULT, name) for name in EXPERTS}
+LOW_SPEEDUP, FAST_SPEEDUP = 1.5, 2.0  # for the components one by one; of the students that switch
 SHORT = " (short)"  # what a recipe is called in the runs of the components' length
 SWITCHING = " + switching"  # and where the student is of the faster plan, and the original draws the last steps
 UNTRAINED = f"untrained{SWITCHING}"  # pruned and compensated, no more
@@ -84,21 +95,25 @@ STEPS, LAST_STEPS = 25, 8  # with a student of twice the speed they leave 1.5x
 SWITCHED_BELOW = (LAST_STEPS + 0.5) / STEPS  # of the schedule
 MARGIN = 1.02  # for what banks, GRI and linear maps cost: the plan is that much faster than the target
 FIT = "fit of the compensation"
-LENGTHS = {1.5: 1800, 2.0: 5400}  # steps of BK-SDM's recipe; the others take as many as cost the same
-SHORT_LENGTH = 450  # of the components one by one, and of the named recipes beside them
+LENGTHS = {1.5: 900, 2.0: 1200, 2.5: 1200}  # steps of BK-SDM's recipe; the others take as many as cost the same
+SHORT_LENGTH = 300  # of the components one by one, and of the named recipes beside them
 SHOWN = 16  # held-out prompts, of the first seed of the recipes in `DRAWN`
 DRAWN = ("teacher", *NAMED, f"full{SWITCHING}")
 REPAIR_ROUNDS = 4
 COST_ROUNDS = 5
 BANKS = 0.005  # of the teacher's parameters
 COLOURS = {"teacher": "black", "bk-sdm": "tab:red", "joint": "tab:green", "full": "tab:blue"}
-METRICS = ("concept_top1", "concept_top5", "style", "kid", "retrieval_at_1", "teacher_distance")
+METRICS = ("exact_pair", "style", "concept_top5", "target_distance", "kid", "teacher_distance")
 
 
 def variants(target: float) -> dict[str, tuple[str, ...]]:
-    """Return the components of each recipe; below `FAST_SPEEDUP` those of short runs, too."""
+    """Return the components of each recipe at a speed-up; at the lowest those of short runs, too."""
+    if target > FAST_SPEEDUP:
+        return {"bk-sdm": (), "joint": DEFAULT, **HARD}
     found = dict(NAMED)
-    if target < FAST_SPEEDUP:
+    if target == FAST_SPEEDUP:
+        found |= {**HARD, f"joint + {ON_CAPTIONS}": (*DEFAULT, ON_CAPTIONS)}
+    if target == LOW_SPEEDUP:
         found |= {f"{name}{SHORT}": components for name, components in NAMED.items()}
         found |= {UNTRAINED: ("compensation",)}
         found |= {f"{name}{SWITCHING}": (*parts, EARLY) if parts else () for name, parts in NAMED.items()}
@@ -111,8 +126,8 @@ def variants(target: float) -> dict[str, tuple[str, ...]]:
 def run(
     only: str = typer.Option("", help="Names of recipes, separated by commas; all by default."),
     seeds: str = typer.Option("0,1,2", help="Seeds, separated by commas."),
-    targets: str = typer.Option("1.5,2.0", help="UNet speed-ups of the plans, separated by commas."),
-    samples: int = typer.Option(102, help="Images of each split; 102 are all held-out pairs."),
+    targets: str = typer.Option("1.5,2.0,2.5", help="UNet speed-ups of the plans, separated by commas."),
+    samples: int = typer.Option(200, help="Held-out images, of which there are 200, and a quarter as many seen ones."),
     device: str = typer.Option("cpu", help="Where to train and draw; what a step costs is measured on the CPU."),
     jobs: int = typer.Option(1, help="Runs at a time, each in its own process."),
 ) -> None:
@@ -215,7 +230,7 @@ def show() -> None:
     rows = _known()
     for target in sorted({row["target"] for row in rows}):
         by_name = _by_name(rows, target)
-        long = {name: mine for name, mine in by_name.items() if name in ("teacher", *NAMED)}
+        long = {name: mine for name, mine in by_name.items() if not _is_short(name)}
         _print_table(f"plan of {target:g}x", long)
         _print_table(f"plan of {target:g}x, short runs", {n: mine for n, mine in by_name.items() if n not in long})
     _plot(rows).savefig(RESULTS.parent / "ablation.png", dpi=120)
@@ -255,8 +270,16 @@ def _is_known(name: str, seed: int, target: float) -> bool:
     return any((row["name"], row["seed"], row["target"]) == (name, seed, target) for row in _known())
 
 
+def _sets(held_out: int) -> list[EvaluationSet]:
+    """Return so many held-out pairs of one right answer, and a quarter as many seen ones."""
+    by_split = {each.split: each for each in evaluation_sets("demo", None, held_out, 0)}
+    seen, few = by_split["seen"], held_out // 4
+    shorter = seen.model_copy(update={"prompts": seen.prompts[:few], "examples": seen.examples[:few]})
+    return [shorter, by_split["held_out"]]
+
+
 def _held_out(count: int) -> EvaluationSet:
-    return next(each for each in evaluation_sets("demo", None, count, 0) if each.split == "held_out")
+    return _sets(count)[1]
 
 
 def _strip(name: str, target: float) -> Path:
@@ -287,9 +310,9 @@ def _mean_and_deviation(rows: list[dict[str, Any]], key: str) -> tuple[float, fl
 
 
 def _plot(rows: list[dict[str, Any]]) -> Figure:
-    """Each recipe's distance to the teacher and held-out accuracy at the first target, with the seeds' deviation."""
+    """Each recipe's distance to the teacher and held-out exact pairs at the first target, with the seeds' deviation."""
     by_name = _by_name(rows, min(row["target"] for row in rows))
-    panels = {"teacher_distance_heldout": "distance to the teacher's images", "concept_top5_heldout": "concept top-5"}
+    panels = {"teacher_distance_heldout": "distance to the teacher's images", "exact_pair_heldout": "exact pair"}
     figure = Figure(figsize=(10, 0.3 * len(by_name) + 1.2), layout="constrained")
     for axes, (key, title) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
         for place, (name, mine) in enumerate(by_name.items()):
@@ -347,8 +370,8 @@ def _student(unet: UNet2DConditionModel, plan: PruningPlan, components: tuple[st
         kept = [name for name in outer if not any(name == unit or name.startswith(f"{unit}.") for unit in gone)]
         edits += [GriAttention(unit=name, regions=2, pool=2, weighted=True) for name in kept]
     full = PruningPlan.for_unet(unet, edits)
-    if "cond-conv" in components:
-        full = asdm.add_cond_conv(full, unet, params=BANKS, router="time")
+    for router in (router for name, router in EXPERTS.items() if name in components):
+        full = asdm.add_cond_conv(full, unet, params=BANKS, router=router)
     return build_student(unet, full)
 
 
@@ -368,7 +391,13 @@ def _stages(student: UNet2DConditionModel, components: tuple[str, ...], steps: i
         stages = incubation_stages(student, steps)
     else:
         stages = [Stage(name="joint", **default_hyperparameters(student, steps))]
-    return [stage.model_copy(update=changes) for stage in stages]
+    stages = [stage.model_copy(update=changes) for stage in stages]
+    return with_captions(stages, SPLICED) if ON_CAPTIONS in components else stages
+
+
+def _is_short(name: str) -> bool:
+    """Return whether a recipe's runs are of the length of the components one by one."""
+    return name != "teacher" and name not in (*NAMED, *HARD, f"joint + {ON_CAPTIONS}")
 
 
 def _recipe(name: str) -> str:
@@ -421,12 +450,13 @@ def _kinds_of_step(name: str, stages: list[Stage]) -> dict[str, tuple[Stage, flo
     steps, looks = sum(stage.steps for stage in stages), 1 / SEMANTICS.every
     found: dict[str, tuple[Stage, float]] = {}
     for stage in stages:
-        semantic = stage.losses.semantic if stage.scope == "joint" else 0.0
-        for weight, part in ({0.0: 1 - looks, semantic: looks} if semantic else {0.0: 1.0}).items():
-            losses = stage.losses.model_copy(update={"semantic": weight})
-            kind = f"{_recipe(name)}, {stage.scope}{', semantic' if weight else ''}"
-            share = found[kind][1] if kind in found else 0.0
-            found[kind] = (stage.model_copy(update={"losses": losses}), share + part * stage.steps / steps)
+        plain = stage.model_copy(update={"losses": stage.losses.model_copy(update=dict.fromkeys(LOOKING, 0.0))})
+        looking = stage.scope == "joint" and any(getattr(stage.losses, name) for name in LOOKING)
+        for suffix, each, part in (("", plain, 1 - looks * looking), (", semantic", stage, looks * looking)):
+            if part:
+                kind = f"{_recipe(name)}, {stage.scope}{suffix}"
+                share = found[kind][1] if kind in found else 0.0
+                found[kind] = (each, share + part * stage.steps / steps)
     return found
 
 
@@ -441,7 +471,7 @@ def _steps(
     too."""
     if name == UNTRAINED:
         return 0
-    length = LENGTHS[target] if name in NAMED else SHORT_LENGTH
+    length = SHORT_LENGTH if _is_short(name) else LENGTHS[target]
     seconds = length * _costs(examples, target)["bk-sdm, joint"]
     costs = _costs(examples, _planned(name, target))
     seconds -= costs[FIT] if "compensation" in components else 0.0
@@ -475,7 +505,8 @@ class _Judged:
     """Figures of a pipeline's images on the fixed prompts, beside the teacher's of the same seeds."""
 
     def __init__(self, pipeline: DiffusionPipeline, samples: int):
-        self.judge, self.sets = Judge(pipeline.device), evaluation_sets("demo", None, samples, 0)
+        self.judge = Judge(pipeline.device)
+        self.sets = _sets(samples)
         self.real = RealImages.of("demo", self.sets, self.judge, pipeline, load_clip(pipeline))
         self.pipeline, self.samples = pipeline, samples
 
@@ -488,6 +519,7 @@ class _Judged:
             features = self.judge.features(images)
             expected = self._teacher_features(each, seed, features if pipeline is self.pipeline else None)
             found = self.real.metrics(images, features, each.examples)
+            found |= self.real.target_metrics(features, each.examples)
             found["teacher_distance"] = feature_distance(features, expected)
             split = each.split.replace("_", "")
             figures |= {f"{metric}_{split}": round(float(found[metric]), 4) for metric in METRICS}
