@@ -87,6 +87,8 @@ EXPERTS = {
 LOOKING = ("semantic", "caption_semantic")  # losses of every few steps
 ON_CAPTIONS = "sas on captions"  # of pairs that have no image
 HARD: dict[str, tuple[str, ...]] = {f"joint + {name}": (*DEFAULT, name) for name in EXPERTS}
+RECORDED = "recorded"  # the teacher's answers are read from disk, as by the recipe small-gpu
+FROM_DISK = f"joint + {RECORDED}"
 LOW_SPEEDUP, FAST_SPEEDUP = 1.5, 2.0  # for the components one by one; of the students that switch
 SHORT = " (short)"  # what a recipe is called in the runs of the components' length
 SWITCHING = " + switching"  # and where the student is of the faster plan, and the original draws the last steps
@@ -95,6 +97,8 @@ STEPS, LAST_STEPS = 25, 8  # with a student of twice the speed they leave 1.5x
 SWITCHED_BELOW = (LAST_STEPS + 0.5) / STEPS  # of the schedule
 MARGIN = 1.02  # for what banks, GRI and linear maps cost: the plan is that much faster than the target
 FIT = "fit of the compensation"
+RECORDING = "recording of the teacher"
+DRAWS = 8192  # that are recorded
 LENGTHS = {1.5: 900, 2.0: 1200, 2.5: 1200}  # steps of BK-SDM's recipe; the others take as many as cost the same
 SHORT_LENGTH = 300  # of the components one by one, and of the named recipes beside them
 SHOWN = 16  # held-out prompts, of the first seed of the recipes in `DRAWN`
@@ -114,6 +118,7 @@ def variants(target: float) -> dict[str, tuple[str, ...]]:
     if target == FAST_SPEEDUP:
         found |= {**HARD, f"joint + {ON_CAPTIONS}": (*DEFAULT, ON_CAPTIONS)}
     if target == LOW_SPEEDUP:
+        found |= {FROM_DISK: (*DEFAULT, RECORDED)}
         found |= {f"{name}{SHORT}": components for name, components in NAMED.items()}
         found |= {UNTRAINED: ("compensation",)}
         found |= {f"{name}{SWITCHING}": (*parts, EARLY) if parts else () for name, parts in NAMED.items()}
@@ -341,6 +346,8 @@ def _train(
         asdm.fit_compensation(pipeline, student, data="demo", seed=seed)
     if steps:
         stages = _stages(student, components, steps)
+        if RECORDED in components:
+            _recorded(pipeline, stages)
         asdm.distill(pipeline, student, WORK / "prepared", folder, stages=stages, seed=seed)
     asdm.fold_compensation(student)
 
@@ -386,6 +393,7 @@ def _stages(student: UNet2DConditionModel, components: tuple[str, ...], steps: i
         "optimizer": "muon" if "muon" in components else "adamw",
         "losses": weights.model_copy(update={"semantic": SEMANTIC_WEIGHT if "sas" in components else 0.0}),
         "semantics": SEMANTICS,
+        "teacher": "recorded" if RECORDED in components else "live",
     }
     if "incubation" in components:
         stages = incubation_stages(student, steps)
@@ -397,7 +405,7 @@ def _stages(student: UNet2DConditionModel, components: tuple[str, ...], steps: i
 
 def _is_short(name: str) -> bool:
     """Return whether a recipe's runs are of the length of the components one by one."""
-    return name != "teacher" and name not in (*NAMED, *HARD, f"joint + {ON_CAPTIONS}")
+    return name not in ("teacher", *NAMED, *HARD, FROM_DISK, f"joint + {ON_CAPTIONS}")
 
 
 def _recipe(name: str) -> str:
@@ -423,25 +431,37 @@ def _of_all_steps(name: str, faster: float) -> float:
 
 
 def _costs(examples: TrainingSet, target: float) -> dict[str, float]:
-    """Seconds of each kind of step (`_kinds_of_step`) on the CPU, measured in turns with all others, and of a fit of
-    the compensation."""
+    """Seconds of each kind of step (`_kinds_of_step`) on the CPU, measured in turns with all others, and of what is
+    done once before them."""
     path = SETTLED / f"seconds-a-step-{target:g}.json"
     if path.is_file():
         return json.loads(path.read_text("utf-8"))
     pipeline = asdm.load_pipeline("demo")
     calls: dict[str, Callable[[], Any]] = {}
+    once: dict[str, float] = {}
     plan = _plan(pipeline, target)
     for name, components in variants(target).items():
         if not name.endswith((SHORT, SWITCHING)):
             student = _student(pipeline.unet, plan, components)
-            for kind, (stage, _) in _kinds_of_step(name, _stages(student, components, 1000)).items():
+            stages = _stages(student, components, 1000)
+            if RECORDED in components:
+                examples, seconds = _recorded(pipeline, stages)
+                once[RECORDING] = round(seconds, 1)
+            for kind, (stage, _) in _kinds_of_step(name, stages).items():
                 calls[kind] = _step_of(pipeline, student, examples, stage)
     times = measure_interleaved(calls, rounds=COST_ROUNDS, warmup=1)
     student = _student(pipeline.unet, plan, COMPONENTS)
-    found = {kind: round(times[kind].ms / 1000, 4) for kind in calls}
-    found[FIT] = round(seconds_of(lambda: asdm.fit_compensation(pipeline, student, data="demo")), 1)
+    once[FIT] = round(seconds_of(lambda: asdm.fit_compensation(pipeline, student, data="demo")), 1)
+    found = {kind: round(times[kind].ms / 1000, 4) for kind in calls} | once
     write_text(path, json.dumps(found, indent=1) + "\n")
     return found
+
+
+def _recorded(pipeline: DiffusionPipeline, stages: list[Stage]) -> tuple[TrainingSet, float]:
+    """Return the training set with the teacher's answers, and how many seconds it took to record them."""
+    folder = WORK / "prepared"
+    seconds = seconds_of(lambda: asdm.record_teacher(pipeline, folder, stages=stages, draws=DRAWS))
+    return prepare(pipeline, folder, folder, recorded=True), seconds
 
 
 def _kinds_of_step(name: str, stages: list[Stage]) -> dict[str, tuple[Stage, float]]:
@@ -475,6 +495,7 @@ def _steps(
     seconds = length * _costs(examples, target)["bk-sdm, joint"]
     costs = _costs(examples, _planned(name, target))
     seconds -= costs[FIT] if "compensation" in components else 0.0
+    seconds -= costs[RECORDING] if RECORDED in components else 0.0
     kinds = _kinds_of_step(name, _stages(student, components, length))
     return round(seconds / sum(costs[kind] * share for kind, (_, share) in kinds.items()))
 
