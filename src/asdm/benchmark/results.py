@@ -20,7 +20,8 @@ from asdm.measure.machine import device_name
 from asdm.old_names import OLD_BENCHMARK_FIELDS, OLD_BENCHMARK_GROUPS, benchmark_name, renamed
 from asdm.records import Record
 
-PACKAGES = ("torch", "diffusers", "openvino", "nncf", "tomesd", "DeepCache", "tgate")
+PROGRAMS = ("stable-diffusion-cpp-python", "openvino-genai", "optimum-intel")
+PACKAGES = ("torch", "diffusers", "openvino", "nncf", "tomesd", "DeepCache", "tgate", *PROGRAMS)
 
 
 class BenchmarkRow(Record):
