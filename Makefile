@@ -3,14 +3,25 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo demo-build test benchmark ablation slow docs lint clean
+.PHONY: demo demo-build test fuzz reliability benchmark ablation slow docs lint licenses audit clean
 demo: $(INSTALLED)
 	$(BIN)/asdm demo --out asdm-demo
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n logical --maxprocesses 8 --dist loadfile
 
-# Builds the embedded pipeline by its recipe (hours). STEP: images, tokenizer, clip, vae, unet, assemble, check or all.
+# Damaged and hostile files for all readers: an hour or two. FUZZ_INPUTS: how many in all.
+FUZZ_INPUTS ?= 100000
+fuzz: $(INSTALLED)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests:. $(BIN)/python -m fuzzing --inputs $(FUZZ_INPUTS) --out docs/results/fuzz.json
+
+# Kills, full and read-only disks, long runs: hours. `disks` needs the right to mount.
+reliability: $(INSTALLED)
+	for part in kills disks generate distill together; do \
+	  $(BIN)/python benchmarks/reliability.py $$part || exit; \
+	done
+
+# Builds the embedded pipeline by its recipe (hours). STEP: images, tokenizer, clip, vae, unet, assemble, decoder, check or all.
 STEP ?= all
 demo-build: $(INSTALLED)
 	$(BIN)/python -m tools.demo $(STEP)
@@ -42,9 +53,16 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check src tests tools benchmarks
 	$(BIN)/mypy
 
+licenses: $(INSTALLED)
+	$(BIN)/python -m tools.licenses
+
+audit: $(INSTALLED)
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[audit]"
+	$(BIN)/python -m tools.audit
+
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[8bit,data,int8,judge,onnx,openvino,tensorboard,test]"
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[8bit,data,int8,judge,onnx,openvino,tensorboard,test,web]"
 	touch $@
 
 clean:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     PixArtAlphaPipeline,
@@ -38,7 +40,11 @@ from transformers import (
 from asdm import AsdmUNet2DConditionModel, PruningPlan, build_student
 from asdm.demo import pipeline_folder
 from asdm.evaluation import image_timing
+from asdm.families import denoiser_of
 from asdm.measure import latency
+from asdm.pipelines.decoders import make_tiny
+from asdm.sensitivity.analysis import structure_map
+from asdm.sensitivity.profile import RedundancyMap
 
 # Tests run beside each other, on a machine that is never quiet; they do not wait for narrow intervals.
 latency.PATIENCE = image_timing.IMAGES_PATIENCE = 0.5
@@ -202,6 +208,35 @@ def tiny_pixart_pipeline() -> PixArtAlphaPipeline:
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def tiny_decoder(channels: int = 4, blocks: Sequence[int] = (1, 1)) -> AutoencoderTiny:
+    """For the tiny pipelines' VAE, whose images have twice the latents' side."""
+    torch.manual_seed(3)
+    return make_tiny(channels, 8, blocks).eval()
+
+
+def profile_by_hand(pipeline: Any) -> RedundancyMap:
+    """Return a profile whose latencies are in proportion to MACs, and whose sensitivities rise and fall from unit to
+    unit."""
+    structure = structure_map(denoiser_of(pipeline), "by hand")
+    ms_per_gmac = 100 / structure.gmacs
+
+    def measured(record: Any, index: int) -> Any:
+        known = {"latency_ms": ms_per_gmac * record.gmacs, "sensitivity": 0.001 * 1.3 ** (7 * index % 23)}
+        shares = {"latency_share": record.gmacs / structure.gmacs} if hasattr(record, "latency_share") else {}
+        return record.model_copy(update=known | shares)
+
+    return structure.model_copy(
+        update={
+            "latency_ms": 100.0,
+            "latency_doubt": 0.0,
+            "estimator": "ablation",
+            "compensate": "linear",
+            "units": [measured(unit, index) for index, unit in enumerate(structure.units)],
+            "others": [measured(other, index) for index, other in enumerate(structure.others)],
+        }
+    )
 
 
 @pytest.fixture

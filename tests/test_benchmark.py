@@ -8,22 +8,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import AutoencoderTiny, DDIMScheduler, DPMSolverMultistepScheduler
 from matplotlib import pyplot as plt
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from asdm import AsdmError, PruningPlan
+from asdm import AsdmError, PruningPlan, save_decoder
 from asdm.benchmark.baselines import attention_broadcast, deep_cache, t_gate, tome
 from asdm.benchmark.method import Method, at_every, cached, combined, fresh
 from asdm.benchmark.methods import cached_every, guided_until, methods
+from asdm.benchmark.models import chosen_methods
 from asdm.benchmark.plot import benchmark_plot, pareto_front
 from asdm.benchmark.results import Benchmark, BenchmarkRow, BenchmarkRun
 from asdm.benchmark.run import benchmark_rows
 from asdm.benchmark.techniques import by_lcm, caching, in_openvino, pruned, with_dpm_solver, with_gri
 from asdm.diffusion.generation import generate
 from asdm.measure.limits import machine_limits
-from conftest import tiny_pipeline
+from conftest import tiny_decoder, tiny_pipeline
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
@@ -38,6 +39,23 @@ class FakeJudge:
 
 def without_mid_block(unet):
     return pruned(PruningPlan.for_unet(unet, [{"edit": "remove", "unit": "mid_block"}]))
+
+
+def test_a_tiny_decoder_joins_the_original_and_the_stacks(pipeline, tmp_path):
+    decoder = save_decoder(tiny_decoder(), tmp_path / "decoder")
+    without, found = (methods(25, {"lean": lambda given: given}, decoder=each) for each in (None, decoder))
+    added = {method.name: method for method in found if method.name not in {each.name for each in without}}
+    assert {"tiny decoder", "best runtime + tiny decoder", "lean + OpenVINO, 8 steps + tiny decoder"} <= set(added)
+    assert added["lean + OpenVINO + tiny decoder"].setup == added["lean + OpenVINO, 8 steps + tiny decoder"].setup
+    with added["tiny decoder"].prepared(pipeline) as ready:
+        assert type(ready.vae) is AutoencoderTiny and ready.unet is pipeline.unet
+        generate(ready, ["a"], steps=1)
+        again = ready.vae
+    with added["tiny decoder"].prepared(pipeline) as ready:
+        assert ready.vae is again  # it was loaded once
+    pipeline.register_to_config(_name_or_path="random:tiny")
+    names = [method.name for method in chosen_methods(pipeline, {}, None, 25, ["tiny decoder"])]
+    assert names[:2] == ["original", "tiny decoder"]
 
 
 def test_a_benchmark_measures_all_methods_and_reports_failures(pipeline, data_folder, monkeypatch, tmp_path):
@@ -119,6 +137,7 @@ def test_a_benchmark_measures_all_methods_and_reports_failures(pipeline, data_fo
     plt.close(figure)
 
 
+@pytest.mark.slow
 def test_where_an_image_takes_long_its_time_is_put_together_from_parts(pipeline):
     slow = {"whole": 0.03, "reusing": 0.01}
     entered = []
@@ -274,6 +293,7 @@ def test_the_front_holds_what_no_other_beats():
 
 
 @pytest.mark.parametrize("name", ["benchmark", "benchmark_gpu"])
+@pytest.mark.slow
 def test_results_of_earlier_versions_load_are_continued_and_drawn(name, tmp_path):
     saved = json.loads((RESULTS / f"{name}.json").read_text())
     found = Benchmark.load(RESULTS / f"{name}.json")

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import asdm
-from asdm import AsdmError, CacheSchedule, GenerationRequest, PruningPlan, Stage, cli, lcm_scheduler
+from asdm import AsdmError, CacheSchedule, DecoderRecipe, GenerationRequest, PruningPlan, Stage, cli, lcm_scheduler
 from asdm.benchmark.baselines import deep_cache, t_gate, tome
 from asdm.benchmark.methods import methods
 from asdm.data.sources import open_data
@@ -24,8 +24,9 @@ from asdm.diffusion.generation import default_steps, most_steps
 from asdm.distillation.stages import Consistency, LossWeights, Semantics, parse_stages
 from asdm.evaluation.image_folders import distinct_names, folder_names
 from asdm.evaluation.metrics import Judge
+from asdm.evaluation.protocol.weights import SOURCES
 from asdm.student.plan import PlanMetrics
-from conftest import tiny_pipeline, tiny_sdxl_pipeline
+from conftest import tiny_decoder, tiny_pipeline, tiny_sdxl_pipeline
 
 NAN, INF = math.nan, math.inf
 
@@ -36,6 +37,7 @@ NEEDED = {
     "prune": ["demo", "plan.json", "--out", "out"],
     "prepare-data": ["demo", "demo", "--out", "out"],
     "distill": ["demo", "demo", "--data", "demo", "--out", "out"],
+    "distill-decoder": ["demo", "--data", "demo", "--out", "out"],
     "evaluate": ["demo"],
     "generate": ["demo", "x"],
     "export": ["demo", "--to", "onnx", "--out", "out"],
@@ -43,6 +45,7 @@ NEEDED = {
     "compress": ["demo", "--out", "out"],
     "demo": [],
     "benchmark": ["demo"],
+    "app": [],
     "doctor": [],
 }
 BAD = {float: ("nan", "inf", "-1"), int: ("-1", "1" + 30 * "0"), Literal: ("x",)}
@@ -144,7 +147,25 @@ def test_no_option_takes_what_is_no_number_of_its_range(refusal, command):
         (["compress", "demo", "--out", "out", "--params", "0.8", "--data", "gone"], "gone: no such data folder"),
         (["compress", "demo", "--out", "out", "--params", "0.8", "--recipe", "gone"], "gone: no such recipe"),
         (["evaluate", "demo", "--data", "gone"], "gone: no such data folder"),
+        (["evaluate", "demo", "--limit", "2"], "--limit 2: has no effect on an evaluation by speed and samples"),
+        (["evaluate", "demo", "--protocol", "demo", "--rounds", "2"], "--rounds 2: has no effect on an evaluation by"),
+        (["evaluate", "demo", "--protocol", "demo", "--metrics", "fit"], "metrics=fit: must be all or some of fid"),
+        (["evaluate", "demo", "--protocol", "demo", "--metrics", "fid,fid"], "metrics=fid: named twice"),
+        (["evaluate", "demo", "--protocol", "demo", "--metrics", "ssim=x"], "metrics=ssim=x: name a network behind ="),
+        (["evaluate", "demo", "--protocol", "demo", "--images", "gone"], "gone: no such folder of real images"),
+        (["evaluate", "demo", "--protocol", "demo", "--captions", "gone"], "gone: no such file of captions"),
+        (["evaluate", "demo", "--protocol", "demo", "--weights", "gone"], "gone: no such folder of weights"),
+        (["evaluate", "demo", "--protocol", "coco30k"], "captions: coco30k needs the file of prompts"),
+        (["evaluate", "demo", "--layout", "dpg"], "--layout dpg: needs --prompts"),
+        (["evaluate", "demo", "--layout", "dpg", "--prompts", "gone"], "gone: no such file of prompts for dpg"),
+        (["evaluate", "demo", "--layout", "dpg", "--protocol", "demo"], "does not go with --protocol demo"),
         (["benchmark", "demo", "demo"], "demo: named twice"),
+        (["benchmark", "demo", "--decoder", "./gone"], "gone: no such folder of a decoder"),
+        (["distill-decoder", "demo", "--data", "gone", "--out", "out"], "gone: no such data folder"),
+        (
+            ["distill-decoder", "demo", "--data", "demo", "--out", "out", "--blocks", "3,x"],
+            "--blocks=3,x: must be whole",
+        ),
         (["prune", "demo", "plän.json", "--out", "out"], "plän.json: no such plan file"),
         (["nothing"], "No such command 'nothing'"),
         (["generate", "demo", "x", "--nothing"], "No such option: --nothing"),
@@ -201,15 +222,27 @@ def calls(tiny):
         "compress": dict(
             model="x", out="x", speedup=1.5, params=0.8, macs=0.8, preset="a-sdm", sensitivity="taylor",
             compensate="bias", refine=1, data="x", steps=1, recipe="joint", stages=[], captions="x", samples=1,
-            image_to_image=1, strength=0.5, sampling_steps=1, dtype="float16", seed=0, progress=print, estimated=print,
+            image_to_image=1, strength=0.5, sampling_steps=1, decoder="x", save_decoder=True, dtype="float16", seed=0,
+            progress=print, estimated=print,
         ),
         "distill": dict(
             teacher=pipeline, student=unet, data="x", folder="x", recipe="joint", steps=1, stages=[1], captions="x",
             device="cpu", seed=0, progress=print,
         ),
+        "distill_decoder": dict(
+            pipeline=pipeline, data="x", folder="x", recipe=DecoderRecipe(), minutes=1.0, seed=0, progress=print,
+        ),
         "evaluate": dict(
             pipelines={"x": pipeline}, data="x", prompts=["x"], samples=1, image_to_image=1, strength=0.5, steps=1,
             guidance_scale=1.0, seed=0, rounds=1, quality=True, images_folder="x", progress=print,
+        ),
+        "evaluate_by_protocol": dict(
+            pipelines={"x": pipeline}, protocol="demo", folder="x", images="x", captions="x", limit=2, metrics="ssim",
+            weights="x", steps=1, guidance_scale=1.0, size=16, seed=0, batch_size=1, progress=print,
+        ),
+        "generate_for_scorer": dict(
+            pipelines={"x": pipeline}, layout="dpg", prompts="x", folder="x", limit=1, steps=1, guidance_scale=1.0,
+            size=16, seed=0, batch_size=1, progress=print,
         ),
         "export_checkpoint": dict(
             pipeline=pipeline, file="x.safetensors", program="diffusers", unet_only=True, dtype="fp32", license="mit",
@@ -237,7 +270,7 @@ def calls(tiny):
         "CfgCutoff": dict(pipeline=pipeline, cfg_cutoff=0.5),
         "lcm_scheduler": dict(config=pipeline.scheduler.config, solver_steps=50),
         "load_pipeline": dict(model="demo", dtype=torch.float32, device="cpu"),
-        "optimize": dict(pipeline=pipeline, max_error=0.1, compile=True, rounds=1, progress=print),
+        "optimize": dict(pipeline=pipeline, max_error=0.1, compile=True, decoder="x", rounds=1, progress=print),
         "prepare_data": dict(
             pipeline=pipeline, data="x", folder="x", batch_size=1, steps=1, seed=0, progress=print,
             ignore_missing_shards=True,
@@ -245,8 +278,10 @@ def calls(tiny):
         "record_teacher": dict(
             pipeline=pipeline, data="x", recipe="joint", stages=[1], draws=1, dtype="int8", seed=0, progress=print
         ),
+        "save_decoder": dict(tiny=tiny_decoder(), folder="x", about={}),
         "save_pipeline": dict(pipeline=pipeline, folder="x", about={}),
         "switch_unets": dict(pipeline=pipeline, unets=[unet], below=[0.5], speedup=1.1),
+        "with_decoder": dict(pipeline=pipeline, decoder="x"),
         "with_openvino_graphs": dict(pipeline=pipeline, folder="x"),
         "with_unet": dict(pipeline=pipeline, unet=unet),
     }  # fmt: skip
@@ -300,6 +335,7 @@ RECORDS = {
     LossWeights: {},
     Semantics: {},
     Consistency: {},
+    DecoderRecipe: {},
     PlanMetrics: {"target": {}, "predicted_sensitivity": 0.1, "predicted_speedup": 1.1},
     GenerationRequest: {"prompts": ["x"]},
     CacheSchedule: {
@@ -428,6 +464,8 @@ def test_a_stage_that_is_not_possible_is_told_before_the_data_is_prepared(tiny, 
         ("DeepCache", "benchmark", lambda pipeline: deep_cache(4, 2).prepared(pipeline).__enter__()),
         ("tgate", "benchmark", lambda pipeline: t_gate(4, 2).prepared(pipeline).__enter__()),
         ("efficientnet_lite_pytorch", "judge", lambda _: Judge()),
+        ("torch_fidelity", "metrics", lambda _: SOURCES["inception"].name),
+        ("torchvision", "metrics", lambda _: SOURCES["lpips"].name),
     ],
 )
 def test_what_is_not_installed_is_told_with_its_extra(tiny, monkeypatch, package, extra, use):

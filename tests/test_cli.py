@@ -173,6 +173,7 @@ def test_main_job_by_its_single_commands(run, model, data_folder, monkeypatch, t
     assert len(set(drawn.values())) == 3
 
 
+@pytest.mark.slow
 def test_compress_interrupted_says_how_to_go_on(run, model, monkeypatch, tmp_path):
     def interrupted(*_, **__):
         raise KeyboardInterrupt

@@ -185,6 +185,7 @@ def test_units_are_tried_in_the_unets_own_precision(data_folder):
 
 
 @pytest.mark.parametrize("kind", ["bias", "diagonal", "linear"])
+@pytest.mark.slow
 def test_a_unit_is_tried_with_the_map_that_a_plan_of_it_alone_would_get(pipeline, data_folder, kind):
     """In an ablation with compensations, each unit's error is that of a student which lacks it alone."""
     before = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}

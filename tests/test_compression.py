@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from asdm import AsdmError, Stage, compress, save_pipeline
+from asdm import AsdmError, Stage, compress, load_pipeline, save_decoder, save_pipeline
 from asdm.compression.settings import claim_folder, make_settings
 from asdm.compression.steps import STEPS, Step
-from conftest import tiny_pipeline
+from conftest import tiny_decoder, tiny_pipeline
 
 SHORT = {"sensitivity": "taylor", "refine": 0, "steps": 0, "samples": 0, "sampling_steps": 2}
 BUDGET = {"speedup": None, "params": 0.8, "macs": None, "preset": None}
@@ -28,7 +28,7 @@ SETTINGS = {
     "seed": 0,
 }
 
-NEWER = ("captions", "image_to_image", "strength")  # than 0.1.0
+NEWER = ("captions", "image_to_image", "strength", "decoder", "save_decoder")  # than 0.1.0
 
 
 @pytest.fixture
@@ -47,6 +47,7 @@ def with_repair(settings):
     return {"repair" if name == "refine" else name: value for name, value in settings.items()}
 
 
+@pytest.mark.slow
 def test_a_folder_with_the_old_names_of_settings_resumes(model, tmp_path, monkeypatch):
     made = compress(model, tmp_path / "out", params=0.8, **SHORT)
     rewrite(made.folder, with_repair)
@@ -58,6 +59,7 @@ def test_a_folder_with_the_old_names_of_settings_resumes(model, tmp_path, monkey
         compress(model, made.folder, params=0.8, **SHORT | {"refine": 1})
 
 
+@pytest.mark.slow
 def test_a_result_has_the_dtype_and_is_trained_in_float32(model, data_folder, tmp_path):
     stages = [Stage(name="joint", steps=1, batch_size=2)]
     settings = SHORT | {"steps": 1, "stages": stages, "data": str(data_folder), "dtype": "bfloat16"}
@@ -123,3 +125,23 @@ def test_a_step_is_loaded_if_all_its_files_are_there(tmp_path):
     Twice().perform(tmp_path)
     assert calls == ["run", "run", "load"]
     assert [type(step).__name__ for step in STEPS][:2] == ["Analyse", "Plan"]
+
+
+@pytest.mark.parametrize("is_saved", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_tiny_decoder_is_measured_beside_the_vae_and_saved_if_requested(model, tmp_path, is_saved):
+    decoder = save_decoder(tiny_decoder(), tmp_path / "decoder")
+    settings = SHORT | {"decoder": str(decoder), "save_decoder": is_saved}
+    made = compress(model, tmp_path / "out", params=0.8, **settings)
+    assert [row.name for row in made.evaluation.speed] == ["teacher", "pruned", "pruned, tiny decoder"]
+    vae = load_pipeline(made.folder).vae
+    assert type(vae).__name__ == ("AutoencoderTiny" if is_saved else "AutoencoderKL")
+    assert compress(model, made.folder, params=0.8, **settings).headline == made.headline
+    with pytest.raises(AsdmError, match=r"other settings \(save_decoder\)"):
+        compress(model, made.folder, params=0.8, **settings | {"save_decoder": not is_saved})
+
+
+def test_a_tiny_decoder_that_does_not_fit_is_told_before_the_work(model, tmp_path):
+    decoder = save_decoder(tiny_decoder(channels=16), tmp_path / "decoder")
+    with pytest.raises(AsdmError, match="decodes latents of 16 channels"):
+        compress(model, tmp_path / "out", params=0.8, **SHORT, decoder=str(decoder))
+    assert not (tmp_path / "out").exists()

@@ -212,6 +212,7 @@ def test_the_recipe_is_one_stage_without_dropped_captions():
     assert (chosen.scope, chosen.steps, chosen.caption_dropout) == ("consistency", 200, 0)
 
 
+@pytest.mark.slow
 def test_a_distilled_folder_draws_in_4_steps_without_guidance(data_folder, tmp_path):
     teacher = tiny_pipeline()
     teacher.scheduler = DPMSolverMultistepScheduler(**{**BETAS, "beta_end": 0.011}, prediction_type="v_prediction")

@@ -96,6 +96,7 @@ def test_a_mistake_in_the_recipes_command_is_one_line(tmp_path, monkeypatch, cap
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_it_draws_what_it_is_asked_to():
     """Of 24 real images, a drawn one's own is among the nearest three almost always (by chance, 3 of 24).
 

@@ -167,6 +167,7 @@ def test_processes_share_the_pieces_of_a_source(data_folder, tmp_path):
     torch.testing.assert_close(prepared.batch(rows)[0], alone.batch(rows)[0], atol=1e-2, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_batch_that_cannot_be_parted_is_refused(data_folder, tmp_path):
     with pytest.raises(RuntimeError, match="batch_size=3: not a multiple of 2"):
         distilled(data_folder, tmp_path, [STAGE | {"batch_size": 3}], processes=2)

@@ -30,10 +30,12 @@ from markdown_blocks import (
 )
 
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-SMALLEST = {"--steps": 4, "--samples": 2, "--rounds": 1, "--timesteps": 1, "--refine": 0}  # what runs are shortened to
+# What runs are shortened to.
+SMALLEST = {"--steps": 4, "--samples": 2, "--rounds": 1, "--timesteps": 1, "--refine": 0, "--limit": 4}
 ALWAYS = {  # options that a test's runs get where the page leaves them out
     "analyze": ("--samples", "--timesteps"),
     "compress": ("--samples", "--refine"),
+    "distill-decoder": ("--steps",),
     "evaluate": ("--samples", "--rounds", "--steps"),
     "generate": ("--steps",),
 }
@@ -102,6 +104,8 @@ def shortened(arguments):
         if option in SMALLEST and float(value) > SMALLEST[option]:
             result[place] = str(SMALLEST[option])
     options = ALWAYS.get(arguments[0], ()) if arguments[0] != "analyze" or "--cache" not in arguments else ()
+    if {"--protocol", "--layout"} & set(arguments):
+        options = ("--steps", "--limit")
     missing = [option for option in options if option not in arguments]
     return [*result, *(word for option in missing for word in (option, str(SMALLEST[option])))]
 

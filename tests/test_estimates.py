@@ -110,6 +110,7 @@ def test_work_becomes_seconds_in_proportion(pipeline):
     assert speed.seconds(Work(decodes=2)) > 0
 
 
+@pytest.mark.slow
 def test_a_compression_hears_its_estimate_before_anything_is_written(model, data_folder, tmp_path, capfd):
     heard = []
 

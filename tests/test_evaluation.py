@@ -18,7 +18,8 @@ from asdm.demo import images_folder
 from asdm.diffusion.generation import generate
 from asdm.evaluation import real_images as real_images_module
 from asdm.evaluation import speed as speed_module
-from asdm.evaluation.metrics import Judge, feature_distance, kid, psnr, recognition, retrieval_at_1
+from asdm.evaluation.image_folders import load_distances
+from asdm.evaluation.metrics import JUDGE_NAME, Judge, feature_distance, kid, psnr, recognition, retrieval_at_1
 from asdm.evaluation.plots import redundancy_plot
 from asdm.evaluation.real_images import RealImages, image_embeds
 from asdm.evaluation.report import headline_of, metrics_section
@@ -112,8 +113,11 @@ def test_evaluation_compares_on_the_same_prompts_and_seeds(data_folder, tmp_path
     assert figures.quality_of("teacher", "seen").concept_top1 is None
     assert figures.speed_of("teacher").unet_speedup == 1.0
     assert figures.speed_of("pruned").gmacs < figures.speed_of("teacher").gmacs
-    with Image.open(tmp_path / "images" / "held_out" / "pruned" / "0000.png") as image:
+    folder = tmp_path / "images" / "held_out" / "pruned"
+    with Image.open(folder / "0000.png") as image:
         assert image.size == (16, 16)
+    mean = figures.quality_of("pruned", "held_out").teacher_distance
+    assert load_distances(folder) == [pytest.approx(mean, abs=1e-5)], "one image is held out"
 
 
 def test_images_are_judged_as_drawn_not_as_a_safety_checker_gives_them_out():
@@ -239,6 +243,9 @@ def test_compress_makes_a_folder_that_loads_and_a_report_without_network(model, 
     # Two plots; four prompts from text and four from images, each with the real image and three models'.
     assert html.count("<img") == 2 + 2 * 4 * 4
     assert "Image-to-image, held-out prompts" in html and "teacher, another seed" in html
+    wins = (made.folder / "wins.html").read_text()
+    assert wins.count("<article") == 4 and "distilled against teacher" in wins and JUDGE_NAME in wins
+    assert not re.search(r"""(src|href)=["'](?!data:)""", wins)
 
 
 @pytest.mark.slow
@@ -260,6 +267,7 @@ def test_compress_goes_on_where_it_was(model, data_folder, tmp_path, monkeypatch
     assert "distil" not in titles
 
 
+@pytest.mark.slow
 def test_compress_refuses_other_settings_and_missing_data_and_says_what_it_missed(model, tmp_path):
     with pytest.raises(AsdmError, match="need data"):
         compress(model, tmp_path / "out", params=0.8, steps=5)

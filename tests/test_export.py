@@ -8,16 +8,29 @@ import pytest
 import torch
 from PIL import Image
 
-from asdm import AsdmError, PruningPlan, Remove, build_student, cache_features, export, generate, with_unet
+from asdm import (
+    AsdmError,
+    PruningPlan,
+    Remove,
+    build_student,
+    cache_features,
+    export,
+    generate,
+    with_decoder,
+    with_unet,
+)
+from asdm.diffusion.conditioning import encode_images
 from asdm.families import UNetFamily
 from asdm.families.tensors import fingerprint
 from asdm.measure.latency import Latency
+from asdm.pipelines.derived import with_vae
 from asdm.runtime import openvino as openvino_graphs
 from asdm.runtime.graphs import Graph
-from asdm.runtime.openvino import with_openvino_graphs
+from asdm.runtime.openvino import OpenVinoVae, with_openvino_graphs
 from asdm.runtime.writers import program_of
 from conftest import (
     predict,
+    tiny_decoder,
     tiny_inpainting_pipeline,
     tiny_pipeline,
     tiny_sdxl_pipeline,
@@ -59,6 +72,7 @@ def drawing(tmp_path_factory):
     return pipeline, folder
 
 
+@pytest.mark.slow
 def test_onnx_gives_the_same(pipeline, tmp_path):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -140,6 +154,17 @@ def two_graphs(tmp_path_factory):
     return student, folder
 
 
+def test_graphs_of_a_tiny_decoder_keep_the_latents_scale(pipeline, tmp_path):
+    """The VAE scales latents by 0.5, and a tiny decoder does not."""
+    fast = with_decoder(pipeline, tiny_decoder())
+    export(fast, tmp_path / "out", parts=["vae_decoder"])
+    ready = with_vae(pipeline, OpenVinoVae(tmp_path / "out" / "vae_decoder", pipeline.vae))
+    found, expected = (generate(each, ["a prompt"], steps=2, seed=3) for each in (ready, fast))
+    assert (found - expected).abs().max() < 0.05
+    images = torch.rand(1, 3, 16, 16) * 2 - 1
+    torch.testing.assert_close(encode_images(ready.vae, images), encode_images(pipeline.vae, images))
+
+
 @pytest.mark.slow
 def test_two_graphs_cache_as_the_torch_unet_does(two_graphs):
     student, folder = two_graphs
@@ -161,6 +186,7 @@ def test_two_graphs_cache_as_the_torch_unet_does(two_graphs):
     assert json.loads((folder / "model_index.json").read_text()).get("unet_inner") is None
 
 
+@pytest.mark.slow
 def test_two_graphs_of_version_0_1_load(two_graphs, tmp_path):
     """Their marker says `inherit`, and their outer graph's input is `inherited`."""
     student, folder = two_graphs

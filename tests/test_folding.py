@@ -274,6 +274,7 @@ ATTN1, FF = f"{TRANSFORMERS[0]}.0.attn1", f"{TRANSFORMERS[0]}.0.ff"
 EDITS = (removal(ATTN1), removal(FF), removal(ATTENTION), removal(SKIP))
 
 
+@pytest.mark.slow
 def test_a_folded_student_is_saved_and_loads_with_and_without_the_package(tmp_path):
     pipeline = tiny_pipeline()
     folded = assert_folds(fitted(small_unet(), *EDITS), {SKIP: "linear"})

@@ -450,6 +450,7 @@ def test_a_student_learns_from_a_teacher_of_flow_matching(pipeline, data_folder,
         make_task(pipeline, student, None, stage(scope="consistency"))
 
 
+@pytest.mark.slow
 def test_an_estimate_counts_what_moves_and_changes_nothing():
     pipeline = tiny_pipeline()
     student = pruned(pipeline.unet)

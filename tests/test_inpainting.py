@@ -1,5 +1,6 @@
 """UNets made for inpainting, which also read a mask and the latents of what it leaves."""
 
+import pytest
 import torch
 from diffusers import StableDiffusionInpaintPipeline
 from PIL import Image
@@ -49,6 +50,7 @@ def test_captions_alone_are_drawn_and_masked(tmp_path):
     assert (captions.masked[:, 1:] - expected).square().mean() < (captions.masked[:, 1:] - gray).square().mean()
 
 
+@pytest.mark.slow
 def test_the_whole_job(data_folder, tmp_path):
     save_pipeline(tiny_inpainting_pipeline(), tmp_path / "model")
     settings = {"params": 0.8, "sensitivity": "taylor", "refine": 0, "steps": 2, "samples": 2, "sampling_steps": 2}

@@ -3,12 +3,14 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
 from importlib.resources import files
 from pathlib import Path
 
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import asdm
@@ -16,12 +18,13 @@ from asdm.cli import app, output
 from asdm.measure import installation
 from asdm.measure.installation import EXTRAS
 
-PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def test_each_extra_is_explained_with_its_packages():
     declared = PROJECT["optional-dependencies"]
-    for_developers = {"test", "demo-build", "docs", "examples"}
+    for_developers = {"audit", "test", "demo-build", "docs", "examples"}
     assert {name: list(packages) for name, (packages, _) in EXTRAS.items()} == {
         name: packages for name, packages in declared.items() if name not in for_developers
     }
@@ -65,3 +68,20 @@ def test_the_shell_completes_commands_and_schedulers():
 
 def test_type_checkers_read_the_packages_types():
     assert files("asdm").joinpath("py.typed").is_file()
+
+
+def test_the_docker_image_installs_an_extra_that_exists_and_starts_the_page():
+    lines = [line.split(" ", 1) for line in (ROOT / "Dockerfile").read_text().splitlines() if line[:1].isupper()]
+    (install,) = [shlex.split(rest) for name, rest in lines if name == "RUN" and rest.startswith("pip install")]
+    (extras,) = re.findall(r"^\.\[(.+)\]$", install[-1])
+    assert "web" in extras.split(",") and set(extras.split(",")) <= set(PROJECT["optional-dependencies"])
+    copied = [word for name, rest in lines if name == "COPY" for word in rest.split()[:-1]]
+    assert install[install.index("-c") + 1] in copied and {"src", PROJECT["readme"]} <= set(copied)
+    assert set(PROJECT["license-files"]) <= set(copied) and all((ROOT / name).exists() for name in copied)
+    not_ignored = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert not_ignored == set(copied)
+    found = {name: rest for name, rest in lines}
+    assert found["USER"] != "root" and found["EXPOSE"] == "7860"
+    command = json.loads(found["ENTRYPOINT"]) + json.loads(found["CMD"])
+    page = get_command(app).commands[command[1]].make_context("app", command[2:])
+    assert (page.params["host"], page.params["port"]) == ("0.0.0.0", 7860)

@@ -83,6 +83,7 @@ def test_routers_are_trained_whole():
         assert routers and all(".router." in name for name in routers) and len(learning) > 4 * len(routers)
 
 
+@pytest.mark.slow
 def test_a_killed_stage_goes_on_exactly(pipeline, data_folder, tmp_path):
     whole, parts = pruned(pipeline.unet), pruned(pipeline.unet)
     distill(pipeline, whole, data_folder, tmp_path / "whole", stages=[stage()])

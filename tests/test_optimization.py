@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
 
-from asdm import AsdmError, PruningPlan, build_student, generate, optimize, with_unet
+from asdm import AsdmError, PruningPlan, build_student, generate, optimize, save_decoder, with_unet
 from asdm.measure.latency import Timing
-from conftest import predict
+from asdm.runtime.decoding import _in_openvino
+from conftest import predict, tiny_decoder
 
 
 @pytest.fixture
@@ -111,3 +113,62 @@ def test_threads_are_part_of_what_is_gained(pipeline, monkeypatch):
 def test_it_measures_for_real(pipeline):
     found = optimize(pipeline, rounds=2)
     assert found.before.ms > 0 and found.after.ms > 0
+
+
+@pytest.fixture
+def decoder_gains(monkeypatch):
+    """Timings of ways to decode by decree."""
+
+    def set_gains(gains):
+        def measured(calls, **_):
+            for call in calls.values():
+                call()
+            return Timing({name: [1 / gains.get(name, 1.0)] * 2 for name in calls})
+
+        monkeypatch.setattr("asdm.runtime.decoding.measure_interleaved", measured)
+
+    return set_gains
+
+
+def test_the_fastest_way_to_decode_that_keeps_the_images_is_taken(pipeline, gains, decoder_gains, monkeypatch):
+    monkeypatch.setattr(
+        "asdm.runtime.decoding._in_openvino", lambda *_: (_ for _ in ()).throw(AsdmError("no openvino"))
+    )
+    vae = pipeline.vae
+    gains(1.0)
+    decoder_gains({"decoder: channels last": 1.2, "decoder: tiles": 5.0})
+    found = optimize(pipeline, decoder="auto")
+    by_name = {measure.name: measure for measure in found.of_decoder}
+    assert by_name["decoder: OpenVINO int8"].reason == "no openvino"
+    assert by_name["decoder: channels last"].kept and by_name["decoder: channels last"].error < 1e-6
+    assert not by_name["decoder: tiles"].kept and by_name["decoder: tiles"].error > 1e-3  # tiles of 4x4 latents
+    assert pipeline.vae is not vae and pipeline.vae.decoder.conv_in.weight.is_contiguous(
+        memory_format=torch.channels_last
+    )
+    assert not pipeline.vae.use_tiling and "decoder: tiles: 5.00x" in str(found)
+    decoder_gains({})
+    before = pipeline.vae
+    found = optimize(pipeline, decoder="auto")
+    assert pipeline.vae is before and not any(measure.kept for measure in found.of_decoder)
+
+
+def test_a_tiny_decoder_is_taken_whatever_it_gains(pipeline, gains, decoder_gains, tmp_path):
+    gains(1.5)
+    decoder_gains({"tiny decoder": 0.9, "tiny decoder, channels last": 0.8})
+    other = with_unet(pipeline, pipeline.unet)
+    found = optimize(pipeline, max_error=1e-2, decoder=save_decoder(tiny_decoder(), tmp_path / "decoder"))
+    assert [measure.kept for measure in found.of_decoder] == [True, False]
+    assert type(pipeline.vae) is AutoencoderTiny and pipeline.vae.dtype == pipeline.unet.dtype == torch.bfloat16
+    assert type(other.vae) is AutoencoderKL and other.vae.dtype == torch.float32
+    assert generate(pipeline, ["octopus"], steps=2).isfinite().all()
+
+
+@pytest.mark.slow
+def test_openvino_decodes_in_float_and_in_8_bits(pipeline, monkeypatch):
+    pytest.importorskip("nncf")
+    found = optimize(pipeline, decoder="auto", rounds=1)
+    by_name = {measure.name: measure for measure in found.of_decoder}
+    assert by_name["decoder: OpenVINO"].error < 1e-4 < by_name["decoder: OpenVINO int8"].error < 0.1
+    decoder = _in_openvino(pipeline, torch.randn(2, 4, 8, 8), None)
+    pipeline.register_modules(vae=decoder)
+    assert generate(pipeline, ["octopus"], steps=2).shape == (1, 3, 16, 16)

@@ -191,7 +191,7 @@ def pickle_over(path):
         (lambda model: shards(model, "-00002-of-"), r"unet: lacks 1 of the \d+ files of .*index.json"),
         (lambda model: shards(model, ".index.json"), "unet: shards without their index"),
         (lambda model: shards(model, None), r"unet lacks 1 of its 684 tensors \(unet/.*-00002-of-.*\): .*; download"),
-        (lambda model: (model / "unet" / "config.json").write_text('{"_class_name": "UNet2D'), "cannot be loaded"),
+        (lambda model: (model / "unet" / "config.json").write_text('{"_class_name": "UNet2D'), "config.json: damaged"),
     ],
 )
 def test_a_damaged_folder_is_refused_by_name(model, damage, message):

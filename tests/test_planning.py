@@ -113,6 +113,7 @@ def test_a_tighter_budget_never_costs_less(redundancy):
     assert predicted == sorted(predicted)
 
 
+@pytest.mark.slow
 def test_speedup_is_measured_and_reached(redundancy, monkeypatch):
     notes = []
     monkeypatch.setattr(latency, "PATIENCE", 20.0)

@@ -155,7 +155,7 @@ def test_a_damaged_draw_is_named(pipeline, prepared, tmp_path):
     record_teacher(pipeline, prepared, stages=[chosen], draws=6)
     assert len(trained(pipeline, prepared, tmp_path / "run", chosen)[0]) > 0
     (prepared / FOLDER / "index.json").write_text("{")
-    with pytest.raises(AsdmError, match=r"index.json: damaged"):
+    with pytest.raises(AsdmError, match=r"index.json: not an index of teacher features"):
         prepare(pipeline, prepared, prepared, recorded=True)
 
 

@@ -81,6 +81,7 @@ def test_map_adds_up(make):
     assert redundancy.necessary_forwards < len(redundancy.units) * 2
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_sensitivities(pipeline):
     first, second = (analyze(pipeline, timesteps=1, samples=2, latency_rounds=1, seed=3) for _ in range(2))
     assert [u.sensitivity for u in first.units] == [u.sensitivity for u in second.units]

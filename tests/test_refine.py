@@ -38,6 +38,7 @@ def macs_saved(redundancy, plan):
     return sum(choice.macs for choice in possible_edits(redundancy, "linear") if choice.edit in plan.edits)
 
 
+@pytest.mark.slow
 def test_a_bad_plan_is_bettered_within_its_budget(pipeline, redundancy):
     plan = worst_plan(redundancy)
     before = refine_plan(pipeline, redundancy, plan, timesteps=2, samples=4, rounds=0)
@@ -47,6 +48,7 @@ def test_a_bad_plan_is_bettered_within_its_budget(pipeline, redundancy):
     assert macs_saved(redundancy, after) >= macs_saved(redundancy, plan) * (1 - 1e-6)
 
 
+@pytest.mark.slow
 def test_a_plan_that_is_faster_than_asked_for_gives_edits_back(pipeline, redundancy, monkeypatch):
     plan = make_plan(redundancy, macs=0.6)
 

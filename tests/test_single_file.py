@@ -191,6 +191,7 @@ def keep(hub: Path, repository: str, pipeline: StableDiffusionPipeline) -> None:
         weights.unlink()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_in_one_file_draws_what_its_pipeline_draws(tmp_path, hub_cache):
     pipeline = tiny_pipeline()
     hub_cache("stable-diffusion-v1-5/stable-diffusion-v1-5", pipeline)

@@ -48,6 +48,7 @@ def student(pipeline):
     return with_unet(pipeline, unet)
 
 
+@pytest.mark.slow
 def test_a_student_loads_without_the_package_predicts_the_same_and_is_saved_again(student, tmp_path):
     student.save_pretrained(tmp_path / "student")  # as diffusers saves, and pushes to the Hub
     inputs = unet_inputs(student.unet)

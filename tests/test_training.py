@@ -552,6 +552,7 @@ def test_memory_is_estimated_by_parts(optimizer):
     assert row.gigabytes == sum(row.memory.values()) / 1e9
 
 
+@pytest.mark.slow
 def test_processes_share_the_batch_and_where_asked_the_weights():
     one, two, sharing = (estimated({}, processes=n, sharded=s)[2] for n, s in ((1, False), (2, False), (2, True)))
     assert two.step_teraflops == pytest.approx(one.step_teraflops) and two.seconds == pytest.approx(one.seconds / 2)

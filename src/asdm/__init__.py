@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from asdm.diffusion.generation import generate as generate
     from asdm.diffusion.guidance import CfgCutoff as CfgCutoff
     from asdm.distillation.consistency import lcm_scheduler as lcm_scheduler
+    from asdm.distillation.decoder import distill_decoder as distill_decoder
+    from asdm.distillation.decoder_recipe import DecoderRecipe as DecoderRecipe
     from asdm.distillation.distill import distill as distill
     from asdm.distillation.recording import record_teacher as record_teacher
     from asdm.distillation.stages import Stage as Stage
@@ -38,10 +40,15 @@ if TYPE_CHECKING:
     from asdm.errors import AsdmError as AsdmError
     from asdm.errors import AsdmWarning as AsdmWarning
     from asdm.evaluation.comparison import evaluate as evaluate
+    from asdm.evaluation.protocol.results import ProtocolResults as ProtocolResults
+    from asdm.evaluation.protocol.run import evaluate_by_protocol as evaluate_by_protocol
+    from asdm.evaluation.protocol.scorer import generate_for_scorer as generate_for_scorer
     from asdm.evaluation.results import Evaluation as Evaluation
     from asdm.generation.comparison import compare_images as compare_images
     from asdm.generation.generate import generate_images as generate_images
     from asdm.generation.request import GenerationRequest as GenerationRequest
+    from asdm.pipelines.decoders import save_decoder as save_decoder
+    from asdm.pipelines.decoders import with_decoder as with_decoder
     from asdm.pipelines.derived import with_unet as with_unet
     from asdm.pipelines.loading import load_pipeline as load_pipeline
     from asdm.pipelines.lora_files import convert_lora as convert_lora
@@ -73,6 +80,8 @@ _HOME = {
     "GriAttention": "asdm.edits",
     "CfgCutoff": "asdm.diffusion.guidance",
     "CacheSchedule": "asdm.caching.schedule",
+    "DecoderRecipe": "asdm.distillation.decoder_recipe",
+    "ProtocolResults": "asdm.evaluation.protocol.results",
     "PruningPlan": "asdm.student.plan",
     "RedundancyMap": "asdm.sensitivity.profile",
     "Remove": "asdm.edits",
@@ -85,13 +94,16 @@ _HOME = {
     "compress": "asdm.compression.compress",
     "convert_lora": "asdm.pipelines.lora_files",
     "distill": "asdm.distillation.distill",
+    "distill_decoder": "asdm.distillation.decoder",
     "evaluate": "asdm.evaluation.comparison",
+    "evaluate_by_protocol": "asdm.evaluation.protocol.run",
     "expert_usage": "asdm.sensitivity.expert_usage",
     "export": "asdm.runtime.export",
     "export_checkpoint": "asdm.runtime.checkpoint",
     "fit_compensation": "asdm.compensation.fitting",
     "fold_compensation": "asdm.compensation.folding",
     "generate": "asdm.diffusion.generation",
+    "generate_for_scorer": "asdm.evaluation.protocol.scorer",
     "generate_images": "asdm.generation.generate",
     "cache_features": "asdm.caching.features",
     "lcm_scheduler": "asdm.distillation.consistency",
@@ -102,8 +114,10 @@ _HOME = {
     "record_teacher": "asdm.distillation.recording",
     "remeasure_plan": "asdm.planning.speedup",
     "refine_plan": "asdm.planning.refine",
+    "save_decoder": "asdm.pipelines.decoders",
     "save_pipeline": "asdm.pipelines.saving",
     "switch_unets": "asdm.runtime.switching",
+    "with_decoder": "asdm.pipelines.decoders",
     "with_openvino_graphs": "asdm.runtime.openvino",
     "with_unet": "asdm.pipelines.derived",
 }

@@ -2,8 +2,29 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_LONGEST = 4000  # characters of a message
+_DIRECTIONS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # turn the rest of a line around
+
+
+def printable(text: str) -> str:
+    """Return a text as one line that a terminal prints and does not obey: control characters are escaped.
+
+    Messages quote names from files, which a stranger may have written.
+    """
+    if len(text) > _LONGEST:
+        text = f"{text[:_LONGEST]}..."
+    if text.isprintable():
+        return text
+    return "".join(_escaped(letter) for letter in text)
+
+
+def _escaped(letter: str) -> str:
+    controls = unicodedata.category(letter) in ("Cc", "Zl", "Zp") or letter in _DIRECTIONS
+    return letter.encode("unicode_escape").decode() if controls else letter
 
 
 class AsdmError(ValueError):
@@ -12,9 +33,15 @@ class AsdmError(ValueError):
     The command line prints it as one line and exits with status 2.
     """
 
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(str(message)))
+
 
 class AsdmWarning(UserWarning):
     """What was assumed where the user's files do not say it, and how to say it; one line."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(str(message)))
 
 
 def one_line(error: object, length: int = 160) -> str:

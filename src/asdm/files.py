@@ -6,18 +6,19 @@ Folders that this tool wrote carry a marker, by which it knows what it may repla
 from __future__ import annotations
 
 import glob
-import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import psutil
 from filelock import FileLock, Timeout
 
-from asdm.errors import AsdmError
+from asdm.errors import AsdmError, one_line
+from asdm.reading import read_json
 
 MARKER = "asdm.json"  # in a folder that this tool wrote: what it is, and that it may be replaced
 PARTIAL, PREVIOUS = "partial", "previous"
@@ -51,6 +52,35 @@ def replacing_file(target: Path) -> Iterator[Path]:
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_new(paths: Iterable[Path], write: Callable[[Path], Any]) -> Path:
+    """Write a file under the first of these names that is free, and return it. All names are in one folder.
+
+    A reader sees a whole file or none. Processes that write at once take different names.
+    """
+    names = iter(paths)
+    first = next(names)
+    first.parent.mkdir(parents=True, exist_ok=True)
+    partial = _name_beside(first, PARTIAL)
+    try:
+        write(partial)
+        return next(path for path in chain([first], names) if _take_name(partial, path))
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _take_name(partial: Path, path: Path) -> bool:
+    """Give a file a name that is free; return whether it was."""
+    try:
+        os.link(partial, path)  # unlike a rename, it never replaces a file
+    except FileExistsError:
+        return False
+    except OSError:  # there are file systems without links
+        if path.exists():
+            return False
+        os.replace(partial, path)
+    return True
 
 
 @contextmanager
@@ -104,7 +134,8 @@ def require_ours(folder: Path, kind: str) -> None:
     """Raise an AsdmError unless `folder` can be replaced: it is empty, absent, or of this kind and this tool's.
 
     Args:
-        kind: as it stands in the folder's `MARKER`: pipeline, prepared, compression or export.
+        kind: as it stands in the folder's `MARKER`: pipeline, prepared, compression, export or
+            decoder.
     """
     if folder.is_file():
         raise AsdmError(f"{folder}: a file; name a folder that does not exist yet")
@@ -122,10 +153,25 @@ def require_ours(folder: Path, kind: str) -> None:
         )
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read the settings that a run wrote beside its checkpoints.
+
+    Raises:
+        AsdmError: they are damaged.
+    """
+    try:
+        found = read_json(path)
+    except (OSError, ValueError) as error:
+        raise AsdmError(f"{path}: damaged ({one_line(error)}); use another output folder") from None
+    if not isinstance(found, dict):
+        raise AsdmError(f"{path}: not the settings of a run; use another output folder")
+    return found
+
+
 def read_marker(folder: Path) -> dict[str, Any]:
     """Read a folder's `MARKER`; empty where there is none, or a damaged one."""
     try:
-        about = json.loads((folder / MARKER).read_text("utf-8"))
+        about = read_json(folder / MARKER)
     except (OSError, ValueError):
         return {}
     return about if isinstance(about, dict) else {}

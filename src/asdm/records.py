@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import Any, get_args
+from pathlib import Path
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from asdm.errors import AsdmError, one_line
+from asdm.reading import read_json
+
+R = TypeVar("R", bound="Record")
 
 
 class Record(BaseModel):
@@ -31,6 +35,29 @@ class Record(BaseModel):
         if isinstance(value, bool) and not _mentions(cls.model_fields[str(info.field_name)].annotation, (bool, Any)):
             raise ValueError("must not be true or false")
         return value
+
+
+def read_record(kind: type[R], path: str | Path, what: str, remedy: str) -> R:
+    """Read a record that was saved as JSON.
+
+    Args:
+        what: what the file should be, for the message.
+        remedy: what makes one.
+
+    Raises:
+        AsdmError: it cannot be read, is no JSON, or no such record.
+    """
+    try:
+        return kind.model_validate(read_json(Path(path)))
+    except ValidationError as error:
+        fault = first_fault(error)
+    except AsdmError as error:
+        fault = str(error)
+    except (OSError, ValueError) as error:
+        fault = one_line(error)
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:  # of what reads earlier versions' fields
+        fault = f"{type(error).__name__}: {one_line(error)}"
+    raise AsdmError(f"{path}: not {what}: {fault}; {remedy}")
 
 
 def first_fault(error: ValidationError) -> str:

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
+from asdm.cli.main import one_line_errors
 from asdm.cli.options import POSITIVE
-from asdm.cli.output import errors, say
+from asdm.cli.output import say
 from asdm.cli.progress import reporting
-from asdm.errors import AsdmError
 from tools.demo.build import build
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -18,17 +18,17 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 def main() -> None:
     """Run the command; a user's mistake is one line and exit status 2."""
-    try:
+    with one_line_errors():
         app()
-    except AsdmError as error:
-        errors.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
-        raise SystemExit(2) from None
 
 
 @app.command()
 def demo_build(
     step: Annotated[
-        str, typer.Argument(help="images, tokenizer, clip, vae, unet, assemble, check; all is all of them but images.")
+        str,
+        typer.Argument(
+            help="images, tokenizer, clip, vae, unet, assemble, decoder, check; all is all of them but images."
+        ),
     ] = "all",
     folder: Annotated[Path, typer.Option(help="Where checkpoints and the result go.")] = Path("runs/demo-build"),
     minutes: Annotated[

@@ -14,8 +14,12 @@ from asdm.data.examples import Example, load_pixels
 from asdm.data.sources import open_data
 from asdm.demo import images_folder, pipeline_folder
 from asdm.diffusion.conditioning import decode_latents, encode_images
+from asdm.diffusion.generation import default_guidance
+from asdm.distillation.decoder import distill_decoder
+from asdm.distillation.decoder_recipe import DecoderRecipe
 from asdm.errors import AsdmError
 from asdm.evaluation.comparison import evaluate
+from asdm.evaluation.decoders import DecodedSet, compare_decoder, held_out_set
 from asdm.evaluation.metrics import Judge, psnr, recognition, retrieval_at_1
 from asdm.evaluation.plots import image_sheet
 from asdm.evaluation.real_images import image_embeds, text_embeds
@@ -23,12 +27,15 @@ from asdm.evaluation.sampling import evaluation_sets
 from asdm.files import write_text
 from asdm.images import load_images
 from asdm.pipelines.clip import load_clip
+from asdm.pipelines.decoders import save_decoder
 from asdm.pipelines.loading import load_pipeline
 from asdm.training.log import read_log
-from tools.demo.emoji import held_out_pairs, render_dataset
+from tools.demo.emoji import held_out_pairs, render_dataset, seen_pairs
 from tools.demo.recipe import LOOPS, Recipe
 
-STAGES = ("images", "tokenizer", "clip", "vae", "unet", "assemble", "check")
+STAGES = ("images", "tokenizer", "clip", "vae", "unet", "assemble", "decoder", "check")
+DECODER = DecoderRecipe(width=32, blocks=[6, 4, 0], steps=3000)  # below 1 MB, its encoder included
+SAMPLED = 64  # captions of either split, from which the decoder is checked on latents that the pipeline samples
 Report = Callable[[str, int, int, str], None]
 
 
@@ -59,9 +66,55 @@ def build(
     for name in STAGES[1:] if stage == "all" else [stage]:
         if name == "check":
             check(folder, say, progress)
+        elif name == "decoder":
+            if not train_decoder(folder, minutes, progress, say):
+                say(f"{name}: stopped after {minutes:g} minutes; run again to go on")
+                return
         elif not recipe.build(name, None if minutes is None else 60 * minutes):
             say(f"{name}: stopped after {minutes:g} minutes; run again to go on")
             return
+
+
+def train_decoder(folder: Path, minutes: float | None, progress: Report, say: Callable[[str], None]) -> bool:
+    """Train a tiny decoder beside the built pipeline's VAE, or the embedded one's; return whether it is done.
+
+    Writes the folder `decoder` and `decoder_check.json`: how it compares on held-out images, and on latents that the
+    pipeline samples.
+    """
+    built = folder / "pipeline"
+    pipeline = load_pipeline(built if built.is_dir() else pipeline_folder())
+    made = distill_decoder(
+        pipeline,
+        images_folder(),
+        folder / "decoder.training",
+        recipe=DECODER,
+        minutes=minutes,
+        progress=lambda row: progress("decoder", int(row["step"]), int(row["steps"]), f"pixels {row['pixels']:.4f}"),
+    )
+    if not made.is_done:
+        return False
+    save_decoder(made.decoder, folder / "decoder", {"teacher": "demo", "recipe": DECODER.model_dump(mode="json")})
+    found = {name: compare_decoder(pipeline, made.decoder, each) for name, each in _decoded_sets(pipeline).items()}
+    text = json.dumps({name: each.model_dump() for name, each in found.items()}, indent=1)
+    write_text(folder / "decoder_check.json", text + "\n")
+    say(text)
+    return True
+
+
+def _decoded_sets(pipeline: DiffusionPipeline) -> dict[str, DecodedSet]:
+    """Return what a decoder is checked on, by name."""
+    held_out = held_out_set(pipeline, images_folder())
+    assert held_out is not None
+    call: Any = pipeline
+    captions = [pair.caption for pairs in (seen_pairs(), held_out_pairs()) for pair in pairs[:SAMPLED]]
+    sampled = call(
+        captions,
+        num_inference_steps=25,
+        guidance_scale=default_guidance(pipeline),
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+    ).images
+    return {"held_out_images": held_out, "sampled": DecodedSet(sampled, gallery=held_out.gallery)}
 
 
 def check(folder: Path, say: Callable[[str], None], progress: Report | None = None) -> dict[str, Any]:
@@ -105,7 +158,7 @@ def real_image_figures(pipeline: DiffusionPipeline) -> dict[str, float]:
     others = recognition(features[rows], wanted, features, labels, without=rows)
     clip = load_clip(pipeline)
     assert clip is not None
-    captions = text_embeds(clip, pipeline, [example.caption for example in examples])
+    captions = text_embeds(clip, pipeline.tokenizer, [example.caption for example in examples])
     images = image_embeds(clip, torch.stack(pixels))
     by_split = {
         split: [i for i, e in enumerate(examples) if e.held_out == (split == "held_out")]

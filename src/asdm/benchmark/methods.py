@@ -16,6 +16,7 @@ from asdm.benchmark.techniques import (
     by_lcm,
     caching,
     calibrated,
+    decoding_by,
     in_openvino,
     observing,
     optimized,
@@ -37,6 +38,7 @@ def methods(
     few_step: Students | None = None,
     data: str | Path | None = None,
     graphs: bool = True,
+    decoder: str | Path | None = None,
 ) -> list[Method]:
     """Return all methods, the original pipeline first.
 
@@ -46,8 +48,9 @@ def methods(
         few_step: consistency-distilled students, by name.
         data: prompts to sample and to calibrate on. Without it there is one method of those that differ in quality
             alone, and none whose full steps depend on the prompt.
-        graphs: include OpenVINO and the programs that compute on the CPU; the latter without data, as their images
+graphs: include OpenVINO and the programs that compute on the CPU; the latter without data, as their images
             are not judged.
+        decoder: a tiny decoder, as for `with_decoder`: the original and the fastest stacks decode by it, too.
 
     Raises:
         AsdmError: a student has the name of another method.
@@ -64,6 +67,8 @@ def methods(
         *(_by_lcm(name, "stack", fresh(student)) for name, student in few_step.items()),
         *(_by_lcm(f"{name} + OpenVINO", "stack", in_openvino(student)) for name, student in few_step.items()),
     ]
+    if decoder is not None:
+        found += _with_tiny_decoder(found, decoding_by(decoder))
     names = [method.name for method in found]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -202,6 +207,22 @@ def _graphs(
                 technique = calibrated(speedup, observed, cached_graphs)
                 title = f"{name} + caching, calibrated, {speedup:g}x"
                 yield from combined(title, "stack", technique, steps=steps, kinds=data_dependent).in_steps([count])
+
+
+def _with_tiny_decoder(found: Sequence[Method], decoding: Prepared) -> list[Method]:
+    """Return the original, and the runtimes and stacks without a calibration, with a tiny decoder."""
+    decoded: dict[Prepared, Prepared] = {}  # methods that differ in the number of steps alone share their timings
+    methods = []
+    for method in found:
+        is_stack = method.group in ("runtime", "stack") and method.kinds is not data_dependent
+        if method.group != "original" and not is_stack:
+            continue
+        if method.prepared not in decoded:
+            decoded[method.prepared] = combined("", "", method.prepared, decoding, steps=1).prepared
+        own = {"name": "tiny decoder", "group": "ours"} if method.group == "original" else {}
+        named = {"name": f"{method.name} + tiny decoder"} | own
+        methods.append(replace(method, prepared=decoded[method.prepared], **named))  # type: ignore[arg-type]
+    return methods
 
 
 def _by_lcm(name: str, group: str, *techniques: Prepared) -> Method:

@@ -23,6 +23,7 @@ from asdm.evaluation.image_folders import folder_name
 from asdm.evaluation.report import save_figure
 from asdm.families import denoiser_of
 from asdm.measure.load import LoadMeter, busy_line
+from asdm.pipelines.decoders import RANDOM_DECODER
 from asdm.pipelines.derived import without_safety_checker
 
 RESULTS = "benchmark.json"  # in the benchmark's folder
@@ -67,6 +68,7 @@ def benchmark_model(
     steps: int = 25,
     rounds: int = 5,
     only: Collection[str] = (),
+    decoder: str | None = None,
     seed: int = 0,
     images_folder: Path | None = None,
     progress: Progress | None = None,
@@ -80,9 +82,11 @@ def benchmark_model(
         image_to_image, strength: as for `evaluate`.
         limits: the machine's best throughput (`machine_limits`).
         only: parts of the methods' names; none of them for all methods. The original is always measured.
+        decoder: a tiny decoder, with which the original and the stacks are measured too; for random weights one of
+            TAESD's size by default.
     """
     pipeline = without_safety_checker(with_dpm_solver(pipeline))
-    chosen = chosen_methods(pipeline, students, data, steps, only)
+    chosen = chosen_methods(pipeline, students, data, steps, only, decoder)
     meter = LoadMeter()
     rows = benchmark_rows(
         pipeline,
@@ -117,6 +121,7 @@ def chosen_methods(
     data: str | Path | None,
     steps: int,
     only: Collection[str],
+    decoder: str | None = None,
 ) -> list[Method]:
     """Return the methods that `benchmark_model` measures a model with, given the same arguments."""
     trained: dict[str, Any] = preset_students(pipeline) if is_random(pipeline) else {}
@@ -124,7 +129,9 @@ def chosen_methods(
     for name, student in students.items():
         (few_step if is_few_step(student) else trained)[name] = with_denoiser(denoiser_of(student))
     on_cpu = pipeline.device.type == "cpu"
-    found = methods(steps, trained, few_step=few_step, data=data, graphs=on_cpu)
+    if decoder is None and is_random(pipeline):
+        decoder = RANDOM_DECODER
+    found = methods(steps, trained, few_step=few_step, data=data, graphs=on_cpu, decoder=decoder)
     if not only:
         return found
     return [method for method in found if method.group == "original" or any(part in method.name for part in only)]

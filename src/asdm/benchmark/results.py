@@ -18,6 +18,7 @@ from asdm.files import write_text
 from asdm.measure.latency import Ratio
 from asdm.measure.machine import device_name
 from asdm.old_names import OLD_BENCHMARK_FIELDS, OLD_BENCHMARK_GROUPS, benchmark_name, renamed
+from asdm.reading import read_json
 from asdm.records import Record
 
 PROGRAMS = ("stable-diffusion-cpp-python", "openvino-genai", "optimum-intel")
@@ -155,7 +156,7 @@ class Benchmark(Record):
         """
         path = Path(path)
         try:
-            rows, runs = (json.loads(file.read_text("utf-8")) for file in (path, _run_of(path)))
+            rows, runs = (read_json(file) for file in (path, _run_of(path)))
             return cls(rows=rows, runs=runs)
         except (OSError, ValueError) as error:
             raise AsdmError(f"{path}: not the results of a benchmark ({fault(error)}); name another folder") from None

@@ -26,7 +26,8 @@ from asdm.edits import GriAttention
 from asdm.edits.regional_attention import gri_kinds
 from asdm.errors import AsdmError
 from asdm.families import Denoiser, denoiser_of, family_of, macs_of_call
-from asdm.pipelines.derived import with_unet
+from asdm.pipelines.decoders import with_decoder
+from asdm.pipelines.derived import with_unet, with_vae
 from asdm.planning.budget import make_plan
 from asdm.runtime.export import export
 from asdm.runtime.openvino import with_openvino_graphs
@@ -183,6 +184,20 @@ def in_openvino(
             generate(ready, ["a photograph"], steps=2)
             _loaded[folder.name] = ready
         yield _loaded[folder.name]
+
+    return prepared
+
+
+def decoding_by(decoder: str | Path) -> Prepared:
+    """Decode by a tiny decoder, whatever denoises. It is loaded once for each precision."""
+    loaded: dict[Any, Any] = {}
+
+    @contextmanager
+    def prepared(pipeline: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
+        kind = pipeline.vae.dtype, pipeline.vae.device
+        if kind not in loaded:
+            loaded[kind] = with_decoder(pipeline, decoder).vae
+        yield with_vae(pipeline, loaded[kind])
 
     return prepared
 

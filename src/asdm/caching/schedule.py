@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, ValidationError, model_validator
-from pydantic_core import from_json
+from pydantic import Field, model_validator
 
 from asdm.errors import AsdmError
 from asdm.families import Denoiser, family_of
 from asdm.files import write_text
 from asdm.measure.latency import Ratio
 from asdm.old_names import OLD_CACHE_SCHEDULE_FIELDS, renamed
-from asdm.records import Record, first_fault
+from asdm.records import Record, read_record
 
 Spacing = Literal["uniform", "late"]
 FILE_NAME = "cache_schedule.json"
@@ -40,6 +39,11 @@ class CacheSchedule(Record):
         description="mean squared distance of the final latents from those of full steps, over their mean square",
     )
     uniform_distance: float | None = Field(None, description="the distance with copies and as many uniform full steps")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _present_names(cls, content: Any) -> Any:
+        return renamed(content, OLD_CACHE_SCHEDULE_FIELDS) if isinstance(content, dict) else content
 
     @model_validator(mode="after")
     def _within_the_sampling(self) -> CacheSchedule:
@@ -66,18 +70,10 @@ class CacheSchedule(Record):
         Raises:
             AsdmError: there is no such file, or it holds no schedule.
         """
-        try:
-            content: Any = from_json(Path(path).read_text("utf-8"))
-            return cls.model_validate(
-                renamed(content, OLD_CACHE_SCHEDULE_FIELDS) if isinstance(content, dict) else content
-            )
-        except (OSError, UnicodeDecodeError):
-            raise AsdmError(f"{path}: no such file; `asdm analyze MODEL --cache 2` writes one") from None
-        except ValueError as error:
-            fault = first_fault(error) if isinstance(error, ValidationError) else str(error)
-            raise AsdmError(
-                f"{path}: not a cache schedule ({fault}); `asdm analyze MODEL --cache 2` writes one"
-            ) from None
+        remedy = "`asdm analyze MODEL --cache 2` writes one"
+        if not Path(path).is_file():
+            raise AsdmError(f"{path}: no such file; {remedy}")
+        return read_record(cls, path, "a cache schedule", remedy)
 
     def require_fit(self, denoiser: Denoiser) -> None:
         """Raise an AsdmError if it was found for another architecture."""

@@ -12,6 +12,7 @@ from asdm.cli.compress import compress
 from asdm.cli.convert_lora import convert_lora
 from asdm.cli.demo import demo
 from asdm.cli.distill import distill
+from asdm.cli.distill_decoder import distill_decoder
 from asdm.cli.doctor import doctor
 from asdm.cli.evaluate import evaluate
 from asdm.cli.export import export
@@ -20,6 +21,7 @@ from asdm.cli.output import say
 from asdm.cli.plan import plan
 from asdm.cli.prepare_data import prepare_data
 from asdm.cli.prune import prune
+from asdm.cli.web import app as web_app
 from asdm.version import __version__
 
 COMMANDS = (
@@ -28,6 +30,7 @@ COMMANDS = (
     prune,
     prepare_data,
     distill,
+    distill_decoder,
     evaluate,
     generate,
     export,
@@ -35,6 +38,7 @@ COMMANDS = (
     compress,
     demo,
     benchmark,
+    web_app,
     doctor,
 )
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+import asdm
 from asdm.choices import IMAGE_TO_IMAGE_SAMPLES, IMAGE_TO_IMAGE_STRENGTH
 from asdm.cli import loading
 from asdm.cli.estimates import YesOption, announce
@@ -16,6 +17,7 @@ from asdm.cli.options import (
     MODEL,
     NAME,
     ConfigOption,
+    DecoderOption,
     DeviceOption,
     DtypeOption,
     ImageToImageOption,
@@ -53,6 +55,7 @@ def benchmark(
         list[str] | None,
         typer.Option(help="Only methods whose names contain this; may be repeated.", show_default=False),
     ] = None,
+    decoder: DecoderOption = None,
     out: Annotated[Path, typer.Option(help="The folder to write results and plots to.")] = Path("benchmark"),
     images: Annotated[Path | None, typer.Option(help="The folder to save images to.", show_default=False)] = None,
     prediction_type: PredictionTypeOption = None,
@@ -72,6 +75,7 @@ def benchmark(
 
     models = models or ["demo"]
     _require_distinct(models)
+    loading.require_decoder_named(decoder)
     if out.is_file():
         raise AsdmError(f"{out}: a file; name a folder")
     warn_of_skipped(data)
@@ -81,6 +85,8 @@ def benchmark(
         first = number == 0
         claims: dict[str, Any] = {"prediction_type": prediction_type, "config": config} if first else {}
         pipeline = loading.load_model(model, device, dtype, **claims)
+        if decoder is not None and first:
+            asdm.with_decoder(pipeline, decoder)  # refused before anything is measured
         limits = limits or machine_limits(pipeline.device)
         folders = zip(names, students or (), strict=True) if first else ()
         loaded = {name: loading.load_model(str(folder), device, dtype) for name, folder in folders}
@@ -90,6 +96,7 @@ def benchmark(
             yes or not first,
             steps=steps,
             only=only or (),
+            decoder=decoder if first else None,
             data=_data_of(model, data),
             samples=samples,
             image_to_image=image_to_image,
@@ -111,6 +118,7 @@ def benchmark(
                 steps=steps,
                 rounds=rounds,
                 only=only or (),
+                decoder=decoder if first else None,
                 seed=seed,
                 images_folder=images,
                 progress=lambda title, done, total, model=model: report(f"{title}, {model}", done, total),  # type: ignore[misc]
@@ -130,6 +138,7 @@ def _announce(
     *,
     steps: int,
     only: Sequence[str],
+    decoder: str | None,
     data: str | None,
     **settings: Any,
 ) -> None:
@@ -139,7 +148,7 @@ def _announce(
     from asdm.estimates.forecast import Forecast, benchmarking
 
     pipeline = with_dpm_solver(pipeline)
-    methods, forecast = chosen_methods(pipeline, students, data, steps, only), Forecast(pipeline)
+    methods, forecast = chosen_methods(pipeline, students, data, steps, only, decoder), Forecast(pipeline)
     works = benchmarking(pipeline, methods, data=data, call_ms=forecast.call_ms, **settings)
     announce(forecast.times(works), yes=yes)
 

@@ -16,6 +16,7 @@ from asdm.cli.options import (
     CompensateOption,
     ConfigOption,
     DataOption,
+    DecoderOption,
     DeviceOption,
     DtypeOption,
     ImageToImageOption,
@@ -59,6 +60,10 @@ def compress(
     image_to_image: ImageToImageOption = IMAGE_TO_IMAGE_SAMPLES,
     strength: StrengthOption = None,
     sampling_steps: Annotated[int, typer.Option(help="Sampling steps in the evaluation.", min=1, max=10_000)] = 25,
+    decoder: DecoderOption = None,
+    save_decoder: Annotated[
+        bool, typer.Option("--save-decoder", help="Save the result with --decoder in the place of the VAE.")
+    ] = False,
     prediction_type: PredictionTypeOption = None,
     config: ConfigOption = None,
     device: DeviceOption = None,
@@ -90,6 +95,8 @@ def compress(
         image_to_image=image_to_image,
         strength=strength,
         sampling_steps=sampling_steps,
+        decoder=decoder,
+        save_decoder=save_decoder,
         prediction_type=prediction_type,
         config=config,
         device=device or fastest_device(),

@@ -10,7 +10,7 @@ import typer
 import asdm
 from asdm.choices import ExportFormat, FileDtype, Program
 from asdm.cli import loading
-from asdm.cli.options import DATA, NAME, ConfigOption, ModelArgument, PredictionTypeOption
+from asdm.cli.options import DATA, NAME, ConfigOption, DecoderOption, ModelArgument, PredictionTypeOption
 from asdm.cli.output import say, say_path, warn_of_skipped
 from asdm.cli.progress import reporting
 from asdm.errors import AsdmError
@@ -51,6 +51,7 @@ def export(
             show_default=False,
         ),
     ] = None,
+    decoder: DecoderOption = None,
     program: Annotated[
         Program | None,
         typer.Option(
@@ -82,6 +83,7 @@ def export(
     ComfyUI, Forge and stable-diffusion.cpp."""
     claims: dict[str, Any] = {"prediction_type": prediction_type, "config": config}
     of_graphs = {"--size": size, "--int8": int8, "--weights-only": weights_only, "--data": data, "--cache": cache}
+    of_graphs |= {"--decoder": decoder}
     of_file = {"--for": program, "--unet-only": unet_only, "--dtype": dtype, "--license": license}
     for name, value in (of_graphs if to == "checkpoint" else of_file).items():
         if value not in (None, False):
@@ -91,6 +93,7 @@ def export(
         return
     _export_graphs(
         model,
+        decoder,
         out,
         claims,
         to=to,
@@ -102,7 +105,9 @@ def export(
     )
 
 
-def _export_graphs(model: str, out: Path, claims: dict[str, Any], *, weights_only: bool, **settings: Any) -> None:
+def _export_graphs(
+    model: str, decoder: str | None, out: Path, claims: dict[str, Any], *, weights_only: bool, **settings: Any
+) -> None:
     from asdm.files import require_ours
 
     if weights_only and settings["int8"] is None:
@@ -111,7 +116,7 @@ def _export_graphs(model: str, out: Path, claims: dict[str, Any], *, weights_onl
     warn_of_skipped(settings["data"])
     with reporting() as report:
         made = asdm.export(
-            loading.load_model(model, "cpu", **claims),
+            loading.load_with_decoder(model, decoder, "cpu", **claims),
             out,
             **settings,
             progress=lambda name, done, total: report("export", done, total, name),

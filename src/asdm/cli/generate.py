@@ -22,6 +22,7 @@ from asdm.cli.options import (
     SIDE,
     TEXT,
     ConfigOption,
+    DecoderOption,
     DeviceOption,
     DtypeOption,
     ModelArgument,
@@ -183,6 +184,7 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    decoder: DecoderOption = None,
     compare: Annotated[
         str | None,
         typer.Option(
@@ -239,7 +241,7 @@ def generate(
     )
     claims = {"prediction_type": prediction_type, "config": config}
     written = files.ImageFolder(out, request)
-    pipeline = loading.load_model(model, device, dtype, **claims)
+    pipeline = loading.load_with_decoder(model, decoder, device, dtype, **claims)
     if low_noise_model is not None:
         below = SWITCH_AT if switch_at is None else switch_at
         pipeline = _with_low_noise_model(pipeline, model, low_noise_model, below, dtype, **claims)

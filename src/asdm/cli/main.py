@@ -6,6 +6,8 @@ import errno
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import typer
@@ -16,18 +18,28 @@ from asdm.errors import AsdmError, AsdmWarning, one_line
 
 _DISK_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EIO,
-    errno.ENAMETOOLONG, errno.ELOOP,
+    errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG, errno.ENODEV, errno.ESTALE,
 )  # fmt: skip
-_DISK_WORDS = ("No space left on device", "Disk quota exceeded")  # safetensors reports a full disk by its own exception
+# safetensors reports these by its own exception
+_DISK_WORDS = ("No space left on device", "Disk quota exceeded", "Read-only file system", "File too large")
 _MEMORY_WORDS = ("out of memory", "can't allocate memory", "Unable to allocate", "not enough memory")
 
 
 def main() -> None:
     """Run the command line; a user's mistake is one line and exit status 2."""
+    with one_line_errors():
+        status = app(standalone_mode=False)
+    raise SystemExit(status or 0)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn what a user or the machine caused into one line and exit status 2, or 130 for an interruption. With
+    `--debug` on the command line there is a traceback."""
     debug = "--debug" in sys.argv
     _silence_libraries()
     try:
-        status = app(standalone_mode=False)
+        yield
     except AsdmError as error:
         if debug:
             raise
@@ -41,7 +53,6 @@ def main() -> None:
         if debug or cause is None:
             raise
         _fail(f"{cause}; existing files are unchanged", 2)
-    raise SystemExit(status or 0)
 
 
 def _silence_libraries() -> None:

@@ -93,6 +93,16 @@ ConfigOption = Annotated[
         show_default=False,
     ),
 ]
+DecoderOption = Annotated[
+    str | None,
+    typer.Option(
+        "--decoder",
+        help="A tiny decoder in the place of the VAE: a folder that distill-decoder wrote, or the Hub id of an "
+        "AutoencoderTiny.",
+        callback=NAME,
+        show_default=False,
+    ),
+]
 ImageToImageOption = Annotated[
     int,
     typer.Option(
@@ -131,7 +141,6 @@ PlanFile = Annotated[
     Path | None,
     typer.Option(help="The plan to write; plan.json by default.", callback=not_a_folder, show_default=False),
 ]
-ResultsFile = Annotated[Path, typer.Option(help="The file to write the results to.", callback=not_a_folder)]
 
 
 # -- the budget and how it is planned ----------------------------------------------------------------------

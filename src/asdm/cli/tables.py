@@ -11,6 +11,8 @@ from rich.table import Table
 if TYPE_CHECKING:
     from asdm.benchmark.results import BenchmarkRow
     from asdm.distillation.estimate import StageEstimate
+    from asdm.evaluation.decoders import DecoderComparison
+    from asdm.evaluation.protocol.results import ProtocolResults
     from asdm.evaluation.report import Column
     from asdm.evaluation.results import Evaluation, ImageToImageMetrics, QualityMetrics
     from asdm.measure.installation import Installation
@@ -45,6 +47,21 @@ def extras_table(found: Installation) -> Table:
     if any(extra.problems for extra in found.extras.values()):
         table.caption = "To add one: pip install 'asdm-diffusion\\[NAME]'"
         table.caption_justify = "left"
+    return table
+
+
+def decoder_table(found: DecoderComparison) -> Table:
+    """Return what a tiny decoder is beside the VAE that taught it."""
+    table = _table(f"{found.images} images", ["decoder"], ["params M", "ms", "PSNR to real", "to the VAE's"])
+    for name, parameters, ms, real, own in (
+        ("VAE", found.vae_parameters, found.vae_ms, found.vae_real_psnr, None),
+        ("tiny", found.parameters, found.ms, found.real_psnr, found.psnr),
+    ):
+        shown = ["" if value is None else f"{value:.2f} dB" for value in (real, own)]
+        table.add_row(name, f"{parameters / 1e6:.2f}", f"{ms:.2f}", *shown)
+    apart = "" if found.told_apart is None else f"; the judge tells {found.told_apart:.1%} of the images apart"
+    table.caption = f"speed-up of decoding: {found.ratio}{apart}"
+    table.caption_justify = "left"
     return table
 
 
@@ -114,6 +131,25 @@ def quality_table(evaluation: Evaluation) -> Table:
 
     title = f"Quality ({evaluation.steps} steps, guidance {evaluation.guidance_scale:g}, seed {evaluation.seed})"
     return _judged_table(title, evaluation.quality, known_columns(evaluation.quality))
+
+
+def protocol_table(results: ProtocolResults) -> Table:
+    """Return the metrics of a protocol, a row for each metric that was measured, a column for each model."""
+    from asdm.evaluation.protocol.metrics import METRICS
+
+    table = _table(None, ["metric"], [row.name for row in results.rows])
+    for name, metric in METRICS.items():
+        values = [getattr(row, metric.field) for row in results.rows]
+        if any(value is not None for value in values):
+            arrow = "higher is better" if metric.higher_is_better else "lower is better"
+            cells = ["–" if value is None else f"{value:.{metric.digits}f}" for value in values]
+            judged = " by the judge" if "judge" in results.networks.get(metric.title, "") else ""
+            table.add_row(f"{metric.title}{judged} ({arrow})", *cells)
+            wins = [row.wins.get(name) for row in results.rows]
+            if any(value is not None for value in wins):
+                cells = ["–" if value is None else f"{100 * value:.1f}%" for value in wins]
+                table.add_row(f"  better {metric.title} than the first model's", *cells)
+    return _legible(table)
 
 
 def image_to_image_table(evaluation: Evaluation) -> Table:

@@ -24,6 +24,7 @@ from asdm.evaluation.report import headline_of
 from asdm.evaluation.results import Evaluation
 from asdm.families import denoiser_of
 from asdm.files import require_ours
+from asdm.pipelines.decoders import with_decoder
 from asdm.pipelines.loading import load_pipeline
 from asdm.planning.budget import require_params
 from asdm.student.plan import PruningPlan
@@ -58,6 +59,8 @@ class Compression:
     samples=checks.whole(0, 10**6),
     image_to_image=checks.whole(0, 10**6),
     strength=checks.number(above=0, high=1),
+    decoder=checks.path,
+    save_decoder=checks.flag,
     sampling_steps=checks.STEPS,
     dtype=checks.literal(Dtype),
     seed=checks.SEED,
@@ -84,6 +87,8 @@ def compress(
     image_to_image: int = IMAGE_TO_IMAGE_SAMPLES,
     strength: float | None = None,
     sampling_steps: int = 25,
+    decoder: str | Path | None = None,
+    save_decoder: bool = False,
     prediction_type: PredictionType | None = None,
     config: str | None = None,
     device: str | None = None,
@@ -109,6 +114,8 @@ def compress(
         captions: captions without images for the distillation, as for `distill`.
         samples, sampling_steps: of the evaluation: images per split, 0 for speed only; and sampling steps.
         image_to_image, strength: of the evaluation's image-to-image, as for `evaluate`; 0 images leave it out.
+        decoder: a tiny decoder, as for `with_decoder`: the result is measured with it, too.
+        save_decoder: save the result with the tiny decoder in the place of the VAE.
         prediction_type, config: what the model is, whatever its checkpoint says, as for `load_pipeline`.
         device: where to work; the CPU by default.
         dtype: what the teacher computes in, and what the result is measured and saved in. A student is trained in
@@ -125,6 +132,7 @@ def compress(
     _require_one_process()
     training: dict[str, Any] = {"data": data, "steps": steps, "recipe": recipe, "stages": stages, "captions": captions}
     evaluation: dict[str, Any] = {"samples": samples, "image_to_image": image_to_image, "strength": strength}
+    evaluation |= {"decoder": decoder, "save_decoder": save_decoder}
     others: dict[str, Any] = {"prediction_type": prediction_type, "config": config, "dtype": dtype, "seed": seed}
     settings = make_settings(
         model,
@@ -179,6 +187,8 @@ def _checked_teacher(settings: Settings, device: str | None) -> DiffusionPipelin
     if settings.data is not None:
         require_usable(settings.data)
     pipeline = load_pipeline(settings.model, dtype=settings.torch_dtype, device=device, **settings.claims)
+    if settings.decoder is not None:
+        with_decoder(pipeline, settings.decoder)
     require_params(denoiser_of(pipeline), settings.budget["params"])
     require_steps(pipeline, settings.sampling_steps)
     if settings.strength is not None:

@@ -15,15 +15,22 @@ from asdm.distillation.caption_only import read_captions
 from asdm.distillation.recipes import RECIPES, SPLICED, read_stages
 from asdm.distillation.stages import Stage, parse_stages
 from asdm.errors import AsdmError
-from asdm.files import MARKER, write_text
+from asdm.files import MARKER, read_marker, write_text
 from asdm.old_names import OLD_COMPRESSION_SETTINGS, renamed
+from asdm.pipelines.decoders import require_decoder_named
 from asdm.planning.budget import require_budget
 from asdm.planning.refine import ROUNDS
 from asdm.records import Record
 
 KIND = "compression"  # of a folder, in its marker
 # Settings that folders of 0.1.0 do not name, as their runs are continued.
-_NEW_SETTINGS: dict[str, Any] = {"captions": None, "image_to_image": IMAGE_TO_IMAGE_SAMPLES, "strength": None}
+_NEW_SETTINGS: dict[str, Any] = {
+    "captions": None,
+    "image_to_image": IMAGE_TO_IMAGE_SAMPLES,
+    "strength": None,
+    "decoder": None,
+    "save_decoder": False,
+}
 
 
 class Settings(Record):
@@ -49,6 +56,8 @@ class Settings(Record):
     config: str | None = Field(None, description="The model's configuration, if given.")
     dtype: Dtype = Field("float32", description="What the teacher and the result compute in.")
     captions: str | None = Field(None, description="Captions without images for the distillation, if given.")
+    decoder: str | None = Field(None, description="A tiny decoder with which the result is measured too, if given.")
+    save_decoder: bool = Field(False, description="Whether the result is saved with the tiny decoder.")
 
     @property
     def claims(self) -> dict[str, Any]:
@@ -90,15 +99,21 @@ def make_settings(
     stages: Sequence[Stage] | None,
     captions: str | Path | None = None,
     config: str | Path | None,
+    decoder: str | Path | None = None,
+    save_decoder: bool = False,
     **others: Any,
 ) -> Settings:
     """Check the settings that depend on each other, and fill in their defaults.
 
     Raises:
-        AsdmError: not one budget, a distillation without data, or a recipe that does not exist or whose students sample
-            unlike their teacher.
+        AsdmError: not one budget, a distillation without data, a recipe that does not exist or whose students sample
+            unlike their teacher, or no tiny decoder of that name.
     """
     require_budget(**budget)
+    if decoder is not None:
+        require_decoder_named(str(decoder))
+    elif save_decoder:
+        raise AsdmError("save_decoder=True: there is no tiny decoder to save; give decoder too")
     if stages is None and recipe not in RECIPES:
         stages = read_stages(recipe)
     if data is None and (steps > 0 or stages):
@@ -124,6 +139,8 @@ def make_settings(
         stages=None if stages is None else list(stages),
         captions=None if captions is None else str(captions),
         config=None if config is None else str(config),
+        decoder=None if decoder is None else str(decoder),
+        save_decoder=save_decoder,
         **others,
     )
 
@@ -147,12 +164,17 @@ def require_same_settings(folder: Path, settings: Settings) -> None:
     marker, wanted = folder / MARKER, settings.saved()
     if not marker.is_file():
         return
-    found = _present_names(json.loads(marker.read_text("utf-8")).get("settings") or {})
+    found = _present_names(_saved_settings(folder))
     changed = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
     if changed:
         raise AsdmError(
             f"{folder}: made with other settings ({', '.join(changed)}); repeat those, or name another folder"
         )
+
+
+def _saved_settings(folder: Path) -> dict[str, Any]:
+    found = read_marker(folder).get("settings")
+    return found if isinstance(found, dict) else {}
 
 
 def _present_names(saved: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from asdm.choices import Sensitivity
 from asdm.compensation.fitting import CompensationReport, fit_compensation, fitted_tensors
@@ -27,22 +27,28 @@ from asdm.estimates import steps as works
 from asdm.estimates.forecast import Forecast, training
 from asdm.estimates.work import Network, StepWork
 from asdm.evaluation.comparison import evaluate
+from asdm.evaluation.image_folders import folder_name, image_name, load_distances
+from asdm.evaluation.metrics import JUDGE_NAME
 from asdm.evaluation.plots import redundancy_plot
+from asdm.evaluation.protocol.wins import WIN_SHEET, write_win_sheet
 from asdm.evaluation.report import metrics_section, save_figure, write_report
 from asdm.evaluation.results import Evaluation
-from asdm.evaluation.sampling import evaluation_sets
+from asdm.evaluation.sampling import EvaluationSet, evaluation_sets
 from asdm.evaluation.starting_images import image_to_image_sets
 from asdm.families import Denoiser, denoiser_of
 from asdm.files import replacing_file, write_text
 from asdm.pipelines.clip import load_clip
+from asdm.pipelines.decoders import with_decoder
 from asdm.pipelines.derived import with_unet
 from asdm.pipelines.model_card import model_card
 from asdm.pipelines.saving import save_pipeline_into
 from asdm.planning.full_plan import full_plan
+from asdm.records import read_record
 from asdm.sensitivity.analysis import analyze
 from asdm.sensitivity.profile import RedundancyMap
 from asdm.student.build import build_student
 from asdm.student.plan import PruningPlan
+from asdm.tensor_files import load_tensors
 from asdm.training.log import read_log
 
 Progress = Callable[[str, int, int, str], None]
@@ -52,9 +58,9 @@ Progress = Callable[[str, int, int, str], None]
 class Job:
     """The settings, the folder, and the results that steps hand to later ones.
 
-    `pipelines`: by the name that they have in the evaluation: the teacher, the student as it was pruned, and the
-    distilled student if there is a distillation. `logs`: each stage's training log. `skipped`: the data's files that
-    could not be used, with reasons.
+    `pipelines`: by the name that they have in the evaluation: the teacher, the student as it was pruned, the distilled
+    student if there is a distillation, and the last of these with a tiny decoder if there is one. `logs`: each stage's
+    training log. `skipped`: the data's files that could not be used, with reasons.
     """
 
     settings: Settings
@@ -84,7 +90,8 @@ class Job:
     @property
     def result(self) -> DiffusionPipeline:
         """The pipeline that the job makes."""
-        return list(self.pipelines.values())[-1]
+        is_measured_alone = self.settings.decoder is not None and not self.settings.save_decoder
+        return list(self.pipelines.values())[-2 if is_measured_alone else -1]
 
     def reporter(self, title: str) -> Callable[[int, int, str], None]:
         """Return the progress of one task, called with its done and total, and a note."""
@@ -247,6 +254,15 @@ class Distil(Step):
         return training(job.teacher, forecast.student, stages, data=settings.data, folder=job.work / "training")
 
 
+class Decode(Step):
+    """Give the last student a tiny decoder, beside the one with the VAE."""
+
+    def run(self, job: Job) -> None:
+        if job.settings.decoder is not None:
+            name, last = list(job.pipelines.items())[-1]
+            job.pipelines[f"{name}, tiny decoder"] = with_decoder(last, job.settings.decoder)
+
+
 class Save(Step):
     """Write the result's components into the folder, which then loads as a pipeline."""
 
@@ -279,6 +295,7 @@ class Evaluate(Step):
         stages = _stages(settings, forecast.student)
         is_trained = settings.data is not None and any(stage.steps for stage in stages)
         networks: list[Network] = ["teacher", "student", "student"] if is_trained else ["teacher", "student"]
+        networks += ["student"] if settings.decoder is not None else []
         evaluated = works.evaluation(
             job.teacher,
             networks,
@@ -295,7 +312,7 @@ class Evaluate(Step):
 
 
 class WriteReport(Step):
-    """Write the model card and the report: `README.md`, `report.html`."""
+    """Write the model card, the report and the win sheet: `README.md`, `report.html`, `wins.html`."""
 
     def run(self, job: Job) -> None:
         settings, evaluation = job.settings, job.evaluation
@@ -318,9 +335,39 @@ class WriteReport(Step):
             target_speedup=settings.budget["speedup"],
             skipped=job.skipped,
         )
+        _write_win_sheet(job, sets)
 
 
-STEPS: tuple[Step, ...] = (Analyse(), Plan(), PlotProfile(), Prune(), Distil(), Save(), Evaluate(), WriteReport())
+def _write_win_sheet(job: Job, sets: Sequence[EvaluationSet]) -> None:
+    """Write `wins.html`: where the result's images differ most and least from the teacher's."""
+    teacher, *_, student = (row.name for row in job.evaluation.speed)
+    prompts, files, distances = [], [], []
+    for each in sets:
+        folders = [job.images / each.split / folder_name(name) for name in (teacher, student)]
+        of_set = load_distances(folders[1])
+        if of_set is None:
+            return
+        prompts += each.prompts
+        distances += of_set
+        files += [(folders[0] / name, folders[1] / name) for name in map(image_name, range(len(of_set)))]
+    if prompts:
+        measure = f"1 − cosine of {JUDGE_NAME}"
+        names = (teacher, student)
+        path = job.out / WIN_SHEET
+        write_win_sheet(path, prompts=prompts, names=names, files=files, measure=measure, distances=distances)
+
+
+STEPS: tuple[Step, ...] = (
+    Analyse(),
+    Plan(),
+    PlotProfile(),
+    Prune(),
+    Distil(),
+    Decode(),
+    Save(),
+    Evaluate(),
+    WriteReport(),
+)
 
 
 def expected_work(job: Job) -> tuple[Forecast, list[StepWork]]:
@@ -341,8 +388,9 @@ def pruned_student(job: Job) -> tuple[Denoiser, CompensationReport | None]:
     tensors, metrics = (job.work / f"compensation-{edits}.{suffix}" for suffix in ("safetensors", "json"))
     if not metrics.is_file():
         _fit(job, student, tensors, metrics)
-    student.load_state_dict(load_file(tensors), strict=False)
-    return student, CompensationReport.model_validate_json(metrics.read_text("utf-8"))
+    student.load_state_dict(load_tensors(tensors, f"remove it and {metrics}, and run again"), strict=False)
+    remedy = f"remove it and {tensors}, and run again"
+    return student, read_record(CompensationReport, metrics, "a report of compensation", remedy)
 
 
 def _folded(job: Job, student: Denoiser) -> DiffusionPipeline:

@@ -57,7 +57,12 @@ class Draws:
             AsdmError: a file is missing or damaged.
         """
         with torch.autocast("cpu", enabled=False):  # which stacks no float16 where the computation is in bfloat16
-            return torch.stack([self._decoded(number, name) for number in numbers.tolist()])
+            tensors = [self._decoded(number, name) for number in numbers.tolist()]
+            try:
+                return torch.stack(tensors)
+            except (RuntimeError, TypeError) as error:
+                fault = f"draws of several shapes ({one_line(error)})"
+                raise AsdmError(f"{self.folder}: {fault}; record them again") from None
 
     def _encoded(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         if name not in self.reduced or self.dtype == "float32":
@@ -84,7 +89,7 @@ class Draws:
                 if name in self.reduced and self.dtype == "int8":
                     return tensor.float() * file.get_tensor(name + _SCALE)
                 return tensor
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: a scale of another shape
             raise AsdmError(
                 f"{path}: damaged or missing ({one_line(error)}); remove it and run prepare-data again, which "
                 "computes what is missing"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from asdm.errors import needs_extra, one_line
+from asdm.reading import parse_json
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # the first of these that a folder has
+
+ROWS_AT_ONCE = 1024  # of a table of Parquet, whose pages may hold far more than their size
 
 
 def metadata_of(folder: Path) -> Path | None:
@@ -30,8 +32,8 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any, str]]:
     for number, line in enumerate(text_of(path).split("\n"), start=1):  # other breaks may stand within a string
         if line.strip():
             try:
-                yield f":{number}", json.loads(line), ""
-            except json.JSONDecodeError:
+                yield f":{number}", parse_json(line), ""
+            except ValueError:
                 yield f":{number}", None, 'not a row with "file_name" and "text": not JSON'
 
 
@@ -54,13 +56,16 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, Any, str]]:
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any, str]]:
     with needs_extra("data", path.name):
-        from pyarrow import ArrowException, parquet
+        from pyarrow import parquet
+    number = 0
     try:
-        rows = parquet.read_table(path).to_pylist()
-    except (ArrowException, OSError) as error:
-        yield "", None, f"cannot be read: {one_line(error)}"
-        return
-    yield from ((f":{number}", row, "") for number, row in enumerate(rows, start=1))
+        with parquet.ParquetFile(path) as table:
+            for batch in table.iter_batches(ROWS_AT_ONCE):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f":{number}", row, ""
+    except Exception as error:  # of pyarrow, many kinds
+        yield f":{number + 1}" if number else "", None, f"cannot be read: {one_line(error)}"
 
 
 def text_of(path: Path) -> str:

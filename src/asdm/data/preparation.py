@@ -24,7 +24,16 @@ from torch import Tensor
 from asdm import checks
 from asdm.data.examples import PIECE, Example, Source, Unread, Unusable, load_pixels
 from asdm.data.names import unusable
-from asdm.data.prepared import PREPARED, PreparedData, fingerprint, is_prepared, missing_path, piece_path, shard_path
+from asdm.data.prepared import (
+    PREPARED,
+    PreparedData,
+    fingerprint,
+    is_prepared,
+    missing_path,
+    piece_path,
+    read_piece,
+    shard_path,
+)
 from asdm.data.sources import open_source, require_usable_examples
 from asdm.devices import LONGEST_WAIT
 from asdm.diffusion.conditioning import decode_latents, embed_prompts, encode_images, image_size, masked_latents
@@ -226,11 +235,9 @@ def _finish(folder: Path, data: str | Path, pieces: int, made_by: str) -> None:
             "those, or leave them out: asdm prepare-data --ignore-missing-shards"
         )
 
-    def about() -> Iterator[dict[str, Any]]:
-        return (json.loads(piece_path(folder, number).read_text("utf-8")) for number in range(pieces))
-
-    if not any(piece["places"] for piece in about()):
-        raise unusable(data, {name: reason for piece in about() for name, reason in piece["skipped"].items()})
+    found = [read_piece(piece_path(folder, number)) for number in range(pieces)]
+    if not any(piece.places for piece in found):
+        raise unusable(data, {name: reason for piece in found for name, reason in piece.skipped.items()})
     write_text(folder / PREPARED, json.dumps({"pieces": pieces, "made_by": made_by}) + "\n")
 
 

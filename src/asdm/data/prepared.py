@@ -9,20 +9,47 @@ import hashlib
 import io
 import json
 import os
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from pydantic import ConfigDict, Field, NonNegativeInt, model_validator
 from torch import Tensor, nn
 
 from asdm.diffusion.conditioning import Conditioning, image_size
 from asdm.diffusion.kinds import is_inpainting
-from asdm.errors import AsdmError
+from asdm.errors import AsdmError, one_line
+from asdm.records import Record, read_record
 
 PREPARED = "prepared.json"  # the index of a folder that prepare-data wrote
+_REMEDY = "run prepare-data again"
 VALUES = 256  # of each parameter, that tell pipelines apart
+
+
+class _Index(Record):
+    """What `PREPARED` says."""
+
+    model_config = ConfigDict(extra="ignore")  # of other versions
+    pieces: int = Field(ge=0, description="number of shards")
+    made_by: str = Field(description="fingerprint of the pipeline")
+
+
+class _Piece(Record):
+    """The index of a shard."""
+
+    model_config = ConfigDict(extra="ignore")
+    captions: list[str]
+    places: list[tuple[NonNegativeInt, NonNegativeInt]] = Field(description="where each sample begins, and its size")
+    skipped: dict[str, str] = Field(description="by name, why it is not in the shard")
+
+    @model_validator(mode="after")
+    def _belong_together(self) -> _Piece:
+        if len(self.captions) != len(self.places):
+            raise ValueError(f"{len(self.captions)} captions for {len(self.places)} places")
+        return self
 
 
 class PreparedData:
@@ -34,36 +61,62 @@ class PreparedData:
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
-        try:
-            index = json.loads((folder / PREPARED).read_text("utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise AsdmError(f"{folder}: not prepared to its end; run prepare-data again ({error})") from None
-        self.made_by: str = index["made_by"]
+        index = read_record(_Index, folder / PREPARED, "prepared to its end", _REMEDY)
+        self.made_by = index.made_by
         self.captions: list[str] = []
         self.skipped: dict[str, str] = {}
         self.folder, places = folder, [np.empty((0, 3), np.int64)]
-        for number in range(index["pieces"]):
-            piece = json.loads(piece_path(folder, number).read_text("utf-8"))
-            self.captions += piece["captions"]
-            self.skipped |= piece["skipped"]
-            places.append(np.array([(number, *place) for place in piece["places"]], np.int64).reshape(-1, 3))
+        for number in range(index.pieces):
+            piece = read_piece(piece_path(folder, number))
+            self.captions += piece.captions
+            self.skipped |= piece.skipped
+            places.append(np.array([(number, *place) for place in piece.places], np.int64).reshape(-1, 3))
         # (samples, 3): the number of its shard, where it begins there, its size
         self.places = np.concatenate(places)
 
     def __len__(self) -> int:
         return len(self.places)
 
+    @property
+    def identity(self) -> list[str]:
+        """What tells these samples from others: the fingerprint of the pipeline, and a digest of the captions."""
+        return [self.made_by, hashlib.sha256("\n".join(self.captions).encode()).hexdigest()[:16]]
+
     def batch(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Conditioning]:
         """Return latents (batch, 4, h, w) and the captions' embeddings of these samples, in float32."""
         rows = [self._read(*self.places[int(index)]) for index in indices]
-        tensors = {name: torch.from_numpy(np.stack([row[name] for row in rows])).float() for name in rows[0]}
-        return tensors.pop("latents"), Conditioning(**tensors)
+        try:
+            tensors = {name: torch.from_numpy(np.stack([row[name] for row in rows])).float() for name in rows[0]}
+            return tensors.pop("latents"), Conditioning(**tensors)
+        except (KeyError, TypeError, ValueError) as error:
+            raise AsdmError(f"{self.folder}: samples that do not fit together ({one_line(error)}); {_REMEDY}") from None
 
     def _read(self, number: int, start: int, size: int) -> dict[str, np.ndarray]:
-        with shard_path(self.folder, number).open("rb") as file:
-            file.seek(start)
-            with np.load(io.BytesIO(file.read(size))) as arrays:
-                return dict(arrays)
+        path = shard_path(self.folder, number)
+        try:
+            with path.open("rb") as file:
+                file.seek(start)
+                return _arrays(file.read(size))
+        except Exception as error:  # of zipfile and numpy, many kinds
+            raise AsdmError(f"{path}: damaged ({one_line(error)}); remove it, and {_REMEDY}") from None
+
+
+def _arrays(content: bytes) -> dict[str, np.ndarray]:
+    """Return the arrays of a sample. They are stored as they are: what is compressed could be of any size."""
+    with zipfile.ZipFile(io.BytesIO(content)) as members:
+        if any(member.file_size != member.compress_size for member in members.infolist()):
+            raise ValueError("compressed arrays")
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def read_piece(path: Path) -> _Piece:
+    """Read the index of a shard.
+
+    Raises:
+        AsdmError: it is damaged.
+    """
+    return read_record(_Piece, path, "the index of a shard", f"remove it, and {_REMEDY}")
 
 
 def is_prepared(data: str | Path) -> bool:
@@ -104,8 +157,8 @@ def digest_of(module: nn.Module) -> str:
 
 def prepared_captions(folder: Path) -> list[str]:
     """Return the captions of a folder that was prepared."""
-    pieces = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("[0-9]*.json"))]
-    return [caption for piece in pieces for caption in piece["captions"]]
+    pieces = [read_piece(path) for path in sorted(folder.glob("[0-9]*.json"))]
+    return [caption for piece in pieces for caption in piece.captions]
 
 
 def shard_path(folder: Path, number: int) -> Path:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+import tarfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,10 @@ from asdm.data.examples import CAPTION_FIELDS, Example, Split, Unread, Unusable,
 from asdm.data.names import data_help
 from asdm.errors import AsdmError, needs_extra, one_line
 from asdm.images import UNREAD_SUFFIXES, readable_suffixes
+from asdm.reading import parse_json
+
+MAX_SAMPLE = 256 * 2**20  # bytes of a sample's files
+_ABOUT_SHARD = re.compile("__[^/]*__($|/)")  # names of what says something of a whole shard
 
 
 class ShardSource:
@@ -24,6 +30,9 @@ class ShardSource:
         with needs_extra("data", "WebDataset shards"):
             from webdataset import shardlists
         self.urls = shardlists.expand_urls(urls) if isinstance(urls, str) else urls
+        commands = [url for url in self.urls if url.startswith("pipe:")]
+        if commands:
+            raise AsdmError(f"{commands[0]}: a command, which is not run; DATA is {data_help()}")
         self.split = split
         self.remote = any("://" in url for url in self.urls)
         absent = [url for url in self.urls if "://" not in url and not Path(url).is_file()]
@@ -35,7 +44,7 @@ class ShardSource:
         return len(self.urls)
 
     def read(self, piece: int) -> Iterator[Example | Unusable]:
-        from webdataset.tariterators import tarfile_samples
+        from webdataset.tariterators import group_by_keys, url_opener
 
         url = self.urls[piece]
         faults: list[Unusable] = []
@@ -45,11 +54,35 @@ class ShardSource:
             faults.append(kind(url, f"not read to its end: {one_line(error)}"))
             return False
 
-        for sample in tarfile_samples([{"url": url}], handler=note):
+        opened = url_opener([{"url": url}], handler=note)
+        members = (member for shard in opened for member in _members(shard["stream"], url, note))
+        for sample in group_by_keys(members, handler=note):
             row = _from_sample(sample)
             if isinstance(row, Unusable) or in_split(row, self.split):
                 yield row
         yield from faults
+
+
+def _members(stream: Any, url: str, note: Callable[[Exception], bool]) -> Iterator[dict[str, Any]]:
+    """Yield a shard's files with their contents, then the mark of its end; links and folders are passed over. Nothing
+    is unpacked to the disk, and a sample of more than `MAX_SAMPLE` bytes ends the shard."""
+    key, size = None, 0
+    try:
+        # What is compressed could be of any size, and tells itself by its name.
+        with tarfile.open(fileobj=stream, mode="r|" if url.endswith(".tar") else "r|*") as archive:
+            for member in archive:
+                archive.members = []  # type: ignore[attr-defined]  # which would keep all headers
+                if not member.isreg() or _ABOUT_SHARD.match(member.name):
+                    continue
+                stem = member.name.split(".")[0]
+                key, size = stem, member.size + (size if stem == key else 0)
+                if size > MAX_SAMPLE or member.issparse():
+                    raise ValueError(f"{member.name}: more than {MAX_SAMPLE >> 20} MB in a sample")
+                content = archive.extractfile(member)
+                yield {"fname": member.name, "data": b"" if content is None else content.read(), "__url__": url}
+    except Exception as error:  # of tarfile and of what streams from afar
+        note(error)
+    yield {}
 
 
 def _from_sample(sample: dict[str, Any]) -> Example | Unusable:
@@ -58,8 +91,8 @@ def _from_sample(sample: dict[str, Any]) -> Example | Unusable:
     members = sorted(key for key in sample if not key.startswith("__"))
     found = f"its members are {', '.join(f'.{member}' for member in members)}"
     try:
-        about = json.loads(sample.get("json") or b"{}")
-    except (json.JSONDecodeError, UnicodeDecodeError):
+        about = parse_json(sample.get("json") or b"{}")
+    except ValueError:
         return Unusable(name, "its .json is damaged")
     if not isinstance(about, dict):
         return Unusable(name, "its .json has no fields")

@@ -13,6 +13,7 @@ from asdm.distillation.incubation import groups_of, incubated_blocks
 from asdm.distillation.stages import CaptionOnly, Consistency, LossWeights, Semantics, Stage, parse_stages
 from asdm.errors import AsdmError, one_line
 from asdm.families import Denoiser, family_of
+from asdm.reading import parse_yaml
 
 SMALL_MODEL_PARAMETERS = 50_000_000
 SEMANTIC_WEIGHT = 0.3
@@ -182,9 +183,10 @@ def read_stages(recipe: str | Path) -> list[Stage]:
     if not path.is_file():
         raise AsdmError(f"{recipe}: no such recipe; it is {', '.join(RECIPES)} or a YAML file with a list of stages")
     try:
-        return parse_stages(yaml.safe_load(path.read_text("utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise AsdmError(f"{path}: not a list of stages in YAML: {one_line(error)}") from None
+        content = parse_yaml(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise AsdmError(f"{path}: not a list of stages in YAML: {one_line(error)}; correct it") from None
+    return parse_stages(content)
 
 
 def as_yaml(stages: list[Stage]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field
 from torch import Tensor
 from torch.utils._pytree import tree_unflatten, treespec_loads
 
@@ -21,8 +21,8 @@ from asdm.data.draws import Draws
 from asdm.data.prepared import PreparedData
 from asdm.diffusion.conditioning import Conditioning
 from asdm.distillation.stages import Stage
-from asdm.errors import AsdmError, one_line
-from asdm.records import Record
+from asdm.errors import AsdmError
+from asdm.records import Record, read_record
 
 FOLDER = "teacher-features"  # in a folder of prepared data
 INDEX, KEY = "index.json", "key.json"
@@ -191,9 +191,5 @@ def read_index(folder: Path) -> FeatureIndex:
     Raises:
         AsdmError: it is damaged.
     """
-    try:
-        return FeatureIndex.model_validate_json((folder / INDEX).read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, ValidationError, AsdmError) as error:
-        raise AsdmError(
-            f"{folder / INDEX}: damaged ({one_line(error)}); remove it and run prepare-data again"
-        ) from None
+    remedy = "remove it and run prepare-data again"
+    return read_record(FeatureIndex, folder / INDEX, "an index of teacher features", remedy)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
-from pydantic import ValidationError
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, treespec_dumps
@@ -50,6 +49,7 @@ from asdm.errors import AsdmError
 from asdm.families import Denoiser, denoiser_of, family_of
 from asdm.files import folder_lock, write_text
 from asdm.measure.hooks import preserve_module_state
+from asdm.records import read_record
 from asdm.training.loop import LoopSettings
 from asdm.training.task import BatchSlice
 
@@ -322,10 +322,8 @@ def _claim(folder: Path, key: FeatureKey) -> None:
     """
     path = folder / KEY
     if path.is_file():
-        try:
-            found = FeatureKey.model_validate_json(path.read_text("utf-8"))
-        except (ValidationError, AsdmError, UnicodeDecodeError):
-            raise AsdmError(f"{path}: damaged; remove the folder {folder} and record again") from None
+        remedy = f"remove the folder {folder} and record again"
+        found = read_record(FeatureKey, path, "the key of teacher features", remedy)
         changed = [name for name in FeatureKey.model_fields if getattr(found, name) != getattr(key, name)]
         if changed and any(folder.rglob("*.safetensors")):
             raise AsdmError(

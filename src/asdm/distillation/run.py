@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,8 +25,9 @@ from asdm.distillation.teaching import WHOLE, Batch
 from asdm.distillation.training_set import TrainingSet
 from asdm.errors import AsdmError
 from asdm.families import Denoiser, denoiser_of
-from asdm.files import write_text
+from asdm.files import read_settings, write_text
 from asdm.old_names import renamed_stage
+from asdm.training.checkpoints import require_same_run
 from asdm.training.launch import make_accelerator
 from asdm.training.loop import Progress, train
 from asdm.training.sharding import is_sharding_requested
@@ -64,26 +64,20 @@ class StageRun:
         if path.is_file():
             # A setting that an earlier version did not have has its default.
             defaults = _fields(Stage(name=self.stage.name, steps=0))
-            saved = renamed_stage(json.loads(path.read_text("utf-8")))
+            saved = renamed_stage(read_settings(path))
             known = {"predicts": settings["predicts"], **defaults, **saved}
-            known["losses"] = defaults["losses"] | known["losses"]
-            now = json.loads(json.dumps(settings))
-            changed = [name for name in now if known.get(name) != now[name]]
-            if changed and not (changed == ["steps"] and self.is_newest and self.stage.steps > known["steps"]):
-                raise AsdmError(
-                    f"{self.folder}: begun with other settings ({', '.join(changed)}); repeat those, or use another "
-                    "output folder"
-                )
+            if isinstance(known["losses"], dict):
+                known["losses"] = defaults["losses"] | known["losses"]
+            require_same_run(self.folder, known, json.loads(json.dumps(settings)), may_lengthen=self.is_newest)
         write_text(path, json.dumps(settings, indent=1) + "\n")
 
     def _settings(self, student: Denoiser, examples: TrainingSet) -> dict[str, Any]:
         """Return all that a checkpoint's weights depend on."""
-        captions = hashlib.sha256("\n".join(examples.prepared.captions).encode()).hexdigest()[:16]
         recorded = [examples.recorded.identity] if examples.recorded and self.stage.teacher == "recorded" else []
         return {
             "seed": self.seed,
             "edits": student.config.get("edits") or [],
-            "data": [examples.prepared.made_by, captions, *recorded],
+            "data": [*examples.prepared.identity, *recorded],
             **self.networks,
             **{name: value for name, value in _fields(self.stage).items() if name not in CHANGEABLE},
         }

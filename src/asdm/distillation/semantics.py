@@ -20,6 +20,7 @@ from asdm.errors import AsdmError, one_line
 from asdm.families import Denoiser, denoiser_of, family_of
 from asdm.pipelines.clip import clip_statistics, load_clip
 
+_SAFELY = {"trust_remote_code": False, "use_safetensors": True}
 TIMESTEP = 0.2  # part of the schedule at which the denoiser reads latents: little noise, so that meaning shows
 
 
@@ -162,7 +163,7 @@ def make_encoder(name: str, pipeline: DiffusionPipeline, decoder: str | None = N
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
     try:
-        vae = pipeline.vae if decoder is None else AutoencoderTiny.from_pretrained(decoder).eval()
+        vae = pipeline.vae if decoder is None else AutoencoderTiny.from_pretrained(decoder, use_safetensors=True).eval()
         vae = vae.requires_grad_(False).to(pipeline.device)
         if name == "clip":
             clip = load_clip(pipeline)
@@ -171,9 +172,13 @@ def make_encoder(name: str, pipeline: DiffusionPipeline, decoder: str | None = N
                     "semantics: no clip folder beside this pipeline; choose the encoder unet, or name a vision model"
                 )
             return VisionEncoder(clip.to(pipeline.device), vae, pipeline.tokenizer, *clip_statistics(clip))
-        model = AutoModel.from_pretrained(name, dtype=torch.float32).to(pipeline.device)
-        tokenizer = AutoTokenizer.from_pretrained(name) if hasattr(model, "get_text_features") else None
-        processor = AutoImageProcessor.from_pretrained(name)
+        model = AutoModel.from_pretrained(name, dtype=torch.float32, **_SAFELY).to(pipeline.device)
+        tokenizer = (
+            AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            if hasattr(model, "get_text_features")
+            else None
+        )
+        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
         return VisionEncoder(model, vae, tokenizer, processor.image_mean, processor.image_std, _side(processor))
     except (OSError, ValueError) as error:
         if isinstance(error, AsdmError):

@@ -19,14 +19,14 @@ from asdm import checks
 from asdm.choices import IMAGE_TO_IMAGE_SAMPLES, IMAGE_TO_IMAGE_STRENGTH
 from asdm.diffusion.conditioning import image_size
 from asdm.diffusion.generation import default_guidance, generate, is_few_step, require_steps, require_strength
-from asdm.evaluation.image_folders import IMAGE_TO_IMAGE, folder_names, save_images
+from asdm.evaluation.image_folders import IMAGE_TO_IMAGE, folder_names, save_distances, save_images
 from asdm.evaluation.image_to_image import (
     NO_IMAGES,
     OTHER_SEED,
     ImageToImageJudge,
     image_to_image_fault,
 )
-from asdm.evaluation.metrics import Judge, feature_distance
+from asdm.evaluation.metrics import Judge, feature_distance, feature_distances
 from asdm.evaluation.real_images import RealImages
 from asdm.evaluation.results import Evaluation, ImageToImage, ImageToImageMetrics, QualityMetrics
 from asdm.evaluation.sampling import EvaluationSet, Sampling, evaluation_sets, sampling_of
@@ -180,7 +180,16 @@ class _Generation:
     def save(self, images: Tensor, name: str, *parts: str) -> None:
         """Keep a pipeline's images, if there is a folder for them."""
         if self.folder is not None:
-            save_images(images, self.folder.joinpath(*parts, folder_names(list(self.pipelines))[name]))
+            save_images(images, self._folder_of(name, *parts))
+
+    def save_distances(self, distances: Tensor, name: str, *parts: str) -> None:
+        """Keep how far a pipeline's images are from the teacher's, beside the images."""
+        if self.folder is not None:
+            save_distances(distances, self._folder_of(name, *parts))
+
+    def _folder_of(self, name: str, *parts: str) -> Path:
+        assert self.folder is not None
+        return self.folder.joinpath(*parts, folder_names(list(self.pipelines))[name])
 
 
 @dataclass(frozen=True)
@@ -232,6 +241,7 @@ class _Quality:
             self.generation.save(images, name, of.split)
             features = self.judge.features(images)
             teacher_features = features if teacher_features is None else teacher_features
+            self.generation.save_distances(feature_distances(features, teacher_features), name, of.split)
             rows.append(
                 QualityMetrics(
                     name=name,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
+from asdm.files import write_text
 from asdm.images import to_images
 
 IMAGE_TO_IMAGE = "image-to-image"  # the folder of images that start from images
+DISTANCES = "distances.json"  # beside a model's images: how far each is from the teacher's
 
 
 def distinct_names(places: Sequence[str], *, shortest: bool = False) -> list[str]:
@@ -52,4 +55,20 @@ def save_images(images: Tensor, folder: Path) -> None:
     """Write images (images, 3, h, w) in [-1, 1] as 0000.png and so on."""
     folder.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(to_images(images)):
-        image.save(folder / f"{index:04d}.png")
+        image.save(folder / image_name(index))
+
+
+def image_name(index: int) -> str:
+    """Return the name of the file of a prompt's image."""
+    return f"{index:04d}.png"
+
+
+def save_distances(distances: Tensor, folder: Path) -> None:
+    """Write how far each image is from the teacher's: 1 - cosine (images,) of the judge's features."""
+    write_text(folder / DISTANCES, json.dumps([round(value, 6) for value in distances.tolist()]) + "\n")
+
+
+def load_distances(folder: Path) -> list[float] | None:
+    """Return what `save_distances` wrote; None in folders of earlier versions."""
+    path = folder / DISTANCES
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None

@@ -51,6 +51,12 @@ class Judge:
             features.append(maps.mean(dim=(2, 3)).cpu())
         return torch.cat(features)
 
+    @torch.no_grad()
+    def logits(self, features: Tensor) -> Tensor:
+        """Return ImageNet's logits (images, 1000) of `features`."""
+        logits: Tensor = self.network._fc(features.to(self.device)).cpu()
+        return logits
+
 
 @dataclass(frozen=True)
 class Recognition:
@@ -93,12 +99,17 @@ def recognition(
     return Recognition(exact / count, top1 / count, top5 / count, style / count)
 
 
-def kid(generated: Tensor, real: Tensor, *, subsets: int = 50, seed: int = 0) -> tuple[float, float]:
-    """Return the kernel inception distance (arXiv 1801.01401) of features: mean and deviation over subsets."""
-    size = min(len(generated), len(real), 100)
+def kid(
+    generated: Tensor, real: Tensor, *, subsets: int = 50, subset_size: int = 100, seed: int = 0
+) -> tuple[float, float]:
+    """Return the kernel inception distance (arXiv 1801.01401) of features: mean and deviation over subsets of at most
+    `subset_size` images."""
+    size = min(len(generated), len(real), subset_size)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer")
-        metric = KernelInceptionDistance(feature=nn.Identity(), subsets=subsets, subset_size=size)
+        # In a launch of several processes, one of them has all features.
+        sizes: dict[str, Any] = {"subsets": subsets, "subset_size": size, "sync_on_compute": False}
+        metric = KernelInceptionDistance(feature=nn.Identity(), **sizes)
     metric.update(real, real=True)
     metric.update(generated, real=False)
     with torch.random.fork_rng(devices=[]):
@@ -110,6 +121,11 @@ def kid(generated: Tensor, real: Tensor, *, subsets: int = 50, seed: int = 0) ->
 def feature_distance(images: Tensor, others: Tensor) -> float:
     """Return the mean 1 - cosine between paired features: 0 for equal images."""
     return float((1 - F.cosine_similarity(images, others)).mean().clamp(min=0))
+
+
+def feature_distances(images: Tensor, others: Tensor) -> Tensor:
+    """Return 1 - cosine (images,) of paired features: 0 for equal images."""
+    return (1 - F.cosine_similarity(images, others)).clamp(min=0)
 
 
 def nearest_of(features: Tensor, others: Tensor) -> list[int]:

@@ -62,7 +62,7 @@ class RealImages:
         self.features = torch.cat(features)
         self.clip = clip
         if clip is not None:
-            self.text_embeds = text_embeds(clip, pipeline, [example.caption for example in self.examples])
+            self.text_embeds = text_embeds(clip, pipeline.tokenizer, [example.caption for example in self.examples])
 
     def metrics(self, images: Tensor, features: Tensor, examples: list[Example]) -> dict[str, Any]:
         """Return fields of `QualityMetrics` for generated images, each of the prompt of one of `examples`.
@@ -118,18 +118,13 @@ def image_embeds(clip: CLIPModel, images: Tensor) -> Tensor:
         images = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True)
     mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in clip_statistics(clip))
     pixels = (images / 2 + 0.5 - mean) / deviation
-    pooled = clip.vision_model(pixel_values=pixels.to(clip.dtype)).pooler_output
+    pooled = clip.vision_model(pixel_values=pixels.to(clip.device, clip.dtype)).pooler_output
     return clip.visual_projection(pooled)
 
 
 @torch.no_grad()
-def text_embeds(clip: CLIPModel, pipeline: DiffusionPipeline, captions: Sequence[str]) -> Tensor:
+def text_embeds(clip: CLIPModel, tokenizer: Any, captions: Sequence[str]) -> Tensor:
     """Return embeddings (captions, channels) by the text tower."""
-    tokens = pipeline.tokenizer(
-        list(captions),
-        padding="max_length",
-        max_length=pipeline.tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    )
-    return clip.text_projection(clip.text_model(input_ids=tokens.input_ids).pooler_output)
+    longest = clip.config.text_config.max_position_embeddings
+    tokens = tokenizer(list(captions), padding="max_length", max_length=longest, truncation=True, return_tensors="pt")
+    return clip.text_projection(clip.text_model(input_ids=tokens.input_ids.to(clip.device)).pooler_output)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from asdm.compensation.fitting import CompensationReport
 from asdm.data.examples import Example
-from asdm.evaluation.image_folders import IMAGE_TO_IMAGE, folder_name
+from asdm.evaluation.image_folders import IMAGE_TO_IMAGE, folder_name, image_name
 from asdm.evaluation.metrics import JUDGE_NAME
 from asdm.evaluation.plots import loss_plot, redundancy_plot
 from asdm.evaluation.results import Evaluation, ImageToImageMetrics, QualityMetrics, SpeedMetrics
@@ -201,7 +201,7 @@ def _rows(
     step = max(1, len(captions) // count)
     for index in list(range(0, len(captions), step))[:count]:
         images: list[Image.Image] = [each[index].image() for each in real]
-        images += [Image.open(folder / folder_name(name) / f"{index:04d}.png") for name in names]
+        images += [Image.open(folder / folder_name(name) / image_name(index)) for name in names]
         rows.append(ImageRow(captions[index], [_image_uri(image) for image in images]))
     return rows
 

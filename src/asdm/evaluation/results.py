@@ -6,14 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from asdm.errors import AsdmError, one_line
 from asdm.files import write_text
 from asdm.measure.latency import Latency, Ratio
 from asdm.measure.load import busy_line
 from asdm.old_names import OLD_LATENCY_FIELDS, renamed
-from asdm.records import Record, first_fault
+from asdm.records import Record, read_record
 
 
 class SpeedMetrics(Record):
@@ -170,11 +169,7 @@ class Evaluation(Record):
         Raises:
             AsdmError: no such file, or not an evaluation.
         """
-        try:
-            return cls.model_validate_json(Path(path).read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            fault = first_fault(error) if isinstance(error, ValidationError) else one_line(error)
-            raise AsdmError(f"{path}: not an evaluation ({fault}); `asdm evaluate` writes one") from None
+        return read_record(cls, path, "an evaluation", "`asdm evaluate` writes one")
 
 
 def _with_intervals(row: Any, first: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,9 +20,10 @@ from asdm.errors import AsdmError, AsdmWarning, needs_extra, one_line
 from asdm.families import denoiser_of, family_of
 from asdm.pipelines.names import looks_like_path
 from asdm.pipelines.quiet import quiet
+from asdm.pipelines.tensor_faults import require_loaded
+from asdm.pipelines.untrusted import bounded_modules, require_safe_config
+from asdm.reading import read_json
 from asdm.records import Record
-
-_LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, NotImplementedError)
 
 
 class LoraFile(Record):
@@ -109,7 +109,9 @@ def _load_lora(pipeline: Any, lora: LoraFile, name: str) -> str:
         with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of peft, about names that we report
             pipeline.load_lora_weights(load_file(lora.path), adapter_name=name)
-    except _LOAD_ERRORS as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # of diffusers and peft, any kind
         raise AsdmError(f"{lora.path}: a LoRA for another model ({one_line(error, 120)})") from None
     parts = [part for part, adapters in pipeline.get_list_adapters().items() if name in adapters]
     if not parts:
@@ -148,7 +150,7 @@ def require_controlnet_folder(folder: Path) -> None:
             raise AsdmError(f"{folder}: no such folder of a ControlNet; name one in diffusers' format, or a Hub id")
         return
     try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
+        config = read_json(folder / "config.json")
         found = config["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AsdmError(f"{folder}: not a ControlNet in diffusers' format ({one_line(error)})") from None
@@ -165,11 +167,16 @@ def load_controlnet(folder: Path, pipeline: DiffusionPipeline) -> ControlNetMode
     require_controlnet_folder(folder)
     denoiser = denoiser_of(pipeline)
     try:
-        with quiet():
+        if folder.is_dir():
+            require_safe_config(folder / "config.json")
+        with quiet(), bounded_modules(str(folder)):
             controlnet = ControlNetModel.from_pretrained(
                 os.fspath(folder), torch_dtype=denoiser.dtype, use_safetensors=True
             )
-    except (*_LOAD_ERRORS, SafetensorError) as error:
+    except (AsdmError, MemoryError):
+        raise
+    except Exception as error:  # of diffusers, any kind
         raise AsdmError(f"{folder}: the ControlNet cannot be loaded ({one_line(error)})") from None
+    require_loaded(controlnet, str(folder), "ControlNet", sorted(folder.glob("*.safetensors")))
     family_of(pipeline).require_controlnet(denoiser, controlnet, str(folder))
     return controlnet.eval().to(pipeline.device)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 from PIL import Image
 
 from asdm import checks
 from asdm.errors import AsdmError
+from asdm.files import write_new
 from asdm.generation.comparison import Comparison
-from asdm.generation.image import GeneratedImage, save_png
+from asdm.generation.image import GeneratedImage
 from asdm.generation.request import GenerationRequest
 from asdm.generation.sheets import Tile, sheet
 from asdm.images import open_image
@@ -110,9 +113,8 @@ class ImageFolder:
         """Write a student's image, the teacher's, and both beside each other with their difference."""
         student, teacher = comparison.student, comparison.teacher
         stem = self._save(student).stem
-        teacher.save(free_path(self.folder, stem, "_teacher"))
-        picture = save_png(comparison.picture(), free_path(self.folder, stem, "_comparison"))
-        self.paths.append(picture)
+        write_new(png_paths(self.folder, f"{stem}_teacher"), teacher.write)
+        self.paths.append(_write_png(comparison.picture(), self.folder, f"{stem}_comparison"))
         self.lines.append(
             f"{stem}: teacher {teacher.seconds:.2f} s, student {student.seconds:.2f} s "
             f"({comparison.speedup:.2f}x, one image each)"
@@ -123,11 +125,12 @@ class ImageFolder:
     def write_sheet(self) -> None:
         """Write a contact sheet of what was written so far."""
         if self._tiles:
-            self.paths.append(save_png(sheet(self._tiles, self._columns), free_path(self.folder, "grid")))
+            self.paths.append(_write_png(sheet(self._tiles, self._columns), self.folder, "grid"))
 
     def _save(self, image: GeneratedImage) -> Path:
         suffix = f"_seed{image.seed}" if self._of_each > 1 else ""
-        self.paths.append(image.save(free_path(self.folder, self._stem or stem_of(image.prompt), suffix)))
+        stem = (self._stem or stem_of(image.prompt)) + suffix
+        self.paths.append(write_new(png_paths(self.folder, stem), image.write))
         return self.paths[-1]
 
 
@@ -136,9 +139,11 @@ def stem_of(prompt: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in prompt)[:LONGEST_NAME].strip("_") or "image"
 
 
-def free_path(folder: Path, stem: str, suffix: str = "") -> Path:
-    """Return the path of a PNG in a folder that is not taken yet, with a number where it is."""
-    path, number = folder / f"{stem}{suffix}.png", 1
-    while path.exists():
-        path, number = folder / f"{stem}{suffix}-{number}.png", number + 1
-    return path
+def png_paths(folder: Path, stem: str) -> Iterator[Path]:
+    """Yield the names that a PNG may have in a folder: the stem, then the stem with numbers."""
+    yield folder / f"{stem}.png"
+    yield from (folder / f"{stem}-{number}.png" for number in count(1))
+
+
+def _write_png(image: Image.Image, folder: Path, stem: str) -> Path:
+    return write_new(png_paths(folder, stem), lambda path: image.save(path, format="PNG"))

@@ -22,6 +22,8 @@ from asdm.families import denoiser_of, family_of
 from asdm.files import replacing_file
 from asdm.generation.request import GenerationRequest
 from asdm.generation.schedulers import scheduler_label
+from asdm.pipelines.decoders import is_tiny
+from asdm.reading import parse_json
 from asdm.version import __version__
 
 JSON_CHUNK, A1111_CHUNK = "asdm", "parameters"
@@ -43,16 +45,22 @@ class GeneratedImage:
 
     def save(self, path: str | Path) -> Path:
         """Write a PNG with two text chunks: `parameters`, in A1111's format, and `asdm`, JSON."""
+        with replacing_file(Path(path)) as partial:
+            self.write(partial)
+        return Path(path)
+
+    def write(self, path: Path) -> None:
+        """Write the PNG to a temporary name."""
         info = PngInfo()
         info.add_text(A1111_CHUNK, a1111_parameters(self.about))
         info.add_text(JSON_CHUNK, json.dumps(self.about, ensure_ascii=False))
-        return save_png(self.image, Path(path), info)
+        self.image.save(path, format="PNG", pnginfo=info)
 
 
-def save_png(image: Image.Image, path: Path, info: PngInfo | None = None) -> Path:
+def save_png(image: Image.Image, path: Path) -> Path:
     """Write a PNG so that a reader sees a whole file or none."""
     with replacing_file(path) as partial:
-        image.save(partial, format="PNG", pnginfo=info)
+        image.save(partial, format="PNG")
     return path
 
 
@@ -65,8 +73,10 @@ def read_about(path: str | Path) -> dict[str, Any]:
     try:
         with Image.open(path, formats=["PNG"]) as image:
             image.load()
-            found: dict[str, Any] = json.loads(image.info[JSON_CHUNK])
-    except (OSError, KeyError, ValueError, TypeError, SyntaxError) as error:
+            found: dict[str, Any] = parse_json(image.info[JSON_CHUNK])
+            if not isinstance(found, dict):
+                raise TypeError("no object")
+    except Exception as error:  # of Pillow's reader, many kinds
         raise AsdmError(f"{path}: not a PNG that asdm generated ({type(error).__name__})") from None
     return found
 
@@ -85,6 +95,7 @@ def description(pipeline: DiffusionPipeline, request: GenerationRequest) -> dict
         "steps": default_steps(pipeline) if request.steps is None else request.steps,
         "guidance_scale": default_guidance(pipeline) if guidance is None else guidance,
         "scheduler": {"class": type(scheduler).__name__, "label": scheduler_label(scheduler), "config": config},
+        "decoder": shared_name(str(pipeline.vae.config.get("_name_or_path"))) if is_tiny(pipeline.vae) else None,
         "strength": None if request.image is None else request.image_strength,
         "masked": None if request.mask is None else True,
         "cfg_cutoff": None if request.cfg_cutoff == 1 else request.cfg_cutoff,
@@ -138,6 +149,7 @@ def a1111_parameters(about: Mapping[str, Any]) -> str:
         "Seed": about["seed"],
         "Size": f"{about['width']}x{about['height']}",
         "Model": about["model"],
+        "VAE": about.get("decoder"),
         "Denoising strength": about.get("strength"),
         "Clip skip": about["clip_skip"] + 1 if "clip_skip" in about else None,  # A1111 counts from 1, which skips none
         "ControlNet": about["controlnet"]["name"] if "controlnet" in about else None,

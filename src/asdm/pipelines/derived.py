@@ -23,6 +23,11 @@ def with_scheduler(pipeline: DiffusionPipeline, scheduler: Any) -> DiffusionPipe
     return _with_parts(pipeline, scheduler=scheduler)
 
 
+def with_vae(pipeline: DiffusionPipeline, vae: Any) -> DiffusionPipeline:
+    """Make a second pipeline that shares everything with `pipeline` but the VAE."""
+    return _with_parts(pipeline, vae=vae)
+
+
 def _with_parts(pipeline: DiffusionPipeline, **others: Any) -> DiffusionPipeline:
     parts = {**pipeline.components, **others}
     other = type(pipeline)(**parts, **extra_arguments(pipeline))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError
 
 from asdm.choices import PredictionType
 from asdm.errors import AsdmError, one_line
@@ -32,6 +30,8 @@ from asdm.pipelines.tensor_faults import (
     require_weights,
     require_whole,
 )
+from asdm.pipelines.untrusted import bounded_modules, require_safe_folder
+from asdm.reading import read_json
 from asdm.student.classes import student_class
 
 VARIANT = "fp16"  # of weights that many checkpoints have alone
@@ -49,6 +49,7 @@ def load_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
     denoiser = folder / _component_in(folder)
     if not (denoiser / "config.json").is_file():
         raise AsdmError(f"{folder}: a pipeline folder without a UNet (no {denoiser.name}/config.json)")
+    require_safe_folder(folder)
     _require_parts(folder)
     for path in sorted(folder.glob("*/*.safetensors")):
         require_safetensors(path)
@@ -71,6 +72,7 @@ def load_from_hub(name: str, dtype: torch.dtype) -> DiffusionPipeline:
                 folder = DiffusionPipeline.download(name, use_safetensors=True)
             except OSError:  # also where the weights are there in this variant alone
                 folder = DiffusionPipeline.download(name, use_safetensors=True, variant=VARIANT)
+        require_safe_folder(Path(folder))
         return _from_pretrained(str(folder), dtype)
     except (OSError, ValueError) as error:
         if isinstance(error, AsdmError):
@@ -105,33 +107,32 @@ def set_parameterization(
 
 def _require_parts(folder: Path) -> None:
     """Raise an AsdmError where a part that a pipeline's index names has no folder."""
-    try:
-        index = json.loads((folder / "model_index.json").read_text("utf-8"))
-    except ValueError as error:
-        raise AsdmError(f"{folder / 'model_index.json'}: damaged ({one_line(error)}); download it again") from None
-    for part, kind in index.items() if isinstance(index, dict) else ():
+    for part, kind in read_json(folder / "model_index.json").items():
         named = isinstance(kind, list) and len(kind) == 2 and None not in kind
         if named and not (folder / part).is_dir():
             raise AsdmError(f"{folder}: lacks its {part}, which model_index.json names ({kind[1]}); download it again")
 
 
 def _from_pretrained(name: str, dtype: torch.dtype) -> DiffusionPipeline:
-    with quiet():
+    folder = Path(name)
+    with quiet(), bounded_modules(name):
         try:
-            pipeline = _with_its_denoiser(Path(name), dtype)
-            require_whole(pipeline, Path(name))
+            pipeline = _with_its_denoiser(folder, dtype)
+            require_whole(pipeline, folder)
             return pipeline
-        except (SafetensorError, RuntimeError, KeyError, OSError, ValueError, AttributeError, TypeError) as error:
-            if isinstance(error, AsdmError) or (isinstance(error, OSError | ValueError) and not Path(name).is_dir()):
+        except (AsdmError, MemoryError):
+            raise
+        except Exception as error:  # of the libraries, any kind
+            if isinstance(error, OSError | ValueError) and not folder.is_dir():
                 raise
-            explain_folder(Path(name))
+            explain_folder(folder)
             raise AsdmError(f"{name}: cannot be loaded: {one_line(error)}") from error
 
 
 def _with_its_denoiser(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
     """Return the pipeline in a folder. A student is loaded by this package's class: code in a model's folder is
     never run."""
-    how = {"dtype": dtype, "use_safetensors": True}
+    how = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
     parts = DiffusionPipeline.load_config(str(folder))
     variant = VARIANT if any(_has_variant_alone(folder / part) for part in parts) else None
     component = _component_in(folder)
@@ -139,7 +140,7 @@ def _with_its_denoiser(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
     if kind is None:
         return DiffusionPipeline.from_pretrained(str(folder), **how, variant=variant)
     own = VARIANT if _has_variant_alone(folder / component) else None
-    student = kind.from_pretrained(folder / component, **how, variant=own)
+    student = kind.from_pretrained(folder / component, dtype=dtype, use_safetensors=True, variant=own)
     rest = DiffusionPipeline.from_pretrained(str(folder), **how, variant=variant, **{component: None})
     rest.register_modules(**{component: student})
     return with_unet(rest, student)
@@ -159,7 +160,7 @@ def _has_variant_alone(folder: Path) -> bool:
 def _student_class(config: Path) -> type[Any] | None:
     """Return the class of the student that a denoiser's config describes; None of a stock model."""
     try:
-        name = json.loads(config.read_text("utf-8")).get("_class_name")
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+        name = read_json(config).get("_class_name")
+    except (OSError, ValueError, AttributeError):
         return None  # loading says what is wrong with it
     return student_class(name)

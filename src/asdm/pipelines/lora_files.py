@@ -18,11 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from asdm import checks
-from asdm.errors import AsdmError
+from asdm.errors import AsdmError, one_line
 from asdm.families import Denoiser, family_of
 from asdm.files import replacing_file
 from asdm.pipelines.names import PICKLE_SUFFIXES
 from asdm.pipelines.tensor_faults import require_safetensors
+from asdm.reading import parse_json
 
 _FLAT = ("lora_unet_", "lycoris_unet_", "lycoris_")
 _DOTTED = ("unet.", "base_model.model.", "")
@@ -82,10 +83,17 @@ def convert_lora(lora: str | Path, unet: Denoiser, file: str | Path) -> Converte
     if not kept:
         raise AsdmError(f"{lora}: the student lacks all {len(dropped)} layers that it adapts; nothing would remain")
     if _ADAPTER_CONFIG in metadata:
-        metadata[_ADAPTER_CONFIG] = json.dumps(names.renamed(json.loads(metadata[_ADAPTER_CONFIG])))
+        metadata[_ADAPTER_CONFIG] = json.dumps(names.renamed(_adapter_config(metadata, lora)))
     with replacing_file(file) as partial:
         save_file(converted, partial, {"format": "pt", **metadata})
     return ConvertedLora(file, len(kept), sorted(dropped))
+
+
+def _adapter_config(metadata: dict[str, str], lora: Path) -> Any:
+    try:
+        return parse_json(metadata[_ADAPTER_CONFIG])
+    except ValueError as error:
+        raise AsdmError(f"{lora}: its metadata {_ADAPTER_CONFIG} is damaged ({one_line(error)})") from None
 
 
 def _require_files(lora: Path, file: Path) -> None:
@@ -103,11 +111,15 @@ def _require_files(lora: Path, file: Path) -> None:
 def _require_fit(key: str, tensor: Tensor, module: Any, lora: Path) -> None:
     """Raise an AsdmError where a LoRA's first matrix does not read what the layer reads."""
     width = getattr(module, "in_features", None) or getattr(module, "in_channels", None)
-    if width is not None and key.endswith(_DOWN) and tensor.shape[1] != width:
+    if width is not None and key.endswith(_DOWN) and (tensor.ndim < 2 or tensor.shape[1] != width):
         raise AsdmError(
-            f"{lora}: {key} is for a layer with {tensor.shape[1]} inputs, and the student's has {width}; take a LoRA "
+            f"{lora}: {key} is for a layer with {_inputs(tensor)} inputs, and the student's has {width}; take a LoRA "
             "for the student's original"
         )
+
+
+def _inputs(tensor: Tensor) -> int:
+    return tensor.shape[1] if tensor.ndim > 1 else 0
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from asdm.files import MARKER, replacing_folder, require_ours
 from asdm.pipelines.model_card import model_card
 from asdm.pipelines.quiet import quiet
 from asdm.pipelines.tensor_faults import OF_TEXT
+from asdm.reading import read_json
 
 
 @checks.arguments(pipeline=checks.PIPELINE, folder=checks.path, about=checks.a(dict))
@@ -85,7 +86,7 @@ def _save_parts(pipeline: DiffusionPipeline, folder: Path) -> None:
 def _keep_others(folder: Path, partial: Path) -> None:
     """Copy what is in `folder` and is no part of the pipeline that was saved there."""
     try:
-        parts = json.loads((folder / "model_index.json").read_text("utf-8")).keys()
+        parts = read_json(folder / "model_index.json").keys()
     except (OSError, ValueError, AttributeError):
         return
     for entry in folder.iterdir():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,8 @@ from asdm.pipelines.original_layout import CONFIG_KEY
 from asdm.pipelines.quiet import quiet
 from asdm.pipelines.random_models import UNETS
 from asdm.pipelines.tensor_faults import require_safetensors
+from asdm.pipelines.untrusted import bounded_modules, require_plausible
+from asdm.reading import parse_json
 from asdm.registry import PIPELINES, registered_folder
 from asdm.student.classes import student_class_of
 
@@ -34,13 +35,21 @@ def denoiser_without_weights(model: str) -> Denoiser:
     """
     exported = _exported_config(Path(model))
     if exported is not None:
-        with init_empty_weights():
-            return student_class_of(UNetFamily()).from_config(exported)
+        return _built(UNetFamily(), exported, model)
     if Path(model).is_file() or (model.startswith(RANDOM) and model.removeprefix(RANDOM) not in UNETS):
         return denoiser_of(load_pipeline(model)).to("meta")
-    family, config = _config(model)
-    with init_empty_weights():
-        return student_class_of(family).from_config(config)
+    return _built(*_config(model), model)
+
+
+def _built(family: ModelFamily, config: dict[str, Any], model: str) -> Denoiser:
+    try:
+        require_plausible(config, model)
+        with init_empty_weights(include_buffers=True), bounded_modules(model):
+            return student_class_of(family).from_config(config)
+    except (AsdmError, MemoryError):
+        raise
+    except Exception as error:  # of diffusers, any kind
+        raise AsdmError(f"{model}: no denoiser can be made by its configuration ({one_line(error)})") from error
 
 
 def _exported_config(file: Path) -> dict[str, Any] | None:
@@ -51,7 +60,7 @@ def _exported_config(file: Path) -> dict[str, Any] | None:
     with safe_open(file, "pt") as content:
         text = (content.metadata() or {}).get(CONFIG_KEY)
     try:
-        found = None if text is None else json.loads(text)
+        found = None if text is None else parse_json(text)
     except ValueError:
         found = None
     return {"edits": (), **found} if isinstance(found, dict) else None
@@ -67,6 +76,6 @@ def _config(model: str) -> tuple[ModelFamily, dict[str, Any]]:
         for family in families():
             try:
                 return family, dict(family.model_class.load_config(place, subfolder=family.component))
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, TypeError, RecursionError) as error:
                 first = first or error
     raise AsdmError(f"{model}: the configuration of its denoiser cannot be read ({one_line(first)})")

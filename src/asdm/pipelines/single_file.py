@@ -11,7 +11,6 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusio
 from diffusers.loaders.single_file_utils import (
     DIFFUSERS_DEFAULT_PIPELINE_PATHS,
     LDM_UNET_KEY,
-    SingleFileComponentError,
 )
 
 from asdm.choices import PredictionType
@@ -32,6 +31,7 @@ from asdm.pipelines.checkpoints import (
 from asdm.pipelines.names import PICKLE_SUFFIXES
 from asdm.pipelines.quiet import quiet
 from asdm.pipelines.tensor_faults import explain_single_file, require_safetensors, require_weights, require_whole
+from asdm.pipelines.untrusted import bounded_modules
 
 SD2_SIDES = (96, 64)  # of latents, of the SD 2.x that predict velocities, and of those that predict noise
 
@@ -84,9 +84,11 @@ def _from_single_file(header: Header, kind: str, dtype: torch.dtype, config: str
         is_pipeline = not os.path.isdir(config) or (Path(config) / "model_index.json").is_file()
         about = str(config) if is_pipeline else about
     try:
-        with quiet():
+        with quiet(), bounded_modules(str(header.path)):
             return made.from_single_file(str(header.path), dtype=dtype, config=about)
-    except (OSError, ValueError, RuntimeError, KeyError, SingleFileComponentError) as error:
+    except Exception as error:  # of diffusers, any kind
+        if isinstance(error, AsdmError | MemoryError):
+            raise
         with suppress(OSError):  # the configuration is out of reach
             explain_single_file(header, about, kind)
         raise AsdmError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -11,7 +10,6 @@ from typing import Any
 
 import diffusers
 import torch
-import transformers
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.loaders import single_file_utils as layouts
@@ -22,6 +20,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from asdm.errors import AsdmError, one_line
 from asdm.families import Denoiser, UNetFamily
 from asdm.pipelines.checkpoints import Header
+from asdm.pipelines.untrusted import bounded_modules, empty_of_transformers
+from asdm.reading import read_json
 from asdm.student.classes import student_class
 
 TEXT_ENCODERS = (CLIPTextModel, CLIPTextModelWithProjection)
@@ -98,9 +98,12 @@ def require_shards(folder: Path) -> None:
     """Raise an AsdmError where a part of a pipeline's folder lacks a shard, or the index of its shards."""
     for index in sorted(folder.glob(f"*/{_INDEX}")):
         try:
-            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            names = sorted(set(read_json(index)["weight_map"].values()))
+            outside = [name for name in names if Path(name).name != name]
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise AsdmError(f"{index}: damaged ({one_line(error)}); download it again") from None
+        if outside:
+            raise AsdmError(f"{index}: names a file in another folder ({_some(outside)}); download it again")
         absent = [name for name in names if not (index.parent / name).is_file()]
         if absent and len(absent) < len(names):  # without any of them, weights in a variant may be there
             raise AsdmError(
@@ -172,10 +175,10 @@ def require_all_read(unet: Denoiser, name: str, files: Iterable[Path]) -> None:
 def _empty(folder: Path) -> nn.Module | None:
     """Make the part that a folder's config describes, without weights; None where its class is not known."""
     try:
-        settings = json.loads((folder / "config.json").read_text("utf-8"))
-        with init_empty_weights():
-            if "architectures" in settings:
-                return getattr(transformers, settings["architectures"][0])(CLIPTextConfig.from_pretrained(folder))
+        settings = read_json(folder / "config.json")
+        if "architectures" in settings:
+            return empty_of_transformers(folder, settings)
+        with init_empty_weights(), bounded_modules(str(folder)):
             named = settings["_class_name"]
             return (student_class(named) or getattr(diffusers, named)).from_config(settings)
     except (OSError, KeyError, AttributeError, ValueError, TypeError, RuntimeError):
@@ -230,7 +233,7 @@ def _require_named(absent: list[str], count: int, name: str, part: str, files: I
 def _place(tensor: str, files: list[Path]) -> str:
     """Return the file in which a tensor should be."""
     for index in files[0].parent.glob(_INDEX):
-        known = json.loads(index.read_text("utf-8")).get("weight_map", {})
+        known = read_json(index)["weight_map"]
         return f"{index.parent.name}/{known.get(tensor, index.name)}"
     return f"{files[0].parent.name}/{files[0].name}"
 

@@ -47,7 +47,7 @@ def graphs_of(
     vae = dict(pipeline.vae.config)
     graphs = [
         denoiser,
-        Graph("vae_decoder", _Decoder(pipeline.vae), {"latent_sample": latents}, ["sample"], vae),
+        decoder_graph(pipeline, latents),
         Graph("vae_encoder", _Encoder(pipeline.vae), {"sample": images}, ["latent_parameters"], vae),
     ]
     for name, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
@@ -58,6 +58,16 @@ def graphs_of(
             module = _Text(encoder)
             graphs.append(Graph(name, module, {"input_ids": ids}, module.names(ids), encoder.config.to_dict()))
     return graphs if cache is None else [*graphs, *_cached_graphs(denoiser, cut_of(pipeline, cache))]
+
+
+def decoder_graph(pipeline: DiffusionPipeline, latents: Tensor, calibration: Sequence[dict[str, Tensor]] = ()) -> Graph:
+    """Return the VAE's decoder.
+
+    Args:
+        latents: an example of its input, (batch, channels, h, w), in the VAE's own scale.
+    """
+    inputs, config = {"latent_sample": latents}, dict(pipeline.vae.config)
+    return Graph("vae_decoder", _Decoder(pipeline.vae), inputs, ["sample"], config, list(calibration))
 
 
 def _denoiser_graph(

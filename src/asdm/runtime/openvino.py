@@ -5,9 +5,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,16 +15,20 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
+from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
 from asdm import checks
+from asdm.diffusion.conditioning import encode_images
 from asdm.errors import AsdmError, needs_extra, one_line
 from asdm.families import CacheCut, UNetFamily
 from asdm.files import read_marker
 from asdm.measure.latency import measure_interleaved
 from asdm.old_names import OLD_EXPORT_SETTINGS, OLD_OUTER_GRAPH_INPUT, renamed
 from asdm.pipelines.derived import with_unet
+from asdm.reading import read_json
 from asdm.runtime.graphs import CACHED_FEATURES
 from asdm.runtime.writers import FILES
 
@@ -57,7 +60,7 @@ def with_openvino_graphs(pipeline: DiffusionPipeline, folder: str | Path) -> Dif
 
 
 def _config_of(folder: Path) -> FrozenDict:
-    return FrozenDict(json.loads((folder / "config.json").read_text("utf-8")))
+    return FrozenDict(read_json(folder / "config.json"))
 
 
 @cache
@@ -190,14 +193,27 @@ class OpenVinoUNet(nn.Module):
 
 
 class OpenVinoVae(nn.Module):
-    """Stands in for a pipeline's VAE. It decodes by a graph; the original still encodes."""
+    """Stands in for a pipeline's VAE. It decodes by a graph; the original still encodes.
+
+    The graph may be of a tiny decoder, whose latents have another scale than the original VAE's.
+    """
 
     def __init__(self, folder: Path, original: Any):
         super().__init__()
-        self.encode = original.encode
         self.config = _config_of(folder)
+        same_scale = self.config.get("scaling_factor") == original.config.scaling_factor
+        self.encode = original.encode if same_scale else partial(_encode_rescaled, original, self.config)
         self.dtype, self.device = torch.float32, torch.device("cpu")
         self.graph = _Graph(folder / FILES["openvino"])
 
-    def decode(self, latents: Tensor, **_: Any) -> tuple[Tensor]:
-        return (self.graph(latent_sample=latents.float()),)
+    def __deepcopy__(self, _: Any) -> OpenVinoVae:
+        return self  # a graph is never changed, and cannot be copied
+
+    def decode(self, latents: Tensor, return_dict: bool = True, **_: Any) -> Any:
+        sample = self.graph(latent_sample=latents.float())
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+
+def _encode_rescaled(vae: Any, config: Any, images: Tensor, **_: Any) -> AutoencoderTinyOutput:
+    """Return a VAE's latents of images in the scale that a `config` names."""
+    return AutoencoderTinyOutput(latents=encode_images(vae, images) / config["scaling_factor"])

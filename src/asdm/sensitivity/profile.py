@@ -9,15 +9,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from asdm.choices import CompensationKind, Sensitivity
-from asdm.errors import AsdmError, one_line
+from asdm.errors import AsdmError
 from asdm.families import ModelFamily, UNetFamily, UnitKind, block_of
 from asdm.families.base import family_named
 from asdm.files import write_text
 from asdm.old_names import OLD_UNIT_FIELDS, renamed
-from asdm.records import Record, first_fault
+from asdm.records import Record, read_record
 
 MAX_LATENCY_DOUBT = 0.1  # uncertainty of the units' latencies up to which a plan goes by them
 
@@ -126,8 +126,4 @@ class RedundancyMap(Record):
         path = Path(path)
         if not path.is_file():
             raise AsdmError(f"{path}: no such redundancy profile; make one with `asdm analyze`")
-        try:
-            return cls.model_validate_json(path.read_text("utf-8"))
-        except (ValidationError, UnicodeDecodeError) as error:
-            fault = first_fault(error) if isinstance(error, ValidationError) else one_line(error)
-            raise AsdmError(f"{path}: not a redundancy profile: {fault}; make one with `asdm analyze`") from None
+        return read_record(cls, path, "a redundancy profile", "make one with `asdm analyze`")

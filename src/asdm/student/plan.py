@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError, model_validator
+from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
 
 from asdm.edits import Edit, parse_edits
 from asdm.errors import AsdmError
@@ -15,7 +15,7 @@ from asdm.families import Denoiser, family_of
 from asdm.files import write_text
 from asdm.measure.latency import Ratio
 from asdm.old_names import OLD_PLAN_FIELDS, renamed
-from asdm.records import Record, first_fault
+from asdm.records import Record, read_record
 from asdm.student.surgery import model_without_weights
 
 
@@ -108,18 +108,7 @@ class PruningPlan(Record):
         path = Path(path)
         if not path.is_file():
             raise AsdmError(f"{path}: no such plan file; make one with `asdm plan`")
-        try:
-            content = json.loads(path.read_text("utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise AsdmError(f"{path}: not a plan: {error}; make one with `asdm plan`") from None
-        try:
-            if isinstance(content, dict):
-                if not isinstance(content.get("edits"), list):
-                    raise AsdmError(f"{path}: not a plan: edits is not a list; make one with `asdm plan`")
-                content = {**content, "edits": parse_edits(content["edits"])}
-            return cls.model_validate(content)
-        except ValidationError as error:
-            raise AsdmError(f"{path}: not a plan: {first_fault(error)}; make one with `asdm plan`") from None
+        return read_record(cls, path, "a plan", "make one with `asdm plan`")
 
     def require_for(self, unet: Denoiser) -> None:
         """Raise an AsdmError unless the plan was made for this architecture."""

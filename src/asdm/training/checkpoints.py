@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,17 +14,23 @@ from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from asdm.errors import AsdmError
+from asdm.errors import AsdmError, one_line
 from asdm.files import replacing_folder
+from asdm.reading import read_json
+from asdm.tensor_files import load_tensors
+from asdm.training.optimizers import moment_names
 from asdm.training.sharding import full_tensor, shard_like
+
+_NAME = re.compile("checkpoint-[0-9]{1,12}")
+_REMEDY = "remove this checkpoint's folder, and run the training again, which resumes at the one before"
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return all checkpoints in `folder`."""
-    return list(folder.glob("checkpoint-*[0-9]"))
+    return [path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
 
 
 def checkpoint_step(folder: Path) -> int:
@@ -54,8 +61,11 @@ def load_ema_weights(folder: Path, weights: dict[str, nn.Parameter]) -> int:
     if step == 0:
         raise AsdmError(f"{folder}: no checkpoint; run that stage first")
     path = _checkpoint(folder, step)
-    averaged = load_file(path / ("ema.safetensors" if (path / "ema.safetensors").is_file() else "weights.safetensors"))
+    file = path / ("ema.safetensors" if (path / "ema.safetensors").is_file() else "weights.safetensors")
+    averaged = load_tensors(file, _REMEDY)
     for name, parameter in weights.items():
+        if name not in averaged or averaged[name].numel() != parameter.numel():
+            raise _of_another(path)
         parameter.data.copy_(averaged[name].view(parameter.shape))  # a projection's of version 0.1 has another shape
     return step
 
@@ -100,33 +110,62 @@ class TrainingState:
         self._load_weights(path)
         self._load_moments(path)
         if self.ema is not None:
-            averaged = load_file(path / "ema.safetensors")
+            averaged = self._of_this_model(path, "ema")
             self.ema.shadow_params = [
                 shard_like(p, averaged[name]).to(p.device, copy=True) for name, p in self.weights.items()
             ]
             self.ema.optimization_step = step
         if self.scaler is not None and (path / "scaler.json").is_file():
-            self.scaler.load_state_dict(json.loads((path / "scaler.json").read_text("utf-8")))
+            self._load_scaler(path / "scaler.json")
         return step
 
     def _load_weights(self, path: Path) -> None:
-        weights = load_file(path / "weights.safetensors")
-        if weights.keys() != self.weights.keys():
-            raise AsdmError(f"{path}: a checkpoint of another model; use another output folder")
+        weights = self._of_this_model(path, "weights")
         for name, parameter in self.weights.items():
             parameter.data.copy_(shard_like(parameter, weights[name]))
 
+    def _of_this_model(self, path: Path, name: str) -> dict[str, Tensor]:
+        """Return a checkpoint's file of tensors that belong to the weights by name and shape."""
+        tensors = load_tensors(path / f"{name}.safetensors", _REMEDY)
+        sizes = {key: tensor.numel() for key, tensor in tensors.items()}  # version 0.1 saved some in other shapes
+        if sizes != {key: parameter.numel() for key, parameter in self.weights.items()}:
+            raise _of_another(path)
+        return tensors
+
     def _load_moments(self, path: Path) -> None:
+        file = path / "optimizer.safetensors"
         state: dict[int, dict[str, Tensor | int]] = {}
         numbered = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        for name, value in load_file(path / "optimizer.safetensors").items():
-            index, key = name.split(".", 1)
-            parameter = numbered[int(index)]
+        for name, value in load_tensors(file, _REMEDY).items():
+            number, _, key = name.partition(".")
+            if not (number.isdecimal() and int(number) < len(numbered)):
+                raise AsdmError(f"{file}: {name} is no moment of this optimizer; {_REMEDY}")
             # bitsandbytes counts its steps in an int.
             counts = not value.ndim and not value.is_floating_point()
-            state.setdefault(int(index), {})[key] = int(value) if counts else shard_like(parameter, value)
+            moment = int(value) if counts else shard_like(numbered[int(number)], value)
+            state.setdefault(int(number), {})[key] = moment
+        self._require_moments(state, numbered, file)
         groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        try:
+            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise AsdmError(f"{file}: moments of another optimizer ({one_line(error)}); {_REMEDY}") from None
+
+    def _require_moments(self, state: dict[int, dict[str, Any]], numbered: list[nn.Parameter], file: Path) -> None:
+        """Raise an AsdmError where a parameter's moments are not those of its optimizer, by name and size."""
+        allowed = moment_names(self.optimizer)
+        for number, moments in state.items() if allowed is not None else ():
+            sizes = {"step": 1} | dict.fromkeys(moments.keys() - {"step"}, numbered[number].numel())
+            is_sized = all(isinstance(m, Tensor) and m.numel() == sizes[key] for key, m in moments.items())
+            if moments.keys() not in (allowed or ()) or not is_sized:
+                raise AsdmError(f"{file}: the moments of parameter {number} are another optimizer's; {_REMEDY}")
+
+    def _load_scaler(self, path: Path) -> None:
+        assert self.scaler is not None
+        try:
+            self.scaler.load_state_dict(read_json(path))
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+            raise AsdmError(f"{path}: no loss scale ({one_line(error)}); {_REMEDY}") from None
 
     def _moments(self) -> dict[str, Tensor]:
         """Return the optimiser's state, by parameter's number and key; a copy of what parameters share."""
@@ -137,6 +176,29 @@ class TrainingState:
                 moments[f"{number}.{key}"] = tensor.clone() if id(tensor) in shared else tensor
                 shared.add(id(tensor))
         return moments
+
+
+def require_same_run(
+    folder: Path, known: Mapping[str, Any], now: Mapping[str, Any], *, may_lengthen: bool = True
+) -> None:
+    """Require that the checkpoints in a folder are of a run with these settings.
+
+    Args:
+        known: the settings that the run was begun with.
+        may_lengthen: the number of `steps` may have grown since.
+
+    Raises:
+        AsdmError: they are another run's.
+    """
+    changed = [name for name in now if known.get(name) != now[name]]
+    if changed and not (changed == ["steps"] and may_lengthen and now["steps"] > known["steps"]):
+        raise AsdmError(
+            f"{folder}: begun with other settings ({', '.join(changed)}); repeat those, or use another output folder"
+        )
+
+
+def _of_another(path: Path) -> AsdmError:
+    return AsdmError(f"{path}: a checkpoint of another model; use another output folder")
 
 
 def _checkpoint(folder: Path, step: int) -> Path:

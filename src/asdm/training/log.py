@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from asdm.files import write_text
+from asdm.reading import parse_json
 
 
 class TrainingLog:
@@ -38,11 +39,14 @@ class TrainingLog:
 def read_log(path: Path) -> list[dict[str, float]]:
     """Read the rows of a `log.jsonl`; a last line that was cut short is ignored."""
     rows = []
-    for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else []:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = parse_json(line)
+        except ValueError:
             break
+        if not (isinstance(row, dict) and isinstance(row.get("step"), int)):
+            break
+        rows.append(row)
     return rows
 
 

@@ -60,6 +60,16 @@ def require_installed(name: OptimizerName) -> None:
             import bitsandbytes.optim  # noqa: F401
 
 
+def moment_names(optimizer: Any) -> list[set[str]] | None:
+    """Return the names of a parameter's moments, one set for each kind of step; None where they are not known."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # of Accelerate's wrapper
+    kinds: dict[type, list[set[str]]] = {
+        torch.optim.AdamW: [{"step", "exp_avg", "exp_avg_sq"}],
+        Muon: [{"momentum"}, {"step", "mean", "square"}],
+    }
+    return kinds.get(type(optimizer))
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum whose matrices are made orthogonal before each step (Jordan et al. 2024,
     https://kellerjordan.github.io/posts/muon), so that every direction of a layer learns at the same pace.

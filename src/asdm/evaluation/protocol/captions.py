@@ -1,0 +1,78 @@
+"""The prompts of a protocol: COCO's own file of captions, a table, or a list."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from asdm.data.examples import CAPTION_FIELDS
+from asdm.data.metadata import rows_of_metadata, text_of
+from asdm.errors import AsdmError, one_line
+from asdm.generation.files import read_prompts
+
+_SHUFFLE_SEED = 0
+
+
+def read_captions(path: Path, count: int) -> list[str]:
+    """Return at most `count` prompts of a file.
+
+    Args:
+        path: `.json` as COCO's captions_val2014.json: one caption each of images that are drawn at random with a fixed
+            seed, the caption with the lowest id. `.csv`, `.jsonl` or `.parquet` with a caption, text or prompt in each
+            row, or a `.csv` with the caption in its second column, as BK-SDM's metadata.csv; in the file's order. Any
+            other file has one prompt a line.
+
+    Raises:
+        AsdmError: there is no such file, or it has no captions.
+    """
+    if not path.is_file():
+        raise AsdmError(f"{path}: no such file of captions")
+    if path.suffix == ".json":
+        return _of_coco(path, count)
+    if path.suffix in (".csv", ".jsonl", ".parquet"):
+        return list(_of_table(path))[:count]
+    return read_prompts(str(path))[:count]
+
+
+def _of_coco(path: Path, count: int) -> list[str]:
+    try:
+        rows = json.loads(text_of(path))["annotations"]
+        chosen: dict[Any, tuple[Any, str]] = {}
+        for row in rows:
+            image, caption = row["image_id"], (row["id"], _plain(row["caption"]))
+            chosen[image] = min(chosen.get(image, caption), caption)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        told = "not COCO's captions, with image_id, id and caption in each of its annotations"
+        raise AsdmError(f"{path}: {told} ({one_line(repr(error), 60)})") from None
+    if not chosen:
+        raise AsdmError(f"{path}: has no captions")
+    images = sorted(chosen)
+    random.Random(_SHUFFLE_SEED).shuffle(images)
+    return [chosen[image][1] for image in images[:count]]
+
+
+def _of_table(path: Path) -> Iterator[str]:
+    captions = 0
+    for place, row, fault in rows_of_metadata(path):
+        caption = None if fault or not isinstance(row, dict) else _caption_of(row, path.suffix == ".csv")
+        if caption is None:
+            raise AsdmError(f"{path}{place}: {fault or 'has no caption, text or prompt'}")
+        captions += 1
+        yield caption
+    if not captions:
+        raise AsdmError(f"{path}: has no captions")
+
+
+def _caption_of(row: dict[str, Any], second_column: bool) -> str | None:
+    values = [row[name] for name in CAPTION_FIELDS if name in row]
+    if not values and second_column:
+        values = list(row.values())[1:2]
+    return _plain(values[0]) or None if values and isinstance(values[0], str) else None
+
+
+def _plain(text: str) -> str:
+    """Return a text in one line; half an emoji is no character."""
+    return " ".join(text.encode("utf-8", "replace").decode().split())

@@ -1,0 +1,174 @@
+"""What a stranger's model folder may ask for, checked before a library builds anything by it.
+
+The libraries take a folder at its word: which classes to load, how many layers to make, how wide they are. Code in a
+folder is never run, nothing is fetched by its configs, and memory and time are bounded by the size of its files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import transformers
+from accelerate import init_empty_weights
+from diffusers import pipelines
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from transformers import PreTrainedModel
+
+from asdm.errors import AsdmError, one_line
+from asdm.families import families
+from asdm.reading import MAX_WHOLE, read_json
+from asdm.student.classes import student_class
+
+MAX_MODULES = 20_000  # of a part; SDXL's UNet has 2,800
+_MAX_WHOLE = 2**20  # of a config's numbers: widths, vocabularies, time steps
+_MAX_SIDE = 512  # latents of a transformer with a table of positions; real ones have up to 256
+_LIBRARIES = ("diffusers", "transformers")
+# Fields by which a config makes a library fetch or run code of others.
+_CODE = ("auto_map", "custom_pipelines", "trust_remote_code")
+_QUANTISED = ("quantization_config", "compression_config")
+
+
+def require_safe_folder(folder: Path) -> None:
+    """Raise an AsdmError where a pipeline's folder asks for code of others, or for more than its files hold."""
+    index = _read_object(folder / "model_index.json")
+    _require_no_code(index, folder / "model_index.json")
+    for part, kind in index.items():
+        if isinstance(kind, list):
+            _require_known_class(part, kind, folder)
+    for config in sorted(folder.glob("*/*config.json")):
+        require_safe_config(config)
+
+
+@contextmanager
+def bounded_modules(name: str) -> Iterator[None]:
+    """Stop the building of a model in the block once it has more than `MAX_MODULES` modules.
+
+    Raises:
+        AsdmError: it has.
+    """
+    count = 0
+
+    def registered(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > MAX_MODULES:
+            raise AsdmError(f"{name}: its config asks for more than {MAX_MODULES} modules; download it again")
+
+    hook = register_module_module_registration_hook(registered)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _require_known_class(part: str, kind: list[Any], folder: Path) -> None:
+    """Raise an AsdmError unless a part's class is one of diffusers' or transformers', or a student's."""
+    place = f"{folder / 'model_index.json'}: {part}"
+    if len(kind) != 2 or not all(isinstance(each, str) for each in kind):
+        return  # no part, or none that can be loaded
+    library, class_name = kind
+    is_student = part in [family.component for family in families()] and student_class(class_name) is not None
+    of_diffusers = isinstance(getattr(pipelines, library, None), ModuleType)
+    if not (library in _LIBRARIES or of_diffusers or is_student):
+        raise AsdmError(f"{place} is of the library {library}; it must be of {' or '.join(_LIBRARIES)}")
+    if library == "transformers" and class_name.startswith("Auto"):
+        raise AsdmError(f"{place} is of the class {class_name}, which can run code; name the class itself")
+    if "." in part or "/" in part or part in ("", ".."):
+        raise AsdmError(f"{place}: is no name of a part")
+
+
+def require_safe_config(path: Path) -> None:
+    """Raise an AsdmError where the config of a part asks for code of others, or for more than its files hold."""
+    is_tokenizer = path.name == "tokenizer_config.json"  # whose longest text may be 10^30, for none
+    config = _read_object(path, math.inf if is_tokenizer else MAX_WHOLE)
+    _require_no_code(config, path)
+    if not is_tokenizer:
+        require_plausible(config, path)
+    if path.name == "config.json" and "architectures" in config:
+        _require_as_large_as_its_files(path.parent, config)
+
+
+def _require_no_code(config: dict[str, Any], path: Path) -> None:
+    asked = next((name for name in _CODE if config.get(name)), None)
+    attention = [config.get(name) for name in ("attn_implementation", "_attn_implementation")]
+    if asked is not None or any("/" in str(each) for each in attention):
+        raise AsdmError(
+            f"{path}: asks for others' code ({asked or 'attn_implementation'}), which is not run; remove it"
+        )
+    quantised = next((name for name in _QUANTISED if config.get(name)), None)
+    if quantised is not None:
+        raise AsdmError(
+            f"{path}: has a {quantised}: quantised weights, which are not read; take the checkpoint in float32, "
+            "float16 or bfloat16"
+        )
+
+
+def require_plausible(config: dict[str, Any], path: Path | str) -> None:
+    """Raise an AsdmError where a number of a config is larger than any model's."""
+    for name, value in config.items():
+        inside = value if isinstance(value, list) else [value]
+        large = [each for each in inside if isinstance(each, int) and abs(each) > _MAX_WHOLE]
+        if large:
+            raise AsdmError(f"{path}: {name}={large[0]}: must be at most {_MAX_WHOLE}; download it again")
+    sides = config.get("sample_size")
+    if "patch_size" in config and any(isinstance(side, int) and side > _MAX_SIDE for side in _listed(sides)):
+        raise AsdmError(f"{path}: sample_size={sides}: must be at most {_MAX_SIDE}; download it again")
+
+
+def _require_as_large_as_its_files(folder: Path, config: dict[str, Any]) -> None:
+    """Raise an AsdmError where transformers would make many more parameters than the files hold, at random."""
+    module = empty_of_transformers(folder, config)
+    files = [path for path in folder.glob("*.safetensors") if path.is_file()]
+    if module is None or not files:
+        return
+    held = sum(map(_parameters_in, files))
+    made = sum(parameter.numel() for parameter in module.parameters())
+    if made > 2 * held + _MAX_WHOLE:
+        raise AsdmError(
+            f"{folder}: its config describes {made} parameters, and its files hold {held}; download it again"
+        )
+
+
+def empty_of_transformers(folder: Path, config: dict[str, Any]) -> nn.Module | None:
+    """Make the transformers model that a folder's config names, without weights; None where that is not possible."""
+    names = config.get("architectures")
+    kind: Any = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
+        return None
+    made: Any = kind
+    try:
+        with init_empty_weights(include_buffers=True), bounded_modules(str(folder)):
+            return made(made.config_class.from_pretrained(folder))
+    except AsdmError:
+        raise
+    except Exception:  # of transformers, any kind; loading says what is wrong
+        return None
+
+
+def _parameters_in(path: Path) -> int:
+    try:
+        with safe_open(path, "pt") as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return 0
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _read_object(path: Path, largest: float = MAX_WHOLE) -> dict[str, Any]:
+    try:
+        found = read_json(path, largest)
+    except (OSError, ValueError) as error:
+        raise AsdmError(f"{path}: damaged ({one_line(error)}); download it again") from None
+    if not isinstance(found, dict):
+        raise AsdmError(f"{path}: damaged (no object); download it again")
+    return found

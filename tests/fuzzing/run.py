@@ -1,0 +1,47 @@
+"""Give a reader so many inputs, and say what must not have happened."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+from fuzzing.readers import Reader, fresh
+from fuzzing.watch import Fault, attempt
+
+
+def run(reader: Reader, count: int, folder: Path, number: int = 0, shrink: bool = True) -> dict[str, int]:
+    """Read `count` inputs in a folder inside `folder`.
+
+    Returns:
+        How many inputs were read, and how many were accepted.
+
+    Raises:
+        Exception: of the smallest input that was found to go wrong.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    work, counts = folder / "inputs", {"inputs": 0, "accepted": 0}
+    phases = [Phase.generate, Phase.shrink] if shrink else [Phase.generate]
+
+    @seed(number)
+    @settings(
+        max_examples=count,
+        database=None,
+        deadline=None,
+        phases=phases,
+        suppress_health_check=list(HealthCheck),
+        report_multiple_bugs=False,
+    )
+    @given(reader.inputs())
+    def read(value: Any) -> None:
+        fresh(work)
+        counts["inputs"] += 1
+        counts["accepted"] += attempt(lambda: reader.read(work, value), work)
+        others = [path for path in os.listdir(folder) if path != "inputs"]
+        if others:
+            raise Fault(f"written beside the folder: {others}")
+
+    read()
+    return counts
