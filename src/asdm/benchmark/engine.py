@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from asdm.errors import AsdmError
 from asdm.measure.latency import Stopwatch
 
 Parts = dict[str, tuple[str, int]]  # of an image, as `ImageTiming` has them
@@ -22,10 +23,15 @@ class Engine:
     dtype: str
 
     def time(self, watch: Stopwatch, name: str, *, drawn_steps: int, steps: int) -> Parts:
-        """Draw an image in `drawn_steps`, and return the parts of one in `steps`.
+        """Draw an image in `drawn_steps` (two or more), and return the parts of one in `steps`.
 
-        The first step's report comes after loading, the text encoder and the step, so it is a part of its own.
+        An untimed image of one step comes first: it reads the weights. The report of the first step follows the text
+        encoder, so these two are one part.
+
+        Raises:
+            AsdmError: the program reports another number of steps.
         """
+        self.draw(1, lambda: None)
         reports: list[float] = []
 
         def on_step() -> None:
@@ -37,6 +43,8 @@ class Engine:
         self.draw(drawn_steps, on_step)
         end = time.perf_counter()
         watch.meter.mark()
+        if len(reports) != drawn_steps:
+            raise AsdmError(f"{name}: reported {len(reports)} steps in an image of {drawn_steps}: it is not comparable")
         first, step, rest = f"{name}: first step", f"{name}: UNet, whole", f"{name}: VAE decoder"
         watch.add(first, start, reports[0])
         for before, after in pairwise(reports):

@@ -48,7 +48,7 @@ def methods(
         few_step: consistency-distilled students, by name.
         data: prompts to sample and to calibrate on. Without it there is one method of those that differ in quality
             alone, and none whose full steps depend on the prompt.
-graphs: include OpenVINO and the programs that compute on the CPU; the latter without data, as their images
+        graphs: include OpenVINO and the programs that compute on the CPU; the latter without data, as their images
             are not judged.
         decoder: a tiny decoder, as for `with_decoder`: the original and the fastest stacks decode by it, too.
 

@@ -9,8 +9,9 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
@@ -20,12 +21,15 @@ from asdm.benchmark.engine import Engine
 from asdm.benchmark.method import Loaded, Method, memoized
 from asdm.diffusion.conditioning import image_size
 from asdm.diffusion.generation import default_guidance
-from asdm.errors import needs_extra
+from asdm.errors import AsdmError, needs_extra
 from asdm.files import write_text
 from asdm.runtime.checkpoint import export_checkpoint
 from asdm.runtime.export import export
+from asdm.runtime.openvino import PRECISIONS, compile_options
 
 PROMPT = "a photograph"
+_TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+_TOKENIZERS = ("tokenizer", "tokenizer_2")
 
 
 def programs(steps: int) -> list[Method]:
@@ -39,6 +43,9 @@ def programs(steps: int) -> list[Method]:
     return [Method(name, GROUP, steps=steps, engine=engine) for name, engine in loaded.items()]
 
 
+# -- stable-diffusion.cpp ----------------------------------------------------------------------------------
+
+
 def stable_diffusion_cpp(weights: str) -> Loaded:
     """stable-diffusion.cpp by its package for Python, with weights as it names their types."""
 
@@ -46,36 +53,67 @@ def stable_diffusion_cpp(weights: str) -> Loaded:
     def loaded(pipeline: DiffusionPipeline) -> Iterator[Engine]:
         with needs_extra("benchmark", "stable-diffusion.cpp"):
             from stable_diffusion_cpp import StableDiffusion
-
+        checkpoint = _checkpoint(pipeline)
+        _report_nothing()
         model = StableDiffusion(
-            model_path=str(_checkpoint(pipeline)), wtype=weights, n_threads=torch.get_num_threads(), verbose=False
+            model_path=str(checkpoint), wtype=weights, n_threads=torch.get_num_threads(), verbose=False
         )
 
         def draw(steps: int, on_step: Callable[[], None]) -> Any:
-            return model.generate_image(
-                prompt=PROMPT,
-                width=image_size(pipeline),
-                height=image_size(pipeline),
-                cfg_scale=default_guidance(pipeline),
-                sample_method="dpm++2m",
-                sample_steps=steps,
-                # It reports the loading of a model in the same way, with its number of tensors.
-                progress_callback=lambda done, of, _: on_step() if of == steps and done else None,
-            )
+            try:
+                return model.generate_image(
+                    prompt=PROMPT,
+                    width=image_size(pipeline),
+                    height=image_size(pipeline),
+                    cfg_scale=default_guidance(pipeline),
+                    sample_method="dpm++2m",
+                    sample_steps=steps,
+                    # It reports other work in the same way, with another total.
+                    progress_callback=lambda done, total, _: on_step() if total == steps and done else None,
+                )
+            finally:
+                _report_nothing()
 
         yield Engine(draw, weights)
 
     return loaded
 
 
+def _report_nothing() -> None:
+    """Replace the library's callback: it keeps a pointer to an image's own, which Python frees after the image."""
+    from stable_diffusion_cpp import stable_diffusion_cpp as library
+
+    library.sd_set_progress_callback(_silence(), None)
+
+
+@cache
+def _silence() -> Any:
+    from stable_diffusion_cpp import stable_diffusion_cpp as library
+
+    return library.sd_progress_callback(lambda *_: None)
+
+
+@memoized
+def _folder(_pipeline: DiffusionPipeline) -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="asdm-engines-")
+
+
+@memoized
+def _checkpoint(pipeline: DiffusionPipeline) -> Path:
+    """Write the pipeline as one file in half precision."""
+    return export_checkpoint(pipeline, Path(_folder(pipeline).name) / "model.safetensors", "sdcpp").file
+
+
+# -- OpenVINO ----------------------------------------------------------------------------------------------
+
+
 @contextmanager
 def openvino_genai(pipeline: DiffusionPipeline) -> Iterator[Engine]:
-    """OpenVINO GenAI, in the precision that it chooses for this processor."""
+    """OpenVINO GenAI, with the options that our own graphs get: the faster of float32 and OpenVINO's choice."""
     with needs_extra("benchmark", "OpenVINO GenAI"):
-        import openvino_genai
-    text_to_image = openvino_genai.Text2ImagePipeline(
-        str(_graphs(pipeline)), "CPU", INFERENCE_NUM_THREADS=torch.get_num_threads()
-    )
+        import openvino_genai as genai
+    options = compile_options(torch.get_num_threads())
+    text_to_image = genai.Text2ImagePipeline(str(_genai_folder(pipeline)), "CPU", **options)
 
     def draw(steps: int, on_step: Callable[[], None]) -> Any:
         def callback(_step: int, _steps: int, _latents: Any) -> bool:
@@ -91,66 +129,60 @@ def openvino_genai(pipeline: DiffusionPipeline) -> Iterator[Engine]:
             callback=callback,
         )
 
-    yield Engine(draw, _openvino_precision())
-
-
-@contextmanager
-def optimum_intel(pipeline: DiffusionPipeline) -> Iterator[Engine]:
-    """optimum-intel, which needs earlier versions of transformers than the newest."""
-    with needs_extra("benchmark", "optimum-intel"):
-        from optimum.intel import OVDiffusionPipeline
-    text_to_image = OVDiffusionPipeline.from_pretrained(
-        _graphs(pipeline), ov_config={"INFERENCE_NUM_THREADS": str(torch.get_num_threads())}
-    )
-    text_to_image.set_progress_bar_config(disable=True)
-
-    def draw(steps: int, on_step: Callable[[], None]) -> Any:
-        def callback(_pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            on_step()
-            return tensors
-
-        return text_to_image(
-            PROMPT,
-            num_inference_steps=steps,
-            guidance_scale=default_guidance(pipeline),
-            callback_on_step_end=callback,
-        )
-
-    yield Engine(draw, _openvino_precision())
+    yield Engine(draw, _precision(options))
 
 
 @memoized
-def _folder(_pipeline: DiffusionPipeline) -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="asdm-engines-")
+def _genai_folder(pipeline: DiffusionPipeline) -> Path:
+    """Write the pipeline as OpenVINO graphs, and change what GenAI reads otherwise than optimum.
 
-
-@memoized
-def _checkpoint(pipeline: DiffusionPipeline) -> Path:
-    """Write the pipeline as one file in half precision."""
-    return export_checkpoint(pipeline, Path(_folder(pipeline).name) / "model.safetensors", "sdcpp").file
-
-
-@memoized
-def _graphs(pipeline: DiffusionPipeline) -> Path:
-    """Write the pipeline as OpenVINO graphs, as GenAI reads them: with the pipeline's own index, its tokenizer as a
-    graph, and a scheduler that GenAI knows."""
+    GenAI gives the UNet integers as time steps, finds the kinds of the parts in the pipeline's own index, needs each
+    tokenizer as a graph, and knows few schedulers, whose files may have no infinite values.
+    """
     with needs_extra("benchmark", "OpenVINO's tokenizers"):
         import openvino
         from openvino_tokenizers import convert_tokenizer
     folder = Path(_folder(pipeline).name) / "graphs"
-    export(pipeline, folder, "openvino")
-    openvino.save_model(convert_tokenizer(pipeline.tokenizer), folder / "tokenizer" / "openvino_tokenizer.xml")
+    components = pipeline.components
+    text_encoders = [name for name in _TEXT_ENCODERS if components.get(name) is not None]
+    export(pipeline, folder, "openvino", parts=["unet", "vae_decoder", *text_encoders])
+    _take_integer_steps(folder / "unet")
+    for name in _TOKENIZERS:
+        if components.get(name) is not None:
+            graph = convert_tokenizer(components[name])
+            openvino.save_model(graph, folder / name / "openvino_tokenizer.xml")
     index = json.loads((folder / "model_index.json").read_text("utf-8"))
-    index |= {name: pipeline.config[name] for name in ("text_encoder", "unet", "vae")}
+    index |= {name: pipeline.config[name] for name in ("unet", "vae", *text_encoders)}
     write_text(folder / "model_index.json", json.dumps(index))
-    fields, _, _ = DDIMScheduler.extract_init_dict(pipeline.scheduler.config)  # others may have infinite values
+    fields, _, _ = DDIMScheduler.extract_init_dict(pipeline.scheduler.config)  # type: ignore[attr-defined]
     DDIMScheduler(**fields).save_pretrained(folder / "scheduler")
     return folder
 
 
-def _openvino_precision() -> str:
-    """Return what OpenVINO computes in on this CPU by its own choice."""
+def _take_integer_steps(folder: Path) -> None:
+    """Let a written UNet take its time step as an integer."""
+    import openvino
+    from openvino.preprocess import PrePostProcessor
+
+    graph, changed = folder / "openvino_model.xml", folder / "changed.xml"
+    conversion = PrePostProcessor(openvino.Core().read_model(graph))
+    conversion.input("timestep").tensor().set_element_type(openvino.Type.i64)
+    openvino.save_model(conversion.build(), changed, compress_to_fp16=False)  # it reads its weights from the first file
+    for suffix in (".xml", ".bin"):
+        changed.with_suffix(suffix).replace(graph.with_suffix(suffix))
+
+
+def _precision(options: dict[str, Any]) -> str:
+    """Return the dtype in which OpenVINO computes with these options."""
     import openvino
 
-    capabilities = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    return "bfloat16" if "BF16" in capabilities else "float32"
+    own = openvino.Core().get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name()
+    return PRECISIONS[options.get("INFERENCE_PRECISION_HINT", own)]
+
+
+def optimum_intel(_pipeline: DiffusionPipeline) -> NoReturn:
+    """optimum-intel, which cannot be installed beside this package: a row that says so."""
+    raise AsdmError(
+        "optimum-intel: 2.2 needs transformers < 5.6 and huggingface_hub < 1.22, and diffusers 0.42 imports a newer "
+        "huggingface_hub; load the folder of `asdm export --to openvino` in an environment of its own"
+    )

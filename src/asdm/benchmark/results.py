@@ -21,7 +21,7 @@ from asdm.old_names import OLD_BENCHMARK_FIELDS, OLD_BENCHMARK_GROUPS, benchmark
 from asdm.reading import read_json
 from asdm.records import Record
 
-PROGRAMS = ("stable-diffusion-cpp-python", "openvino-genai", "optimum-intel")
+PROGRAMS = ("stable-diffusion-cpp-python", "openvino-genai")
 PACKAGES = ("torch", "diffusers", "openvino", "nncf", "tomesd", "DeepCache", "tgate", *PROGRAMS)
 
 
