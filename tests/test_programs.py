@@ -16,7 +16,7 @@ from asdm.benchmark.programs import _genai_folder, programs
 from asdm.benchmark.run import benchmark_rows
 from asdm.families import UNetFamily
 from asdm.pipelines import random_models
-from asdm.pipelines.random_models import random_denoiser, random_pipeline
+from asdm.pipelines.random_models import random_pipeline
 from asdm.student.build import empty_student
 from asdm.student.plan import PruningPlan
 from conftest import tiny_pipeline, tiny_sdxl_pipeline
@@ -98,7 +98,7 @@ def test_stable_diffusion_cpp_runs_in_the_benchmark(monkeypatch):
     with torch.device("meta"):
         unet = family.model_class(**random_models.UNETS["sd15"])
     edit = family.preset("bk-tiny", family.units(unet)).edit
-    student = random_denoiser(family, dict(empty_student(unet, PruningPlan.for_unet(unet, [edit])).config))
+    student = empty_student(unet, PruningPlan.for_unet(unet, [edit]))
     config = {key: value for key, value in student.config.items() if not key.startswith("_") and key != "edits"}
     monkeypatch.setitem(random_models.UNETS, "bk-tiny", config | {"sample_size": 8})
     pipeline = random_pipeline("bk-tiny", torch.float32)
