@@ -155,7 +155,7 @@ def _genai_folder(pipeline: DiffusionPipeline) -> Path:
     index |= {name: pipeline.config[name] for name in ("unet", "vae", *text_encoders)}
     write_text(folder / "model_index.json", json.dumps(index))
     fields, _, _ = DDIMScheduler.extract_init_dict(pipeline.scheduler.config)  # type: ignore[attr-defined]
-    DDIMScheduler(**fields).save_pretrained(folder / "scheduler")
+    DDIMScheduler(**fields | {"clip_sample": False}).save_pretrained(folder / "scheduler")  # GenAI cannot clip
     return folder
 
 
@@ -183,6 +183,6 @@ def _precision(options: dict[str, Any]) -> str:
 def optimum_intel(_pipeline: DiffusionPipeline) -> NoReturn:
     """optimum-intel, which cannot be installed beside this package: a row that says so."""
     raise AsdmError(
-        "optimum-intel: 2.2 needs transformers < 5.6 and huggingface_hub < 1.22, and diffusers 0.42 imports a newer "
-        "huggingface_hub; load the folder of `asdm export --to openvino` in an environment of its own"
+        "optimum-intel: needs transformers < 5.6 and huggingface_hub < 1.22, diffusers 0.42 needs later ones; load "
+        "exported graphs with it in another environment"
     )
