@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from asdm import (
 from asdm.families import UNetFamily
 from asdm.families.unet_original import OriginalShape, original_structure
 from asdm.pipelines import streaming
+from asdm.pipelines.loading import load_mapped
 from asdm.pipelines.random_models import UNETS
 from asdm.pipelines.shapes import denoiser_without_weights
 from asdm.sensitivity.profile import RedundancyMap
@@ -370,6 +372,19 @@ def originally(unet, name):
     return (
         FAMILY.original_layout(unet, "diffusers").names[f"{name}.weight"].removeprefix(PREFIX).removesuffix(".weight")
     )
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux lists mapped files there")
+def test_an_export_reads_weights_from_the_mapped_files(tmp_path):
+    """`load_pipeline` copies those that are not aligned."""
+    pipeline = tiny_pipeline()
+    pipeline.save_pretrained(tmp_path / "saved")
+    loaded = load_mapped(tmp_path / "saved", dtype=torch.float32)
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    mapped = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines]
+    for name, parameter in loaded.unet.named_parameters():
+        assert any(start <= parameter.data_ptr() < end for start, end in mapped), name
+        assert torch.equal(parameter, pipeline.unet.get_parameter(name))
 
 
 @pytest.mark.parametrize("style", ["diffusers", "kohya", "original"])

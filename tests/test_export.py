@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from asdm.families import UNetFamily
 from asdm.families.tensors import fingerprint
 from asdm.measure.latency import Latency
 from asdm.pipelines.derived import with_vae
+from asdm.runtime import graphs
 from asdm.runtime import openvino as openvino_graphs
 from asdm.runtime.graphs import Graph
 from asdm.runtime.openvino import OpenVinoVae, with_openvino_graphs
@@ -80,6 +82,7 @@ def test_onnx_gives_the_same(pipeline, tmp_path):
     made = export(student, tmp_path / "out", "onnx", parts=["unet", "text_encoder"])
     assert max(made.differences.values()) < 1e-4
     session = onnxruntime.InferenceSession(tmp_path / "out" / "unet" / "model.onnx")
+    assert {each.name: each.shape for each in session.get_inputs()}["timestep"] == [1]
     for batch in (1, 2, 3, 4):
         inputs = graph_inputs(student, batch)
         (found,) = session.run(None, {name: value.numpy() for name, value in inputs.items()})
@@ -89,7 +92,7 @@ def test_onnx_gives_the_same(pipeline, tmp_path):
 def graph_inputs(pipeline, batch):
     return {
         "sample": torch.randn(batch, 4, 8, 8),
-        "timestep": torch.tensor(700.0),
+        "timestep": torch.tensor([700.0]),
         "encoder_hidden_states": torch.randn(batch, pipeline.tokenizer.model_max_length, 32),
     }
 
@@ -246,8 +249,10 @@ def test_graphs_stand_in_only_for_what_they_can_do(drawing, tmp_path):
 def test_graphs_are_compiled_once_for_both_parts_of_a_guidance_that_ends(drawing, monkeypatch):
     pipeline, folder = drawing
     ready, compiled = with_openvino_graphs(pipeline, folder), []
-    options = openvino_graphs._options
-    monkeypatch.setattr(openvino_graphs, "_options", lambda threads: compiled.append(threads) or options(threads))
+    options = openvino_graphs.compile_options
+    monkeypatch.setattr(
+        openvino_graphs, "compile_options", lambda threads: compiled.append(threads) or options(threads)
+    )
     drawn = [generate(ready, "octopus", steps=4, cfg_cutoff=0.5) for _ in range(2)]
     assert len(compiled) == 3  # the UNet for two samples and for one, the decoder
     assert torch.equal(*drawn)
@@ -276,6 +281,34 @@ def test_graphs_draw_from_images_in_half_precision_and_at_their_own_size(drawing
             export(pipeline, tmp_path / "other", size=size)
 
 
+def test_graphs_take_the_time_step_in_one_dimension_and_those_of_version_0_1_as_a_number(
+    drawing, tmp_path, monkeypatch
+):
+    """optimum and OpenVINO GenAI give it one dimension."""
+    pipeline, folder = drawing
+    current = folder / "unet" / "openvino_model.xml"
+    make = graphs._denoiser_graph
+
+    def earlier(*arguments):
+        graph = make(*arguments)
+        return replace(graph, inputs=graph.inputs | {"timestep": torch.tensor(499.5)})
+
+    monkeypatch.setattr(graphs, "_denoiser_graph", earlier)
+    export(pipeline, tmp_path / "old", parts=["unet", "vae_decoder"], size=24)
+    shapes = [
+        openvino.Core().read_model(path).input("timestep").partial_shape
+        for path in (current, tmp_path / "old" / "unet" / "openvino_model.xml")
+    ]
+    assert [shape.rank.get_length() for shape in shapes] == [1, 0]
+    images = [
+        generate(with_openvino_graphs(pipeline, each), ["octopus"], steps=2) for each in (folder, tmp_path / "old")
+    ]
+    torch.testing.assert_close(*images, atol=1e-3, rtol=0)
+    inputs = {**unet_inputs(pipeline.unet, batch=2, size=12), "timestep": torch.tensor([321.0])}
+    inputs["encoder_hidden_states"] = torch.randn(2, pipeline.tokenizer.model_max_length, 32)
+    np.testing.assert_allclose(run(current, **inputs), predict(pipeline.unet, **inputs), atol=0.03)
+
+
 @pytest.mark.slow
 def test_sdxl_and_inpainting_pipelines_draw_by_their_graphs(tmp_path):
     for make, more in (
@@ -297,11 +330,11 @@ def test_graphs_compute_in_the_faster_precision(drawing, monkeypatch):
     for faster, expected in (("float32", "float32"), ("own", {"f32": "float32", "bf16": "bfloat16"}[own])):
         times = {name: Latency(1.0 if name == faster else 2.0, 1.0, 2.0, 1) for name in ("own", "float32")}
         monkeypatch.setattr(openvino_graphs, "measure_interleaved", lambda _, times=times: times)
-        openvino_graphs._options.cache_clear()
+        openvino_graphs.compile_options.cache_clear()
         ready = with_openvino_graphs(pipeline, folder)
         ready.unet(**unet_inputs(pipeline.unet, batch=1, size=12))
         assert ready.unet.precision == expected
-    openvino_graphs._options.cache_clear()
+    openvino_graphs.compile_options.cache_clear()
 
 
 def test_a_graph_for_one_batch_alone_is_refused():

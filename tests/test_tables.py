@@ -49,6 +49,17 @@ def test_no_number_of_a_benchmark_is_cut_short(judged):
     assert "…" not in text and "ImportError" in text
 
 
+@pytest.mark.parametrize("judged", [True, False])
+def test_a_program_whose_memory_and_images_are_unknown_has_dashes(judged):
+    program = BenchmarkRow(
+        place="demo", name="OpenVINO GenAI", group="baseline", steps=25, speedup=3.0, seconds=58.13,
+        seconds_interval=(58.0, 59.0), parts={"UNet, whole": 2.25}, dtype="float32",
+    )  # fmt: skip
+    others = [row(teacher_distance={"seen": 0.1})] if judged else [row()]
+    (line,) = (line for line in printed(benchmark_table([*others, program])).splitlines() if "58.13" in line)
+    assert line.count("–") == (2 if judged else 4) and ("2250" in line) == (not judged)
+
+
 def test_no_figure_of_a_map_is_cut_short(pipeline):
     redundancy = analyze(pipeline, sensitivity="taylor", timesteps=1, samples=1, latency_rounds=1)
     text = printed(profile_table(redundancy))

@@ -22,13 +22,13 @@ from asdm.measure.memory import peak_megabytes
 
 @dataclass(frozen=True)
 class Cost:
-    """What a method needs on any machine; `samples` in a denoiser call: two with guidance."""
+    """What a method needs on any machine, as far as it is known; `samples` in a denoiser call: two with guidance."""
 
     dtype: str
-    gmacs: float | None
-    unet_megabytes: float
-    peak_megabytes: float
-    samples: int
+    gmacs: float | None = None
+    unet_megabytes: float | None = None
+    peak_megabytes: float | None = None
+    samples: int = 2
 
     def metrics(self, whole_call: float, limits: dict[str, dict[str, float]]) -> dict[str, Any]:
         """Return fields of a `BenchmarkRow`.

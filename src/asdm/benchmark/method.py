@@ -9,10 +9,13 @@ from typing import TypeVar
 
 from diffusers import DiffusionPipeline
 
+from asdm.benchmark.engine import Engine
+
 Prepared = Callable[[DiffusionPipeline], AbstractContextManager[DiffusionPipeline]]
 Maker = Callable[[DiffusionPipeline], DiffusionPipeline]
 Kinds = Callable[[int], str]
-Setup = tuple[Prepared, Kinds]
+Loaded = Callable[[DiffusionPipeline], AbstractContextManager[Engine]]
+Setup = tuple[Prepared | Loaded, Kinds]
 Result = TypeVar("Result")
 
 
@@ -37,7 +40,7 @@ class Method:
 
     `kinds` names the kind of the denoiser call at each step: where only parts are timed, each kind is timed once.
     `cfg_cutoff` is the part of the steps that have guidance. `image_to_image` says whether it works in a pipeline for
-    image-to-image that shares the prepared one's parts.
+    image-to-image that shares the prepared one's parts. An `engine` samples in a loop of its own, and is timed alone.
     """
 
     name: str
@@ -47,11 +50,12 @@ class Method:
     kinds: Kinds = whole
     cfg_cutoff: float = 1.0
     image_to_image: bool = True
+    engine: Loaded | None = None
 
     @property
     def setup(self) -> Setup:
         """What methods share that differ in the number of steps alone."""
-        return self.prepared, self.kinds
+        return self.engine or self.prepared, self.kinds
 
     def in_steps(self, counts: Sequence[int]) -> list[Method]:
         """Return the method in each of these numbers of steps."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from asdm.benchmark import baselines
 from asdm.benchmark.baselines import attention_broadcast, deep_cache, t_gate, tome
 from asdm.benchmark.method import Maker, Method, Prepared, at_every, cached, combined, data_dependent, fresh
+from asdm.benchmark.programs import programs
 from asdm.benchmark.techniques import (
     by_lcm,
     caching,
@@ -47,7 +48,8 @@ def methods(
         few_step: consistency-distilled students, by name.
         data: prompts to sample and to calibrate on. Without it there is one method of those that differ in quality
             alone, and none whose full steps depend on the prompt.
-        graphs: include OpenVINO, which computes on the CPU.
+        graphs: include OpenVINO and the programs that compute on the CPU; the latter without data, as their images
+            are not judged.
         decoder: a tiny decoder, as for `with_decoder`: the original and the fastest stacks decode by it, too.
 
     Raises:
@@ -58,6 +60,7 @@ def methods(
     found = [
         *_original(steps, data),
         *_baselines(steps),
+        *(programs(steps) if graphs and data is None else []),
         *_students(steps, students, own, data),
         *_caching(steps, data),
         *_stacks(steps, own, data),

@@ -21,7 +21,8 @@ from asdm.old_names import OLD_BENCHMARK_FIELDS, OLD_BENCHMARK_GROUPS, benchmark
 from asdm.reading import read_json
 from asdm.records import Record
 
-PACKAGES = ("torch", "diffusers", "openvino", "nncf", "tomesd", "DeepCache", "tgate")
+PROGRAMS = ("stable-diffusion-cpp-python", "openvino-genai")
+PACKAGES = ("torch", "diffusers", "openvino", "nncf", "tomesd", "DeepCache", "tgate", *PROGRAMS)
 
 
 class BenchmarkRow(Record):

@@ -134,7 +134,7 @@ class _QualityRun:
         for done, method in enumerate(methods, start=1):
             if progress is not None:
                 progress("generate", done, len(methods))
-            if method.name in faults:
+            if method.name in faults or method.engine is not None:
                 continue
             try:
                 found[method.name] = self._judged(method, folders[method.name], is_original=method is methods[0])

@@ -11,7 +11,8 @@ from functools import partial
 from diffusers import DiffusionPipeline
 
 from asdm.benchmark.costs import Cost, decode, first_steps, measure_cost
-from asdm.benchmark.method import Method, Setup, data_dependent
+from asdm.benchmark.engine import Parts
+from asdm.benchmark.method import Loaded, Method, Setup, data_dependent
 from asdm.benchmark.results import fault
 from asdm.benchmark.techniques import release_graphs
 from asdm.diffusion.generation import generate
@@ -19,7 +20,6 @@ from asdm.evaluation.image_timing import ImageJob, ImageTiming, add_calls, decod
 from asdm.measure.latency import Patience, Stopwatch
 
 Progress = Callable[[str, int, int], None]
-Parts = dict[str, tuple[str, int]]  # of an image, as `ImageTiming` has them
 TURN_PRECISION = 0.05  # of the ratios to the first method, at which no more turns follow
 TURN_PATIENCE = 1.0  # seconds after which no more turns than requested follow
 _TIMES = 2  # of each kind of denoiser call in a turn, behind the first step
@@ -64,7 +64,7 @@ class MethodTimer:
             turns += 1
             self._timed_decoders.clear()
             self._timed_setups.clear()
-            self._turn(self._time_parts if self.by_parts else self._time_image, turns, rounds)
+            self._turn(self._time, turns, rounds)
         return ImageTiming(self._watch.timing(), self._parts, rounds)
 
     def _precision(self) -> float:
@@ -86,13 +86,29 @@ class MethodTimer:
             gc.collect()  # patched denoisers refer to themselves
 
     def _warm_up(self, method: Method) -> None:
-        if method.setup in self.costs:
+        if method.setup in self.costs or method.engine is not None:
             return
         with method.prepared(self.pipeline) as ready:
             self.costs[method.setup], latents = measure_cost(ready, method)
             if id(ready.vae) not in self._compiled_decoders:
                 self._compiled_decoders.add(id(ready.vae))
                 decode(ready, latents)  # compiles what is compiled at its first call
+
+    def _time(self, method: Method) -> None:
+        if method.engine is not None:
+            self._time_engine(method.engine, method)
+        elif self.by_parts:
+            self._time_parts(method)
+        else:
+            self._time_image(method)
+
+    def _time_engine(self, loaded: Loaded, method: Method) -> None:
+        drawn_steps = 1 + _TIMES if self.by_parts else method.steps
+        with loaded(self.pipeline) as engine:
+            self.costs[method.setup] = Cost(dtype=engine.dtype)
+            self._parts[method.name] = engine.time(
+                self._watch, method.name, drawn_steps=drawn_steps, steps=method.steps
+            )
 
     def _time_image(self, method: Method) -> None:
         with method.prepared(self.pipeline) as ready:

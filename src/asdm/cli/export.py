@@ -135,11 +135,15 @@ def _export_checkpoint(
     license: str | None,
     claims: dict[str, Any],
 ) -> None:
+    import torch
+
+    from asdm.pipelines.loading import load_mapped
     from asdm.runtime.checkpoint import require_file
 
     require_file(out)
     # In the precision of the file, so that memory never holds more than that.
-    pipeline = loading.load_model(model, "cpu", {"fp16": "float16", "fp32": "float32"}[dtype], **claims)
+    precision = {"fp16": torch.float16, "fp32": torch.float32}[dtype]
+    pipeline = load_mapped(model, dtype=precision, **claims)
     made = asdm.export_checkpoint(pipeline, out, program, unet_only=unet_only, dtype=dtype, license=license)
     for note in made.notes:
         say(f"to set: this model {note}")

@@ -199,11 +199,12 @@ def benchmark_table(rows: Sequence[BenchmarkRow]) -> Table:
                 f"{1000 * row.parts['UNet, whole']:.0f}",
                 _or_dash(row.gflops, "{:.0f}"),
                 _or_dash(row.limit_share, "{:.0%}"),
-                f"{row.unet_megabytes:.0f}",
-                f"{row.peak_megabytes:.0f}",
+                _or_dash(row.unet_megabytes, "{:.0f}"),
+                _or_dash(row.peak_megabytes, "{:.0f}"),
             ]
         for split in splits:
-            cells += [f"{row.teacher_distance[split]:.4f}", _or_dash(row.concept_top5.get(split), "{:.0%}")]
+            distance = _or_dash(row.teacher_distance.get(split), "{:.4f}")
+            cells += [distance, _or_dash(row.concept_top5.get(split), "{:.0%}")]
         if from_images:
             cells.append(_or_dash(row.image_to_image.get(from_images, {}).get(last), "{:.0%}"))
         table.add_row(row.name, *cells)

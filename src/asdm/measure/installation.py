@@ -48,6 +48,8 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
             "tgate==1.0.0",
             "openvino>=2026.0",
             "nncf>=3.4",
+            "openvino-genai>=2026.4",
+            "openvino-tokenizers>=2026.4",
             "stable-diffusion-cpp-python==0.4.7",
         ),
         "other methods that asdm benchmark compares with",

@@ -57,20 +57,35 @@ def load_pipeline(
     """
     if device is not None:
         on_device(torch.empty(0), device)  # refused before anything is read
+    pipeline = load_mapped(model, dtype=dtype, prediction_type=prediction_type, config=config)
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            align_weights(part)
+    return pipeline if device is None else on_device(pipeline, device)
+
+
+def load_mapped(
+    model: str | Path,
+    *,
+    dtype: torch.dtype,
+    prediction_type: PredictionType | None = None,
+    config: str | Path | None = None,
+) -> DiffusionPipeline:
+    """Load a pipeline as `load_pipeline` does, on the CPU, to read its weights once and not to compute with them.
+
+    Weights of a folder in this dtype stay in the mapped files; no copy of them is made.
+    """
     name = str(model)
     given = None if prediction_type is None else as_prediction_type(prediction_type, "prediction_type")
     pipeline, remarks = _load(name, dtype, given, config)
     if remarks:
         advice = "if that is wrong, give prediction_type or config (--prediction-type, --config)"
-        warnings.warn(f"{name}: {'; '.join([*remarks, advice])}", AsdmWarning, stacklevel=2)
+        warnings.warn(f"{name}: {'; '.join([*remarks, advice])}", AsdmWarning, stacklevel=3)
     require_supported(pipeline, name)
     pipeline = as_supported(pipeline)
     pipeline.register_to_config(_name_or_path=name)
     pipeline.set_progress_bar_config(disable=True)
-    for part in pipeline.components.values():
-        if isinstance(part, nn.Module):
-            align_weights(part)
-    return pipeline if device is None else on_device(pipeline, device)
+    return pipeline
 
 
 def _load(

@@ -51,8 +51,15 @@ UNETS: dict[str, dict[str, Any]] = {
     },
 }
 _CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-_CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
+_CLIP_H = {
+    "hidden_act": "gelu",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 23,
+    "num_attention_heads": 16,
+}
 _CLIP_G = {
+    "hidden_act": "gelu",
     "hidden_size": 1280,
     "intermediate_size": 5120,
     "num_hidden_layers": 32,
@@ -148,7 +155,7 @@ def _vae(scaling_factor: float) -> AutoencoderKL:
     )
 
 
-def _text_encoder(kind: Any, sizes: dict[str, int], tokenizer: CLIPTokenizer, dtype: torch.dtype) -> Any:
+def _text_encoder(kind: Any, sizes: dict[str, Any], tokenizer: CLIPTokenizer, dtype: torch.dtype) -> Any:
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = CLIPTextConfig(vocab_size=49408, max_position_embeddings=77, **sizes, **ids)
     return randomly_filled(lambda: kind(config), dtype)

@@ -77,7 +77,7 @@ def _denoiser_graph(
     family = family_of(denoiser)
     inputs = family.random_inputs(denoiser, batch_size=2)
     inputs |= inputs.pop("added_cond_kwargs", {})
-    inputs["timestep"] = torch.tensor(499.5)  # some schedulers visit time steps between whole ones
+    inputs["timestep"] = torch.tensor([499.5])  # some schedulers visit time steps between whole ones
     inputs["sample"] = torch.randn(2, family.sample_shape(denoiser)[0], side, side, generator=generator)
     length = pipeline.tokenizer.model_max_length
     inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"][:, :1].repeat(1, length, 1)
@@ -117,7 +117,7 @@ def calibration_inputs(pipeline: DiffusionPipeline, size: int, data: str | Path 
         calls.append(
             {
                 "sample": F.interpolate(given["sample"], size // pipeline.vae_scale_factor),
-                "timestep": torch.tensor(float(call.timestep)),
+                "timestep": torch.tensor([float(call.timestep)]),
                 "encoder_hidden_states": given["encoder_hidden_states"],
                 **given.get("added_cond_kwargs", {}),
             }

@@ -63,10 +63,13 @@ def _config_of(folder: Path) -> FrozenDict:
     return FrozenDict(read_json(folder / "config.json"))
 
 
+PRECISIONS = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}  # by OpenVINO's names
+
+
 @cache
-def _options(threads: int) -> dict[str, Any]:
-    """OpenVINO's options for a number of threads. They ask for float32 if a convolution is measured to be faster in it
-    than in OpenVINO's own choice: some CPUs' bfloat16 instructions are slower."""
+def compile_options(threads: int) -> dict[str, Any]:
+    """Return OpenVINO's options for a number of threads. They ask for float32 if a convolution is measured to be faster
+    in it than in OpenVINO's own choice: some CPUs' bfloat16 instructions are slower."""
     import openvino
     from openvino import opset13 as ops
 
@@ -101,6 +104,9 @@ class _Graph(nn.Module):
     def forward(self, **inputs: Tensor) -> Tensor:
         """Compute the first output. Inputs that the graph does not have are ignored."""
         inputs = {name: torch.as_tensor(value).cpu() for name, value in inputs.items() if name in self._read}
+        if "timestep" in inputs:  # a number in graphs of version 0.1, else of shape (1,)
+            rank = self._model.input("timestep").partial_shape.rank.get_length()
+            inputs["timestep"] = inputs["timestep"].reshape([1] * rank)
         inputs = {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
         compiled = self._for({name: list(value.shape) for name, value in inputs.items()})
         arrays = {
@@ -118,16 +124,15 @@ class _Graph(nn.Module):
                 del self._compiled[next(iter(self._compiled))]
             model = self._model.clone()
             model.reshape(shapes)
-            compiled = self._core.compile_model(model, "CPU", _options(torch.get_num_threads()))
+            compiled = self._core.compile_model(model, "CPU", compile_options(torch.get_num_threads()))
         self._compiled[key] = compiled
         return compiled
 
     @property
     def precision(self) -> str:
         """The dtype of its computation, known after the first call."""
-        return {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}[
-            next(reversed(self._compiled.values())).get_property("INFERENCE_PRECISION_HINT").get_type_name()
-        ]
+        compiled = next(reversed(self._compiled.values()))
+        return PRECISIONS[compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()]
 
 
 class OpenVinoUNet(nn.Module):

@@ -36,15 +36,16 @@ def writer(to: GraphFormat, int8: Int8 | None) -> Write:
 
 
 def program_of(graph: Graph) -> torch.export.ExportedProgram:
-    """Return the graph, for any batch.
+    """Return the graph, for any batch. An input with one element, the time step, is the whole batch's.
 
     Raises:
         AsdmError: something in it depends on the batch of the examples.
     """
-    shapes = {name: {0: torch.export.Dim.AUTO} if value.ndim else {} for name, value in graph.inputs.items()}
+    batched = {name for name, value in graph.inputs.items() if value.numel() > 1}
+    shapes = {name: {0: torch.export.Dim.AUTO} if name in batched else {} for name in graph.inputs}
     program = torch.export.export(graph.module.eval(), (), kwargs=graph.inputs, dynamic_shapes=shapes)
     examples = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
-    if any(value.ndim and is_concrete_int(examples[name].shape[0]) for name, value in graph.inputs.items()):
+    if any(is_concrete_int(examples[name].shape[0]) for name in batched):
         raise AsdmError(
             f"export: {graph.name}: its graph takes no other batch than the examples'; this part cannot be exported"
         )
