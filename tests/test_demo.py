@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,15 +33,13 @@ from tools.demo.recipe import (
     HeldThenFalling,
     StyleSwap,
     make_clip,
-    make_noise_schedule,
     make_tokenizer,
     make_unet,
     make_vae,
     normalise_latents,
-    related_drawings,
     take_over,
 )
-from tools.demo.tasks import ImageTowerTask, NoisePredictionTask, augmented, collages, inked
+from tools.demo.tasks import ImageTowerTask, augmented, collages, inked
 
 
 def test_a_tenth_of_the_pairs_is_held_out_and_never_two_of_a_concept():
@@ -214,39 +211,6 @@ def test_captions_take_their_style_from_another_or_from_none():
     assert {0, 2, 5} == set(source[named & (chosen == 0)].tolist())
     assert torch.equal(swap(chosen, step=3), swap(chosen, step=3))
     assert not torch.equal(swap(chosen, step=3), swap(chosen, step=4))
-
-
-def test_a_drawing_is_related_to_its_designs_others():
-    pairs = [Pair("owl", style) for style in ("noto", "flat", "line", "gradient")] + [Pair("egg", "flat")]
-    pairs += [Pair("egg", "twemoji"), Pair("fox", "noto")]
-    assert related_drawings(pairs) == [[1, 2, 3], [2, 3], [1, 3], [1, 2], [5], [4], [6]]
-
-
-def test_latents_of_another_drawing_are_to_become_the_captions_image():
-    schedule = make_noise_schedule()
-    own, others, captions = torch.randn(64, 4, 2, 2), torch.randn(64, 4, 2, 2), torch.ones(64, 3, 5)
-    read = {}
-
-    def knows_the_answer(noisy, timesteps, encoder_hidden_states):
-        read.update(noisy=noisy, timesteps=timesteps, dropped=encoder_hidden_states[:, 0, 0] == 0)
-        signal = schedule.alphas_cumprod[timesteps][:, None, None, None]
-        return SimpleNamespace(sample=(signal.sqrt() * noisy - own) / (1 - signal).sqrt())  # the v of x_0 = own
-
-    task = NoisePredictionTask(make_unet(), schedule, torch.zeros(1, 3, 5))
-    task.unet.forward = knows_the_answer
-    task.crossed_part = 1.0
-    noise = torch.Generator().manual_seed(1)
-    found = task(
-        {"latents": own, "others": others, "encoder_hidden_states": captions}, torch.Generator().manual_seed(1)
-    )
-    assert found["loss"] < 1e-9
-    task.parameterization.sample_timesteps(64, noise)  # the task's own draws again
-    drawn = torch.randn(own.shape, generator=noise)
-    signal = schedule.alphas_cumprod[read["timesteps"]][:, None, None, None]
-    moved = (read["noisy"] - signal.sqrt() * own - (1 - signal).sqrt() * drawn).abs().amax(dim=(1, 2, 3)) > 1e-4
-    quiet = (1 - signal).sqrt().flatten() <= task.least_noise
-    assert torch.equal(moved, ~quiet & ~read["dropped"])
-    assert 0.6 < moved.float().mean() < 0.9
 
 
 def test_a_learning_rate_is_held_before_it_falls():

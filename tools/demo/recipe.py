@@ -208,17 +208,11 @@ class Recipe:
         concept_tokens = torch.tensor(
             [len(tokenizer(pair.concept, add_special_tokens=False).input_ids) for pair in pairs]
         )
-        swap, related = StyleSwap(embeddings, concept_tokens, pairs), related_drawings(pairs)
+        swap = StyleSwap(embeddings, concept_tokens, pairs)
 
         def batch_at(step: int) -> dict[str, Tensor]:
             chosen = order(step)
-            generator = torch.Generator().manual_seed(step)
-            others = [related[i][int(torch.randint(len(related[i]), (), generator=generator))] for i in chosen.tolist()]
-            return {
-                "latents": latents[chosen],
-                "others": latents[others],
-                "encoder_hidden_states": swap(chosen, step),
-            }
+            return {"latents": latents[chosen], "encoder_hidden_states": swap(chosen, step)}
 
         unet = make_unet()
         if self.start is not None:
@@ -317,18 +311,6 @@ def members(keys: Sequence[Hashable]) -> list[list[int]]:
     for index, key in enumerate(keys):
         groups[key].append(index)
     return [groups[key] for key in keys]
-
-
-def related_drawings(pairs: Sequence[Pair]) -> list[list[int]]:
-    """Return for each pair the indices of the other drawings of its design; of its concept, where there is none; its
-    own, where there is no other at all."""
-    by_concept = members([pair.concept for pair in pairs])
-    found = []
-    for index, alike in enumerate(by_concept):
-        others = [other for other in alike if other != index]
-        variants = [other for other in others if {pairs[index].style, pairs[other].style} <= set(ONE_DESIGN)]
-        found.append(variants or others or [index])
-    return found
 
 
 class StyleSwap:

@@ -174,22 +174,16 @@ class AutoencoderTask(TrainingTask):
 
 
 class NoisePredictionTask(TrainingTask):
-    """v-prediction (arXiv 2202.00512), captions dropped at times.
+    """v-prediction (arXiv 2202.00512), unweighted, captions dropped at times.
 
-    Time steps are uniform and unweighted. Min-SNR weights (arXiv 2303.09556) gave the high noise levels a tenth of the
-    weight, and shapes came late.
+    Time steps are uniform. Min-SNR weights
+    (arXiv 2303.09556) gave the high noise levels a tenth of the say, and shapes came late.
 
-    Part of the noisy latents come from between the caption's image and `others`, another drawing of its concept; the
-    target is the caption's image all the same (inferred). So the UNet learns to turn one drawing into another by the
-    caption's style, wherever the noise hides part of the difference. A pair that was not seen begins as a drawing
-    that was, and becomes the one that the caption asks for. The errors of these latents are those of x_0.
-
-    Batch: `latents` and `others` (batch, 4, h, w) and `encoder_hidden_states` (batch, length, channels).
+    Batch: `latents` (batch, 4, h, w) and `encoder_hidden_states` (batch, length, channels).
     """
 
     empty_caption: Tensor
     caption_dropout = 0.1
-    crossed_part, least_noise = 0.5, 0.5  # the noise as s_t
 
     def __init__(self, unet: UNet2DConditionModel, scheduler: DDPMScheduler, empty_caption: Tensor):
         super().__init__()
@@ -197,26 +191,16 @@ class NoisePredictionTask(TrainingTask):
         self.register_buffer("empty_caption", empty_caption)
 
     def forward(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        latents, parameterization = batch["latents"], self.parameterization
+        latents = batch["latents"]
         count = len(latents)
-        timesteps = parameterization.sample_timesteps(count, generator)
+        timesteps = self.parameterization.sample_timesteps(count, generator)
         noise = torch.randn(latents.shape, generator=generator)
         dropped = torch.rand(count, generator=generator) < self.caption_dropout
         captions = torch.where(dropped[:, None, None], self.empty_caption, batch["encoder_hidden_states"])
-        scale, sigma = (
-            power(timesteps).sqrt()[:, None, None, None]
-            for power in (parameterization.signal_power, parameterization.noise_power)
-        )
-        crossed = (torch.rand(count, generator=generator) < self.crossed_part) & ~dropped
-        crossed = crossed[:, None, None, None] & (sigma > self.least_noise)
-        away = torch.where(crossed, torch.rand(crossed.shape, generator=generator), 0.0)
-        noisy = parameterization.add_noise(latents.lerp(batch["others"], away), noise, timesteps)
-        noise = (noisy - scale * latents) / sigma  # what lies between the caption's image and these latents
-        target = parameterization.target(latents, noise, timesteps)
+        noisy = self.parameterization.add_noise(latents, noise, timesteps)
+        target = self.parameterization.target(latents, noise, timesteps)
         velocity = self.unet(noisy, timesteps, encoder_hidden_states=captions).sample.float()
-        errors = (velocity - target).square()
-        plain = errors[~crossed.flatten()].mean()
-        return {"loss": (errors * torch.where(crossed, sigma.square(), 1.0)).mean(), "plain": plain}
+        return {"loss": F.mse_loss(velocity, target)}
 
 
 def _reoriented(images: Tensor, generator: torch.Generator) -> Tensor:
