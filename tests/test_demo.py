@@ -30,8 +30,11 @@ from tools.demo.emoji import (
     seen_pairs,
 )
 from tools.demo.recipe import (
+    RENDERING,
+    TEXT_WIDTH,
     HeldThenFalling,
     StyleSwap,
+    TwoCaptions,
     make_clip,
     make_tokenizer,
     make_unet,
@@ -39,7 +42,7 @@ from tools.demo.recipe import (
     normalise_latents,
     take_over,
 )
-from tools.demo.tasks import ImageTowerTask, augmented, collages, inked
+from tools.demo.tasks import ImageTowerTask, augmented, collages, inked, read_two_captions
 
 
 def test_a_tenth_of_the_pairs_is_held_out_and_never_two_of_a_concept():
@@ -211,6 +214,47 @@ def test_captions_take_their_style_from_another_or_from_none():
     assert {0, 2, 5} == set(source[named & (chosen == 0)].tolist())
     assert torch.equal(swap(chosen, step=3), swap(chosen, step=3))
     assert not torch.equal(swap(chosen, step=3), swap(chosen, step=4))
+
+
+def test_no_block_reads_both_concept_and_style():
+    pairs = [Pair("owl", style) for style in ("noto", "flat", "line")] + [Pair("egg", style) for style in STYLES]
+    calls = []
+
+    def swap(chosen, step):
+        calls.append((chosen.tolist(), step))
+        return torch.zeros(len(chosen), 4, 2)
+
+    chosen = torch.arange(len(pairs)).repeat(200)
+    captions = TwoCaptions(swap, pairs)
+    captions(chosen, 5)
+    (design, one), (rendering, other) = calls
+    assert one != other
+    told = list(zip((pairs[i] for i in chosen.tolist()), (pairs[i] for i in design), strict=True))
+    assert all(pair.concept == read.concept for pair, read in told)
+    styles = {pair: {read.style for own, read in told if own == pair} for pair in pairs}
+    assert styles[Pair("owl", "line")] == {"flat", "line"}  # of an owl in gradient nothing is said
+    assert styles[Pair("egg", "flat")] == set(ONE_DESIGN) and styles[Pair("egg", "noto")] == {"noto"}
+    assert all(pairs[i].style == pairs[j].style for i, j in zip(chosen.tolist(), rendering, strict=True))
+    assert {pairs[j].concept for i, j in zip(chosen.tolist(), rendering, strict=True) if i == 2} == {"owl", "egg"}
+    captions(chosen, 5)
+    assert calls[2:] == calls[:2]
+
+
+def test_the_rendering_blocks_alone_read_the_second_captions():
+    unet = make_unet().eval()
+    latents, time = torch.randn(1, 4, 16, 16), torch.tensor([500])
+    design, rendering = torch.randn(2, 1, 16, TEXT_WIDTH)
+    expected = unet(latents, time, encoder_hidden_states=design).sample
+    read_two_captions(unet, RENDERING)
+    seen = {}
+    for name in ("mid_block", "up_blocks.1", "up_blocks.2", "up_blocks.3"):
+        block = unet.get_submodule(name)
+        block.register_forward_hook(lambda _, __, out, name=name: seen.setdefault(name, []).append(out))
+    two = [torch.cat([design, other], dim=1) for other in (design, rendering)]
+    both = [unet(latents, time, encoder_hidden_states=states).sample for states in two]
+    torch.testing.assert_close(both[0], expected, atol=1e-5, rtol=1e-4)
+    for name, (first, second) in seen.items():
+        assert torch.equal(first, second) == (name not in ("up_blocks.2", "up_blocks.3")), name
 
 
 def test_a_learning_rate_is_held_before_it_falls():

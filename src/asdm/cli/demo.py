@@ -16,9 +16,7 @@ FULL = {"steps": 1500, "samples": 128, "image_to_image": 64}
 
 def demo(
     out: Annotated[Path, typer.Option(help="The folder to write everything to.")] = Path("asdm-demo"),
-    full: Annotated[
-        bool, typer.Option("--full", help="Distil 1,500 steps; evaluate 128 prompts per split.")
-    ] = False,
+    full: Annotated[bool, typer.Option("--full", help="Distil 1,500 steps; evaluate 128 prompts per split.")] = False,
     image_to_image: Annotated[
         int | None,
         typer.Option(
