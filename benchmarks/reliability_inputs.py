@@ -317,10 +317,11 @@ def demo_build(out: Path) -> Callable[[], None]:
         few: dict[str, Any] = {"steps": DEMO_STEPS, "warmup_steps": 1, "checkpoint_every": 1}
         recipe.LOOPS.update({name: replace(loop, **few) for name, loop in recipe.LOOPS.items()})
         recipe.BATCH_SIZES.update(dict.fromkeys(recipe.BATCH_SIZES, 4))
-        pairs, config = recipe.seen_pairs()[:DEMO_PAIRS], dict(recipe.make_unet().config)
+        pairs = recipe.seen_pairs()[:DEMO_PAIRS]
+        config = {name: value for name, value in recipe.make_unet().config.items() if not name.startswith("_")}
         config |= {"block_out_channels": (16, 16, 32, 32), "norm_num_groups": 8}
         recipe.seen_pairs = lambda: pairs
-        recipe.make_unet = lambda: UNet2DConditionModel.from_config(config)
+        recipe.make_unet = lambda: UNet2DConditionModel(**config)
         for stage in DEMO_STAGES:
             demo_app([stage, "--folder", str(out)], standalone_mode=False)
 
