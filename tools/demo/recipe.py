@@ -103,9 +103,7 @@ class Recipe:
     # -- stages --------------------------------------------------------------------------------
 
     def _tokenizer_stage(self, _: float | None) -> bool:
-        if (
-            self.folder / "tokenizer"
-        ).is_dir():  # another one orders ties otherwise, and CLIP has learnt this one
+        if (self.folder / "tokenizer").is_dir():  # another one orders ties otherwise, and CLIP has learnt this one
             return True
         with replacing_folder(self.folder / "tokenizer") as folder:
             make_tokenizer([pair.caption for pair in all_pairs()]).save_pretrained(folder)
