@@ -10,7 +10,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n logical --maxprocesses 8 --dist loadfile
 
-# Damaged and hostile files for all readers: an hour or two. FUZZ_INPUTS: how many in all.
+# Damaged and hostile files for all readers: an hour or two; goes on where it was stopped. FUZZ_INPUTS: how many in all.
 FUZZ_INPUTS ?= 100000
 fuzz: $(INSTALLED)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests:. $(BIN)/python -m fuzzing --inputs $(FUZZ_INPUTS) --out docs/results/fuzz.json

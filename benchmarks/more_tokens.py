@@ -29,7 +29,7 @@ from asdm.evaluation.real_images import RealImages
 from asdm.evaluation.sampling import evaluation_sets
 from asdm.families import denoiser_call
 from asdm.measure.latency import measure_interleaved
-from asdm.measure.machine import prepare_for_training
+from asdm.measure.machine import fast_training
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 WORK = Path("runs/more-tokens")
@@ -40,9 +40,9 @@ TOME_RATIOS = (0.25, 0.5, 0.75)
 
 
 @app.command()
+@fast_training()
 def train(steps: int = 1500) -> None:
     """Train the embedded UNet further at latents of 32x32."""
-    prepare_for_training()
     pipeline = asdm.load_pipeline("demo")
     pipeline.unet.register_to_config(sample_size=SIDE)
     unet = asdm.build_student(pipeline.unet, asdm.PruningPlan.for_unet(pipeline.unet, []))
@@ -57,10 +57,10 @@ def train(steps: int = 1500) -> None:
 
 
 @app.command()
+@fast_training()
 def compare(steps: int = 200, samples: int = 48, rounds: int = 20) -> None:
     """GRI attention, untrained and distilled, and ToMe: speed of a UNet call with guidance, distance to the teacher's
     images, exact pairs."""
-    prepare_for_training()
     pipeline = asdm.load_pipeline(WORK / "teacher")
     models = {"full attention": pipeline.unet, **_students(pipeline, steps)}
     times = measure_interleaved({name: denoiser_call(unet) for name, unet in models.items()}, rounds=rounds)

@@ -7,7 +7,7 @@
     python benchmarks/reliability.py together --processes 4
 
 Each run of a command is a process of its own. It is forked from this one, which has the libraries loaded. The pipeline
-is the embedded one with a small UNet.
+is a tiny one, and in the long runs the embedded one with a small UNet.
 """
 
 from __future__ import annotations
@@ -24,140 +24,42 @@ import signal
 import statistics
 import subprocess
 import sys
-import tarfile
-import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import psutil
-import torch
 import typer
 from common import RESULTS, finish, run
-from diffusers import UNet2DConditionModel
 from PIL import Image
+from reliability_inputs import (
+    REMOVED,
+    Killed,
+    command,
+    completed,
+    killed_commands,
+    require_completed,
+    small_unet,
+    start,
+    wait,
+    workplace,
+    writing_commands,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # for tools/
-
 import asdm
-from asdm import cli
-from asdm.data.prepared import PreparedData
 from asdm.data.sources import open_data
 from asdm.distillation.stages import Stage
 from asdm.errors import AsdmError
 from asdm.families import denoiser_of
-from asdm.files import read_marker
 from asdm.generation.image import read_about
 from asdm.student.build import build_student
 from asdm.student.plan import PruningPlan
-from tools.demo import recipe
-from tools.demo.__main__ import main as demo_main
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__.splitlines()[0])
-REMOVED = ("down_blocks.1.attentions.1", "mid_block.attentions.0", "up_blocks.2.attentions.1")
-IMAGES, SHARDS = 24, 4
-DEMO_STEPS, DEMO_CHECKPOINT = 12, 2  # of the VAE, in a build that is killed
 FLAT_MEGABYTES = 20  # that the last quarter of a long run may hold more than the second
-
-# -- processes --------------------------------------------------------------------------------------------
-
-
-def start(call: Callable[[], Any], errors: Path, files: int | None = None) -> int:
-    """Call a function in a child; return its process. What it prints goes to `errors`."""
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 1
-    try:
-        with errors.open("w", encoding="utf-8") as file:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            os.dup2(file.fileno(), 2)
-            call()
-            status = 0
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def wait(pid: int) -> int:
-    """Return a child's exit status, or minus its signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def command(*arguments: object) -> Callable[[], None]:
-    """Return a call of `asdm` with these arguments."""
-
-    def call() -> None:
-        sys.argv = ["asdm", *map(str, arguments)]
-        cli.main()
-
-    return call
-
-
-def completed(call: Callable[[], Any], errors: Path) -> int:
-    return wait(start(call, errors))
-
-
-def require_completed(call: Callable[[], Any], errors: Path) -> None:
-    """Raise an AsdmError unless a call in a child ends well."""
-    status = completed(call, errors)
-    if status:
-        raise AsdmError(f"exit status {status}: {errors.read_text('utf-8')[-2000:]}")
-
-
-# -- what the commands work on ----------------------------------------------------------------------------
-
-
-def tiny_pipeline() -> Any:
-    """Return the embedded pipeline with a UNet of 2 million parameters."""
-    pipeline = asdm.load_pipeline("demo")
-    torch.manual_seed(0)
-    config = dict(pipeline.unet.config) | {"block_out_channels": (32, 32, 64, 64), "norm_num_groups": 16}
-    pipeline.register_modules(unet=UNet2DConditionModel.from_config(config).eval())
-    return pipeline
-
-
-def prepare_inputs(folder: Path) -> None:
-    """Write `teacher`, `student`, `plan.json`, `data` (images) and `shards` (the same in tars) into a folder."""
-    torch.set_num_threads(1)
-    pipeline = tiny_pipeline()
-    asdm.save_pipeline(pipeline, folder / "teacher")
-    plan = PruningPlan.for_unet(pipeline.unet, [asdm.Remove(unit=unit) for unit in REMOVED])
-    plan.save(folder / "plan.json")
-    asdm.save_pipeline(asdm.with_unet(pipeline, build_student(pipeline.unet, plan)), folder / "student")
-    (folder / "data").mkdir()
-    (folder / "shards").mkdir()
-    examples = open_data("demo").examples[:IMAGES]
-    for number, example in enumerate(examples):
-        example.image().save(folder / "data" / f"{number:03d}.png")
-        (folder / "data" / f"{number:03d}.txt").write_text(example.caption, "utf-8")
-    files = sorted((folder / "data").iterdir())
-    for shard in range(SHARDS):
-        with tarfile.open(folder / "shards" / f"{shard}.tar", "w") as archive:
-            for path in files[shard * len(files) // SHARDS : (shard + 1) * len(files) // SHARDS]:
-                archive.add(path, path.name)
-    recipe_of_a_stage = [Stage(name="joint", steps=4, batch_size=2, checkpoint_every=2).model_dump(exclude_none=True)]
-    (folder / "recipe.json").write_text(json.dumps(recipe_of_a_stage), "utf-8")
-
-
-@contextlib.contextmanager
-def workplace(keep: bool = False) -> Iterator[Path]:
-    """Yield a folder with the inputs."""
-    folder = Path(tempfile.mkdtemp(prefix="asdm-reliability-"))
-    try:
-        require_completed(lambda: prepare_inputs(folder), folder / "errors.txt")
-        yield folder
-    finally:
-        if not keep:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def digest(folder: Path, patterns: Sequence[str] = ("**/*",)) -> dict[str, str]:
@@ -177,67 +79,6 @@ def with_earlier(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 # -- kills ------------------------------------------------------------------------------------------------
 
 
-class Killed:
-    """A command that is killed: the call with an output folder, what shows that its output is whole, and which of its
-    files are the same in every run. Reports have times in them, and are not."""
-
-    def __init__(
-        self,
-        name: str,
-        call: Callable[[Path], Callable[[], None]],
-        load: Callable[[Path], Any],
-        same: Sequence[str] = ("**/*",),
-    ):
-        self.name, self.call, self.load, self.same = name, call, load, same
-
-
-def killed_commands(inputs: Path) -> list[Killed]:
-    teacher, student, data = inputs / "teacher", inputs / "student", inputs / "data"
-
-    def compress(out: Path) -> Callable[[], None]:
-        options = ["--params", "0.9", "--steps", "4", "--samples", "2", "--refine", "0", "--sampling-steps", "2"]
-        return command("--threads", 1, "compress", teacher, "--data", data, "--out", out, *options)
-
-    def prepare(out: Path) -> Callable[[], None]:
-        shards = f"{inputs}/shards/{{0..{SHARDS - 1}}}.tar"
-        return command("--threads", 1, "prepare-data", teacher, shards, "--out", out)
-
-    def export(out: Path) -> Callable[[], None]:
-        return command("--threads", 1, "export", student, "--to", "openvino", "--out", out)
-
-    def checkpoint_is_whole(out: Path) -> None:
-        for path in out.glob("vae/checkpoint-*[0-9]/*.safetensors"):
-            load_file(path)
-        if not (out / "vae" / f"checkpoint-{DEMO_STEPS:07d}").is_dir():
-            raise AsdmError(f"{out}: not trained to its end")
-
-    return [
-        Killed("compress", compress, asdm.load_pipeline, ("unet/*", "vae/*", "text_encoder/*", "model_index.json")),
-        Killed("prepare-data", prepare, PreparedData, ("*.tar", "*.json")),
-        Killed("export", export, _require_exported),
-        Killed("demo-build", _demo_build, checkpoint_is_whole, ("vae/checkpoint-*/*.safetensors",)),
-    ]
-
-
-def _require_exported(out: Path) -> None:
-    if read_marker(out).get("format") != "openvino":
-        raise AsdmError(f"{out}: holds no graphs")
-
-
-def _demo_build(out: Path) -> Callable[[], None]:
-    """Return a call of the step of the embedded pipeline's build that trains its VAE, with few steps."""
-
-    def call() -> None:
-        torch.set_num_threads(1)
-        changes: dict[str, Any] = {"steps": DEMO_STEPS, "warmup_steps": 2, "checkpoint_every": DEMO_CHECKPOINT}
-        recipe.LOOPS["vae"] = replace(recipe.LOOPS["vae"], **changes)
-        recipe.BATCH_SIZES["vae"] = 4
-        sys.argv = ["tools.demo", "vae", "--folder", str(out)]
-        demo_main()
-
-    return call
-
-
 @app.command()
 def kills(
     kills: Annotated[int, typer.Option(help="Kills of each command.", min=1)] = 20,
@@ -247,16 +88,17 @@ def kills(
     """Kill each command at random moments. No half-written output may load, and the last call's output is that of an
     uninterrupted one, bit for bit."""
     with workplace() as inputs:
-        rows = [
-            _kill(each, inputs, kills, random.Random(seed))
-            for each in killed_commands(inputs)
-            if only in (None, each.name)
-        ]
-    finish("reliability_kills", with_earlier("reliability_kills", rows), seed=seed)
+        for each in killed_commands(inputs):
+            if only in (None, each.name):
+                row = _kill(each, inputs, kills, random.Random(seed))
+                finish("reliability_kills", with_earlier("reliability_kills", [row]), seed=seed)
 
 
 def _kill(job: Killed, inputs: Path, count: int, draw: random.Random) -> dict[str, Any]:
-    errors, whole, out = inputs / "errors.txt", inputs / f"{job.name}-whole", inputs / f"{job.name}-killed"
+    errors, whole, out = inputs / "errors.txt", inputs / "whole" / "out", inputs / "killed" / "out"
+    for folder in (whole, out):  # of the same name, which stands in some files
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        folder.parent.mkdir()
     begun = time.monotonic()
     require_completed(job.call(whole), errors)
     seconds = time.monotonic() - begun
@@ -284,6 +126,7 @@ def _kill(job: Killed, inputs: Path, count: int, draw: random.Random) -> dict[st
         "whole_after_a_kill": killed - refused,
         "finished_before_a_kill": finished,
         "same_bytes_at_the_end": len(expected),
+        "compared_without": ", ".join(job.timed),
         "left_over": len(left),
     }
 
@@ -292,7 +135,6 @@ def _loads(job: Killed, out: Path, errors: Path, expected: dict[str, str]) -> bo
     """Return whether what a killed command left is loaded; then it has to be the whole."""
 
     def load() -> None:
-        torch.set_num_threads(1)
         try:
             job.load(out)
         except AsdmError as error:
@@ -316,27 +158,6 @@ def _require_same(found: dict[str, str], expected: dict[str, str], what: str) ->
 # -- disks ------------------------------------------------------------------------------------------------
 
 
-def writing_commands(inputs: Path, out: Path) -> dict[str, Callable[[], None]]:
-    """Return every command that writes, with its output in `out`."""
-    teacher, student, data = inputs / "teacher", inputs / "student", inputs / "data"
-    few = ["--data", data, "--samples", 2, "--steps", 2, "--rounds", 1]
-    one_file = ["--to", "checkpoint", "--for", "diffusers"]
-    training = ["--data", data, "--recipe", inputs / "recipe.json"]
-    short = ["--params", "0.9", "--steps", "2", "--samples", "2", "--refine", "0", "--sampling-steps", "2"]
-    return {
-        "analyze": command("analyze", teacher, "--samples", 1, "--timesteps", 1, "--out", out / "profile.json"),
-        "plan": command("plan", inputs / "profile.json", "--params", 0.9, "--out", out / "plan.json"),
-        "prune": command("prune", teacher, inputs / "plan.json", "--out", out / "student"),
-        "prepare-data": command("prepare-data", teacher, data, "--out", out / "prepared"),
-        "distill": command("distill", teacher, student, *training, "--out", out / "distilled"),
-        "evaluate": command("evaluate", teacher, student, *few, "--out", out / "evaluation"),
-        "generate": command("generate", student, "a house", "--steps", 2, "--out", out / "images"),
-        "export openvino": command("export", student, "--to", "openvino", "--out", out / "openvino"),
-        "export checkpoint": command("export", teacher, *one_file, "--out", out / "model.safetensors"),
-        "compress": command("compress", teacher, "--data", data, "--out", out / "compressed", *short),
-    }  # fmt: skip
-
-
 @app.command()
 def disks(
     only: Annotated[str | None, typer.Option(help="Only this command.")] = None,
@@ -344,28 +165,22 @@ def disks(
 ) -> None:
     """Run every writing command on a full disk and in a read-only folder. It has to say so in one line with exit status
     2, and what was there stays."""
+    faults = False
     with workplace() as inputs:
         errors = inputs / "errors.txt"
-        if only in (None, "plan"):
-            require_completed(writing_commands(inputs, inputs)["analyze"], errors)
-        rows = []
         for name in writing_commands(inputs, inputs):
             if only not in (None, name):
                 continue
             needed = _needed(name, inputs, errors)
             cases = [f"{float(part):g} of its space" for part in parts.split(",")]
             free = [int(needed * float(part)) for part in parts.split(",")]
+            rows = []
             for case, space in [*zip(cases, free, strict=True), ("read-only", None)]:
-                rows.append(
-                    {
-                        "command": name,
-                        "disk": case,
-                        "needed_kb": needed // 1024,
-                        **_on_disk(name, inputs, errors, space),
-                    }
-                )
-        finish("reliability_disks", with_earlier("reliability_disks", rows))
-    if any(row["fault"] for row in rows):
+                about = {"command": name, "disk": case, "needed_kb": needed // 1024}
+                rows.append({**about, **_on_disk(name, inputs, errors, space)})
+            faults = faults or any(row["fault"] for row in rows)
+            finish("reliability_disks", with_earlier("reliability_disks", rows))
+    if faults:
         raise SystemExit(1)
 
 
@@ -404,18 +219,26 @@ def _on_disk(name: str, inputs: Path, errors: Path, space: int | None) -> dict[s
 def _half_written(disk: Path) -> list[str]:
     """Return what a failed command left and that loads, though it is not whole, or that it should have removed."""
     found = [path.name for path in disk.rglob(".*") if path.name.endswith((".partial", ".previous"))]
-    for path in disk.rglob("*.safetensors"):
-        with contextlib.suppress(OSError):
+    for pattern, read in _READ.items():
+        for path in disk.rglob(pattern):
             try:
-                load_file(path)
-            except SafetensorError:
+                read(path)
+            except (OSError, ValueError, SafetensorError):
                 found.append(path.name)
-    for index in disk.rglob("model_index.json"):
-        try:
-            json.loads(index.read_text("utf-8"))
-        except ValueError:
-            found.append(index.name)
     return found
+
+
+def _read_image(path: Path) -> None:
+    with Image.open(path) as image:
+        image.load()
+
+
+_READ: dict[str, Callable[[Path], Any]] = {
+    "*.safetensors": load_file,
+    "*.json": lambda path: json.loads(path.read_text("utf-8")),
+    "*.png": _read_image,
+    "*.jpg": _read_image,
+}
 
 
 @contextlib.contextmanager
@@ -504,7 +327,7 @@ def distill(
     """Distil in one process; memory has to stay flat."""
     samples: list[float] = []
     with workplace() as inputs:
-        pipeline = tiny_pipeline() if model is None else asdm.load_pipeline(model)
+        pipeline = small_unet(asdm.load_pipeline("demo")) if model is None else asdm.load_pipeline(model)
         plan = PruningPlan.for_unet(pipeline.unet, [asdm.Remove(unit=unit) for unit in REMOVED])
         student = build_student(denoiser_of(pipeline), plan)
         stage = Stage(name="joint", steps=steps, batch_size=4, checkpoint_every=max(10, steps // 20))
@@ -529,7 +352,7 @@ def together(
         out, errors = inputs / "images", [inputs / f"errors-{number}.txt" for number in range(processes)]
         begun = time.monotonic()
         calls = [
-            command("--threads", 1, "generate", inputs / "student", "a house", "--steps", 1, "--out", out,
+            command("generate", inputs / "student", "a house", "--steps", 1, "--out", out,
                     "--seeds", f"{number * images}-{(number + 1) * images - 1}")
             for number in range(processes)
         ]  # fmt: skip

@@ -32,7 +32,7 @@ from asdm.distillation.training_set import prepare
 from asdm.families import BlockIO
 from asdm.measure.hooks import outputs_of
 from asdm.measure.latency import Latency, seconds_of
-from asdm.measure.machine import prepare_for_training
+from asdm.measure.machine import fast_training
 from asdm.measure.memory import peak_megabytes
 from asdm.student.build import build_student
 from asdm.training.launch import make_accelerator
@@ -50,10 +50,10 @@ SETUPS: list[tuple[int, bool, OptimizerName, bool]] = [  # GPUs, FSDP, optimiser
 
 
 @app.command()
+@fast_training()
 def step(rounds: int = 12, batch_size: int = 32) -> None:
     """The loop's own steps beside the teacher's forward and the student's forward and backward alone, in turns; and
     what lives at the peak of a step beside the sum of what it cannot do without."""
-    prepare_for_training()
     pipeline = asdm.load_pipeline("demo")
     student = build_student(pipeline.unet, without_second_layers(pipeline.unet))
     stage = Stage(name="joint", steps=rounds + 1, batch_size=batch_size, checkpoint_every=rounds + 1)

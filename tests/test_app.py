@@ -1,6 +1,8 @@
 """The page of `asdm app`: the functions behind its tabs, and the page as it is built."""
 
+import errno
 import os
+import tempfile
 import threading
 import time
 import warnings
@@ -300,6 +302,8 @@ def test_handlers_show_errors_as_sentences(monkeypatch):
     assert shown.value.message == "steps=&lt;9&gt;: too many"
     with pytest.raises(gradio.Error, match="Out of memory"):
         failing(RuntimeError("CUDA out of memory"))()
+    with pytest.raises(gradio.Error, match=r"disk: plan\.json: No space left"):
+        failing(OSError(errno.ENOSPC, "No space left on device", "/tmp/gradio/0ab1/plan.json"))()
     with pytest.raises(gradio.Error, match="A fault of the program: division"):
         failing(ZeroDivisionError("division"))()
     told = []
@@ -307,6 +311,15 @@ def test_handlers_show_errors_as_sentences(monkeypatch):
     failing(CancelledError())()
     assert told == ["Cancelled."]
     assert without_paths("/tmp/gradio/0ab1/plan.json: not a plan") == "plan.json: not a plan"
+
+
+def test_without_a_place_for_temporary_files_the_page_says_so(tmp_path, monkeypatch):
+    pytest.importorskip("gradio")
+    from asdm.app.page import serve
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(AsdmError, match=r"no folder for temporary files .*; set TMPDIR"):
+        serve(AppSettings(folder=tmp_path))
 
 
 def test_the_page_is_built_without_a_model(tmp_path):

@@ -27,6 +27,7 @@ from asdm.families.unet_structure import removable_units
 from asdm.measure import machine as runtime
 from asdm.measure.hooks import outputs_of
 from asdm.measure.latency import Latency
+from asdm.measure.machine import fast_training
 from asdm.measure.macs import counting_macs
 from asdm.measure.memory import peak_megabytes
 from asdm.training.checkpoints import TrainingState, checkpoint_step
@@ -580,3 +581,15 @@ def test_cpus_train_in_bfloat16_where_that_is_faster(monkeypatch, in_bfloat16, e
         runtime._bfloat16_trains_faster.cache_clear()
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     assert make_accelerator("cpu", "auto").mixed_precision == "no"
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_denormal_numbers_are_zero_in_a_training_alone(before):
+    torch.set_flush_denormal(before)
+    try:
+        with pytest.raises(RuntimeError), fast_training():
+            assert torch.tensor([1e-40]).mul(1).item() == 0.0
+            raise RuntimeError
+        assert (torch.tensor([1e-40]).mul(1).item() == 0.0) == before
+    finally:
+        torch.set_flush_denormal(False)

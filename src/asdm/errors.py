@@ -1,12 +1,21 @@
-"""The one error that a user's input can cause; everything else that is raised is a fault of ours."""
+"""The one error that a user's input can cause, and those that the machine causes; everything else that is raised is a
+fault of ours."""
 
 from __future__ import annotations
 
+import errno
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 _LONGEST = 4000  # characters of a message
+_DISK_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EIO,
+    errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG, errno.ENODEV, errno.ESTALE,
+)  # fmt: skip
+# safetensors reports these by its own exception
+_DISK_WORDS = ("No space left on device", "Disk quota exceeded", "Read-only file system", "File too large")
+_MEMORY_WORDS = ("out of memory", "can't allocate memory", "Unable to allocate", "not enough memory")
 _DIRECTIONS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # turn the rest of a line around
 
 
@@ -58,3 +67,18 @@ def needs_extra(extra: str, what: str) -> Iterator[None]:
         raise AsdmError(
             f"{what}: {error.name or error} is not installed; install it with pip install 'asdm-diffusion[{extra}]'"
         ) from None
+
+
+def disk_error(error: Exception) -> str | None:
+    """Return a line about an error that the disk or a path caused; None for any other error."""
+    if isinstance(error, OSError) and (isinstance(error, PermissionError) or error.errno in _DISK_ERRORS):
+        return f"{error.filename or 'output'}: {error.strerror}"
+    return one_line(error) if any(words in str(error) for words in _DISK_WORDS) else None
+
+
+def memory_error(error: Exception) -> str | None:
+    """Return a line about an error that too little memory caused, the device's or the machine's; None for any other
+    error."""
+    if isinstance(error, MemoryError) or any(words in str(error) for words in _MEMORY_WORDS):
+        return f"out of memory ({one_line(error)}): use smaller images, a smaller batch or another device"
+    return None

@@ -5,6 +5,7 @@ Folders that this tool wrote carry a marker, by which it knows what it may repla
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import shutil
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import psutil
@@ -52,6 +54,21 @@ def replacing_file(target: Path) -> Iterator[Path]:
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def require_space(folder: Path, size: int) -> None:
+    """Raise an OSError where a folder's disk cannot take a file of so many bytes.
+
+    It says what stopped a library that has raised an error of its own.
+    """
+    try:
+        with TemporaryFile(dir=folder) as probe:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(probe.fileno(), 0, max(size, 1))
+            elif shutil.disk_usage(folder).free < size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from None
 
 
 def write_new(paths: Iterable[Path], write: Callable[[Path], Any]) -> Path:

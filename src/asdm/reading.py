@@ -50,7 +50,7 @@ def parse_json(text: str | bytes, largest: float = MAX_WHOLE) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """Parse YAML, its plain types alone.
+    """Parse YAML, its plain types alone. Keys become texts, as in JSON: fields of records have names.
 
     Raises:
         ValueError: it is no YAML, nested too deeply, or its aliases repeat too much.
@@ -62,7 +62,13 @@ def parse_yaml(text: str) -> Any:
     except Exception as error:  # PyYAML's constructors of numbers and dates raise many kinds
         raise ValueError(one_line(error)) from None
     _require_bounded(content, MAX_YAML_VALUES)
-    return content
+    return _with_text_keys(content)
+
+
+def _with_text_keys(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {str(key): _with_text_keys(value) for key, value in content.items()}
+    return [_with_text_keys(value) for value in content] if isinstance(content, list) else content
 
 
 _TOO_DEEP = f"nested more than {MAX_DEPTH} deep"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import traceback
 from pathlib import Path
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from fuzzing.readers import Reader, fresh
+from fuzzing.readers import READERS, Reader, fresh
 from fuzzing.watch import Fault, attempt
+
+COUNTS, ERRORS = "counts.json", "errors.txt"
 
 
 def run(reader: Reader, count: int, folder: Path, number: int = 0, shrink: bool = True) -> dict[str, int]:
@@ -45,3 +49,18 @@ def run(reader: Reader, count: int, folder: Path, number: int = 0, shrink: bool 
 
     read()
     return counts
+
+
+def run_part(name: str, count: int, number: int, folder: Path) -> None:
+    """Run a reader in a process of its own; write its counts to `COUNTS`, and what it prints to `ERRORS`."""
+    for stream in (1, 2):
+        os.dup2(os.open(folder / ERRORS, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    work = folder / "work"
+    work.mkdir()
+    counts: dict[str, Any]
+    try:
+        counts = dict(run(next(reader for reader in READERS if reader.name == name), count, work, number))
+    except Exception as error:
+        traceback.print_exc()
+        counts = {"fault": " ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])}
+    (folder / COUNTS).write_text(json.dumps(counts), "utf-8")

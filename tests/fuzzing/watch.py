@@ -84,7 +84,7 @@ def _bounded() -> Iterator[None]:
     handlers = [signal.signal(number, stop) for number in (signal.SIGPROF, signal.SIGALRM)]
     resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") * 1024 + _LIMIT, hard))
     signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)
-    signal.setitimer(signal.ITIMER_REAL, 6 * MAX_SECONDS)  # others compute on this machine too
+    signal.setitimer(signal.ITIMER_REAL, 30 * MAX_SECONDS)  # others compute on this machine too
     try:
         yield
     finally:

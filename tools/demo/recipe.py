@@ -30,7 +30,7 @@ from asdm.diffusion.conditioning import encode_images
 from asdm.errors import AsdmError
 from asdm.files import replacing_folder, write_text
 from asdm.images import load_images
-from asdm.measure.machine import prepare_for_training
+from asdm.measure.machine import fast_training
 from asdm.training.checkpoints import checkpoint_step, load_ema_weights
 from asdm.training.launch import make_accelerator
 from asdm.training.loop import LoopSettings, Progress, train
@@ -114,9 +114,9 @@ class Recipe:
     progress: Progress | None = None
     start: Path | None = None
 
+    @fast_training()
     def build(self, stage: str = "all", stop_after_seconds: float | None = None) -> bool:
         """Run one stage, or all in order; returns whether it is done (not stopped by the time given)."""
-        prepare_for_training()
         stages: dict[str, Callable[[float | None], bool]] = {
             "tokenizer": self._tokenizer_stage,
             "clip": self._clip_stage,
@@ -130,6 +130,8 @@ class Recipe:
     # -- stages --------------------------------------------------------------------------------
 
     def _tokenizer_stage(self, _: float | None) -> bool:
+        if (self.folder / "tokenizer").is_dir():  # another one orders ties otherwise, and CLIP has learnt this one
+            return True
         with replacing_folder(self.folder / "tokenizer") as folder:
             make_tokenizer([pair.caption for pair in all_pairs()]).save_pretrained(folder)
         return True

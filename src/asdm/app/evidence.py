@@ -13,7 +13,7 @@ import numpy as np
 
 from asdm.benchmark.plot import pareto_front
 from asdm.benchmark.results import Benchmark, BenchmarkRow
-from asdm.errors import AsdmError
+from asdm.errors import AsdmError, one_line
 from asdm.training.log import read_log
 
 REPORT, LOG, RUN_SUFFIX = "report.html", "log.jsonl", "_run.json"
@@ -80,9 +80,13 @@ def evidence_file(folder: Path, name: str | None, kind: str) -> Path:
     """
     if not name:
         raise AsdmError("nothing chosen; start asdm app with --folder where the results are")
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()) or not path.name.endswith(kind) or not path.is_file():
-        raise AsdmError(f"{name[:200]}: not a file of the page's folder")
+    refusal = AsdmError(f"{name[:200]}: not a file of the page's folder")
+    try:
+        path = (folder / name).resolve()
+        if not path.is_relative_to(folder.resolve()) or not path.name.endswith(kind) or not path.is_file():
+            raise refusal
+    except (OSError, RuntimeError, ValueError):  # a name with a null byte, too long, or of links in a circle
+        raise refusal from None
     return path
 
 
@@ -199,8 +203,8 @@ def read_losses(path: Path) -> list[dict[str, float]]:
     """
     try:
         return read_log(path)
-    except (UnicodeDecodeError, RecursionError):
-        raise AsdmError(f"{path.name}: not the log of a training") from None
+    except OSError as error:
+        raise AsdmError(f"{path.name}: cannot be read ({one_line(error)})") from None
 
 
 def _styled(figure: Any, x: str, y: str, log_x: bool = False, log_y: bool = False) -> Any:

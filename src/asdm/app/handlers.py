@@ -18,13 +18,12 @@ from asdm.app.compare import Progress
 from asdm.app.models import ModelLibrary
 from asdm.app.settings import AppSettings
 from asdm.app.work import CancelledError, Workbench
-from asdm.errors import AsdmError, one_line
+from asdm.errors import AsdmError, disk_error, memory_error, one_line
 
 P = ParamSpec("P")
 R = TypeVar("R")
 COMPUTING: dict[str, Any] = {"concurrency_id": "computing", "concurrency_limit": 1}
 _log = logging.getLogger(__name__)
-_MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
 _UPLOADS = re.compile(rf"{re.escape(tempfile.gettempdir())}\S*/(?=[^/\s]+)")
 
 
@@ -58,8 +57,10 @@ def sentences(handler: Callable[P, R]) -> Callable[P, R]:
             gr.Info("Cancelled.")
             return gr.skip()
         except Exception as error:
-            if isinstance(error, MemoryError) or any(words in str(error) for words in _MEMORY_WORDS):
+            if memory_error(error) is not None:
                 raise _shown("Out of memory; use a smaller image or another model.") from None
+            if (line := disk_error(error)) is not None:
+                raise _shown(f"The server's disk: {without_paths(line)}") from None
             _log.exception("a request failed")
             raise _shown(f"A fault of the program: {one_line(error)}") from None
 

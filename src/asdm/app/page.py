@@ -17,6 +17,7 @@ from asdm.app.files import KEPT_SECONDS
 from asdm.app.handlers import Page, session_of
 from asdm.app.plan_tab import plan_tab
 from asdm.app.settings import AppSettings
+from asdm.errors import AsdmError, one_line
 
 _FONTS = ["system-ui", "sans-serif"]  # none is fetched from elsewhere
 CSS = """
@@ -59,9 +60,23 @@ def build_page(page: Page) -> gr.Blocks:
     return blocks.queue(max_size=page.settings.limits.waiting, default_concurrency_limit=4)
 
 
+def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """Make the folder of the page's files.
+
+    Raises:
+        AsdmError: the disk is full, or cannot be written to.
+    """
+    try:
+        return tempfile.TemporaryDirectory(prefix="asdm-app-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise AsdmError(
+            f"no folder for temporary files ({one_line(error)}); set TMPDIR to one on a disk with space"
+        ) from None
+
+
 def serve(settings: AppSettings) -> None:
     """Serve the page until it is interrupted. The requests in work end at their next step."""
-    with tempfile.TemporaryDirectory(prefix="asdm-app-", ignore_cleanup_errors=True) as folder:
+    with _temporary_folder() as folder:
         os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "gradio")  # uploads and copies go with the server
         page = Page(settings, Path(folder) / "results")
         try:

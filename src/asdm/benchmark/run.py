@@ -21,6 +21,7 @@ from asdm.benchmark.timing import MethodTimer, Progress
 from asdm.choices import IMAGE_TO_IMAGE_STRENGTH
 from asdm.diffusion.conditioning import image_size
 from asdm.diffusion.generation import generate
+from asdm.errors import disk_error
 from asdm.evaluation.image_folders import IMAGE_TO_IMAGE, folder_names, save_images
 from asdm.evaluation.image_timing import ImageTiming
 from asdm.evaluation.image_to_image import OTHER_SEED, ImageToImageJudge
@@ -139,6 +140,8 @@ class _QualityRun:
             try:
                 found[method.name] = self._judged(method, folders[method.name], is_original=method is methods[0])
             except Exception as error:
+                if disk_error(error) is not None:  # of the images that the user asked for
+                    raise
                 faults[method.name] = fault(error)
                 continue
             found[method.name] |= self._image_to_image(method, folders[method.name], is_original=method is methods[0])
@@ -153,6 +156,8 @@ class _QualityRun:
         try:
             return {"image_to_image": self._judged_from_images(method, folder, is_original)}
         except Exception as error:
+            if disk_error(error) is not None:
+                raise
             return {"image_to_image_error": fault(error)}
 
     def _judged(self, method: Method, folder: str, is_original: bool) -> dict[str, Any]:

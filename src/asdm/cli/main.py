@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import warnings
@@ -14,15 +13,7 @@ import typer
 
 from asdm.cli.app import app
 from asdm.cli.output import errors, is_main_process
-from asdm.errors import AsdmError, AsdmWarning, one_line
-
-_DISK_ERRORS = (
-    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EIO,
-    errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG, errno.ENODEV, errno.ESTALE,
-)  # fmt: skip
-# safetensors reports these by its own exception
-_DISK_WORDS = ("No space left on device", "Disk quota exceeded", "Read-only file system", "File too large")
-_MEMORY_WORDS = ("out of memory", "can't allocate memory", "Unable to allocate", "not enough memory")
+from asdm.errors import AsdmError, AsdmWarning, disk_error, memory_error, one_line
 
 
 def main() -> None:
@@ -49,17 +40,19 @@ def one_line_errors() -> Iterator[None]:
     except Exception as error:
         if hasattr(error, "format_message"):  # typer refuses an option or argument
             _fail_to_parse(error)
-        cause = _disk_error(error) or _memory_error(error)
+        cause = disk_error(error) or memory_error(error)
         if debug or cause is None:
             raise
         _fail(f"{cause}; existing files are unchanged", 2)
 
 
 def _silence_libraries() -> None:
-    """Keep advice that a user of this tool cannot act on off the terminal, and print our own warnings in one line."""
+    """Keep advice that a user of this tool cannot act on off the terminal, and telemetry of libraries off the network.
+    Print our own warnings in one line."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # of ONNX Runtime, which diffusers imports where it is there
     warnings.simplefilter("ignore", FutureWarning)  # one library's about another
     default_showwarning = warnings.showwarning
 
@@ -71,21 +64,6 @@ def _silence_libraries() -> None:
 
     warnings.showwarning = show  # type: ignore[assignment]
     warnings.simplefilter("always", AsdmWarning)
-
-
-def _disk_error(error: Exception) -> str | None:
-    """Return a line about an error that the disk or a path caused; None for any other error."""
-    if isinstance(error, OSError) and (isinstance(error, PermissionError) or error.errno in _DISK_ERRORS):
-        return f"{error.filename or 'output'}: {error.strerror}"
-    return one_line(error) if any(words in str(error) for words in _DISK_WORDS) else None
-
-
-def _memory_error(error: Exception) -> str | None:
-    """Return a line about an error that too little memory caused, the device's or the machine's; None for any other
-    error."""
-    if isinstance(error, MemoryError) or any(words in str(error) for words in _MEMORY_WORDS):
-        return f"out of memory ({one_line(error)}): use smaller images, a smaller batch or another device"
-    return None
 
 
 def _fail_to_parse(error: Any) -> NoReturn:

@@ -19,7 +19,7 @@ from asdm.distillation.training_set import TrainingSet, prepare
 from asdm.errors import AsdmError
 from asdm.files import folder_lock, read_settings, write_text
 from asdm.measure.hooks import preserve_module_state
-from asdm.measure.machine import prepare_for_training
+from asdm.measure.machine import fast_training
 from asdm.pipelines.decoders import is_tiny
 from asdm.training.checkpoints import require_same_run
 from asdm.training.launch import make_accelerator
@@ -48,6 +48,7 @@ class DecoderTraining:
     seed=checks.SEED,
     progress=checks.function,
 )
+@fast_training()
 def distill_decoder(
     pipeline: DiffusionPipeline,
     data: str | Path,
@@ -83,7 +84,6 @@ def distill_decoder(
     require_installed(recipe.optimizer)
     tiny = recipe.tiny_for(pipeline)
     folder.mkdir(parents=True, exist_ok=True)
-    prepare_for_training()
     vae: Any = pipeline.vae
     accelerator = make_accelerator(vae.device, recipe.mixed_precision, some_unused=True)
     with folder_lock(folder), preserve_module_state(vae):

@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
+from accelerate import init_empty_weights
 from diffusers import AutoencoderTiny, DiffusionPipeline
 from pydantic import Field, field_validator
 
 from asdm.errors import AsdmError, one_line
 from asdm.pipelines.decoders import make_tiny
+from asdm.reading import parse_yaml
 from asdm.records import Record
 from asdm.training.loop import LoopSettings
 from asdm.training.optimizers import OptimizerName
 
+MAX_PARAMETERS = 10**8  # of a tiny decoder; TAESD has 2.4 million, Stable Diffusion's VAE 84 million
 NARROW = 64  # channels of a VAE's outermost level, below which the decoder is half as wide
 
 
@@ -62,7 +64,7 @@ class DecoderRecipe(Record):
         """Make the decoder for a pipeline's latents, with random weights.
 
         Raises:
-            AsdmError: the blocks are not those of as many levels as the pipeline's VAE has.
+            AsdmError: the blocks are not those of as many levels as the pipeline's VAE has, or the decoder is not tiny.
         """
         vae: Any = pipeline.vae
         is_narrow = vae.config.block_out_channels[0] < NARROW
@@ -73,9 +75,17 @@ class DecoderRecipe(Record):
                 f"blocks={','.join(map(str, blocks))}: the levels of this model's VAE are {levels}, as an image has "
                 f"{pipeline.vae_scale_factor} times the latents' side; give {levels} numbers"
             )
+        size = (vae.config.latent_channels, self.width or (32 if is_narrow else 64), blocks)
+        with init_empty_weights():
+            parameters = sum(parameter.numel() for parameter in make_tiny(*size).parameters())
+        if parameters > MAX_PARAMETERS:
+            raise AsdmError(
+                f"width={size[1]}, blocks={','.join(map(str, blocks))}: a decoder of {parameters / 1e6:.0f}M "
+                f"parameters; a tiny one has at most {MAX_PARAMETERS // 10**6}M"
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return make_tiny(vae.config.latent_channels, self.width or (32 if is_narrow else 64), blocks)
+            return make_tiny(*size)
 
     def loop(self, seed: int) -> LoopSettings:
         """Return the settings of the training loop."""
@@ -98,9 +108,9 @@ def read_decoder_recipe(path: str | Path) -> DecoderRecipe:
     if not path.is_file():
         raise AsdmError(f"{path}: no such recipe of a decoder; name a YAML file with its fields")
     try:
-        fields = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        fields = parse_yaml(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
         raise AsdmError(f"{path}: not a recipe in YAML: {one_line(error)}") from None
-    if not isinstance(fields, dict) or not all(isinstance(name, str) for name in fields):
+    if not isinstance(fields, dict):
         raise AsdmError(f"{path}: not a recipe of a decoder; write its fields by name, such as steps: 1500")
     return DecoderRecipe(**fields)

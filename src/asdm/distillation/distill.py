@@ -25,7 +25,7 @@ from asdm.errors import AsdmError
 from asdm.families import Denoiser, denoiser_of, family_of
 from asdm.files import folder_lock
 from asdm.measure.hooks import preserve_module_state
-from asdm.measure.machine import prepare_for_training
+from asdm.measure.machine import fast_training
 from asdm.training.loop import Progress
 from asdm.training.optimizers import require_installed
 
@@ -43,6 +43,7 @@ from asdm.training.optimizers import require_installed
     seed=checks.SEED,
     progress=checks.function,
 )
+@fast_training()
 def distill(
     teacher: DiffusionPipeline,
     student: Denoiser,
@@ -91,7 +92,6 @@ def distill(
         on_device(torch.empty(0), device)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    prepare_for_training()
     stages = recipe_stages(recipe, student, 1000 if steps is None else steps) if stages is None else list(stages)
     if captions is not None:
         stages = with_captions(stages, captions)

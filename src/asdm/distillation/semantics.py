@@ -19,8 +19,8 @@ from asdm.diffusion.parameterization import Parameterization, parameterization_o
 from asdm.errors import AsdmError, one_line
 from asdm.families import Denoiser, denoiser_of, family_of
 from asdm.pipelines.clip import clip_statistics, load_clip
+from asdm.pipelines.transformers_models import load_transformers_model
 
-_SAFELY = {"trust_remote_code": False, "use_safetensors": True}
 TIMESTEP = 0.2  # part of the schedule at which the denoiser reads latents: little noise, so that meaning shows
 
 
@@ -172,7 +172,7 @@ def make_encoder(name: str, pipeline: DiffusionPipeline, decoder: str | None = N
                     "semantics: no clip folder beside this pipeline; choose the encoder unet, or name a vision model"
                 )
             return VisionEncoder(clip.to(pipeline.device), vae, pipeline.tokenizer, *clip_statistics(clip))
-        model = AutoModel.from_pretrained(name, dtype=torch.float32, **_SAFELY).to(pipeline.device)
+        model = load_transformers_model(AutoModel, name, whole=False).to(pipeline.device)
         tokenizer = (
             AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             if hasattr(model, "get_text_features")

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from asdm.files import write_text
+from asdm.errors import AsdmError, one_line
+from asdm.files import replacing_file, write_text
 from asdm.images import to_images
+from asdm.reading import read_json
 
 IMAGE_TO_IMAGE = "image-to-image"  # the folder of images that start from images
 DISTANCES = "distances.json"  # beside a model's images: how far each is from the teacher's
@@ -55,7 +57,8 @@ def save_images(images: Tensor, folder: Path) -> None:
     """Write images (images, 3, h, w) in [-1, 1] as 0000.png and so on."""
     folder.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(to_images(images)):
-        image.save(folder / image_name(index))
+        with replacing_file(folder / image_name(index)) as partial:
+            image.save(partial, "PNG")
 
 
 def image_name(index: int) -> str:
@@ -69,6 +72,15 @@ def save_distances(distances: Tensor, folder: Path) -> None:
 
 
 def load_distances(folder: Path) -> list[float] | None:
-    """Return what `save_distances` wrote; None in folders of earlier versions."""
+    """Return what `save_distances` wrote; None in folders of earlier versions.
+
+    Raises:
+        AsdmError: the file is damaged.
+    """
     path = folder / DISTANCES
-    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return [float(value) for value in read_json(path)]
+    except (OSError, ValueError, TypeError) as error:
+        raise AsdmError(f"{path}: damaged ({one_line(error)}); remove it, and evaluate again") from None

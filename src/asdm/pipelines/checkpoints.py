@@ -22,6 +22,7 @@ from torch import Tensor
 
 from asdm.choices import PredictionType
 from asdm.errors import AsdmError, one_line
+from asdm.pipelines.untrusted import require_plausible
 from asdm.reading import parse_json, parse_yaml
 
 _SPELLINGS: dict[str, PredictionType] = {
@@ -101,12 +102,16 @@ class Claim:
 
 @dataclass(frozen=True)
 class Parameterization:
-    """What all sources together say: the strongest decides. `remarks` are for the user."""
+    """What all sources together say: the strongest decides. `remarks` are for the user.
+
+    `source` is where the fields of the scheduler stand.
+    """
 
     prediction_type: PredictionType | None
     zero_snr: bool | None
     scheduler: dict[str, Any]
     remarks: list[str]
+    source: str = "its own config"
 
 
 def as_prediction_type(value: Any, source: str) -> PredictionType:
@@ -241,12 +246,18 @@ def settled(claims: Sequence[Claim], given: PredictionType | None, name: str) ->
     if zero_snr and prediction == "epsilon":
         zero_snr = False
         remarks.append("a noise schedule that ends at zero SNR is left out, as to predict noise has no meaning there")
-    scheduler = next((each.scheduler for each in claims if each.scheduler), {})
-    return Parameterization(prediction, zero_snr, scheduler, remarks)
+    of_scheduler = next((each for each in claims if each.scheduler), None)
+    if of_scheduler is None:
+        return Parameterization(prediction, zero_snr, {}, remarks)
+    return Parameterization(prediction, zero_snr, of_scheduler.scheduler, remarks, of_scheduler.source)
 
 
 def scheduler_for(scheduler: Any, said: Parameterization) -> Any:
-    """Make a scheduler that samples as was said, of the same class where that class can."""
+    """Make a scheduler that samples as was said, of the same class where that class can.
+
+    Raises:
+        AsdmError: a field of its config has a value of which no scheduler can be made.
+    """
     if type(scheduler).__name__.startswith("EDM") and not said.scheduler:
         return scheduler.from_config(scheduler.config, **_without_none(prediction_type=said.prediction_type))
     named = said.scheduler.get("_class_name")
@@ -261,7 +272,14 @@ def scheduler_for(scheduler: Any, said: Parameterization) -> Any:
     if unable or (said.prediction_type == "sample" and not predicts_samples(kind)):
         kind = DDIMScheduler
         changes |= {"clip_sample": False, "set_alpha_to_one": config.get("set_alpha_to_one", False)}
-    return kind.from_config(config, **changes)
+    require_plausible(config, said.source)
+    try:
+        return kind.from_config(config, **changes)
+    except Exception as error:  # of diffusers, any kind
+        raise AsdmError(
+            f"{said.source}: no {kind.__name__} can be made of it ({type(error).__name__}: {one_line(error, 100)}); "
+            "correct it, or remove it"
+        ) from None
 
 
 def takes_zero_snr(kind: type) -> bool:

@@ -6,12 +6,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
 from transformers import CLIPModel, PreTrainedModel
 
 from asdm.errors import AsdmError, one_line
-from asdm.pipelines.quiet import quiet
+from asdm.pipelines.transformers_models import load_transformers_model
 from asdm.reading import read_json
 from asdm.registry import PIPELINES, registered_folder
 
@@ -22,11 +21,7 @@ def load_clip(pipeline: DiffusionPipeline) -> CLIPModel | None:
     folder = (registered_folder(name, PIPELINES) or Path(name)) / "clip"
     if not folder.is_dir():
         return None
-    try:
-        with quiet():
-            return CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
-    except Exception as error:  # of transformers, any kind
-        raise AsdmError(f"{folder}: the CLIPModel cannot be loaded ({one_line(error)}); remove the folder") from None
+    return load_transformers_model(CLIPModel, folder, "remove the folder")  # type: ignore[no-any-return]
 
 
 def clip_statistics(clip: PreTrainedModel) -> tuple[list[float], list[float]]:

@@ -15,25 +15,25 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline
-from safetensors import SafetensorError
 
 from asdm import checks
 from asdm.devices import on_device
 from asdm.diffusion.kinds import RANDOM, is_random
-from asdm.errors import AsdmError, one_line
+from asdm.errors import AsdmError, memory_error, one_line
 from asdm.files import MARKER, replacing_folder, require_ours
 from asdm.pipelines.derived import with_vae
 from asdm.pipelines.names import looks_like_path
 from asdm.pipelines.quiet import quiet
 from asdm.pipelines.random_models import randomly_filled
 from asdm.pipelines.tensor_faults import require_loaded, require_safetensors, require_weights
+from asdm.pipelines.untrusted import bounded_modules, require_safe_config
+from asdm.reading import read_json
 from asdm.registry import PIPELINES, registered_folder
 
 KIND = "decoder"  # of a folder, in its marker
 FOLDER = "decoder"  # within a registered pipeline's folder
 ENCODER_BLOCKS = 3  # of a level, at most
 RANDOM_DECODER = f"{RANDOM}taesd"
-_LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
 _CARD = """---
 library_name: diffusers
 tags: [asdm]
@@ -86,10 +86,10 @@ def load_decoder(name: str | Path, pipeline: DiffusionPipeline) -> AutoencoderTi
         return _random(name, pipeline)
     place = _place_of(name)
     try:
-        with quiet():
+        with quiet(), bounded_modules(name):
             tiny = AutoencoderTiny.from_pretrained(place, torch_dtype=torch.float32, use_safetensors=True)
-    except _LOAD_ERRORS as error:
-        if isinstance(error, AsdmError):
+    except Exception as error:  # of diffusers, any kind
+        if isinstance(error, AsdmError) or memory_error(error) is not None:
             raise
         what = "the decoder cannot be loaded" if os.path.isdir(place) else "no such decoder, here or on the Hub"
         raise AsdmError(f"{name}: {what} ({one_line(error)})") from None
@@ -196,7 +196,7 @@ def _place_of(name: str) -> str:
             raise AsdmError(f"{name}: no such folder of a decoder; name one, or a Hub id of an AutoencoderTiny")
         return name
     try:
-        found = json.loads((folder / "config.json").read_text("utf-8"))["_class_name"]
+        found = read_json(folder / "config.json")["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AsdmError(f"{name}: not a decoder in diffusers' format ({one_line(error)})") from None
     if found != AutoencoderTiny.__name__:
@@ -204,6 +204,7 @@ def _place_of(name: str) -> str:
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise AsdmError(f"{name}: no .safetensors weights; pickles are not loaded, convert them first")
+    require_safe_config(folder / "config.json")
     for path in weights:
         require_safetensors(path)
         require_weights(path)

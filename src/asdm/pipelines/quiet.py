@@ -12,14 +12,16 @@ from transformers.utils import logging as transformers_logging
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence progress bars and advice of the libraries while a pipeline is loaded or saved."""
-    level = diffusers_logging.get_verbosity()
+    levels = [(log, log.get_verbosity()) for log in (diffusers_logging, transformers_logging)]
     with_bars = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
-    diffusers_logging.set_verbosity_error()
+    for log, _ in levels:
+        log.set_verbosity_error()
     for log in with_bars:
         log.disable_progress_bar()
     try:
         yield
     finally:
-        diffusers_logging.set_verbosity(level)
+        for log, level in levels:
+            log.set_verbosity(level)
         for log in with_bars:
             log.enable_progress_bar()

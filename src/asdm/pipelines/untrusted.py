@@ -92,7 +92,9 @@ def require_safe_config(path: Path) -> None:
     if not is_tokenizer:
         require_plausible(config, path)
     if path.name == "config.json" and "architectures" in config:
-        _require_as_large_as_its_files(path.parent, config)
+        module = empty_of_transformers(path.parent, config)
+        if module is not None:
+            require_as_large_as_its_files(module, path.parent)
 
 
 def _require_no_code(config: dict[str, Any], path: Path) -> None:
@@ -122,11 +124,11 @@ def require_plausible(config: dict[str, Any], path: Path | str) -> None:
         raise AsdmError(f"{path}: sample_size={sides}: must be at most {_MAX_SIDE}; download it again")
 
 
-def _require_as_large_as_its_files(folder: Path, config: dict[str, Any]) -> None:
-    """Raise an AsdmError where transformers would make many more parameters than the files hold, at random."""
-    module = empty_of_transformers(folder, config)
+def require_as_large_as_its_files(module: nn.Module, folder: Path) -> None:
+    """Raise an AsdmError where a model without weights has many more parameters than the files of its folder hold:
+    transformers would make the others at random."""
     files = [path for path in folder.glob("*.safetensors") if path.is_file()]
-    if module is None or not files:
+    if not files:
         return
     held = sum(map(_parameters_in, files))
     made = sum(parameter.numel() for parameter in module.parameters())

@@ -16,6 +16,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from asdm.choices import GraphFormat
 from asdm.errors import AsdmError, needs_extra
+from asdm.files import require_space
 from asdm.runtime.graphs import Graph
 
 Int8 = Literal["weights", "activations"]
@@ -61,7 +62,7 @@ def _openvino_writer(int8: Int8 | None) -> Write:
         model = openvino.convert_model(program_of(graph))
         for output, name in zip(model.outputs, graph.outputs, strict=True):
             output.get_tensor().set_names({name})
-        openvino.save_model(quantised(model, graph.calibration), path)
+        save_openvino(quantised(model, graph.calibration), path)
 
         def run() -> list[np.ndarray]:
             compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
@@ -72,6 +73,22 @@ def _openvino_writer(int8: Int8 | None) -> Write:
         return run
 
     return write
+
+
+def save_openvino(model: Any, path: Path) -> None:
+    """Write an OpenVINO model.
+
+    Raises:
+        OSError: the disk is full, or refuses it; OpenVINO's own error does not say so.
+    """
+    import openvino
+
+    try:
+        openvino.save_model(model, path)
+    except RuntimeError:
+        weights = [each for each in model.get_ops() if each.get_type_name() == "Constant"]
+        require_space(path.parent, sum(each.get_byte_size() for each in weights))
+        raise
 
 
 def _quantiser() -> Callable[[Any, list[dict[str, Tensor]]], Any]:

@@ -191,7 +191,9 @@ def require_same_run(
         AsdmError: they are another run's.
     """
     changed = [name for name in now if known.get(name) != now[name]]
-    if changed and not (changed == ["steps"] and may_lengthen and now["steps"] > known["steps"]):
+    steps = known.get("steps")
+    is_longer = may_lengthen and isinstance(steps, int) and changed == ["steps"] and now["steps"] > steps
+    if changed and not is_longer:
         raise AsdmError(
             f"{folder}: begun with other settings ({', '.join(changed)}); repeat those, or use another output folder"
         )

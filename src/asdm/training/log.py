@@ -37,7 +37,7 @@ class TrainingLog:
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """Read the rows of a `log.jsonl`; a last line that was cut short is ignored."""
+    """Read the rows of a `log.jsonl`, of which each value is a number; a last line that was cut short is ignored."""
     rows = []
     for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else []:
         try:
@@ -46,7 +46,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
             break
         if not (isinstance(row, dict) and isinstance(row.get("step"), int)):
             break
-        rows.append(row)
+        rows.append({name: value for name, value in row.items() if isinstance(value, int | float)})
     return rows
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from asdm.data.examples import CAPTION_FIELDS
 from asdm.data.metadata import rows_of_metadata, text_of
 from asdm.errors import AsdmError, one_line
 from asdm.generation.files import read_prompts
+from asdm.reading import parse_json
 
 _SHUFFLE_SEED = 0
 
@@ -39,12 +39,12 @@ def read_captions(path: Path, count: int) -> list[str]:
 
 def _of_coco(path: Path, count: int) -> list[str]:
     try:
-        rows = json.loads(text_of(path))["annotations"]
-        chosen: dict[Any, tuple[Any, str]] = {}
+        rows = parse_json(text_of(path))["annotations"]
+        chosen: dict[int, tuple[int, str]] = {}
         for row in rows:
-            image, caption = row["image_id"], (row["id"], _plain(row["caption"]))
+            image, caption = int(row["image_id"]), (int(row["id"]), _plain(row["caption"]))
             chosen[image] = min(chosen.get(image, caption), caption)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         told = "not COCO's captions, with image_id, id and caption in each of its annotations"
         raise AsdmError(f"{path}: {told} ({one_line(repr(error), 60)})") from None
     if not chosen:

@@ -20,12 +20,13 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, CLIPModel
 
 from asdm.data.prepared import digest_of
-from asdm.errors import AsdmError, one_line
+from asdm.errors import AsdmError, memory_error, one_line
 from asdm.evaluation.metrics import Judge
 from asdm.evaluation.protocol.weights import Source, metrics_extra
 from asdm.evaluation.real_images import image_embeds, text_embeds
 from asdm.pipelines.clip import clip_statistics, load_clip
 from asdm.pipelines.quiet import quiet
+from asdm.pipelines.transformers_models import load_transformers_model
 
 FEATURES, LOGITS = "features", "logits"
 DINOV2_SIDE = 224  # of the inputs in FD-DINOv2 (arXiv 2306.04675), where the model's own is 518
@@ -80,7 +81,8 @@ class InceptionExtractor:
         with metrics_extra("torch_fidelity", "FID, IS and KID by Inception-v3"):
             from torchmetrics.image.fid import NoTrainInceptionV3
 
-        self._network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path)).to(device)
+        with _loading(path):
+            self._network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path)).to(device)
         self._device = device
         self.identity = f"inception {digest_of(self._network)}"
 
@@ -102,9 +104,11 @@ class ClipExtractor:
     @classmethod
     def of_folder(cls, path: Path, title: str, device: torch.device | str, *, scaled: bool = False) -> ClipExtractor:
         """Load a CLIPModel and its tokenizer from a folder."""
+        clip = load_transformers_model(CLIPModel, path).to(device)
         with _loading(path), quiet():
-            clip = CLIPModel.from_pretrained(path, dtype=torch.float32, use_safetensors=True).eval().to(device)
-            return cls(clip, AutoTokenizer.from_pretrained(path, trust_remote_code=False), title, scaled=scaled)
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        _require_words(path, tokenizer, clip)
+        return cls(clip, tokenizer, title, scaled=scaled)
 
     @torch.no_grad()
     def images(self, pixels: Tensor) -> dict[str, Tensor]:
@@ -120,11 +124,7 @@ class Dinov2Extractor:
     title = "DINOv2 ViT-L/14"
 
     def __init__(self, path: Path, device: torch.device | str) -> None:
-        with _loading(path), quiet():
-            network = AutoModel.from_pretrained(
-                path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-            )
-            self._network = network.eval().to(device)
+        self._network = load_transformers_model(AutoModel, path).to(device)
         self._mean, self._deviation = (torch.tensor(each).view(3, 1, 1) for each in clip_statistics(self._network))
         self._device = device
         self.identity = f"dinov2 {DINOV2_SIDE} {digest_of(self._network)}"
@@ -150,7 +150,7 @@ class Lpips:
         with metrics_extra("torchvision", "LPIPS"):
             from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-        with _hub_folder_with(path):
+        with _loading(path), _hub_folder_with(path):
             self._metric = LearnedPerceptualImagePatchSimilarity("alex", reduction="none", sync_on_compute=False)
         self._metric.to(device)
         self._device = device
@@ -186,6 +186,16 @@ def open_extractor(
     return ClipExtractor.of_folder(path, source.title, device, scaled=role == "pickscore")
 
 
+def _require_words(path: Path, tokenizer: Any, clip: CLIPModel) -> None:
+    """
+    Raises:
+        AsdmError: the tokenizer has tokens that the model has no embedding of.
+    """
+    known = clip.config.text_config.vocab_size
+    if len(tokenizer) > known:
+        raise AsdmError(f"{path}: its tokenizer has {len(tokenizer)} tokens, its model {known}; download it again")
+
+
 def _in_range(pixels: Tensor) -> Tensor:
     """Convert uint8 to [-1, 1]."""
     return pixels.float() / 127.5 - 1
@@ -193,10 +203,12 @@ def _in_range(pixels: Tensor) -> Tensor:
 
 @contextmanager
 def _loading(path: Path) -> Iterator[None]:
-    """Turn what transformers raises for a folder that is damaged, or another model's, into our error."""
+    """Turn what a library raises for files that are damaged, or another model's, into our error."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # of the libraries, any kind
+        if isinstance(error, AsdmError) or memory_error(error) is not None:
+            raise
         raise AsdmError(f"{path}: cannot be loaded ({one_line(error, 120)}); download it again") from None
 
 

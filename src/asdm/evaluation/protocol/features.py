@@ -7,7 +7,7 @@ computed once, wherever the images lie.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from asdm.errors import AsdmError
@@ -29,6 +29,7 @@ from asdm.images import image_fault, open_pixels
 PIECE = 512  # items of a piece
 BATCH = 32  # items that a network reads at a time
 READERS = 4  # threads that decode images
+_DIGEST = "sha256"  # of a piece's tensors, in its metadata
 Prepare = Callable[[Image.Image], Image.Image]
 Progress = Callable[[str, int, int], None]
 Item = TypeVar("Item")
@@ -110,7 +111,8 @@ class FeatureCache:
             path = self._path(key(pieces[number]))
             if _read(path) is None:
                 with replacing_file(path) as partial:
-                    save_file({name: value.contiguous() for name, value in compute(pieces[number]).items()}, partial)
+                    computed = {name: value.contiguous() for name, value in compute(pieces[number]).items()}
+                    save_file(computed, partial, {_DIGEST: _digest_of(computed)})
             if self._progress is not None:
                 self._progress(title, min((number + 1) * PIECE, len(items)), len(items))
         self._state.wait_for_everyone()
@@ -148,9 +150,21 @@ class FeatureCache:
 def _read(path: Path) -> dict[str, Tensor] | None:
     """Return the tensors of a file; None where there is none, or a damaged one."""
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
     except (OSError, SafetensorError):
         return None
+    return found if metadata.get(_DIGEST) == _digest_of(found) else None
+
+
+def _digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of names, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()
 
 
 def _pixel_batches(paths: Sequence[Path], files: ImageFiles) -> Iterator[Tensor]:

@@ -91,7 +91,8 @@ class ImageJob:
         marker = read_marker(self.folder)
         if marker.get("prompts", self._prompts) != self._prompts:
             raise AsdmError(f"{self.folder}: holds images of other prompts; name another folder")
-        known = dict(marker.get("models") or {})
+        found = marker.get("models")
+        known = dict(found) if isinstance(found, dict) else {}
         for name, (pipeline, settings) in models.items():
             wanted = {**settings.model_dump(), **identity_of(pipeline)}
             if (self.folder / name).exists():  # otherwise its images were removed
@@ -104,9 +105,10 @@ class ImageJob:
         self.state.wait_for_everyone()
 
     def _require_same(self, name: str, found: Any, wanted: Mapping[str, Any]) -> None:
+        known = found if isinstance(found, dict) else {}
         for key, value in wanted.items():
-            if isinstance(found, dict) and found.get(key) != value:
-                told = f"{key}={found.get(key)}, not {value}"
+            if known.get(key) != value:
+                told = f"{key}={known.get(key)}, not {value}"
                 told = "another model's weights" if key == "model" else told
                 raise AsdmError(
                     f"{self.folder / name}: holds images of {told}; name another folder, or remove this one"

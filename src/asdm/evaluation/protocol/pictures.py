@@ -17,6 +17,7 @@ from typing import Any
 from asdm.choices import ImageLayout
 from asdm.data.metadata import text_of
 from asdm.errors import AsdmError, one_line
+from asdm.reading import parse_json
 
 IMAGES_OF_A_PROMPT = 4  # in GenEval and in DPG-Bench
 _FOLDER_NAME = re.compile(r"[\w-][\w.-]*")  # of DPG-Bench's ids
@@ -94,8 +95,8 @@ def _geneval(path: Path) -> Pictures:
 
 def _json_of(line: str) -> Any:
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
+        return parse_json(line)
+    except ValueError:
         return None
 
 
