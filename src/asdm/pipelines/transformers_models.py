@@ -3,6 +3,8 @@ written their folders too."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +40,12 @@ def load_transformers_model(
         for path in sorted(folder.glob("*.safetensors")):
             require_safetensors(path)
             require_weights(path)
-    try:
-        with quiet(), bounded_modules(str(name)):
-            if folder.is_dir():
-                _require_as_large(kind, folder)
-            model, found = kind.from_pretrained(
-                name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-            )
-    except Exception as error:  # of transformers, any kind
-        if isinstance(error, AsdmError) or memory_error(error) is not None:
-            raise
-        raise AsdmError(f"{name}: cannot be loaded ({one_line(error, 120)}); {remedy}") from None
+    with refuse_damaged(name, remedy), quiet(), bounded_modules(str(name)):
+        if folder.is_dir():
+            _require_as_large(kind, folder)
+        model, found = kind.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
     absent = sorted(found["missing_keys"]) if whole else []  # which transformers draws at random
     if absent:
         some = ", ".join(absent[:_NAMED])
@@ -56,6 +53,17 @@ def load_transformers_model(
     if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
         raise AsdmError(f"{name}: its weights are no numbers (NaN); {remedy}")
     return model.eval()
+
+
+@contextmanager
+def refuse_damaged(name: str | Path, remedy: str = "download it again") -> Iterator[None]:
+    """Turn what a library raises for files that are damaged, or another model's, into our error."""
+    try:
+        yield
+    except Exception as error:  # of the libraries, any kind
+        if isinstance(error, AsdmError) or memory_error(error) is not None:
+            raise
+        raise AsdmError(f"{name}: cannot be loaded ({one_line(error, 120)}); {remedy}") from None
 
 
 def _require_as_large(kind: Any, folder: Path) -> None:

@@ -20,13 +20,13 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, CLIPModel
 
 from asdm.data.prepared import digest_of
-from asdm.errors import AsdmError, memory_error, one_line
+from asdm.errors import AsdmError
 from asdm.evaluation.metrics import Judge
 from asdm.evaluation.protocol.weights import Source, metrics_extra
 from asdm.evaluation.real_images import image_embeds, text_embeds
 from asdm.pipelines.clip import clip_statistics, load_clip
 from asdm.pipelines.quiet import quiet
-from asdm.pipelines.transformers_models import load_transformers_model
+from asdm.pipelines.transformers_models import load_transformers_model, refuse_damaged
 
 FEATURES, LOGITS = "features", "logits"
 DINOV2_SIDE = 224  # of the inputs in FD-DINOv2 (arXiv 2306.04675), where the model's own is 518
@@ -81,7 +81,7 @@ class InceptionExtractor:
         with metrics_extra("torch_fidelity", "FID, IS and KID by Inception-v3"):
             from torchmetrics.image.fid import NoTrainInceptionV3
 
-        with _loading(path):
+        with refuse_damaged(path):
             self._network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path)).to(device)
         self._device = device
         self.identity = f"inception {digest_of(self._network)}"
@@ -105,7 +105,7 @@ class ClipExtractor:
     def of_folder(cls, path: Path, title: str, device: torch.device | str, *, scaled: bool = False) -> ClipExtractor:
         """Load a CLIPModel and its tokenizer from a folder."""
         clip = load_transformers_model(CLIPModel, path).to(device)
-        with _loading(path), quiet():
+        with refuse_damaged(path), quiet():
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         _require_words(path, tokenizer, clip)
         return cls(clip, tokenizer, title, scaled=scaled)
@@ -150,7 +150,7 @@ class Lpips:
         with metrics_extra("torchvision", "LPIPS"):
             from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-        with _loading(path), _hub_folder_with(path):
+        with refuse_damaged(path), _hub_folder_with(path):
             self._metric = LearnedPerceptualImagePatchSimilarity("alex", reduction="none", sync_on_compute=False)
         self._metric.to(device)
         self._device = device
@@ -199,17 +199,6 @@ def _require_words(path: Path, tokenizer: Any, clip: CLIPModel) -> None:
 def _in_range(pixels: Tensor) -> Tensor:
     """Convert uint8 to [-1, 1]."""
     return pixels.float() / 127.5 - 1
-
-
-@contextmanager
-def _loading(path: Path) -> Iterator[None]:
-    """Turn what a library raises for files that are damaged, or another model's, into our error."""
-    try:
-        yield
-    except Exception as error:  # of the libraries, any kind
-        if isinstance(error, AsdmError) or memory_error(error) is not None:
-            raise
-        raise AsdmError(f"{path}: cannot be loaded ({one_line(error, 120)}); download it again") from None
 
 
 @contextmanager
