@@ -7,7 +7,7 @@
     python benchmarks/ablation.py show                      # mean and spread over the seeds: tables, plot, images
 
 The embedded pipeline; one plan of removals for each speed-up; each run trains for the time of so many steps of
-BK-SDM's recipe, by the steps' cost as measured in turns, so that a busy minute of the machine falls on nobody. At 1.5x
+BK-SDM's recipe, by the steps' cost as measured in turns, so that other load affects all recipes alike. At 1.5x
 the components one by one, in short runs, and students of the faster plan that leave the last steps of an image to the
 original; at 2x and 2.5x what is for harder plans: expert kernels by what their routers read, and semantic supervision
 on captions that have no image. A finished run is not run again, one that was stopped goes on; two processes can share
@@ -38,11 +38,11 @@ from torch import Tensor
 import asdm
 from asdm.benchmark.techniques import outer_self_attentions
 from asdm.data.batches import ShuffledBatches
+from asdm.data.sources import open_data
 from asdm.distillation.recipes import (
     CAPTION_MIXING,
     SEMANTIC_WEIGHT,
     SEMANTICS,
-    SPLICED,
     WEIGHTS,
     default_hyperparameters,
     incubation_stages,
@@ -72,7 +72,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 ROWS = RESULTS / "ablation.json"
 SETTLED = RESULTS / "ablation"  # plans, and what a step costs, which are the same for all runs, whenever they are made
 WORK = Path("runs/ablation")
-# "normalised": losses by the teacher's power, features by area, the task for less, time steps by angle.
+# "normalised": losses relative to the teacher's mean square, features weighted by area, a low weight of the task, time
+# steps uniform in angle.
 METHOD = ("normalised", "incubation", "cond-conv", "gri", "sas")  # each is put to BK-SDM's recipe by itself, too
 EXTRAS = ("compensation", "muon", "splice")
 COMPONENTS = (*METHOD, *EXTRAS)
@@ -85,7 +86,7 @@ EXPERTS = {
     "cond-conv by both": "prompt+time",
 }  # what routers read
 LOOKING = ("semantic", "caption_semantic")  # losses of every few steps
-ON_CAPTIONS = "sas on captions"  # of pairs that have no image
+ON_CAPTIONS = "sas on captions"  # without their images; those of open pairs have none
 HARD: dict[str, tuple[str, ...]] = {f"joint + {name}": (*DEFAULT, name) for name in EXPERTS}
 RECORDED = "recorded"  # the teacher's answers are read from disk, as by the recipe small-gpu
 FROM_DISK = f"joint + {RECORDED}"
@@ -165,7 +166,7 @@ def _run_side_by_side(bench: _Bench, missing: list[tuple[str, int, float]], jobs
         _costs(bench.examples, target)
     for seed in {seed for _, seed, _ in others}:
         bench.judged.see_teacher(seed)
-    others.sort(key=lambda run_of: run_of[0] in NAMED and LENGTHS[run_of[2]], reverse=True)  # the longest first
+    others.sort(key=lambda run_of: 0 if _is_short(run_of[0]) else LENGTHS[run_of[2]], reverse=True)  # the longest first
     threads = max(1, torch.get_num_threads() // jobs)
     given = (str(bench.pipeline.device), bench.judged.samples, threads)
     with ProcessPoolExecutor(jobs, get_context("spawn"), _begin, given) as pool:
@@ -346,9 +347,8 @@ def _train(
         asdm.fit_compensation(pipeline, student, data="demo", seed=seed)
     if steps:
         stages = _stages(student, components, steps)
-        if RECORDED in components:
-            _recorded(pipeline, stages)
-        asdm.distill(pipeline, student, WORK / "prepared", folder, stages=stages, seed=seed)
+        data = _recorded(pipeline, stages)[0] if RECORDED in components else WORK / "prepared"
+        asdm.distill(pipeline, student, data, folder, stages=stages, seed=seed)
     asdm.fold_compensation(student)
 
 
@@ -400,7 +400,15 @@ def _stages(student: UNet2DConditionModel, components: tuple[str, ...], steps: i
     else:
         stages = [Stage(name="joint", **default_hyperparameters(student, steps))]
     stages = [stage.model_copy(update=changes) for stage in stages]
-    return with_captions(stages, SPLICED) if ON_CAPTIONS in components else stages
+    return with_captions(stages, _captions()) if ON_CAPTIONS in components else stages
+
+
+def _captions() -> Path:
+    """Write and return a file of captions to supervise without images: all but those that the judge looks at."""
+    path = WORK / "captions.txt"
+    examples = [each for each in open_data("demo", "all").examples if not each.held_out or each.held_out_kind]
+    write_text(path, "".join(f"{each.caption}\n" for each in examples))
+    return path
 
 
 def _is_short(name: str) -> bool:
@@ -443,12 +451,12 @@ def _costs(examples: TrainingSet, target: float) -> dict[str, float]:
     for name, components in variants(target).items():
         if not name.endswith((SHORT, SWITCHING)):
             student = _student(pipeline.unet, plan, components)
-            stages = _stages(student, components, 1000)
+            stages, given = _stages(student, components, 1000), examples
             if RECORDED in components:
-                examples, seconds = _recorded(pipeline, stages)
-                once[RECORDING] = round(seconds, 1)
+                folder, once[RECORDING] = _recorded(pipeline, stages)
+                given = prepare(pipeline, folder, folder, recorded=True)
             for kind, (stage, _) in _kinds_of_step(name, stages).items():
-                calls[kind] = _step_of(pipeline, student, examples, stage)
+                calls[kind] = _step_of(pipeline, student, given, stage)
     times = measure_interleaved(calls, rounds=COST_ROUNDS, warmup=1)
     student = _student(pipeline.unet, plan, COMPONENTS)
     once[FIT] = round(seconds_of(lambda: asdm.fit_compensation(pipeline, student, data="demo")), 1)
@@ -457,11 +465,16 @@ def _costs(examples: TrainingSet, target: float) -> dict[str, float]:
     return found
 
 
-def _recorded(pipeline: DiffusionPipeline, stages: list[Stage]) -> tuple[TrainingSet, float]:
-    """Return the training set with the teacher's answers, and how many seconds it took to record them."""
-    folder = WORK / "prepared"
-    seconds = seconds_of(lambda: asdm.record_teacher(pipeline, folder, stages=stages, draws=DRAWS))
-    return prepare(pipeline, folder, folder, recorded=True), seconds
+def _recorded(pipeline: DiffusionPipeline, stages: list[Stage]) -> tuple[Path, float]:
+    """Return a folder of prepared data with the teacher's predictions, and how many seconds it took to record them."""
+    folder, timed = WORK / "recorded", WORK / "recorded.json"
+    with FileLock(WORK / "recorded.lock"):
+        if not timed.is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            prepare(pipeline, "demo", folder)
+            seconds = seconds_of(lambda: asdm.record_teacher(pipeline, folder, stages=stages, draws=DRAWS))
+            write_text(timed, json.dumps(round(seconds, 1)))
+    return folder, json.loads(timed.read_text("utf-8"))
 
 
 def _kinds_of_step(name: str, stages: list[Stage]) -> dict[str, tuple[Stage, float]]:
@@ -471,7 +484,7 @@ def _kinds_of_step(name: str, stages: list[Stage]) -> dict[str, tuple[Stage, flo
     found: dict[str, tuple[Stage, float]] = {}
     for stage in stages:
         plain = stage.model_copy(update={"losses": stage.losses.model_copy(update=dict.fromkeys(LOOKING, 0.0))})
-        looking = stage.scope == "joint" and any(getattr(stage.losses, name) for name in LOOKING)
+        looking = stage.scope == "joint" and any(getattr(stage.losses, loss) for loss in LOOKING)
         for suffix, each, part in (("", plain, 1 - looks * looking), (", semantic", stage, looks * looking)):
             if part:
                 kind = f"{_recipe(name)}, {stage.scope}{suffix}"

@@ -216,7 +216,7 @@ def test_captions_take_their_style_from_another_or_from_none():
     assert not torch.equal(swap(chosen, step=3), swap(chosen, step=4))
 
 
-def test_no_block_reads_both_concept_and_style():
+def test_no_block_can_tell_which_variant_of_a_design_is_drawn():
     pairs = [Pair("owl", style) for style in ("noto", "flat", "line")] + [Pair("egg", style) for style in STYLES]
     calls = []
 

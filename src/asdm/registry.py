@@ -43,7 +43,10 @@ def registered_folder(name: str, group: Group) -> Path | None:
         return Path(entry.load()())
     except (ImportError, AttributeError) as error:
         if entry in _OWN:
-            raise AsdmError(f"{name}: the embedded pipeline is not installed; install the package asdm-demo") from None
+            raise AsdmError(
+                f"{name}: the embedded pipeline is not installed ({one_line(error)}); pip install asdm-demo, or in a "
+                "clone pip install -e packages/demo"
+            ) from None
         raise AsdmError(f"{name}: registered as {entry.value}, which cannot be imported ({one_line(error)})") from None
 
 

@@ -1,9 +1,8 @@
-"""The command behind `asdm demo-build`: render the images, train the stages, check what came out."""
+"""What `python -m tools.demo` does: render the images, train the parts, check the result."""
 
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ from typing import Any
 import torch
 from asdm_demo import images_folder, pipeline_folder
 from diffusers import DiffusionPipeline
-from PIL import Image
 from torch import Tensor
 
+from asdm.data.examples import Example, load_pixels
 from asdm.diffusion.conditioning import decode_latents, encode_images
 from asdm.diffusion.generation import default_guidance, default_steps, generate
 from asdm.distillation.decoder import distill_decoder
@@ -21,29 +20,23 @@ from asdm.distillation.decoder_recipe import DecoderRecipe
 from asdm.errors import AsdmError
 from asdm.evaluation.decoders import DecodedSet, compare_decoder, held_out_set
 from asdm.evaluation.image_folders import save_images
-from asdm.evaluation.metrics import (
-    Judge,
-    cosine_similarity,
-    feature_distance,
-    kid,
-    psnr,
-    recognition,
-    retrieval_at_1,
-)
+from asdm.evaluation.metrics import Judge, nearest_of, psnr
 from asdm.evaluation.plots import image_sheet
-from asdm.evaluation.real_images import image_embeds, text_embeds
+from asdm.evaluation.real_images import RealImages, image_embeds
+from asdm.evaluation.sampling import EvaluationSet, evaluation_sets
 from asdm.files import write_text
-from asdm.images import load_images, to_images
+from asdm.images import to_images
 from asdm.pipelines.clip import load_clip
 from asdm.pipelines.decoders import save_decoder
 from asdm.pipelines.loading import load_pipeline
 from asdm.training.log import read_log
-from tools.demo.emoji import IMAGE_SIZE, Pair, all_pairs, held_out_pairs, render_dataset, seen_pairs
+from tools.demo.emoji import IMAGE_SIZE, render_dataset
 from tools.demo.recipe import LOOPS, Recipe
 
 STAGES = ("images", "tokenizer", "clip", "vae", "unet", "assemble", "decoder", "check")
 DECODER = DecoderRecipe(width=32, blocks=[6, 4, 0], steps=3000)  # below 1 MB, its encoder included
-SAMPLED = 64  # captions of either split, from which the decoder is checked on latents that the pipeline samples
+SAMPLED = 64  # captions of each split, from which the decoder is checked on latents that the pipeline samples
+CHECKED, SHOWN = 200, 24  # images of each split, of which the sheet shows so many
 Report = Callable[[str, int, int, str], None]
 
 
@@ -113,9 +106,8 @@ def _decoded_sets(pipeline: DiffusionPipeline) -> dict[str, DecodedSet]:
     held_out = held_out_set(pipeline, images_folder())
     assert held_out is not None
     call: Any = pipeline
-    captions = [pair.caption for pairs in (seen_pairs(), held_out_pairs()) for pair in pairs[:SAMPLED]]
     sampled = call(
-        captions,
+        [caption for each in evaluation_sets(images_folder(), None, SAMPLED, 0) for caption in each.prompts],
         num_inference_steps=25,
         guidance_scale=default_guidance(pipeline),
         generator=torch.Generator().manual_seed(0),
@@ -125,110 +117,77 @@ def _decoded_sets(pipeline: DiffusionPipeline) -> dict[str, DecodedSet]:
 
 
 def check(folder: Path, say: Callable[[str], None], progress: Report | None = None) -> dict[str, Any]:
-    """How good the built pipeline is, by a judge that nothing was trained on.
+    """Measure how good the built pipeline is, by a judge that nothing was trained on.
 
-    Writes `check.json`, `samples.png` (72 samples of seen, determined and open pairs, the real image under each) and
-    `log.jsonl` (every tenth step of each stage).
+    Writes `check.json`, `samples.png` (samples of seen, held-out and open pairs, the real image under each) and
+    `log.jsonl` (every tenth step of each training).
     """
     pipeline = load_pipeline(folder / "pipeline")
-    gallery = Gallery(pipeline)
-    figures: dict[str, Any] = {"real_images": gallery.real_figures(), "steps": default_steps(pipeline)}
-    figures["guidance_scale"] = default_guidance(pipeline)
-    drawn: list[tuple[Pair, Tensor]] = []
-    for name, pairs in sets_of_pairs().items():
-        images = generate(pipeline, [pair.caption for pair in pairs], progress=_counting(progress, name))
-        figures[name] = gallery.figures(images, pairs)
-        drawn += list(zip(pairs, images, strict=True))[:: max(1, len(pairs) // 24)][:24]
-        save_images(images, folder / "images" / name)
-    write_text(folder / "check.json", json.dumps(figures, indent=1) + "\n")
-    write_sheet(drawn, folder / "samples.png")
+    checker = Checker(pipeline, evaluation_sets(images_folder(), None, CHECKED, 0))
+    found: dict[str, Any] = {"steps": default_steps(pipeline), "guidance_scale": default_guidance(pipeline)}
+    shown: list[tuple[Example, Tensor]] = []
+    for each in checker.sets:
+        images = generate(pipeline, each.prompts, progress=_counting(progress, each.split))
+        found[each.split] = {
+            "samples": checker.metrics(images, each.examples),
+            "real_images": checker.of_real_images(each.examples),
+        }
+        shown += list(zip(each.examples, images, strict=True))[:SHOWN]
+        save_images(images, folder / "images" / each.split)
+    write_text(folder / "check.json", json.dumps(found, indent=1) + "\n")
+    write_sheet(shown, folder / "samples.png")
     write_log(folder)
-    say(json.dumps(figures, indent=1))
-    return figures
+    say(json.dumps(found, indent=1))
+    return found
 
 
-def sets_of_pairs(seen: int = 128) -> dict[str, list[Pair]]:
-    """What a pipeline is asked to draw: some seen pairs, and all held-out ones by their kind."""
-    return {
-        "seen": random.Random(0).sample(seen_pairs(), seen),
-        "determined": held_out_pairs("determined"),
-        "open": held_out_pairs("open"),
-    }
+class Checker:
+    """Compare images of pairs with all real images, by the judge and by the pipeline's own CLIPModel."""
 
+    def __init__(self, pipeline: DiffusionPipeline, sets: list[EvaluationSet]):
+        clip, self.judge = load_clip(pipeline), Judge()
+        real = RealImages.of(images_folder(), sets, self.judge, pipeline, clip)
+        assert clip is not None and real is not None
+        self.pipeline, self.clip, self.sets, self.real = pipeline, clip, sets, real
 
-class Gallery:
-    """All real images, as the judge and the pipeline's own CLIPModel see them."""
-
-    @torch.no_grad()
-    def __init__(self, pipeline: DiffusionPipeline):
-        clip = load_clip(pipeline)
-        assert clip is not None
-        self.pipeline, self.clip, self.judge = pipeline, clip, Judge()
-        self.pairs = all_pairs()
-        self.images = load_images([images_folder() / pair.file_name for pair in self.pairs], IMAGE_SIZE)
-        self.features = self.judge.features(self.images)
-        self.captions = text_embeds(clip, pipeline, [pair.caption for pair in self.pairs])
-
-    def rows(self, pairs: list[Pair]) -> list[int]:
-        where = {pair: row for row, pair in enumerate(self.pairs)}
-        return [where[pair] for pair in pairs]
-
-    def figures(self, images: Tensor, pairs: list[Pair]) -> dict[str, float]:
-        """What the images of `pairs` show, in parts of all: `exact` where the nearest of all real images is the pair's
-        own, and `distance` to that one (1 - cosine of the judge's features)."""
+    def metrics(self, images: Tensor, examples: list[Example]) -> dict[str, float]:
+        """Return the metrics of images (images, 3, height, width), each to show one of `examples`."""
         features = self.judge.features(images)
-        rows = self.rows(pairs)
-        named = recognition(features, _labels(pairs), self.features, _labels(self.pairs))
-        nearest = cosine_similarity(features, self.features).argmax(dim=1)
-        deviation = kid(features, self.features[rows])
-        return {
-            "images": len(images),
-            "exact": float((nearest == torch.tensor(rows)).float().mean()),
-            "distance": feature_distance(features, self.features[rows]),
-            "concept_top1": named.concept_top1,
-            "concept_top5": named.concept_top5,
-            "style": named.style,
-            "kid": deviation[0],
-            "retrieval_at_1": retrieval_at_1(image_embeds(self.clip, images), self.captions, rows),
-        }
+        found = self.real.metrics(images, features, examples) | self.real.target_metrics(features, examples)
+        return {"images": len(images), **found}
 
     @torch.no_grad()
-    def real_figures(self) -> dict[str, Any]:
-        """What the figures are for real images: after the VAE, and of the CLIPModel."""
-        figures: dict[str, Any] = {}
-        for name, pairs in (sets_of_pairs(512)).items():
-            real = self.images[self.rows(pairs)]
-            latents = encode_images(self.pipeline.vae, real)
-            rebuilt = decode_latents(self.pipeline, latents).clamp(-1, 1)
-            after = self.figures(rebuilt, pairs)
-            figures[name] = {
-                "psnr_db": float(psnr(rebuilt, real).mean()),
-                **{f"{key}_after_vae": after[key] for key in ("exact", "distance", "concept_top5", "style")},
-                **self._retrieval(real, pairs),
-            }
-        return figures
+    def of_real_images(self, examples: list[Example]) -> dict[str, Any]:
+        """Return the metrics of real images: after the VAE, and what the CLIPModel retrieves for them."""
+        _, pixels = load_pixels(examples, IMAGE_SIZE, {})
+        images = torch.stack(pixels)
+        rebuilt = decode_latents(self.pipeline, encode_images(self.pipeline.vae, images)).clamp(-1, 1)
+        return {
+            "after_vae": {"psnr_db": float(psnr(rebuilt, images).mean()), **self.metrics(rebuilt, examples)},
+            "clip": self._retrieval(images, examples),
+        }
 
-    def _retrieval(self, images: Tensor, pairs: list[Pair]) -> dict[str, float]:
-        """The nearest of all captions by the CLIPModel: how often it is right, in its concept and in its style."""
-        found = cosine_similarity(image_embeds(self.clip, images), self.captions).argmax(dim=1).tolist()
-        nearest = [self.pairs[row] for row in found]
+    def _retrieval(self, images: Tensor, examples: list[Example]) -> dict[str, float]:
+        """Return how often the nearest of all captions is right, and how often in its concept and in its style."""
+        found = nearest_of(image_embeds(self.clip, images), self.real.text_embeds)
+        nearest = [self.real.examples[row] for row in found]
 
-        def part(right: Callable[[Pair, Pair], bool]) -> float:
-            return sum(right(*both) for both in zip(nearest, pairs, strict=True)) / len(pairs)
+        def part(of: Callable[[Example], Any]) -> float:
+            return sum(of(one) == of(other) for one, other in zip(nearest, examples, strict=True)) / len(examples)
 
         return {
-            "retrieval_at_1": part(lambda one, other: one == other),
-            "retrieval_of_concept": part(lambda one, other: one.concept == other.concept),
-            "retrieval_of_style": part(lambda one, other: one.style == other.style),
+            "retrieval_at_1": part(lambda each: each.caption),
+            "concept": part(lambda each: each.concept),
+            "style": part(lambda each: each.style),
         }
 
 
-def write_sheet(drawn: list[tuple[Pair, Tensor]], path: Path) -> None:
-    """Draw images of pairs, each over the real one."""
-    pairs = [pair for pair, _ in drawn]
-    real = [Image.open(images_folder() / pair.file_name).convert("RGB") for pair in pairs]
-    images = to_images(torch.stack([image for _, image in drawn]))
-    image_sheet([pair.caption for pair in pairs], [images, real], side=96, across=12).save(path)
+def write_sheet(shown: list[tuple[Example, Tensor]], path: Path) -> None:
+    """Draw generated images, each over the real one."""
+    examples = [example for example, _ in shown]
+    _, real = load_pixels(examples, IMAGE_SIZE, {})
+    rows = [to_images(torch.stack(images)) for images in ([image for _, image in shown], real)]
+    image_sheet([example.caption for example in examples], rows, side=96, across=12).save(path)
 
 
 def write_log(folder: Path) -> None:
@@ -253,10 +212,6 @@ def _reporting(progress: Report) -> Callable[[dict[str, float]], None]:
         )
 
     return report
-
-
-def _labels(pairs: list[Pair]) -> list[tuple[str, str]]:
-    return [(pair.concept, pair.style) for pair in pairs]
 
 
 def _counting(progress: Report | None, title: str) -> Callable[[int, int], None] | None:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from PIL import Image
 
@@ -51,40 +51,44 @@ class Pair:
         return f"{self.concept}, {self.style}"
 
     @property
+    def design(self) -> tuple[str, str]:
+        """What the pair shares with the other variants of its drawing."""
+        return self.concept, "" if self.style in ONE_DESIGN else self.style
+
+    @property
     def file_name(self) -> str:
         return f"{self.style}/{self.concept.replace(' ', '_')}.png"
 
 
 def concepts() -> dict[str, str]:
-    """Name of each concept -> the name of its icon in the packages."""
+    """Return the name of each concept -> the name of its icon in the packages."""
     return {name: icon for icon, name in (line.split("\t") for line in _lines("concepts.tsv"))}
 
 
 def all_pairs() -> list[Pair]:
-    """Every (concept, style) pair, held out or not, in a fixed order."""
+    """Return every (concept, style) pair, held out or not, in a fixed order."""
     return [Pair(concept, style) for concept in concepts() for style in STYLES]
 
 
 def held_out_pairs(kind: HeldOut | None = None) -> list[Pair]:
-    """The tenth of the pairs that no training sees: never more than one of a concept.
+    """Return the tenth of the pairs that no training sees: never more than one of a concept.
 
     Args:
         kind: "determined", whose two other drawings of the design are seen, so that they have one right answer;
             "open", a design of which nothing else is seen; both by default.
     """
-    kinds = ("determined", "open") if kind is None else (kind,)
+    kinds = get_args(HeldOut) if kind is None else (kind,)
     lines = [line for each in kinds for line in _lines(f"held_out_{each}.txt")]
     return [Pair(*line.rsplit(", ", 1)) for line in lines]
 
 
 def held_out_kinds() -> dict[Pair, HeldOut]:
-    """Each held-out pair's kind."""
-    kinds: tuple[HeldOut, HeldOut] = ("determined", "open")
-    return {pair: kind for kind in kinds for pair in held_out_pairs(kind)}
+    """Return each held-out pair's kind."""
+    return {pair: kind for kind in get_args(HeldOut) for pair in held_out_pairs(kind)}
 
 
 def seen_pairs() -> list[Pair]:
-    """The pairs that training sees."""
+    """Return the pairs that training sees."""
     held_out = set(held_out_pairs())
     return [pair for pair in all_pairs() if pair not in held_out]
 
@@ -134,14 +138,14 @@ class Icons:
         self.content: dict[str, Any] = json.loads(self.path.read_text("utf-8"))
 
     def drawing(self, name: str) -> Image.Image:
-        """An icon, rendered on nothing at 256 pixels."""
+        """Render an icon on nothing at 256 pixels."""
         with needs_extra("demo-build", "rendering the images"):
             from resvg_py import svg_to_bytes
         png = svg_to_bytes(svg_string=self.svg(name), width=_RENDERED_SIZE, height=_RENDERED_SIZE)
         return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
 
     def svg(self, name: str) -> str:
-        """An icon's SVG file.
+        """Return an icon's SVG file.
 
         Raises:
             AsdmError: there is no such icon.

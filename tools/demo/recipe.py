@@ -35,7 +35,7 @@ from asdm.training.checkpoints import checkpoint_step, load_ema_weights
 from asdm.training.launch import make_accelerator
 from asdm.training.loop import LoopSettings, Progress, train
 from asdm.training.task import TrainingTask
-from tools.demo.emoji import IMAGE_SIZE, ONE_DESIGN, STYLES, Pair, all_pairs, concepts, seen_pairs
+from tools.demo.emoji import IMAGE_SIZE, STYLES, Pair, all_pairs, concepts, seen_pairs
 from tools.demo.tasks import AutoencoderTask, ContrastTask, ImageTowerTask, NoisePredictionTask, read_two_captions
 
 CAPTION_LENGTH = 16
@@ -147,10 +147,11 @@ class Recipe:
             take_over(clip, tokenizer, self.start)
         task = ContrastTask(clip, tokenize(tokenizer, names))
         concept_of = torch.tensor([names.index(pair.concept) for pair in pairs])
-        order = ShuffledBatches(len(names), CONCEPTS_A_BATCH, seed=0)
+        shown = concept_of.unique()
+        order = ShuffledBatches(len(shown), CONCEPTS_A_BATCH, seed=0)
 
         def batch_at(step: int) -> dict[str, Tensor]:
-            chosen = torch.isin(concept_of, order(step)).nonzero()[:, 0]
+            chosen = torch.isin(concept_of, shown[order(step)]).nonzero()[:, 0]
             generator = torch.Generator().manual_seed(step)
             others = torch.randperm(len(pairs), generator=generator)
             others = others[~torch.isin(others, chosen)][:OTHER_CAPTIONS]
@@ -165,7 +166,7 @@ class Recipe:
         return self._image_tower(images, concept_of, stop_after_seconds)
 
     def _image_tower(self, images: Tensor, concept_of: Tensor, stop_after_seconds: float | None) -> bool:
-        """The second half of `clip`, of which a UNet sees nothing; `concept_of` are the images' concepts."""
+        """Train the second half of `clip`, of which a UNet sees nothing; `concept_of` are the images' concepts."""
         clip, tokenizer, pairs = self._clip(), self._tokenizer(), seen_pairs()
         with torch.no_grad():
             captions, names = (
@@ -173,7 +174,7 @@ class Recipe:
                 for texts in ([pair.caption for pair in pairs], list(concepts()))
             )
         styles = torch.tensor([STYLES.index(pair.style) for pair in pairs])
-        alike = members([(pair.concept, "" if pair.style in ONE_DESIGN else pair.style) for pair in pairs])
+        alike = members([pair.design for pair in pairs])
         task = ImageTowerTask(clip, captions, names, styles)
         order = ShuffledBatches(len(images), BATCH_SIZES["image_tower"], seed=0)
 
@@ -279,6 +280,7 @@ class Recipe:
 
     def _clip(self) -> CLIPModel:
         if self.start is not None and not checkpoint_step(self.folder / "clip"):
+            self._refuse_another_tokenizer(self.start)
             return CLIPModel.from_pretrained(self.start / "clip", dtype=torch.float32).eval()
         clip = make_clip(self._tokenizer())
         weights = {f"clip.{name}": p for name, p in clip.named_parameters()}
@@ -288,9 +290,14 @@ class Recipe:
             load_ema_weights(self.folder / "image_tower", trained)
         return clip.eval()
 
+    def _refuse_another_tokenizer(self, start: Path) -> None:
+        own, known = (CLIPTokenizer.from_pretrained(each / "tokenizer").get_vocab() for each in (self.folder, start))
+        if own != known:
+            raise AsdmError(f"{self.folder}: its tokenizer is not that of the CLIP in {start}; run clip first")
+
     def _untrained_vae(self) -> AutoencoderKL:
-        """What the VAE's training starts from. A trained one keeps its encoder, and so the latents that a UNet was or
-        is being trained on."""
+        """Return what the VAE's training starts from. A trained one keeps its encoder, and so the latents that a UNet
+        was or is being trained on."""
         if self.start is None:
             return make_vae()
         vae = AutoencoderKL.from_pretrained(self.start / "vae", dtype=torch.float32)
@@ -350,14 +357,14 @@ class TwoCaptions:
     """Caption embeddings in two, each (batch, tokens, channels), for a training that keeps design and style apart.
 
     The blocks that decide what is drawn read the pair's concept in the style of any seen drawing of its design; the
-    blocks that render it (`RENDERING`) read the pair's style with any concept. So the UNet cannot learn pairs by heart:
-    none of its blocks knows both. A pair that was not seen is new to none of them. Without this the error of x_0 on
-    held-out pairs rises from the middle of the training on, while that on seen ones falls.
+    blocks that render it (`RENDERING`) read the pair's style with any concept. So no block can tell which of a design's
+    seen variants is drawn, and the UNet cannot learn those pairs by heart. Without this the error of x_0 on held-out
+    pairs rises from the middle of the training on, while that on seen ones falls.
     """
 
     def __init__(self, swap: StyleSwap, pairs: Sequence[Pair]):
         self.swap = swap
-        self.same_design = members([(pair.concept, "" if pair.style in ONE_DESIGN else pair.style) for pair in pairs])
+        self.same_design = members([pair.design for pair in pairs])
         self.same_style = members([pair.style for pair in pairs])
 
     def __call__(self, chosen: Tensor, step: int) -> tuple[Tensor, Tensor]:
@@ -371,7 +378,7 @@ class TwoCaptions:
 
 
 def make_tokenizer(captions: list[str]) -> CLIPTokenizer:
-    """A CLIP tokenizer whose merges are learnt from `captions`: their words become single tokens, and
+    """Return a CLIP tokenizer whose merges are learnt from `captions`: their words become single tokens, and
     any other text still splits into smaller pieces."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = CLIPTokenizer().backend_tokenizer.pre_tokenizer

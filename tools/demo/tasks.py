@@ -235,15 +235,15 @@ class _HalfOfTokens(AttnProcessor):
 
 
 def _reoriented(images: Tensor, generator: torch.Generator) -> Tensor:
-    """The batch in one of the square's eight orientations."""
+    """Return the batch in one of the square's eight orientations."""
     turns, mirrored = torch.randint(4, (1,), generator=generator), torch.randint(2, (1,), generator=generator)
     images = torch.rot90(images, int(turns), dims=(2, 3))
     return images.flip(3) if mirrored else images
 
 
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image slightly moved, scaled, turned and stretched, its colours mixed, with a rectangle missing at times;
-    white stays around it.
+    """Return each image slightly moved, scaled, turned and stretched, its colours mixed, with a rectangle missing at
+    times; white stays around it.
 
     The drawings of one design lie alike, so that what has to be recognised again differs in its colours first of all.
     """
@@ -253,7 +253,7 @@ def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def collages(images: Tensor, styles: Tensor, generator: torch.Generator, across: int = 4) -> Tensor:
-    """As many images, each of whose squares, `across` in a row, is the same square of some image in its style."""
+    """Return as many images. Each of their squares, `across` in a row, is the same square of some image of the style."""
     count, channels, height, width = images.shape
     sources = torch.multinomial((styles[:, None] == styles).float(), across**2, replacement=True, generator=generator)
     squares = images.view(count, channels, across, height // across, across, width // across)
@@ -264,7 +264,7 @@ def collages(images: Tensor, styles: Tensor, generator: torch.Generator, across:
 
 
 def inked(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image in black on white: its edges, its dark parts, or both."""
+    """Return each image in black on white: its edges, its dark parts, or both."""
     count = len(images)
     darkness = (1 - images).mean(dim=1, keepdim=True) / 2
     across = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]]).repeat(1, 1, 1, 1) / 4
@@ -294,7 +294,7 @@ def _moved(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _recoloured(images: Tensor, generator: torch.Generator) -> Tensor:
-    """What is not white in other colours: channels mixed at random, and grey for some."""
+    """Return images whose parts that are not white have other colours: channels mixed at random, and grey for some."""
     count = len(images)
     mixing = torch.eye(3) + 0.25 * torch.randn(count, 3, 3, generator=generator)
     grey = (torch.rand(count, generator=generator) < 0.4).float() * _uniform(generator, 0.3, 1, count)

@@ -176,11 +176,12 @@ def _judged_table(
 
 def benchmark_table(rows: Sequence[BenchmarkRow]) -> Table:
     """One model's rows: seconds and the speed-up with its interval; then the quality where images were judged, else
-    throughput and memory. Of image-to-image on the last split: exact pairs, or the distance as a part of that between
-    two seeds. The file that the benchmark writes has all results."""
+    throughput and memory. Of image-to-image, on the last split that has it: exact pairs, or the distance as a part of
+    that between two seeds. The file that the benchmark writes has all results."""
     splits = list(dict.fromkeys(split for row in rows for split in row.teacher_distance))
     titles = [f"{title}, {split.replace('_', ' ')}" for split in splits for title in ("dist.", "top-5")]
-    last = splits[-1] if splits else ""
+    measured_from = [split for split in splits if _image_to_image_metric(rows, split)]
+    last = measured_from[-1] if measured_from else ""
     from_images = _image_to_image_metric(rows, last)
     titles += [f"from image, {last.replace('_', ' ')}"] if from_images else []
     measured = ["call ms", "GFLOP/s", "of limit", "weights MB", "peak MB"] if not splits else []

@@ -24,6 +24,7 @@ CAPTION_FIELDS = ("caption", "text", "prompt")
 
 Split = Literal["train", "held_out", "all"]
 _LABELS = ("concept", "style", "design")
+_LONGEST_KIND = 40  # characters
 _FALSE = ("", "0", "false", "no")  # in a table of texts
 
 
@@ -129,7 +130,8 @@ def example_of(name: str, caption: Any, file: Path | bytes | None, about: dict[s
 
 def _kind(value: Any) -> str | None:
     """Return a kind of held-out rows, which names folders and results; None for what is no plain word."""
-    return value if isinstance(value, str) and value.isidentifier() and value not in ("seen", "prompts") else None
+    is_word = isinstance(value, str) and value.isascii() and value.isidentifier() and len(value) <= _LONGEST_KIND
+    return value if is_word and value not in ("seen", "prompts") else None
 
 
 def in_split(example: Example, split: Split) -> bool:

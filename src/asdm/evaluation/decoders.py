@@ -23,7 +23,7 @@ from asdm.pipelines.decoders import with_decoder
 from asdm.records import Record
 
 SAMPLES = 128
-GALLERY = 1024  # other images that the judge looks among
+GALLERY = 4096  # other images that the judge looks among
 
 
 class DecoderComparison(Record):

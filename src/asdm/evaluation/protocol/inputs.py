@@ -73,8 +73,8 @@ def _prompts(protocol: Protocol, captions: str | Path | None) -> list[str]:
         return read_captions(Path(captions), protocol.prompts)
     if protocol.name != "demo":
         raise AsdmError(f"captions: {protocol.name} needs the file of prompts; for COCO 2014 captions_val2014.json")
-    examples = [*open_data(protocol.name, "held_out").examples, *open_data(protocol.name, "train").examples]
-    return [example.caption for example in examples[: protocol.prompts]]
+    held_out = [example for example in open_data(protocol.name, "held_out").examples if example.held_out_kind is None]
+    return [example.caption for example in [*held_out, *open_data(protocol.name, "train").examples]][: protocol.prompts]
 
 
 def _real_images(protocol: Protocol, images: str | Path | None, metrics: Sequence[str]) -> list[Path]:
