@@ -1,6 +1,7 @@
 """The embedded default: stock classes, a fixed hold-out, a recipe whose parts do what they say."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -16,8 +17,10 @@ from asdm.data.examples import load_pixels
 from asdm.data.sources import open_data
 from asdm.errors import AsdmError
 from asdm.evaluation.metrics import Judge, cosine_similarity
+from asdm.evaluation.sampling import evaluation_sets
 from asdm.families.unet_structure import removable_units
 from asdm.images import load_images
+from tools.demo import build
 from tools.demo.__main__ import main
 from tools.demo.emoji import (
     ONE_DESIGN,
@@ -29,6 +32,7 @@ from tools.demo.emoji import (
     held_out_pairs,
     seen_pairs,
 )
+from tools.demo.limit import Translator
 from tools.demo.recipe import (
     RENDERING,
     TEXT_WIDTH,
@@ -150,6 +154,35 @@ def test_a_mistake_in_the_recipes_command_is_one_line(tmp_path, monkeypatch, cap
         main()
     assert exit.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_the_check_knows_each_real_image_as_its_own(tmp_path, monkeypatch):
+    rows = [json.loads(line) for line in (images_folder() / "metadata.jsonl").read_text().splitlines()][:15]
+    for row in rows:
+        (tmp_path / row["file_name"]).parent.mkdir(exist_ok=True)
+        shutil.copy(images_folder() / row["file_name"], tmp_path / row["file_name"])
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(build, "images_folder", lambda: tmp_path)
+    (seen, *_) = sets = evaluation_sets(tmp_path, None, 8, 0)
+    checker = build.Checker(load_pipeline("demo"), sets)
+    images = load_images([example.file for example in seen.examples], 64)
+
+    exact = checker.metrics(images, seen.examples)
+    assert exact["exact_pair"] == exact["style"] == exact["concept_top1"] == 1 and exact["target_distance"] < 1e-5
+    assert checker.metrics(images.roll(1, 0), seen.examples)["exact_pair"] == 0
+    real = checker.of_real_images(seen.examples)
+    assert 20 < real["after_vae"]["psnr_db"] < 60
+    assert 0 <= real["clip"]["retrieval_at_1"] <= min(real["clip"]["concept"], real["clip"]["style"])
+    build.write_sheet(list(zip(seen.examples, images, strict=True)), tmp_path / "sheet.png")
+    assert Image.open(tmp_path / "sheet.png").width > 8 * 64
+
+
+def test_a_design_is_translated_from_its_two_other_drawings():
+    net = Translator()
+    others, again = torch.rand(2, 6, 64, 64), torch.rand(2, 6, 64, 64)
+    drawn = net(others, 0)
+    assert drawn.shape == (2, 3, 64, 64) and drawn.abs().max() <= 1
+    assert not torch.equal(drawn, net(others, 1)) and not torch.equal(drawn, net(again, 0))
 
 
 @pytest.mark.slow

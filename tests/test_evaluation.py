@@ -93,13 +93,19 @@ def test_evaluation_sets_are_fixed_and_keep_the_splits_apart():
         assert not wanted & set(sets[0].prompts)
 
 
-@pytest.mark.parametrize("kind", ["../up", "seen", "two words", "", 3])
-def test_a_kind_of_held_out_rows_is_a_word_of_its_own(data_folder, kind):
+@pytest.mark.parametrize(
+    ("kind", "splits"),
+    [
+        ("unlike", ["seen", "unlike"]),
+        *((kind, ["seen", "held_out"]) for kind in ("../up", "seen", "two words", "", 3, "w" * 300)),
+    ],
+)
+def test_a_kind_of_held_out_rows_is_a_short_word_of_its_own(data_folder, kind, splits):
     rows = [json.loads(line) for line in (data_folder / "metadata.jsonl").open()]
     held_out = next(row for row in rows if row.get("held_out"))
     held_out["held_out_kind"] = kind
     (data_folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert [found.split for found in evaluation_sets(data_folder, None, 4, 0)] == ["seen", "held_out"]
+    assert [found.split for found in evaluation_sets(data_folder, None, 4, 0)] == splits
 
 
 def test_evaluation_compares_on_the_same_prompts_and_seeds(data_folder, tmp_path):

@@ -25,12 +25,14 @@ from torchmetrics.image.ssim import StructuralSimilarityIndexMeasure
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, Dinov2Config, Dinov2Model
 
 from asdm import AsdmError, PruningPlan, build_student, evaluate_by_protocol, generate_for_scorer, save_pipeline
+from asdm.data.sources import open_data
 from asdm.evaluation.metrics import kid
 from asdm.evaluation.protocol import distances, image_job
 from asdm.evaluation.protocol.captions import read_captions
 from asdm.evaluation.protocol.extractors import Lpips
 from asdm.evaluation.protocol.features import FeatureCache, ImageFiles
 from asdm.evaluation.protocol.image_job import ImageJob, ImageSettings
+from asdm.evaluation.protocol.inputs import _prompts
 from asdm.evaluation.protocol.pictures import numbered, pictures_of
 from asdm.evaluation.protocol.protocols import PROTOCOLS
 from asdm.evaluation.protocol.results import ProtocolResults
@@ -224,6 +226,13 @@ def test_layouts_are_those_that_the_scorers_read(tmp_path):
         assert grid.size == (32, 32)
         quarters = {grid.crop((x, y, x + 16, y + 16)).tobytes() for x in (0, 16) for y in (0, 16)}
     assert len(quarters) == 4
+
+
+def test_the_embedded_protocol_asks_for_what_has_one_right_answer_first():
+    data = {example.caption: example for example in open_data("demo", "all").examples}
+    prompts = [data[caption] for caption in _prompts(PROTOCOLS["demo"], None)]
+    kinds = [(example.held_out, example.held_out_kind) for example in prompts]
+    assert kinds == 200 * [(True, None)] + 56 * [(False, None)]
 
 
 def test_ids_of_prompts_name_no_other_folder(tmp_path):

@@ -49,6 +49,13 @@ def test_no_number_of_a_benchmark_is_cut_short(judged):
     assert "…" not in text and "ImportError" in text
 
 
+def test_image_to_image_is_shown_on_the_last_split_that_has_it():
+    distances = {"seen": 0.1, "held_out": 0.2, "open": 0.3}
+    exact = {"exact_pair": {"seen": 0.75, "held_out": 0.5}}
+    text = printed(benchmark_table([row(teacher_distance=distances, image_to_image=exact)]))
+    assert "50%" in text and "75%" not in text
+
+
 @pytest.mark.parametrize("judged", [True, False])
 def test_a_program_whose_memory_and_images_are_unknown_has_dashes(judged):
     program = BenchmarkRow(

@@ -253,7 +253,7 @@ def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def collages(images: Tensor, styles: Tensor, generator: torch.Generator, across: int = 4) -> Tensor:
-    """Return as many images. Each of their squares, `across` in a row, is the same square of some image of the style."""
+    """Return as many images, each of squares, `across` in a row, that are the same squares of images of its style."""
     count, channels, height, width = images.shape
     sources = torch.multinomial((styles[:, None] == styles).float(), across**2, replacement=True, generator=generator)
     squares = images.view(count, channels, across, height // across, across, width // across)
