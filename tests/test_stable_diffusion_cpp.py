@@ -21,32 +21,32 @@ SIDE, STEPS, SEED, GUIDANCE = 64, 4, 7, 3.0
 TOLERANCE = 1.0
 
 
-def bk_tiny(monkeypatch):
-    """A pipeline of SD 1.5's widths with a UNet as BK-SDM's smallest, of random weights."""
+def bk_tiny(shape, monkeypatch):
+    """A pipeline of a known shape's widths with a UNet as BK-SDM's smallest, of random weights."""
     family = UNetFamily()
     with torch.device("meta"):
-        unet = family.model_class(**random_models.UNETS["sd15"])
+        unet = family.model_class(**random_models.UNETS[shape])
     edit = family.preset("bk-tiny", family.units(unet)).edit
     student = random_denoiser(family, dict(empty_student(unet, PruningPlan.for_unet(unet, [edit])).config))
     config = {key: value for key, value in student.config.items() if not key.startswith("_") and key != "edits"}
-    monkeypatch.setitem(random_models.UNETS, "bk-tiny", config)
-    return random_pipeline("bk-tiny", torch.float32)
+    monkeypatch.setitem(random_models.UNETS, shape, config)
+    return random_pipeline(shape, torch.float32)
 
 
-def embedded(pipeline, ids):
-    tokens = torch.tensor([[START, *ids, *[END] * (76 - len(ids))]])
+def embedded(pipeline, ids, padding):
+    tokens = torch.tensor([[START, *ids, END, *[padding] * (75 - len(ids))]])
     with torch.no_grad():
         return pipeline.text_encoder(tokens)[0]
 
 
-def by_torch(pipeline):
+def by_torch(pipeline, padding):
     """The image that k-diffusion's Euler sampler gives, from the noise of torch's generator on CPUs."""
     pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config, timestep_spacing="linspace")
     pipeline.set_progress_bar_config(disable=True)
     latents = torch.randn(1, 4, SIDE // 8, SIDE // 8, generator=torch.Generator().manual_seed(SEED))
     image = pipeline(
-        prompt_embeds=embedded(pipeline, IDS),
-        negative_prompt_embeds=embedded(pipeline, []),
+        prompt_embeds=embedded(pipeline, IDS, padding),
+        negative_prompt_embeds=embedded(pipeline, [], padding),
         latents=latents,
         height=SIDE,
         width=SIDE,
@@ -58,12 +58,17 @@ def by_torch(pipeline):
 
 
 @pytest.mark.slow
-def test_a_bk_tiny_student_draws_what_torch_draws(tmp_path, monkeypatch):
-    pipeline = bk_tiny(monkeypatch)
+@pytest.mark.parametrize(
+    ("shape", "padding", "prediction"),
+    [("sd15", END, None), ("sd21", 0, "v")],  # SD 2.x's tokenizer pads with "!"
+)
+def test_a_bk_tiny_student_draws_what_torch_draws(tmp_path, monkeypatch, shape, padding, prediction):
+    pipeline = bk_tiny(shape, monkeypatch)
     made = export_checkpoint(pipeline, tmp_path / "tiny.safetensors", "sdcpp", dtype="fp32")
-    expected = by_torch(pipeline)
+    expected = by_torch(pipeline, padding)
+    told = {} if prediction is None else {"prediction": prediction}
     model = sdcpp.StableDiffusion(
-        model_path=str(made.file), rng_type="cpu", sampler_rng_type="cpu", n_threads=2, verbose=False
+        model_path=str(made.file), rng_type="cpu", sampler_rng_type="cpu", n_threads=2, verbose=False, **told
     )
     (image,) = model.generate_image(
         prompt="a photo of a cat",

@@ -85,8 +85,8 @@ LOOPS: dict[str, LoopSettings] = {
         checkpoint_every=200,
     ),
     "unet": HeldThenFalling(
-        steps=15000,
-        falling_steps=3000,
+        steps=14500,
+        falling_steps=2500,
         optimizer="muon",
         learning_rate=4e-4,
         betas=(0.9, 0.99),
