@@ -94,7 +94,7 @@ def use_plan(visitor, profile, folder):
     visitor.upload("load-profile", profile)
     unit = window.locator("#diagram [data-unit]").first
     unit.click()
-    visitor.shown("1 edits")
+    visitor.shown("1 edit ")
     assert removed.count() == 1 and "removed" in window.locator("#diagram .about").inner_text()
     assert unit.get_attribute("data-unit") in window.locator("#edits").inner_text()
     window.locator("#edits .token .token-remove").first.click()
