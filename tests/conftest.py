@@ -28,6 +28,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -67,6 +68,17 @@ def tiny_unet(seed: int = 0, **changes) -> UNet2DConditionModel:
         **SD_BLOCKS,
     }
     return UNet2DConditionModel(**{**config, **changes}).eval()
+
+
+def lora_file(unet: UNet2DConditionModel, file: Path) -> Path:
+    """Write a LoRA of random weights for a UNet, which gets its layers; return the file."""
+    import peft
+
+    torch.manual_seed(0)
+    unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    state = peft.get_peft_model_state_dict(unet).items()
+    save_file({f"unet.{name}": tensor.contiguous() for name, tensor in state}, file)
+    return file
 
 
 def tiny_sdxl_unet() -> UNet2DConditionModel:

@@ -6,15 +6,17 @@ import tempfile
 import threading
 import time
 import warnings
+from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
-from asdm import AsdmError, AsdmWarning, PruningPlan, make_plan
+from asdm import AsdmError, AsdmWarning, PruningPlan, make_plan, save_pipeline
 from asdm.app.compare import draw_comparison, request_of, save_comparison, with_newest
 from asdm.app.evidence import evidence_file, find_evidence, loss_figure, pareto_figure, report_frame
 from asdm.app.files import KEPT_SECONDS, new_folder
-from asdm.app.models import KEPT, ModelLibrary
+from asdm.app.models import KEPT, ModelLibrary, changed_ns
 from asdm.app.plan_board import PlanBoard, diagram, summary_of
 from asdm.app.settings import AppSettings, Limits
 from asdm.app.trial import computed_profile, trial_student
@@ -97,6 +99,24 @@ def test_few_models_stay_loaded(monkeypatch):
     assert loaded == [*map(str, range(KEPT)), "new", "1"]
 
 
+def test_a_model_that_was_built_again_is_loaded_again(tmp_path):
+    library, folder = ModelLibrary(AppSettings(), device="cpu"), tmp_path / "pruned"
+    pipeline = tiny_pipeline()
+    save_pipeline(pipeline, folder)
+    first = library.load(str(folder))
+    assert library.load(str(folder)) is first
+    with torch.no_grad():
+        pipeline.unet.conv_in.bias.add_(1)
+    save_pipeline(pipeline, folder)
+    again = library.load(str(folder))
+    assert torch.equal(again.unet.conv_in.bias, pipeline.unet.conv_in.bias) and library.load(str(folder)) is again
+
+
+@pytest.mark.parametrize("name", ["gone", "a\0b", "x" * 5000])
+def test_a_name_that_is_no_file_has_no_time_of_change(name):
+    assert changed_ns(Path(name)) == 0
+
+
 def test_a_comparison_is_saved_with_metadata(tmp_path, pipeline):
     lines = []
     request = request_of({"prompt": "owl/../x", "steps": 2, "seed": 3}, LIMITS)
@@ -170,7 +190,7 @@ def test_the_list_and_the_diagram_show_one_board(board):
     clicked = board.toggle(unit)
     assert clicked.chosen_labels == [unit] and board.with_labels([unit]) == clicked
     assert diagram(clicked).count('aria-pressed="true"') == 1
-    assert "1 edits" in summary_of(clicked)
+    assert "1 edit " in summary_of(clicked)
 
 
 def test_the_best_plan_is_the_programmes(board):

@@ -11,10 +11,10 @@ from PIL import Image
 
 from asdm import load_pipeline
 from asdm.generation.image import read_about
-from conftest import profile_by_hand
+from conftest import lora_file, profile_by_hand, tiny_unet
 from tools.page.screenshots import LARGEST_BYTES, take_screenshots
 from tools.page.serving import serving
-from tools.page.soak import soak
+from tools.page.soak import field_values, soak
 from tools.page.visitor import DESKTOP, PHONE, browsing
 
 pytestmark = pytest.mark.slow
@@ -30,11 +30,15 @@ def profile(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory):
+def installed():
     pytest.importorskip("gradio")
     pytest.importorskip("playwright")
     if shutil.which("chromium") is None:
         pytest.skip("no chromium on this machine")
+
+
+@pytest.fixture(scope="module")
+def served(installed, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for name in ("benchmark.json", "benchmark_run.json"):
         shutil.copy(RESULTS / name, folder)
@@ -90,7 +94,7 @@ def use_plan(visitor, profile, folder):
     visitor.upload("load-profile", profile)
     unit = window.locator("#diagram [data-unit]").first
     unit.click()
-    visitor.shown("1 edits")
+    visitor.shown("1 edit ")
     assert removed.count() == 1 and "removed" in window.locator("#diagram .about").inner_text()
     assert unit.get_attribute("data-unit") in window.locator("#edits").inner_text()
     window.locator("#edits .token .token-remove").first.click()
@@ -123,6 +127,54 @@ def use_evidence(visitor, _profile, _folder):
     visitor.open_tab("Training")
     visitor.choose("log", "log.jsonl")
     window.locator("#losses .scatterlayer path").first.wait_for()
+
+
+def test_a_lora_changes_both_images_and_a_wrong_one_is_refused(visit, tmp_path):
+    visitor = visit()
+    good = lora_file(load_pipeline("demo").unet, tmp_path / "good.safetensors")
+    visitor.press("Size, feature caching, LoRA")
+
+    def image(lora):
+        visitor.fill("LoRA", lora)
+        visitor.compare(PROMPT, steps=2)
+        for which in ("First", "Second"):
+            visitor.download(f"{which} as PNG", tmp_path / f"{which}.png")
+        with Image.open(tmp_path / "First.png") as first, Image.open(tmp_path / "Second.png") as second:
+            assert first.tobytes() == second.tobytes(), "the LoRA must be added to both"
+            return first.tobytes(), read_about(tmp_path / "Second.png").get("loras", [])
+
+    plain, none = image("")
+    full, named = image(good)
+    half, halved = image(f"{good}:0.5")
+    assert len({plain, full, half}) == 3 and none == []
+    assert [*named, *halved] == [{"name": "good", "scale": 1.0}, {"name": "good", "scale": 0.5}]
+    lora_file(tiny_unet(), tmp_path / "other.safetensors")
+    for name, told in {
+        "other.safetensors": "other.safetensors: a LoRA for another model (down_blocks.0",
+        "gone.safetensors": "gone.safetensors: no such LoRA file; name a .safetensors file",
+        "First.png": "First.png: a LoRA must be a .safetensors file; other formats may run code",
+        "good.safetensors:99": "good.safetensors:99: the scale is 99; it must be from -10 to 10",
+    }.items():
+        visitor.fill("LoRA", tmp_path / name)
+        visitor.press("Compare")
+        visitor.shown(told)
+    assert image("")[0] == plain, "a LoRA stays in the model"
+    assert not visitor.faults
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_page_for_other_machines_reads_no_lora(tmp_path):
+    file = lora_file(load_pipeline("demo").unet, tmp_path / "good.safetensors")
+    with serving(tmp_path, "--host", "0.0.0.0") as served, browsing(served.address) as visit:
+        visitor = visit()
+        visitor.press("Size, feature caching, LoRA")
+        visitor.shown("Feature caching")
+        assert visitor.window.locator("#lora").count() == 0
+        client = pytest.importorskip("gradio_client").Client(served.address, verbose=False)
+        client.predict(api_name="/begin")
+        fields = field_values(prompt=PROMPT, steps=1, lora=str(file))
+        with pytest.raises(Exception, match="this page reads no files of its machine"):
+            client.predict("demo", "demo", *fields, api_name="/compare")
 
 
 def long_drawing(visitor):

@@ -4,11 +4,9 @@ import json
 import warnings
 
 import numpy as np
-import peft
 import pytest
 import torch
 from diffusers import ControlNetModel, DDIMScheduler, EulerAncestralDiscreteScheduler
-from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -31,7 +29,14 @@ from asdm.generation.prompts import lost_text, parse_weights, without_last_layer
 from asdm.generation.schedulers import scheduler_label, scheduler_named
 from asdm.generation.sheets import Tile, difference_map, sheet
 from asdm.images import to_images
-from conftest import tiny_inpainting_pipeline, tiny_pipeline, tiny_pixart_pipeline, tiny_sdxl_pipeline, tiny_unet
+from conftest import (
+    lora_file,
+    tiny_inpainting_pipeline,
+    tiny_pipeline,
+    tiny_pixart_pipeline,
+    tiny_sdxl_pipeline,
+    tiny_unet,
+)
 
 REMOVALS = [
     {"edit": "remove", "unit": "down_blocks.1.attentions.0"},
@@ -59,12 +64,7 @@ def student(pipeline):
 @pytest.fixture
 def lora(tmp_path):
     """A LoRA of the tiny SD UNet in a file."""
-    unet = tiny_unet()
-    torch.manual_seed(0)
-    unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
-    state = {f"unet.{name}": tensor.contiguous() for name, tensor in get_peft_model_state_dict(unet).items()}
-    save_file(state, tmp_path / "lora.safetensors")
-    return tmp_path / "lora.safetensors"
+    return lora_file(tiny_unet(), tmp_path / "lora.safetensors")
 
 
 # -- requests ------------------------------------------------------------------------------------------------
@@ -305,13 +305,18 @@ def test_files_that_are_no_lora_for_this_model_are_refused(pipeline, lora, tmp_p
     with pytest.raises(AsdmError, match="not a safetensors file"):
         LoraFile.parse(f"{other}:0.5")
     (tmp_path / "old.pt").write_bytes(b"x")
-    with pytest.raises(AsdmError, match=r"must be a .safetensors file"):
+    with pytest.raises(AsdmError, match=r"^\S+old.pt: a LoRA must be a .safetensors file"):
         LoraFile.parse(str(tmp_path / "old.pt"))
+    with pytest.raises(AsdmError, match=r"^\S+gone.safetensors: no such LoRA file"):
+        LoraFile.parse(str(tmp_path / "gone.safetensors"))
+    for scale in ("nan", "-11", "1e9"):
+        with pytest.raises(AsdmError, match=r"^\S+lora.safetensors:\S+: the scale is \S+; it must be from -10 to 10"):
+            LoraFile.parse(f"{lora}:{scale}")
     for wrong in (float("nan"), True, 11, "x"):
         with pytest.raises(AsdmError, match=r"^not a LoraFile: scale="):
             LoraFile(path=lora, scale=wrong)
     assert LoraFile.parse(f"{lora}:0.25") == LoraFile(path=lora, scale=0.25)
-    with pytest.raises(AsdmError, match=r"lora.safetensors: a LoRA for another model"):
+    with pytest.raises(AsdmError, match=r"lora.safetensors: a LoRA for another model \(\S+to_\w has another size\)"):
         made(tiny_sdxl_pipeline(), loras=[{"path": lora}])
 
 

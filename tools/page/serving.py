@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import socket
 import subprocess
 import sys
@@ -28,7 +27,7 @@ class Served:
 
 @contextmanager
 def serving(folder: Path, *options: str) -> Iterator[Served]:
-    """Serve the page of a folder on a free port within the block, and end it as Ctrl-C does.
+    """Serve the page of a folder on a free port within the block, and end it as a service manager does.
 
     Args:
         options: of `asdm app`.
@@ -47,7 +46,7 @@ def serving(folder: Path, *options: str) -> Iterator[Served]:
             output.seek(0)
             raise AsdmError(f"{error}: {output.read()[-2000:]}") from None
         finally:
-            server.send_signal(signal.SIGINT)
+            server.terminate()  # a shell's background jobs ignore SIGINT, and so do their children
             try:
                 server.wait(60)
             except subprocess.TimeoutExpired:

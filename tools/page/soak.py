@@ -17,6 +17,7 @@ from typing import Any, Literal
 import psutil
 
 from asdm.app.compare import FIELDS, OWN_SCHEDULER
+from asdm.choices import IMAGE_STRENGTH
 from asdm.errors import AsdmError, needs_extra
 from tools.page.serving import Served
 
@@ -69,6 +70,12 @@ class Soak:
             raise AsdmError(f"memory grew from {self.memory_before:.0f} MB to {self.memory_after:.0f} MB")
 
 
+def field_values(**given: Any) -> list[Any]:
+    """Return a value for each of the page's fields, in their order: the given one, or the page's own."""
+    usual = {"negative": "", "scheduler": OWN_SCHEDULER, "image": None, "strength": IMAGE_STRENGTH, "lora": ""}
+    return [given.get(name, usual.get(name, 0)) for name in FIELDS]
+
+
 class User:
     """Someone with a session of their own who compares the embedded pipeline with itself."""
 
@@ -81,9 +88,7 @@ class User:
 
     def ask(self, seed: int, cancels: bool) -> Outcome:
         """Compare once, and cancel meanwhile if told."""
-        given = {"prompt": self.prompt, "seed": seed, "steps": 1, "scheduler": OWN_SCHEDULER, "strength": 0.5}
-        usual = {"negative": "", "image": None, "lora": ""}
-        fields = [given.get(name, usual.get(name, 0)) for name in FIELDS]
+        fields = field_values(prompt=self.prompt, seed=seed, steps=1)
         self.client.predict(api_name="/begin")
         job = self.client.submit("demo", "demo", *fields, api_name="/compare")
         if cancels:

@@ -72,7 +72,7 @@ def _settings(page: Page) -> list[Any]:
         steps = gr.Number(label="Steps", precision=0, maximum=limits.steps, **usual)
         guidance = gr.Number(label="Guidance", maximum=50, **usual)
         scheduler = gr.Dropdown(
-            [OWN_SCHEDULER, *SCHEDULERS], value=OWN_SCHEDULER, label="Scheduler", info="by short name", min_width=160
+            [OWN_SCHEDULER, *SCHEDULERS], value=OWN_SCHEDULER, label="Scheduler", info="by short name", min_width=200
         )
     with gr.Accordion("Size, feature caching, LoRA", open=False, **late):
         with gr.Row():
@@ -82,7 +82,7 @@ def _settings(page: Page) -> list[Any]:
                 label="Feature caching", info="speed-up of the second model; 0: none", value=0, minimum=0, min_width=160
             )
         lora = gr.Textbox(
-            label="LoRA", info="path of a .safetensors file on this machine; :SCALE behind it where that is not 1",
+            label="LoRA", info="path of a .safetensors file on this machine, or PATH:SCALE",
             max_length=1000, elem_id="lora", visible=page.settings.is_loopback,
         )  # fmt: skip
     with gr.Accordion("Start from an image", open=False, **late):
@@ -94,7 +94,7 @@ def _settings(page: Page) -> list[Any]:
 def _outputs() -> list[Any]:
     """Return the widgets that show a comparison, in the order of `_shown`."""
     slider = gr.ImageSlider(
-        label="First model on the left, second on the right", type="filepath", interactive=False, height=420,
+        label="Left: first model, right: second", type="filepath", interactive=False, height=420,
         max_height=420, elem_id="slider", buttons=["fullscreen"],
     )  # fmt: skip
     summary = gr.Markdown("Write a prompt and press Compare.", elem_id="summary")

@@ -188,7 +188,8 @@ def loss_figure(rows: Sequence[dict[str, float]]) -> Any:
                 x=list(steps[window - 1 :: every]), y=[float(v) for v in smooth[::every]], name=term, mode="lines"
             )
         )
-    return _styled(figure, "step", f"loss, mean of {max(1, len(rows) // 50)} steps", log_y=True)
+    smoothed = len(rows) // 50
+    return _styled(figure, "step", f"loss, mean of {smoothed} steps" if smoothed > 1 else "loss", log_y=True)
 
 
 def _is_loss(name: str) -> bool:

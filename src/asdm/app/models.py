@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from pathlib import Path
 
 from diffusers import DiffusionPipeline
 
@@ -18,18 +19,30 @@ class ModelLibrary:
 
     def __init__(self, settings: AppSettings, device: str | None = None):
         self.settings, self.device = settings, device or fastest_device()
-        self._loaded: OrderedDict[str, DiffusionPipeline] = OrderedDict()
+        self._loaded: OrderedDict[tuple[str, int], DiffusionPipeline] = OrderedDict()
 
     def load(self, name: str) -> DiffusionPipeline:
-        """Return a pipeline, loaded now or earlier.
+        """Return a pipeline, loaded now or earlier. One whose files have changed since is loaded again.
 
         Raises:
             AsdmError: the page does not offer the model, or it cannot be loaded.
         """
         self.settings.require_model(name)
-        if name not in self._loaded:
+        key = name, changed_ns(Path(name))
+        if key not in self._loaded:
+            for old in [other for other in self._loaded if other[0] == name]:
+                del self._loaded[old]
             while len(self._loaded) >= KEPT:
                 self._loaded.popitem(last=False)
-            self._loaded[name] = load_pipeline(name, device=self.device)
-        self._loaded.move_to_end(name)
-        return self._loaded[name]
+            self._loaded[key] = load_pipeline(name, device=self.device)
+        self._loaded.move_to_end(key)
+        return self._loaded[key]
+
+
+def changed_ns(place: Path) -> int:
+    """Return when a model's file, or a file of its folder and of the folders in it, last changed, in nanoseconds; 0 for
+    a name that is none of this machine's files."""
+    try:
+        return max((file.stat().st_mtime_ns for file in (place, *place.glob("*"), *place.glob("*/*"))), default=0)
+    except (OSError, ValueError):  # none, one that was just replaced, or a name that no file can have
+        return 0

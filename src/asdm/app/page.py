@@ -27,6 +27,7 @@ CSS = """
 #history .grid-container {display: flex; overflow-x: auto; padding: 4px}
 #history .gallery-item {flex: 0 0 112px}
 .actions {align-items: flex-end}
+.gradio-container input[role=combobox] {padding-right: 20px; text-overflow: ellipsis}  /* beside the arrow */
 @media (max-width: 700px) {
   /* One column, in which the result comes before the settings. */
   .merged {display: contents !important}

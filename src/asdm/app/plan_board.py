@@ -194,13 +194,14 @@ def summary_of(board: PlanBoard) -> str:
     basis = "latencies" if redundancy.latency_ms > 0 else "MACs"
     parameters = redundancy.parameters - sum(choice.parameters for choice in chosen)
     gmacs = redundancy.gmacs - sum(choice.macs for choice in chosen) / 1e9
+    noun = "edit" if len(chosen) == 1 else "edits"
     lines = [
         f"**{board.speedup:.2f}x** predicted by the profile's {basis} · sensitivity **{board.sensitivity:.4f}** "
-        f"· {len(chosen)} edits · {parameters / 1e6:.1f}M of {redundancy.parameters / 1e6:.1f}M parameters "
+        f"· {len(chosen)} {noun} · {parameters / 1e6:.1f}M of {redundancy.parameters / 1e6:.1f}M parameters "
         f"· {gmacs:.2f} of {redundancy.gmacs:.2f} GMACs"
     ]
     if board.others:
-        lines.append(f"{len(board.others)} edits of the loaded plan are not in the profile and count for nothing.")
+        lines.append(f"Edits of the loaded plan that the profile lacks, which count for nothing: {len(board.others)}.")
     return "\n\n".join(lines)
 
 

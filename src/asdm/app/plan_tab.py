@@ -103,7 +103,7 @@ def plan_tab(page: Page) -> None:
             trial_inputs, attempt, result = _trial_inputs(page)
         with gr.Column(scale=3, min_width=320):
             trial = gr.ImageSlider(
-                label="Model on the left, untrained compensated student on the right", type="filepath",
+                label="Left: model, right: untrained student", type="filepath",
                 interactive=False, height=400, max_height=400, buttons=["fullscreen"], elem_id="trial",
             )  # fmt: skip
     views = [board, picture, summary, edits, speedup, save]

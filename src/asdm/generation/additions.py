@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ from asdm.pipelines.untrusted import bounded_modules, require_safe_config
 from asdm.reading import read_json
 from asdm.records import Record
 
+LARGEST_SCALE = 10  # of a LoRA, without its sign
+_SIZE_MISMATCH = re.compile(r"size mismatch for (\S+?)(?:\.lora_\S*)?:")  # torch's words
+
 
 class LoraFile(Record):
     """A LoRA's file, `.safetensors`, and how strongly it counts.
@@ -34,7 +38,7 @@ class LoraFile(Record):
     """
 
     path: Path = Field(description="the file")
-    scale: float = Field(1.0, ge=-10, le=10, description="1 as it was trained")
+    scale: float = Field(1.0, ge=-LARGEST_SCALE, le=LARGEST_SCALE, description="1 as it was trained")
 
     @model_validator(mode="after")
     def _is_usable(self) -> LoraFile:
@@ -48,14 +52,15 @@ class LoraFile(Record):
         Raises:
             AsdmError: as `LoraFile`.
         """
-        name, _, scale = text.rpartition(":")
-        if name and not Path(text).exists():
-            try:
-                return cls(path=Path(name), scale=float(scale))
-            except ValueError as error:
-                if isinstance(error, AsdmError):
-                    raise
-        return cls(path=Path(text))
+        path, scale = Path(text), 1.0
+        name, _, number = text.rpartition(":")
+        if name and not path.exists():
+            with suppress(ValueError):  # a colon of the file's name
+                scale, path = float(number), Path(name)
+        require_lora(path)  # here too: the record's error names the record
+        if not abs(scale) <= LARGEST_SCALE:
+            raise AsdmError(f"{text}: the scale is {scale:g}; it must be from {-LARGEST_SCALE} to {LARGEST_SCALE}")
+        return cls(path=path, scale=scale)
 
 
 def require_lora(path: Path) -> None:
@@ -112,7 +117,9 @@ def _load_lora(pipeline: Any, lora: LoraFile, name: str) -> str:
     except MemoryError:
         raise
     except Exception as error:  # of diffusers and peft, any kind
-        raise AsdmError(f"{lora.path}: a LoRA for another model ({one_line(error, 120)})") from None
+        layer = _SIZE_MISMATCH.search(str(error))
+        reason = f"{layer[1]} has another size" if layer else one_line(error, 120)
+        raise AsdmError(f"{lora.path}: a LoRA for another model ({reason})") from None
     parts = [part for part, adapters in pipeline.get_list_adapters().items() if name in adapters]
     if not parts:
         raise AsdmError(f"{lora.path}: a LoRA for another model; none of its layers is in this one")
