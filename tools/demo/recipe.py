@@ -301,6 +301,7 @@ class Recipe:
         if self.start is None:
             return make_vae()
         vae = AutoencoderKL.from_pretrained(self.start / "vae", dtype=torch.float32)
+        vae.register_to_config(_name_or_path="")
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
         return vae
