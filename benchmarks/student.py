@@ -7,6 +7,7 @@
     python benchmarks/student.py gri-speed        # SD 1.5's shape: GRI and ToMe beside full attention
     python benchmarks/student.py cond-conv        # SD 1.5's shape: the banks' overhead
     python benchmarks/student.py presets          # SD 1.5's shape: a plan of each preset
+    python benchmarks/student.py images asdm-demo # what students draw of held-out prompts, below the original's images
 
 ToMe comes from its own package: pip install -e '.[benchmark]'.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import copy
 import itertools
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +33,10 @@ from asdm.compensation.folding import fold_projections
 from asdm.data.calibration import calibration_calls
 from asdm.edits.projections import Projection
 from asdm.errors import needs_extra
+from asdm.evaluation.plots import image_sheet
+from asdm.evaluation.sampling import evaluation_sets
 from asdm.families import denoiser_call, family_of
+from asdm.images import to_images
 from asdm.measure.latency import Latency, Ratio, measure_interleaved
 from asdm.measure.macs import counting_macs
 from asdm.measure.memory import peak_megabytes
@@ -243,6 +248,16 @@ def timed(models: dict[str, UNet2DConditionModel], rounds: int) -> list[dict[str
         }
         for name, time in times.items()
     ]
+
+
+@app.command()
+def images(students: list[Path], count: int = 24) -> None:
+    """Draw held-out prompts of one right answer with the original and with students of it, from the same noise."""
+    original = asdm.load_pipeline("demo")
+    held_out = next(each for each in evaluation_sets("demo", None, count, 0) if each.split == "held_out")
+    pipelines = [original, *map(asdm.load_pipeline, students)]
+    rows = [to_images(asdm.generate(pipeline, held_out.prompts)) for pipeline in pipelines]
+    image_sheet(held_out.prompts, rows, side=96).save(RESULTS.parent / "students.png")
 
 
 if __name__ == "__main__":
