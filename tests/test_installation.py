@@ -73,7 +73,8 @@ def test_type_checkers_read_the_packages_types():
 def test_the_docker_image_installs_an_extra_that_exists_and_starts_the_page():
     lines = [line.split(" ", 1) for line in (ROOT / "Dockerfile").read_text().splitlines() if line[:1].isupper()]
     (install,) = [shlex.split(rest) for name, rest in lines if name == "RUN" and rest.startswith("pip install")]
-    (extras,) = re.findall(r"^\.\[(.+)\]$", install[-1])
+    (extras,) = re.findall(r"^\.\[(.+)\]$", install[-2])
+    assert install[-1] == "./packages/demo"
     assert "web" in extras.split(",") and set(extras.split(",")) <= set(PROJECT["optional-dependencies"])
     copied = [word for name, rest in lines if name == "COPY" for word in rest.split()[:-1]]
     assert install[install.index("-c") + 1] in copied and {"src", PROJECT["readme"]} <= set(copied)

@@ -10,7 +10,7 @@ import typer
 from asdm.cli.compress import compress_and_print
 from asdm.cli.estimates import YesOption
 
-QUICK = {"steps": 320, "samples": 32, "image_to_image": 16}
+QUICK = {"steps": 260, "samples": 32, "image_to_image": 16}
 FULL = {"steps": 1500, "samples": 128, "image_to_image": 64}
 
 

@@ -29,7 +29,7 @@ class ProgressReport:
         self._progress = Progress(*columns, console=errors, disable=not is_main_process())
         self._bars: dict[str, TaskID] = {}
         self._last_line = time.monotonic()
-        self._started: dict[str, tuple[float, int]] = {}
+        self._started: dict[tuple[str, int], tuple[float, int]] = {}
 
     def __call__(self, title: str, done: int, total: int, note: str = "") -> None:
         self._log(title, done, total, note)
@@ -41,7 +41,8 @@ class ProgressReport:
 
     def _log(self, title: str, done: int, total: int, note: str) -> None:
         """Print a line if there is no terminal and the last one is some time ago."""
-        started, before = self._started.setdefault(title, (time.monotonic(), done))
+        # A task that counts anew, to another total, does something else and at another pace.
+        started, before = self._started.setdefault((title, total), (time.monotonic(), done))
         if errors.is_terminal or not is_main_process():
             return
         if time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:

@@ -36,7 +36,7 @@ QUALITY_COLUMNS = (
     ("style", "style", "style", "percent"),
     ("kid", f"KID ({JUDGE_NAME})", "KID", "number"),
     ("retrieval_at_1", "R@1 (own CLIP)", "R@1", "percent"),
-    ("teacher_distance", "distance to teacher's images", "distance", "number"),
+    ("teacher_distance", "distance to teacher's images", "dist.", "number"),
 )
 # The same for fields of ImageToImageMetrics.
 IMAGE_TO_IMAGE_COLUMNS = (
