@@ -10,8 +10,8 @@ import typer
 from asdm.cli.compress import compress_and_print
 from asdm.cli.estimates import YesOption
 
-QUICK = {"steps": 260, "samples": 32, "image_to_image": 16}
-FULL = {"steps": 1500, "samples": 128, "image_to_image": 64}
+QUICK = {"refine": 2, "steps": 260, "samples": 32, "image_to_image": 12}
+FULL = {"refine": 4, "steps": 1500, "samples": 128, "image_to_image": 64}
 
 
 def demo(
@@ -33,4 +33,4 @@ def demo(
     settings: dict[str, Any] = dict(FULL if full else QUICK)
     if image_to_image is not None:
         settings["image_to_image"] = image_to_image
-    compress_and_print("demo", out, speedup=1.5, refine=4, data="demo", yes=yes, **settings)
+    compress_and_print("demo", out, speedup=1.5, data="demo", yes=yes, **settings)
