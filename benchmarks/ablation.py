@@ -10,7 +10,7 @@ The embedded pipeline; one plan of removals for each speed-up; each run trains f
 BK-SDM's recipe, by the steps' cost as measured in turns, so that other load affects all recipes alike. At 1.5x
 the components one by one, in short runs, and students of the faster plan that leave the last steps of an image to the
 original; at 2x and 2.5x what is for harder plans: expert kernels by what their routers read, and semantic supervision
-on captions that have no image. A finished run is not run again, one that was stopped goes on; two processes can share
+on captions without their images. A finished run is not run again, one that was stopped goes on; two processes can share
 the work, each with its own --seeds or --only.
 """
 

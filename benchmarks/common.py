@@ -16,6 +16,7 @@ from rich.table import Table
 
 import asdm
 from asdm.errors import AsdmError
+from asdm.evaluation.sampling import EvaluationSet, evaluation_sets
 from asdm.families import family_of
 from asdm.files import write_text
 from asdm.measure.machine import device_name
@@ -57,6 +58,11 @@ def finish(name: str, rows: list[dict[str, Any]], device: torch.device | str = "
         values = [row.get(column, "") for column in columns]
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values))
     console.print(table)
+
+
+def held_out_set(count: int) -> EvaluationSet:
+    """Return prompts of the embedded pipeline that no training saw and that have one right answer."""
+    return next(each for each in evaluation_sets("demo", None, count, 0) if each.split == "held_out")
 
 
 def without_second_layers(unet: UNet2DConditionModel) -> PruningPlan:

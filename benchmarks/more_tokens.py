@@ -16,7 +16,7 @@ import itertools
 from pathlib import Path
 
 import typer
-from common import finish, run
+from common import finish, held_out_set, run
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from student import tome, with_gri
 
@@ -26,7 +26,6 @@ from asdm.distillation.recipes import default_hyperparameters, recipe_stages
 from asdm.distillation.stages import LossWeights, Stage
 from asdm.evaluation.metrics import Judge, feature_distance
 from asdm.evaluation.real_images import RealImages
-from asdm.evaluation.sampling import evaluation_sets
 from asdm.families import denoiser_call
 from asdm.measure.latency import measure_interleaved
 from asdm.measure.machine import fast_training
@@ -65,7 +64,7 @@ def compare(steps: int = 200, samples: int = 48, rounds: int = 20) -> None:
     models = {"full attention": pipeline.unet, **_students(pipeline, steps)}
     times = measure_interleaved({name: denoiser_call(unet) for name, unet in models.items()}, rounds=rounds)
     judge = Judge()
-    held_out = next(each for each in evaluation_sets("demo", None, samples, 0) if each.split == "held_out")
+    held_out = held_out_set(samples)
     real = RealImages.of("demo", [held_out], judge, pipeline, None)
     rows, expected = [], None
     for name, unet in models.items():

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import typer
-from common import RESULTS, finish, run, without_second_layers
+from common import RESULTS, finish, held_out_set, run, without_second_layers
 from diffusers import UNet2DConditionModel
 from scipy.stats import spearmanr
 
@@ -34,7 +34,6 @@ from asdm.data.calibration import calibration_calls
 from asdm.edits.projections import Projection
 from asdm.errors import needs_extra
 from asdm.evaluation.plots import image_sheet
-from asdm.evaluation.sampling import evaluation_sets
 from asdm.families import denoiser_call, family_of
 from asdm.images import to_images
 from asdm.measure.latency import Latency, Ratio, measure_interleaved
@@ -254,7 +253,7 @@ def timed(models: dict[str, UNet2DConditionModel], rounds: int) -> list[dict[str
 def images(students: list[Path], count: int = 24) -> None:
     """Draw held-out prompts of one right answer with the original and with students of it, from the same noise."""
     original = asdm.load_pipeline("demo")
-    held_out = next(each for each in evaluation_sets("demo", None, count, 0) if each.split == "held_out")
+    held_out = held_out_set(count)
     pipelines = [original, *map(asdm.load_pipeline, students)]
     rows = [to_images(asdm.generate(pipeline, held_out.prompts)) for pipeline in pipelines]
     image_sheet(held_out.prompts, rows, side=96).save(RESULTS.parent / "students.png")

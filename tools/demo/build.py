@@ -123,10 +123,11 @@ def check(folder: Path, say: Callable[[str], None], progress: Report | None = No
     `log.jsonl` (every tenth step of each training).
     """
     pipeline = load_pipeline(folder / "pipeline")
-    checker = Checker(pipeline, evaluation_sets(images_folder(), None, CHECKED, 0))
+    sets = evaluation_sets(images_folder(), None, CHECKED, 0)
+    checker = Checker(pipeline, sets)
     found: dict[str, Any] = {"steps": default_steps(pipeline), "guidance_scale": default_guidance(pipeline)}
     shown: list[tuple[Example, Tensor]] = []
-    for each in checker.sets:
+    for each in sets:
         images = generate(pipeline, each.prompts, progress=_counting(progress, each.split))
         found[each.split] = {
             "samples": checker.metrics(images, each.examples),
@@ -148,7 +149,7 @@ class Checker:
         clip, self.judge = load_clip(pipeline), Judge()
         real = RealImages.of(images_folder(), sets, self.judge, pipeline, clip)
         assert clip is not None and real is not None
-        self.pipeline, self.clip, self.sets, self.real = pipeline, clip, sets, real
+        self.pipeline, self.clip, self.real = pipeline, clip, real
 
     def metrics(self, images: Tensor, examples: list[Example]) -> dict[str, float]:
         """Return the metrics of images (images, 3, height, width), each to show one of `examples`."""

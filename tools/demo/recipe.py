@@ -181,10 +181,9 @@ class Recipe:
         def batch_at(step: int) -> dict[str, Tensor]:
             chosen = order(step)
             generator = torch.Generator().manual_seed(step)
-            others = [alike[i][int(torch.randint(len(alike[i]), (), generator=generator))] for i in chosen.tolist()]
             return {
                 "images": images[chosen],
-                "others": images[others],
+                "others": images[one_of_each(alike, chosen, generator)],
                 "captions": chosen,
                 "concepts": concept_of[chosen],
             }
@@ -324,6 +323,12 @@ def members(keys: Sequence[Hashable]) -> list[list[int]]:
     return [groups[key] for key in keys]
 
 
+def one_of_each(groups: list[list[int]], chosen: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a member of each chosen index's group, drawn at random."""
+    drawn = [groups[index] for index in chosen.tolist()]
+    return torch.tensor([group[int(torch.randint(len(group), (), generator=generator))] for group in drawn])
+
+
 class StyleSwap:
     """Caption embeddings (batch, tokens, channels) for training, whose tokens behind the concept's say the style and
     nothing else.
@@ -345,10 +350,9 @@ class StyleSwap:
 
     def __call__(self, chosen: Tensor, step: int) -> Tensor:
         generator = torch.Generator().manual_seed(step)
-        alike = [self.alike[index] for index in chosen.tolist()]
-        others = [each[int(torch.randint(len(each), (), generator=generator))] for each in alike]
+        others = one_of_each(self.alike, chosen, generator)
         dropped = torch.rand(len(chosen), generator=generator) < self.style_dropout
-        styles = torch.where(dropped, len(self.embeddings) - 1, torch.tensor(others))
+        styles = torch.where(dropped, len(self.embeddings) - 1, others)
         # The first token opens the caption, and the concept's follow it.
         behind = torch.arange(self.embeddings.shape[1]) > self.concept_tokens[chosen][:, None]
         return torch.where(behind[:, :, None], self.embeddings[styles], self.embeddings[chosen])
@@ -370,12 +374,8 @@ class TwoCaptions:
 
     def __call__(self, chosen: Tensor, step: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(step)
-
-        def one_of(groups: list[list[int]]) -> Tensor:
-            each = [groups[index] for index in chosen.tolist()]
-            return torch.tensor([group[int(torch.randint(len(group), (), generator=generator))] for group in each])
-
-        return self.swap(one_of(self.same_design), 2 * step), self.swap(one_of(self.same_style), 2 * step + 1)
+        designs, styles = (one_of_each(groups, chosen, generator) for groups in (self.same_design, self.same_style))
+        return self.swap(designs, 2 * step), self.swap(styles, 2 * step + 1)
 
 
 def make_tokenizer(captions: list[str]) -> CLIPTokenizer:

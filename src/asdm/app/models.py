@@ -19,7 +19,7 @@ class ModelLibrary:
 
     def __init__(self, settings: AppSettings, device: str | None = None):
         self.settings, self.device = settings, device or fastest_device()
-        self._loaded: OrderedDict[tuple[str, int], DiffusionPipeline] = OrderedDict()
+        self._loaded: OrderedDict[str, tuple[int, DiffusionPipeline]] = OrderedDict()
 
     def load(self, name: str) -> DiffusionPipeline:
         """Return a pipeline, loaded now or earlier. One whose files have changed since is loaded again.
@@ -28,15 +28,14 @@ class ModelLibrary:
             AsdmError: the page does not offer the model, or it cannot be loaded.
         """
         self.settings.require_model(name)
-        key = name, changed_ns(Path(name))
-        if key not in self._loaded:
-            for old in [other for other in self._loaded if other[0] == name]:
-                del self._loaded[old]
+        changed, known = changed_ns(Path(name)), self._loaded.get(name)
+        if known is None or known[0] != changed:
+            self._loaded.pop(name, None)
             while len(self._loaded) >= KEPT:
                 self._loaded.popitem(last=False)
-            self._loaded[key] = load_pipeline(name, device=self.device)
-        self._loaded.move_to_end(key)
-        return self._loaded[key]
+            self._loaded[name] = known = (changed, load_pipeline(name, device=self.device))
+        self._loaded.move_to_end(name)
+        return known[1]
 
 
 def changed_ns(place: Path) -> int:

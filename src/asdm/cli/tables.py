@@ -180,8 +180,7 @@ def benchmark_table(rows: Sequence[BenchmarkRow]) -> Table:
     that between two seeds. The file that the benchmark writes has all results."""
     splits = list(dict.fromkeys(split for row in rows for split in row.teacher_distance))
     titles = [f"{title}, {split.replace('_', ' ')}" for split in splits for title in ("dist.", "top-5")]
-    measured_from = [split for split in splits if _image_to_image_metric(rows, split)]
-    last = measured_from[-1] if measured_from else ""
+    last = next((split for split in reversed(splits) if _image_to_image_metric(rows, split)), "")
     from_images = _image_to_image_metric(rows, last)
     titles += [f"from image, {last.replace('_', ' ')}"] if from_images else []
     measured = ["call ms", "GFLOP/s", "of limit", "weights MB", "peak MB"] if not splits else []
