@@ -17,10 +17,10 @@ from asdm import AsdmError, PruningPlan, save_decoder
 from asdm.benchmark.baselines import attention_broadcast, deep_cache, t_gate, tome
 from asdm.benchmark.method import Method, at_every, cached, combined, fresh
 from asdm.benchmark.methods import cached_every, guided_until, methods
-from asdm.benchmark.models import chosen_methods
+from asdm.benchmark.models import benchmark_model, chosen_methods, open_results, save_results, unfinished
 from asdm.benchmark.plot import benchmark_plot, pareto_front
 from asdm.benchmark.results import Benchmark, BenchmarkRow, BenchmarkRun
-from asdm.benchmark.run import benchmark_rows
+from asdm.benchmark.run import judge_methods, time_methods
 from asdm.benchmark.techniques import by_lcm, caching, in_openvino, pruned, with_dpm_solver, with_gri
 from asdm.diffusion.generation import generate
 from asdm.measure.limits import machine_limits
@@ -80,17 +80,9 @@ def test_a_benchmark_measures_all_methods_and_reports_failures(pipeline, data_fo
         Method("from text alone", "baseline", image_to_image=False),
     ]
     limits = {"float32": {"matrix product": 1e-3, "3x3 convolution": 1e-4}}
-    found = benchmark_rows(
-        pipeline,
-        entries,
-        place="tiny",
-        data=data_folder,
-        samples=2,
-        image_to_image=1,
-        rounds=2,
-        limits=limits,
-        images_folder=tmp_path / "images",
-    )
+    timed = time_methods(pipeline, entries, place="tiny", rounds=2, limits=limits)
+    settings = {"data": data_folder, "samples": 2, "image_to_image": 1, "images_folder": tmp_path / "images"}
+    *_, found = judge_methods(pipeline, entries, timed, **settings)
     rows = {row.name: row for row in found}
     assert [row.name for row in found] == [entry.name for entry in entries]
     assert rows["original"].speedup == 1 and rows["original"].teacher_distance["seen"] == pytest.approx(0, abs=1e-6)
@@ -137,6 +129,44 @@ def test_a_benchmark_measures_all_methods_and_reports_failures(pipeline, data_fo
     plt.close(figure)
 
 
+def test_a_stopped_benchmark_goes_on_with_the_images_that_it_has_not_judged(
+    pipeline, data_folder, monkeypatch, tmp_path
+):
+    looked = []
+
+    class Stopping(FakeJudge):
+        stops_at = 6  # of four methods with two splits each
+
+        def features(self, images):
+            looked.append(len(images))
+            if len(looked) == self.stops_at:
+                raise KeyboardInterrupt
+            return super().features(images)
+
+    def measured(seed=0):
+        looked.clear()
+        settings = {"samples": 2, "image_to_image": 0, "steps": 4, "rounds": 1, "only": ["order 1"], "seed": seed}
+        kept = unfinished(tmp_path, "a/model")
+        return benchmark_model(pipeline, "a/model", students={}, data=data_folder, limits={}, kept=kept, **settings)
+
+    monkeypatch.setattr("asdm.benchmark.run.Judge", Stopping)
+    with pytest.raises(KeyboardInterrupt):
+        measured()
+    kept = json.loads(unfinished(tmp_path, "a/model").read_text())["rows"]
+    assert [row["images"] for row in kept] == [3, 3, 0, 0]
+    monkeypatch.setattr(Stopping, "stops_at", 0)
+    with monkeypatch.context() as patched:
+        patched.delattr("asdm.benchmark.models.time_methods")  # not timed again
+        found = measured()
+    assert len(looked) == 7  # real images, the original again (all others are compared with it), and two methods
+    assert [row.seconds for row in found.rows] == [row["seconds"] for row in kept]
+    assert [row.images for row in found.rows] == [3] * 4
+    other = measured(seed=1)  # another benchmark
+    assert len(looked) == 9 and other.rows[0].seconds != found.rows[0].seconds
+    save_results(open_results(tmp_path), other, tmp_path)
+    assert not list(tmp_path.glob("unfinished*"))
+
+
 @pytest.mark.slow
 def test_where_an_image_takes_long_its_time_is_put_together_from_parts(pipeline):
     slow = {"whole": 0.03, "reusing": 0.01}
@@ -157,7 +187,7 @@ def test_where_an_image_takes_long_its_time_is_put_together_from_parts(pipeline)
 
     slowest = Method("slow", "ours", slowly, 10, at_every(3))
     entries = [Method("original", "original"), *slowest.in_steps([10, 4])]
-    _, slow_row, fewer = benchmark_rows(pipeline, entries, place="tiny", data=None, rounds=1, longest=0)
+    _, slow_row, fewer = time_methods(pipeline, entries, place="tiny", rounds=1, longest=0)
     assert len(entered) <= 3  # for warming up and for one or two turns: in fewer steps it has the same parts
     assert (fewer.name, fewer.steps, fewer.parts) == ("slow, 4 steps", 4, slow_row.parts)
     assert fewer.seconds < slow_row.seconds and fewer.peak_megabytes == slow_row.peak_megabytes
@@ -176,7 +206,7 @@ def test_steps_without_guidance_are_timed_apart(pipeline, longest):
     handle = pipeline.unet.register_forward_pre_hook(
         lambda _, args, kwargs: batches.update({len(args[0]): batches[len(args[0])] + 1}), with_kwargs=True
     )
-    original, guided = benchmark_rows(pipeline, entries, place="tiny", data=None, rounds=1, longest=longest)
+    original, guided = time_methods(pipeline, entries, place="tiny", rounds=1, longest=longest)
     handle.remove()
     kinds = {part for part in guided.parts if part.startswith("UNet")}
     assert kinds == {"UNet, whole", "UNet, without guidance"} and guided.error is None
@@ -188,7 +218,7 @@ def test_a_baseline_runs_and_leaves_the_pipeline_as_it_was(make, pipeline):
     pytest.importorskip({tome: "tomesd", deep_cache: "DeepCache", t_gate: "tgate"}.get(make, "diffusers"))
     entry = make(8, 0.5 if make is tome else 2)
     expected = generate(with_dpm_solver(pipeline), ["a photograph"], steps=8)
-    (row,) = benchmark_rows(pipeline, [entry], place="tiny", data=None, rounds=1)
+    (row,) = time_methods(pipeline, [entry], place="tiny", rounds=1)
     assert row.error is None and row.seconds > 0
     kinds = {part for part in row.parts if part.startswith("UNet")}
     assert kinds == {f"UNet, {entry.kinds(step)}" for step in range(8)}
@@ -202,7 +232,7 @@ def test_openvino_draws_the_same_within_the_same_loop(pipeline):
     pytest.importorskip("openvino")
     entry = combined("graph", "runtime", in_openvino(), steps=4)
     expected = generate(pipeline, ["a photograph"], steps=4)
-    (row,) = benchmark_rows(pipeline, [entry], place="tiny", data=None, rounds=1)
+    (row,) = time_methods(pipeline, [entry], place="tiny", rounds=1)
     assert row.error is None and row.dtype in ("float32", "bfloat16") and row.gmacs > 0
     assert row.unet_megabytes < sum(p.numel() for p in pipeline.unet.parameters()) * 4 / 1e6
     with entry.prepared(pipeline) as ready:

@@ -218,6 +218,8 @@ def test_the_tokenizer_knows_its_words_and_splits_others():
     assert max(len(tokenizer(pair.caption).input_ids) for pair in all_pairs()) <= tokenizer.model_max_length
     unknown = tokenizer("zzyx éß 日本").input_ids
     assert tokenizer.unk_token_id not in unknown[1:-1]
+    again = make_tokenizer([pair.caption for pair in all_pairs()])
+    assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()  # ties are ordered in one way
 
 
 def test_the_recipe_starts_from_the_same_weights_each_time():

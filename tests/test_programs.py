@@ -13,7 +13,7 @@ from asdm.benchmark.engine import Engine
 from asdm.benchmark.method import Method
 from asdm.benchmark.methods import methods
 from asdm.benchmark.programs import _genai_folder, programs
-from asdm.benchmark.run import benchmark_rows
+from asdm.benchmark.run import time_methods
 from asdm.families import UNetFamily
 from asdm.pipelines import random_models
 from asdm.pipelines.random_models import random_pipeline
@@ -58,7 +58,7 @@ def test_a_program_is_timed_in_the_same_steps_and_its_failure_is_a_row(pipeline,
         Method("other steps", "baseline", steps=6, engine=sleeping([], more_reports=1)),
         Method("last", "ours", steps=6),
     ]
-    rows = benchmark_rows(pipeline, entries, place="tiny", data=None, rounds=1, longest=longest)
+    rows = time_methods(pipeline, entries, place="tiny", rounds=1, longest=longest)
     original, program, broken, other, last = rows
     assert drawn[:2] == [1, drawn_steps]  # an untimed step, then all of them, or as many as are timed of the others
     assert (program.steps, program.dtype, program.error, program.gmacs) == (original.steps, "q8_0", None, None)
@@ -82,7 +82,7 @@ def test_programs_stand_among_the_methods_where_images_are_not_judged():
 def test_a_program_that_cannot_run_says_why(pipeline):
     """stable-diffusion.cpp knows no UNet of the tiny pipeline's widths."""
     entries = [method for method in programs(4) if "GenAI" not in method.name]
-    rows = {row.name: row.error for row in benchmark_rows(pipeline, entries, place="tiny", data=None, rounds=1)}
+    rows = {row.name: row.error for row in time_methods(pipeline, entries, place="tiny", rounds=1)}
     assert "transformers < 5.6" in rows.pop("optimum-intel")
     reason = (
         "reads UNets of the widths" if find_spec("stable_diffusion_cpp") else "pip install 'asdm-diffusion[benchmark]'"
@@ -103,7 +103,7 @@ def test_stable_diffusion_cpp_runs_in_the_benchmark(monkeypatch):
     monkeypatch.setitem(random_models.UNETS, "bk-tiny", config | {"sample_size": 8})
     pipeline = random_pipeline("bk-tiny", torch.float32)
     entries = [Method("original", "original", steps=4), *(each for each in programs(4) if "cpp" in each.name)]
-    original, *rows = benchmark_rows(pipeline, entries, place="small", data=None, rounds=2)
+    original, *rows = time_methods(pipeline, entries, place="small", rounds=2)
     assert [(row.error, row.dtype, row.steps) for row in rows] == [(None, "f16", 4), (None, "q8_0", 4)]
     assert all(row.speedup > 0 and row.parts["UNet, whole"] > 0 for row in rows) and original.error is None
 
@@ -117,7 +117,7 @@ def test_openvino_genai_runs_in_the_benchmark_and_draws_what_torch_draws(make):
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     pipeline.register_modules(scheduler=PNDMScheduler(**betas, skip_prk_steps=True, steps_offset=1))  # as SD 1.5's
     entries = [Method("original", "original", steps=4), *(each for each in programs(4) if "GenAI" in each.name)]
-    _, row = benchmark_rows(pipeline, entries, place="tiny", data=None, rounds=2)
+    _, row = time_methods(pipeline, entries, place="tiny", rounds=2)
     assert (row.error, row.steps) == (None, 4) and row.dtype in ("float32", "bfloat16")
     model = genai.Text2ImagePipeline(str(_genai_folder(pipeline)), "CPU", INFERENCE_PRECISION_HINT="f32")
     settings = {"guidance_scale": 3.0, "num_inference_steps": 4, "width": 16, "height": 16}

@@ -130,7 +130,7 @@ class Recipe:
     # -- stages --------------------------------------------------------------------------------
 
     def _tokenizer_stage(self, _: float | None) -> bool:
-        if (self.folder / "tokenizer").is_dir():  # another one orders ties otherwise, and CLIP has learnt this one
+        if (self.folder / "tokenizer").is_dir():  # CLIP has learnt this one
             return True
         with replacing_folder(self.folder / "tokenizer") as folder:
             make_tokenizer([pair.caption for pair in all_pairs()]).save_pretrained(folder)
@@ -384,16 +384,18 @@ def make_tokenizer(captions: list[str]) -> CLIPTokenizer:
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = CLIPTokenizer().backend_tokenizer.pre_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    endings = [f"{letter}</w>" for letter in alphabet]
     trainer = trainers.BpeTrainer(
         vocab_size=4096,
         min_frequency=1,
         initial_alphabet=alphabet,
+        special_tokens=endings,  # numbered here; the trainer would number them by chance, and order ties by the numbers
         end_of_word_suffix="</w>",
         show_progress=False,
     )
     bpe.train_from_iterator([caption.lower() for caption in captions], trainer)
     merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
-    pieces = alphabet + [f"{letter}</w>" for letter in alphabet] + ["".join(merge) for merge in merges]
+    pieces = alphabet + endings + ["".join(merge) for merge in merges]
     pieces += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CAPTION_LENGTH)

@@ -1,11 +1,11 @@
-"""The benchmark of one model: the speed of each method, and the quality of its images, in one run.
+"""The benchmark of one model: the speed of each method, then the quality of its images.
 
 A method that fails is a row with its error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -38,29 +38,19 @@ QUALITIES = ("teacher_distance", "kid", "exact_pair", "concept_top1", "concept_t
 
 
 @torch.no_grad()
-def benchmark_rows(
+def time_methods(
     pipeline: DiffusionPipeline,
     methods: Sequence[Method],
     *,
     place: str,
-    data: str | Path | None,
-    samples: int = 64,
-    image_to_image: int = 0,
-    strength: float = IMAGE_TO_IMAGE_STRENGTH,
     rounds: int = 5,
-    seed: int = 0,
     limits: dict[str, dict[str, float]] | None = None,
     longest: float = LONGEST_TIMED_IMAGE,
-    images_folder: Path | None = None,
     progress: Progress | None = None,
 ) -> list[BenchmarkRow]:
-    """Time all methods in turns, then generate the same prompts with the same seeds with each.
+    """Time all methods in turns.
 
     Args:
-        data: prompts and real images, as for `evaluate`; None for speed alone.
-        samples: images of each split.
-        image_to_image: images of each split that start from an image; none where the model cannot do that.
-        strength: of image-to-image.
         longest: the most seconds that a timed image may take. Where it would take longer, its parts are timed, and
             methods whose full steps depend on the prompt are left out.
     """
@@ -70,23 +60,68 @@ def benchmark_rows(
     faults: dict[str, str] = {}
     timer = MethodTimer(pipeline, methods, by_parts=by_parts, faults=faults, progress=progress)
     timing = timer.run(rounds)
-    quality: dict[str, dict[str, Any]] = {}
-    if data is not None:
-        judge, sets = Judge(pipeline.device), evaluation_sets(data, None, samples, seed)
-        count = min(samples, image_to_image) if "image" in family_of(pipeline).takes else 0
-        starts = image_to_image_sets(data, sets, count, seed)
-        real = RealImages.of(data, [*sets, *starts], judge, pipeline, None)
-        run = _QualityRun(pipeline, sets, starts, strength, seed, images_folder, judge, real)
-        quality = run.run(methods, faults, progress)
     rows = []
     for method in methods:
-        found: dict[str, Any] = {"error": faults.get(method.name)}
-        if method.name not in faults:
-            speed = _speed(timing, methods[0].name, method.name)
-            found |= speed | timer.costs[method.setup].metrics(speed["parts"]["UNet, whole"], limits or {})
-            found |= {"extrapolated": by_parts, **quality.get(method.name, {})}
-        rows.append(BenchmarkRow(place=place, name=method.name, group=method.group, steps=method.steps, **found))
+        if method.name in faults:
+            rows.append(_row(place, method, error=faults[method.name]))
+            continue
+        speed = _speed(timing, methods[0].name, method.name)
+        cost = timer.costs[method.setup].metrics(speed["parts"]["UNet, whole"], limits or {})
+        rows.append(_row(place, method, extrapolated=by_parts, **speed, **cost))
     return rows
+
+
+@torch.no_grad()
+def judge_methods(
+    pipeline: DiffusionPipeline,
+    methods: Sequence[Method],
+    rows: Sequence[BenchmarkRow],
+    *,
+    data: str | Path,
+    samples: int = 64,
+    image_to_image: int = 0,
+    strength: float = IMAGE_TO_IMAGE_STRENGTH,
+    seed: int = 0,
+    images_folder: Path | None = None,
+    progress: Progress | None = None,
+) -> Iterator[list[BenchmarkRow]]:
+    """Generate the same prompts with the same seeds with each method; yield all rows behind each that is judged.
+
+    Args:
+        rows: the timed methods'. Those with images are not judged again.
+        data: prompts and real images, as for `evaluate`.
+        samples: images of each split.
+        image_to_image: images of each split that start from an image; none where the model cannot do that.
+        strength: of image-to-image.
+    """
+    judge, sets = Judge(pipeline.device), evaluation_sets(data, None, samples, seed)
+    count = min(samples, image_to_image) if "image" in family_of(pipeline).takes else 0
+    starts = image_to_image_sets(data, sets, count, seed)
+    real = RealImages.of(data, [*sets, *starts], judge, pipeline, None)
+    run = _QualityRun(pipeline, sets, starts, strength, seed, images_folder, judge, real)
+    folders = folder_names([method.name for method in methods])
+    by_name, found = {method.name: method for method in methods}, list(rows)
+    for place, row in enumerate(rows):
+        method = by_name[row.name]
+        if progress is not None:
+            progress("generate", place + 1, len(rows))
+        is_original = place == 0  # whose images all others' are compared with
+        if row.error is not None or method.engine is not None or (row.images and not is_original):
+            continue
+        try:
+            quality = run.judged(method, folders[row.name], is_original)
+        except Exception as error:
+            if disk_error(error) is not None:  # of the images that the user asked for
+                raise
+            found[place] = _row(row.place, method, error=fault(error))
+        else:
+            quality |= run.image_to_image(method, folders[row.name], is_original)
+            found[place] = BenchmarkRow(**row.model_dump() | quality)
+        yield list(found)
+
+
+def _row(place: str, method: Method, **fields: Any) -> BenchmarkRow:
+    return BenchmarkRow(place=place, name=method.name, group=method.group, steps=method.steps, **fields)
 
 
 def _seconds_of_an_image(pipeline: DiffusionPipeline, method: Method) -> float:
@@ -126,41 +161,8 @@ class _QualityRun:
     def _from_images(self) -> ImageToImageJudge:
         return ImageToImageJudge(self.judge, self.real)
 
-    def run(
-        self, methods: Sequence[Method], faults: dict[str, str], progress: Progress | None
-    ) -> dict[str, dict[str, Any]]:
-        """Return fields of a `BenchmarkRow` by method. A method that fails gets an entry in `faults`."""
-        folders = folder_names([method.name for method in methods])
-        found = {}
-        for done, method in enumerate(methods, start=1):
-            if progress is not None:
-                progress("generate", done, len(methods))
-            if method.name in faults or method.engine is not None:
-                continue
-            try:
-                found[method.name] = self._judged(method, folders[method.name], is_original=method is methods[0])
-            except Exception as error:
-                if disk_error(error) is not None:  # of the images that the user asked for
-                    raise
-                faults[method.name] = fault(error)
-                continue
-            found[method.name] |= self._image_to_image(method, folders[method.name], is_original=method is methods[0])
-        return found
-
-    def _image_to_image(self, method: Method, folder: str, is_original: bool) -> dict[str, Any]:
-        """Return the fields of a `BenchmarkRow` about image-to-image. A failure of it is no failure of the method."""
-        if not self.starts:
-            return {}
-        if not method.image_to_image:
-            return {"image_to_image_error": FROM_TEXT_ALONE}
-        try:
-            return {"image_to_image": self._judged_from_images(method, folder, is_original)}
-        except Exception as error:
-            if disk_error(error) is not None:
-                raise
-            return {"image_to_image_error": fault(error)}
-
-    def _judged(self, method: Method, folder: str, is_original: bool) -> dict[str, Any]:
+    def judged(self, method: Method, folder: str, is_original: bool) -> dict[str, Any]:
+        """Return the fields of a `BenchmarkRow` about text-to-image."""
         found: dict[str, Any] = {"images": 0}
         for each in self.sets:
             images = self._images(method, each)
@@ -177,6 +179,19 @@ class _QualityRun:
                 if name in metrics:
                     found.setdefault(name, {})[each.split] = metrics[name]
         return found
+
+    def image_to_image(self, method: Method, folder: str, is_original: bool) -> dict[str, Any]:
+        """Return the fields of a `BenchmarkRow` about image-to-image. A failure of it is no failure of the method."""
+        if not self.starts:
+            return {}
+        if not method.image_to_image:
+            return {"image_to_image_error": FROM_TEXT_ALONE}
+        try:
+            return {"image_to_image": self._judged_from_images(method, folder, is_original)}
+        except Exception as error:
+            if disk_error(error) is not None:
+                raise
+            return {"image_to_image_error": fault(error)}
 
     def _judged_from_images(self, method: Method, folder: str, is_original: bool) -> dict[str, dict[str, float]]:
         found: dict[str, dict[str, float]] = {}

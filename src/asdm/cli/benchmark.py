@@ -67,9 +67,10 @@ def benchmark(
 ) -> None:
     """Compare methods that make a pipeline faster, ours and baselines, in one run: speed and loss of quality.
 
-    Results of other models that are already in the folder stay there.
+    Results of other models that are already in the folder stay there. The same command goes on where it was stopped,
+    once the methods are timed.
     """
-    from asdm.benchmark.models import RESULTS, benchmark_model, open_results, save_results
+    from asdm.benchmark.models import RESULTS, benchmark_model, open_results, save_results, unfinished
     from asdm.evaluation.image_folders import distinct_names
     from asdm.measure.limits import machine_limits
 
@@ -105,7 +106,8 @@ def benchmark(
             seed=seed,
         )
         warn_if_busy()
-        with reporting(otherwise=f"finished models are in {out / RESULTS}") as report:
+        kept = unfinished(out, model)
+        with reporting(otherwise=f"finished models are in {out / RESULTS}; judged images are kept") as report:
             measured = benchmark_model(
                 pipeline,
                 model,
@@ -121,6 +123,7 @@ def benchmark(
                 decoder=decoder if first else None,
                 seed=seed,
                 images_folder=images,
+                kept=kept,
                 progress=lambda title, done, total, model=model: report(f"{title}, {model}", done, total),  # type: ignore[misc]
             )
         results = save_results(results, measured, out)
