@@ -2,6 +2,7 @@
 
 import io
 import json
+import struct
 import tarfile
 import zipfile
 
@@ -139,6 +140,18 @@ def test_the_first_of_several_captions(tmp_path):
     dataset.save_to_disk(tmp_path / "set")
     data = open_data(f"hf:{tmp_path / 'set'}")
     assert [example.caption for example in data.examples] == ["one"] and len(data.skipped) == 1
+
+
+def test_a_dataset_on_disk_that_refers_to_places_outside_its_file_is_refused(tmp_path):
+    """Reading those places ended the process."""
+    rows = {"image": [Image.new("RGB", (16, 16), "red")] * 2, "caption": ["a cat", "a small dog"]}
+    datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).save_to_disk(tmp_path / "set")
+    (file,) = (tmp_path / "set").glob("*.arrow")
+    lengths, beyond = (struct.pack("<3i", 0, 5, end) for end in (16, 2**30))
+    assert file.read_bytes().count(lengths) == 1
+    file.write_bytes(file.read_bytes().replace(lengths, beyond))
+    with pytest.raises(AsdmError, match=r"\.arrow: damaged .*; save the dataset again"):
+        open_data(f"hf:{tmp_path / 'set'}")
 
 
 def test_a_dataset_whose_images_lie_elsewhere(tmp_path, monkeypatch):

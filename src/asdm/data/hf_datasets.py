@@ -20,6 +20,8 @@ from asdm.data.examples import (
 from asdm.data.names import data_help
 from asdm.errors import AsdmError, needs_extra, one_line
 
+_ARROW_FILE = b"ARROW1"  # what files of Arrow begin with that are no streams
+
 
 class DatasetSource:
     """A dataset of the `datasets` library: a Hub id, streamed, or a local folder; `NAME@SPLIT`, or its train split.
@@ -34,6 +36,8 @@ class DatasetSource:
         path, _, part = name.rpartition("@")
         if os.path.exists(name) or not path or "/" in part:
             path, part = name, "train"
+        for file in sorted(Path(path).rglob("*.arrow")):
+            _require_valid(file)
         try:
             if (Path(path) / "state.json").is_file() or (Path(path) / "dataset_dict.json").is_file():
                 found: Any = datasets.load_from_disk(path)
@@ -72,6 +76,19 @@ class DatasetSource:
             found = example_of(name, row[self.caption], file, row)
             if isinstance(found, Unusable) or in_split(found, self.split):
                 yield found
+
+
+def _require_valid(path: Path) -> None:
+    """Raise an AsdmError where a file of Arrow refers to places outside itself: reading those ends the process."""
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(path)) as file:
+            is_stream = file.read(len(_ARROW_FILE)) != _ARROW_FILE
+            file.seek(0)
+            (pa.ipc.open_stream if is_stream else pa.ipc.open_file)(file).read_all().validate(full=True)
+    except (pa.ArrowException, OSError) as error:
+        raise AsdmError(f"{path}: damaged ({one_line(error)}); save the dataset again") from None
 
 
 def _file_of(content: dict[str, Any]) -> Path | bytes | None:
