@@ -20,7 +20,8 @@ from asdm.evaluation.metrics import Judge, cosine_similarity
 from asdm.evaluation.sampling import evaluation_sets
 from asdm.families.unet_structure import removable_units
 from asdm.images import load_images
-from tools.demo import build
+from asdm.training.loop import LoopSettings
+from tools.demo import build, recipe
 from tools.demo.__main__ import main
 from tools.demo.emoji import (
     ONE_DESIGN,
@@ -288,6 +289,16 @@ def test_the_rendering_blocks_alone_read_the_second_captions():
     torch.testing.assert_close(both[0], expected, atol=1e-5, rtol=1e-4)
     for name, (first, second) in seen.items():
         assert torch.equal(first, second) == (name not in ("up_blocks.2", "up_blocks.3")), name
+
+
+def test_a_step_is_reported_under_its_stages_name_whatever_its_number_of_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "seen_pairs", lambda: seen_pairs()[:16])
+    for name in recipe.LOOPS:
+        monkeypatch.setitem(recipe.LOOPS, name, LoopSettings(steps=1))
+    reported = []
+    options = {"minutes": None, "warm_start": False, "icons": None, "say": print}
+    build.build("vae", tmp_path, progress=lambda *row: reported.append(row[:3]), **options)
+    assert reported == [("vae", 1, 1)]
 
 
 def test_a_learning_rate_is_held_before_it_falls():

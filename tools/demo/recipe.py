@@ -11,6 +11,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ from asdm.images import load_images
 from asdm.measure.machine import fast_training
 from asdm.training.checkpoints import checkpoint_step, load_ema_weights
 from asdm.training.launch import make_accelerator
-from asdm.training.loop import LoopSettings, Progress, train
+from asdm.training.loop import LoopSettings, train
 from asdm.training.task import TrainingTask
 from tools.demo.emoji import IMAGE_SIZE, STYLES, Pair, all_pairs, concepts, seen_pairs
 from tools.demo.tasks import AutoencoderTask, ContrastTask, ImageTowerTask, NoisePredictionTask, read_two_captions
@@ -105,13 +106,13 @@ CONCEPTS_A_BATCH, OTHER_CAPTIONS = 24, 256  # of the contrast: some 108 images, 
 class Recipe:
     """Where the recipe works and what it starts from.
 
-    With `start`, a pipeline folder, its parts are trained further, and parts that the working folder has not trained
-    are taken from it.
+    After each training step, `progress` gets the stage's name and the step's row. With `start`, a pipeline folder, its
+    parts are trained further, and parts that the working folder has not trained are taken from it.
     """
 
     images: Path
     folder: Path
-    progress: Progress | None = None
+    progress: Callable[[str, dict[str, float]], None] | None = None
     start: Path | None = None
 
     @fast_training()
@@ -262,7 +263,7 @@ class Recipe:
             LOOPS[name],
             self.folder / name,
             accelerator=make_accelerator("cpu", "auto"),
-            progress=self.progress,
+            progress=None if self.progress is None else partial(self.progress, name),
             stop_after_seconds=stop_after_seconds,
         )
 
