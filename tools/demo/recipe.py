@@ -43,19 +43,6 @@ CAPTION_LENGTH = 16
 TEXT_WIDTH = 256
 
 
-@dataclass(frozen=True)
-class HeldThenFalling(LoopSettings):
-    """A learning rate that stays at its peak and falls to zero, in a straight line, over the last steps alone: until
-    then a longer or shorter training is the same training."""
-
-    falling_steps: int = 0
-
-    def learning_rate_at(self, step: int) -> float:
-        if step < self.warmup_steps:
-            return super().learning_rate_at(step)
-        return self.learning_rate * min(1.0, (self.steps - step) / max(1, self.falling_steps))
-
-
 LOOPS: dict[str, LoopSettings] = {
     "clip": LoopSettings(
         steps=400,
@@ -85,8 +72,9 @@ LOOPS: dict[str, LoopSettings] = {
         ema_decay=0.998,
         checkpoint_every=200,
     ),
-    "unet": HeldThenFalling(
+    "unet": LoopSettings(
         steps=14500,
+        schedule="constant_then_linear",
         falling_steps=2500,
         optimizer="muon",
         learning_rate=4e-4,
