@@ -34,15 +34,17 @@ class LoraFile(Record):
     """A LoRA's file, `.safetensors`, and how strongly it counts.
 
     Raises:
-        AsdmError: there is no such file, or it is no LoRA in safetensors.
+        AsdmError: there is no such file, it is no LoRA in safetensors, or the scale is out of range.
     """
 
     path: Path = Field(description="the file")
-    scale: float = Field(1.0, ge=-LARGEST_SCALE, le=LARGEST_SCALE, description="1 as it was trained")
+    scale: float = Field(1.0, allow_inf_nan=True, description="1 as it was trained; from -10 to 10")
 
     @model_validator(mode="after")
     def _is_usable(self) -> LoraFile:
         require_lora(self.path)
+        if not abs(self.scale) <= LARGEST_SCALE:
+            raise AsdmError(f"{self.path}:{self.scale:g}: the scale must be from {-LARGEST_SCALE} to {LARGEST_SCALE}")
         return self
 
     @classmethod
@@ -57,9 +59,6 @@ class LoraFile(Record):
         if name and not path.exists():
             with suppress(ValueError):  # a colon of the file's name
                 scale, path = float(number), Path(name)
-        require_lora(path)  # here too: the record's error names the record
-        if not abs(scale) <= LARGEST_SCALE:
-            raise AsdmError(f"{text}: the scale is {scale:g}; it must be from {-LARGEST_SCALE} to {LARGEST_SCALE}")
         return cls(path=path, scale=scale)
 
 
