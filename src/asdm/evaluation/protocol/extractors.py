@@ -22,6 +22,7 @@ from transformers import AutoModel, AutoTokenizer, CLIPModel
 from asdm.data.prepared import digest_of
 from asdm.errors import AsdmError
 from asdm.evaluation.metrics import Judge
+from asdm.evaluation.protocol.metrics import JUDGE
 from asdm.evaluation.protocol.weights import Source, metrics_extra
 from asdm.evaluation.real_images import image_embeds, text_embeds
 from asdm.pipelines.clip import clip_statistics, load_clip
@@ -56,7 +57,7 @@ class TextExtractor(Extractor, Protocol):
 class JudgeExtractor:
     """The judge: features and ImageNet's logits."""
 
-    title = "the judge, EfficientNet-Lite0"
+    title = JUDGE
 
     def __init__(self, device: torch.device | str) -> None:
         self._judge = Judge(device)

@@ -60,12 +60,17 @@ def read_inputs(
     found = PROTOCOLS[protocol]
     requested = parse_metrics(",".join(found.metrics) if metrics is None else metrics)
     names = [name for name, _ in requested]
-    return Inputs(
-        prompts=_prompts(found, captions),
-        real=_real_images(found, images, names),
-        metrics=names,
-        networks=_networks(found, requested, None if weights is None else Path(weights)),
-    )
+    prompts, real = _prompts(found, captions), _real_images(found, images, names)
+    networks = _networks(found, requested, None if weights is None else Path(weights))
+    names = list(dict.fromkeys(_name_by_network(name, networks) for name in names))
+    return Inputs(prompts=prompts, real=real, metrics=names, networks=networks)
+
+
+def _name_by_network(metric: str, networks: Mapping[Role, Network]) -> str:
+    """Return a metric's name: the Fréchet distance of Inception's features is the FID, and that of no others."""
+    if metric not in ("fid", "fd"):
+        return metric
+    return "fd" if networks["inception"].source.kind == "judge" else "fid"
 
 
 def _prompts(protocol: Protocol, captions: str | Path | None) -> list[str]:
