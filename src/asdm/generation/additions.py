@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from asdm.errors import AsdmError, AsdmWarning, needs_extra, one_line
 from asdm.families import denoiser_of, family_of
+from asdm.pipelines.damaged import refuse_damaged
 from asdm.pipelines.names import looks_like_path
 from asdm.pipelines.quiet import quiet
 from asdm.pipelines.tensor_faults import require_loaded
@@ -172,17 +173,12 @@ def load_controlnet(folder: Path, pipeline: DiffusionPipeline) -> ControlNetMode
     """
     require_controlnet_folder(folder)
     denoiser = denoiser_of(pipeline)
-    try:
-        if folder.is_dir():
-            require_safe_config(folder / "config.json")
-        with quiet(), bounded_modules(str(folder)):
-            controlnet = ControlNetModel.from_pretrained(
-                os.fspath(folder), torch_dtype=denoiser.dtype, use_safetensors=True
-            )
-    except (AsdmError, MemoryError):
-        raise
-    except Exception as error:  # of diffusers, any kind
-        raise AsdmError(f"{folder}: the ControlNet cannot be loaded ({one_line(error)})") from None
+    if folder.is_dir():
+        require_safe_config(folder / "config.json")
+    with refuse_damaged(folder), quiet(), bounded_modules(str(folder)):
+        controlnet = ControlNetModel.from_pretrained(
+            os.fspath(folder), torch_dtype=denoiser.dtype, use_safetensors=True
+        )
     require_loaded(controlnet, str(folder), "ControlNet", sorted(folder.glob("*.safetensors")))
     family_of(pipeline).require_controlnet(denoiser, controlnet, str(folder))
     return controlnet.eval().to(pipeline.device)

@@ -26,8 +26,9 @@ from asdm.evaluation.protocol.metrics import JUDGE
 from asdm.evaluation.protocol.weights import Source, metrics_extra
 from asdm.evaluation.real_images import image_embeds, text_embeds
 from asdm.pipelines.clip import clip_statistics, load_clip
+from asdm.pipelines.damaged import refuse_damaged
 from asdm.pipelines.quiet import quiet
-from asdm.pipelines.transformers_models import load_transformers_model, refuse_damaged
+from asdm.pipelines.transformers_models import load_transformers_model
 
 FEATURES, LOGITS = "features", "logits"
 DINOV2_SIDE = 224  # of the inputs in FD-DINOv2 (arXiv 2306.04675), where the model's own is 518
