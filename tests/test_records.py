@@ -5,6 +5,7 @@ import json
 import pytest
 from pydantic import model_validator
 
+from asdm.digests import short_digest
 from asdm.errors import AsdmError
 from asdm.records import Record, read_record
 
@@ -44,3 +45,7 @@ def test_a_fault_names_the_field_and_no_class_from_a_call_and_from_a_file(tmp_pa
     with pytest.raises(AsdmError) as of_file:
         read_record(Whole, path, "a whole", "write it again")
     assert str(of_file.value) == f"{path}: not a whole: {of_call.value}; write it again"
+
+
+def test_a_digest_in_a_file_of_an_earlier_version_is_todays():
+    assert short_digest("model ", b"data") == short_digest("model data") == "6dbdb6a147ad4d80"

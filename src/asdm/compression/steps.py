@@ -5,7 +5,6 @@ A step whose files are there is not run again; its results are read from them. A
 
 from __future__ import annotations
 
-import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from asdm.choices import Sensitivity
 from asdm.compensation.fitting import CompensationReport, fit_compensation, fitted_tensors
 from asdm.compensation.folding import fold_compensation
 from asdm.compression.settings import Settings
+from asdm.digests import short_digest
 from asdm.distillation.distill import distill
 from asdm.distillation.recipes import recipe_stages, with_captions
 from asdm.distillation.stages import Stage
@@ -384,7 +384,7 @@ def pruned_student(job: Job) -> tuple[Denoiser, CompensationReport | None]:
     student = build_student(denoiser_of(job.teacher), job.plan)
     if not fitted_tensors(student):
         return student, None
-    edits = hashlib.sha256(json.dumps(student.config["edits"]).encode()).hexdigest()[:8]
+    edits = short_digest(json.dumps(student.config["edits"]))[:8]
     tensors, metrics = (job.work / f"compensation-{edits}.{suffix}" for suffix in ("safetensors", "json"))
     if not metrics.is_file():
         _fit(job, student, tensors, metrics)
