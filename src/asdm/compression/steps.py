@@ -398,7 +398,7 @@ def _folded(job: Job, student: Denoiser) -> DiffusionPipeline:
     return with_unet(job.teacher, fold_compensation(student).to(job.settings.torch_dtype))
 
 
-def _fit(job: Job, student: Any, tensors: Path, metrics: Path) -> None:
+def _fit(job: Job, student: Denoiser, tensors: Path, metrics: Path) -> None:
     """Fit the student's compensations and write them; what was measured comes last, as the sign that all is there."""
     settings = job.settings
     fit = fit_compensation(
@@ -417,7 +417,7 @@ def _has_quality(settings: Settings) -> bool:
     return settings.samples > 0 and not settings.is_random
 
 
-def _stages(settings: Settings, student: Any) -> Sequence[Stage]:
+def _stages(settings: Settings, student: Denoiser) -> Sequence[Stage]:
     if settings.stages is not None:
         stages = settings.stages
     else:
