@@ -1,4 +1,4 @@
-"""What all records have in common that are saved as JSON or written by hand: plans, maps, stages, figures."""
+"""What all records have in common that are saved as JSON or written by hand: plans, maps, stages, results."""
 
 from __future__ import annotations
 

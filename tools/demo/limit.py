@@ -89,7 +89,7 @@ def train(images: Tensor, seen: Tensor, steps: int) -> Translator:
 
 
 def limit(
-    folder: Annotated[Path, typer.Option(help="Where the figures and the sheet go.")] = Path("runs/demo-build"),
+    folder: Annotated[Path, typer.Option(help="Where the metrics and the sheet go.")] = Path("runs/demo-build"),
     steps: Annotated[int, typer.Option(help="Training steps.", callback=POSITIVE)] = 1500,
 ) -> None:
     """Train a net that sees both other variants, and measure how exactly it draws the held-out third."""
