@@ -1,5 +1,5 @@
 """Compare calibrated feature caching with DeepCache, PAB and ToMe: how far the final latents move at equal
-speed. Prints a table and writes its figures.
+speed. Prints a table and writes its results.
 
     python benchmarks/caching.py                                  # embedded pipeline
     python benchmarks/caching.py --model MODEL --data DATA    # any other

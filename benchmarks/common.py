@@ -1,4 +1,4 @@
-"""What the benchmarks share: where figures go, and the plan that removes what most UNets can spare."""
+"""What the benchmarks share: where results go, and the plan that removes what most UNets can spare."""
 
 from __future__ import annotations
 

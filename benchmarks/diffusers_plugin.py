@@ -69,19 +69,19 @@ def _regional(unet: UNet2DConditionModel) -> Edits:
     return [{"edit": "gri_attention", "unit": name, "regions": 2, "pool": 2, "weighted": True} for name in names]
 
 
-def _banks(unet: UNet2DConditionModel) -> Edits:
-    """Of each resnet one convolution is a bank and the other its expert, with all kinds of routers."""
+def _expert_kernels(unet: UNet2DConditionModel) -> Edits:
+    """Give one convolution of each resnet the other one's kernel as an expert, with all kinds of routers."""
     routers = itertools.cycle(["input", "time", "input+time", "prompt", "prompt+time"])
     pairs = itertools.cycle([("conv2", "conv1"), ("conv1", "conv2")])
     resnets = [unit for unit in removable_units(unet) if unit.kind == "resnet"]
     return [
         {
             "edit": "cond_conv",
-            "unit": f"{unit.name}.{bank}",
+            "unit": f"{unit.name}.{conv}",
             "experts": [f"{unit.name}.{expert}"],
             "router": router if prompt_channels(unet, unit.name) else router.replace("prompt", "input"),
         }
-        for unit, (bank, expert), router in zip(resnets, pairs, routers, strict=False)
+        for unit, (conv, expert), router in zip(resnets, pairs, routers, strict=False)
     ]
 
 
@@ -89,7 +89,7 @@ def _all(unet: UNet2DConditionModel) -> Edits:
     """Return what the others do, where what was removed leaves something to do."""
     edits = _removed(unet)
     gone = tuple(f"{edit['unit']}." for edit in edits)
-    return edits + [edit for edit in _regional(unet) + _banks(unet) if not f"{edit['unit']}.".startswith(gone)]
+    return edits + [edit for edit in _regional(unet) + _expert_kernels(unet) if not f"{edit['unit']}.".startswith(gone)]
 
 
 STUDENTS: dict[str, Callable[[UNet2DConditionModel], Edits]] = {
@@ -97,7 +97,7 @@ STUDENTS: dict[str, Callable[[UNet2DConditionModel], Edits]] = {
     "removed": _removed,
     "lean": _lean,
     "regional": _regional,
-    "banks": _banks,
+    "expert-kernels": _expert_kernels,
     "all": _all,
 }
 

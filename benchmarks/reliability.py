@@ -1,4 +1,4 @@
-"""What survives kills, full and read-only disks, and long runs. `docs/reliability.md` has the figures.
+"""What survives kills, full and read-only disks, and long runs. `docs/reliability.md` has the results.
 
     python benchmarks/reliability.py kills --kills 20
     python benchmarks/reliability.py disks              # needs the right to mount; see `unshare -rm`

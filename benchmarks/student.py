@@ -1,11 +1,11 @@
-"""What each part of a student's architecture is worth. Each command prints a table and writes its figures.
+"""What each part of a student's architecture is worth. Each command prints a table and writes its results.
 
     python benchmarks/student.py compensation     # embedded pipeline: error after pruning, by kind of map
     python benchmarks/student.py folding          # what projections cost, and what is left of it once they are folded
     python benchmarks/student.py taylor           # the estimate beside the ablation: how near, and at what cost
     python benchmarks/student.py gri              # embedded pipeline: GRI's and ToMe's error, untrained
     python benchmarks/student.py gri-speed        # SD 1.5's shape: GRI and ToMe beside full attention
-    python benchmarks/student.py cond-conv        # SD 1.5's shape: the banks' overhead
+    python benchmarks/student.py cond-conv        # SD 1.5's shape: the overhead of expert kernels
     python benchmarks/student.py presets          # SD 1.5's shape: a plan of each preset
     python benchmarks/student.py images asdm-demo # what students draw of held-out prompts, below the original's images
 
@@ -176,8 +176,8 @@ def gri_speed(size: int = 64, rounds: int = 6) -> None:
 
 @app.command("cond-conv")
 def cond_conv(rounds: int = 6) -> None:
-    """Latency of SD 1.5's UNet (random weights) pruned to BK-SDM-Base, without banks and with them; whole, and by
-    stage."""
+    """Latency of SD 1.5's UNet (random weights) pruned to BK-SDM-Base, without expert kernels and with them; whole,
+    and by stage."""
     unet = random_unet(UNETS["sd15"]).eval()
     plan = without_second_layers(unet)
     models = {"pruned": build_student(unet, plan)}

@@ -1,4 +1,4 @@
-"""What a distillation costs. Each command prints a table and writes its figures.
+"""What a distillation costs. Each command prints a table and writes its results.
 
 python benchmarks/training_step.py step          # embedded pipeline: a step beside its necessary parts, measured
 python benchmarks/training_step.py estimate      # SD 1.5's and SDXL's shape: memory and time on a GPU, computed

@@ -357,7 +357,7 @@ def test_no_field_of_a_record_takes_what_is_no_number(kind):
     assert numbers
     for name in numbers:
         for bad in (NAN, INF, -INF, True, "x", [1]):
-            with pytest.raises(AsdmError, match=rf"^not a {kind.__name__}: {name}\b[^\n]*$"):
+            with pytest.raises(AsdmError, match=rf"^{name}\b[^\n]*$"):
                 kind(**RECORDS[kind] | {name: bad})
 
 

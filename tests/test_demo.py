@@ -20,7 +20,8 @@ from asdm.evaluation.metrics import Judge, cosine_similarity
 from asdm.evaluation.sampling import evaluation_sets
 from asdm.families.unet_structure import removable_units
 from asdm.images import load_images
-from tools.demo import build
+from asdm.training.loop import LoopSettings
+from tools.demo import build, recipe
 from tools.demo.__main__ import main
 from tools.demo.emoji import (
     ONE_DESIGN,
@@ -36,7 +37,6 @@ from tools.demo.limit import Translator
 from tools.demo.recipe import (
     RENDERING,
     TEXT_WIDTH,
-    HeldThenFalling,
     StyleSwap,
     TwoCaptions,
     make_clip,
@@ -292,14 +292,14 @@ def test_the_rendering_blocks_alone_read_the_second_captions():
         assert torch.equal(first, second) == (name not in ("up_blocks.2", "up_blocks.3")), name
 
 
-def test_a_learning_rate_is_held_before_it_falls():
-    short, long = (
-        HeldThenFalling(steps=steps, learning_rate=1e-3, warmup_steps=10, falling_steps=100) for steps in (500, 900)
-    )
-    assert [short.learning_rate_at(step) for step in range(400)] == [long.learning_rate_at(step) for step in range(400)]
-    assert short.learning_rate_at(399) == 1e-3
-    assert short.learning_rate_at(450) == pytest.approx(5e-4)
-    assert short.learning_rate_at(499) == pytest.approx(1e-5)
+def test_a_step_is_reported_under_its_stages_name_whatever_its_number_of_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "seen_pairs", lambda: seen_pairs()[:16])
+    for name in recipe.LOOPS:
+        monkeypatch.setitem(recipe.LOOPS, name, LoopSettings(steps=1))
+    reported = []
+    options = {"minutes": None, "warm_start": False, "icons": None, "say": print}
+    build.build("vae", tmp_path, progress=lambda *row: reported.append(row[:3]), **options)
+    assert reported == [("vae", 1, 1)]
 
 
 def test_augmented_images_are_images_and_their_own():

@@ -94,8 +94,9 @@ def lora(tmp_path):
     ],
 )
 def test_a_request_without_meaning_is_refused_in_one_line(fields, told):
-    with pytest.raises(AsdmError, match=rf"^not a GenerationRequest: [^\n]*({told})[^\n]*$"):
+    with pytest.raises(AsdmError, match=rf"^[^\n]*({told})[^\n]*$") as refused:
         request(**fields)
+    assert "GenerationRequest" not in str(refused.value) and "LoraFile" not in str(refused.value)
 
 
 def test_each_image_has_a_seed_of_its_own_or_the_given_ones():
@@ -310,10 +311,10 @@ def test_files_that_are_no_lora_for_this_model_are_refused(pipeline, lora, tmp_p
     with pytest.raises(AsdmError, match=r"^\S+gone.safetensors: no such LoRA file"):
         LoraFile.parse(str(tmp_path / "gone.safetensors"))
     for scale in ("nan", "-11", "1e9"):
-        with pytest.raises(AsdmError, match=r"^\S+lora.safetensors:\S+: the scale is \S+; it must be from -10 to 10"):
+        with pytest.raises(AsdmError, match=r"^\S+lora.safetensors:\S+: the scale must be from -10 to 10$"):
             LoraFile.parse(f"{lora}:{scale}")
-    for wrong in (float("nan"), True, 11, "x"):
-        with pytest.raises(AsdmError, match=r"^not a LoraFile: scale="):
+    for wrong in (True, "x"):
+        with pytest.raises(AsdmError, match=r"^scale="):
             LoraFile(path=lora, scale=wrong)
     assert LoraFile.parse(f"{lora}:0.25") == LoraFile(path=lora, scale=0.25)
     with pytest.raises(AsdmError, match=r"lora.safetensors: a LoRA for another model \(\S+to_\w has another size\)"):

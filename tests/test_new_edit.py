@@ -1,4 +1,4 @@
-"""A new kind of edit is one file: this one defines one, and every room works with it."""
+"""A new kind of edit is one file: this one defines one, and every package works with it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

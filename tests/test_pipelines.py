@@ -1,8 +1,10 @@
 """Loading and saving: what loads, what is refused with which words, and what an image's seed means."""
 
 import json
+import os
 import pickle
 import shutil
+import stat
 import subprocess
 
 import pytest
@@ -18,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from asdm import AsdmError, PruningPlan, Remove, build_student, generate, load_pipeline, save_pipeline, with_unet
 from asdm.diffusion.conditioning import embed_prompts, encode_images, image_size
-from asdm.files import MARKER, replacing_folder
+from asdm.files import MARKER, replacing_file, replacing_folder
 from asdm.pipelines.model_card import model_card
 from asdm.pipelines.saving import save_pipeline_into
 from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet
@@ -65,7 +67,27 @@ def test_saving_into_a_folder_of_ours_keeps_its_other_files(pipeline, tmp_path):
         save_pipeline_into(pipeline, tmp_path)
         load_pipeline(tmp_path)
     assert (tmp_path / "report.html").read_text() == "figures"
-    assert not list(tmp_path.glob(".saving-*"))
+    assert not list(tmp_path.glob(".saved*"))
+
+
+def test_what_is_saved_can_be_read_by_whom_the_umask_lets(pipeline, tmp_path):
+    own = tmp_path / "model" / "notes.txt"
+    before = os.umask(0o027)
+    try:
+        save_pipeline(pipeline, tmp_path / "model")
+        own.write_text("mine")
+        own.chmod(0o600)
+        save_pipeline(pipeline, tmp_path / "model")
+        (tmp_path / "made").mkdir()
+        save_pipeline_into(pipeline, tmp_path / "made")
+        with replacing_file(tmp_path / "lora.safetensors") as partial:
+            save_file({"weight": torch.zeros(1)}, partial)
+    finally:
+        os.umask(before)
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*") if path.is_file()}
+    assert modes.pop(own) == 0o600
+    assert {path.name for path in modes} >= {"model.safetensors", "lora.safetensors", "config.json"}
+    assert set(modes.values()) == {0o640}
 
 
 def test_what_else_was_put_beside_a_pipeline_is_kept(pipeline, model):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -32,11 +33,12 @@ from asdm.evaluation.protocol.captions import read_captions
 from asdm.evaluation.protocol.extractors import Lpips
 from asdm.evaluation.protocol.features import FeatureCache, ImageFiles
 from asdm.evaluation.protocol.image_job import ImageJob, ImageSettings
-from asdm.evaluation.protocol.inputs import _prompts
+from asdm.evaluation.protocol.inputs import Network, _name_by_network, _prompts, read_inputs
+from asdm.evaluation.protocol.metrics import JUDGE
 from asdm.evaluation.protocol.pictures import numbered, pictures_of
 from asdm.evaluation.protocol.protocols import PROTOCOLS
 from asdm.evaluation.protocol.results import ProtocolResults
-from asdm.evaluation.protocol.weights import Source, find_weights
+from asdm.evaluation.protocol.weights import SOURCES, Source, find_weights
 from asdm.pipelines.derived import with_unet
 from conftest import tiny_pipeline, tiny_pixart_pipeline
 
@@ -490,11 +492,12 @@ def test_the_demos_protocol_judges_and_writes_a_win_sheet(tmp_path, data_folder)
     settings = {"images": data_folder, "captions": prompts, "steps": 2}
     found = evaluate_by_protocol({"t": teacher, "s": student_of(teacher)}, "demo", tmp_path / "out", **settings)
     own, student = found.rows
-    assert {"FID", "IS", "KID"} == set(found.networks), "the tiny pipeline has no CLIP"
+    assert {"FD", "IS", "KID"} == set(found.networks), "the tiny pipeline has no CLIP"
     for name in ("CLIP", "CMMD"):
         assert f"no {name}: there is no folder clip beside the first model" in found.notes
     for row in found.rows:
-        assert row.fid > 0 and row.inception_score >= 1 and row.kid is not None and row.clip_score is None
+        assert row.frechet_distance > 0 and row.fid is None
+        assert row.inception_score >= 1 and row.kid is not None and row.clip_score is None
     assert own.teacher_distance == pytest.approx(0, abs=1e-6) and student.teacher_distance > 0
     html = (tmp_path / "out" / "wins.html").read_text()
     assert html.count("<article") == 3 and "a &lt;b&gt;cat&lt;/b&gt;" in html and "<b>cat" not in html
@@ -503,11 +506,30 @@ def test_the_demos_protocol_judges_and_writes_a_win_sheet(tmp_path, data_folder)
         path.write_bytes(b"no image")
     with pytest.raises(AsdmError, match="0 of the real images can be decoded"):
         evaluate_by_protocol({"t": teacher}, "demo", tmp_path / "out", **settings)
-    with pytest.raises(AsdmError, match="limit=1: fid needs two images or more"):
+    with pytest.raises(AsdmError, match="limit=1: fd needs two images or more"):
         evaluate_by_protocol({"t": teacher}, "demo", tmp_path / "few", limit=1, **settings)
     with pytest.raises(AsdmError, match=r"size=10: must be a positive multiple of 8"):
         evaluate_by_protocol({"t": teacher}, "demo", tmp_path / "few", size=10, **settings)
     assert not (tmp_path / "few").exists()
+
+
+def test_only_the_distance_of_inceptions_features_is_the_fid():
+    assert read_inputs("demo", metrics="fid,kid").metrics == ["fd", "kid"]
+    assert read_inputs("demo", metrics="fd,fid").metrics == ["fd"]
+    networks = {"inception": Network(SOURCES["inception"], Path("inception.pth"))}
+    assert [_name_by_network(name, networks) for name in ("fd", "fid", "kid")] == ["fid", "fid", "kid"]
+
+
+def test_results_that_call_the_judges_distance_fid_load(tmp_path):
+    row = {"name": "t", "images": 2, "side": 64, "steps": 25, "guidance_scale": 4.0, "scheduler": "DDIM", "fid": 12.5}
+    about = {"title": "x", "date": "2026-11-01", "machine": "x", "dtype": "float32", "seed": 0, "prompts": 2}
+    path = tmp_path / "evaluation.json"
+    for network, fields in ((JUDGE, (None, 12.5)), ("Inception-v3 of the original FID", (12.5, None))):
+        rest = {"protocol": "demo", "stored_side": 64, "real_images": 2, "notes": [], "rows": [row]}
+        path.write_text(json.dumps(about | rest | {"networks": {"FID": network, "KID": network}}))
+        found = ProtocolResults.load(path)
+        assert (found.rows[0].fid, found.rows[0].frechet_distance) == fields
+        assert list(found.networks) == ["FID" if fields[0] else "FD", "KID"]
 
 
 def command(folder, model, data_folder, *options):
@@ -542,5 +564,8 @@ def test_killed_and_shared_jobs_end_in_the_same_files(tmp_path, data_folder):
     assert len(expected) == 24
     for folder in ("killed", "shared"):
         assert files(folder) == expected
-        rows = [ProtocolResults.load(tmp_path / each / "evaluation.json").rows[0].fid for each in ("alone", folder)]
+        rows = [
+            ProtocolResults.load(tmp_path / each / "evaluation.json").rows[0].frechet_distance
+            for each in ("alone", folder)
+        ]
         assert rows[0] == rows[1]

@@ -109,7 +109,7 @@ def test_the_module_file_needs_torch_and_diffusers_only():
             imported.add((node.module or "").split(".")[0])
     assert imported - set(sys.stdlib_module_names) == {"torch", "diffusers"}
     defined = [node.name for node in ast.parse(module_source("asdm.student.unet")).body if hasattr(node, "name")]
-    assert len(defined) == len(set(defined)), "two rooms define the same name"
+    assert len(defined) == len(set(defined)), "two modules define the same name"
 
 
 def test_a_model_card_tells_the_plan_and_how_to_load(student, pipeline, tmp_path):

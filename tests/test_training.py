@@ -230,6 +230,16 @@ def test_learning_rate_warms_up_and_decays():
     assert SETTINGS.learning_rate_at(12) == pytest.approx(0)
 
 
+def test_a_learning_rate_may_fall_over_the_last_steps_alone():
+    course = {"schedule": "constant_then_linear", "learning_rate": 1e-3, "warmup_steps": 10, "falling_steps": 100}
+    short, long = (LoopSettings(steps=steps, **course) for steps in (500, 900))
+    assert [short.learning_rate_at(step) for step in range(400)] == [long.learning_rate_at(step) for step in range(400)]
+    assert short.learning_rate_at(4) == pytest.approx(5e-4)
+    assert short.learning_rate_at(399) == 1e-3
+    assert short.learning_rate_at(450) == pytest.approx(5e-4)
+    assert short.learning_rate_at(499) == pytest.approx(1e-5)
+
+
 KILLED = """
 import sys
 from pathlib import Path

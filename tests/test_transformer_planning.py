@@ -1,4 +1,4 @@
-"""Transformers are analysed, planned, compensated and refined as UNets are: no room knows the architecture."""
+"""Transformers are analysed, planned, compensated and refined as UNets are: no package but families knows them."""
 
 import pytest
 import torch

@@ -28,8 +28,9 @@ from asdm.evaluation.protocol.features import FeatureCache
 from asdm.evaluation.protocol.image_job import KIND, ImageJob, ImageSettings
 from asdm.evaluation.protocol.pictures import numbered
 from asdm.files import MARKER, require_space
-from asdm.pipelines.checkpoints import claim_of, scheduler_for, settled
+from asdm.pipelines.claims import claim_of, settled
 from asdm.pipelines.decoders import make_tiny, save_decoder, with_decoder
+from asdm.pipelines.noise_schedules import scheduler_for
 from asdm.pipelines.transformers_models import load_transformers_model
 from asdm.reading import parse_yaml
 from asdm.runtime.writers import save_openvino

@@ -9,6 +9,7 @@ import errno
 import glob
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -27,13 +28,21 @@ PARTIAL, PREVIOUS = "partial", "previous"
 
 
 @contextmanager
-def replacing_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `target` that replaces it when the block ends without error. A link is followed."""
+def replacing_folder(target: Path, keep: Callable[[Path], Any] | None = None) -> Iterator[Path]:
+    """Yield an empty folder beside `target` that replaces it when the block ends without error. A link is followed.
+
+    Args:
+        keep: gets the written folder, to copy into it what stays of the earlier one, with its modes.
+    """
     target = Path(os.path.realpath(target))
     partial, previous = _name_beside(target, PARTIAL), _name_beside(target, PREVIOUS)
     partial.mkdir(parents=True)
     try:
+        mode = _mode_of_new(partial / PARTIAL)
         yield partial
+        _set_mode(partial.rglob("*"), mode)
+        if keep is not None:
+            keep(partial)
         if target.exists():
             os.replace(target, previous)
         os.replace(partial, target)
@@ -50,10 +59,27 @@ def replacing_file(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = _name_beside(target, PARTIAL)
     try:
+        mode = _mode_of_new(partial)
         yield partial
+        _set_mode([partial], mode)
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _mode_of_new(path: Path) -> int:
+    """Return the mode that a new file of this name has, by the umask and the folder."""
+    path.touch()
+    mode = path.stat().st_mode
+    path.unlink()
+    return stat.S_IMODE(mode)
+
+
+def _set_mode(paths: Iterable[Path], mode: int) -> None:
+    """Set the mode of files, whatever wrote them: safetensors writes for the owner alone."""
+    for path in paths:
+        if path.is_file() and not path.is_symlink() and stat.S_IMODE(path.stat().st_mode) != mode:
+            path.chmod(mode)
 
 
 def require_space(folder: Path, size: int) -> None:

@@ -20,6 +20,9 @@ OLD_LATENCY_FIELDS = {"median_ms": "ms", "lower_quartile_ms": "low_ms", "upper_q
 # Results of `asdm benchmark`: fields of a row, and its groups.
 OLD_BENCHMARK_FIELDS = {"seconds_quartiles": "seconds_interval"}
 OLD_BENCHMARK_GROUPS = {"peer": "baseline"}
+# Results of `asdm evaluate --protocol demo`: fields of a row, and metrics.
+OLD_JUDGED_FIELDS = {"fid": "frechet_distance"}
+OLD_JUDGED_NETWORKS = {"FID": "FD"}
 OLD_STAGE_FIELDS = {
     "features_by": "feature_weighting",
     "timesteps": "timestep_sampling",

@@ -1,12 +1,12 @@
-"""What all records have in common that are saved as JSON or written by hand: plans, maps, stages, figures."""
+"""What all records have in common that are saved as JSON or written by hand: plans, maps, stages, results."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic_core import ErrorDetails
 
 from asdm.errors import AsdmError, one_line
 from asdm.reading import read_json
@@ -14,11 +14,19 @@ from asdm.reading import read_json
 R = TypeVar("R", bound="Record")
 
 
+class RecordError(AsdmError):
+    """The first thing that is wrong with a record. `place` is the field, empty where it is no single field's."""
+
+    def __init__(self, error: ValidationError) -> None:
+        self.place, self.fault = _first_fault(error)
+        super().__init__(self.place + self.fault)
+
+
 class Record(BaseModel):
     """Immutable fields; none that is unknown, no number that is not finite, no truth value for a number.
 
     Raises:
-        AsdmError: a field that is missing, unknown or out of range.
+        RecordError: a field that is missing, unknown or out of range.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -27,7 +35,7 @@ class Record(BaseModel):
         try:
             super().__init__(**fields)
         except ValidationError as error:
-            raise AsdmError(f"not a {type(self).__name__}: {first_fault(error)}") from None
+            raise RecordError(error) from None
 
     @field_validator("*", mode="before")
     @classmethod
@@ -62,20 +70,27 @@ def read_record(kind: type[R], path: str | Path, what: str, remedy: str) -> R:
 
 def first_fault(error: ValidationError) -> str:
     """Return the first thing that is wrong with a record: the field, its value, and what is allowed."""
+    return "".join(_first_fault(error))
+
+
+def _first_fault(error: ValidationError) -> tuple[str, str]:
+    """Return the field, and what is said behind its name."""
     first = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in first["loc"])
-    message, value = first["msg"].removeprefix("Value error, "), first.get("input")
-    message = message[:1].lower() + message[1:]
-    inner = re.match(r"not a \w+: ", message)  # of a record inside this one
-    if inner is not None:
-        message = message[inner.end() :]
-        if place and re.match(r"[\w.]+[=:]", message):  # a field's
-            return f"{place}.{message}"
+    place, value, cause = ".".join(str(part) for part in first["loc"]), first.get("input"), _cause(first)
+    if isinstance(cause, RecordError) and cause.place:  # of a record inside this one
+        return ".".join(filter(None, (place, cause.place))), cause.fault
+    message = first["msg"][:1].lower() + first["msg"][1:] if cause is None else str(cause)
     if not place:
-        return message
+        return "", message
     if first["type"] == "missing" or isinstance(value, dict | list | tuple | BaseModel):
-        return f"{place}: {message}"
-    return f"{place}={one_line(repr(value), 80)}: {message}"
+        return place, f": {message}"
+    return place, f"={one_line(repr(value), 80)}: {message}"
+
+
+def _cause(fault: ErrorDetails) -> Exception | None:
+    """Return the error that a check of ours raised; None for what pydantic found itself."""
+    cause = fault.get("ctx", {}).get("error")
+    return cause if isinstance(cause, Exception) else None
 
 
 def _mentions(annotation: Any, kinds: tuple[Any, ...]) -> bool:

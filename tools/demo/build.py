@@ -202,11 +202,10 @@ def write_log(folder: Path) -> None:
     write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _reporting(progress: Report) -> Callable[[dict[str, float]], None]:
-    def report(row: dict[str, float]) -> None:
-        title = next((name for name, loop in LOOPS.items() if loop.steps == row["steps"]), "train")
+def _reporting(progress: Report) -> Callable[[str, dict[str, float]], None]:
+    def report(name: str, row: dict[str, float]) -> None:
         progress(
-            title,
+            name,
             int(row["step"]),
             int(row["steps"]),
             f"loss {row['loss']:.4f}, {row['seconds']:.2f} s a step",

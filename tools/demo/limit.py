@@ -20,8 +20,7 @@ from torch.nn import functional as F
 from asdm.cli.main import one_line_errors
 from asdm.cli.options import POSITIVE
 from asdm.cli.output import say
-from asdm.data.sources import open_data
-from asdm.evaluation.sampling import EvaluationSet
+from asdm.evaluation.sampling import EvaluationSet, examples_by_split
 from asdm.files import write_text
 from asdm.images import load_images
 from asdm.measure.machine import fast_training
@@ -90,12 +89,11 @@ def train(images: Tensor, seen: Tensor, steps: int) -> Translator:
 
 
 def limit(
-    folder: Annotated[Path, typer.Option(help="Where the figures and the sheet go.")] = Path("runs/demo-build"),
+    folder: Annotated[Path, typer.Option(help="Where the metrics and the sheet go.")] = Path("runs/demo-build"),
     steps: Annotated[int, typer.Option(help="Training steps.", callback=POSITIVE)] = 1500,
 ) -> None:
     """Train a net that sees both other variants, and measure how exactly it draws the held-out third."""
-    names, held_out = list(concepts()), open_data(images_folder(), "held_out").examples
-    held_out = [example for example in held_out if example.held_out_kind is None]
+    names, held_out = list(concepts()), examples_by_split(images_folder())["held_out"]
     images = torch.stack(
         [
             load_images([images_folder() / Pair(name, style).file_name for name in names], IMAGE_SIZE)

@@ -11,6 +11,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,26 +34,13 @@ from asdm.images import load_images
 from asdm.measure.machine import fast_training
 from asdm.training.checkpoints import checkpoint_step, load_ema_weights
 from asdm.training.launch import make_accelerator
-from asdm.training.loop import LoopSettings, Progress, train
+from asdm.training.loop import LoopSettings, train
 from asdm.training.task import TrainingTask
 from tools.demo.emoji import IMAGE_SIZE, STYLES, Pair, all_pairs, concepts, seen_pairs
 from tools.demo.tasks import AutoencoderTask, ContrastTask, ImageTowerTask, NoisePredictionTask, read_two_captions
 
 CAPTION_LENGTH = 16
 TEXT_WIDTH = 256
-
-
-@dataclass(frozen=True)
-class HeldThenFalling(LoopSettings):
-    """A learning rate that stays at its peak and falls to zero, in a straight line, over the last steps alone: until
-    then a longer or shorter training is the same training."""
-
-    falling_steps: int = 0
-
-    def learning_rate_at(self, step: int) -> float:
-        if step < self.warmup_steps:
-            return super().learning_rate_at(step)
-        return self.learning_rate * min(1.0, (self.steps - step) / max(1, self.falling_steps))
 
 
 LOOPS: dict[str, LoopSettings] = {
@@ -84,8 +72,9 @@ LOOPS: dict[str, LoopSettings] = {
         ema_decay=0.998,
         checkpoint_every=200,
     ),
-    "unet": HeldThenFalling(
+    "unet": LoopSettings(
         steps=14500,
+        schedule="constant_then_linear",
         falling_steps=2500,
         optimizer="muon",
         learning_rate=4e-4,
@@ -105,13 +94,13 @@ CONCEPTS_A_BATCH, OTHER_CAPTIONS = 24, 256  # of the contrast: some 108 images, 
 class Recipe:
     """Where the recipe works and what it starts from.
 
-    With `start`, a pipeline folder, its parts are trained further, and parts that the working folder has not trained
-    are taken from it.
+    After each training step, `progress` gets the stage's name and the step's row. With `start`, a pipeline folder, its
+    parts are trained further, and parts that the working folder has not trained are taken from it.
     """
 
     images: Path
     folder: Path
-    progress: Progress | None = None
+    progress: Callable[[str, dict[str, float]], None] | None = None
     start: Path | None = None
 
     @fast_training()
@@ -262,7 +251,7 @@ class Recipe:
             LOOPS[name],
             self.folder / name,
             accelerator=make_accelerator("cpu", "auto"),
-            progress=self.progress,
+            progress=None if self.progress is None else partial(self.progress, name),
             stop_after_seconds=stop_after_seconds,
         )
 

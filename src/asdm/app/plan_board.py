@@ -6,25 +6,20 @@ A board changes no model. Each change returns another board.
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-
-from matplotlib import colormaps
-from matplotlib.colors import LogNorm, to_hex
 
 from asdm.choices import CompensationKind
 from asdm.edits import Edit
 from asdm.errors import AsdmError
+from asdm.evaluation.unit_colours import PART_LETTERS, UNIT_LETTERS, SensitivityColours
 from asdm.planning.possible_edits import PossibleEdit, plan_of, possible_edits, predicted_speedup
 from asdm.planning.program import least_sensitive, most_saved
 from asdm.sensitivity.profile import RedundancyMap, UnitRecord
 from asdm.student.plan import PruningPlan
 
-_LEAST_SENSITIVITY = 1e-6  # of a logarithmic scale of colours
-_LETTERS = {
-    "resnet": "R", "attention": "A", "block": "B", "self_attention": "S", "cross_attention": "C", "feed_forward": "F",
-}  # fmt: skip
+_LETTERS = UNIT_LETTERS | PART_LETTERS
 
 
 @dataclass(frozen=True)
@@ -208,19 +203,13 @@ def summary_of(board: PlanBoard) -> str:
 def diagram(board: PlanBoard) -> str:
     """Return the model's blocks as HTML: a button for each unit, coloured by its sensitivity."""
     redundancy = board.redundancy
-    blocks: dict[str, list[UnitRecord]] = {}
-    parts: dict[str, list[UnitRecord]] = {}
-    for unit in redundancy.units:
-        if unit.parent is None:
-            blocks.setdefault(unit.block, []).append(unit)
-        else:
-            parts.setdefault(unit.parent, []).append(unit)
+    blocks, parts = redundancy.units_by_block(), redundancy.parts_by_unit()
     places = redundancy.family.block_places(list(blocks))
-    colour = _colours(redundancy)
+    colours = SensitivityColours.of(redundancy)
     removed, changed = board.removed(), board.changed()
 
     def button(unit: UnitRecord) -> str:
-        return _button(unit, colour, unit.name in removed, unit.name in changed)
+        return _button(unit, colours, unit.name in removed, unit.name in changed)
 
     rows = []
     for level in sorted({place.level for place in places.values()}):
@@ -238,24 +227,12 @@ def diagram(board: PlanBoard) -> str:
                 side = html.escape(places[block].side)
                 cells.append(f'<div class="block {side}"><h4>{title}</h4><div class="units">{inner}</div></div>')
         rows.append(f'<div class="level">{"".join(cells)}</div>')
-    return f'<div class="u">{"".join(rows)}</div>{_legend(redundancy, colour)}'
+    return f'<div class="u">{"".join(rows)}</div>{_legend(redundancy, colours)}'
 
 
-def _colours(redundancy: RedundancyMap) -> Callable[[float], tuple[str, str]]:
-    """Return a function from a sensitivity to a colour and the ink that is legible on it."""
-    values = [max(unit.sensitivity, _LEAST_SENSITIVITY) for unit in redundancy.units]
-    scale = LogNorm(min(values), max(*values, 1.01 * min(values)))
-
-    def colour(sensitivity: float) -> tuple[str, str]:
-        red, green, blue, _ = colormaps["viridis"](scale(max(sensitivity, _LEAST_SENSITIVITY)))
-        return to_hex((red, green, blue)), "#000" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "#fff"
-
-    return colour
-
-
-def _button(unit: UnitRecord, colour: Callable[[float], tuple[str, str]], removed: bool, changed: bool) -> str:
+def _button(unit: UnitRecord, colours: SensitivityColours, removed: bool, changed: bool) -> str:
     """Return a unit's button. Names are escaped: a profile may be anyone's file."""
-    background, ink = colour(unit.sensitivity)
+    background, ink = colours(unit.sensitivity)
     name = html.escape(unit.name, quote=True)
     state = "removed" if removed else "changed" if changed else "kept"
     about = (
@@ -269,12 +246,11 @@ def _button(unit: UnitRecord, colour: Callable[[float], tuple[str, str]], remove
     )
 
 
-def _legend(redundancy: RedundancyMap, colour: Callable[[float], tuple[str, str]]) -> str:
+def _legend(redundancy: RedundancyMap, colours: SensitivityColours) -> str:
     """Return the scale of colours and the letters' meanings."""
-    values = sorted(max(unit.sensitivity, _LEAST_SENSITIVITY) for unit in redundancy.units)
-    low, high = values[0], values[-1]
+    low, high = colours.low, colours.high
     steps = [low * (high / low) ** (part / 8) for part in range(9)]
-    stops = ", ".join(colour(value)[0] for value in steps)
+    stops = ", ".join(colours(value)[0] for value in steps)
     kinds: Collection[Any] = {unit.kind for unit in redundancy.units}
     letters = ", ".join(f"{letter} {kind.replace('_', '-')}" for kind, letter in _LETTERS.items() if kind in kinds)
     return (

@@ -93,7 +93,7 @@ def evaluate(
     metrics: Annotated[
         str | None,
         typer.Option(
-            help="all, or some of fid, is, clip, kid, cmmd, fd-dinov2, lpips, ssim, pickscore, hpsv2, with commas "
+            help="all, or some of fid, fd, is, clip, kid, cmmd, fd-dinov2, lpips, ssim, pickscore, hpsv2, with commas "
             "between them; NAME=WHERE takes a network from a folder or a Hub id. By default the protocol's own.",
             callback=TEXT,
             show_default=False,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -206,6 +205,8 @@ def generate(
     Each PNG says how it was made, in the format of A1111 (`parameters`) and as JSON (`asdm`).
     """
     from asdm.generation import files
+    from asdm.generation.additions import LoraFile
+    from asdm.generation.request import GenerationRequest
 
     if switch_at is not None and low_noise_model is None:
         raise AsdmError(f"--switch-at {switch_at:g}: has no effect without --low-noise-model; name a model there")
@@ -216,7 +217,7 @@ def generate(
     if seeds is not None and seed is not None:
         raise AsdmError(f"--seed {seed}: --seeds says it already; leave one of them out")
     opened, hole = files.open_inputs(image, mask)
-    request = _request(
+    request = GenerationRequest(
         prompts=_all_prompts(prompts or [], prompt_file),
         negative=negative,
         weighted=weighted,
@@ -232,7 +233,7 @@ def generate(
         scheduler=scheduler,
         guidance_scale=guidance,
         cfg_cutoff=cfg_cutoff,
-        loras=lora or [],
+        loras=[LoraFile.parse(text) for text in lora or []],
         controlnet=controlnet,
         control_image=control_image,
         control_scale=control_scale,
@@ -258,17 +259,6 @@ def generate(
         say_path(str(path))
     for line in written.lines:
         say(line)
-
-
-def _request(*, loras: list[str], **fields: Any) -> GenerationRequest:
-    """Make the request, with its errors as the command line prints them."""
-    from asdm.generation.additions import LoraFile
-    from asdm.generation.request import GenerationRequest
-
-    try:
-        return GenerationRequest(loras=[LoraFile.parse(text) for text in loras], **fields)
-    except AsdmError as error:
-        raise AsdmError(re.sub(r"^(not a \w+: )+", "", str(error))) from None
 
 
 def _all_prompts(prompts: list[str], file: str | None) -> list[str]:

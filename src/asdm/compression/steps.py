@@ -5,7 +5,6 @@ A step whose files are there is not run again; its results are read from them. A
 
 from __future__ import annotations
 
-import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from asdm.choices import Sensitivity
 from asdm.compensation.fitting import CompensationReport, fit_compensation, fitted_tensors
 from asdm.compensation.folding import fold_compensation
 from asdm.compression.settings import Settings
+from asdm.digests import short_digest
 from asdm.distillation.distill import distill
 from asdm.distillation.recipes import recipe_stages, with_captions
 from asdm.distillation.stages import Stage
@@ -384,7 +384,7 @@ def pruned_student(job: Job) -> tuple[Denoiser, CompensationReport | None]:
     student = build_student(denoiser_of(job.teacher), job.plan)
     if not fitted_tensors(student):
         return student, None
-    edits = hashlib.sha256(json.dumps(student.config["edits"]).encode()).hexdigest()[:8]
+    edits = short_digest(json.dumps(student.config["edits"]))[:8]
     tensors, metrics = (job.work / f"compensation-{edits}.{suffix}" for suffix in ("safetensors", "json"))
     if not metrics.is_file():
         _fit(job, student, tensors, metrics)
@@ -398,7 +398,7 @@ def _folded(job: Job, student: Denoiser) -> DiffusionPipeline:
     return with_unet(job.teacher, fold_compensation(student).to(job.settings.torch_dtype))
 
 
-def _fit(job: Job, student: Any, tensors: Path, metrics: Path) -> None:
+def _fit(job: Job, student: Denoiser, tensors: Path, metrics: Path) -> None:
     """Fit the student's compensations and write them; what was measured comes last, as the sign that all is there."""
     settings = job.settings
     fit = fit_compensation(
@@ -417,7 +417,7 @@ def _has_quality(settings: Settings) -> bool:
     return settings.samples > 0 and not settings.is_random
 
 
-def _stages(settings: Settings, student: Any) -> Sequence[Stage]:
+def _stages(settings: Settings, student: Denoiser) -> Sequence[Stage]:
     if settings.stages is not None:
         stages = settings.stages
     else:

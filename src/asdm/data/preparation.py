@@ -6,7 +6,6 @@ A shard is whole or absent.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import tarfile
@@ -39,6 +38,7 @@ from asdm.devices import LONGEST_WAIT
 from asdm.diffusion.conditioning import decode_latents, embed_prompts, encode_images, image_size, masked_latents
 from asdm.diffusion.generation import default_guidance, pipeline_arguments, require_steps
 from asdm.diffusion.kinds import is_inpainting, is_random
+from asdm.digests import short_digest
 from asdm.errors import AsdmError
 from asdm.files import MARKER, read_marker, replacing_file, require_ours, write_text
 
@@ -251,4 +251,4 @@ def _require_same(folder: Path, data: str | Path, source: Source, made_by: str) 
 
 
 def _identity(source: Source) -> str:
-    return hashlib.sha256(f"{PIECE} {source.identity}".encode()).hexdigest()[:16]
+    return short_digest(f"{PIECE} {source.identity}")

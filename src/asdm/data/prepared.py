@@ -5,7 +5,6 @@ Beside each shard lies where each sample begins, so that a batch can be read fro
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from asdm.diffusion.conditioning import Conditioning, image_size
 from asdm.diffusion.kinds import is_inpainting
+from asdm.digests import short_digest
 from asdm.errors import AsdmError, one_line
 from asdm.records import Record, read_record
 
@@ -80,7 +80,7 @@ class PreparedData:
     @property
     def identity(self) -> list[str]:
         """What tells these samples from others: the fingerprint of the pipeline, and a digest of the captions."""
-        return [self.made_by, hashlib.sha256("\n".join(self.captions).encode()).hexdigest()[:16]]
+        return [self.made_by, short_digest("\n".join(self.captions))]
 
     def batch(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Conditioning]:
         """Return latents (batch, 4, h, w) and the captions' embeddings of these samples, in float32."""
@@ -141,18 +141,18 @@ def fingerprint(pipeline: DiffusionPipeline) -> str:
     size."""
     parts = [getattr(pipeline, name, None) for name in ("vae", "text_encoder", "text_encoder_2")]
     about = [image_size(pipeline), is_inpainting(pipeline), *(digest_of(part) for part in parts if part is not None)]
-    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+    return short_digest(json.dumps(about))
 
 
 def digest_of(module: nn.Module) -> str:
     """Return a digest of the signs of some values of each parameter. Half precision keeps them, and training turns
     some."""
-    digest = hashlib.sha256()
+    signs = []
     for parameter in module.parameters():
         values = parameter.detach().flatten()
         some = values[:: max(1, len(values) // VALUES)][:VALUES]
-        digest.update(torch.signbit(some).cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+        signs.append(torch.signbit(some).cpu().numpy().tobytes())
+    return short_digest(*signs)
 
 
 def prepared_captions(folder: Path) -> list[str]:

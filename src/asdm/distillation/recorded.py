@@ -6,7 +6,6 @@ writes what is read here.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +19,7 @@ from asdm.choices import FeatureDtype
 from asdm.data.draws import Draws
 from asdm.data.prepared import PreparedData
 from asdm.diffusion.conditioning import Conditioning
+from asdm.digests import short_digest
 from asdm.distillation.stages import Stage
 from asdm.errors import AsdmError
 from asdm.records import Record, read_record
@@ -80,8 +80,7 @@ class Recorded:
     @property
     def identity(self) -> str:
         """What tells these draws from others."""
-        about = f"{self.index.draws} {self.index.key.model_dump_json()}"
-        return hashlib.sha256(about.encode()).hexdigest()[:16]
+        return short_digest(f"{self.index.draws} {self.index.key.model_dump_json()}")
 
     def batch(self, numbers: Tensor, device: torch.device) -> RecordedBatch:
         """Return draws (batch,) by number; their tensors are read when they are asked for."""
@@ -145,12 +144,10 @@ class RecordedBatch:
 
 def data_digest(prepared: PreparedData) -> str:
     """Return what tells prepared data from other data: the model, the captions, and some latents of each shard."""
-    digest = hashlib.sha256(f"{prepared.made_by} {len(prepared)}\n".encode())
-    digest.update("\n".join(prepared.captions).encode())
     firsts = {int(place[0]): index for index, place in reversed(list(enumerate(prepared.places)))}
     latents, _ = prepared.batch(sorted(firsts.values()))
-    digest.update(latents.numpy().tobytes())
-    return digest.hexdigest()[:16]
+    about = f"{prepared.made_by} {len(prepared)}\n"
+    return short_digest(about, "\n".join(prepared.captions), latents.numpy().tobytes())
 
 
 def has_features(data: str | Path) -> bool:

@@ -103,15 +103,8 @@ def record_teacher(
     denoiser, parameterization = denoiser_of(pipeline), parameterization_of(pipeline.scheduler)
     examples = prepare(pipeline, data, Path(data))
     state = PartialState(cpu=pipeline.device.type == "cpu", timeout=LONGEST_WAIT)
-    key = FeatureKey(
-        teacher=digest_of(denoiser),
-        predicts=parameterization.description,
-        data=data_digest(examples.prepared),
-        dtype=dtype,
-        inputs=stage.scope == "incubate",
-        sampling={name: getattr(stage, name) for name in SAMPLING},
-        batch_size=stage.batch_size,
-        seed=seed,
+    key = _key(
+        stage, parameterization, dtype, teacher=digest_of(denoiser), data=data_digest(examples.prepared), seed=seed
     )
     folder = Path(data) / FOLDER
     folder.mkdir(exist_ok=True)
@@ -133,6 +126,28 @@ def record_teacher(
         state.wait_for_everyone()
         index = read_index(folder)
         return Recorded(index, Draws(folder, dtype, index.reduced))
+
+
+def _key(
+    stage: Stage,
+    parameterization: Parameterization,
+    dtype: FeatureDtype,
+    *,
+    teacher: str = "",
+    data: str = "",
+    seed: int = 0,
+) -> FeatureKey:
+    """Return what tells the features of a stage from others; `teacher` and `data` are digests."""
+    return FeatureKey(
+        teacher=teacher,
+        predicts=parameterization.description,
+        data=data,
+        dtype=dtype,
+        inputs=stage.scope == "incubate",
+        sampling={name: getattr(stage, name) for name in SAMPLING},
+        batch_size=stage.batch_size,
+        seed=seed,
+    )
 
 
 def recorded_stage(pipeline: DiffusionPipeline, recipe: str | Path, stages: Sequence[Stage] | None = None) -> Stage:
@@ -182,16 +197,7 @@ def weightless_index(
     denoiser: Denoiser, parameterization: Parameterization, stage: Stage, dtype: FeatureDtype = "float16"
 ) -> FeatureIndex:
     """Return the index of what would be recorded for a stage, from a call on shapes without memory."""
-    key = FeatureKey(
-        teacher="",
-        predicts=parameterization.description,
-        data="",
-        dtype=dtype,
-        inputs=stage.scope == "incubate",
-        sampling={name: getattr(stage, name) for name in SAMPLING},
-        batch_size=stage.batch_size,
-        seed=0,
-    )
+    key = _key(stage, parameterization, dtype)
     with FakeTensorMode(allow_non_fake_inputs=True):
         teacher = weightless(denoiser)
         recorder = Recorder(teacher, parameterization, weightless_examples(teacher), stage, key, Path(), True)
@@ -245,18 +251,19 @@ class Recorder(TeachingTask):
         """Return all tensors (batch, ...) of a part of a batch by name: what both networks read, what the teacher
         predicts, and its blocks' features or calls. A tensor that several blocks share is one."""
         noised = self.noised(indices, generator, part)
-        family, paths = family_of(self.teacher), family_of(self.teacher).blocks(self.teacher)
+        family = family_of(self.teacher)
+        paths = family.blocks(self.teacher)
         with calls_of(self.teacher, paths) as calls:
             prediction = self.teacher_pred(noised)
         named = _Named(_given(noised) | {PREDICTION: prediction.float()})
         for path in paths:
             features = named.name(family.block_io(self.teacher, path).image_states(calls[path][2]))
-            self.blocks[path] = BlockRecord(features=features)
+            about: dict[str, Any] = {}
             if self.key.inputs:
                 leaves, structure = tree_flatten(calls[path])
                 written = [{"tensor": named.name(leaf)} if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-                record = {"structure": treespec_dumps(structure), "leaves": written}
-                self.blocks[path] = self.blocks[path].model_copy(update=record)
+                about = {"structure": treespec_dumps(structure), "leaves": written}
+            self.blocks[path] = BlockRecord(features=features, **about)
         self.shapes = {
             name: (list(tensor.shape[1:]), str(tensor.dtype).removeprefix("torch."))
             for name, tensor in named.tensors.items()

@@ -1,6 +1,6 @@
 """The base of all edit kinds: the record, the registry, and how edits are parsed and applied.
 
-Each kind is one file beside this one. Its record has the methods by which every room asks what an edit does.
+Each kind is one file beside this one. Its record has the methods by which every package asks what an edit does.
 """
 
 from __future__ import annotations

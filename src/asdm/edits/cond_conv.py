@@ -284,22 +284,22 @@ class CondResnetBlock2D(ResnetBlock2D):
     def forward(
         self, input_tensor: Tensor, temb: Tensor, *args: Any, prompt: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
-        convolutions = {name: getattr(self, name) for name in ("conv1", "conv2")}
-        conditional = {
-            name: partial(conv, temb=temb, prompt=prompt) for name, conv in convolutions.items() if _has_experts(conv)
-        }
+        conditional = {}
+        for name, conv in (("conv1", self.conv1), ("conv2", self.conv2)):
+            if _has_experts(conv):
+                _require_followed(conv)
+                conditional[name] = partial(conv, temb=temb, prompt=prompt)
         # The stock forward; in this call, `self.conv1` and `self.conv2` get two more arguments.
         return ResnetBlock2D.forward(Overlay(self, conditional), input_tensor, temb, *args, **kwargs)  # type: ignore[arg-type]
 
 
 def _has_experts(conv: nn.Module) -> bool:
-    """Return whether a convolution has expert kernels, or is peft's layer around one that has.
+    """Return whether a convolution has expert kernels, or is peft's layer around one that has."""
+    return any(isinstance(module, CondConv2d) and module.sources for module in conv.modules())
 
-    Raises:
-        AsdmError: a LoRA was merged into the own kernel alone, or is disabled while it is merged.
-    """
-    if not any(isinstance(module, CondConv2d) and module.sources for module in conv.modules()):
-        return False
+
+def _require_followed(conv: nn.Module) -> None:
+    """Raise an AsdmError where a LoRA was merged into the own kernel alone, or is disabled while it is merged."""
     merged = _merged(conv)
     if merged != _followed(conv) or (merged and getattr(conv, "disable_adapters", False)):
         names = ", ".join(merged or _followed(conv))
@@ -307,7 +307,6 @@ def _has_experts(conv: nn.Module) -> bool:
             f"a LoRA ({names}) was merged into a convolution's own kernel, or out of it, and not "
             "its expert kernels: merge and unmerge by fuse_lora() and unfuse_lora() of the UNet or the pipeline"
         )
-    return True
 
 
 def require_fusable(unet: nn.Module) -> None:
@@ -316,7 +315,7 @@ def require_fusable(unet: nn.Module) -> None:
     The kernels must be mixed by a softmax, and the adapter must do no more than add to a kernel.
     """
     for name, layer in _adapted(unet).items():
-        _has_experts(layer)
+        _require_followed(layer)
         if layer.base_layer.activation != "softmax" or not _only_adds(layer):
             raise AsdmError(
                 f"{name}: expert kernels mixed by {layer.base_layer.activation} and an adapter of type "

@@ -11,14 +11,13 @@ matplotlib.use("Agg")
 
 import numpy as np
 from matplotlib import pyplot as plt
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw
 
 from asdm.edits import removed_units
+from asdm.evaluation.unit_colours import PART_LETTERS, UNIT_LETTERS, SensitivityColours, shown
 from asdm.families import BlockPlace, ModelFamily
 from asdm.sensitivity.profile import RedundancyMap, UnitRecord
 from asdm.student.plan import PruningPlan
@@ -31,9 +30,6 @@ KIND_COLOURS = {
     "cross_attention": "#228833",
     "feed_forward": "#aa3377",
 }
-_UNIT_LETTERS = {"resnet": "R", "attention": "A", "block": "B"}
-_PART_LETTERS = {"self_attention": "S", "cross_attention": "C", "feed_forward": "F"}
-_LEAST_SENSITIVITY = 1e-6  # of a logarithmic scale
 # Of the diagram, in widths of a resnet's cell:
 _CELL_WIDTHS = {"resnet": 1.0}
 _OTHER_CELL_WIDTH = 1.9
@@ -60,16 +56,8 @@ def redundancy_plot(redundancy: RedundancyMap, plan: PruningPlan | None = None) 
 def _draw_blocks(
     figure: Figure, axes: plt.Axes, redundancy: RedundancyMap, family: ModelFamily, covered: set[str]
 ) -> None:
-    values = [max(unit.sensitivity, _LEAST_SENSITIVITY) for unit in redundancy.units]
-    scale = LogNorm(min(values), max(*values, 1.01 * min(values)))  # a scale of one value has no colours
-    cells = _Cells(axes, ScalarMappable(scale, "viridis"), covered)
-    units_of: dict[str, list[UnitRecord]] = {}
-    parts_of: dict[str, list[UnitRecord]] = {}
-    for unit in redundancy.units:
-        if unit.parent is None:
-            units_of.setdefault(unit.block, []).append(unit)
-        else:
-            parts_of.setdefault(unit.parent, []).append(unit)
+    cells = _Cells(axes, SensitivityColours.of(redundancy), covered)
+    units_of, parts_of = redundancy.units_by_block(), redundancy.parts_by_unit()
     places = family.block_places(list(units_of))
     levels = max(place.level for place in places.values())
     for block, units in units_of.items():
@@ -87,7 +75,7 @@ def _draw_blocks(
     axes.margins(0.02, 0.06)
     axes.set_title(_legend(redundancy, family), fontsize=9)
     label = "sensitivity (relative squared error)"
-    figure.colorbar(cells.colours, ax=axes, location="bottom", shrink=0.6, pad=0.02, label=label)
+    figure.colorbar(cells.colours.scale, ax=axes, location="bottom", shrink=0.6, pad=0.02, label=label)
 
 
 def _left_end(place: BlockPlace, levels: int, width: float) -> float:
@@ -100,7 +88,7 @@ def _left_end(place: BlockPlace, levels: int, width: float) -> float:
 
 def _legend(redundancy: RedundancyMap, family: ModelFamily) -> str:
     kinds = {unit.kind for unit in redundancy.units}
-    letters = ", ".join(f"{letter} {kind}" for kind, letter in _UNIT_LETTERS.items() if kind in kinds)
+    letters = ", ".join(f"{letter} {kind}" for kind, letter in UNIT_LETTERS.items() if kind in kinds)
     return f"{letters} (S self, C cross, F feed-forward inside); % of the {family.label}'s latency; X removed"
 
 
@@ -109,26 +97,24 @@ class _Cells:
     """Draws units as cells, those that are removed crossed out."""
 
     axes: plt.Axes
-    colours: ScalarMappable
+    colours: SensitivityColours
     covered: set[str]
 
     def draw(self, unit: UnitRecord, parts: Sequence[UnitRecord], left: float, bottom: float, width: float) -> None:
         """Draw a unit; its parts, where it has some, take the lower half."""
-        letter = _UNIT_LETTERS.get(unit.kind, "")
+        letter = UNIT_LETTERS.get(unit.kind, "")
         if not parts:
             self._box(unit, left, bottom, width, _CELL_HEIGHT, letter)
             return
         half, each = _CELL_HEIGHT / 2, width / len(parts)
         self._box(unit, left, bottom + half, width, half, letter)
         for index, part in enumerate(parts):
-            part_letter = _PART_LETTERS.get(part.kind, "") if len(parts) <= 6 else ""
+            part_letter = PART_LETTERS.get(part.kind, "") if len(parts) <= 6 else ""
             self._box(part, left + index * each, bottom, each, half, part_letter)
 
     def _box(self, unit: UnitRecord, x: float, y: float, width: float, height: float, letter: str) -> None:
-        colour = self.colours.to_rgba(np.clip(unit.sensitivity, _LEAST_SENSITIVITY, None))
+        colour, ink = self.colours(unit.sensitivity)
         self.axes.add_patch(Rectangle((x, y), width, height, facecolor=colour, edgecolor="white", linewidth=0.8))
-        luminance = 0.3 * colour[0] + 0.6 * colour[1] + 0.1 * colour[2]
-        ink = "black" if luminance > 0.5 else "white"
         self.axes.text(x + width / 2, y + height / 2, letter, ha="center", va="center", fontsize=8, color=ink)
         if unit.name in self.covered:
             self.axes.plot([x, x + width], [y, y + height], color="red", linewidth=2)
@@ -140,7 +126,7 @@ def _draw_scatter(axes: plt.Axes, redundancy: RedundancyMap, covered: set[str]) 
         is_removed = unit.name in covered
         axes.scatter(
             100 * unit.latency_share,
-            max(unit.sensitivity, _LEAST_SENSITIVITY),
+            shown(unit.sensitivity),
             color=KIND_COLOURS[unit.kind],
             marker="X" if is_removed else "o",
             s=70 if is_removed else 28,

@@ -58,11 +58,8 @@ def evaluation_sets(
     if data is None:
         chosen = list(prompts or DEFAULT_PROMPTS)[:samples]
         return [EvaluationSet(split="prompts", prompts=chosen, examples=[])]
-    by_name: dict[str, list[Example]] = {}
-    for split in SPLITS:
-        by_name |= _by_name(split, open_data(data, split).examples)
     sets = []
-    for name, examples in by_name.items():
+    for name, examples in examples_by_split(data).items():
         random.Random(seed).shuffle(examples)
         if examples[0].file is None:  # captions alone
             captions = [example.caption for example in examples[:samples]]
@@ -75,10 +72,13 @@ def evaluation_sets(
     return sets
 
 
-def _by_name(split: Split, examples: Sequence[Example]) -> dict[str, list[Example]]:
-    """Return a split's examples by the name that results have for it; held-out ones of a kind are apart."""
-    named: dict[str, list[Example]] = {SPLITS[split]: []}
-    for example in examples:
-        kind = example.held_out_kind if example.held_out else None
-        named.setdefault(kind or SPLITS[split], []).append(example)
-    return {name: found for name, found in named.items() if found}
+def examples_by_split(data: str | Path) -> dict[str, list[Example]]:
+    """Return a source's examples by the name that results have for their split; held-out ones of a kind are apart."""
+    named: dict[str, list[Example]] = {}
+    for split, name in SPLITS.items():
+        found: dict[str, list[Example]] = {name: []}
+        for example in open_data(data, split).examples:
+            own = example.held_out_kind if example.held_out else None
+            found.setdefault(own or name, []).append(example)
+        named |= {kind: examples for kind, examples in found.items() if examples}
+    return named

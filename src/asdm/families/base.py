@@ -1,4 +1,4 @@
-"""What every room may ask about a denoiser's architecture: one subclass of `ModelFamily` for each family of models.
+"""What every package may ask about a denoiser's architecture: one subclass of `ModelFamily` for each family of models.
 
 Nothing outside `families/` and the student's model classes names a block, a layer or a class of an architecture.
 """

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from typing import Any
 
 from torch import Tensor
 
+from asdm.digests import short_digest
 from asdm.errors import AsdmError
 
 # In the names of tensors that adapters (LoRA, IP-Adapter) and fused projections add to a denoiser.
@@ -28,7 +28,7 @@ def fingerprint(model: Any) -> str:
         for name, tensor in model.state_dict().items()
         if not any(added in name for added in ADDED_LATER)
     }
-    return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:16]
+    return short_digest(json.dumps(shapes, sort_keys=True))
 
 
 def _digested_shape(name: str, tensor: Tensor) -> list[int]:

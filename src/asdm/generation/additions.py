@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from asdm.errors import AsdmError, AsdmWarning, needs_extra, one_line
 from asdm.families import denoiser_of, family_of
+from asdm.pipelines.damaged import refuse_damaged
 from asdm.pipelines.names import looks_like_path
 from asdm.pipelines.quiet import quiet
 from asdm.pipelines.tensor_faults import require_loaded
@@ -34,15 +35,17 @@ class LoraFile(Record):
     """A LoRA's file, `.safetensors`, and how strongly it counts.
 
     Raises:
-        AsdmError: there is no such file, or it is no LoRA in safetensors.
+        AsdmError: there is no such file, it is no LoRA in safetensors, or the scale is out of range.
     """
 
     path: Path = Field(description="the file")
-    scale: float = Field(1.0, ge=-LARGEST_SCALE, le=LARGEST_SCALE, description="1 as it was trained")
+    scale: float = Field(1.0, allow_inf_nan=True, description="1 as it was trained; from -10 to 10")
 
     @model_validator(mode="after")
     def _is_usable(self) -> LoraFile:
         require_lora(self.path)
+        if not abs(self.scale) <= LARGEST_SCALE:
+            raise AsdmError(f"{self.path}:{self.scale:g}: the scale must be from {-LARGEST_SCALE} to {LARGEST_SCALE}")
         return self
 
     @classmethod
@@ -57,9 +60,6 @@ class LoraFile(Record):
         if name and not path.exists():
             with suppress(ValueError):  # a colon of the file's name
                 scale, path = float(number), Path(name)
-        require_lora(path)  # here too: the record's error names the record
-        if not abs(scale) <= LARGEST_SCALE:
-            raise AsdmError(f"{text}: the scale is {scale:g}; it must be from {-LARGEST_SCALE} to {LARGEST_SCALE}")
         return cls(path=path, scale=scale)
 
 
@@ -173,17 +173,12 @@ def load_controlnet(folder: Path, pipeline: DiffusionPipeline) -> ControlNetMode
     """
     require_controlnet_folder(folder)
     denoiser = denoiser_of(pipeline)
-    try:
-        if folder.is_dir():
-            require_safe_config(folder / "config.json")
-        with quiet(), bounded_modules(str(folder)):
-            controlnet = ControlNetModel.from_pretrained(
-                os.fspath(folder), torch_dtype=denoiser.dtype, use_safetensors=True
-            )
-    except (AsdmError, MemoryError):
-        raise
-    except Exception as error:  # of diffusers, any kind
-        raise AsdmError(f"{folder}: the ControlNet cannot be loaded ({one_line(error)})") from None
+    if folder.is_dir():
+        require_safe_config(folder / "config.json")
+    with refuse_damaged(folder), quiet(), bounded_modules(str(folder)):
+        controlnet = ControlNetModel.from_pretrained(
+            os.fspath(folder), torch_dtype=denoiser.dtype, use_safetensors=True
+        )
     require_loaded(controlnet, str(folder), "ControlNet", sorted(folder.glob("*.safetensors")))
     family_of(pipeline).require_controlnet(denoiser, controlnet, str(folder))
     return controlnet.eval().to(pipeline.device)

@@ -12,7 +12,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from asdm import checks
 from asdm.choices import SCHEDULERS
 from asdm.errors import AsdmError, one_line
-from asdm.pipelines.checkpoints import predicts_samples, takes_zero_snr
+from asdm.pipelines.noise_schedules import predicts_samples, takes_zero_snr
 
 _CLASSES = {choice.class_name for choice in SCHEDULERS.values()} | {each.name for each in KarrasDiffusionSchedulers}
 

@@ -19,13 +19,14 @@ from diffusers import AutoencoderTiny, DiffusionPipeline
 from asdm import checks
 from asdm.devices import on_device
 from asdm.diffusion.kinds import RANDOM, is_random
-from asdm.errors import AsdmError, memory_error, one_line
+from asdm.errors import AsdmError, one_line
 from asdm.files import MARKER, replacing_folder, require_ours
+from asdm.pipelines.damaged import refuse_damaged, require_finite, require_readable
 from asdm.pipelines.derived import with_vae
 from asdm.pipelines.names import looks_like_path
 from asdm.pipelines.quiet import quiet
 from asdm.pipelines.random_models import randomly_filled
-from asdm.pipelines.tensor_faults import require_loaded, require_safetensors, require_weights
+from asdm.pipelines.tensor_faults import require_loaded
 from asdm.pipelines.untrusted import bounded_modules, require_safe_config
 from asdm.reading import read_json
 from asdm.registry import PIPELINES, registered_folder
@@ -85,17 +86,11 @@ def load_decoder(name: str | Path, pipeline: DiffusionPipeline) -> AutoencoderTi
     if name.startswith(RANDOM):
         return _random(name, pipeline)
     place = _place_of(name)
-    try:
-        with quiet(), bounded_modules(name):
-            tiny = AutoencoderTiny.from_pretrained(place, torch_dtype=torch.float32, use_safetensors=True)
-    except Exception as error:  # of diffusers, any kind
-        if isinstance(error, AsdmError) or memory_error(error) is not None:
-            raise
-        what = "the decoder cannot be loaded" if os.path.isdir(place) else "no such decoder, here or on the Hub"
-        raise AsdmError(f"{name}: {what} ({one_line(error)})") from None
+    remedy = "train or download it again" if os.path.isdir(place) else "name a folder of a decoder, or a Hub id"
+    with refuse_damaged(name, remedy), quiet(), bounded_modules(name):
+        tiny = AutoencoderTiny.from_pretrained(place, torch_dtype=torch.float32, use_safetensors=True)
     require_loaded(tiny, name, "decoder", sorted(Path(place).glob("*.safetensors")))
-    if not all(bool(parameter.isfinite().all()) for parameter in tiny.parameters()):
-        raise AsdmError(f"{name}: its weights are no numbers (NaN); train or download it again")
+    require_finite(tiny, name, remedy)
     tiny.register_to_config(_name_or_path=name)
     return tiny
 
@@ -201,13 +196,9 @@ def _place_of(name: str) -> str:
         raise AsdmError(f"{name}: not a decoder in diffusers' format ({one_line(error)})") from None
     if found != AutoencoderTiny.__name__:
         raise AsdmError(f"{name}: a {found}; must be an {AutoencoderTiny.__name__}")
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise AsdmError(f"{name}: no .safetensors weights; pickles are not loaded, convert them first")
     require_safe_config(folder / "config.json")
-    for path in weights:
-        require_safetensors(path)
-        require_weights(path)
+    if not require_readable(folder):
+        raise AsdmError(f"{name}: no .safetensors weights; pickles are not loaded, convert them first")
     return str(folder)
 
 

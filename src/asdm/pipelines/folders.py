@@ -11,17 +11,11 @@ from diffusers import DiffusionPipeline
 from asdm.choices import PredictionType
 from asdm.errors import AsdmError, one_line
 from asdm.families import component_of, families
-from asdm.pipelines.checkpoints import (
-    Header,
-    claim_of,
-    claim_of_scheduler,
-    claims_of_tensors,
-    scheduler_for,
-    settled,
-    takes_zero_snr,
-)
+from asdm.pipelines.claims import claim_of, claim_of_scheduler, claims_of_tensors, settled
 from asdm.pipelines.derived import with_unet
+from asdm.pipelines.headers import Header
 from asdm.pipelines.names import model_help
+from asdm.pipelines.noise_schedules import scheduler_for, takes_zero_snr
 from asdm.pipelines.quiet import quiet
 from asdm.pipelines.tensor_faults import (
     explain_folder,

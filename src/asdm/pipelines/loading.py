@@ -14,7 +14,7 @@ from asdm import checks
 from asdm.choices import PredictionType
 from asdm.devices import on_device
 from asdm.errors import AsdmError, AsdmWarning
-from asdm.pipelines.checkpoints import as_prediction_type
+from asdm.pipelines.claims import as_prediction_type
 from asdm.pipelines.folders import load_folder, load_from_hub, set_parameterization
 from asdm.pipelines.names import looks_like_path, model_help
 from asdm.pipelines.random_models import RANDOM, random_pipeline

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +39,8 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path, about: dict[s
     folder = Path(folder)
     require_ours(folder, "pipeline")
     require_savable(pipeline)
-    with replacing_folder(folder) as partial, quiet():
+    with replacing_folder(folder, keep=lambda partial: _keep_others(folder, partial)) as partial, quiet():
         _save_parts(pipeline, partial)
-        _keep_others(folder, partial)
         card = model_card(pipeline, folder.name, (about or {}).get("teacher"))
         (partial / "README.md").write_text(card, "utf-8")
         (partial / MARKER).write_text(json.dumps({"kind": "pipeline", **(about or {})}, indent=1) + "\n", "utf-8")
@@ -52,15 +50,18 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path, about: dict[s
 def save_pipeline_into(pipeline: DiffusionPipeline, folder: Path) -> None:
     """Save a pipeline's parts into a folder of this tool that holds other things too; what makes it load comes last."""
     require_savable(pipeline)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary, quiet():
-        _save_parts(pipeline, Path(temporary))
+    saved = folder / ".saved"
+    try:
+        with replacing_folder(saved) as partial, quiet():
+            _save_parts(pipeline, partial)
         (folder / "model_index.json").unlink(missing_ok=True)
-        parts = sorted(Path(temporary).iterdir(), key=lambda path: path.name == "model_index.json")
-        for part in parts:
+        for part in sorted(saved.iterdir(), key=lambda path: path.name == "model_index.json"):
             target = folder / part.name
             if target.is_dir():
                 shutil.rmtree(target)
             os.replace(part, target)
+    finally:
+        shutil.rmtree(saved, ignore_errors=True)
 
 
 def require_savable(pipeline: DiffusionPipeline) -> None:

@@ -15,20 +15,10 @@ from diffusers.loaders.single_file_utils import (
 
 from asdm.choices import PredictionType
 from asdm.errors import AsdmError, one_line
-from asdm.pipelines.checkpoints import (
-    KIND_NAMES,
-    SD_KINDS,
-    Header,
-    Parameterization,
-    claim_of,
-    claims_of,
-    claims_of_tensors,
-    edm_scheduler,
-    kind_of,
-    scheduler_for,
-    settled,
-)
+from asdm.pipelines.claims import CheckpointFacts, claim_of, claims_of, claims_of_tensors, settled
+from asdm.pipelines.headers import KIND_NAMES, SD_KINDS, Header, kind_of
 from asdm.pipelines.names import PICKLE_SUFFIXES
+from asdm.pipelines.noise_schedules import edm_scheduler, scheduler_for
 from asdm.pipelines.quiet import quiet
 from asdm.pipelines.tensor_faults import explain_single_file, require_safetensors, require_weights, require_whole
 from asdm.pipelines.untrusted import bounded_modules
@@ -97,7 +87,7 @@ def _from_single_file(header: Header, kind: str, dtype: torch.dtype, config: str
         ) from error
 
 
-def _set_parameterization(pipeline: DiffusionPipeline, header: Header, kind: str, said: Parameterization) -> list[str]:
+def _set_parameterization(pipeline: DiffusionPipeline, header: Header, kind: str, said: CheckpointFacts) -> list[str]:
     """Set the scheduler as is said, or else by the default of the architecture; returns remarks for the user."""
     remarks = list(said.remarks)
     edm = edm_scheduler(header)

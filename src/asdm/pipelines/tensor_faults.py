@@ -19,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from asdm.errors import AsdmError, one_line
 from asdm.families import Denoiser, UNetFamily
-from asdm.pipelines.checkpoints import Header
+from asdm.pipelines.headers import Header
 from asdm.pipelines.untrusted import bounded_modules, empty_of_transformers
 from asdm.reading import read_json
 from asdm.student.classes import student_class

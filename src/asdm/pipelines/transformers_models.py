@@ -3,8 +3,6 @@ written their folders too."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +10,9 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModel
 
-from asdm.errors import AsdmError, memory_error, one_line
+from asdm.errors import AsdmError
+from asdm.pipelines.damaged import refuse_damaged, require_finite, require_readable
 from asdm.pipelines.quiet import quiet
-from asdm.pipelines.tensor_faults import require_safetensors, require_weights
 from asdm.pipelines.untrusted import bounded_modules, require_as_large_as_its_files, require_safe_config
 
 _NAMED = 3  # tensors that a message names
@@ -37,9 +35,7 @@ def load_transformers_model(
     folder = Path(name)
     if folder.is_dir():
         require_safe_config(folder / "config.json")
-        for path in sorted(folder.glob("*.safetensors")):
-            require_safetensors(path)
-            require_weights(path)
+        require_readable(folder)
     with refuse_damaged(name, remedy), quiet(), bounded_modules(str(name)):
         if folder.is_dir():
             _require_as_large(kind, folder)
@@ -50,20 +46,8 @@ def load_transformers_model(
     if absent:
         some = ", ".join(absent[:_NAMED])
         raise AsdmError(f"{name}: lacks {len(absent)} of its tensors, among them {some}; {remedy}")
-    if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
-        raise AsdmError(f"{name}: its weights are no numbers (NaN); {remedy}")
+    require_finite(model, name, remedy)
     return model.eval()
-
-
-@contextmanager
-def refuse_damaged(name: str | Path, remedy: str = "download it again") -> Iterator[None]:
-    """Turn what a library raises for files that are damaged, or another model's, into our error."""
-    try:
-        yield
-    except Exception as error:  # of the libraries, any kind
-        if isinstance(error, AsdmError) or memory_error(error) is not None:
-            raise
-        raise AsdmError(f"{name}: cannot be loaded ({one_line(error, 120)}); {remedy}") from None
 
 
 def _require_as_large(kind: Any, folder: Path) -> None:

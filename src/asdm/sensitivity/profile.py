@@ -107,6 +107,22 @@ class RedundancyMap(Record):
         """The family of the denoiser."""
         return family_named(self.denoiser_class)
 
+    def units_by_block(self) -> dict[str, list[UnitRecord]]:
+        """Return the units of each block, without those that are parts of another one."""
+        found: dict[str, list[UnitRecord]] = {}
+        for unit in self.units:
+            if unit.parent is None:
+                found.setdefault(unit.block, []).append(unit)
+        return found
+
+    def parts_by_unit(self) -> dict[str, list[UnitRecord]]:
+        """Return the parts of each unit that has some, by its name."""
+        found: dict[str, list[UnitRecord]] = {}
+        for unit in self.units:
+            if unit.parent is not None:
+                found.setdefault(unit.parent, []).append(unit)
+        return found
+
     @property
     def has_reliable_latencies(self) -> bool:
         """Whether the machine was quiet enough to measure each unit."""

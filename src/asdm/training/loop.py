@@ -34,16 +34,21 @@ Progress = Callable[[dict[str, float]], None]
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How long and how fast to train. `learning_rate` is the peak, reached after `warmup_steps`; weights
-    whose names start with a key of `learning_rate_factors` learn at that multiple of it."""
+    """How long and how fast to train.
+
+    `learning_rate` is the peak, reached after `warmup_steps`; weights whose names start with a key of
+    `learning_rate_factors` learn at that multiple of it. After the warm-up the schedule `constant` stays at the peak,
+    `cosine` falls to zero over all other steps, and `constant_then_linear` falls over the last `falling_steps` alone:
+    until then a longer or shorter training is the same training.
+    """
 
     steps: int
     optimizer: OptimizerName = "adamw"
     learning_rate: float = 1e-4
     learning_rate_factors: dict[str, float] = field(default_factory=dict)
     warmup_steps: int = 0
-    schedule: Literal["constant", "cosine"] = "cosine"
-    final_learning_rate: float = 0.0
+    schedule: Literal["constant", "cosine", "constant_then_linear"] = "cosine"
+    falling_steps: int = 0
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
@@ -58,9 +63,10 @@ class LoopSettings:
             return self.learning_rate * (step + 1) / self.warmup_steps
         if self.schedule == "constant":
             return self.learning_rate
+        if self.schedule == "constant_then_linear":
+            return self.learning_rate * min(1.0, (self.steps - step) / max(1, self.falling_steps))
         done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-        return self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * cosine
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
     def generator_at(self, step: int) -> torch.Generator:
         """Return the source of a step's noise."""

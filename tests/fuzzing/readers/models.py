@@ -21,9 +21,9 @@ from asdm import (
 from asdm.distillation.decoder_recipe import DecoderRecipe, read_decoder_recipe
 from asdm.files import MARKER, read_settings
 from asdm.generation.additions import LoraFile, load_controlnet, with_loras
-from asdm.pipelines.checkpoints import Header, kind_of
 from asdm.pipelines.clip import clip_statistics
 from asdm.pipelines.decoders import make_tiny, save_decoder, with_decoder
+from asdm.pipelines.headers import Header, kind_of
 from asdm.pipelines.lora_files import convert_lora
 from asdm.pipelines.shapes import denoiser_without_weights
 from asdm.runtime.openvino import with_openvino_graphs

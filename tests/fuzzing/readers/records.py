@@ -19,7 +19,8 @@ from asdm.benchmark.results import Benchmark
 from asdm.distillation.recipes import as_yaml, joint_stages, read_stages
 from asdm.families import family_of
 from asdm.files import MARKER, require_ours
-from asdm.pipelines.checkpoints import claim_of, scheduler_for, settled
+from asdm.pipelines.claims import claim_of, settled
+from asdm.pipelines.noise_schedules import scheduler_for
 from asdm.student.surgery import model_without_weights
 from fuzzing import inputs
 from fuzzing.readers.base import HERE, of_file, pipeline, plan, profile, reader, unet, written

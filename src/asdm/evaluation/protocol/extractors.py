@@ -22,11 +22,13 @@ from transformers import AutoModel, AutoTokenizer, CLIPModel
 from asdm.data.prepared import digest_of
 from asdm.errors import AsdmError
 from asdm.evaluation.metrics import Judge
+from asdm.evaluation.protocol.metrics import JUDGE
 from asdm.evaluation.protocol.weights import Source, metrics_extra
 from asdm.evaluation.real_images import image_embeds, text_embeds
 from asdm.pipelines.clip import clip_statistics, load_clip
+from asdm.pipelines.damaged import refuse_damaged
 from asdm.pipelines.quiet import quiet
-from asdm.pipelines.transformers_models import load_transformers_model, refuse_damaged
+from asdm.pipelines.transformers_models import load_transformers_model
 
 FEATURES, LOGITS = "features", "logits"
 DINOV2_SIDE = 224  # of the inputs in FD-DINOv2 (arXiv 2306.04675), where the model's own is 518
@@ -56,7 +58,7 @@ class TextExtractor(Extractor, Protocol):
 class JudgeExtractor:
     """The judge: features and ImageNet's logits."""
 
-    title = "the judge, EfficientNet-Lite0"
+    title = JUDGE
 
     def __init__(self, device: torch.device | str) -> None:
         self._judge = Judge(device)

@@ -7,7 +7,6 @@ were generated, and other settings are refused.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from pydantic import Field
 from asdm.data.prepared import digest_of, fingerprint
 from asdm.diffusion.conditioning import image_size
 from asdm.diffusion.generation import generate, is_small
+from asdm.digests import short_digest
 from asdm.errors import AsdmError
 from asdm.evaluation.protocol.pictures import Picture, Pictures
 from asdm.families import denoiser_of, family_of
@@ -55,14 +55,14 @@ def identity_of(pipeline: DiffusionPipeline) -> dict[str, str]:
     edits = json.dumps(denoiser.config.get("edits"), default=str, sort_keys=True)
     about = [digest_of(denoiser), fingerprint(pipeline), family_of(denoiser).fingerprint(denoiser), edits]
     return {
-        "model": hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16],
+        "model": short_digest(json.dumps(about)),
         "scheduler": f"{type(scheduler).__name__} {_digest(config)}",
         "dtype": str(denoiser.dtype).removeprefix("torch."),
     }
 
 
 def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, default=str, sort_keys=True).encode()).hexdigest()[:16]
+    return short_digest(json.dumps(content, default=str, sort_keys=True))
 
 
 class ImageJob:

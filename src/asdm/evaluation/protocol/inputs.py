@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from asdm.choices import ProtocolName
-from asdm.data.sources import open_data
 from asdm.errors import AsdmError
 from asdm.evaluation.protocol.captions import read_captions
 from asdm.evaluation.protocol.measurement import needs_real_images
 from asdm.evaluation.protocol.metrics import Requested, Role, parse_metrics, roles_of
 from asdm.evaluation.protocol.protocols import PROTOCOLS, Protocol
 from asdm.evaluation.protocol.weights import SOURCES, Source, find_weights
+from asdm.evaluation.sampling import examples_by_split
 from asdm.images import readable_suffixes
 from asdm.registry import DATASETS, registered_folder
 
@@ -60,12 +60,17 @@ def read_inputs(
     found = PROTOCOLS[protocol]
     requested = parse_metrics(",".join(found.metrics) if metrics is None else metrics)
     names = [name for name, _ in requested]
-    return Inputs(
-        prompts=_prompts(found, captions),
-        real=_real_images(found, images, names),
-        metrics=names,
-        networks=_networks(found, requested, None if weights is None else Path(weights)),
-    )
+    prompts, real = _prompts(found, captions), _real_images(found, images, names)
+    networks = _networks(found, requested, None if weights is None else Path(weights))
+    names = list(dict.fromkeys(_name_by_network(name, networks) for name in names))
+    return Inputs(prompts=prompts, real=real, metrics=names, networks=networks)
+
+
+def _name_by_network(metric: str, networks: Mapping[Role, Network]) -> str:
+    """Return a metric's name: the Fréchet distance of Inception's features is the FID, and that of no others."""
+    if metric not in ("fid", "fd"):
+        return metric
+    return "fd" if networks["inception"].source.kind == "judge" else "fid"
 
 
 def _prompts(protocol: Protocol, captions: str | Path | None) -> list[str]:
@@ -73,8 +78,8 @@ def _prompts(protocol: Protocol, captions: str | Path | None) -> list[str]:
         return read_captions(Path(captions), protocol.prompts)
     if protocol.name != "demo":
         raise AsdmError(f"captions: {protocol.name} needs the file of prompts; for COCO 2014 captions_val2014.json")
-    held_out = [example for example in open_data(protocol.name, "held_out").examples if example.held_out_kind is None]
-    return [example.caption for example in [*held_out, *open_data(protocol.name, "train").examples]][: protocol.prompts]
+    found = examples_by_split(protocol.name)
+    return [example.caption for example in [*found["held_out"], *found["seen"]]][: protocol.prompts]
 
 
 def _real_images(protocol: Protocol, images: str | Path | None, metrics: Sequence[str]) -> list[Path]:

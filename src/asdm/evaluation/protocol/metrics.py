@@ -25,6 +25,7 @@ class Metric(NamedTuple):
 
 METRICS = {
     "fid": Metric("inception", "fid", "FID", 2, False, "Fréchet distance to the real images (arXiv 1706.08500)"),
+    "fd": Metric("inception", "frechet_distance", "FD", 2, False, "the same distance of the judge's features"),
     "is": Metric("inception", "inception_score", "IS", 2, True, "inception score (arXiv 1606.03498)"),
     "clip": Metric("clip", "clip_score", "CLIP", 4, True, "cosine of image and prompt (arXiv 2104.08718)"),
     "kid": Metric("inception", "kid", "KID", 5, False, "kernel distance to the real images (arXiv 1801.01401)"),
@@ -36,6 +37,7 @@ METRICS = {
     "hpsv2": Metric("hpsv2", "hpsv2", "HPSv2", 4, True, "predicted preference (arXiv 2306.09341)"),
 }
 ALL = "all"
+JUDGE = "the judge, EfficientNet-Lite0"  # what results call it
 # Metrics of each image and its prompt, by which a student may win against the teacher.
 SCORES: dict[str, Role] = {"clip": "clip", "pickscore": "pickscore", "hpsv2": "hpsv2"}
 

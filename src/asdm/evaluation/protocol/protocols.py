@@ -91,6 +91,6 @@ PROTOCOLS: dict[ProtocolName, Protocol] = {
         stored_side=256,
         jpeg=None,
         squash=False,
-        metrics=("fid", "is", "clip", "kid", "cmmd", "ssim"),
+        metrics=("fd", "is", "clip", "kid", "cmmd", "ssim"),
     ),
 }

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from asdm.evaluation.protocol.metrics import JUDGE
 from asdm.files import write_text
+from asdm.old_names import OLD_JUDGED_FIELDS, OLD_JUDGED_NETWORKS, renamed
 from asdm.records import Record, read_record
 
 
@@ -21,6 +24,7 @@ class ProtocolMetrics(Record):
     guidance_scale: float
     scheduler: str
     fid: float | None = None
+    frechet_distance: float | None = Field(None, description="of the judge's features; of Inception's it is the FID")
     inception_score: float | None = None
     inception_score_deviation: float | None = None
     clip_score: float | None = Field(None, description="mean cosine of an image and its prompt, not times 100")
@@ -33,7 +37,7 @@ class ProtocolMetrics(Record):
     pickscore: float | None = None
     hpsv2: float | None = None
     teacher_distance: float | None = Field(
-        None, description="1 - cosine of FID's features to the first model's image of the same seed"
+        None, description="1 - cosine of the features of FID or FD to the first model's image of the same seed"
     )
     wins: dict[str, float] = Field(
         {}, description="by score: the part of the prompts at which it beats the first model, ties counted half"
@@ -55,6 +59,18 @@ class ProtocolResults(Record):
     networks: dict[str, str] = Field(description="by metric: what extracts its features")
     notes: list[str] = Field(description="where this run differs from the published protocol")
     rows: list[ProtocolMetrics]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fid_is_of_inception(cls, content: Any) -> Any:
+        """Earlier files call the Fréchet distance of the judge's features FID, too."""
+        if not isinstance(content, dict):
+            return content
+        networks, rows = content.get("networks"), content.get("rows")
+        if isinstance(networks, dict) and isinstance(rows, list) and networks.get("FID") == JUDGE:
+            rows = [renamed(row, OLD_JUDGED_FIELDS) if isinstance(row, dict) else row for row in rows]
+            content = {**content, "networks": renamed(networks, OLD_JUDGED_NETWORKS), "rows": rows}
+        return content
 
     def save(self, path: str | Path) -> None:
         """Write the results as JSON."""

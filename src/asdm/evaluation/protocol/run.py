@@ -264,7 +264,7 @@ class _Evaluation:
         count, notes = len(self._prompts()), []
         if count < self.protocol.prompts:
             notes.append(
-                f"{count:,} of the protocol's {self.protocol.prompts:,} prompts: compare FID, IS, KID and FD-DINOv2 "
+                f"{count:,} of the protocol's {self.protocol.prompts:,} prompts: compare Fréchet distances, IS and KID "
                 "within this table alone"
             )
         for name, pipeline in self.pipelines.items():

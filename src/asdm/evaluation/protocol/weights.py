@@ -19,7 +19,7 @@ import torch
 from huggingface_hub import snapshot_download
 
 from asdm.errors import AsdmError, needs_extra, one_line
-from asdm.evaluation.protocol.metrics import Role
+from asdm.evaluation.protocol.metrics import JUDGE, Role
 from asdm.pipelines.names import looks_like_path
 
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # in transformers' layout
@@ -89,7 +89,7 @@ SOURCES: Mapping[Role, Source] = {
 }
 DEMO_SOURCES: Mapping[Role, Source] = {
     **SOURCES,
-    "inception": Source("judge", "the judge, EfficientNet-Lite0"),
+    "inception": Source("judge", JUDGE),
     "clip": Source("own-clip", "the first model's own CLIP"),
     "cmmd": Source("own-clip", "the first model's own CLIP"),
 }

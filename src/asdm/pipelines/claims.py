@@ -1,28 +1,22 @@
-"""What a checkpoint says of itself: what its UNet predicts, whether its noise schedule ends at pure noise (zero
-terminal SNR), and what kind of model it is.
+"""What a checkpoint says of itself: what its UNet predicts, and whether its noise schedule ends at pure noise (zero
+terminal SNR).
 
 Only names, shapes and metadata of files are read, and configs beside them. No weights are loaded.
 """
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
-import diffusers
-import torch
-from diffusers import DDIMScheduler, EDMEulerScheduler, SchedulerMixin
-from diffusers.loaders.single_file_utils import infer_diffusers_model_type
-from safetensors import safe_open
-from torch import Tensor
+from diffusers import DDIMScheduler
 
 from asdm.choices import PredictionType
 from asdm.errors import AsdmError, one_line
-from asdm.pipelines.untrusted import require_plausible
+from asdm.pipelines.headers import Header
 from asdm.reading import parse_json, parse_yaml
 
 _SPELLINGS: dict[str, PredictionType] = {
@@ -39,49 +33,6 @@ _ARCHITECTURES: dict[str, PredictionType] = {
 _SCALINGS: dict[str, PredictionType] = {"EpsScaling": "epsilon", "VScaling": "v_prediction"}  # of SDXL's own code
 _ZERO_SNR = ("rescale_betas_zero_snr", "zero_terminal_snr", "zero_snr", "ztsnr", "zsnr")
 _STEPS_OF_SD2_BASE = 875_000  # of the one SD 2.x checkpoint that is known by them, and predicts noise
-SD_KINDS = ("v1", "v2", "inpainting", "inpainting_v2", "xl_base", "xl_inpaint", "playground-v2-5")
-KIND_NAMES = {
-    "v1": "SD 1.x", "inpainting": "SD 1.x for inpainting", "inpainting_v2": "SD 2.x for inpainting",
-    "v2": "SD 2.x, whose 512-base predicts epsilon", "xl_base": "SDXL", "xl_inpaint": "SDXL for inpainting",
-    "upscale": "the upscaler", "instruct-pix2pix": "InstructPix2Pix",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Header:
-    """Names, shapes and dtypes (as tensors without data) and the metadata of a safetensors file."""
-
-    path: Path
-    tensors: dict[str, Tensor]
-    metadata: dict[str, str]
-
-    @classmethod
-    def of(cls, path: Path) -> Header:
-        with safe_open(path, "pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            tensors = {
-                name: torch.empty(each.get_shape(), dtype=_DTYPES.get(each.get_dtype(), torch.uint8), device="meta")
-                for name, each in slices.items()
-            }
-            return cls(path, tensors, file.metadata() or {})
-
-    def marker(self, name: str) -> str | None:
-        """Return the tensor of this name, wherever in the checkpoint it is."""
-        return next((each for each in self.tensors if each == name or each.endswith(f".{name}")), None)
-
-    def number(self, name: str) -> float | None:
-        """Return the value of the tensor of this name, where it has one."""
-        found = self.marker(name)
-        if found is None or self.tensors[found].numel() != 1:
-            return None
-        with safe_open(self.path, "pt") as file:
-            return float(file.get_tensor(found))
-
-
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -101,7 +52,7 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Parameterization:
+class CheckpointFacts:
     """What all sources together say: the strongest decides. `remarks` are for the user.
 
     `source` is where the fields of the scheduler stand.
@@ -127,29 +78,6 @@ def as_prediction_type(value: Any, source: str) -> PredictionType:
             "(prediction_type, --prediction-type)"
         )
     return found
-
-
-def kind_of(header: Header) -> str:
-    """Find the kind of a checkpoint in one file, by diffusers' names (`SD_KINDS` and others).
-
-    SDXL, SD 2.x and inpainting are also found where the tensor is missing by which diffusers knows them.
-    """
-    try:
-        kind: str = infer_diffusers_model_type(header.tensors)
-    except (RuntimeError, LookupError, UnboundLocalError):  # it looks into tensors of some, and knows not all
-        return "another kind"
-    if kind != "v1" and kind != "inpainting":
-        return kind
-    names = header.tensors
-    first = names.get("model.diffusion_model.input_blocks.0.0.weight")
-    inpaints = first is not None and first.ndim == 4 and first.shape[1] == 9
-    if any(name.startswith("conditioner.embedders.1.") for name in names):
-        return "xl_inpaint" if inpaints else "xl_base"
-    if any(name.startswith("conditioner.embedders.0.model.") for name in names):
-        return "xl_refiner"
-    if any(name.endswith("attn2.to_k.weight") and tensor.shape[-1] == 1024 for name, tensor in names.items()):
-        return "inpainting_v2" if inpaints else "v2"
-    return kind
 
 
 def claims_of(header: Header, kind: str) -> list[Claim]:
@@ -224,7 +152,7 @@ def claim_of(config: str | Path) -> Claim:
     return claim
 
 
-def settled(claims: Sequence[Claim], given: PredictionType | None, name: str) -> Parameterization:
+def settled(claims: Sequence[Claim], given: PredictionType | None, name: str) -> CheckpointFacts:
     """Combine claims, the strongest first. The user's own statement, `given`, overrides them.
 
     Raises:
@@ -248,62 +176,8 @@ def settled(claims: Sequence[Claim], given: PredictionType | None, name: str) ->
         remarks.append("a noise schedule that ends at zero SNR is left out, as to predict noise has no meaning there")
     of_scheduler = next((each for each in claims if each.scheduler), None)
     if of_scheduler is None:
-        return Parameterization(prediction, zero_snr, {}, remarks)
-    return Parameterization(prediction, zero_snr, of_scheduler.scheduler, remarks, of_scheduler.source)
-
-
-def scheduler_for(scheduler: Any, said: Parameterization) -> Any:
-    """Make a scheduler that samples as was said, of the same class where that class can.
-
-    Raises:
-        AsdmError: a field of its config has a value of which no scheduler can be made.
-    """
-    if type(scheduler).__name__.startswith("EDM") and not said.scheduler:
-        return scheduler.from_config(scheduler.config, **_without_none(prediction_type=said.prediction_type))
-    named = said.scheduler.get("_class_name")
-    kind: Any = type(scheduler) if named is None else getattr(diffusers, named, None)
-    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
-        raise AsdmError(f"scheduler {named}: not one of diffusers'")
-    config = dict(said.scheduler) if named else {**scheduler.config, **said.scheduler}
-    changes = _without_none(prediction_type=said.prediction_type, rescale_betas_zero_snr=said.zero_snr)
-    if said.zero_snr and not said.scheduler.get("rescale_betas_zero_snr"):
-        changes["timestep_spacing"] = "trailing"  # the first step is that of pure noise (arXiv 2305.08891, Sec. 3.3)
-    unable = said.zero_snr and not takes_zero_snr(kind)
-    if unable or (said.prediction_type == "sample" and not predicts_samples(kind)):
-        kind = DDIMScheduler
-        changes |= {"clip_sample": False, "set_alpha_to_one": config.get("set_alpha_to_one", False)}
-    require_plausible(config, said.source)
-    try:
-        return kind.from_config(config, **changes)
-    except Exception as error:  # of diffusers, any kind
-        raise AsdmError(
-            f"{said.source}: no {kind.__name__} can be made of it ({type(error).__name__}: {one_line(error, 100)}); "
-            "correct it, or remove it"
-        ) from None
-
-
-def takes_zero_snr(kind: type) -> bool:
-    """Return whether a class of schedulers can end at zero SNR. Others ignore the config's field."""
-    return "rescale_betas_zero_snr" in inspect.signature(kind.__init__).parameters  # type: ignore[misc]
-
-
-def edm_scheduler(header: Header) -> Any | None:
-    """Return the sampler of a checkpoint with EDM's noise levels (CosXL's marker tensors); None for all others."""
-    most, least = header.number("edm_vpred.sigma_max"), header.number("edm_vpred.sigma_min")
-    if most is None:
-        return None
-    return EDMEulerScheduler(
-        sigma_min=0.002 if least is None else least,
-        sigma_max=most,
-        sigma_data=1.0,
-        prediction_type="v_prediction",
-        sigma_schedule="exponential",
-    )
-
-
-def predicts_samples(kind: type) -> bool:
-    """Return whether a class of schedulers takes predictions of the image itself."""
-    return not any(name in kind.__name__ for name in ("PNDM", "Euler", "LMS", "Heun", "KDPM2"))
+        return CheckpointFacts(prediction, zero_snr, {}, remarks)
+    return CheckpointFacts(prediction, zero_snr, of_scheduler.scheduler, remarks, of_scheduler.source)
 
 
 def _plain(value: Any) -> str:
@@ -313,10 +187,6 @@ def _plain(value: Any) -> str:
 def _spelt(value: Any) -> str:
     """As diffusers spells it, where it is known."""
     return _SPELLINGS.get(_plain(value), str(value))
-
-
-def _without_none(**values: Any) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def _contradictions(claims: Sequence[Claim], name: str, what: str = "") -> Iterator[str]:

@@ -1,0 +1,74 @@
+"""The recipes that the ablation compares: their names, components and lengths, and the plans that they share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from common import RESULTS
+
+WORK = Path("runs/ablation")
+SETTLED = RESULTS / "ablation"  # plans, and what a step costs, which are the same for all runs, whenever they are made
+# "normalised": losses relative to the teacher's mean square, features weighted by area, a low weight of the task, time
+# steps uniform in angle.
+METHOD = ("normalised", "incubation", "cond-conv", "gri", "sas")  # each is put to BK-SDM's recipe by itself, too
+EXTRAS = ("compensation", "muon", "splice")
+COMPONENTS = (*METHOD, *EXTRAS)
+EARLY = "early"  # our students are not trained for the steps that the original draws
+DEFAULT = ("normalised", *EXTRAS)  # what `compress` and `distill` do if nothing else is asked for
+NAMED: dict[str, tuple[str, ...]] = {"bk-sdm": (), "joint": DEFAULT, "full": COMPONENTS}
+EXPERTS = {
+    "cond-conv": "time",
+    "cond-conv by prompt": "prompt",
+    "cond-conv by both": "prompt+time",
+}  # what routers read
+ON_CAPTIONS = "sas on captions"  # without their images; those of open pairs have none
+HARD: dict[str, tuple[str, ...]] = {f"joint + {name}": (*DEFAULT, name) for name in EXPERTS}
+RECORDED = "recorded"  # the teacher's answers are read from disk, as by the recipe small-gpu
+FROM_DISK = f"joint + {RECORDED}"
+LOW_SPEEDUP, FAST_SPEEDUP = 1.5, 2.0  # for the components one by one; of the students that switch
+SHORT = " (short)"  # what a recipe is called in the runs of the components' length
+SWITCHING = " + switching"  # and where the student is of the faster plan, and the original draws the last steps
+SWITCHED = f"joint{SWITCHING}"
+UNTRAINED = f"untrained{SWITCHING}"  # pruned and compensated, no more
+STEPS, LAST_STEPS = 25, 8  # with a student of twice the speed they leave 1.5x
+SWITCHED_BELOW = (LAST_STEPS + 0.5) / STEPS  # of the schedule
+LENGTHS = {1.5: 600, 2.0: 600, 2.5: 600}  # steps of BK-SDM's recipe; the others take as many as cost the same
+SHORT_LENGTH = 200  # of the components one by one, and of the named recipes beside them
+
+
+def variants(target: float) -> dict[str, tuple[str, ...]]:
+    """Return the components of each recipe at a speed-up; at the lowest those of short runs, too."""
+    if target > FAST_SPEEDUP:
+        return {"bk-sdm": (), "joint": DEFAULT, **HARD}
+    found = dict(NAMED)
+    if target == FAST_SPEEDUP:
+        found |= {**HARD, f"joint + {ON_CAPTIONS}": (*DEFAULT, ON_CAPTIONS)}
+    if target == LOW_SPEEDUP:
+        found |= {FROM_DISK: (*DEFAULT, RECORDED)}
+        found |= {f"{name}{SHORT}": components for name, components in NAMED.items()}
+        found |= {UNTRAINED: ("compensation",)}
+        found |= {SWITCHED: (*DEFAULT, EARLY)}
+        found |= {f"bk-sdm + {name}": (name,) for name in METHOD}
+        found |= {f"full - {name}": tuple(c for c in COMPONENTS if c != name) for name in METHOD}
+    return found
+
+
+def is_short(name: str) -> bool:
+    """Return whether a recipe's runs are of the length of the components one by one."""
+    return name not in ("teacher", *NAMED, *HARD, FROM_DISK, f"joint + {ON_CAPTIONS}")
+
+
+def base_name(name: str) -> str:
+    """Return a recipe's name without the length of the run, and what draws."""
+    return name.removesuffix(SHORT).removesuffix(SWITCHING)
+
+
+def planned_speedup(name: str, target: float) -> float:
+    """Return the speed-up of the student's plan, where the target is that of all steps."""
+    return FAST_SPEEDUP if name.endswith(SWITCHING) else target
+
+
+def speedup_of_all_steps(name: str, faster: float) -> float:
+    """Return the speed-up of all UNet calls of an image, where the student's is `faster`."""
+    originals = LAST_STEPS if name.endswith(SWITCHING) else 0
+    return round(STEPS / ((STEPS - originals) / faster + originals), 3)
