@@ -153,12 +153,13 @@ class OriginalLayout:
     """The names of a model's tensors in the original code's layout.
 
     `names`: from the model's own names. `kind`: which of the original models has the model's parts.
-    `names_velocity`: whether the program finds out from the file that the model predicts velocities, where it does.
+    `velocity_sign`: a tensor by the model's own name, and the standard deviation above which the program takes the
+    model for one that predicts velocities; None where it looks at none.
     """
 
     names: dict[str, str]
     kind: OriginalKind
-    names_velocity: bool
+    velocity_sign: tuple[str, float] | None = None
 
 
 @dataclass(frozen=True)
