@@ -28,6 +28,7 @@ from asdm.families import UNetFamily
 from asdm.families.unet_original import OriginalShape, original_structure
 from asdm.pipelines import streaming
 from asdm.pipelines.loading import load_mapped
+from asdm.pipelines.original_layout import StoredTensor
 from asdm.pipelines.random_models import UNETS
 from asdm.pipelines.shapes import denoiser_without_weights
 from asdm.runtime import checkpoint
@@ -441,17 +442,41 @@ def originally(unet, name):
     )
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux lists mapped files there")
-def test_an_export_reads_weights_from_the_mapped_files(tmp_path):
-    """`load_pipeline` copies those that are not aligned."""
+on_linux = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux lists mapped files there")
+
+
+@on_linux
+@pytest.mark.parametrize("wanted", [torch.float32, torch.float16])
+def test_an_export_reads_weights_from_the_mapped_files(wanted, tmp_path):
+    """`load_pipeline` copies those that are not aligned, or of another dtype."""
     pipeline = tiny_pipeline()
     pipeline.save_pretrained(tmp_path / "saved")
-    loaded = load_mapped(tmp_path / "saved", dtype=torch.float32)
+    pipeline.unet.half().save_pretrained(tmp_path / "saved" / "unet", variant="fp16")  # beside the others
+    pipeline.unet.float()
+    loaded = load_mapped(tmp_path / "saved", dtype=wanted)
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
     mapped = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines]
     for name, parameter in loaded.unet.named_parameters():
         assert any(start <= parameter.data_ptr() < end for start, end in mapped), name
-        assert torch.equal(parameter, pipeline.unet.get_parameter(name))
+        assert parameter.dtype == torch.float32
+
+
+@on_linux
+def test_mapped_weights_that_are_written_leave_memory(tmp_path):
+    def of_files():
+        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile"))
+        return int(line.split()[1])  # kilobytes
+
+    values = torch.arange(2**24, dtype=torch.float32)  # 64 MB
+    save_file({"a": values}, tmp_path / "a.safetensors")
+    (mapped,) = load_file(tmp_path / "a.safetensors").values()
+    before = of_files()
+    float(mapped.sum())
+    assert of_files() > before + 60_000
+    tensor = StoredTensor("a", tuple(mapped.shape), lambda: mapped, (mapped,))
+    streaming.write_safetensors(tmp_path / "b.safetensors", [tensor], torch.float32, {})
+    assert of_files() < before + 10_000
+    assert torch.equal(load_file(tmp_path / "b.safetensors")["a"], values) and torch.equal(mapped, values)
 
 
 @pytest.mark.parametrize("style", ["diffusers", "kohya", "original"])
