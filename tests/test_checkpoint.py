@@ -19,6 +19,7 @@ from asdm import (
     build_student,
     convert_lora,
     export_checkpoint,
+    fit_compensation,
     fold_compensation,
     make_plan,
     save_pipeline,
@@ -670,6 +671,55 @@ def test_portable_refuses_what_it_cannot_do(sdxl):
     shallow = [unit.name for unit in FAMILY.units(tiny_sdxl_unet()) if "transformer_blocks.1" not in unit.name]
     with pytest.raises(AsdmError, match="no program reads a student of this UNet"):
         FAMILY.portable_shapes(tiny_sdxl_unet().config, shallow)
+
+
+def of_attentions(block, *numbers):
+    return [f"{block}.attentions.{index}.transformer_blocks.{number}" for index in range(3) for number in numbers]
+
+
+@pytest.mark.parametrize(
+    ("fields", "left"),
+    [
+        # The first blocks fold into proj_in, the last ones into proj_out.
+        ({"transformer_blocks": of_attentions("up_blocks.1", 0) + of_attentions("up_blocks.0", 1)}, 0.4),
+        # Whole attentions fold into the resnets before them.
+        ({"transformer_blocks": of_attentions("up_blocks.1", 0, 1)}, 0.6),
+        # A constant is all that folds there.
+        ({"mid_attention": False}, 0.95),
+        # Layers that go, and their skip connections, are another matter.
+        ({"layers_per_block": 1, "mid_attention": False, "transformer_blocks": of_attentions("up_blocks.1", 0)}, 1),
+    ],
+)
+def test_what_folds_is_fitted_for_a_smaller_stock_student(fields, left):
+    pipeline = tiny_sdxl_pipeline()
+    edit = {"edit": "drop_layers", "layers_per_block": 2, **fields}
+    plain, fitted = (student_of(pipeline.unet, edit | {"fitted": each}) for each in (False, True))
+    samples = {"prompts": ["a", "b", "c", "d"], "samples": 8, "timesteps": 4}
+    made = fit_compensation(pipeline, fitted, **samples)
+    assert made.left_by_unit and made.error_after < left * made.error_before
+    assert type(fitted) is UNet2DConditionModel and fitted.state_dict().keys() == plain.state_dict().keys()
+    assert not fit_compensation(pipeline, plain, **samples).left_by_unit
+    FAMILY.original_layout(fitted, "diffusers")
+
+
+def test_portable_plans_are_fitted_unless_that_is_switched_off():
+    redundancy = profile(tiny_sdxl_unet_of_a_known_shape())
+    for compensate, is_fitted in ((None, True), ("none", False)):
+        (edit,) = make_plan(redundancy, params=0.9, portable=True, compensate=compensate).edits
+        assert edit.transformer_blocks and edit.fitted == is_fitted and ("fitted" in edit.to_dict()) == is_fitted
+
+
+def tiny_sdxl_unet_of_a_known_shape():
+    return tiny_unet(
+        block_out_channels=(32, 32, 64),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=48 + 32,
+    )
 
 
 @pytest.mark.parametrize(

@@ -271,6 +271,11 @@ class Architecture(ABC):
         """
         raise AsdmError(f"drop_layers: is not for a {type(model).__name__}; remove its units or blocks")
 
+    def fitted_removals(self, model: Denoiser, edit: Any) -> tuple[Any, list[list[str]]]:
+        """Return the edit `drop_layers` without what projections can be fitted for, and that: runs of units behind each
+        other, by their names in the original `model`."""
+        return edit, []
+
     def dropped_layers(self, edit: Any, units: Sequence[str]) -> list[str]:
         """Return the units that an edit `drop_layers` drops, given the names of all."""
         return []
