@@ -19,6 +19,7 @@ from asdm import (
     build_student,
     convert_lora,
     export_checkpoint,
+    fit_compensation,
     fold_compensation,
     make_plan,
     save_pipeline,
@@ -28,8 +29,10 @@ from asdm.families import UNetFamily
 from asdm.families.unet_original import OriginalShape, original_structure
 from asdm.pipelines import streaming
 from asdm.pipelines.loading import load_mapped
+from asdm.pipelines.original_layout import StoredTensor
 from asdm.pipelines.random_models import UNETS
 from asdm.pipelines.shapes import denoiser_without_weights
+from asdm.runtime import checkpoint
 from asdm.sensitivity.profile import RedundancyMap
 from asdm.student.build import empty_student
 from conftest import _text_encoder, predict, tiny_pipeline, tiny_sdxl_pipeline, tiny_sdxl_unet, tiny_unet
@@ -206,7 +209,7 @@ def test_numbers_have_no_gaps_for_comfyui(shape, preset):
     assert inferred(set(layout.names.values())) == original_structure(unet).shape
     assert len(set(layout.names.values())) == len(unet.state_dict())
     # ComfyUI knows an SD 2.x that predicts velocities by a layer that shorter students lack.
-    assert layout.names_velocity == (shape == "sd21" and preset is None)
+    assert (layout.velocity_sign is not None) == (shape == "sd21" and preset is None)
 
 
 def test_numbers_have_the_gaps_of_two_layers_a_level_for_stable_diffusion_cpp():
@@ -227,6 +230,35 @@ def test_a_program_that_does_not_know_the_shape_is_named(program, sdxl):
         FAMILY.original_layout(empty_student(sdxl, PruningPlan.for_unet(sdxl, [halved])), program)
     with pytest.raises(AsdmError, match="widths of SD 1"):
         FAMILY.original_layout(tiny_unet(), program)
+
+
+@pytest.mark.parametrize("shape", ["sd15", "sd21"])
+def test_comfyui_needs_an_attention_in_the_encoder_path_and_portable_plans_keep_one(shape):
+    """It reads the width of the text embedding there, by which it tells SD 1.x from 2.x."""
+    unet = full_size(shape)
+    units = [unit.name for unit in FAMILY.units(unet)]
+    of_encoder = [name for name in units if re.fullmatch(r"down_blocks\.\d\.attentions\.\d", name)]
+    for names, is_known in ((of_encoder, False), (of_encoder[1:], True)):
+        student = empty_student(unet, PruningPlan.for_unet(unet, [{"edit": "remove", "unit": name} for name in names]))
+        if is_known:
+            FAMILY.original_layout(student, "comfyui")
+        else:
+            with pytest.raises(AsdmError, match=r"comfyui: .* attention in the encoder path.*plan --portable"):
+                FAMILY.original_layout(student, "comfyui")
+    for each in FAMILY.portable_shapes(unet.config, units):
+        assert set(of_encoder) - set(each.gone), each.edit
+
+
+@pytest.mark.parametrize("preset", ["bk-tiny", "ssd-1b", "vega"])
+def test_students_for_inpainting_are_for_comfyui_and_not_for_stable_diffusion_cpp(preset):
+    """stable-diffusion.cpp takes a UNet with nine channels for the whole model."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**UNETS["sd15" if preset == "bk-tiny" else "sdxl"] | {"in_channels": 9})
+    student = of_preset(unet, preset)
+    FAMILY.original_layout(student, "comfyui")
+    FAMILY.original_layout(unet, "sdcpp")
+    with pytest.raises(AsdmError, match="none for inpainting"):
+        FAMILY.original_layout(student, "sdcpp")
 
 
 @pytest.mark.parametrize(
@@ -288,6 +320,43 @@ def test_a_short_student_that_predicts_velocities_says_what_to_set(tmp_path):
     made = export_checkpoint(pipeline, tmp_path / "one.safetensors", "diffusers")
     assert "predicts velocities" in made.notes[0]
     assert made.notes[0] in made.card.read_text("utf-8")
+
+
+VELOCITY = "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias"  # by whose spread ComfyUI knows an SD 2.x
+
+
+@pytest.mark.parametrize(
+    ("shape", "edits", "prediction", "spread", "program", "said"),
+    [
+        ("sd21", {}, "v_prediction", 0.2, "comfyui", None),
+        ("sd21", {}, "v_prediction", 0.01, "comfyui", "ModelSamplingDiscrete with v_prediction"),
+        ("sd21", {}, "epsilon", 0.2, "comfyui", "ModelSamplingDiscrete with eps"),
+        ("sd21", {}, "epsilon", 0.01, "comfyui", None),
+        ("sd21", {"in_channels": 9}, "v_prediction", 0.2, "comfyui", "ModelSamplingDiscrete with v_prediction"),
+        ("sd21", {}, "v_prediction", 0.2, "sdcpp", "--prediction v"),
+        ("sd15", {}, "v_prediction", 0.2, "comfyui", "ModelSamplingDiscrete with v_prediction"),
+        ("sdxl", {}, "v_prediction", None, "comfyui", None),
+        ("sdxl", {}, "v_prediction", None, "sdcpp", "--prediction v"),
+    ],
+)
+def test_what_a_program_does_not_see_in_the_file_of_a_unet_is_told(
+    shape, edits, prediction, spread, program, said, tmp_path, monkeypatch
+):
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**UNETS[shape] | edits)
+    if spread is not None:
+        bias = torch.tensor([-spread, spread]).repeat(160)
+        unet.get_submodule(VELOCITY.removesuffix(".bias")).bias = torch.nn.Parameter(bias)
+    pipeline = with_unet(tiny_sdxl_pipeline() if shape == "sdxl" else tiny_pipeline(), unet)
+    pipeline.scheduler.register_to_config(prediction_type=prediction)
+    written = []
+    monkeypatch.setattr(checkpoint, "require_savable", lambda *_: None)  # without weights
+    monkeypatch.setattr(checkpoint, "write_safetensors", lambda _file, tensors, *_: written.extend(tensors))
+    made = export_checkpoint(pipeline, tmp_path / "one.safetensors", program, unet_only=True)
+    assert [said is not None and said in note for note in made.notes] == [True] * (said is not None)
+    # ComfyUI drops what lacks the UNet's prefix where it loads a UNet alone.
+    markers = {tensor.name for tensor in written if tensor.shape == (0,)}
+    assert markers == ({"v_pred", f"{PREFIX}v_pred"} if shape == "sdxl" else set())
 
 
 def test_values_that_do_not_fit_and_interruptions_leave_nothing(tmp_path, monkeypatch):
@@ -374,17 +443,41 @@ def originally(unet, name):
     )
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux lists mapped files there")
-def test_an_export_reads_weights_from_the_mapped_files(tmp_path):
-    """`load_pipeline` copies those that are not aligned."""
+on_linux = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux lists mapped files there")
+
+
+@on_linux
+@pytest.mark.parametrize("wanted", [torch.float32, torch.float16])
+def test_an_export_reads_weights_from_the_mapped_files(wanted, tmp_path):
+    """`load_pipeline` copies those that are not aligned, or of another dtype."""
     pipeline = tiny_pipeline()
     pipeline.save_pretrained(tmp_path / "saved")
-    loaded = load_mapped(tmp_path / "saved", dtype=torch.float32)
+    pipeline.unet.half().save_pretrained(tmp_path / "saved" / "unet", variant="fp16")  # beside the others
+    pipeline.unet.float()
+    loaded = load_mapped(tmp_path / "saved", dtype=wanted)
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
     mapped = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines]
     for name, parameter in loaded.unet.named_parameters():
         assert any(start <= parameter.data_ptr() < end for start, end in mapped), name
-        assert torch.equal(parameter, pipeline.unet.get_parameter(name))
+        assert parameter.dtype == torch.float32
+
+
+@on_linux
+def test_mapped_weights_that_are_written_leave_memory(tmp_path):
+    def of_files():
+        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile"))
+        return int(line.split()[1])  # kilobytes
+
+    values = torch.arange(2**24, dtype=torch.float32)  # 64 MB
+    save_file({"a": values}, tmp_path / "a.safetensors")
+    (mapped,) = load_file(tmp_path / "a.safetensors").values()
+    before = of_files()
+    float(mapped.sum())
+    assert of_files() > before + 60_000
+    tensor = StoredTensor("a", tuple(mapped.shape), lambda: mapped, (mapped,))
+    streaming.write_safetensors(tmp_path / "b.safetensors", [tensor], torch.float32, {})
+    assert of_files() < before + 10_000
+    assert torch.equal(load_file(tmp_path / "b.safetensors")["a"], values) and torch.equal(mapped, values)
 
 
 @pytest.mark.parametrize("style", ["diffusers", "kohya", "original"])
@@ -439,6 +532,15 @@ def test_loras_that_do_not_fit_are_refused(tmp_path):
     save_file({wide: torch.zeros(2, 320)}, tmp_path / "c.safetensors")
     with pytest.raises(AsdmError, match="320 inputs"):
         convert_lora(tmp_path / "c.safetensors", student, tmp_path / "new.safetensors")
+    layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    for suffix, tensor in (
+        ("lora_up.weight", torch.zeros(320, 2)),
+        ("hada_w1_a", torch.zeros(320, 2)),
+        ("hada_w2_b", torch.zeros(2, 320)),
+    ):
+        save_file({f"{layer}.{suffix}": tensor}, tmp_path / "d.safetensors")
+        with pytest.raises(AsdmError, match=r"320 (inputs|outputs), and the student's has 32"):
+            convert_lora(tmp_path / "d.safetensors", student, tmp_path / "new.safetensors")
     forgetful = UNet2DConditionModel.from_config({k: v for k, v in student.config.items() if k[0] != "_"})
     with pytest.raises(AsdmError, match="does not say which model it was made of"):
         convert_lora(gone, forgetful, tmp_path / "new.safetensors")
@@ -447,6 +549,61 @@ def test_loras_that_do_not_fit_are_refused(tmp_path):
         convert_lora(tmp_path / "d.pt", student, tmp_path / "new.safetensors")
     with pytest.raises(AsdmError, match="is the LoRA itself"):
         convert_lora(gone, student, gone)
+    save_file(
+        {"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(2, 32)},
+        tmp_path / "e.safetensors",
+    )
+    with pytest.raises(AsdmError, match=r"text encoders alone.*as it is"):
+        convert_lora(tmp_path / "e.safetensors", student, tmp_path / "new.safetensors")
+    save_file({}, tmp_path / "f.safetensors")
+    with pytest.raises(AsdmError, match="no tensor is for a layer"):
+        convert_lora(tmp_path / "f.safetensors", student, tmp_path / "new.safetensors")
+
+
+@pytest.mark.parametrize("style", ["diffusers", "kohya", "original"])
+def test_a_lora_of_another_model_is_refused_though_some_layers_have_its_names(style, tmp_path):
+    """SDXL has layers of SD 1.x's names and widths, and more."""
+    names = [f"down_blocks.1.attentions.0.transformer_blocks.{number}.attn1.to_q" for number in (0, 1)]
+    lora = lora_file(tmp_path / "lora.safetensors", tiny_sdxl_unet(), names, style)
+    with pytest.raises(AsdmError, match=r"transformer_blocks.1.attn1.*original lacks, too; take a LoRA made for"):
+        convert_lora(lora, student_of(tiny_unet(), TINY), tmp_path / "new.safetensors")
+
+
+ADAPTERS = {  # what a layer has in each kind of adapter, by kohya's names
+    "dora": {"lora_down.weight": (2, 64), "lora_up.weight": (64, 2), "alpha": (), "dora_scale": (64, 1)},
+    "loha": {"hada_w1_a": (64, 2), "hada_w1_b": (2, 64), "hada_w2_a": (64, 2), "hada_w2_b": (2, 64), "alpha": ()},
+    "loha, tucker": {"hada_w1_a": (2, 64), "hada_w1_b": (2, 64), "hada_t1": (2, 2, 1, 1), "alpha": ()},
+    "lokr": {"lokr_w1": (8, 8), "lokr_w2_a": (8, 2), "lokr_w2_b": (2, 8), "alpha": ()},
+    "full": {"diff": (64, 64)},
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_every_kind_of_adapter_is_renumbered_whole(kind, tmp_path):
+    tensors = {suffix: torch.randn(shape) for suffix, shape in ADAPTERS[kind].items()}
+    text = {f"lora_te{n}_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.randn(2, 32) for n in (1, 2)}
+    old, new = (f"lora_unet_up_blocks_1_attentions_{index}_transformer_blocks_0_attn1_to_q" for index in (2, 1))
+    save_file({f"{old}.{suffix}": tensor for suffix, tensor in tensors.items()} | text, tmp_path / "a.safetensors")
+    student = student_of(tiny_unet(), {"edit": "drop_layers", "layers_per_block": 1})
+    made = convert_lora(tmp_path / "a.safetensors", student, tmp_path / "b.safetensors")
+    expected = {f"{new}.{suffix}": tensor for suffix, tensor in tensors.items()} | text
+    found = load_file(made.file)
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+
+
+def test_a_lora_for_a_student_that_lacks_nothing_stays_as_it_is(tmp_path):
+    unet = tiny_unet()
+    tensors = {
+        "lora_unet_up_blocks_1_attentions_2_proj_in.lora_down.weight": torch.randn(2, 64, 1, 1).half(),
+        "lora_unet_up_blocks_1_attentions_2_proj_in.alpha": torch.tensor(2.0, dtype=torch.bfloat16),
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.randn(2, 32),
+    }
+    save_file(tensors, tmp_path / "a.safetensors", {"ss_network_module": "networks.lora"})
+    for student in (unet, student_of(unet, {"edit": "drop_layers", "layers_per_block": 2})):
+        made = convert_lora(tmp_path / "a.safetensors", student, tmp_path / "b.safetensors")
+        found = load_file(made.file)
+        assert found.keys() == tensors.keys() and not made.dropped
+        assert all(found[k].dtype == t.dtype and torch.equal(found[k], t) for k, t in tensors.items())
 
 
 # -- portable plans ----------------------------------------------------------------------------------------
@@ -514,6 +671,55 @@ def test_portable_refuses_what_it_cannot_do(sdxl):
     shallow = [unit.name for unit in FAMILY.units(tiny_sdxl_unet()) if "transformer_blocks.1" not in unit.name]
     with pytest.raises(AsdmError, match="no program reads a student of this UNet"):
         FAMILY.portable_shapes(tiny_sdxl_unet().config, shallow)
+
+
+def of_attentions(block, *numbers):
+    return [f"{block}.attentions.{index}.transformer_blocks.{number}" for index in range(3) for number in numbers]
+
+
+@pytest.mark.parametrize(
+    ("fields", "left"),
+    [
+        # The first blocks fold into proj_in, the last ones into proj_out.
+        ({"transformer_blocks": of_attentions("up_blocks.1", 0) + of_attentions("up_blocks.0", 1)}, 0.4),
+        # Whole attentions fold into the resnets before them.
+        ({"transformer_blocks": of_attentions("up_blocks.1", 0, 1)}, 0.6),
+        # A constant is all that folds there.
+        ({"mid_attention": False}, 0.95),
+        # Layers that go, and their skip connections, are another matter.
+        ({"layers_per_block": 1, "mid_attention": False, "transformer_blocks": of_attentions("up_blocks.1", 0)}, 1),
+    ],
+)
+def test_what_folds_is_fitted_for_a_smaller_stock_student(fields, left):
+    pipeline = tiny_sdxl_pipeline()
+    edit = {"edit": "drop_layers", "layers_per_block": 2, **fields}
+    plain, fitted = (student_of(pipeline.unet, edit | {"fitted": each}) for each in (False, True))
+    samples = {"prompts": ["a", "b", "c", "d"], "samples": 8, "timesteps": 4}
+    made = fit_compensation(pipeline, fitted, **samples)
+    assert made.left_by_unit and made.error_after < left * made.error_before
+    assert type(fitted) is UNet2DConditionModel and fitted.state_dict().keys() == plain.state_dict().keys()
+    assert not fit_compensation(pipeline, plain, **samples).left_by_unit
+    FAMILY.original_layout(fitted, "diffusers")
+
+
+def test_portable_plans_are_fitted_unless_that_is_switched_off():
+    redundancy = profile(tiny_sdxl_unet_of_a_known_shape())
+    for compensate, is_fitted in ((None, True), ("none", False)):
+        (edit,) = make_plan(redundancy, params=0.9, portable=True, compensate=compensate).edits
+        assert edit.transformer_blocks and edit.fitted == is_fitted and ("fitted" in edit.to_dict()) == is_fitted
+
+
+def tiny_sdxl_unet_of_a_known_shape():
+    return tiny_unet(
+        block_out_channels=(32, 32, 64),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=48 + 32,
+    )
 
 
 @pytest.mark.parametrize(

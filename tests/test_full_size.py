@@ -1,6 +1,8 @@
 """Full-size Stable Diffusion shapes with random weights: minutes long, run by `make slow`."""
 
 import resource
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -38,3 +40,28 @@ def test_every_family_is_edited_at_full_size(shape):
         predictions = [unet(**call.arguments, return_dict=False)[0].float() for unet in (pipeline.unet, student)]
     assert predictions[0].shape == predictions[1].shape and predictions[1].isfinite().all()
     assert not torch.equal(*predictions)
+
+
+@pytest.mark.slow
+def test_students_of_sd15_become_one_file_below_2_gigabytes(tmp_path):
+    """From a folder in float32."""
+    for preset in ("bk-tiny", "bk-base"):
+        steps = [
+            ["plan", "random:sd15", "--preset", preset, "--out", tmp_path / "plan.json"],
+            ["prune", "random:sd15", tmp_path / "plan.json", "--out", tmp_path / preset],
+        ]
+        for step in steps:
+            subprocess.run([sys.executable, "-m", "asdm", *map(str, step)], check=True)
+        file = str(tmp_path / f"{preset}.safetensors")
+        export = ["-m", "asdm", "export", str(tmp_path / preset), "--to", "checkpoint", "--out", file]
+        used = subprocess.run(
+            [sys.executable, "-c", _WITH_PEAK, sys.executable, *export], check=True, capture_output=True, text=True
+        )
+        assert int(used.stdout.split()[-1]) < 2e6
+
+
+_WITH_PEAK = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""

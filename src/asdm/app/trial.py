@@ -6,7 +6,7 @@ from diffusers import DiffusionPipeline
 
 from asdm.app.compare import Progress
 from asdm.app.work import Ticket
-from asdm.compensation.fitting import fit_compensation, fitted_tensors, samples_to_fit
+from asdm.compensation.fitting import fit_compensation, samples_to_fit, wants_fit
 from asdm.compensation.folding import fold_compensation
 from asdm.families import denoiser_of
 from asdm.pipelines.derived import with_unet
@@ -50,7 +50,7 @@ def trial_student(
         CancelledError: the ticket was cancelled.
     """
     student = build_student(denoiser_of(pipeline), plan)
-    if fitted_tensors(student):
+    if wants_fit(student):
 
         def after_unit(done: int, total: int, name: str) -> None:
             ticket.check()

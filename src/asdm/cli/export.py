@@ -141,7 +141,7 @@ def _export_checkpoint(
     from asdm.runtime.checkpoint import require_file
 
     require_file(out)
-    # In the precision of the file, so that memory never holds more than that.
+    # What is in no folder in the precision of the file, so that memory never holds more than that.
     precision = {"fp16": torch.float16, "fp32": torch.float32}[dtype]
     pipeline = load_mapped(model, dtype=precision, **claims)
     made = asdm.export_checkpoint(pipeline, out, program, unet_only=unet_only, dtype=dtype, license=license)

@@ -92,13 +92,14 @@ def plan(
     if source is None:
         raise AsdmError("name a profile that `asdm analyze` wrote, or a model")
     require_budget(speedup, params, macs, preset)
-    if portable:
-        _require_portable(preset, compensate, experts, refine)
-        compensate = "none"
     if compensate is None and source.startswith("random:"):
         compensate = "none"
     claims: dict[str, Any] = {"prediction_type": prediction_type, "config": config}
     settings: dict[str, Any] = {"compensate": compensate, "data": data, "seed": seed}
+    planned = settings
+    if portable:
+        _require_portable(preset, compensate, experts, refine)
+        settings = settings | {"compensate": "none"}  # units are tried plainly; projections that fold come on top
     pipeline = None
     if source.endswith(".json"):
         redundancy = _saved_profile(source, refine, claims)
@@ -121,7 +122,7 @@ def plan(
             router=router,
             device=device,
             progress=lambda title, *rest: say(rest[-1]) if title == "plan" else report(title, *rest),
-            **settings,
+            **planned,
         )
     out = out or Path("plan.json")
     made.save(out)

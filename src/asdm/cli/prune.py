@@ -33,7 +33,7 @@ def prune(
     seed: SeedOption = 0,
 ) -> None:
     """Build the student of a plan: inherit the teacher's weights, fit the compensations, save the pipeline."""
-    from asdm.compensation.fitting import fitted_tensors
+    from asdm.compensation.fitting import wants_fit
     from asdm.families import denoiser_of, family_of
     from asdm.files import require_ours
 
@@ -44,7 +44,7 @@ def prune(
     teacher = denoiser_of(pipeline)
     student = asdm.build_student(teacher, made)
     fit = None
-    if fitted_tensors(student):
+    if wants_fit(student):
         with reporting() as report:
             fit = asdm.fit_compensation(
                 pipeline,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from asdm import checks
 from asdm.compensation.partial_calls import PartialCalls
 from asdm.compensation.projections import add_projection, by_position, projection_features
 from asdm.compensation.regression import RidgeRegression
+from asdm.compensation.shorter import fit_shorter, fitted_edit
 from asdm.data.calibration import CalibrationCall, calibration_calls
 from asdm.diffusion.conditioning import latent_shape
 from asdm.edits import UnitEdit, compensated
@@ -28,6 +30,7 @@ from asdm.families import Branch, Denoiser, denoiser_of, family_of
 from asdm.measure.hooks import preserve_module_state
 from asdm.records import Record
 from asdm.student.edited_model import edits_of
+from asdm.student.surgery import inherit_weights
 
 Progress = Callable[[int, int, str], None]
 
@@ -67,6 +70,9 @@ def fit_compensation(
 ) -> CompensationReport:
     """Fit every compensation of `student` to the pipeline's denoiser, in place.
 
+    A smaller stock student of an edit `drop_layers` with `fitted` gets what folds into its weights, if that brings it
+    nearer to the teacher.
+
     Memory does not grow with the time steps: only sums of products of channels and a bounded cache of hidden states are
     stored.
 
@@ -90,8 +96,16 @@ def fit_compensation(
         unseen = calibration_calls(pipeline, data, prompts, timesteps, samples, seed + 1)
         expected = predictions(teacher, unseen)
         before = prediction_error(student, unseen, expected)
-        residuals = fit_to_calls(teacher, student, seen, ridge, progress)
+        shorter = fitted_edit(student)
+        if shorter is None:
+            residuals = fit_to_calls(teacher, student, seen, ridge, progress)
+        else:
+            fit = partial(fit_to_calls, ridge=ridge, progress=progress)
+            residuals = fit_shorter(teacher, student, shorter, seen, fit)
         after = prediction_error(student, unseen, expected) if residuals else before
+        if shorter is not None and after > before:  # what was fitted to is the student with its attentions
+            inherit_weights(student, teacher)
+            residuals, after = {}, before
     return CompensationReport(error_before=before, error_after=after, left_by_unit=residuals)
 
 
@@ -133,6 +147,11 @@ def prediction_error(student: Denoiser, calls: Sequence[CalibrationCall], expect
     for found, reference in zip(predictions(student, calls), expected, strict=True):
         errors.append(float((found.float() - reference.float()).square().sum() / reference.float().square().sum()))
     return sum(errors) / len(errors)
+
+
+def wants_fit(student: Denoiser) -> bool:
+    """Return whether `fit_compensation` changes a student."""
+    return bool(fitted_tensors(student)) or fitted_edit(student) is not None
 
 
 def fitted_tensors(student: Denoiser) -> dict[str, Tensor]:

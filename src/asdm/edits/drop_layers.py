@@ -20,6 +20,9 @@ class DropLayers(Edit):
     `mid_attention` the mid block keeps its first resnet. `transformer_blocks` names transformer blocks that go, by
     their paths in the original. Where all of a block's go, its attentions go. It is a plan's only edit, as it gives
     layers new numbers.
+
+    With `fitted` projections are fitted in the place of attentions and transformer blocks that go, where they fold into
+    weights that stay (`asdm.fit_compensation`), so the student is a stock model still.
     """
 
     edit = "drop_layers"
@@ -30,6 +33,7 @@ class DropLayers(Edit):
     levels: int | None = None
     mid_attention: bool = True
     transformer_blocks: list[str] = field(default_factory=list)
+    fitted: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,7 +44,7 @@ class DropLayers(Edit):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the edit as it stands in plans, without what is new since version 0.1 where it changes nothing."""
-        new = {"mid_attention": True, "transformer_blocks": []}
+        new = {"mid_attention": True, "transformer_blocks": [], "fitted": False}
         return {name: value for name, value in super().to_dict().items() if name not in new or value != new[name]}
 
     def layers_of(self, level: int) -> int:

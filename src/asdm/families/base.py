@@ -153,12 +153,13 @@ class OriginalLayout:
     """The names of a model's tensors in the original code's layout.
 
     `names`: from the model's own names. `kind`: which of the original models has the model's parts.
-    `names_velocity`: whether the program finds out from the file that the model predicts velocities, where it does.
+    `velocity_sign`: a tensor by the model's own name, and the standard deviation above which the program takes the
+    model for one that predicts velocities; None where it looks at none.
     """
 
     names: dict[str, str]
     kind: OriginalKind
-    names_velocity: bool
+    velocity_sign: tuple[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -269,6 +270,11 @@ class Architecture(ABC):
             AsdmError: the model does not allow the edit.
         """
         raise AsdmError(f"drop_layers: is not for a {type(model).__name__}; remove its units or blocks")
+
+    def fitted_removals(self, model: Denoiser, edit: Any) -> tuple[Any, list[list[str]]]:
+        """Return the edit `drop_layers` without what projections can be fitted for, and that: runs of units behind each
+        other, by their names in the original `model`."""
+        return edit, []
 
     def dropped_layers(self, edit: Any, units: Sequence[str]) -> list[str]:
         """Return the units that an edit `drop_layers` drops, given the names of all."""

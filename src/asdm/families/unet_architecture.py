@@ -12,7 +12,7 @@ from torch import nn
 from asdm.choices import CompensationKind
 from asdm.families.base import Architecture, Branch, Unit
 from asdm.families.unet_removed import removed_modules
-from asdm.families.unet_shorter import dropped, original_config, shorter_config, teacher_key
+from asdm.families.unet_shorter import dropped, fitted_removals, original_config, shorter_config, teacher_key
 from asdm.families.unet_structure import (
     TRANSFORMER_BRANCHES,
     blocks,
@@ -99,6 +99,9 @@ class UNetArchitecture(Architecture):
 
     def shorter_config(self, model: Any, edit: Any) -> dict[str, Any]:
         return shorter_config(model, edit)
+
+    def fitted_removals(self, model: Any, edit: Any) -> tuple[Any, list[list[str]]]:
+        return fitted_removals(model, edit)
 
     def dropped_layers(self, edit: Any, units: Sequence[str]) -> list[str]:
         return dropped(edit, units)

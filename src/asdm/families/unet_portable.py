@@ -49,7 +49,8 @@ def transformer_depths(units: Sequence[str]) -> dict[str, int]:
 
 
 def _sd_shapes(config: Mapping[str, Any], units: Sequence[str], depths: Mapping[str, int]) -> Iterator[PortableShape]:
-    """Yield the shapes of SD 1.x and 2.x: any number of layers in each level, attentions or none in each block."""
+    """Yield the shapes of SD 1.x and 2.x: any number of layers in each level, attentions or none in each block, and one
+    at least in the encoder path."""
     layers, channels = config["layers_per_block"], config["block_out_channels"]
     most = [layers] * len(channels) if isinstance(layers, int) else list(layers)
     fewest_levels = len(channels) - (len(channels) > 2 and channels[-1] == channels[-2])
@@ -57,7 +58,8 @@ def _sd_shapes(config: Mapping[str, Any], units: Sequence[str], depths: Mapping[
     for levels, middle in product(range(fewest_levels, len(channels) + 1), _MIDDLES):
         for counts in product(*(range(1, each + 1) for each in most[:levels])):
             for without in _subsets(with_attention):
-                yield _shape(units, depths, len(channels), levels, list(counts), middle, without, {})
+                if any(_is_encoder(block, levels) for block in with_attention if block not in without):
+                    yield _shape(units, depths, len(channels), levels, list(counts), middle, without, {})
 
 
 def _sdxl_shapes(config: Mapping[str, Any], units: Sequence[str], depths: Mapping[str, int]) -> Iterator[PortableShape]:
@@ -119,6 +121,12 @@ def _shape(
         depths={name: fixed[name] for name in stays if name in fixed},
         free={name: depths[name] for name in stays if name not in fixed and depths[name] > 1},
     )
+
+
+def _is_encoder(block: str, levels: int) -> bool:
+    """Return whether a block is one of the encoder path's first levels."""
+    side, _, level = block.partition(".")
+    return side == "down_blocks" and int(level) < levels
 
 
 def _block(name: str) -> str:

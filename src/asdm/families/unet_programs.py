@@ -31,6 +31,7 @@ _WIDTHS: dict[OriginalKind, tuple[int, int | None, int | None]] = {
 _CHANNELS_OF_A_HEAD = 64
 KIND_NAMES = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL"}
 _CHANNELS = 320  # of the first level
+_PLAIN_CHANNELS = 4  # of the input: noisy latents alone; for inpainting there are 9
 
 # ComfyUI knows an SDXL by the depths of its encoder path, whatever its decoder path and mid block are.
 COMFYUI_ENCODERS = {
@@ -51,7 +52,9 @@ SDCPP_SHAPES: dict[str, dict[str, OriginalShape]] = {
         "vega": OriginalShape(((0, 0), (1, 1), (2, 2)), ONE_RESNET, ((2, 2, 2), (1, 1, 1), (0, 0, 0))),
     },
 }
-_OF_VELOCITY = "output_blocks.11.1.transformer_blocks.0.norm1.bias"  # by which ComfyUI knows an SD 2.x that predicts it
+# ComfyUI takes an SD 2.x of 4 input channels for one that predicts velocities where this tensor is there and its
+# standard deviation is larger than that.
+_OF_VELOCITY, _SPREAD_OF_VELOCITY = "output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09
 
 
 def original_layout(unet: Any, program: Program) -> OriginalLayout:
@@ -65,15 +68,15 @@ def original_layout(unet: Any, program: Program) -> OriginalLayout:
     numbering: Numbering = "dense"
     if program != "diffusers":
         _require_widths(unet, structure, kind, program)
-    if program == "comfyui" and kind == "sdxl":
-        _require_comfyui(structure.shape)
+    if program == "comfyui":
+        _require_comfyui(kind, structure.shape)
     if program == "sdcpp":
         numbering = _require_sdcpp(unet, kind, structure.shape)
     names = original_names(unet, numbering)
-    # stable-diffusion.cpp tries an SD 2.x out. For SDXL's fine-tunes there are marker tensors.
-    of_sd2 = program == "sdcpp" or _OF_VELOCITY in names.values()
-    names_velocity = program != "diffusers" and (kind == "sdxl" or (kind == "sd2" and of_sd2))
-    return OriginalLayout({tensor: LDM_UNET_KEY + name for tensor, name in names.items()}, kind, names_velocity)
+    velocity = None
+    if program == "comfyui" and kind == "sd2" and unet.config.in_channels == _PLAIN_CHANNELS:
+        velocity = next(((tensor, _SPREAD_OF_VELOCITY) for tensor, name in names.items() if name == _OF_VELOCITY), None)
+    return OriginalLayout({tensor: LDM_UNET_KEY + name for tensor, name in names.items()}, kind, velocity)
 
 
 def _kind(unet: Any) -> OriginalKind:
@@ -101,10 +104,17 @@ def _require_widths(unet: Any, structure: OriginalStructure, kind: OriginalKind,
         )
 
 
-def _require_comfyui(shape: OriginalShape) -> None:
-    """Raise an AsdmError for an SDXL whose encoder path ComfyUI does not know. It reads any SD 1.x and 2.x."""
+def _require_comfyui(kind: OriginalKind, shape: OriginalShape) -> None:
+    """Raise an AsdmError for an encoder path that ComfyUI does not know. Of SD 1.x and 2.x it knows any with an
+    attention, by which it tells the two apart."""
     depths = tuple(depth for level in shape.encoder for depth in level)
-    if depths not in COMFYUI_ENCODERS.values():
+    if kind != "sdxl":
+        if not any(depths):
+            raise AsdmError(
+                f"comfyui: knows an {KIND_NAMES[kind]} by an attention in the encoder path, and this one has none "
+                "there; make a plan with `asdm plan --portable`"
+            )
+    elif depths not in COMFYUI_ENCODERS.values():
         known = ", ".join(f"{list(each)} ({name})" for name, each in COMFYUI_ENCODERS.items())
         raise AsdmError(
             f"comfyui: knows an SDXL by the transformer blocks of the encoder path's layers, and this one has "
@@ -119,9 +129,11 @@ def _require_sdcpp(unet: Any, kind: OriginalKind, shape: OriginalShape) -> Numbe
         AsdmError: it does not know the shape.
     """
     known = SDCPP_SHAPES[kind]
-    if shape not in known.values() or (shape == _TINY and unet.config.in_channels != 4):
+    # It takes a UNet with more input channels for the whole model.
+    is_smaller = shape != next(iter(known.values()))
+    if shape not in known.values() or (is_smaller and unet.config.in_channels != _PLAIN_CHANNELS):
         raise AsdmError(
-            f"sdcpp: reads of {KIND_NAMES[kind]}'s shape only {', '.join(known)}, and no student of another; make a "
-            "plan with one of these presets, or export it for comfyui"
+            f"sdcpp: reads of {KIND_NAMES[kind]}'s shape only {', '.join(known)}, no student of another, and none for "
+            "inpainting; make a plan with one of these presets, or export it for comfyui"
         )
     return "two_layers" if shape == _TINY else "dense"

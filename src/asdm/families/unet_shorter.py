@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from diffusers import UNet2DConditionModel
 
 from asdm.edits.drop_layers import DropLayers
 from asdm.errors import AsdmError
+from asdm.families.unet_structure import TRANSFORMER_BRANCHES
 
 _EDITS, _ORIGINAL = "_edits", "_original"  # fields of a student's config
 _WITHOUT_ATTENTION = {"CrossAttnDownBlock2D": "DownBlock2D", "CrossAttnUpBlock2D": "UpBlock2D"}
@@ -173,6 +175,26 @@ def kept_transformer_blocks(unet: Any, dropped: Sequence[str]) -> dict[str, list
         if name not in dropped:
             kept[found[1]].append(int(found[2]))
     return kept
+
+
+def fitted_removals(unet: UNet2DConditionModel, edit: DropLayers) -> tuple[DropLayers, list[list[str]]]:
+    """Return the edit that drops layers alone, and what else goes: runs of units behind each other, in the names of
+    the original."""
+    trunk = replace(edit, mid_attention=True, transformer_blocks=[], fitted=False)
+    runs = [["mid_block.attentions.0", "mid_block.resnets.1"]] if edit.mid_block and not edit.mid_attention else []
+    for attention, kept in kept_transformer_blocks(unet, edit.transformer_blocks).items():
+        if not kept:
+            runs.append([attention])
+            continue
+        before: int | None = None
+        for number in range(len(unet.get_submodule(attention).transformer_blocks)):
+            if number in kept:
+                continue
+            if before is None or number > before + 1:
+                runs.append([])
+            runs[-1] += [f"{attention}.transformer_blocks.{number}.{branch}" for branch in TRANSFORMER_BRANCHES]
+            before = number
+    return trunk, runs
 
 
 # -- names -------------------------------------------------------------------------------------------------

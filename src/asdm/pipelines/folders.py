@@ -31,8 +31,11 @@ from asdm.student.classes import student_class
 VARIANT = "fp16"  # of weights that many checkpoints have alone
 
 
-def load_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
+def load_folder(folder: Path, dtype: torch.dtype, as_stored: bool = False) -> DiffusionPipeline:
     """Load a pipeline from a folder.
+
+    Args:
+        as_stored: keep each part in the dtype of its files, in the mapped files.
 
     Raises:
         AsdmError: the folder is no pipeline's, or it is incomplete or damaged.
@@ -51,10 +54,10 @@ def load_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
     require_shards(folder)
     if not any(denoiser.glob("*.safetensors")):
         raise AsdmError(f"{denoiser}: no .safetensors weights; pickles are not loaded, convert them first")
-    return _from_pretrained(str(folder), dtype)
+    return _from_pretrained(str(folder), dtype, as_stored)
 
 
-def load_from_hub(name: str, dtype: torch.dtype) -> DiffusionPipeline:
+def load_from_hub(name: str, dtype: torch.dtype, as_stored: bool = False) -> DiffusionPipeline:
     """Download a pipeline from the Hub, and load it.
 
     Raises:
@@ -67,7 +70,7 @@ def load_from_hub(name: str, dtype: torch.dtype) -> DiffusionPipeline:
             except OSError:  # also where the weights are there in this variant alone
                 folder = DiffusionPipeline.download(name, use_safetensors=True, variant=VARIANT)
         require_safe_folder(Path(folder))
-        return _from_pretrained(str(folder), dtype)
+        return _from_pretrained(str(folder), dtype, as_stored)
     except (OSError, ValueError) as error:
         if isinstance(error, AsdmError):
             raise
@@ -107,11 +110,12 @@ def _require_parts(folder: Path) -> None:
             raise AsdmError(f"{folder}: lacks its {part}, which model_index.json names ({kind[1]}); download it again")
 
 
-def _from_pretrained(name: str, dtype: torch.dtype) -> DiffusionPipeline:
+def _from_pretrained(name: str, dtype: torch.dtype, as_stored: bool) -> DiffusionPipeline:
     folder = Path(name)
+    dtypes = {"default": dtype, **(_stored_dtypes(folder) if as_stored else {})}
     with quiet(), bounded_modules(name):
         try:
-            pipeline = _with_its_denoiser(folder, dtype)
+            pipeline = _with_its_denoiser(folder, dtypes)
             require_whole(pipeline, folder)
             return pipeline
         except (AsdmError, MemoryError):
@@ -123,10 +127,10 @@ def _from_pretrained(name: str, dtype: torch.dtype) -> DiffusionPipeline:
             raise AsdmError(f"{name}: cannot be loaded: {one_line(error)}") from error
 
 
-def _with_its_denoiser(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
+def _with_its_denoiser(folder: Path, dtypes: dict[str, torch.dtype]) -> DiffusionPipeline:
     """Return the pipeline in a folder. A student is loaded by this package's class: code in a model's folder is
     never run."""
-    how = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
+    how = {"dtype": dtypes, "use_safetensors": True, "trust_remote_code": False}
     parts = DiffusionPipeline.load_config(str(folder))
     variant = VARIANT if any(_has_variant_alone(folder / part) for part in parts) else None
     component = _component_in(folder)
@@ -134,10 +138,25 @@ def _with_its_denoiser(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
     if kind is None:
         return DiffusionPipeline.from_pretrained(str(folder), **how, variant=variant)
     own = VARIANT if _has_variant_alone(folder / component) else None
+    dtype = dtypes.get(component, dtypes["default"])
     student = kind.from_pretrained(folder / component, dtype=dtype, use_safetensors=True, variant=own)
     rest = DiffusionPipeline.from_pretrained(str(folder), **how, variant=variant, **{component: None})
     rest.register_modules(**{component: student})
     return with_unet(rest, student)
+
+
+def _stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
+    """Return the dtype of the files of each part in a pipeline's folder; float32 where a part has several."""
+    found = {}
+    for part in (path for path in folder.iterdir() if path.is_dir()):
+        files = list(part.glob("*.safetensors"))
+        if not _has_variant_alone(part):
+            files = [path for path in files if f".{VARIANT}" not in path.name]
+        tensors = [tensor for path in files for tensor in Header.of(path).tensors.values()]
+        kinds = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+        if kinds:
+            found[part.name] = kinds.pop() if len(kinds) == 1 else torch.float32
+    return found
 
 
 def _component_in(folder: Path) -> str:

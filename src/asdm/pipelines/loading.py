@@ -57,7 +57,7 @@ def load_pipeline(
     """
     if device is not None:
         on_device(torch.empty(0), device)  # refused before anything is read
-    pipeline = load_mapped(model, dtype=dtype, prediction_type=prediction_type, config=config)
+    pipeline = _load_named(str(model), dtype, False, prediction_type, config)
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             align_weights(part)
@@ -73,14 +73,27 @@ def load_mapped(
 ) -> DiffusionPipeline:
     """Load a pipeline as `load_pipeline` does, on the CPU, to read its weights once and not to compute with them.
 
-    Weights of a folder in this dtype stay in the mapped files; no copy of them is made.
+    Weights of a folder stay in the mapped files, in the dtype that they have there; no copy of them is made.
+
+    Args:
+        dtype: of weights that are not in a folder.
     """
-    name = str(model)
+    return _load_named(str(model), dtype, True, prediction_type, config)
+
+
+def _load_named(
+    name: str,
+    dtype: torch.dtype,
+    as_stored: bool,
+    prediction_type: PredictionType | None,
+    config: str | Path | None,
+) -> DiffusionPipeline:
+    """Load a pipeline by its name; weights of a folder in their own dtype with `as_stored`."""
     given = None if prediction_type is None else as_prediction_type(prediction_type, "prediction_type")
-    pipeline, remarks = _load(name, dtype, given, config)
+    pipeline, remarks = _load(name, dtype, as_stored, given, config)
     if remarks:
         advice = "if that is wrong, give prediction_type or config (--prediction-type, --config)"
-        warnings.warn(f"{name}: {'; '.join([*remarks, advice])}", AsdmWarning, stacklevel=3)
+        warnings.warn(f"{name}: {'; '.join([*remarks, advice])}", AsdmWarning, stacklevel=4)
     require_supported(pipeline, name)
     pipeline = as_supported(pipeline)
     pipeline.register_to_config(_name_or_path=name)
@@ -89,20 +102,20 @@ def load_mapped(
 
 
 def _load(
-    name: str, dtype: torch.dtype, given: PredictionType | None, config: str | Path | None
+    name: str, dtype: torch.dtype, as_stored: bool, given: PredictionType | None, config: str | Path | None
 ) -> tuple[DiffusionPipeline, list[str]]:
     """Return the pipeline of that name, and remarks for the user on what it was assumed to predict."""
     registered = registered_folder(name, PIPELINES)
     if registered is not None:
-        pipeline = load_folder(registered, dtype)
+        pipeline = load_folder(registered, dtype, as_stored)
     elif name.startswith(RANDOM):
         pipeline = random_pipeline(name.removeprefix(RANDOM), dtype)
     elif os.path.isdir(name):
-        pipeline = load_folder(Path(name), dtype)
+        pipeline = load_folder(Path(name), dtype, as_stored)
     elif os.path.isfile(name):
         return load_single_file(Path(name), dtype, given, config)
     elif looks_like_path(name):
         raise AsdmError(f"{name}: no such folder or file; MODEL is {model_help()}")
     else:
-        pipeline = load_from_hub(name, dtype)
+        pipeline = load_from_hub(name, dtype, as_stored)
     return pipeline, set_parameterization(pipeline, name, given, config)

@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from asdm import checks
 from asdm.errors import AsdmError, one_line
@@ -26,8 +26,12 @@ from asdm.pipelines.tensor_faults import require_safetensors
 from asdm.reading import parse_json
 
 _FLAT = ("lora_unet_", "lycoris_unet_", "lycoris_")
+_TEXT = ("lora_te", "text_encoder")
 _DOTTED = ("unet.", "base_model.model.", "")
-_DOWN = ("lora_down.weight", "lora_A.weight", "lora.down.weight")  # (rank, the input of the layer that it adapts)
+# Matrices (rank, the input of the layer that they adapt), and those (its output, rank), LoHa's included.
+_READING = ("lora_down.weight", "lora_A.weight", "lora.down.weight", "hada_w1_b", "hada_w2_b")
+_WRITING = ("lora_up.weight", "lora_B.weight", "lora.up.weight", "hada_w1_a", "hada_w2_a")
+_PROCESSOR = ".processor."  # of an attention, behind which older versions of diffusers have its layers' names
 _ADAPTER_CONFIG = "lora_adapter_metadata"  # of diffusers: ranks and scales by the layers' names
 
 
@@ -59,27 +63,21 @@ def convert_lora(lora: str | Path, unet: Denoiser, file: str | Path) -> Converte
         tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
         metadata = content.metadata() or {}
     names = _Names(unet)
+    places = {key: names.place_of(key) for key in tensors}
+    _require_known([place.path for place in places.values() if place is not None], names, list(tensors), lora)
     converted: dict[str, Tensor] = {}
-    kept, dropped, found = set(), set(), False
+    kept, dropped = set(), set()
     for key, tensor in tensors.items():
-        place = names.place_of(key)
+        place = places[key]
         if place is None:
             converted[key] = tensor
             continue
-        found = found or place.path in names.known
-        if place.path not in names.known and not names.knows_original:
-            raise AsdmError(
-                f"{lora}: adapts {place.path}, which this model lacks, and its config does not say which model it was "
-                "made of, so layers cannot be matched; prune the original again with this version"
-            )
         if place.in_student is None:
             dropped.add(place.path)
             continue
         kept.add(place.path)
         _require_fit(key, tensor, unet.get_submodule(place.in_student), lora)
         converted[place.new_key] = tensor
-    if not found:
-        raise AsdmError(f"{lora}: no tensor is for a layer of this model or of its original; take a LoRA made for it")
     if not kept:
         raise AsdmError(f"{lora}: the student lacks all {len(dropped)} layers that it adapts; nothing would remain")
     if _ADAPTER_CONFIG in metadata:
@@ -108,18 +106,41 @@ def _require_files(lora: Path, file: Path) -> None:
         raise AsdmError(f"{file}: is the LoRA itself, for the original model; name another file")
 
 
-def _require_fit(key: str, tensor: Tensor, module: Any, lora: Path) -> None:
-    """Raise an AsdmError where a LoRA's first matrix does not read what the layer reads."""
-    width = getattr(module, "in_features", None) or getattr(module, "in_channels", None)
-    if width is not None and key.endswith(_DOWN) and (tensor.ndim < 2 or tensor.shape[1] != width):
+def _require_known(paths: list[str], names: _Names, keys: list[str], lora: Path) -> None:
+    """Raise an AsdmError where a LoRA is for none of the layers of a student's original, or for others, too."""
+    if keys and all(key.startswith(_TEXT) for key in keys):
+        raise AsdmError(f"{lora}: adapts the text encoders alone, which a student leaves as they are; use it as it is")
+    unknown = [path for path in paths if path not in names.known]
+    if unknown and not names.knows_original:
         raise AsdmError(
-            f"{lora}: {key} is for a layer with {_inputs(tensor)} inputs, and the student's has {width}; take a LoRA "
-            "for the student's original"
+            f"{lora}: adapts {unknown[0]}, which this model lacks, and its config does not say which model it was made "
+            "of, so layers cannot be matched; prune the original again with this version"
+        )
+    if len(unknown) == len(paths):
+        raise AsdmError(f"{lora}: no tensor is for a layer of this model or of its original; take a LoRA made for it")
+    if unknown:
+        raise AsdmError(
+            f"{lora}: adapts {unknown[0]}, which the student's original lacks, too; take a LoRA made for that model"
         )
 
 
-def _inputs(tensor: Tensor) -> int:
-    return tensor.shape[1] if tensor.ndim > 1 else 0
+def _require_fit(key: str, tensor: Tensor, module: Any, lora: Path) -> None:
+    """Raise an AsdmError where a LoRA's matrices do not read what the layer reads, or put out what it puts out."""
+    if not isinstance(module, nn.Linear | nn.Conv2d) or tensor.ndim < 2:
+        return
+    outputs, inputs = module.weight.shape[0], module.weight.shape[1:]
+    if key.endswith(_READING):
+        expected, what, fits = inputs[0], "inputs", tensor.shape[1] in (inputs[0], inputs.numel())  # a kernel as a row
+    elif key.endswith(_WRITING):
+        expected, what, fits = outputs, "outputs", outputs in tensor.shape[:2]  # the second in Tucker's form of LoHa
+    else:
+        return
+    if not fits:
+        found = tensor.shape[1 if what == "inputs" else 0]
+        raise AsdmError(
+            f"{lora}: {key} is for a layer with {found} {what}, and the student's has {expected}; take a LoRA for the "
+            "student's original"
+        )
 
 
 @dataclass(frozen=True)
@@ -134,7 +155,7 @@ class _Place:
 class _Names:
     """Resolves the keys of LoRA files for a student's original.
 
-    `known`: paths of the original's layers. `in_student`: from these to the student's paths.
+    `known`: paths of the original's modules. `in_student`: from these to the student's paths.
     """
 
     def __init__(self, student: Any):
@@ -147,6 +168,7 @@ class _Names:
         self.knows_original = model is not student
         self.in_student = paths
         self.known = {name for name, _ in model.named_modules() if name}
+        self._layers = {name for name, module in model.named_modules() if not list(module.children())}
         self._flat = {path.replace(".", "_"): path for path in self.known}
         self._flat_in_original_code = {name.replace(".", "_"): path for path, name in _originally(model).items()}
 
@@ -171,8 +193,10 @@ class _Names:
             inside = key.removeprefix(start)
             path = next((each for each in _parents(inside) if each in self.known), None)
             if key.startswith(start) and path is not None:
-                own = self.in_student.get(path)
-                return _Place(path, own, f"{start}{own}{inside.removeprefix(path)}")
+                own, rest = self.in_student.get(path), inside.removeprefix(path)
+                if path not in self._layers and not rest.startswith(_PROCESSOR):
+                    return _Place(inside.rpartition(".lora")[0] or inside, None)
+                return _Place(path, own, f"{start}{own}{rest}")
         return _Place(key.removeprefix(_DOTTED[0]), None) if key.startswith(_DOTTED[0]) else None
 
     @cached_property
@@ -195,7 +219,7 @@ class _Names:
 
     def _new(self, name: Any) -> Any:
         place = self.place_of(f"{name}.") if isinstance(name, str) and "." in name else None
-        if place is None:
+        if place is None or place.path not in self.known:
             return name
         return None if place.in_student is None else place.new_key.removesuffix(".")
 

@@ -32,11 +32,12 @@ _QKV = ("q_proj", "k_proj", "v_proj")  # in the order in which OpenCLIP joins th
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of the file: its name, its shape, and the function that makes it from the pipeline's."""
+    """A tensor of the file: its name, its shape, and the function that makes it from the pipeline's, the sources."""
 
     name: str
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
+    sources: tuple[Tensor, ...] = ()
 
 
 def original_tensors(
@@ -63,7 +64,7 @@ def original_tensors(
 
 
 def _stored(name: str, tensor: Tensor) -> StoredTensor:
-    return StoredTensor(name, tuple(tensor.shape), lambda: tensor)
+    return StoredTensor(name, tuple(tensor.shape), lambda: tensor, (tensor,))
 
 
 # -- the VAE -----------------------------------------------------------------------------------------------
@@ -138,7 +139,7 @@ def _open_clip_tensors(state: Mapping[str, Tensor], prefix: str) -> Iterator[Sto
     single = {OF_TEXT.sub("", ours): theirs for ours, theirs in tables["layers"].items()}
     for name, tensor in state.items():
         if name == "text_projection.weight":
-            yield StoredTensor(prefix + single[name], tuple(tensor.shape[::-1]), partial(torch.t, tensor))
+            yield StoredTensor(prefix + single[name], tuple(tensor.shape[::-1]), partial(torch.t, tensor), (tensor,))
         elif name in single:
             yield _stored(prefix + single[name], tensor)
         elif any(f".{each}." in name for each in _QKV):
@@ -150,10 +151,10 @@ def _open_clip_tensors(state: Mapping[str, Tensor], prefix: str) -> Iterator[Sto
 
 def _joined(state: Mapping[str, Tensor], name: str, prefix: str) -> StoredTensor:
     attention, _, kind = name.partition(f".{_QKV[0]}.")
-    parts = [state[f"{attention}.{each}.{kind}"] for each in _QKV]
+    parts = tuple(state[f"{attention}.{each}.{kind}"] for each in _QKV)
     shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
     joined = f"{prefix}transformer.{_open_clip_name(attention)}.in_proj_{kind}"
-    return StoredTensor(joined, shape, lambda: torch.cat(parts))
+    return StoredTensor(joined, shape, lambda: torch.cat(parts), parts)
 
 
 def _open_clip_name(name: str) -> str:

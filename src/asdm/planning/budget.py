@@ -82,7 +82,7 @@ def make_plan(
             time), BK-SDM's "bk-base", "bk-small", "bk-tiny", or, for SDXL's shape, "ssd-1b", "vega", "koala-1b",
             "koala-700m".
         portable: choose among the stock UNets that ComfyUI, Forge and diffusers read: whole layers, levels, transformer
-            blocks and the mid block go, and nothing is fitted.
+            blocks and the mid block go. Fitted is what folds into weights that stay.
         compensate: what to fit in place of the removed branches (`fit_compensation`), by default "linear", or what
             the profile's ablation tried; "none" for plain removal. BK-SDM's presets drop whole layers and fit nothing.
         unet: the denoiser to measure; by default one of the profile's shape and precision with random weights.
@@ -102,7 +102,8 @@ def make_plan(
         _require_portable(preset, fitted)
         budget = {"speedup": speedup, "params": params, "macs": macs}
         given = {name: value for name, value in budget.items() if value is not None}
-        return portable_plan(redundancy, given, unet=unet, rounds=rounds or 5, note=progress)
+        is_fitted = fitted != "none"
+        return portable_plan(redundancy, given, unet=unet, fitted=is_fitted, rounds=rounds or 5, note=progress)
     choices = possible_edits(redundancy, compensate)
     if preset is not None:
         return preset_plan(redundancy, preset, choices)
@@ -122,7 +123,10 @@ def _require_portable(preset: str | None, compensate: CompensationKind | None) -
     if preset is not None:
         raise AsdmError(f"preset={preset}: is a plan of its own; give portable a budget: speedup, params or macs")
     if compensate not in (None, "none"):
-        raise AsdmError(f"compensate={compensate}: a portable student has no place for projections; leave it out")
+        raise AsdmError(
+            f"compensate={compensate}: a portable student has no place for projections, only for what folds; leave it "
+            "out, or give none"
+        )
 
 
 def _within(

@@ -31,6 +31,7 @@ def portable_plan(
     budget: Mapping[str, float],
     *,
     unet: Denoiser | None = None,
+    fitted: bool = True,
     rounds: int = 5,
     note: Callable[[str], None] | None = None,
 ) -> PruningPlan:
@@ -42,6 +43,7 @@ def portable_plan(
     Args:
         budget: one of speedup, params and macs, as for `make_plan`.
         unet: to measure a speed-up with; without it the profile's latencies or MACs decide.
+        fitted: fit projections in the place of attentions and transformer blocks that go, where they fold.
 
     Raises:
         AsdmError: no such student reaches the budget, or no program reads a student of this model.
@@ -49,7 +51,7 @@ def portable_plan(
     ((name, value),) = budget.items()
     choices = {choice.edit.unit: choice for choice in possible_edits(redundancy, "none") if choice.edit.is_removal}
     shapes = redundancy.family.portable_shapes(redundancy.unet_config, [unit.name for unit in redundancy.units])
-    search = _Search(redundancy, choices, shapes, dict(budget))
+    search = _Search(redundancy, choices, shapes, dict(budget), fitted)
     if name != "speedup":
         total = redundancy.parameters if name == "params" else redundancy.gmacs * 1e9
         kept = value if value <= 1 else value / total
@@ -105,6 +107,7 @@ class _Search:
     choices: Mapping[str, PossibleEdit]
     shapes: list[PortableShape]
     target: dict[str, float]
+    fitted: bool
 
     def plan(self, resource: Resource, needed: float, total: float) -> PruningPlan:
         """Return the plan of the least sensitive student that saves this much.
@@ -128,7 +131,9 @@ class _Search:
                 f"portable: the budget {self.target} is out of reach of students that every program reads; at least "
                 f"{1 - most / total:.3f} of the original remains; ask for less, or plan without --portable"
             )
-        edit = replace(best.shape.edit, transformer_blocks=sorted({*best.shape.edit.transformer_blocks, *best.blocks}))
+        blocks = sorted({*best.shape.edit.transformer_blocks, *best.blocks})
+        fitted = self.fitted and bool(blocks or not best.shape.edit.mid_attention)
+        edit = replace(best.shape.edit, transformer_blocks=blocks, fitted=fitted)
         plan = plan_of(self.redundancy, best.removed, self.target, "latency" if resource == "ms" else "macs")
         return plan.model_copy(update={"edits": [edit]})
 

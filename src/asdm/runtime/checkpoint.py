@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler
+from diffusers.loaders.single_file_utils import LDM_UNET_KEY
 from huggingface_hub import metadata_load
 from safetensors import SafetensorError, safe_open
 from yaml import YAMLError
@@ -35,9 +36,13 @@ _ARCHITECTURES = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2", "s
 _VELOCITY_NOTES = {
     "comfyui": "predicts velocities, which ComfyUI and Forge do not see in this file: put the node "
     "ModelSamplingDiscrete with v_prediction behind the loader, or choose v-prediction in Forge",
-    "sdcpp": "predicts velocities, which stable-diffusion.cpp does not see in this file: give it --prediction v",
+    "sdcpp": "predicts velocities, which stable-diffusion.cpp guesses at most: give it --prediction v",
     "diffusers": "predicts velocities: give from_single_file the scheduler of this pipeline",
 }
+_NOISE_NOTE = (
+    "predicts noise, and ComfyUI and Forge take this file for one that predicts velocities: put the node "
+    "ModelSamplingDiscrete with eps behind the loader, or choose epsilon in Forge"
+)
 _SAMPLE_NOTE = "predicts the sample (x0), which no program sees in a file: set it there (ModelSamplingDiscrete, x0)"
 _FEW_STEPS_NOTE = "samples in few steps: choose the sampler lcm with 4 to 8 steps and a guidance (CFG) of 1"
 
@@ -93,8 +98,8 @@ def export_checkpoint(
     tensors, layout = original_tensors(pipeline, program, unet_only)
     prediction, zero_snr = _prediction(pipeline)
     if layout.kind == "sdxl":
-        tensors += _markers(prediction, zero_snr)
-    notes = _notes(pipeline, layout, program, prediction)
+        tensors += _markers(prediction, zero_snr, unet_only)
+    notes = _notes(pipeline, layout, program, unet_only, prediction)
     metadata = _metadata(pipeline, file.stem, layout, license or _license(pipeline))
     write_safetensors(file, tensors, _DTYPES[dtype], metadata)
     card = file.with_suffix(".md")
@@ -128,22 +133,41 @@ def _prediction(pipeline: DiffusionPipeline) -> tuple[str, bool]:
     return config.get("prediction_type", "epsilon"), bool(config.get("rescale_betas_zero_snr", False))
 
 
-def _markers(prediction: str, zero_snr: bool) -> list[StoredTensor]:
-    """Return the empty tensors by which programs know SDXL's fine-tunes that predict velocities."""
+def _markers(prediction: str, zero_snr: bool, unet_only: bool) -> list[StoredTensor]:
+    """Return the empty tensors by which programs know SDXL's fine-tunes that predict velocities.
+
+    Of a UNet alone ComfyUI reads only what has the UNet's prefix.
+    """
     names = (["v_pred"] if prediction == "v_prediction" else []) + (["ztsnr"] if zero_snr else [])
+    names += [LDM_UNET_KEY + name for name in names if unet_only]
     return [StoredTensor(name, (0,), lambda: torch.empty(0)) for name in names]
 
 
-def _notes(pipeline: DiffusionPipeline, layout: OriginalLayout, program: Program, prediction: str) -> list[str]:
+def _notes(
+    pipeline: DiffusionPipeline, layout: OriginalLayout, program: Program, unet_only: bool, prediction: str
+) -> list[str]:
     """Return what the user has to set in the program, as the file cannot say it."""
     notes = []
-    if prediction == "v_prediction" and not layout.names_velocity:
+    seen = _sees_velocity(pipeline, layout, program, unet_only)
+    if prediction == "v_prediction" and not seen:
         notes.append(_VELOCITY_NOTES[program])
+    elif prediction == "epsilon" and seen and layout.velocity_sign is not None:
+        notes.append(_NOISE_NOTE)
     elif prediction == "sample":
         notes.append(_SAMPLE_NOTE)
     if isinstance(pipeline.scheduler, LCMScheduler):  # type: ignore[attr-defined]
         notes.append(_FEW_STEPS_NOTE)
     return notes
+
+
+def _sees_velocity(pipeline: DiffusionPipeline, layout: OriginalLayout, program: Program, unet_only: bool) -> bool:
+    """Return whether the program finds out from the file that a model predicts velocities, where it does."""
+    if layout.kind == "sdxl":  # by marker tensors
+        return program == "comfyui" or (program == "sdcpp" and not unet_only)
+    if layout.velocity_sign is None:
+        return False
+    tensor, spread = layout.velocity_sign
+    return float(denoiser_of(pipeline).state_dict()[tensor].float().std(correction=0)) > spread
 
 
 def _metadata(pipeline: DiffusionPipeline, title: str, layout: OriginalLayout, license: str | None) -> dict[str, str]:
