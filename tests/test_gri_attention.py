@@ -4,8 +4,10 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from asdm import AsdmError, GriAttention, PruningPlan, build_student
+from asdm.distillation.weightless import weightless
 from asdm.edits import edited
 from asdm.edits.regional_attention import GriAttnProcessor
 from asdm.families import family_of
@@ -137,6 +139,14 @@ def test_it_learns(unet):
     for name in ("to_q", "to_k", "to_v"):
         gradient = student.get_submodule(f"{OUTER}.attn1.{name}").weight.grad
         assert gradient is not None and gradient.abs().sum() > 0
+
+
+def test_an_estimate_of_a_training_leaves_no_trace(unet):
+    edit = GriAttention(unit=f"{OUTER}.attn1", regions=5, pool=3, weighted=True)  # that no other test has
+    student = build_student(unet, PruningPlan.for_unet(unet, [edit]))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        predict(weightless(student))
+    assert type(predict(student)) is torch.Tensor
 
 
 def test_macs_count_the_keys_that_queries_meet(unet):

@@ -193,14 +193,15 @@ class GriAttnProcessor(nn.Module):
 
 
 def _memoized(computed: Callable[..., Any]) -> Callable[..., Any]:
-    """Memoize a function of tensors, but not while a graph is exported, whose tensors are symbolic.
+    """Memoize a function of tensors, but not while a graph is exported, whose tensors are symbolic, and not while
+    shapes stand for tensors, as in an estimate of a training.
 
     Tensors are computed outside inference mode, so that a later training can use them.
     """
     known = lru_cache(maxsize=64)(computed)
 
     def found(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor:
             return computed(*args)
         with torch.inference_mode(False):
             return known(*args)
