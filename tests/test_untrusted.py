@@ -3,6 +3,7 @@
 import io
 import json
 import multiprocessing
+import os
 import tarfile
 import zlib
 
@@ -14,17 +15,21 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
-from asdm import AsdmError, CacheSchedule, Evaluation, PruningPlan, RedundancyMap, load_pipeline, save_pipeline
+from asdm import AsdmError, CacheSchedule, Evaluation, PruningPlan, RedundancyMap, images, load_pipeline, save_pipeline
 from asdm.data.draws import Draws
+from asdm.data.examples import LONGEST_CAPTION
+from asdm.data.metadata import rows_of_metadata
 from asdm.data.prepared import PreparedData
 from asdm.data.shards import MAX_SAMPLE
 from asdm.data.sources import open_data
 from asdm.distillation.recipes import read_stages
 from asdm.distillation.semantics import make_encoder
 from asdm.errors import AsdmWarning
+from asdm.evaluation.protocol.captions import read_captions
 from asdm.files import write_new
 from asdm.generation.additions import load_controlnet
 from asdm.generation.image import read_about
+from asdm.images import open_image
 from asdm.pipelines import untrusted
 from asdm.pipelines.shapes import denoiser_without_weights
 from asdm.reading import MAX_DEPTH, parse_json, parse_yaml
@@ -157,6 +162,78 @@ def test_a_png_that_is_a_bomb_has_no_description(content, tmp_path):
     (tmp_path / "image.png").write_bytes(content)
     with pytest.raises(AsdmError, match="not a PNG that asdm generated"):
         read_about(tmp_path / "image.png")
+
+
+@pytest.mark.parametrize("special", ["/dev/zero", "pipe", "folder"])
+def test_what_is_no_file_is_no_image(special, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    place = tmp_path / "0.png"
+    if special == "/dev/zero":
+        place.symlink_to(special)
+    elif special == "pipe":
+        os.mkfifo(place)
+    else:
+        place.mkdir()
+    (tmp_path / "metadata.jsonl").write_text(
+        "\n".join(json.dumps({"file_name": f"{n}.png", "text": "a cat"}) for n in "01")
+    )
+    data = open_data(tmp_path)
+    assert [example.name for example in data.examples] == ["1.png"] and "0.png" in data.skipped
+    with pytest.raises(AsdmError, match="not an image that can be read"):
+        open_image(place)
+
+
+def test_pixels_are_bounded_and_large_photographs_are_halved(monkeypatch, tmp_path):
+    monkeypatch.setattr(images, "MOST_PIXELS", 32 * 32)
+    noise = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+    for name in ("large.png", "large.jpg"):
+        Image.fromarray(noise).save(tmp_path / name)
+    assert open_image(tmp_path / "large.jpg").size == (20, 20)
+    with pytest.raises(AsdmError, match=r"40x40 pixels, more than 1,024"):
+        open_image(tmp_path / "large.png")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_images_are_converted_row_by_row_as_in_one_piece(mode, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 255, (50, 30, 4), dtype=np.uint8)
+    image = Image.fromarray(noise).convert("L" if mode == "I;16" else mode)
+    if mode == "I;16":
+        image = Image.fromarray(noise[..., 0].astype(np.uint16) * 257)
+    whole = images._opaque(image)
+    monkeypatch.setattr(images, "_ROWS", 7)
+    assert images.as_rgb(image).tobytes() == whole.tobytes()
+
+
+def test_captions_are_bounded_wherever_they_stand(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    long = "word " * LONGEST_CAPTION
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    same = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 3), pyarrow.array([long]))
+    lists = pyarrow.array([["a cat"] * 40] * 3)
+    for texts, told in [(same, "more than 10,000 characters"), (lists, None)]:
+        table = pyarrow.table({"file_name": ["0.png"] * 3, "text": texts, "more": [{"a": 1}] * 3})
+        parquet.write_table(table, tmp_path / "metadata.parquet")
+        rows = [row for _, row, _ in rows_of_metadata(tmp_path / "metadata.parquet")]
+        assert len(rows) == 3 and list(rows[0]) == ["file_name", "text", "more"]
+        if told is None:
+            assert [len(row["text"]) for row in rows] == [16] * 3
+            assert open_data(tmp_path).examples[0].caption == "a cat"
+        else:
+            assert rows[0]["text"] is rows[1]["text"], "one object, however often a table names it"
+            with pytest.raises(AsdmError, match=told):
+                open_data(tmp_path)
+    (tmp_path / "metadata.parquet").unlink()
+    for name, content in [("0.txt", long), ("p.txt", f"a cat\n{long}\n"), ("p.jsonl", json.dumps({"text": long})),
+                          ("p.json", json.dumps({"annotations": [{"image_id": 1, "id": 1, "caption": long}]})),
+                          ("n.jsonl", json.dumps({"text": "a\0cat"}))]:  # fmt: skip
+        (tmp_path / name).write_text(content)
+    assert "more than 10,000" in open_data(tmp_path / "p.txt").skipped["p.txt:2"]
+    for name in ("p.txt", "p.jsonl", "p.json", "n.jsonl"):
+        with pytest.raises(AsdmError, match=r"more than 10,000 characters|not text in UTF-8"):
+            read_captions(tmp_path / name, 10)
+    (tmp_path / "p.txt").unlink()
+    with pytest.raises(AsdmError, match="more than 10,000 characters"):
+        open_data(tmp_path)
 
 
 # -- trainings --------------------------------------------------------------------------------------------
