@@ -4,13 +4,16 @@ import io
 import json
 import multiprocessing
 import os
+import socket
 import tarfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderTiny, ControlNetModel
+from diffusers import AutoencoderTiny, ControlNetModel, DiffusionPipeline
+from huggingface_hub import constants as hub
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
@@ -31,6 +34,7 @@ from asdm.generation.additions import load_controlnet
 from asdm.generation.image import read_about
 from asdm.images import open_image
 from asdm.pipelines import untrusted
+from asdm.pipelines.decoders import load_decoder
 from asdm.pipelines.shapes import denoiser_without_weights
 from asdm.reading import MAX_DEPTH, parse_json, parse_yaml
 from asdm.training.checkpoints import TrainingState, checkpoint_step
@@ -299,6 +303,10 @@ def changed(path, **fields):
         ("model_index.json", {"text_encoder": ["transformers", "AutoModel"]}, "can run code"),
         ("model_index.json", {"vae": "AutoencoderKL"}, "cannot be loaded|lacks"),
         ("model_index.json", {"../../x": ["diffusers", "AutoencoderKL"]}, "no name of a part"),
+        ("model_index.json", {"text_encoder": ["diffusers", "DiffusionPipeline"]}, "no part of a pipeline"),
+        ("model_index.json", {"vae": ["pipeline_utils", "DiffusionPipeline"]}, "no part of a pipeline"),
+        ("model_index.json", {"vae": ["pipeline_utils", "os"]}, "no part of a pipeline"),
+        ("model_index.json", {"tokenizer": ["transformers", "RagRetriever"]}, "no part of a pipeline"),
         ("text_encoder/config.json", {"auto_map": {"AutoModel": "evil.Evil"}}, "others' code"),
         ("text_encoder/config.json", {"attn_implementation": "someone/kernel"}, "others' code"),
         ("unet/config.json", {"quantization_config": {"quant_method": "bitsandbytes"}}, "quantised weights"),
@@ -313,6 +321,61 @@ def test_a_folder_that_asks_for_code_or_for_too_much_is_refused(file, fields, sa
     with pytest.raises(AsdmError, match=said) as error:
         load_pipeline(model)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_weights_that_are_pickles_alone_are_not_opened(part, model):
+    (weights,) = (model / part).glob("*.safetensors")
+    weights.rename(model / part / "pytorch_model.bin")
+    with pytest.raises(AsdmError, match=rf"{part}: no .safetensors weights; pickles are not loaded"):
+        load_pipeline(model)
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "vae/config.json", "unet/diffusion_pytorch_model.safetensors"])
+def test_a_pipe_in_a_models_folder_is_refused(name, model):
+    (model / name).unlink()
+    os.mkfifo(model / name)
+    with pytest.raises(AsdmError, match=r"a pipe or a device|not a pipeline folder"):
+        load_pipeline(model)
+
+
+def test_a_config_that_names_models_elsewhere_fetches_none(model, monkeypatch):
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **_: asked.append(args))
+    backbone = {"backbone": "someone/else", "use_pretrained_backbone": True, "use_timm_backbone": False}
+    changed(model / "model_index.json", text_encoder=["transformers", "DetrModel"])
+    changed(model / "text_encoder" / "config.json", architectures=["DetrModel"], model_type="detr", **backbone)
+    with pytest.raises(AsdmError, match="cannot be loaded"):
+        load_pipeline(model)
+    (model / "vae" / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/else"}')
+    with pytest.raises(AsdmError, match="an adapter"):
+        load_pipeline(model)
+    assert asked == []
+    before = hub.HF_HUB_OFFLINE
+    with untrusted.without_network():
+        with untrusted.without_network():
+            pass
+        assert hub.HF_HUB_OFFLINE
+    assert before == hub.HF_HUB_OFFLINE
+
+
+def test_what_comes_from_the_hub_is_checked_as_folders_are(model, tmp_path, monkeypatch):
+    config = model / "text_encoder" / "config.json"
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda *_, **__: str(model))
+    assert load_pipeline("someone/pipeline").unet is not None
+    for place in ("pipelines.transformers_models.snapshot_download", "pipelines.decoders.hf_hub_download",
+                  "generation.additions.hf_hub_download"):  # fmt: skip
+        found = config if place.endswith("hf_hub_download") else config.parent
+        monkeypatch.setattr(f"asdm.{place}", lambda *_, found=found, **__: str(found))
+    changed(config, attn_implementation="someone/kernel")
+    for load in (
+        lambda: load_pipeline("someone/pipeline"),
+        lambda: make_encoder("someone/encoder", tiny_pipeline()),
+        lambda: load_decoder("someone/decoder", tiny_pipeline()),
+        lambda: load_controlnet(Path("someone/controlnet"), tiny_pipeline()),
+    ):
+        with pytest.raises(AsdmError, match="others' code"):
+            load()
 
 
 def test_code_in_a_models_folder_is_not_run(model, tmp_path):
@@ -361,7 +424,7 @@ def test_a_controlnet_that_lacks_a_tensor_is_refused(tmp_path):
 def test_a_decoder_or_encoder_that_is_a_pickle_is_refused(tmp_path):
     decoder = AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
     decoder.save_pretrained(tmp_path / "decoder", safe_serialization=False)
-    with pytest.raises(AsdmError, match="no such encoder"):
+    with pytest.raises(AsdmError, match=r"no .safetensors weights; pickles are not loaded"):
         make_encoder("clip", tiny_pipeline(), decoder=str(tmp_path / "decoder"))
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline
+from huggingface_hub import hf_hub_download
 
 from asdm import checks
 from asdm.devices import on_device
@@ -26,7 +27,7 @@ from asdm.pipelines.names import looks_like_path
 from asdm.pipelines.quiet import quiet
 from asdm.pipelines.random_models import randomly_filled
 from asdm.pipelines.tensor_faults import require_loaded, require_safetensors, require_weights
-from asdm.pipelines.untrusted import bounded_modules, require_safe_config
+from asdm.pipelines.untrusted import bounded_modules, require_plain_files, require_safe_config
 from asdm.reading import read_json
 from asdm.registry import PIPELINES, registered_folder
 
@@ -87,6 +88,8 @@ def load_decoder(name: str | Path, pipeline: DiffusionPipeline) -> AutoencoderTi
     place = _place_of(name)
     try:
         with quiet(), bounded_modules(name):
+            if not os.path.isdir(place):
+                require_safe_config(Path(hf_hub_download(place, "config.json")))
             tiny = AutoencoderTiny.from_pretrained(place, torch_dtype=torch.float32, use_safetensors=True)
     except Exception as error:  # of diffusers, any kind
         if isinstance(error, AsdmError) or memory_error(error) is not None:
@@ -195,6 +198,7 @@ def _place_of(name: str) -> str:
         if folder.exists() or looks_like_path(name):
             raise AsdmError(f"{name}: no such folder of a decoder; name one, or a Hub id of an AutoencoderTiny")
         return name
+    require_plain_files(folder)
     try:
         found = read_json(folder / "config.json")["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:

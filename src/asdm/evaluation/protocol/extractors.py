@@ -27,6 +27,7 @@ from asdm.evaluation.real_images import image_embeds, text_embeds
 from asdm.pipelines.clip import clip_statistics, load_clip
 from asdm.pipelines.quiet import quiet
 from asdm.pipelines.transformers_models import load_transformers_model, refuse_damaged
+from asdm.pipelines.untrusted import without_network
 
 FEATURES, LOGITS = "features", "logits"
 DINOV2_SIDE = 224  # of the inputs in FD-DINOv2 (arXiv 2306.04675), where the model's own is 518
@@ -105,7 +106,7 @@ class ClipExtractor:
     def of_folder(cls, path: Path, title: str, device: torch.device | str, *, scaled: bool = False) -> ClipExtractor:
         """Load a CLIPModel and its tokenizer from a folder."""
         clip = load_transformers_model(CLIPModel, path).to(device)
-        with refuse_damaged(path), quiet():
+        with refuse_damaged(path), quiet(), without_network():
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         _require_words(path, tokenizer, clip)
         return cls(clip, tokenizer, title, scaled=scaled)
