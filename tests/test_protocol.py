@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from accelerate import PartialState
 from asdm_demo import pipeline_folder
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from scipy import linalg
 from torch import nn
 from torchmetrics.functional.multimodal import clip_score
@@ -30,15 +32,16 @@ from asdm.data.sources import open_data
 from asdm.evaluation.metrics import kid
 from asdm.evaluation.protocol import distances, image_job
 from asdm.evaluation.protocol.captions import read_captions
-from asdm.evaluation.protocol.extractors import Lpips
+from asdm.evaluation.protocol.extractors import ClipExtractor, Lpips
 from asdm.evaluation.protocol.features import FeatureCache, ImageFiles
 from asdm.evaluation.protocol.image_job import ImageJob, ImageSettings
-from asdm.evaluation.protocol.inputs import Network, _name_by_network, _prompts, read_inputs
+from asdm.evaluation.protocol.inputs import Network, _name_by_network, _prompts, _real_images, read_inputs
 from asdm.evaluation.protocol.metrics import JUDGE
 from asdm.evaluation.protocol.pictures import numbered, pictures_of
 from asdm.evaluation.protocol.protocols import PROTOCOLS
 from asdm.evaluation.protocol.results import ProtocolResults
 from asdm.evaluation.protocol.weights import SOURCES, Source, find_weights
+from asdm.files import folder_lock
 from asdm.pipelines.derived import with_unet
 from conftest import tiny_pipeline, tiny_pixart_pipeline
 
@@ -310,11 +313,14 @@ def test_a_folder_of_other_settings_is_refused(tmp_path):
     before = (tmp_path / "asdm.json").read_bytes()
     with torch.no_grad():
         other = tiny_pipeline()
-        other.unet.conv_in.weight.mul_(-1)
+        other.unet.conv_in.weight.mul_(1.001)  # all signs stay
+        other_vae = tiny_pipeline()
+        other_vae.vae.decoder.conv_out.bias.add_(1e-4)
     for prompts, of, told in [
         (["y"], (pipeline, SETTINGS), "images of other prompts"),
         (["x"], (pipeline, SETTINGS.model_copy(update={"steps": 3})), r"images of steps=2, not 3"),
         (["x"], (other, SETTINGS), "images of another model's weights"),
+        (["x"], (other_vae, SETTINGS), "images of another model's weights"),
     ]:
         with pytest.raises(AsdmError, match=told):
             job_in(tmp_path, prompts).claim({"m": of})
@@ -359,6 +365,52 @@ def test_features_are_computed_once_for_each_content(tmp_path, data_folder):
     assert len(cache.of_images("x", extractor, ImageFiles(paths, may_skip=True))["features"]) == 5
     with pytest.raises(AsdmError, match=r"1.png: not an image"):
         cache.of_images("x", extractor, ImageFiles(paths))
+
+
+def test_features_are_of_one_network_with_its_inputs(tmp_path, weights, monkeypatch):
+    folder = tmp_path / "clip"
+    shutil.copytree(weights / "PickScore_v1", folder)
+    cache = FeatureCache(tmp_path / "features", PartialState(cpu=True))
+
+    def made():
+        return ClipExtractor.of_folder(folder, "CLIP", "cpu")
+
+    first = made()
+    other = made()
+    tokenizer = other._tokenizer
+    other._tokenizer = lambda captions, **how: tokenizer(["a dog"] * len(captions), **how)
+    assert made().identity == first.identity
+    for number, extractor in enumerate([first, made(), other, other]):
+        cache.of_texts("texts", extractor, ["a cat"])
+        assert len(list(cache._folder.iterdir())) == 1 + number // 2, "other tokens are other inputs"
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}')
+    normalised = made()
+    tensors = load_file(folder / "model.safetensors")
+    tensors["visual_projection.weight"] *= 1.001
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert len({first.identity, normalised.identity, made().identity}) == 3
+
+
+def test_a_second_run_at_once_changes_nothing(tmp_path, data_folder):
+    settings = {"images": data_folder, "captions": data_folder / "metadata.jsonl", "metrics": "ssim", "steps": 1}
+    place, pipelines = tmp_path / "out", {"m": tiny_pipeline()}
+    place.mkdir()
+    (place / ".lock").touch()  # as a run leaves it that was killed at its beginning
+    evaluate_by_protocol(pipelines, "coco30k", place, limit=1, **settings)
+    shutil.rmtree(place / "images")  # as of a run that has written no image yet
+    before = (place / "asdm.json").read_bytes()
+    with folder_lock(place), pytest.raises(AsdmError, match="another run is at work"):
+        evaluate_by_protocol(pipelines, "coco30k", place, limit=1, seed=1, **settings)
+    assert (place / "asdm.json").read_bytes() == before
+
+
+def test_real_images_are_files(tmp_path, data_folder):
+    (data_folder / "folder.png").mkdir()
+    (data_folder / "gone.png").symlink_to("/nowhere")
+    os.mkfifo(data_folder / "pipe.png")
+    (data_folder / "more").symlink_to("/")
+    names = {path.name for path in _real_images(PROTOCOLS["demo"], data_folder, ["fid"])}
+    assert names == {f"{n}.png" for n in range(6)}
 
 
 # -- weights -----------------------------------------------------------------------------------------------
@@ -414,6 +466,28 @@ def test_missing_weights_are_named_before_anything_is_generated(tmp_path, data_f
         (tmp_path / "half" / name).write_text("{}")
     with pytest.raises(AsdmError, match=r"half: no model.safetensors"):
         find_weights(Source("dinov2", "DINOv2", "owner/half"), None, tmp_path)
+
+
+@pytest.mark.parametrize("fault", ["pickle alone", "pickle by another name", "others' code", "truncated", "no judge"])
+def test_networks_are_refused_before_anything_is_generated(fault, tmp_path, data_folder, weights, monkeypatch):
+    place = tmp_path / "weights" / "PickScore_v1"
+    shutil.copytree(weights / "PickScore_v1", place)
+    file, metric = place / "model.safetensors", "pickscore"
+    if fault == "pickle alone":
+        file.rename(place / "pytorch_model.bin")
+    elif fault == "pickle by another name":
+        torch.save({"x": torch.zeros(2)}, file)
+    elif fault == "others' code":
+        (place / "config.json").write_text('{"auto_map": {"AutoModel": "evil.Evil"}}')
+    elif fault == "truncated":
+        file.write_bytes(file.read_bytes()[:-1])
+    else:
+        metric = "fid"
+        monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    settings = {"images": data_folder, "captions": data_folder / "metadata.jsonl", "metrics": metric}
+    with pytest.raises(AsdmError, match=r"a pickle|others' code|truncated|is not installed") as error:
+        evaluate_by_protocol({"m": tiny_pipeline()}, "demo", tmp_path / "out", weights=tmp_path / "weights", **settings)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
 def test_files_of_weights_are_whole_and_hold_tensors_alone(tmp_path):

@@ -3,29 +3,38 @@
 import io
 import json
 import multiprocessing
+import os
+import socket
 import tarfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderTiny, ControlNetModel
+from diffusers import AutoencoderTiny, ControlNetModel, DiffusionPipeline
+from huggingface_hub import constants as hub
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
-from asdm import AsdmError, CacheSchedule, Evaluation, PruningPlan, RedundancyMap, load_pipeline, save_pipeline
+from asdm import AsdmError, CacheSchedule, Evaluation, PruningPlan, RedundancyMap, images, load_pipeline, save_pipeline
 from asdm.data.draws import Draws
+from asdm.data.examples import LONGEST_CAPTION
+from asdm.data.metadata import rows_of_metadata
 from asdm.data.prepared import PreparedData
 from asdm.data.shards import MAX_SAMPLE
 from asdm.data.sources import open_data
 from asdm.distillation.recipes import read_stages
 from asdm.distillation.semantics import make_encoder
 from asdm.errors import AsdmWarning
+from asdm.evaluation.protocol.captions import read_captions
 from asdm.files import write_new
 from asdm.generation.additions import load_controlnet
 from asdm.generation.image import read_about
+from asdm.images import open_image
 from asdm.pipelines import untrusted
+from asdm.pipelines.decoders import load_decoder
 from asdm.pipelines.shapes import denoiser_without_weights
 from asdm.reading import MAX_DEPTH, parse_json, parse_yaml
 from asdm.training.checkpoints import TrainingState, checkpoint_step
@@ -159,6 +168,78 @@ def test_a_png_that_is_a_bomb_has_no_description(content, tmp_path):
         read_about(tmp_path / "image.png")
 
 
+@pytest.mark.parametrize("special", ["/dev/zero", "pipe", "folder"])
+def test_what_is_no_file_is_no_image(special, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    place = tmp_path / "0.png"
+    if special == "/dev/zero":
+        place.symlink_to(special)
+    elif special == "pipe":
+        os.mkfifo(place)
+    else:
+        place.mkdir()
+    (tmp_path / "metadata.jsonl").write_text(
+        "\n".join(json.dumps({"file_name": f"{n}.png", "text": "a cat"}) for n in "01")
+    )
+    data = open_data(tmp_path)
+    assert [example.name for example in data.examples] == ["1.png"] and "0.png" in data.skipped
+    with pytest.raises(AsdmError, match="not an image that can be read"):
+        open_image(place)
+
+
+def test_pixels_are_bounded_and_large_photographs_are_halved(monkeypatch, tmp_path):
+    monkeypatch.setattr(images, "MOST_PIXELS", 32 * 32)
+    noise = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+    for name in ("large.png", "large.jpg"):
+        Image.fromarray(noise).save(tmp_path / name)
+    assert open_image(tmp_path / "large.jpg").size == (20, 20)
+    with pytest.raises(AsdmError, match=r"40x40 pixels, more than 1,024"):
+        open_image(tmp_path / "large.png")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_images_are_converted_row_by_row_as_in_one_piece(mode, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 255, (50, 30, 4), dtype=np.uint8)
+    image = Image.fromarray(noise).convert("L" if mode == "I;16" else mode)
+    if mode == "I;16":
+        image = Image.fromarray(noise[..., 0].astype(np.uint16) * 257)
+    whole = images._opaque(image)
+    monkeypatch.setattr(images, "_ROWS", 7)
+    assert images.as_rgb(image).tobytes() == whole.tobytes()
+
+
+def test_captions_are_bounded_wherever_they_stand(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    long = "word " * LONGEST_CAPTION
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    same = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 3), pyarrow.array([long]))
+    lists = pyarrow.array([["a cat"] * 40] * 3)
+    for texts, told in [(same, "more than 10,000 characters"), (lists, None)]:
+        table = pyarrow.table({"file_name": ["0.png"] * 3, "text": texts, "more": [{"a": 1}] * 3})
+        parquet.write_table(table, tmp_path / "metadata.parquet")
+        rows = [row for _, row, _ in rows_of_metadata(tmp_path / "metadata.parquet")]
+        assert len(rows) == 3 and list(rows[0]) == ["file_name", "text", "more"]
+        if told is None:
+            assert [len(row["text"]) for row in rows] == [16] * 3
+            assert open_data(tmp_path).examples[0].caption == "a cat"
+        else:
+            assert rows[0]["text"] is rows[1]["text"], "one object, however often a table names it"
+            with pytest.raises(AsdmError, match=told):
+                open_data(tmp_path)
+    (tmp_path / "metadata.parquet").unlink()
+    for name, content in [("0.txt", long), ("p.txt", f"a cat\n{long}\n"), ("p.jsonl", json.dumps({"text": long})),
+                          ("p.json", json.dumps({"annotations": [{"image_id": 1, "id": 1, "caption": long}]})),
+                          ("n.jsonl", json.dumps({"text": "a\0cat"}))]:  # fmt: skip
+        (tmp_path / name).write_text(content)
+    assert "more than 10,000" in open_data(tmp_path / "p.txt").skipped["p.txt:2"]
+    for name in ("p.txt", "p.jsonl", "p.json", "n.jsonl"):
+        with pytest.raises(AsdmError, match=r"more than 10,000 characters|not text in UTF-8"):
+            read_captions(tmp_path / name, 10)
+    (tmp_path / "p.txt").unlink()
+    with pytest.raises(AsdmError, match="more than 10,000 characters"):
+        open_data(tmp_path)
+
+
 # -- trainings --------------------------------------------------------------------------------------------
 
 
@@ -222,6 +303,10 @@ def changed(path, **fields):
         ("model_index.json", {"text_encoder": ["transformers", "AutoModel"]}, "can run code"),
         ("model_index.json", {"vae": "AutoencoderKL"}, "cannot be loaded|lacks"),
         ("model_index.json", {"../../x": ["diffusers", "AutoencoderKL"]}, "no name of a part"),
+        ("model_index.json", {"text_encoder": ["diffusers", "DiffusionPipeline"]}, "no part of a pipeline"),
+        ("model_index.json", {"vae": ["pipeline_utils", "DiffusionPipeline"]}, "no part of a pipeline"),
+        ("model_index.json", {"vae": ["pipeline_utils", "os"]}, "no part of a pipeline"),
+        ("model_index.json", {"tokenizer": ["transformers", "RagRetriever"]}, "no part of a pipeline"),
         ("text_encoder/config.json", {"auto_map": {"AutoModel": "evil.Evil"}}, "others' code"),
         ("text_encoder/config.json", {"attn_implementation": "someone/kernel"}, "others' code"),
         ("unet/config.json", {"quantization_config": {"quant_method": "bitsandbytes"}}, "quantised weights"),
@@ -236,6 +321,61 @@ def test_a_folder_that_asks_for_code_or_for_too_much_is_refused(file, fields, sa
     with pytest.raises(AsdmError, match=said) as error:
         load_pipeline(model)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_weights_that_are_pickles_alone_are_not_opened(part, model):
+    (weights,) = (model / part).glob("*.safetensors")
+    weights.rename(model / part / "pytorch_model.bin")
+    with pytest.raises(AsdmError, match=rf"{part}: no .safetensors weights; pickles are not loaded"):
+        load_pipeline(model)
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "vae/config.json", "unet/diffusion_pytorch_model.safetensors"])
+def test_a_pipe_in_a_models_folder_is_refused(name, model):
+    (model / name).unlink()
+    os.mkfifo(model / name)
+    with pytest.raises(AsdmError, match=r"a pipe or a device|not a pipeline folder"):
+        load_pipeline(model)
+
+
+def test_a_config_that_names_models_elsewhere_fetches_none(model, monkeypatch):
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **_: asked.append(args))
+    backbone = {"backbone": "someone/else", "use_pretrained_backbone": True, "use_timm_backbone": False}
+    changed(model / "model_index.json", text_encoder=["transformers", "DetrModel"])
+    changed(model / "text_encoder" / "config.json", architectures=["DetrModel"], model_type="detr", **backbone)
+    with pytest.raises(AsdmError, match="cannot be loaded"):
+        load_pipeline(model)
+    (model / "vae" / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/else"}')
+    with pytest.raises(AsdmError, match="an adapter"):
+        load_pipeline(model)
+    assert asked == []
+    before = hub.HF_HUB_OFFLINE
+    with untrusted.without_network():
+        with untrusted.without_network():
+            pass
+        assert hub.HF_HUB_OFFLINE
+    assert before == hub.HF_HUB_OFFLINE
+
+
+def test_what_comes_from_the_hub_is_checked_as_folders_are(model, tmp_path, monkeypatch):
+    config = model / "text_encoder" / "config.json"
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda *_, **__: str(model))
+    assert load_pipeline("someone/pipeline").unet is not None
+    for place in ("pipelines.transformers_models.snapshot_download", "pipelines.decoders.hf_hub_download",
+                  "generation.additions.hf_hub_download"):  # fmt: skip
+        found = config if place.endswith("hf_hub_download") else config.parent
+        monkeypatch.setattr(f"asdm.{place}", lambda *_, found=found, **__: str(found))
+    changed(config, attn_implementation="someone/kernel")
+    for load in (
+        lambda: load_pipeline("someone/pipeline"),
+        lambda: make_encoder("someone/encoder", tiny_pipeline()),
+        lambda: load_decoder("someone/decoder", tiny_pipeline()),
+        lambda: load_controlnet(Path("someone/controlnet"), tiny_pipeline()),
+    ):
+        with pytest.raises(AsdmError, match="others' code"):
+            load()
 
 
 def test_code_in_a_models_folder_is_not_run(model, tmp_path):
@@ -284,7 +424,7 @@ def test_a_controlnet_that_lacks_a_tensor_is_refused(tmp_path):
 def test_a_decoder_or_encoder_that_is_a_pickle_is_refused(tmp_path):
     decoder = AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
     decoder.save_pretrained(tmp_path / "decoder", safe_serialization=False)
-    with pytest.raises(AsdmError, match="no such encoder"):
+    with pytest.raises(AsdmError, match=r"no .safetensors weights; pickles are not loaded"):
         make_encoder("clip", tiny_pipeline(), decoder=str(tmp_path / "decoder"))
 
 

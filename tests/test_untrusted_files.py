@@ -21,7 +21,7 @@ from asdm.cli.main import one_line_errors
 from asdm.distillation.decoder_recipe import DecoderRecipe, read_decoder_recipe
 from asdm.distillation.recipes import read_stages
 from asdm.errors import disk_error
-from asdm.evaluation.image_folders import DISTANCES, load_distances
+from asdm.evaluation.image_folders import DISTANCES, folder_name, load_distances
 from asdm.evaluation.protocol.captions import read_captions
 from asdm.evaluation.protocol.extractors import FEATURES, ClipExtractor
 from asdm.evaluation.protocol.features import FeatureCache
@@ -245,3 +245,11 @@ def test_commands_let_no_library_report_to_its_makers(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with one_line_errors():
         assert [os.environ[name] for name in names] == ["1", "1"]
+
+
+def test_a_models_name_of_any_length_names_a_folder(tmp_path):
+    names = [f"/{'d' * 100}/{'é' * 200}/{end}" for end in ("a", "b", "a/" * 400)]
+    folders = [folder_name(name) for name in [*names, "models/x"]]
+    assert folders[-1] == "models_x" and len(set(folders)) == 4
+    for folder in folders:
+        (tmp_path / f"wins-{folder}.html").touch()

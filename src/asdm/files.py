@@ -25,6 +25,7 @@ from asdm.reading import read_json
 
 MARKER = "asdm.json"  # in a folder that this tool wrote: what it is, and that it may be replaced
 PARTIAL, PREVIOUS = "partial", "previous"
+LOCK = ".lock"  # in a folder that one run at a time works in
 
 
 @contextmanager
@@ -135,7 +136,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
     Raises:
         AsdmError: another run is at work there.
     """
-    lock = FileLock(folder / ".lock", timeout=0)
+    lock = FileLock(folder / LOCK, timeout=0)
     try:
         if int(os.environ.get("RANK", "0")) == 0:
             lock.acquire()
@@ -184,7 +185,8 @@ def require_ours(folder: Path, kind: str) -> None:
         raise AsdmError(f"{folder}: a file; name a folder that does not exist yet")
     if folder.name in ("", ".."):  # it could not be replaced as a whole
         raise AsdmError(f"{folder}: name a folder in it, not itself")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).is_file():
+    others = (path for path in folder.glob("*") if path.name != LOCK)
+    if folder.is_dir() and any(others) and not (folder / MARKER).is_file():
         raise AsdmError(
             f"{folder}: exists and was not written by asdm (it has no {MARKER}); name another folder or remove it"
         )

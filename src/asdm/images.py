@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import struct
 import warnings
 import zlib
@@ -25,6 +26,9 @@ _OF_IMAGES = (
     "orf pef psb psd qoi raf raw rw2 srw svg svgz tif tiff wdp webp wmf xcf"
 )
 UNREAD_SUFFIXES = frozenset(f".{suffix}" for suffix in _OF_IMAGES.split())
+MOST_PIXELS = 2**26  # that an image may have, 8192x8192; a JPEG of more is decoded at half its size
+_MOST_BYTES = 2**28  # of a file whose metadata is damaged
+_ROWS = 256  # of an image that are converted at a time
 _ORIENTATION = 0x0112
 _TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -54,20 +58,47 @@ def open_pixels(file: Path | bytes) -> Image.Image:
 
     Raises:
         OSError: the file is no image, or cannot be read. Pillow's readers raise other kinds too.
+        DecompressionBombError: it has more than `MOST_PIXELS`.
     """
+    if isinstance(file, Path) and not _is_file(file):
+        raise OSError("not a file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # about damaged EXIF, and about large images; twice as many pixels are refused
-            return Image.open(_stream(file), formats=readable_formats())
+            warnings.simplefilter("ignore")  # about damaged EXIF, and about large images
+            return _bounded(Image.open(_stream(file), formats=readable_formats()))
     except (Image.DecompressionBombError, FileNotFoundError):
         raise
     except Exception:
         content = _without_metadata(file)
         if content is None:
             raise
-        return Image.open(io.BytesIO(content), formats=readable_formats())
+        return _bounded(Image.open(io.BytesIO(content), formats=readable_formats()))
+
+
+def _is_file(path: Path) -> bool:
+    """Return whether a path is a file; reading a device may never end, and opening a pipe may never begin.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+    """
+    return stat.S_ISREG(path.stat().st_mode)
+
+
+def _bounded(image: Image.Image) -> Image.Image:
+    """Return the image; of a JPEG with more than `MOST_PIXELS` one that is decoded at half its size.
+
+    Raises:
+        DecompressionBombError: it has more.
+    """
+    sides = image.size
+    if sides[0] * sides[1] > MOST_PIXELS:
+        image.draft(None, (sides[0] // 2, sides[1] // 2))
+    if image.width * image.height > MOST_PIXELS:
+        image.close()
+        raise Image.DecompressionBombError(
+            f"{sides[0]}x{sides[1]} pixels, more than {MOST_PIXELS:,}; make the image smaller"
+        )
+    return image
 
 
 def verify_pixels(file: Path | bytes) -> None:
@@ -101,13 +132,22 @@ def _stream(file: Path | bytes) -> Path | io.BytesIO:
 
 def _without_metadata(file: Path | bytes) -> bytes | None:
     """Return the content of a PNG or WebP file reduced to its pixels; None for any other format."""
-    content = file if isinstance(file, bytes) else file.read_bytes()
+    content = file if isinstance(file, bytes) else _content_of(file)
     if content.startswith(b"\x89PNG\r\n\x1a\n"):
         return content[:8] + b"".join(_png_chunks(content))
     if content.startswith(b"RIFF") and content[8:12] == b"WEBP":
         body = b"WEBP" + b"".join(_webp_chunks(content))
         return b"RIFF" + struct.pack("<I", len(body)) + body
     return None
+
+
+def _content_of(path: Path) -> bytes:
+    """Return the content of a file that may be an image; nothing of what is too large to be one, or no file."""
+    if not _is_file(path):
+        return b""
+    with path.open("rb") as file:
+        content = file.read(_MOST_BYTES)
+        return b"" if file.read(1) else content
 
 
 def _png_chunks(content: bytes) -> Iterator[bytes]:
@@ -162,6 +202,15 @@ def as_rgb(image: Image.Image) -> Image.Image:
     image = _upright(image)
     if image.mode == "F":
         raise OSError("its pixels are floating-point numbers; convert it to 8 bits")
+    page = Image.new("RGB", image.size)
+    for top in range(0, image.height, _ROWS):  # whole copies of a large image would take gigabytes
+        rows = image.crop((0, top, image.width, min(top + _ROWS, image.height)))
+        page.paste(_opaque(rows), (0, top))
+    return page
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """Convert an image to RGB, with transparent parts on white."""
     if image.mode.startswith("I"):  # 16 bits, which PIL would clip at 255
         image = Image.fromarray((np.array(image).clip(0, 65535) / 257).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:

@@ -32,6 +32,7 @@ _RUNNING = (
     "os.fork",
     "pickle.find_class",
     "socket.connect",
+    "socket.getaddrinfo",
     "ctypes.dlopen",
 )
 

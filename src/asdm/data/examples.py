@@ -21,9 +21,11 @@ from asdm.images import image_fault, open_pixels, to_tensor
 
 PIECE = 1024  # examples of a folder, a dataset or a file of captions that are read at a time
 CAPTION_FIELDS = ("caption", "text", "prompt")
+LONGEST_CAPTION = 10_000  # characters; text encoders read less than half of it
 
 Split = Literal["train", "held_out", "all"]
 _LABELS = ("concept", "style", "design")
+ROW_FIELDS = ("file_name", *CAPTION_FIELDS, *_LABELS, "held_out", "held_out_kind")  # that are read of a row
 _LONGEST_KIND = 40  # characters
 _FALSE = ("", "0", "false", "no")  # in a table of texts
 
@@ -103,6 +105,13 @@ def rows_of_piece(piece: int, rows: int) -> range:
     return range(piece * PIECE, min((piece + 1) * PIECE, rows))
 
 
+def caption_fault(text: str) -> str | None:
+    """Say why a text cannot be a caption or a prompt; None where it can."""
+    if "\0" in text:
+        return "is not text in UTF-8"
+    return f"has more than {LONGEST_CAPTION:,} characters" if len(text) > LONGEST_CAPTION else None
+
+
 def example_of(name: str, caption: Any, file: Path | bytes | None, about: dict[str, Any]) -> Example | Unusable:
     """Make an example, or say why there is none.
 
@@ -115,8 +124,9 @@ def example_of(name: str, caption: Any, file: Path | bytes | None, about: dict[s
         caption = next((each for each in caption if isinstance(each, str) and each.strip()), "")
     if caption is not None and not isinstance(caption, str):
         return Unusable(name, f"its caption is no text: {one_line(caption)}")
-    if "\0" in (caption or ""):
-        return Unusable(name, "its caption is not text in UTF-8")
+    fault = caption_fault(caption or "")
+    if fault is not None:
+        return Unusable(name, f"its caption {fault}")
     caption = " ".join((caption or "").encode("utf-8", "replace").decode().split())  # half an emoji is no character
     if not caption:
         return Unusable(name, "its caption is empty")

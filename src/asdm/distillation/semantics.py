@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderTiny, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from asdm.diffusion.conditioning import Conditioning, predict
@@ -19,7 +19,9 @@ from asdm.diffusion.parameterization import Parameterization, parameterization_o
 from asdm.errors import AsdmError, one_line
 from asdm.families import Denoiser, denoiser_of, family_of
 from asdm.pipelines.clip import clip_statistics, load_clip
-from asdm.pipelines.transformers_models import load_transformers_model
+from asdm.pipelines.decoders import load_decoder
+from asdm.pipelines.transformers_models import load_transformers_model, local_folder
+from asdm.pipelines.untrusted import without_network
 
 TIMESTEP = 0.2  # part of the schedule at which the denoiser reads latents: little noise, so that meaning shows
 
@@ -163,7 +165,7 @@ def make_encoder(name: str, pipeline: DiffusionPipeline, decoder: str | None = N
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
     try:
-        vae = pipeline.vae if decoder is None else AutoencoderTiny.from_pretrained(decoder, use_safetensors=True).eval()
+        vae = pipeline.vae if decoder is None else load_decoder(decoder, pipeline).eval()
         vae = vae.requires_grad_(False).to(pipeline.device)
         if name == "clip":
             clip = load_clip(pipeline)
@@ -172,13 +174,12 @@ def make_encoder(name: str, pipeline: DiffusionPipeline, decoder: str | None = N
                     "semantics: no clip folder beside this pipeline; choose the encoder unet, or name a vision model"
                 )
             return VisionEncoder(clip.to(pipeline.device), vae, pipeline.tokenizer, *clip_statistics(clip))
-        model = load_transformers_model(AutoModel, name, whole=False).to(pipeline.device)
-        tokenizer = (
-            AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-            if hasattr(model, "get_text_features")
-            else None
-        )
-        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+        place = local_folder(name)
+        model = load_transformers_model(AutoModel, place, whole=False).to(pipeline.device)
+        with without_network():
+            has_texts = hasattr(model, "get_text_features")
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False) if has_texts else None
+            processor = AutoImageProcessor.from_pretrained(place, trust_remote_code=False)
         return VisionEncoder(model, vae, tokenizer, processor.image_mean, processor.image_std, _side(processor))
     except (OSError, ValueError) as error:
         if isinstance(error, AsdmError):

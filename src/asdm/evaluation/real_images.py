@@ -125,6 +125,12 @@ def image_embeds(clip: CLIPModel, images: Tensor) -> Tensor:
 @torch.no_grad()
 def text_embeds(clip: CLIPModel, tokenizer: Any, captions: Sequence[str]) -> Tensor:
     """Return embeddings (captions, channels) by the text tower."""
+    tokens = tokens_of(clip, tokenizer, captions)
+    return clip.text_projection(clip.text_model(input_ids=tokens.to(clip.device)).pooler_output)
+
+
+def tokens_of(clip: CLIPModel, tokenizer: Any, captions: Sequence[str]) -> Tensor:
+    """Return what the text tower reads of captions, (captions, tokens)."""
     longest = clip.config.text_config.max_position_embeddings
     tokens = tokenizer(list(captions), padding="max_length", max_length=longest, truncation=True, return_tensors="pt")
-    return clip.text_projection(clip.text_model(input_ids=tokens.input_ids.to(clip.device)).pooler_output)
+    return tokens.input_ids  # type: ignore[no-any-return]

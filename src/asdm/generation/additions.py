@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers import ControlNetModel, DiffusionPipeline
+from huggingface_hub import hf_hub_download
 from pydantic import Field, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -23,7 +24,7 @@ from asdm.pipelines.damaged import refuse_damaged
 from asdm.pipelines.names import looks_like_path
 from asdm.pipelines.quiet import quiet
 from asdm.pipelines.tensor_faults import require_loaded
-from asdm.pipelines.untrusted import bounded_modules, require_safe_config
+from asdm.pipelines.untrusted import bounded_modules, require_plain_files, require_safe_config
 from asdm.reading import read_json
 from asdm.records import Record
 
@@ -156,6 +157,7 @@ def require_controlnet_folder(folder: Path) -> None:
         if folder.exists() or looks_like_path(os.fspath(folder)):
             raise AsdmError(f"{folder}: no such folder of a ControlNet; name one in diffusers' format, or a Hub id")
         return
+    require_plain_files(folder)
     try:
         config = read_json(folder / "config.json")
         found = config["_class_name"]
@@ -173,9 +175,9 @@ def load_controlnet(folder: Path, pipeline: DiffusionPipeline) -> ControlNetMode
     """
     require_controlnet_folder(folder)
     denoiser = denoiser_of(pipeline)
-    if folder.is_dir():
-        require_safe_config(folder / "config.json")
     with refuse_damaged(folder), quiet(), bounded_modules(str(folder)):
+        is_here = folder.is_dir()
+        require_safe_config(folder / "config.json" if is_here else Path(hf_hub_download(str(folder), "config.json")))
         controlnet = ControlNetModel.from_pretrained(
             os.fspath(folder), torch_dtype=denoiser.dtype, use_safetensors=True
         )

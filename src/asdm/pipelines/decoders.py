@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline
+from huggingface_hub import hf_hub_download
 
 from asdm import checks
 from asdm.devices import on_device
@@ -27,7 +28,7 @@ from asdm.pipelines.names import looks_like_path
 from asdm.pipelines.quiet import quiet
 from asdm.pipelines.random_models import randomly_filled
 from asdm.pipelines.tensor_faults import require_loaded
-from asdm.pipelines.untrusted import bounded_modules, require_safe_config
+from asdm.pipelines.untrusted import bounded_modules, require_plain_files, require_safe_config
 from asdm.reading import read_json
 from asdm.registry import PIPELINES, registered_folder
 
@@ -86,8 +87,11 @@ def load_decoder(name: str | Path, pipeline: DiffusionPipeline) -> AutoencoderTi
     if name.startswith(RANDOM):
         return _random(name, pipeline)
     place = _place_of(name)
-    remedy = "train or download it again" if os.path.isdir(place) else "name a folder of a decoder, or a Hub id"
+    is_here = os.path.isdir(place)
+    remedy = "train or download it again" if is_here else "name a folder of a decoder, or a Hub id"
     with refuse_damaged(name, remedy), quiet(), bounded_modules(name):
+        if not is_here:
+            require_safe_config(Path(hf_hub_download(place, "config.json")))
         tiny = AutoencoderTiny.from_pretrained(place, torch_dtype=torch.float32, use_safetensors=True)
     require_loaded(tiny, name, "decoder", sorted(Path(place).glob("*.safetensors")))
     require_finite(tiny, name, remedy)
@@ -190,6 +194,7 @@ def _place_of(name: str) -> str:
         if folder.exists() or looks_like_path(name):
             raise AsdmError(f"{name}: no such folder of a decoder; name one, or a Hub id of an AutoencoderTiny")
         return name
+    require_plain_files(folder)
     try:
         found = read_json(folder / "config.json")["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:

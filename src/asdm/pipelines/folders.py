@@ -24,7 +24,7 @@ from asdm.pipelines.tensor_faults import (
     require_weights,
     require_whole,
 )
-from asdm.pipelines.untrusted import bounded_modules, require_safe_folder
+from asdm.pipelines.untrusted import bounded_modules, require_safe_folder, without_network
 from asdm.reading import read_json
 from asdm.student.classes import student_class
 
@@ -54,7 +54,7 @@ def load_folder(folder: Path, dtype: torch.dtype, as_stored: bool = False) -> Di
     require_shards(folder)
     if not any(denoiser.glob("*.safetensors")):
         raise AsdmError(f"{denoiser}: no .safetensors weights; pickles are not loaded, convert them first")
-    return _from_pretrained(str(folder), dtype, as_stored)
+    return _from_pretrained(folder, dtype, as_stored)
 
 
 def load_from_hub(name: str, dtype: torch.dtype, as_stored: bool = False) -> DiffusionPipeline:
@@ -69,13 +69,10 @@ def load_from_hub(name: str, dtype: torch.dtype, as_stored: bool = False) -> Dif
                 folder = DiffusionPipeline.download(name, use_safetensors=True)
             except OSError:  # also where the weights are there in this variant alone
                 folder = DiffusionPipeline.download(name, use_safetensors=True, variant=VARIANT)
-        require_safe_folder(Path(folder))
-        return _from_pretrained(str(folder), dtype, as_stored)
     except (OSError, ValueError) as error:
-        if isinstance(error, AsdmError):
-            raise
         told = f"not found, here or on the Hub ({one_line(error)}); MODEL is {model_help()}"
         raise AsdmError(f"{name}: {told}") from error
+    return load_folder(Path(folder), dtype, as_stored)
 
 
 def set_parameterization(
@@ -110,10 +107,9 @@ def _require_parts(folder: Path) -> None:
             raise AsdmError(f"{folder}: lacks its {part}, which model_index.json names ({kind[1]}); download it again")
 
 
-def _from_pretrained(name: str, dtype: torch.dtype, as_stored: bool) -> DiffusionPipeline:
-    folder = Path(name)
+def _from_pretrained(folder: Path, dtype: torch.dtype, as_stored: bool) -> DiffusionPipeline:
     dtypes = {"default": dtype, **(_stored_dtypes(folder) if as_stored else {})}
-    with quiet(), bounded_modules(name):
+    with quiet(), bounded_modules(str(folder)), without_network():
         try:
             pipeline = _with_its_denoiser(folder, dtypes)
             require_whole(pipeline, folder)
@@ -121,10 +117,8 @@ def _from_pretrained(name: str, dtype: torch.dtype, as_stored: bool) -> Diffusio
         except (AsdmError, MemoryError):
             raise
         except Exception as error:  # of the libraries, any kind
-            if isinstance(error, OSError | ValueError) and not folder.is_dir():
-                raise
             explain_folder(folder)
-            raise AsdmError(f"{name}: cannot be loaded: {one_line(error)}") from error
+            raise AsdmError(f"{folder}: cannot be loaded: {one_line(error)}") from error
 
 
 def _with_its_denoiser(folder: Path, dtypes: dict[str, torch.dtype]) -> DiffusionPipeline:

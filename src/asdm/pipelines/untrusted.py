@@ -7,19 +7,22 @@ folder is never run, nothing is fetched by its configs, and memory and time are 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import diffusers
 import transformers
 from accelerate import init_empty_weights
-from diffusers import pipelines
+from diffusers import DiffusionPipeline, pipelines
+from huggingface_hub import constants as hub
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
-from transformers import PreTrainedModel
+from transformers import ImageProcessingMixin, PreTrainedModel, PreTrainedTokenizerBase
 
 from asdm.errors import AsdmError, one_line
 from asdm.families import families
@@ -32,18 +35,62 @@ _MAX_SIDE = 512  # latents of a transformer with a table of positions; real ones
 _LIBRARIES = ("diffusers", "transformers")
 # Fields by which a config makes a library fetch or run code of others.
 _CODE = ("auto_map", "custom_pipelines", "trust_remote_code")
+_ADAPTER = "adapter_config.json"  # by which transformers takes the weights of the model that it names
+_OF_TRANSFORMERS = (PreTrainedModel, PreTrainedTokenizerBase, ImageProcessingMixin)  # what parts can be
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _QUANTISED = ("quantization_config", "compression_config")
 
 
 def require_safe_folder(folder: Path) -> None:
-    """Raise an AsdmError where a pipeline's folder asks for code of others, or for more than its files hold."""
+    """Raise an AsdmError where a pipeline's folder asks for code or weights of others, holds pickles, or asks for more
+    than its files hold."""
+    require_plain_files(folder)
     index = _read_object(folder / "model_index.json")
     _require_no_code(index, folder / "model_index.json")
     for part, kind in index.items():
         if isinstance(kind, list):
             _require_known_class(part, kind, folder)
+            _require_no_pickle(folder / part)
     for config in sorted(folder.glob("*/*config.json")):
         require_safe_config(config)
+
+
+def require_plain_files(folder: Path) -> None:
+    """Raise an AsdmError where a folder, or one in it, has a pipe or a device, which may never end; or an adapter."""
+    for path in (*folder.glob("*"), *folder.glob("*/*")):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise AsdmError(f"{path}: a pipe or a device, not a file; remove it")
+        if path.name == _ADAPTER:
+            raise AsdmError(f"{path}: an adapter, whose weights and base are not loaded with a model; remove it")
+
+
+def _require_no_pickle(part: Path) -> None:
+    """Raise an AsdmError where the weights of a part are pickles alone."""
+    suffixes = {path.suffix for path in part.glob("*")}
+    if ".safetensors" not in suffixes and suffixes & set(_PICKLES):
+        raise AsdmError(f"{part}: no .safetensors weights; pickles are not loaded, convert them first")
+
+
+_reading = threading.Lock()
+_readers, _was_offline = 0, False
+
+
+@contextmanager
+def without_network() -> Iterator[None]:
+    """Let the libraries take nothing from the Hub while a folder is loaded in the block: its configs may name models
+    there. Threads may be in such blocks at once."""
+    global _readers, _was_offline
+    with _reading:
+        if _readers == 0:
+            _was_offline, hub.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE, True
+        _readers += 1
+    try:
+        yield
+    finally:
+        with _reading:
+            _readers -= 1
+            if _readers == 0:
+                hub.HF_HUB_OFFLINE = _was_offline
 
 
 @contextmanager
@@ -80,8 +127,22 @@ def _require_known_class(part: str, kind: list[Any], folder: Path) -> None:
         raise AsdmError(f"{place} is of the library {library}; it must be of {' or '.join(_LIBRARIES)}")
     if library == "transformers" and class_name.startswith("Auto"):
         raise AsdmError(f"{place} is of the class {class_name}, which can run code; name the class itself")
+    if not is_student and not _is_class_of_part(library, class_name):
+        raise AsdmError(f"{place} is of the class {class_name}, which is no part of a pipeline; download it again")
     if "." in part or "/" in part or part in ("", ".."):
         raise AsdmError(f"{place}: is no name of a part")
+
+
+def _is_class_of_part(library: str, name: str) -> bool:
+    """Return whether a class can be a part: a model, a tokenizer, a processor or a scheduler; True where it is not
+    known, as of newer versions. Other classes load what no check here has seen."""
+    place: Any = {"transformers": transformers, "diffusers": diffusers}.get(library) or getattr(pipelines, library)
+    found = getattr(place, name, None)
+    if found is None:
+        return True
+    if not isinstance(found, type) or issubclass(found, DiffusionPipeline):
+        return False
+    return library != "transformers" or issubclass(found, _OF_TRANSFORMERS)
 
 
 def require_safe_config(path: Path) -> None:
@@ -146,7 +207,7 @@ def empty_of_transformers(folder: Path, config: dict[str, Any]) -> nn.Module | N
         return None
     made: Any = kind
     try:
-        with init_empty_weights(include_buffers=True), bounded_modules(str(folder)):
+        with init_empty_weights(include_buffers=True), bounded_modules(str(folder)), without_network():
             return made(made.config_class.from_pretrained(folder))
     except AsdmError:
         raise

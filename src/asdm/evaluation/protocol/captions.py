@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from asdm.data.examples import CAPTION_FIELDS
+from asdm.data.examples import CAPTION_FIELDS, caption_fault
 from asdm.data.metadata import rows_of_metadata, text_of
 from asdm.errors import AsdmError, one_line
 from asdm.generation.files import read_prompts
@@ -31,10 +31,16 @@ def read_captions(path: Path, count: int) -> list[str]:
     if not path.is_file():
         raise AsdmError(f"{path}: no such file of captions")
     if path.suffix == ".json":
-        return _of_coco(path, count)
-    if path.suffix in (".csv", ".jsonl", ".parquet"):
-        return list(_of_table(path))[:count]
-    return read_prompts(str(path))[:count]
+        found = _of_coco(path, count)
+    elif path.suffix in (".csv", ".jsonl", ".parquet"):
+        found = list(_of_table(path))[:count]
+    else:
+        found = read_prompts(str(path))[:count]
+    for caption in found:
+        fault = caption_fault(caption)
+        if fault is not None:
+            raise AsdmError(f"{path}: a caption {fault} ({one_line(caption[:80], 40)})")
+    return found
 
 
 def _of_coco(path: Path, count: int) -> list[str]:

@@ -16,19 +16,20 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
-from torch import Tensor
-from transformers import AutoModel, AutoTokenizer, CLIPModel
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer, CLIPModel, PreTrainedModel
 
-from asdm.data.prepared import digest_of
 from asdm.errors import AsdmError
 from asdm.evaluation.metrics import Judge
 from asdm.evaluation.protocol.metrics import JUDGE
 from asdm.evaluation.protocol.weights import Source, metrics_extra
-from asdm.evaluation.real_images import image_embeds, text_embeds
+from asdm.evaluation.real_images import image_embeds, text_embeds, tokens_of
 from asdm.pipelines.clip import clip_statistics, load_clip
 from asdm.pipelines.damaged import refuse_damaged
 from asdm.pipelines.quiet import quiet
 from asdm.pipelines.transformers_models import load_transformers_model
+from asdm.pipelines.untrusted import without_network
+from asdm.tensor_files import content_digest
 
 FEATURES, LOGITS = "features", "logits"
 DINOV2_SIDE = 224  # of the inputs in FD-DINOv2 (arXiv 2306.04675), where the model's own is 518
@@ -50,6 +51,10 @@ class TextExtractor(Extractor, Protocol):
 
     scale: float  # of their cosine in a score
 
+    def tokens(self, captions: Sequence[str]) -> list[list[int]]:
+        """Return what the network reads of the captions."""
+        ...
+
     def texts(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Return tensors (captions, ..) on the CPU by name."""
         ...
@@ -62,7 +67,7 @@ class JudgeExtractor:
 
     def __init__(self, device: torch.device | str) -> None:
         self._judge = Judge(device)
-        self.identity = f"judge {digest_of(self._judge.network)}"
+        self.identity = _identity("judge", self._judge.network)
 
     def images(self, pixels: Tensor) -> dict[str, Tensor]:
         features = self._judge.features(_in_range(pixels))
@@ -86,7 +91,7 @@ class InceptionExtractor:
         with refuse_damaged(path):
             self._network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path)).to(device)
         self._device = device
-        self.identity = f"inception {digest_of(self._network)}"
+        self.identity = _identity("inception", self._network)
 
     @torch.no_grad()
     def images(self, pixels: Tensor) -> dict[str, Tensor]:
@@ -101,13 +106,13 @@ class ClipExtractor:
     def __init__(self, clip: CLIPModel, tokenizer: Any, title: str, *, scaled: bool = False) -> None:
         self._clip, self._tokenizer, self.title = clip, tokenizer, title
         self.scale = float(clip.logit_scale.detach().exp()) if scaled else 1.0
-        self.identity = f"clip {digest_of(clip)}"
+        self.identity = _identity("clip", clip, clip_statistics(clip))
 
     @classmethod
     def of_folder(cls, path: Path, title: str, device: torch.device | str, *, scaled: bool = False) -> ClipExtractor:
         """Load a CLIPModel and its tokenizer from a folder."""
         clip = load_transformers_model(CLIPModel, path).to(device)
-        with refuse_damaged(path), quiet():
+        with refuse_damaged(path), quiet(), without_network():
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         _require_words(path, tokenizer, clip)
         return cls(clip, tokenizer, title, scaled=scaled)
@@ -115,6 +120,9 @@ class ClipExtractor:
     @torch.no_grad()
     def images(self, pixels: Tensor) -> dict[str, Tensor]:
         return {FEATURES: F.normalize(image_embeds(self._clip, _in_range(pixels)), dim=1).cpu()}
+
+    def tokens(self, captions: Sequence[str]) -> list[list[int]]:
+        return tokens_of(self._clip, self._tokenizer, captions).tolist()  # type: ignore[no-any-return]
 
     def texts(self, captions: Sequence[str]) -> dict[str, Tensor]:
         return {FEATURES: F.normalize(text_embeds(self._clip, self._tokenizer, captions), dim=1).cpu()}
@@ -129,7 +137,7 @@ class Dinov2Extractor:
         self._network = load_transformers_model(AutoModel, path).to(device)
         self._mean, self._deviation = (torch.tensor(each).view(3, 1, 1) for each in clip_statistics(self._network))
         self._device = device
-        self.identity = f"dinov2 {DINOV2_SIDE} {digest_of(self._network)}"
+        self.identity = _identity("dinov2", self._network, DINOV2_SIDE, clip_statistics(self._network))
 
     @torch.no_grad()
     def images(self, pixels: Tensor) -> dict[str, Tensor]:
@@ -156,7 +164,7 @@ class Lpips:
             self._metric = LearnedPerceptualImagePatchSimilarity("alex", reduction="none", sync_on_compute=False)
         self._metric.to(device)
         self._device = device
-        self.identity = f"lpips {digest_of(self._metric.net)}"
+        self.identity = _identity("lpips", self._metric.net)
 
     @torch.no_grad()
     def pairs(self, pixels: Tensor, others: Tensor) -> Tensor:
@@ -186,6 +194,12 @@ def open_extractor(
         return Dinov2Extractor(path, device)
     # PickScore's score is its scaled logit (arXiv 2305.01569, equation 1); HPSv2's and the CLIP score are cosines.
     return ClipExtractor.of_folder(path, source.title, device, scaled=role == "pickscore")
+
+
+def _identity(kind: str, network: nn.Module, *more: Any) -> str:
+    """Return what tells a network's features from another's: all its numbers, its config, how its inputs are made."""
+    config = network.config.to_json_string() if isinstance(network, PreTrainedModel) else ""
+    return f"{kind} {content_digest(network.state_dict())} {config} {more}"
 
 
 def _require_words(path: Path, tokenizer: Any, clip: CLIPModel) -> None:

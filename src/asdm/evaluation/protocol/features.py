@@ -7,7 +7,7 @@ computed once, wherever the images lie.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from asdm.errors import AsdmError
 from asdm.evaluation.protocol.extractors import Extractor, TextExtractor
 from asdm.files import replacing_file
 from asdm.images import image_fault, open_pixels
+from asdm.tensor_files import content_digest
 
 PIECE = 512  # items of a piece
 BATCH = 32  # items that a network reads at a time
@@ -82,7 +83,10 @@ class FeatureCache:
         def compute(some: Sequence[str]) -> dict[str, Tensor]:
             return _joined(extractor.texts(some[start : start + BATCH]) for start in range(0, len(some), BATCH))
 
-        return self._pieces(title, texts, lambda some: [extractor.identity, "texts", *some], compute)
+        def key(some: Sequence[str]) -> list[str]:  # another tokenizer makes other tokens of a text
+            return [extractor.identity, "texts", *map(repr, extractor.tokens(some))]
+
+        return self._pieces(title, texts, key, compute)
 
     def of_pairs(
         self, title: str, identity: str, measure: Callable[[Tensor, Tensor], Tensor], pairs: Sequence[tuple[Path, Path]]
@@ -112,7 +116,7 @@ class FeatureCache:
             if _read(path) is None:
                 with replacing_file(path) as partial:
                     computed = {name: value.contiguous() for name, value in compute(pieces[number]).items()}
-                    save_file(computed, partial, {_DIGEST: _digest_of(computed)})
+                    save_file(computed, partial, {_DIGEST: content_digest(computed)})
             if self._progress is not None:
                 self._progress(title, min((number + 1) * PIECE, len(items)), len(items))
         self._state.wait_for_everyone()
@@ -155,16 +159,7 @@ def _read(path: Path) -> dict[str, Tensor] | None:
             metadata = file.metadata() or {}
     except (OSError, SafetensorError):
         return None
-    return found if metadata.get(_DIGEST) == _digest_of(found) else None
-
-
-def _digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of names, shapes and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
-    return digest.hexdigest()
+    return found if metadata.get(_DIGEST) == content_digest(found) else None
 
 
 def _pixel_batches(paths: Sequence[Path], files: ImageFiles) -> Iterator[Tensor]:

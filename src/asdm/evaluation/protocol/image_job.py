@@ -19,7 +19,6 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from pydantic import Field
 
-from asdm.data.prepared import digest_of, fingerprint
 from asdm.diffusion.conditioning import image_size
 from asdm.diffusion.generation import generate, is_small
 from asdm.digests import short_digest
@@ -30,6 +29,7 @@ from asdm.files import MARKER, read_marker, replacing_file, require_ours, write_
 from asdm.images import to_images
 from asdm.pipelines.derived import without_safety_checker
 from asdm.records import Record
+from asdm.tensor_files import content_digest
 
 KIND = "evaluation images"
 SMALL_BATCH = 32  # of latents of up to 32x32
@@ -48,12 +48,14 @@ class ImageSettings(Record):
 
 
 def identity_of(pipeline: DiffusionPipeline) -> dict[str, str]:
-    """Return what tells a pipeline's images from another's: its weights, its denoiser's edits, its scheduler, its
+    """Return what tells a pipeline's images from another's: all its weights, its denoiser's edits, its scheduler, its
     precision."""
     denoiser, scheduler = denoiser_of(pipeline), pipeline.scheduler
     config = {name: value for name, value in dict(scheduler.config).items() if not name.startswith("_")}
     edits = json.dumps(denoiser.config.get("edits"), default=str, sort_keys=True)
-    about = [digest_of(denoiser), fingerprint(pipeline), family_of(denoiser).fingerprint(denoiser), edits]
+    parts = (denoiser, *(getattr(pipeline, name, None) for name in ("vae", "text_encoder", "text_encoder_2")))
+    weights = [content_digest(part.state_dict()) for part in parts if part is not None]
+    about = [image_size(pipeline), *weights, family_of(denoiser).fingerprint(denoiser), edits]
     return {
         "model": short_digest(json.dumps(about)),
         "scheduler": f"{type(scheduler).__name__} {_digest(config)}",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from asdm.choices import ProtocolName
 from asdm.errors import AsdmError
+from asdm.evaluation.metrics import require_judge
 from asdm.evaluation.protocol.captions import read_captions
 from asdm.evaluation.protocol.measurement import needs_real_images
 from asdm.evaluation.protocol.metrics import Requested, Role, parse_metrics, roles_of
@@ -91,7 +92,7 @@ def _real_images(protocol: Protocol, images: str | Path | None, metrics: Sequenc
     if folder is None or not folder.is_dir():
         raise AsdmError(f"{folder}: no such folder of real images")
     suffixes = readable_suffixes()
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
     if len(found) < 2:
         raise AsdmError(f"{folder}: has {len(found)} images; name a folder of real images")
     return found
@@ -103,6 +104,8 @@ def _networks(protocol: Protocol, requested: Sequence[Requested], weights: Path 
     networks = {}
     for role, where in roles_of(requested).items():
         source = protocol.sources[role]
+        if source.kind == "judge" and where is None:
+            require_judge()
         if source.is_own and where is None:
             networks[role] = Network(source, None)
         else:  # what the caller names takes the place of the demo's own networks

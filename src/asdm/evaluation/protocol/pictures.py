@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from asdm.choices import ImageLayout
+from asdm.data.examples import caption_fault
 from asdm.data.metadata import text_of
 from asdm.errors import AsdmError, one_line
 from asdm.reading import parse_json
@@ -73,7 +74,12 @@ def pictures_of(layout: ImageLayout, path: Path) -> Pictures:
     """
     if not path.exists():
         raise AsdmError(f"{path}: no such file of prompts for {layout}")
-    return _geneval(path) if layout == "geneval" else _dpg(path)
+    found = _geneval(path) if layout == "geneval" else _dpg(path)
+    for picture in found.all:
+        fault = caption_fault(picture.prompt)
+        if fault is not None:
+            raise AsdmError(f"{path}: the prompt of {picture.file} {fault}")
+    return found
 
 
 def _geneval(path: Path) -> Pictures:

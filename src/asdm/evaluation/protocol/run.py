@@ -104,9 +104,9 @@ def evaluate_by_protocol(
     changes = Changes(PROTOCOLS[protocol], steps, guidance_scale, size, seed)
     job = _Evaluation(changes, pipelines, place, state, inputs, limit, progress)
     job.require()
-    settings = job.claim()
-    with folder_lock(place):
-        job.run(settings, batch_size)
+    place.mkdir(parents=True, exist_ok=True)
+    with folder_lock(place):  # before the folder is marked, which tells a run at work of its settings
+        job.run(job.claim(), batch_size)
         state.wait_for_everyone()
     return ProtocolResults.load(place / RESULTS)
 

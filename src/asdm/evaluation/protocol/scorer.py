@@ -74,8 +74,9 @@ def generate_for_scorer(
     }
     job = ImageJob(place, pictures_of(layout, Path(prompts)), state)
     names = folder_names(list(pipelines))
-    job.claim({names[name]: (pipeline, settings[name]) for name, pipeline in pipelines.items()})
+    place.mkdir(parents=True, exist_ok=True)
     with folder_lock(place):
+        job.claim({names[name]: (pipeline, settings[name]) for name, pipeline in pipelines.items()})
         for name, pipeline in pipelines.items():
             report = None if progress is None else partial(progress, f"images: {name}")
             job.generate(names[name], pipeline, settings[name], limit=limit, batch_size=batch_size, progress=report)

@@ -21,8 +21,10 @@ from huggingface_hub import snapshot_download
 from asdm.errors import AsdmError, needs_extra, one_line
 from asdm.evaluation.protocol.metrics import JUDGE, Role
 from asdm.pipelines.names import looks_like_path
+from asdm.pipelines.transformers_models import require_safe_weights
 
-_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # in transformers' layout
+_WEIGHTS = "model*.safetensors"  # in transformers' layout
+_CONVERT = "convert it once, by save_pretrained of transformers, and name that folder (METRIC=FOLDER, --weights)"
 _CONFIGS = ("config.json", "preprocessor_config.json")
 
 
@@ -156,11 +158,11 @@ def _require_whole(path: Path) -> None:
 
 def _download_folder(hub_id: str, source: Source, folder: Path | None) -> Path:
     try:
-        found = Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.txt", _WEIGHTS[0]]))
-        if not any(found.glob(_WEIGHTS[0])):
-            found = Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.txt", _WEIGHTS[1]]))
+        found = Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.txt", _WEIGHTS]))
     except (OSError, ValueError) as error:
         raise _missing(hub_id.rpartition("/")[2], source, folder, error, hub_id) from None
+    if not any(found.glob(_WEIGHTS)):
+        raise AsdmError(f"{hub_id}: has no model.safetensors, and pickles are not read ({source.title}); {_CONVERT}")
     _require_folder(found, source)
     return found
 
@@ -168,15 +170,19 @@ def _download_folder(hub_id: str, source: Source, folder: Path | None) -> Path:
 def _require_folder(path: Path, source: Source) -> None:
     """
     Raises:
-        AsdmError: a file is missing that transformers or this package reads.
+        AsdmError: a file is missing that transformers or this package reads, is damaged, or is a pickle.
     """
     missing = [name for name in _CONFIGS if not (path / name).is_file()]
-    if not any(any(path.glob(pattern)) for pattern in _WEIGHTS):
+    if not any(path.glob(_WEIGHTS)):
         missing.append("model.safetensors")
     if source.kind == "clip" and not ((path / "tokenizer.json").is_file() or (path / "vocab.json").is_file()):
         missing.append("tokenizer.json")
+    pickles = sorted(path.glob("pytorch_model*.bin"))
+    if missing[:1] == ["model.safetensors"] and pickles:
+        raise AsdmError(f"{pickles[0]}: a pickle, which is not read ({source.title}); {_CONVERT}")
     if missing:
         raise AsdmError(f"{path}: no {missing[0]} ({source.title}); put it there, or name another folder")
+    require_safe_weights(path)
 
 
 def _missing(name: str, source: Source, folder: Path | None, error: Exception, hub_id: str = "") -> AsdmError:
