@@ -30,6 +30,7 @@ from ablation_recipes import (
     FAST_SPEEDUP,
     LENGTHS,
     SHORT,
+    SWITCHING,
     WORK,
     is_short,
     planned_speedup,
@@ -129,7 +130,10 @@ class _Bench:
         steps = steps_of_equal_cost(self.examples, student, name, components, target)
         folder = WORK / f"{target:g}-{seed}-{name.replace(' ', '')}"
         train(pipeline, student, components, steps, seed, folder)
-        add_row(key | {"steps": steps} | self.judged(drawing_pipeline(pipeline, student, name), seed, strip) | about)
+        found = {"steps": steps} | self.judged(drawing_pipeline(pipeline, student, name), seed, strip)
+        if not name.endswith(SWITCHING):  # whose last predictions are the original's
+            found["prediction_error_heldout"] = self.judged.prediction_error(student)
+        add_row(key | found | about)
         shutil.rmtree(folder, ignore_errors=True)  # none where nothing was trained
 
 

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from ablation_recipes import NAMED, SETTLED, STEPS, SWITCHED, WORK
-from ablation_rows import METRICS
-from diffusers import DiffusionPipeline
+from ablation_rows import METRICS_OF_IMAGES
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 
 import asdm
+from asdm.compensation.fitting import prediction_error, predictions
+from asdm.data.calibration import CalibrationCall, calibration_calls
 from asdm.evaluation.metrics import Judge, feature_distance
 from asdm.evaluation.real_images import RealImages
 from asdm.evaluation.sampling import EvaluationSet, evaluation_sets
 from asdm.images import to_images
 from asdm.pipelines.clip import load_clip
 
+PREDICTED, TIMESTEPS = 48, 8  # held-out prompts, and time steps of each, at which predictions are compared
 SHOWN = 16  # held-out prompts, of the first seed of the recipes in `DRAWN`
 DRAWN = ("teacher", *NAMED, SWITCHED)
 
@@ -32,6 +36,19 @@ class Judged:
         self.real = RealImages.of("demo", self.sets, self.judge, pipeline, load_clip(pipeline))
         self.pipeline, self.samples = pipeline, samples
 
+    @cached_property
+    def _calls(self) -> tuple[list[CalibrationCall], list[Tensor]]:
+        """Calls of the denoiser with held-out prompts and the teacher's latents of them, and its predictions."""
+        prompts = held_out(PREDICTED).prompts
+        calls = calibration_calls(self.pipeline, None, prompts, TIMESTEPS, len(prompts), 0)
+        return calls, predictions(self.pipeline.unet, calls)
+
+    @torch.no_grad()
+    def prediction_error(self, student: UNet2DConditionModel) -> float:
+        """Return the squared error of held-out predictions relative to the teacher's. It varies less between seeds than
+        all that is told from images."""
+        return round(prediction_error(student, *self._calls), 5)
+
     def __call__(self, pipeline: DiffusionPipeline, seed: int, strip: Path | None) -> dict[str, float]:
         metrics: dict[str, float] = {"images": self.samples}
         for each in self.sets:
@@ -44,7 +61,7 @@ class Judged:
             found |= self.real.target_metrics(features, each.examples)
             found["teacher_distance"] = feature_distance(features, expected)
             split = each.split.replace("_", "")
-            metrics |= {f"{metric}_{split}": round(float(found[metric]), 4) for metric in METRICS}
+            metrics |= {f"{metric}_{split}": round(float(found[metric]), 4) for metric in METRICS_OF_IMAGES}
         return metrics
 
     def see_teacher(self, seed: int) -> None:

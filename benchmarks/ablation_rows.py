@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from asdm.files import write_text
 
 ROWS = RESULTS / "ablation.json"
-METRICS = ("exact_pair", "style", "concept_top5", "target_distance", "kid", "teacher_distance")
+METRICS_OF_IMAGES = ("exact_pair", "style", "concept_top5", "target_distance", "kid", "teacher_distance")
+METRICS = (*METRICS_OF_IMAGES, "prediction_error")
 COLOURS = {"teacher": "black", "bk-sdm": "tab:red", "joint": "tab:green", "full": "tab:blue"}
 
 
@@ -55,9 +56,7 @@ def print_table(title: str, by_name: dict[str, list[dict[str, Any]]]) -> None:
     print(f"\n| {title} | seeds | UNet | steps | {' | '.join(m.replace('_', ' ') for m in METRICS)} |")
     print("|" + "---|" * (4 + len(METRICS)))
     for name, mine in by_name.items():
-        found = [_mean_and_deviation(mine, f"{metric}_heldout") for metric in METRICS]
-        spread = len(mine) > 1
-        cells = [f"{mean:.3f} ± {deviation:.3f}" if spread else f"{mean:.3f}" for mean, deviation in found]
+        cells = [_cell([row[f"{metric}_heldout"] for row in mine if f"{metric}_heldout" in row]) for metric in METRICS]
         speeds = [row["speedup"] for row in mine if "speedup" in row]  # which `time` adds
         speed = f"{statistics.mean(speeds):.2f}x" if speeds else ""
         print(f"| {name} | {len(mine)} | {speed} | {mine[0]['steps']} | {' | '.join(cells)} |")
@@ -73,7 +72,7 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
         for place, (name, mine) in enumerate(by_name.items()):
             if name == "teacher" and key == "teacher_distance_heldout":
                 continue
-            mean, deviation = _mean_and_deviation(mine, key)
+            mean, deviation = _mean_and_deviation([row[key] for row in mine])
             colour = COLOURS.get(base_name(name), "tab:gray")
             axes.errorbar(mean, place, xerr=deviation, fmt="o", color=colour, capsize=3)
         axes.set_title(f"{title}, held out", fontsize=10)
@@ -84,6 +83,12 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _mean_and_deviation(rows: list[dict[str, Any]], key: str) -> tuple[float, float]:
-    values = [row[key] for row in rows]
+def _cell(values: list[float]) -> str:
+    if not values:
+        return ""
+    mean, deviation = _mean_and_deviation(values)
+    return f"{mean:.3f} ± {deviation:.3f}" if len(values) > 1 else f"{mean:.3f}"
+
+
+def _mean_and_deviation(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
