@@ -51,6 +51,7 @@ def test_a_request_has_the_models_usual_values_where_fields_are_empty():
         ({"prompt": "x", "width": 128, "height": 64}, "width=128: this page allows at most 64"),
         ({"prompt": "x", "seed": 1.5}, "seed=1.5: must be a whole number"),
         ({"prompt": "x", "seed": float("nan")}, "seed=nan"),
+        ({"prompt": "x", "width": 63}, "^width=63: must be a positive multiple of 8"),
         ({"prompt": "x", "scheduler": "eulr"}, "scheduler=eulr"),
         ({"prompt": "x", "image": "/etc/passwd"}, "not an image"),
         ({"prompt": "x", "lora": "/etc/passwd"}, "/etc/passwd: a LoRA must be a .safetensors file"),
@@ -190,7 +191,9 @@ def test_the_list_and_the_diagram_show_one_board(board):
     clicked = board.toggle(unit)
     assert clicked.chosen_labels == [unit] and board.with_labels([unit]) == clicked
     assert diagram(clicked).count('aria-pressed="true"') == 1
-    assert "1 edit " in summary_of(clicked)
+    assert "1 edit " in summary_of(clicked) and "by the profile's latencies" in summary_of(clicked)
+    measured_on_a_busy_machine = board.redundancy.model_copy(update={"latency_doubt": 1.0})
+    assert "by the profile's MACs" in summary_of(PlanBoard.of(measured_on_a_busy_machine).toggle(unit))
 
 
 def test_the_best_plan_is_the_programmes(board):
@@ -214,7 +217,7 @@ def test_a_plan_is_saved_and_loaded(board, tmp_path):
     with pytest.raises(AsdmError, match="the plan is empty"):
         board.plan()
     other = PruningPlan.model_validate({"base": {"class": "UNet2DConditionModel", "fingerprint": "0"}, "edits": []})
-    with pytest.raises(AsdmError, match="for another model"):
+    with pytest.raises(AsdmError, match=r"for another model.*load a plan of this model"):
         board.with_plan(other)
 
 

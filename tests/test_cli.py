@@ -59,6 +59,7 @@ def mistakes(model, tmp_path):
     stages.write_text("- {name: a, steps: 2}")
     return [
         (["analyze", tmp_path / "absent"], "no such folder or file"),
+        (["analyze", "absent/"], "absent/: no such folder or file"),
         (["analyze", "random:sd99"], "no such shape"),
         (["analyze", tmp_path / "empty"], "not a pipeline folder"),
         (["analyze", model, "--data", tmp_path / "empty"], "no images with captions"),

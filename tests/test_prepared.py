@@ -152,7 +152,7 @@ def test_captions_alone_are_drawn_by_the_teacher(pipeline, tmp_path):
     ).images
     torch.testing.assert_close(latents, drawn, atol=2e-2, rtol=2e-3)  # kept in half precision
     (tmp_path / "empty.txt").write_text("\n\n")
-    with pytest.raises(AsdmError, match=r"empty\.txt: no images with captions"):
+    with pytest.raises(AsdmError, match=r"empty\.txt: has no caption; write one a line"):
         prepare_data(pipeline, tmp_path / "empty.txt", tmp_path / "other")
     assert not (tmp_path / "other").exists()
 

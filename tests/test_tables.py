@@ -72,4 +72,9 @@ def test_no_figure_of_a_map_is_cut_short(pipeline):
     text = printed(profile_table(redundancy))
     assert "…" not in text
     for unit in redundancy.units:
-        assert f"{unit.sensitivity:.5f}" in text
+        (line,) = (
+            line for line in text.splitlines() if line.split()[:1] == [unit.name.replace("transformer_blocks", "tb")]
+        )
+        assert f"{unit.sensitivity:.5f}" in line
+    quiet, busy = (redundancy.model_copy(update={"latency_ms": 1.0, "latency_doubt": doubt}) for doubt in (0.0, 1.0))
+    assert "Plans go by MACs" in printed(profile_table(busy)) and "Plans" not in printed(profile_table(quiet))

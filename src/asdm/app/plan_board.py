@@ -101,7 +101,7 @@ class PlanBoard:
         if plan.base.fingerprint != self.redundancy.fingerprint:
             raise AsdmError(
                 f"plan for another model: its fingerprint is {plan.base.fingerprint}, the profile's "
-                f"{self.redundancy.fingerprint}"
+                f"{self.redundancy.fingerprint}; load a plan of this model, or this plan's profile first"
             )
         known = {_key(choice.edit): index for index, choice in enumerate(self.choices)}
         found = [known.get(_key(edit)) for edit in plan.edits]
@@ -186,7 +186,8 @@ def _key(edit: Edit) -> tuple[tuple[str, str], ...]:
 def summary_of(board: PlanBoard) -> str:
     """Return what the chosen edits save and cost, as Markdown."""
     redundancy, chosen = board.redundancy, board.chosen_edits
-    basis = "latencies" if redundancy.latency_ms > 0 else "MACs"
+    # Without reliable latencies an edit's share of the time is its share of the MACs.
+    basis = "latencies" if redundancy.latency_ms > 0 and redundancy.has_reliable_latencies else "MACs"
     parameters = redundancy.parameters - sum(choice.parameters for choice in chosen)
     gmacs = redundancy.gmacs - sum(choice.macs for choice in chosen) / 1e9
     noun = "edit" if len(chosen) == 1 else "edits"

@@ -70,17 +70,19 @@ def profile_table(redundancy: RedundancyMap) -> Table:
     table = _table(
         f"{redundancy.model}: {len(redundancy.units)} removable units",
         ["unit"],
-        ["params M", "GMACs", "w/o attn", "latency", "sensitivity"],
+        ["params M", "GMACs", "latency", "sensitivity"],
     )
     for unit in redundancy.units:
         table.add_row(
             unit.name.replace("transformer_blocks", "tb"),
             f"{unit.parameters / 1e6:.2f}",
             f"{unit.gmacs:.3f}",
-            f"{unit.gmacs_without_attention:.3f}",
             f"{100 * unit.latency_share:.1f}%",
             f"{unit.sensitivity:.5f}",
         )
+    if redundancy.latency_ms > 0 and not redundancy.has_reliable_latencies:
+        table.caption = "The machine was too busy to measure each unit's latency. Plans go by MACs."
+        table.caption_justify = "left"
     return _legible(table)
 
 

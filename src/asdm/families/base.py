@@ -298,7 +298,7 @@ class Architecture(ABC):
         known = [unit.name for unit in self.units(model)]
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
         return AsdmError(
-            f"{name}: no such unit in this model, which has {len(known)}; "
+            f"{name}: no such unit in this model; "
             f"the nearest is {near[0] if near else 'none'} (`asdm analyze` lists them)"
         )
 

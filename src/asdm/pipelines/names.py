@@ -20,6 +20,7 @@ def looks_like_path(name: str) -> bool:
     """Return whether a name is a path rather than a Hub id."""
     return (
         name.startswith(("/", ".", "~"))
+        or name.endswith("/")
         or name.count("/") != 1
         or Path(name).suffix in (".safetensors", *PICKLE_SUFFIXES)
     )

@@ -79,7 +79,7 @@ def _measured(
             return plan
         measured: Ratio = measured_speedup(unet, plan, rounds)
         if note is not None:
-            note(f"attempt {attempt}: {measured} measured, {target:g}x requested")
+            note(f"attempt {attempt}; measured: {measured}; requested: {target:g}x")
         if not is_precise(measured):
             return plan
         if measured.value >= target or attempt == _ATTEMPTS:

@@ -67,7 +67,7 @@ def plan_for_speedup(
         plan = plan_of(redundancy, chosen, {"speedup": target})
         measured = measured_speedup(unet, plan, rounds)
         if note is not None:
-            note(f"attempt {attempt}: {len(chosen)} edits, {measured} measured, {target:g}x requested")
+            note(f"attempt {attempt}: {len(chosen)} edits; measured: {measured}; requested: {target:g}x")
         if not is_precise(measured):
             if best is None:
                 return _plan_unmeasured(redundancy, target, choices, note)
