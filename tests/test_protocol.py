@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -160,9 +161,14 @@ def alexnet(monkeypatch):
     layers = [*layers[:2], nn.MaxPool2d(3, 2), *layers[2:4], nn.MaxPool2d(3, 2), *layers[4:], nn.MaxPool2d(3, 2)]
     monkeypatch.setitem(sys.modules, "torchvision", ModuleType("torchvision"))
     monkeypatch.setattr("torchmetrics.image.lpip._TORCHVISION_AVAILABLE", True)
-    monkeypatch.setattr(
-        "torchmetrics.functional.image.lpips._get_tv_model_features", lambda *_, **__: nn.Sequential(*layers)
-    )
+
+    def features(*_, **__):
+        asked.append([path.name for path in (Path(torch.hub.get_dir()) / "checkpoints").iterdir()])
+        return nn.Sequential(*layers)
+
+    asked = []
+    monkeypatch.setattr("torchmetrics.functional.image.lpips._get_tv_model_features", features)
+    return asked
 
 
 def test_lpips_is_torchmetrics_pair_by_pair(alexnet, tmp_path):
@@ -171,7 +177,9 @@ def test_lpips_is_torchmetrics_pair_by_pair(alexnet, tmp_path):
     hub = torch.hub.get_dir()
     (tmp_path / "alexnet.pth").touch()
     found = Lpips(tmp_path / "alexnet.pth", "cpu").pairs(images, others)
-    assert torch.hub.get_dir() == hub
+    assert torch.hub.get_dir() == hub and alexnet == [["alexnet.pth"]]
+    Lpips(tmp_path / "alexnet.pth", "cpu", "alexnet-0.pth")
+    assert alexnet[1:] == [["alexnet-0.pth"]], "by the name that torchvision looks for"
     metric = LearnedPerceptualImagePatchSimilarity("alex", normalize=True)
     assert float(found.mean()) == pytest.approx(float(metric(images / 255, others / 255)), rel=1e-5)
     assert found.shape == (3,) and Lpips(tmp_path / "alexnet.pth", "cpu").pairs(images, images).tolist() == [0, 0, 0]
@@ -572,7 +580,8 @@ def test_the_demos_protocol_judges_and_writes_a_win_sheet(tmp_path, data_folder)
     assert own.teacher_distance == pytest.approx(0, abs=1e-6) and student.teacher_distance > 0
     html = (tmp_path / "out" / "wins.html").read_text()
     assert html.count("<article") == 3 and "a &lt;b&gt;cat&lt;/b&gt;" in html and "<b>cat" not in html
-    assert html.count("data:image/jpeg;base64,") == 6 and "http" not in html and 'src="images' not in html
+    assert html.count("data:image/jpeg;base64,") == 6 and 'src="images' not in html
+    assert "default-src 'none'" in html and "http:" not in html and "https:" not in html
     for path in data_folder.glob("*.png"):
         path.write_bytes(b"no image")
     with pytest.raises(AsdmError, match="0 of the real images can be decoded"):

@@ -150,15 +150,16 @@ class Lpips:
 
     Args:
         path: torchvision's weights of AlexNet.
+        name: by which torchvision looks for them, if that is another.
     """
 
     title = "AlexNet with LPIPS's weights"
 
-    def __init__(self, path: Path, device: torch.device | str) -> None:
+    def __init__(self, path: Path, device: torch.device | str, name: str | None = None) -> None:
         with metrics_extra("torchvision", "LPIPS"):
             from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-        with refuse_damaged(path), _hub_folder_with(path):
+        with refuse_damaged(path), _hub_folder_with(path, name or path.name):
             self._metric = LearnedPerceptualImagePatchSimilarity("alex", reduction="none", sync_on_compute=False)
         self._metric.to(device)
         self._device = device
@@ -216,11 +217,11 @@ def _in_range(pixels: Tensor) -> Tensor:
 
 
 @contextmanager
-def _hub_folder_with(path: Path) -> Iterator[None]:
-    """Let torch.hub find one file of weights, which torchvision otherwise downloads."""
+def _hub_folder_with(path: Path, name: str) -> Iterator[None]:
+    """Let torch.hub find one file of weights by a name, which torchvision otherwise downloads."""
     before = torch.hub.get_dir()
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / "checkpoints" / path.name
+        place = Path(folder) / "checkpoints" / name
         place.parent.mkdir()
         os.symlink(path.resolve(), place)
         torch.hub.set_dir(folder)

@@ -215,7 +215,7 @@ class _Evaluation:
         metrics = [name for name in self.inputs.metrics if METRICS[name].role == role]
         if role == "lpips":
             assert network.path is not None
-            found.by_pairs(role, Lpips(network.path, device))
+            found.by_pairs(role, Lpips(network.path, device, network.source.name))
         else:
             extractor = open_extractor(role, network.source, network.path, self.first, device)
             if extractor is None:
