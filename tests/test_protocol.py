@@ -565,7 +565,7 @@ def test_published_metrics_by_networks_of_a_folder(make, tmp_path, data_folder, 
     assert again == found
 
 
-def test_the_demos_protocol_judges_and_writes_a_win_sheet(tmp_path, data_folder):
+def test_the_demos_protocol_judges_and_writes_a_win_sheet(tmp_path, data_folder, monkeypatch):
     teacher = tiny_pipeline()
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a <b>cat</b>\na dog\na bird & a bee\n")
@@ -588,6 +588,10 @@ def test_the_demos_protocol_judges_and_writes_a_win_sheet(tmp_path, data_folder)
         evaluate_by_protocol({"t": teacher}, "demo", tmp_path / "out", **settings)
     with pytest.raises(AsdmError, match="limit=1: fid needs two images or more"):
         evaluate_by_protocol({"t": teacher}, "demo", tmp_path / "few", limit=1, **settings)
+    (tmp_path / "alex.pth").write_bytes(b"")
+    monkeypatch.setattr("asdm.evaluation.protocol.inputs.find_weights", lambda *_: tmp_path / "alex.pth")
+    with pytest.raises(AsdmError, match=r"metrics=lpips: AlexNet reads images of 32 px or more, and these have 16"):
+        evaluate_by_protocol({"t": teacher}, "demo", tmp_path / "few", metrics="lpips", **settings)
     with pytest.raises(AsdmError, match=r"size=10: must be a positive multiple of 8"):
         evaluate_by_protocol({"t": teacher}, "demo", tmp_path / "few", size=10, **settings)
     assert not (tmp_path / "few").exists()

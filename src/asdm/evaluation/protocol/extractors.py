@@ -30,6 +30,7 @@ from asdm.pipelines.untrusted import without_network
 from asdm.tensor_files import content_digest
 
 FEATURES, LOGITS = "features", "logits"
+LPIPS_SIDE = 32  # of the smallest images that AlexNet's layers take
 DINOV2_SIDE = 224  # of the inputs in FD-DINOv2 (arXiv 2306.04675), where the model's own is 518
 
 
