@@ -157,7 +157,7 @@ class _Evaluation:
     def require(self) -> None:
         """
         Raises:
-            AsdmError: a pipeline cannot sample as requested, or there are too few images for a metric, or too small ones.
+            AsdmError: a pipeline cannot sample as requested, or images are too few or too small for a metric.
         """
         count, names = len(self.pictures.all), [name for name in self.inputs.metrics if needs_several_images(name)]
         if count < 2 and names:
@@ -165,8 +165,8 @@ class _Evaluation:
         _ = self.image_settings
         if "lpips" in self.inputs.metrics and self.stored_side < LPIPS_SIDE:
             raise AsdmError(
-                f"metrics=lpips: AlexNet reads images of {LPIPS_SIDE} px or more, and these have {self.stored_side}; leave "
-                "lpips out"
+                f"metrics=lpips: AlexNet reads images of {LPIPS_SIDE} px or more, and these have {self.stored_side}; "
+                "leave lpips out"
             )
 
     def claim(self) -> ImageJob:
