@@ -17,6 +17,7 @@ import asdm
 from asdm.cli import app, output
 from asdm.measure import installation
 from asdm.measure.installation import EXTRAS
+from tools.licenses import is_permitted
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -86,3 +87,10 @@ def test_the_docker_image_installs_an_extra_that_exists_and_starts_the_page():
     command = json.loads(found["ENTRYPOINT"]) + json.loads(found["CMD"])
     page = get_command(app).commands[command[1]].make_context("app", command[2:])
     assert (page.params["host"], page.params["port"]) == ("0.0.0.0", 7860)
+
+
+def test_the_licences_of_both_packages_are_permitted():
+    for project in (ROOT, ROOT / "packages" / "demo"):
+        declared = tomllib.loads((project / "pyproject.toml").read_text())["project"]["license"]
+        assert is_permitted(declared), declared
+    assert not is_permitted("Apache-2.0 AND AGPL-3.0-only") and is_permitted("AGPL-3.0-only OR MIT")

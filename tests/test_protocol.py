@@ -162,9 +162,14 @@ def alexnet(monkeypatch):
     layers = [*layers[:2], nn.MaxPool2d(3, 2), *layers[2:4], nn.MaxPool2d(3, 2), *layers[4:], nn.MaxPool2d(3, 2)]
     monkeypatch.setitem(sys.modules, "torchvision", ModuleType("torchvision"))
     monkeypatch.setattr("torchmetrics.image.lpip._TORCHVISION_AVAILABLE", True)
-    monkeypatch.setattr(
-        "torchmetrics.functional.image.lpips._get_tv_model_features", lambda *_, **__: nn.Sequential(*layers)
-    )
+
+    def features(*_, **__):
+        asked.append([path.name for path in (Path(torch.hub.get_dir()) / "checkpoints").iterdir()])
+        return nn.Sequential(*layers)
+
+    asked = []
+    monkeypatch.setattr("torchmetrics.functional.image.lpips._get_tv_model_features", features)
+    return asked
 
 
 def test_lpips_is_torchmetrics_pair_by_pair(alexnet, tmp_path):
@@ -173,7 +178,9 @@ def test_lpips_is_torchmetrics_pair_by_pair(alexnet, tmp_path):
     hub = torch.hub.get_dir()
     (tmp_path / "alexnet.pth").touch()
     found = Lpips(tmp_path / "alexnet.pth", "cpu").pairs(images, others)
-    assert torch.hub.get_dir() == hub
+    assert torch.hub.get_dir() == hub and alexnet == [["alexnet.pth"]]
+    Lpips(tmp_path / "alexnet.pth", "cpu", "alexnet-0.pth")
+    assert alexnet[1:] == [["alexnet-0.pth"]], "by the name that torchvision looks for"
     metric = LearnedPerceptualImagePatchSimilarity("alex", normalize=True)
     assert float(found.mean()) == pytest.approx(float(metric(images / 255, others / 255)), rel=1e-5)
     assert found.shape == (3,) and Lpips(tmp_path / "alexnet.pth", "cpu").pairs(images, images).tolist() == [0, 0, 0]
@@ -559,7 +566,7 @@ def test_published_metrics_by_networks_of_a_folder(make, tmp_path, data_folder, 
     assert again == found
 
 
-def test_the_demos_protocol_judges_and_writes_a_win_sheet(tmp_path, data_folder):
+def test_the_demos_protocol_judges_and_writes_a_win_sheet(tmp_path, data_folder, monkeypatch):
     teacher = tiny_pipeline()
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a <b>cat</b>\na dog\na bird & a bee\n")
@@ -575,13 +582,18 @@ def test_the_demos_protocol_judges_and_writes_a_win_sheet(tmp_path, data_folder)
     assert own.teacher_distance == pytest.approx(0, abs=1e-6) and student.teacher_distance > 0
     html = (tmp_path / "out" / "wins.html").read_text()
     assert html.count("<article") == 3 and "a &lt;b&gt;cat&lt;/b&gt;" in html and "<b>cat" not in html
-    assert html.count("data:image/jpeg;base64,") == 6 and "http" not in html and 'src="images' not in html
+    assert html.count("data:image/jpeg;base64,") == 6 and 'src="images' not in html
+    assert "default-src 'none'" in html and "http:" not in html and "https:" not in html
     for path in data_folder.glob("*.png"):
         path.write_bytes(b"no image")
     with pytest.raises(AsdmError, match="0 of the real images can be decoded"):
         evaluate_by_protocol({"t": teacher}, "demo", tmp_path / "out", **settings)
     with pytest.raises(AsdmError, match="limit=1: fd needs two images or more"):
         evaluate_by_protocol({"t": teacher}, "demo", tmp_path / "few", limit=1, **settings)
+    (tmp_path / "alex.pth").write_bytes(b"")
+    monkeypatch.setattr("asdm.evaluation.protocol.inputs.find_weights", lambda *_: tmp_path / "alex.pth")
+    with pytest.raises(AsdmError, match=r"metrics=lpips: AlexNet reads images of 32 px or more, and these have 16"):
+        evaluate_by_protocol({"t": teacher}, "demo", tmp_path / "few", metrics="lpips", **settings)
     with pytest.raises(AsdmError, match=r"size=10: must be a positive multiple of 8"):
         evaluate_by_protocol({"t": teacher}, "demo", tmp_path / "few", size=10, **settings)
     assert not (tmp_path / "few").exists()

@@ -32,6 +32,7 @@ from asdm.pipelines.untrusted import without_network
 from asdm.tensor_files import content_digest
 
 FEATURES, LOGITS = "features", "logits"
+LPIPS_SIDE = 32  # of the smallest images that AlexNet's layers take
 DINOV2_SIDE = 224  # of the inputs in FD-DINOv2 (arXiv 2306.04675), where the model's own is 518
 
 
@@ -152,15 +153,16 @@ class Lpips:
 
     Args:
         path: torchvision's weights of AlexNet.
+        name: by which torchvision looks for them, if that is another.
     """
 
     title = "AlexNet with LPIPS's weights"
 
-    def __init__(self, path: Path, device: torch.device | str) -> None:
+    def __init__(self, path: Path, device: torch.device | str, name: str | None = None) -> None:
         with metrics_extra("torchvision", "LPIPS"):
             from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-        with refuse_damaged(path), _hub_folder_with(path):
+        with refuse_damaged(path), _hub_folder_with(path, name or path.name):
             self._metric = LearnedPerceptualImagePatchSimilarity("alex", reduction="none", sync_on_compute=False)
         self._metric.to(device)
         self._device = device
@@ -218,11 +220,11 @@ def _in_range(pixels: Tensor) -> Tensor:
 
 
 @contextmanager
-def _hub_folder_with(path: Path) -> Iterator[None]:
-    """Let torch.hub find one file of weights, which torchvision otherwise downloads."""
+def _hub_folder_with(path: Path, name: str) -> Iterator[None]:
+    """Let torch.hub find one file of weights by a name, which torchvision otherwise downloads."""
     before = torch.hub.get_dir()
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / "checkpoints" / path.name
+        place = Path(folder) / "checkpoints" / name
         place.parent.mkdir()
         os.symlink(path.resolve(), place)
         torch.hub.set_dir(folder)

@@ -18,7 +18,7 @@ from asdm.choices import ProtocolName
 from asdm.diffusion.conditioning import image_size
 from asdm.errors import AsdmError
 from asdm.evaluation.image_folders import folder_names
-from asdm.evaluation.protocol.extractors import Lpips, TextExtractor, open_extractor
+from asdm.evaluation.protocol.extractors import LPIPS_SIDE, Lpips, TextExtractor, open_extractor
 from asdm.evaluation.protocol.features import FeatureCache, ImageFiles
 from asdm.evaluation.protocol.image_job import KIND, ImageJob, ImageSettings
 from asdm.evaluation.protocol.inputs import Inputs, read_inputs
@@ -157,12 +157,17 @@ class _Evaluation:
     def require(self) -> None:
         """
         Raises:
-            AsdmError: a pipeline cannot sample as requested, or there are too few images for a metric.
+            AsdmError: a pipeline cannot sample as requested, or images are too few or too small for a metric.
         """
         count, names = len(self.pictures.all), [name for name in self.inputs.metrics if needs_several_images(name)]
         if count < 2 and names:
             raise AsdmError(f"limit={count}: {names[0]} needs two images or more; raise it or leave {names[0]} out")
         _ = self.image_settings
+        if "lpips" in self.inputs.metrics and self.stored_side < LPIPS_SIDE:
+            raise AsdmError(
+                f"metrics=lpips: AlexNet reads images of {LPIPS_SIDE} px or more, and these have {self.stored_side}; "
+                "leave lpips out"
+            )
 
     def claim(self) -> ImageJob:
         """Return the job of all models' images, for which the folder is marked.
@@ -215,7 +220,7 @@ class _Evaluation:
         metrics = [name for name in self.inputs.metrics if METRICS[name].role == role]
         if role == "lpips":
             assert network.path is not None
-            found.by_pairs(role, Lpips(network.path, device))
+            found.by_pairs(role, Lpips(network.path, device, network.source.name))
         else:
             extractor = open_extractor(role, network.source, network.path, self.first, device)
             if extractor is None:
