@@ -21,6 +21,7 @@ from asdm import (
     export_checkpoint,
     fit_compensation,
     fold_compensation,
+    load_pipeline,
     make_plan,
     save_pipeline,
     with_unet,
@@ -503,6 +504,15 @@ def test_a_lora_is_renumbered_and_what_the_student_lacks_is_counted(style, tmp_p
     assert torch.equal(new[name], before[old])
     assert "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight" in new
     assert len(new) == (5 if style == "diffusers" else 7)
+
+
+def test_a_file_of_a_student_with_unequal_levels_is_refused_in_one_line(tmp_path):
+    pipeline = tiny_pipeline()
+    student = with_unet(pipeline, student_of(pipeline.unet, {"edit": "drop_layers", "layers_per_block": [2, 2, 1, 1]}))
+    save_pipeline(student, tmp_path / "folder")
+    export_checkpoint(student, tmp_path / "one.safetensors", "diffusers")
+    with pytest.raises(AsdmError, match=r"one\.safetensors: its UNet's levels have \[2, 2, 1, 1\] layers, .*folder$"):
+        load_pipeline(tmp_path / "one.safetensors", config=tmp_path / "folder")
 
 
 def test_a_saved_student_remembers_its_original(tmp_path):

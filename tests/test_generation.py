@@ -29,6 +29,7 @@ from asdm.generation.prompts import lost_text, parse_weights, without_last_layer
 from asdm.generation.schedulers import scheduler_label, scheduler_named
 from asdm.generation.sheets import Tile, difference_map, sheet
 from asdm.images import to_images
+from asdm.pipelines.lora_files import convert_lora
 from conftest import (
     lora_file,
     tiny_inpainting_pipeline,
@@ -295,6 +296,14 @@ def test_a_lora_counts_by_its_scale_and_is_gone_afterwards(pipeline, lora):
 def test_a_students_missing_layers_of_a_lora_are_counted(student, lora):
     with pytest.warns(AsdmWarning, match=r"lora.safetensors: 4 of its \d+ layers are not in this model"):
         made(student, loras=[{"path": lora}])
+
+
+def test_a_lora_counts_by_its_scale_where_levels_have_different_numbers_of_layers(pipeline, lora, tmp_path):
+    plan = PruningPlan.for_unet(pipeline.unet, [{"edit": "drop_layers", "layers_per_block": [2, 2, 1, 1]}])
+    student = with_unet(pipeline, build_student(pipeline.unet, plan))
+    file = convert_lora(lora, student.unet, tmp_path / "renumbered.safetensors").file
+    plain, full, half = (made(student, loras=[{"path": file, "scale": scale}]) for scale in (0.0, 1.0, 0.5))
+    assert not np.array_equal(full, plain) and not np.array_equal(half, full)
 
 
 def test_files_that_are_no_lora_for_this_model_are_refused(pipeline, lora, tmp_path):

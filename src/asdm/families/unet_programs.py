@@ -100,7 +100,7 @@ def _require_widths(unet: Any, structure: OriginalStructure, kind: OriginalKind,
         about = f"{found[2]} channels, a text embedding of {found[0]}" + (f", {wrong[0].heads} heads" if wrong else "")
         raise AsdmError(
             f"{program}: reads UNets of the widths of SD 1.x, SD 2.x and SDXL, and this one has others ({about}); "
-            "export it for diffusers, whose from_single_file takes a config"
+            "export it for diffusers (`--for diffusers`), whose from_single_file takes a config"
         )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers import ControlNetModel, DiffusionPipeline
+from diffusers.utils import set_weights_and_activate_adapters
 from huggingface_hub import hf_hub_download
 from pydantic import Field, model_validator
 from safetensors import SafetensorError, safe_open
@@ -103,7 +104,9 @@ def with_loras(pipeline: DiffusionPipeline, loras: Sequence[LoraFile]) -> Iterat
         raise AsdmError("a LoRA is loaded in the pipeline already; unload_lora_weights() it first")
     try:
         names = [_load_lora(target, lora, f"lora_{index}") for index, lora in enumerate(loras)]
-        target.set_adapters(names, [lora.scale for lora in loras])
+        # Not `target.set_adapters`: it fails for UNets whose levels have different numbers of layers.
+        for part in target.get_list_adapters():
+            set_weights_and_activate_adapters(getattr(target, part), names, [lora.scale for lora in loras])
         yield
     finally:
         target.unload_lora_weights()

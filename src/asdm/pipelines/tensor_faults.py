@@ -127,6 +127,12 @@ def _explain_single_file(header: Header, config: str, kind: str) -> None:
     tensors = header.tensors
     for part, made in (("unet", UNetFamily.model_class), ("vae", AutoencoderKL)):
         settings = made.load_config(config, subfolder=part)
+        layers = settings.get("layers_per_block")
+        if isinstance(layers, list):
+            raise AsdmError(
+                f"{header.path}: its UNet's levels have {layers} layers, and diffusers reads one file only "
+                "of levels with equally many; load the student's folder"
+            )
         with init_empty_weights():
             module = made.from_config(settings)
         try:
