@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from asdm import AsdmError, PruningPlan, save_decoder
+from asdm import AsdmError, PruningPlan, build_student, save_decoder
 from asdm.benchmark.baselines import attention_broadcast, deep_cache, t_gate, tome
 from asdm.benchmark.method import Method, at_every, cached, combined, fresh
 from asdm.benchmark.methods import cached_every, guided_until, methods
@@ -372,3 +372,18 @@ def test_the_machine_s_limits_are_told_for_each_dtype():
     limits = machine_limits(size=96, repeats=1)
     assert set(limits) == {"float32", "bfloat16"}
     assert all(value > 0 for best in limits.values() for value in best.values())
+
+
+def test_the_script_for_a_gpu_measures_each_way_and_says_which_does_not_run(unet, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import gpu
+
+    monkeypatch.setattr(gpu, "WAYS", {name: gpu.WAYS[name] for name in ("eager", "CUDA graph")})
+    student = build_student(unet, PruningPlan.for_unet(unet, [{"edit": "remove", "unit": "mid_block"}]))
+    models = {"original": unet, "student": student}
+    rows = gpu.measured(models, [torch.float32], [1, 2], "cpu", 1, {"float32": {"matrix product": 100.0}})
+    measured = {(row["model"], row["images"]): row for row in rows if "error" not in row}
+    assert set(measured) == {(name, count) for name in models for count in (1, 2)}
+    assert all(row["way"] == "eager" and row["ms"] > 0 and row["of_the_best"] > 0 for row in measured.values())
+    failed = [row for row in rows if "error" in row]
+    assert torch.cuda.is_available() or (len(failed) == 4 and {row["way"] for row in failed} == {"CUDA graph"})

@@ -510,7 +510,7 @@ def test_other_libraries_give_no_advice_and_benchmarks_need_a_package_only_where
         "for name in ('tomesd', 'DeepCache', 'tgate', 'openvino', 'nncf', 'webdataset'):\n"
         "    sys.modules[name] = None\n"
         f"sys.path.insert(0, {str(scripts)!r})\n"
-        "for name in ('ablation', 'caching', 'incubation_memory', 'more_tokens', 'student', 'training_step'):\n"
+        "for name in ('ablation', 'caching', 'gpu', 'incubation_memory', 'more_tokens', 'student', 'training_step'):\n"
         "    importlib.import_module(name)\n"
         "sys.argv = ['student.py', 'gri']\n"
         "sys.modules['common'].run(sys.modules['student'].app)\n"

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from asdm import PruningPlan, cli, save_pipeline
-from conftest import tiny_pipeline
+from conftest import lora_file, tiny_pipeline
 
 
 @pytest.fixture
@@ -224,3 +224,28 @@ def test_the_help_lists_the_models_that_the_api_allows():
     from asdm.pipelines.names import model_help
 
     assert set(re.findall(r"random:[\w-]+", options.MODEL)) == set(re.findall(r"random:[\w-]+", model_help()))
+
+
+@pytest.mark.slow
+def test_from_a_model_to_one_file_for_other_programs(run, model, tmp_path):
+    """As docs/export.md has it; tiny widths are for diffusers alone."""
+    status, _, error = run("plan", model, "--portable", "--params", "0.6", "--out", "plan.json")
+    assert status == 0, error
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    (edit,) = plan["edits"]
+    assert edit["edit"] == "drop_layers"
+    blocks = [f"up_blocks.3.attentions.{index}.transformer_blocks.0" for index in range(3)]
+    plan["edits"] = [{"edit": "drop_layers", "layers_per_block": 1, "transformer_blocks": blocks, "fitted": True}]
+    (tmp_path / "fitted.json").write_text(json.dumps(plan))
+    lora = lora_file(tiny_pipeline().unet, tmp_path / "lora.safetensors")
+    for name in ("plan", "fitted"):
+        status, told, error = run("prune", model, f"{name}.json", "--out", name)
+        assert status == 0, error
+        assert ("relative squared error" in told) == (name == "fitted" or edit.get("fitted", False))
+        made = ["export", name, "--to", "checkpoint", "--for", "diffusers", "--out", f"{name}.safetensors"]
+        status, told, error = run(*made)
+        assert status == 0 and f"written to {name}.safetensors" in told.replace("\n", ""), error
+        for student in (name, f"{name}.safetensors"):
+            status, told, error = run("convert-lora", lora, "--for", student, "--out", "converted.safetensors")
+            assert status == 0 and re.search(r"\d+ layers are adapted; dropped are [1-9]", told), error
+            assert "not expected" not in error  # diffusers' words on what stands in a config

@@ -6,9 +6,13 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from asdm import PruningPlan, analyze, build_student, compress, load_pipeline, with_unet
 from asdm.data.calibration import calibration_calls
+from asdm.distillation.estimate import estimate
+from asdm.distillation.recipes import recipe_stages
+from asdm.families import UNetFamily
 from asdm.pipelines.random_models import UNETS
 
 
@@ -58,6 +62,20 @@ def test_students_of_sd15_become_one_file_below_2_gigabytes(tmp_path):
             [sys.executable, "-c", _WITH_PEAK, sys.executable, *export], check=True, capture_output=True, text=True
         )
         assert int(used.stdout.split()[-1]) < 2e6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("shape", "gigabytes"), [("sd15", 8), ("sdxl", 16)])
+def test_the_recipe_for_a_small_gpu_fits_it(shape, gigabytes):
+    """By the estimate that a dry run prints, with 1 GB for the GPU's context."""
+    with FakeTensorMode():  # no weights are made
+        pipeline = load_pipeline(f"random:{shape}")
+        names = [unit.name for unit in UNetFamily().units(pipeline.unet) if unit.block != "mid_block"]
+        second = [name for name in names if name.endswith((".resnets.1", ".attentions.1"))]
+        edits = [{"edit": "remove", "unit": name} for name in second]
+        student = build_student(pipeline.unet, PruningPlan.for_unet(pipeline.unet, edits))
+    (row,) = estimate(pipeline, student, recipe_stages("small-gpu", student, 1000), teraflops=50)
+    assert row.memory["teacher"] == 0 and row.gigabytes + 1 < gigabytes
 
 
 _WITH_PEAK = """

@@ -205,7 +205,7 @@ def original_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     changed = config.get(_ORIGINAL)
     if not isinstance(changed, Mapping):
         return None
-    kept = {key: value for key, value in config.items() if key not in (_EDITS, _ORIGINAL)}
+    kept = {key: value for key, value in config.items() if key not in (_EDITS, _ORIGINAL, "edits")}
     return {**kept, **changed}
 
 
