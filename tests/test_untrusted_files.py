@@ -5,6 +5,8 @@ import json
 import os
 import resource
 import shutil
+import subprocess
+import sys
 import warnings
 from contextlib import contextmanager
 
@@ -245,6 +247,14 @@ def test_commands_let_no_library_report_to_its_makers(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with one_line_errors():
         assert [os.environ[name] for name in names] == ["1", "1"]
+
+
+def test_openvino_reports_nothing_to_its_makers(tmp_path):
+    pytest.importorskip("openvino")
+    script = "import asdm.runtime.openvino, openvino, sys; print(sys.modules['openvino_telemetry'])"
+    environment = {name: value for name, value in os.environ.items() if name != "CI"} | {"HOME": str(tmp_path)}
+    told = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert told.stdout == "None\n" and not (tmp_path / "intel").exists()
 
 
 def test_a_models_name_of_any_length_names_a_folder(tmp_path):
