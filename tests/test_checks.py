@@ -369,7 +369,7 @@ def test_stages_by_hand_are_refused_in_one_line():
         ({"name": "../a", "steps": 1}, "name='../a'"),
         ({"name": "", "steps": 1}, "name=''"),
         ({"name": "a"}, "steps: field required"),
-        ({"name": "a", "steps": 1, "consistency": {"student_steps": 51}}, "student_steps=51: more than"),
+        ({"name": "a", "steps": 1, "consistency": {"student_steps": 51}}, "consistency.student_steps=51: more than"),
         (7, "valid dictionary"),
     ]:
         with pytest.raises(AsdmError, match=r"^not a stage: [^\n]+$") as error:

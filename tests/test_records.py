@@ -7,7 +7,7 @@ from pydantic import model_validator
 
 from asdm.digests import short_digest
 from asdm.errors import AsdmError
-from asdm.records import Record, read_record
+from asdm.records import FieldError, Record, read_record
 
 
 class Part(Record):
@@ -18,6 +18,8 @@ class Part(Record):
     def _has_file(self):
         if self.path:
             raise AsdmError(f"{self.path}: no such file")
+        if self.weight < 0:
+            raise FieldError("weight", f"={self.weight}: give none below 0")
         return self
 
 
@@ -32,6 +34,7 @@ class Whole(Record):
         ({"parts": [{}]}, "parts.0.weight: field required"),
         ({"parts": [{"weight": True}]}, "parts.0.weight=True: must not be true or false"),
         ({"parts": [{"weight": 1, "path": "Style.pt"}]}, "parts.0: Style.pt: no such file"),
+        ({"parts": [{"weight": -1}]}, "parts.0.weight=-1.0: give none below 0"),
         ({"parts": 3}, "parts=3: input should be a valid list"),
         ({"parts": [], "other": 1}, "other=1: extra inputs are not permitted"),
     ],

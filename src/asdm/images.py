@@ -8,8 +8,9 @@ import stat
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from asdm.errors import AsdmError, one_line
+
+R = TypeVar("R")
 
 # Formats that Pillow opens and that are no images, or need another program (Ghostscript, Windows).
 _NO_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"}
@@ -60,19 +63,7 @@ def open_pixels(file: Path | bytes) -> Image.Image:
         OSError: the file is no image, or cannot be read. Pillow's readers raise other kinds too.
         DecompressionBombError: it has more than `MOST_PIXELS`.
     """
-    if isinstance(file, Path) and not _is_file(file):
-        raise OSError("not a file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about damaged EXIF, and about large images
-            return _bounded(Image.open(_stream(file), formats=readable_formats()))
-    except (Image.DecompressionBombError, FileNotFoundError):
-        raise
-    except Exception:
-        content = _without_metadata(file)
-        if content is None:
-            raise
-        return _bounded(Image.open(io.BytesIO(content), formats=readable_formats()))
+    return _read(file, lambda image: image)
 
 
 def _is_file(path: Path) -> bool:
@@ -103,17 +94,30 @@ def _bounded(image: Image.Image) -> Image.Image:
 
 def verify_pixels(file: Path | bytes) -> None:
     """Raise what Pillow raises for a file that is no image, as far as it can tell without decoding the pixels."""
-    try:
-        with open_pixels(file) as image:
+
+    def verify(image: Image.Image) -> None:
+        with image:
             image.verify()
+
+    _read(file, verify)
+
+
+def _read(file: Path | bytes, read: Callable[[Image.Image], R]) -> R:
+    """Return what `read` makes of an image: at a second attempt of its pixels alone, where its metadata is damaged."""
+    if isinstance(file, Path) and not _is_file(file):
+        raise OSError("not a file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about damaged EXIF, and about large images
+            image = _bounded(Image.open(_stream(file), formats=readable_formats()))
+        return read(image)
     except (Image.DecompressionBombError, FileNotFoundError):
         raise
     except Exception:
         content = _without_metadata(file)
         if content is None:
             raise
-        with Image.open(io.BytesIO(content), formats=readable_formats()) as image:
-            image.verify()
+        return read(_bounded(Image.open(io.BytesIO(content), formats=readable_formats())))
 
 
 def image_fault(error: Exception, name: str = "") -> str:

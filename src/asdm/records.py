@@ -14,6 +14,14 @@ from asdm.reading import read_json
 R = TypeVar("R", bound="Record")
 
 
+class FieldError(ValueError):
+    """What a check of a whole record finds wrong with one field of it: the field, and what is said behind its name."""
+
+    def __init__(self, place: str, fault: str) -> None:
+        self.place, self.fault = place, fault
+        super().__init__(place + fault)
+
+
 class RecordError(AsdmError):
     """The first thing that is wrong with a record. `place` is the field, empty where it is no single field's."""
 
@@ -77,7 +85,7 @@ def _first_fault(error: ValidationError) -> tuple[str, str]:
     """Return the field, and what is said behind its name."""
     first = error.errors(include_url=False)[0]
     place, value, cause = ".".join(str(part) for part in first["loc"]), first.get("input"), _cause(first)
-    if isinstance(cause, RecordError) and cause.place:  # of a record inside this one
+    if isinstance(cause, RecordError | FieldError) and cause.place:  # also of a record inside this one
         return ".".join(filter(None, (place, cause.place))), cause.fault
     message = first["msg"][:1].lower() + first["msg"][1:] if cause is None else str(cause)
     if not place:

@@ -11,7 +11,7 @@ from asdm.diffusion.parameterization import TimestepSampling
 from asdm.distillation.losses import FeatureWeighting, loss_terms
 from asdm.errors import AsdmError
 from asdm.old_names import renamed_stage
-from asdm.records import Record, first_fault
+from asdm.records import FieldError, Record, first_fault
 from asdm.training.loop import LoopSettings
 from asdm.training.optimizers import OptimizerName
 from asdm.training.task import BatchSlice
@@ -41,9 +41,9 @@ class LossWeights(Record):
         defaults = {term.name: term.weight for term in loss_terms()}
         for name, value in weights.items():
             if name not in defaults:
-                raise ValueError(f"{name}: no such loss; they are {', '.join(defaults)}")
+                raise FieldError(name, f": no such loss; they are {', '.join(defaults)}")
             if isinstance(value, bool):
-                raise ValueError(f"{name}={value}: must not be true or false")
+                raise FieldError(name, f"={value}: must not be true or false")
         return {**defaults, **weights}
 
     @model_validator(mode="after")
@@ -113,9 +113,8 @@ class Consistency(Record):
     @model_validator(mode="after")
     def _students_are_among_solvers(self) -> Consistency:
         if self.student_steps > self.solver_steps:
-            raise ValueError(
-                f"student_steps={self.student_steps}: more than solver_steps={self.solver_steps}; give as many at most"
-            )
+            most = f"more than solver_steps={self.solver_steps}; give as many at most"
+            raise FieldError("student_steps", f"={self.student_steps}: {most}")
         return self
 
 
