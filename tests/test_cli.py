@@ -206,6 +206,21 @@ def test_a_full_disk_is_told_and_nothing_is_lost(run, model, monkeypatch, tmp_pa
     assert (tmp_path / "target" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == before
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file system in which no folder can be made")
+def test_a_folder_that_cannot_be_made_is_told(run, model, tmp_path):
+    PruningPlan.for_unet(tiny_pipeline().unet, [{"edit": "remove", "unit": "mid_block"}]).save(tmp_path / "plan.json")
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    shared = ["--captions", "prompts.txt", "--metrics", "ssim", "--steps", 1]
+    for command in (
+        ["prune", model, "plan.json", "--out", "/proc/x/y"],
+        ["generate", model, "a cat", "--steps", 1, "--out", "/proc/x"],
+        ["evaluate", model, "--protocol", "demo", *shared, "--folder", "/proc/x"],
+    ):
+        status, _, error = run(*command)
+        told = [line for line in error.splitlines() if line.startswith("error:")]
+        assert status == 2 and len(told) == 1 and "/proc/x" in told[0] and "Traceback" not in error, command
+
+
 def test_a_device_that_is_not_there_is_told(run, model):
     status, _, error = run("generate", model, "x", "--device", "quantum")
     assert status == 2

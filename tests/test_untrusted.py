@@ -19,8 +19,10 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
 from asdm import AsdmError, CacheSchedule, Evaluation, PruningPlan, RedundancyMap, images, load_pipeline, save_pipeline
+from asdm.data import hf_datasets
 from asdm.data.draws import Draws
 from asdm.data.examples import LONGEST_CAPTION
+from asdm.data.hf_datasets import _file_of
 from asdm.data.metadata import rows_of_metadata
 from asdm.data.prepared import PreparedData
 from asdm.data.shards import MAX_SAMPLE
@@ -143,6 +145,15 @@ def test_shards_leave_nothing_on_the_disk_and_bound_a_sample(tmp_path, monkeypat
     assert MAX_SAMPLE > 10**8
     with pytest.raises(AsdmError, match="a command, which is not run"):
         open_data("pipe:touch x.tar")
+
+
+def test_images_of_a_dataset_are_files_or_bounded(monkeypatch):
+    fsspec = pytest.importorskip("fsspec")
+    assert _file_of({"path": "file:///dev/zero"}) == Path("/dev/zero"), "opened as other files are"
+    monkeypatch.setattr(fsspec, "open", lambda *_: Path("/dev/zero").open("rb"))
+    monkeypatch.setattr(hf_datasets, "MAX_SAMPLE", 2**20)
+    with pytest.raises(ValueError, match="more than 1 MB"):
+        _file_of({"path": "http://127.0.0.1:9/x.png"})
 
 
 def test_a_table_of_parquet_whose_text_is_no_utf_8_is_named(tmp_path):

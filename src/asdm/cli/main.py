@@ -41,6 +41,8 @@ def one_line_errors() -> Iterator[None]:
         if hasattr(error, "format_message"):  # typer refuses an option or argument
             _fail_to_parse(error)
         cause = disk_error(error) or memory_error(error)
+        if cause is None and isinstance(error, FileNotFoundError) and error.filename:  # a folder that cannot be made
+            cause = f"{error.filename}: {error.strerror}"
         if debug or cause is None:
             raise
         _fail(f"{cause}; existing files are unchanged", 2)

@@ -18,6 +18,7 @@ from asdm.data.examples import (
     rows_of_piece,
 )
 from asdm.data.names import data_help
+from asdm.data.shards import MAX_SAMPLE
 from asdm.errors import AsdmError, needs_extra, one_line
 
 _ARROW_FILE = b"ARROW1"  # what files of Arrow begin with that are no streams
@@ -96,9 +97,12 @@ def _file_of(content: dict[str, Any]) -> Path | bytes | None:
     path = content.get("path")
     if content.get("bytes") or not path:
         return content.get("bytes")
-    if "://" not in path:
-        return Path(path)
+    if "://" not in path or path.startswith("file://"):
+        return Path(path.removeprefix("file://"))
     import fsspec  # by which datasets itself opens them
 
     with fsspec.open(path, "rb") as file:
-        return file.read()
+        found: bytes = file.read(MAX_SAMPLE + 1)
+    if len(found) > MAX_SAMPLE:
+        raise ValueError(f"more than {MAX_SAMPLE >> 20} MB")
+    return found
