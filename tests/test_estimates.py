@@ -137,6 +137,9 @@ def test_estimate_prints_and_writes_nothing(model, tmp_path):
     assert told.exit_code == 0
     assert "analyse" in told.stdout and "evaluate" in told.stdout
     assert not (tmp_path / "out").exists()
+    without_out = [each for each in compress_command(model, "") if each not in ("--out", "")]
+    assert CliRunner().invoke(app, [*without_out, "--estimate"]).exit_code == 0
+    assert "--out is missing" in str(CliRunner().invoke(app, without_out).exception)
 
 
 def test_a_no_ends_a_long_command_before_it_begins(model, tmp_path, monkeypatch):

@@ -58,7 +58,8 @@ def _connect_files(page: Page, triggers: list[Any], lists: list[Any]) -> None:
     @sentences
     def look() -> list[Any]:
         found = find_evidence(page.settings.folder)
-        return [gr.Dropdown(choices=names) for names in (found.benchmarks, found.reports, found.logs)]
+        kinds = {"benchmarks": found.benchmarks, "reports": found.reports, "trainings": found.logs}
+        return [gr.Dropdown(choices=names, info=None if names else f"no {kind} here") for kind, names in kinds.items()]
 
     for event in (tab.select, refresh.click):
         event(look, None, lists, show_progress="hidden", **_PRIVATE)

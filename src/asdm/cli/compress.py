@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -35,6 +37,7 @@ from asdm.cli.options import (
 )
 from asdm.cli.output import print_evaluation, print_skipped, say, warn_if_busy
 from asdm.cli.progress import reporting
+from asdm.errors import AsdmError
 
 if TYPE_CHECKING:
     from asdm.estimates.work import StepTime
@@ -42,7 +45,10 @@ if TYPE_CHECKING:
 
 def compress(
     model: ModelArgument,
-    out: Annotated[Path, typer.Option(help="The folder to write everything to.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The folder to write everything to; not needed with --estimate.", show_default=False),
+    ] = None,
     speedup: SpeedupOption = None,
     params: ParamsOption = None,
     macs: MacsOption = None,
@@ -77,9 +83,11 @@ def compress(
     """Analyse, plan, prune, distil, evaluate and report, in a row; run again to resume."""
     from asdm.devices import fastest_device
 
+    if out is None and not estimate:
+        raise AsdmError("--out is missing: name the folder to write everything to")
     compress_and_print(
         model,
-        out,
+        out or Path(tempfile.gettempdir()) / f"asdm-{os.getpid()}",  # to which an estimate writes nothing
         speedup=speedup,
         params=params,
         macs=macs,
