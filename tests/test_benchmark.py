@@ -23,6 +23,7 @@ from asdm.benchmark.results import Benchmark, BenchmarkRow, BenchmarkRun
 from asdm.benchmark.run import judge_methods, time_methods
 from asdm.benchmark.techniques import by_lcm, caching, in_openvino, pruned, with_dpm_solver, with_gri
 from asdm.diffusion.generation import generate
+from asdm.measure import limits as limits_module
 from asdm.measure.limits import machine_limits
 from conftest import tiny_decoder, tiny_pipeline
 
@@ -368,8 +369,18 @@ def test_labels_of_the_plot_do_not_cover_each_other():
     plt.close(figure)
 
 
-def test_the_machine_s_limits_are_told_for_each_dtype():
+@pytest.mark.parametrize(("in_bfloat16", "size"), [(True, 96), (False, 12)])
+def test_the_machine_s_limits_are_told_for_each_dtype(in_bfloat16, size, monkeypatch):
+    sizes, product = {}, limits_module._product
+
+    def noted(size, dtype, device):
+        sizes[dtype] = size
+        return product(size, dtype, device)
+
+    monkeypatch.setattr(limits_module, "computes_in_bfloat16", lambda: in_bfloat16)
+    monkeypatch.setattr(limits_module, "_product", noted)
     limits = machine_limits(size=96, repeats=1)
+    assert sizes == {torch.float32: 96, torch.bfloat16: size}  # less where a CPU would take minutes
     assert set(limits) == {"float32", "bfloat16"}
     assert all(value > 0 for best in limits.values() for value in best.values())
 

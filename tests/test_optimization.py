@@ -23,7 +23,14 @@ def gains(monkeypatch):
 
         monkeypatch.setattr("asdm.runtime.optimize.measure_interleaved", measured)
 
+    monkeypatch.setattr("asdm.runtime.optimize.computes_in_bfloat16", lambda: True)
     return set_gain
+
+
+def test_a_precision_that_the_cpu_emulates_is_not_tried(pipeline, gains, monkeypatch):
+    gains(1.5)
+    monkeypatch.setattr("asdm.runtime.optimize.computes_in_bfloat16", lambda: False)
+    assert [measure.name for measure in optimize(pipeline).measures] == ["channels last", "fused projections"]
 
 
 def test_what_helps_is_kept_and_the_pipeline_draws(pipeline, gains):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from asdm.measure.latency import seconds_of
+from asdm.measure.machine import computes_in_bfloat16
 
 
 @torch.no_grad()
@@ -29,10 +30,12 @@ def machine_limits(
     half = (torch.bfloat16,) if on_cpu else (torch.bfloat16, torch.float16)
     limits = {}
     for dtype in dtypes or (torch.float32, *half):
-        products = [_product(size, dtype, device)]
+        emulated = on_cpu and dtype is torch.bfloat16 and not computes_in_bfloat16()
+        part = max(1, size // 8) if emulated else size  # the whole would take minutes
+        products = [_product(part, dtype, device)]
         # The channels and pixels of Stable Diffusion's highest, middle and lowest resolutions.
         convolutions = [
-            _convolution(channels, max(1, round((size**3 / 9) ** 0.5 / channels)), dtype, device, memory_format)
+            _convolution(channels, max(1, round((part**3 / 9) ** 0.5 / channels)), dtype, device, memory_format)
             for channels in (320, 640, 1280)
             for memory_format in (torch.contiguous_format, torch.channels_last)
         ]

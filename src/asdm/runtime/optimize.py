@@ -18,6 +18,7 @@ from asdm.edits.regional_attention import GriAttnProcessor
 from asdm.errors import AsdmError, one_line
 from asdm.families import denoiser_call, denoiser_of, family_of
 from asdm.measure.latency import Latency, Ratio, measure_interleaved
+from asdm.measure.machine import computes_in_bfloat16
 from asdm.runtime.decoding import optimize_decoder
 from asdm.runtime.measures import Measure, is_worth_it, relative_error
 from asdm.runtime.openvino import OpenVinoVae
@@ -130,7 +131,8 @@ def _changes(device: torch.device, dtype: torch.dtype, compile: bool) -> Iterato
     if dtype == torch.float32:
         if device.type in ("cuda", "mps"):
             yield "float16", lambda model: model.to(torch.float16)
-        yield "bfloat16", lambda model: model.to(torch.bfloat16)
+        if device.type != "cpu" or computes_in_bfloat16():
+            yield "bfloat16", lambda model: model.to(torch.bfloat16)
     yield "fused projections", _fuse
     if compile:
         yield "compiled blocks", lambda model: model.compile_repeated_blocks()
