@@ -325,6 +325,12 @@ def test_sdxl_of_edms_noise_levels_keeps_its_sampler(markers, expected, sdxl):
     assert expected is not EDMEulerScheduler or found.scheduler.config.sigma_max == 120
 
 
+@pytest.mark.parametrize("most", [0.0, -1.0, 0.001, float("inf"), float("nan")])
+def test_noise_levels_that_no_sampler_has_are_refused(most, sdxl):
+    with pytest.raises(AsdmError, match=r"edm_vpred\.sigma_max=.*; the first must be positive and the second larger"):
+        loaded(sdxl(**{"edm_vpred.sigma_max": torch.tensor(most)}))
+
+
 YAML = "model:\n  target: ldm.models.diffusion.ddpm.LatentDiffusion\n  params:\n    linear_start: 0.00085\n"
 SDXL_YAML = (
     "model:\n  params:\n    denoiser_config:\n      params:\n        scaling_config:\n"

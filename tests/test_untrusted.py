@@ -325,6 +325,9 @@ def changed(path, **fields):
         ("unet/config.json", {"layers_per_block": 100_000}, "more than 20000 modules"),
         ("text_encoder/config.json", {"num_hidden_layers": 100_000}, "more than 20000 modules"),
         ("text_encoder/config.json", {"hidden_size": 2**19}, "config describes"),
+        ("unet/config.json", {"conv_in_kernel": 100_000}, "config describes"),
+        ("vae/config.json", {"latent_channels": 10**6}, "config describes"),
+        ("unet/config.json", {"norm_num_groups": 0}, "cannot be loaded: integer modulo by zero"),
         ("text_encoder/config.json", {"vocab_size": 10**12}, "vocab_size=1000000000000: must be at most"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import diffusers
@@ -49,8 +50,14 @@ def edm_scheduler(header: Header) -> Any | None:
     most, least = header.number("edm_vpred.sigma_max"), header.number("edm_vpred.sigma_min")
     if most is None:
         return None
+    least = 0.002 if least is None else least
+    if not 0 < least < most < math.inf:
+        raise AsdmError(
+            f"{header.path}: edm_vpred.sigma_min={least:g} and edm_vpred.sigma_max={most:g}; the first must be positive "
+            "and the second larger; download it again"
+        )
     return EDMEulerScheduler(
-        sigma_min=0.002 if least is None else least,
+        sigma_min=least,
         sigma_max=most,
         sigma_data=1.0,
         prediction_type="v_prediction",

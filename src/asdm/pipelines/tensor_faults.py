@@ -20,7 +20,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from asdm.errors import AsdmError, one_line
 from asdm.families import Denoiser, UNetFamily
 from asdm.pipelines.headers import Header
-from asdm.pipelines.untrusted import bounded_modules, empty_of_transformers
+from asdm.pipelines.quiet import quiet
+from asdm.pipelines.untrusted import bounded_modules, empty_of_transformers, require_as_large_as_its_files
 from asdm.reading import read_json
 from asdm.student.classes import student_class
 
@@ -178,16 +179,26 @@ def require_all_read(unet: Denoiser, name: str, files: Iterable[Path]) -> None:
             )
 
 
+def require_no_more_than_its_files(folder: Path) -> None:
+    """Raise an AsdmError where the config of a part describes many more parameters than its files hold: memory would be
+    taken for them before anything is compared."""
+    module = _empty(folder)
+    if module is not None:
+        require_as_large_as_its_files(module, folder)
+
+
 def _empty(folder: Path) -> nn.Module | None:
-    """Make the part that a folder's config describes, without weights; None where its class is not known."""
+    """Make the part that a folder's config describes, without weights; None where that is not possible."""
     try:
         settings = read_json(folder / "config.json")
         if "architectures" in settings:
             return empty_of_transformers(folder, settings)
-        with init_empty_weights(), bounded_modules(str(folder)):
+        with quiet(), init_empty_weights(include_buffers=True), bounded_modules(str(folder)):
             named = settings["_class_name"]
             return (student_class(named) or getattr(diffusers, named)).from_config(settings)
-    except (OSError, KeyError, AttributeError, ValueError, TypeError, RuntimeError):
+    except AsdmError:
+        raise
+    except Exception:  # of the libraries, any kind; loading says what is wrong
         return None
 
 
