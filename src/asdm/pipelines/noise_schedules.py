@@ -53,8 +53,8 @@ def edm_scheduler(header: Header) -> Any | None:
     least = 0.002 if least is None else least
     if not 0 < least < most < math.inf:
         raise AsdmError(
-            f"{header.path}: edm_vpred.sigma_min={least:g} and edm_vpred.sigma_max={most:g}; the first must be positive "
-            "and the second larger; download it again"
+            f"{header.path}: edm_vpred.sigma_min={least:g} and edm_vpred.sigma_max={most:g}; the first must be "
+            "positive and the second larger; download it again"
         )
     return EDMEulerScheduler(
         sigma_min=least,
