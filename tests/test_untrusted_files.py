@@ -88,7 +88,10 @@ def test_settings_of_a_run_without_a_number_of_steps_are_another_runs(steps, tmp
         require_same_run(tmp_path, {"seed": 0, "steps": steps}, {"seed": 0, "steps": 5})
 
 
-@pytest.mark.parametrize("changes", [{"latent_channels": 2**40}, {"num_decoder_blocks": [10**6, 1]}, "[" * 100_000])
+@pytest.mark.parametrize(
+    "changes",
+    [{"latent_channels": 2**40}, {"num_decoder_blocks": [10**6, 1]}, {"upsample_fn": " earest"}, "[" * 100_000],
+)
 def test_the_config_of_a_decoder_is_bounded(changes, tmp_path):
     save_decoder(make_tiny(4, 8, [1, 0]), tmp_path / "decoder")
     path = tmp_path / "decoder" / "config.json"

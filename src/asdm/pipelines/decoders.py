@@ -97,6 +97,8 @@ def load_decoder(name: str | Path, pipeline: DiffusionPipeline) -> AutoencoderTi
         tiny = AutoencoderTiny.from_pretrained(place, torch_dtype=torch.float32, use_safetensors=True)
     require_loaded(tiny, name, "decoder", sorted(Path(place).glob("*.safetensors")))
     require_finite(tiny, name, remedy)
+    with refuse_damaged(name, remedy), torch.no_grad():  # some fields of a config count no sooner than it decodes
+        tiny.decode(torch.zeros(1, tiny.config.latent_channels, 2, 2))
     tiny.register_to_config(_name_or_path=name)
     return tiny
 
