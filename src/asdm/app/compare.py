@@ -92,10 +92,7 @@ def request_of(fields: Mapping[str, Any], limits: Limits) -> GenerationRequest:
         given.pop("strength", None)
     if "lora" in given:
         given["loras"] = [LoraFile.parse(str(given.pop("lora")).strip())]
-    try:
-        request = GenerationRequest(prompts=[prompt], **given)
-    except AsdmError as error:
-        raise AsdmError(str(error).removeprefix("not a GenerationRequest: ")) from None
+    request = GenerationRequest(prompts=[prompt], **given)
     limits.require(request)
     return request
 
