@@ -203,7 +203,7 @@ def _on_disk(name: str, inputs: Path, errors: Path, space: int | None) -> dict[s
         else:
             fill(disk, space)
         status = completed(writing_commands(inputs, disk)[name], errors)
-        said = errors.read_text("utf-8")
+        said = errors.read_text("utf-8").replace(f"{inputs}/", "")
         lines = [line for line in said.splitlines() if line.startswith("error:")]
         faults = []
         if status != 2:
