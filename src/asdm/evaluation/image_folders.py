@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
+from asdm.digests import short_digest
 from asdm.errors import AsdmError, one_line
 from asdm.files import replacing_file, write_text
 from asdm.images import to_images
@@ -57,7 +57,7 @@ def folder_name(name: str) -> str:
     if len(plain.encode()) <= LONGEST_NAME:
         return plain
     end = plain.encode()[-LONGEST_NAME // 2 :].decode(errors="ignore")
-    return f"{hashlib.sha256(name.encode()).hexdigest()[:12]}_{end}"
+    return f"{short_digest(name)[:12]}_{end}"
 
 
 def save_images(images: Tensor, folder: Path) -> None:
