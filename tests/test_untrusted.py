@@ -327,6 +327,14 @@ def changed(path, **fields):
         ("text_encoder/config.json", {"hidden_size": 2**19}, "config describes"),
         ("unet/config.json", {"conv_in_kernel": 100_000}, "config describes"),
         ("vae/config.json", {"latent_channels": 10**6}, "config describes"),
+        # the class is the one that model_index.json names, whatever the part's own config says
+        ("text_encoder/config.json", {"hidden_size": 2**19, "architectures": None}, "config describes"),
+        ("unet/config.json", {"conv_in_kernel": 100_000, "architectures": ["CLIPTextModel"]}, "config describes"),
+        (
+            "vae/config.json",
+            {"block_out_channels": [2**14, 2**14], "_class_name": "AutoencoderTiny"},
+            "config describes",
+        ),
         ("unet/config.json", {"norm_num_groups": 0}, "cannot be loaded: integer modulo by zero"),
         ("text_encoder/config.json", {"vocab_size": 10**12}, "vocab_size=1000000000000: must be at most"),
     ],

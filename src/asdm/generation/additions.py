@@ -24,8 +24,13 @@ from asdm.families import denoiser_of, family_of
 from asdm.pipelines.damaged import refuse_damaged
 from asdm.pipelines.names import looks_like_path
 from asdm.pipelines.quiet import quiet
-from asdm.pipelines.tensor_faults import require_loaded, require_no_more_than_its_files
-from asdm.pipelines.untrusted import bounded_modules, require_plain_files, require_safe_config
+from asdm.pipelines.tensor_faults import require_loaded
+from asdm.pipelines.untrusted import (
+    bounded_modules,
+    require_no_more_than_its_files,
+    require_plain_files,
+    require_safe_config,
+)
 from asdm.reading import read_json
 from asdm.records import Record
 
@@ -182,7 +187,7 @@ def load_controlnet(folder: Path, pipeline: DiffusionPipeline) -> ControlNetMode
         is_here = folder.is_dir()
         require_safe_config(folder / "config.json" if is_here else Path(hf_hub_download(str(folder), "config.json")))
         if is_here:
-            require_no_more_than_its_files(folder)
+            require_no_more_than_its_files(ControlNetModel, folder)
         controlnet = ControlNetModel.from_pretrained(
             os.fspath(folder), torch_dtype=denoiser.dtype, use_safetensors=True
         )

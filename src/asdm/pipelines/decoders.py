@@ -27,8 +27,13 @@ from asdm.pipelines.derived import with_vae
 from asdm.pipelines.names import looks_like_path
 from asdm.pipelines.quiet import quiet
 from asdm.pipelines.random_models import randomly_filled
-from asdm.pipelines.tensor_faults import require_loaded, require_no_more_than_its_files
-from asdm.pipelines.untrusted import bounded_modules, require_plain_files, require_safe_config
+from asdm.pipelines.tensor_faults import require_loaded
+from asdm.pipelines.untrusted import (
+    bounded_modules,
+    require_no_more_than_its_files,
+    require_plain_files,
+    require_safe_config,
+)
 from asdm.reading import read_json
 from asdm.registry import PIPELINES, registered_folder
 
@@ -91,7 +96,7 @@ def load_decoder(name: str | Path, pipeline: DiffusionPipeline) -> AutoencoderTi
     remedy = "train or download it again" if is_here else "name a folder of a decoder, or a Hub id"
     with refuse_damaged(name, remedy), quiet(), bounded_modules(name):
         if is_here:
-            require_no_more_than_its_files(Path(place))
+            require_no_more_than_its_files(AutoencoderTiny, Path(place))
         else:
             require_safe_config(Path(hf_hub_download(place, "config.json")))
         tiny = AutoencoderTiny.from_pretrained(place, torch_dtype=torch.float32, use_safetensors=True)

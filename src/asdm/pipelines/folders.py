@@ -19,13 +19,18 @@ from asdm.pipelines.noise_schedules import scheduler_for, takes_zero_snr
 from asdm.pipelines.quiet import quiet
 from asdm.pipelines.tensor_faults import (
     explain_folder,
-    require_no_more_than_its_files,
     require_safetensors,
     require_shards,
     require_weights,
     require_whole,
 )
-from asdm.pipelines.untrusted import bounded_modules, require_safe_folder, without_network
+from asdm.pipelines.untrusted import (
+    bounded_modules,
+    classes_of_parts,
+    require_no_more_than_its_files,
+    require_safe_folder,
+    without_network,
+)
 from asdm.reading import read_json
 from asdm.student.classes import student_class
 
@@ -53,8 +58,8 @@ def load_folder(folder: Path, dtype: torch.dtype, as_stored: bool = False) -> Di
         require_safetensors(path)
         require_weights(path)
     require_shards(folder)
-    for config in sorted(folder.glob("*/config.json")):
-        require_no_more_than_its_files(config.parent)
+    for part, kind in classes_of_parts(folder).items():
+        require_no_more_than_its_files(kind, folder / part)
     if not any(denoiser.glob("*.safetensors")):
         raise AsdmError(f"{denoiser}: no .safetensors weights; pickles are not loaded, convert them first")
     return _from_pretrained(folder, dtype, as_stored)

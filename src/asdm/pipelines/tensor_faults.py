@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, DiffusionPipeline
@@ -20,10 +19,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from asdm.errors import AsdmError, one_line
 from asdm.families import Denoiser, UNetFamily
 from asdm.pipelines.headers import Header
-from asdm.pipelines.quiet import quiet
-from asdm.pipelines.untrusted import bounded_modules, empty_of_transformers, require_as_large_as_its_files
+from asdm.pipelines.untrusted import classes_of_parts, empty_model
 from asdm.reading import read_json
-from asdm.student.classes import student_class
 
 TEXT_ENCODERS = (CLIPTextModel, CLIPTextModelWithProjection)
 OF_TEXT = re.compile("^text_model[.]")  # which some versions of transformers put before a text encoder's names
@@ -154,9 +151,9 @@ def _explain_single_file(header: Header, config: str, kind: str) -> None:
 def explain_folder(folder: Path) -> None:
     """Raise an AsdmError where the tensors of a part of a pipeline's folder do not fit its config; return where all
     do."""
-    for config in sorted(folder.glob("*/config.json")):
-        part, files = config.parent.name, sorted(config.parent.glob("*.safetensors"))
-        module = _empty(config.parent)
+    for part, kind in classes_of_parts(folder).items():
+        files = sorted((folder / part).glob("*.safetensors"))
+        module = empty_model(kind, folder / part)
         if module is not None and files:
             found = {name: tensor for path in files for name, tensor in Header.of(path).tensors.items()}
             _require_fit(module, found, str(folder), part, files)
@@ -177,31 +174,6 @@ def require_all_read(unet: Denoiser, name: str, files: Iterable[Path]) -> None:
                 f"{name}: its unet has {tensor}, for an input (timestep_cond, class_labels, added_cond_kwargs) that "
                 "its config does not name, and would be loaded without it; take the checkpoint with its own config"
             )
-
-
-def require_no_more_than_its_files(folder: Path) -> None:
-    """Raise an AsdmError where the config of a part of diffusers describes many more parameters than its files hold:
-    memory would be taken for them before anything is compared."""
-    if "architectures" in read_json(folder / "config.json"):
-        return  # of transformers: `require_safe_config` has compared it
-    module = _empty(folder)
-    if module is not None:
-        require_as_large_as_its_files(module, folder)
-
-
-def _empty(folder: Path) -> nn.Module | None:
-    """Make the part that a folder's config describes, without weights; None where that is not possible."""
-    try:
-        settings = read_json(folder / "config.json")
-        if "architectures" in settings:
-            return empty_of_transformers(folder, settings)
-        with quiet(), init_empty_weights(include_buffers=True), bounded_modules(str(folder)):
-            named = settings["_class_name"]
-            return (student_class(named) or getattr(diffusers, named)).from_config(settings)
-    except AsdmError:
-        raise
-    except Exception:  # of the libraries, any kind; loading says what is wrong
-        return None
 
 
 def _converted(part: str, tensors: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from transformers import ImageProcessingMixin, PreTrainedModel, PreTrainedTokeni
 
 from asdm.errors import AsdmError, one_line
 from asdm.families import families
+from asdm.pipelines.quiet import quiet
 from asdm.reading import MAX_WHOLE, read_json
 from asdm.student.classes import student_class
 
@@ -42,8 +43,7 @@ _QUANTISED = ("quantization_config", "compression_config")
 
 
 def require_safe_folder(folder: Path) -> None:
-    """Raise an AsdmError where a pipeline's folder asks for code or weights of others, holds pickles, or asks for more
-    than its files hold."""
+    """Raise an AsdmError where a pipeline's folder asks for code or weights of others, or holds pickles."""
     require_plain_files(folder)
     index = _read_object(folder / "model_index.json")
     _require_no_code(index, folder / "model_index.json")
@@ -136,8 +136,7 @@ def _require_known_class(part: str, kind: list[Any], folder: Path) -> None:
 def _is_class_of_part(library: str, name: str) -> bool:
     """Return whether a class can be a part: a model, a tokenizer, a processor or a scheduler; True where it is not
     known, as of newer versions. Other classes load what no check here has seen."""
-    place: Any = {"transformers": transformers, "diffusers": diffusers}.get(library) or getattr(pipelines, library)
-    found = getattr(place, name, None)
+    found = _named_class(library, name)
     if found is None:
         return True
     if not isinstance(found, type) or issubclass(found, DiffusionPipeline):
@@ -145,17 +144,31 @@ def _is_class_of_part(library: str, name: str) -> bool:
     return library != "transformers" or issubclass(found, _OF_TRANSFORMERS)
 
 
+def _named_class(library: str, name: str) -> Any:
+    """Return what a library has under a name, as diffusers looks it up for a part; None where it has nothing."""
+    place: Any = {"transformers": transformers, "diffusers": diffusers}.get(library) or getattr(pipelines, library)
+    return getattr(place, name, None)
+
+
+def classes_of_parts(folder: Path) -> dict[str, type[nn.Module]]:
+    """Return the class of each model in a pipeline's folder, which is the one that its index names: diffusers passes
+    over what the model's own config says. Of parts with a config and a known class alone."""
+    found = {}
+    for part, kind in _read_object(folder / "model_index.json").items():
+        if isinstance(kind, list) and len(kind) == 2 and all(isinstance(each, str) for each in kind):
+            made = student_class(kind[1]) or _named_class(*kind)
+            if isinstance(made, type) and issubclass(made, nn.Module) and (folder / part / "config.json").is_file():
+                found[part] = made
+    return found
+
+
 def require_safe_config(path: Path) -> None:
-    """Raise an AsdmError where the config of a part asks for code of others, or for more than its files hold."""
+    """Raise an AsdmError where the config of a part asks for code of others, or for more than any model has."""
     is_tokenizer = path.name == "tokenizer_config.json"  # whose longest text may be 10^30, for none
     config = _read_object(path, math.inf if is_tokenizer else MAX_WHOLE)
     _require_no_code(config, path)
     if not is_tokenizer:
         require_plausible(config, path)
-    if path.name == "config.json" and "architectures" in config:
-        module = empty_of_transformers(path.parent, config)
-        if module is not None:
-            require_as_large_as_its_files(module, path.parent)
 
 
 def _require_no_code(config: dict[str, Any], path: Path) -> None:
@@ -199,19 +212,25 @@ def require_as_large_as_its_files(module: nn.Module, folder: Path) -> None:
         )
 
 
-def empty_of_transformers(folder: Path, config: dict[str, Any]) -> nn.Module | None:
-    """Make the transformers model that a folder's config names, without weights; None where that is not possible."""
-    names = config.get("architectures")
-    kind: Any = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
-    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
-        return None
-    made: Any = kind
+def require_no_more_than_its_files(kind: type[nn.Module], folder: Path) -> None:
+    """Raise an AsdmError where the config of a model of that class describes many more parameters than its files hold:
+    memory would be taken for them before anything is compared."""
+    module = empty_model(kind, folder)
+    if module is not None:
+        require_as_large_as_its_files(module, folder)
+
+
+def empty_model(kind: Any, folder: Path) -> nn.Module | None:
+    """Make the model of that class that a folder's config describes, without weights; None where that is not
+    possible."""
     try:
-        with init_empty_weights(include_buffers=True), bounded_modules(str(folder)), without_network():
-            return made(made.config_class.from_pretrained(folder))
+        with quiet(), init_empty_weights(include_buffers=True), bounded_modules(str(folder)), without_network():
+            if issubclass(kind, PreTrainedModel):
+                return kind(kind.config_class.from_pretrained(folder))
+            return kind.from_config(read_json(folder / "config.json"))
     except AsdmError:
         raise
-    except Exception:  # of transformers, any kind; loading says what is wrong
+    except Exception:  # of the libraries, any kind; loading says what is wrong
         return None
 
 
