@@ -246,6 +246,24 @@ def test_graphs_stand_in_only_for_what_they_can_do(drawing, tmp_path):
         with_openvino_graphs(pipeline, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("unet/config.json", {"sample_size": ...}),
+        ("vae_decoder/config.json", {"scaling_factor": ...}),
+        ("vae_decoder/config.json", {"scaling_factor": 0}),
+        ("unet/openvino_model.xml", None),
+    ],
+)
+def test_damaged_graphs_are_refused_before_anything_is_drawn(file, change, drawing, tmp_path):
+    pipeline, folder = drawing
+    folder = shutil.copytree(folder, tmp_path / "out")
+    known = {} if change is None else json.loads((folder / file).read_text()) | change
+    (folder / file).write_text(json.dumps({key: value for key, value in known.items() if value is not ...}))
+    with pytest.raises(AsdmError, match=r"out: cannot be loaded .*; export them again"):
+        with_openvino_graphs(pipeline, folder)
+
+
 def test_graphs_are_compiled_once_for_both_parts_of_a_guidance_that_ends(drawing, monkeypatch):
     pipeline, folder = drawing
     ready, compiled = with_openvino_graphs(pipeline, folder), []

@@ -315,6 +315,9 @@ def changed(path, **fields):
         ("model_index.json", {"text_encoder": ["transformers", "AutoModel"]}, "can run code"),
         ("model_index.json", {"vae": "AutoencoderKL"}, "cannot be loaded|lacks"),
         ("model_index.json", {"../../x": ["diffusers", "AutoencoderKL"]}, "no name of a part"),
+        ("model_index.json", {"é" * 200: []}, "no name of a part"),
+        ("model_index.json", {"x" * 300: ["diffusers", "AutoencoderKL"]}, "no name of a part"),
+        ("model_index.json", {"x\0": [None, None]}, "no name of a part"),
         ("model_index.json", {"text_encoder": ["diffusers", "DiffusionPipeline"]}, "no part of a pipeline"),
         ("model_index.json", {"vae": ["pipeline_utils", "DiffusionPipeline"]}, "no part of a pipeline"),
         ("model_index.json", {"vae": ["pipeline_utils", "os"]}, "no part of a pipeline"),
@@ -431,6 +434,9 @@ def test_a_shard_in_another_folder_is_refused(model):
     index = model / "unet" / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"conv_in.weight": "../../other.safetensors"}}))
     with pytest.raises(AsdmError, match="another folder"):
+        load_pipeline(model)
+    index.write_text(json.dumps({"weight_map": {"conv_in.weight": "x" * 300}}))
+    with pytest.raises(AsdmError, match="File name too long"):
         load_pipeline(model)
 
 

@@ -98,11 +98,11 @@ def require_shards(folder: Path) -> None:
         try:
             names = sorted(set(read_json(index)["weight_map"].values()))
             outside = [name for name in names if Path(name).name != name]
+            absent = [name for name in names if not (index.parent / name).is_file()]
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise AsdmError(f"{index}: damaged ({one_line(error)}); download it again") from None
         if outside:
             raise AsdmError(f"{index}: names a file in another folder ({_some(outside)}); download it again")
-        absent = [name for name in names if not (index.parent / name).is_file()]
         if absent and len(absent) < len(names):  # without any of them, weights in a variant may be there
             raise AsdmError(
                 f"{index.parent}: lacks {len(absent)} of the {len(names)} files of {index.name}: {_some(absent)}; "

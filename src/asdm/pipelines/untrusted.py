@@ -33,6 +33,7 @@ from asdm.student.classes import student_class
 MAX_MODULES = 20_000  # of a part; SDXL's UNet has 2,800
 _MAX_WHOLE = 2**20  # of a config's numbers: widths, vocabularies, time steps
 _MAX_SIDE = 512  # latents of a transformer with a table of positions; real ones have up to 256
+_MAX_NAME = 64  # letters of a part's name
 _LIBRARIES = ("diffusers", "transformers")
 # Fields by which a config makes a library fetch or run code of others.
 _CODE = ("auto_map", "custom_pipelines", "trust_remote_code")
@@ -116,7 +117,10 @@ def bounded_modules(name: str) -> Iterator[None]:
 
 
 def _require_known_class(part: str, kind: list[Any], folder: Path) -> None:
-    """Raise an AsdmError unless a part's class is one of diffusers' or transformers', or a student's."""
+    """Raise an AsdmError unless a part's class is one of diffusers' or transformers', or a student's, and its name that
+    of an argument of a pipeline."""
+    if not (part.isidentifier() and part.isascii() and len(part) <= _MAX_NAME):
+        raise AsdmError(f"{folder / 'model_index.json'}: {one_line(part)}: is no name of a part; download it again")
     place = f"{folder / 'model_index.json'}: {part}"
     if len(kind) != 2 or not all(isinstance(each, str) for each in kind):
         return  # no part, or none that can be loaded
@@ -129,8 +133,6 @@ def _require_known_class(part: str, kind: list[Any], folder: Path) -> None:
         raise AsdmError(f"{place} is of the class {class_name}, which can run code; name the class itself")
     if not is_student and not _is_class_of_part(library, class_name):
         raise AsdmError(f"{place} is of the class {class_name}, which is no part of a pipeline; download it again")
-    if "." in part or "/" in part or part in ("", ".."):
-        raise AsdmError(f"{place}: is no name of a part")
 
 
 def _is_class_of_part(library: str, name: str) -> bool:

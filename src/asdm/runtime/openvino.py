@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -22,11 +23,12 @@ from torch import Tensor, nn
 
 from asdm import checks
 from asdm.diffusion.conditioning import encode_images
-from asdm.errors import AsdmError, needs_extra, one_line
+from asdm.errors import AsdmError, needs_extra
 from asdm.families import CacheCut, UNetFamily
 from asdm.files import read_marker
 from asdm.measure.latency import measure_interleaved
 from asdm.old_names import OLD_EXPORT_SETTINGS, OLD_OUTER_GRAPH_INPUT, renamed
+from asdm.pipelines.damaged import refuse_damaged
 from asdm.pipelines.derived import with_unet
 from asdm.reading import read_json
 from asdm.runtime.graphs import CACHED_FEATURES
@@ -48,14 +50,10 @@ def with_openvino_graphs(pipeline: DiffusionPipeline, folder: str | Path) -> Dif
     about = renamed(read_marker(folder), OLD_EXPORT_SETTINGS)
     if about.get("format") != "openvino":
         raise AsdmError(f"{folder}: holds no OpenVINO graphs; write them with `asdm export MODEL --to openvino`")
-    try:
+    with refuse_damaged(folder, "export them again"):
         unet, vae = OpenVinoUNet(folder, about), OpenVinoVae(folder / "vae_decoder", pipeline.vae)
-    except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, AsdmError):
-            raise
-        raise AsdmError(f"{folder}: its graphs cannot be read ({one_line(error)}); export them again") from error
-    other = with_unet(pipeline, unet)  # type: ignore[arg-type]
-    other.register_modules(vae=vae)
+        other = with_unet(pipeline, unet)  # type: ignore[arg-type]
+        other.register_modules(vae=vae)
     return other
 
 
@@ -206,7 +204,10 @@ class OpenVinoVae(nn.Module):
     def __init__(self, folder: Path, original: Any):
         super().__init__()
         self.config = _config_of(folder)
-        same_scale = self.config.get("scaling_factor") == original.config.scaling_factor
+        scale = self.config["scaling_factor"]
+        if not (isinstance(scale, int | float) and 0 < scale < math.inf):
+            raise ValueError(f"scaling_factor={scale}: must be a number above 0")
+        same_scale = scale == original.config.scaling_factor
         self.encode = original.encode if same_scale else partial(_encode_rescaled, original, self.config)
         self.dtype, self.device = torch.float32, torch.device("cpu")
         self.graph = _Graph(folder / FILES["openvino"])

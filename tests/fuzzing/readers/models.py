@@ -27,6 +27,7 @@ from asdm.pipelines.headers import Header, kind_of
 from asdm.pipelines.lora_files import convert_lora
 from asdm.pipelines.shapes import denoiser_without_weights
 from asdm.runtime.openvino import with_openvino_graphs
+from asdm.runtime.writers import FILES
 from asdm.training.checkpoints import require_same_run
 from conftest import tiny_pipeline
 from fuzzing import inputs
@@ -223,23 +224,39 @@ def image_processors(folder: Path, content: bytes) -> None:
     torch.tensor([mean, std])
 
 
-@reader(
-    1,
-    lambda: st.tuples(
-        inputs.json_files({"kind": "export", "format": "openvino", "cache": 1}),
-        inputs.json_files({"in_channels": 4}),
-        st.binary(max_size=60),
-    ),
-)
-def exported_graphs(folder: Path, contents: tuple[bytes, bytes, bytes]) -> None:
-    for name, content in (
-        (MARKER, contents[0]),
-        ("unet/config.json", contents[1]),
-        ("unet/openvino_model.xml", contents[2]),
-        ("unet/openvino_model.bin", b""),
-    ):
-        written(folder, name, content)
-    with_openvino_graphs(pipeline(), folder)
+# -- exported graphs ---------------------------------------------------------------------------------------
+
+
+@cache
+def _exported() -> Path:
+    """A folder of two small graphs, as `asdm export` writes them."""
+    import numpy as np
+    import openvino
+    from openvino import opset13 as ops
+
+    folder = valid_folder() / "exported"
+    for name, config in (("unet", pipeline().unet.config), ("vae_decoder", pipeline().vae.config)):
+        sample = ops.parameter([-1, 4, -1, -1], np.float32, name="sample")
+        kernel = ops.constant(np.ones((4, 4, 3, 3), np.float32))
+        graph = openvino.Model([ops.convolution(sample, kernel, *[[1, 1]] * 4)], [sample])
+        written(folder, f"{name}/config.json", inputs.dumped(dict(config)))
+        openvino.save_model(graph, folder / name / FILES["openvino"], compress_to_fp16=False)
+    written(folder, MARKER, inputs.dumped({"kind": "export", "format": "openvino", "cache": None}))
+    return folder
+
+
+@st.composite
+def _exports(draw: st.DrawFn) -> tuple[str, bytes]:
+    names = sorted(str(path.relative_to(_exported())) for path in _exported().rglob("*") if path.is_file())
+    name = draw(st.sampled_from(names))
+    content = (_exported() / name).read_bytes()
+    strategy = inputs.json_files(json.loads(content)) if name.endswith(".json") else inputs.damaged(content)
+    return name, draw(strategy)
+
+
+@reader(1, _exports)
+def exported_graphs(folder: Path, change: tuple[str, bytes]) -> None:
+    with_openvino_graphs(pipeline(), linked(_exported(), folder / "exported", *change))
 
 
 # -- tiny decoders ----------------------------------------------------------------------------------------
