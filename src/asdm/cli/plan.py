@@ -205,7 +205,7 @@ def _remeasure(path: Path, model: str | None, device: str | None) -> None:
 
 
 def _summary(plan: PruningPlan) -> str:
-    from asdm.families.base import family_named
+    from asdm.families.registry import family_named
 
     metrics, parts = plan.metrics, [f"{len(plan.edits)} edit{'s' if len(plan.edits) != 1 else ''}"]
     if metrics is not None:

@@ -8,10 +8,9 @@ from __future__ import annotations
 import difflib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
-from typing import Any, ClassVar, Literal, Protocol, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -20,168 +19,21 @@ from torch import Tensor, nn
 from asdm.choices import CompensationKind, Program
 from asdm.edits.base import Edit
 from asdm.errors import AsdmError
+from asdm.families.records import (
+    BlockIO,
+    BlockPlace,
+    Branch,
+    CacheCut,
+    OriginalLayout,
+    PortableShape,
+    Preset,
+    Unit,
+    UnitLike,
+)
 from asdm.families.tensors import fingerprint
-from asdm.measure.macs import MacCount, counting_macs
 
 Denoiser: TypeAlias = ModelMixin
 GenerationInput = Literal["image", "mask", "lora", "controlnet", "clip_skip", "weighted"]
-UnitKind = Literal["resnet", "attention", "self_attention", "cross_attention", "feed_forward", "block"]
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One removable residual branch.
-
-    `name` is its module path in the denoiser, `parent` the unit that contains it (None at the top).
-    """
-
-    name: str
-    kind: UnitKind
-    parent: str | None = None
-
-    @property
-    def layer(self) -> str:
-        """The outermost unit it belongs to."""
-        return self.parent or self.name
-
-    @property
-    def block(self) -> str:
-        """The block it is in, such as "down_blocks.0", "mid_block" or "transformer_blocks.3"."""
-        return block_of(self.name)
-
-
-def block_of(name: str) -> str:
-    """Return the block that a module path is in: its first part, with the index where it has one."""
-    parts = name.split(".")
-    return ".".join(parts[:2]) if len(parts) > 1 and parts[1].isdigit() else parts[0]
-
-
-@dataclass(frozen=True)
-class Branch:
-    """How a unit's output splits: output = kept(input) + branch(input), times `scale` where the module scales its sum.
-
-    `norm`: path of the norm that feeds this branch alone and goes with it, None where there is none.
-    `channels`: of the hidden states that the branch is added to, as they come in.
-    `kept`: what stays of the module's own output when the branch goes; None where the sum is taken outside the module,
-    so that nothing of its output stays.
-    `folds_into`: path of the layer, a 1x1 convolution or a linear layer, that a fitted projection folds into exactly.
-    `is_gated`: whether the branch's output is multiplied by a gate outside the module.
-    """
-
-    path: str
-    channels: int
-    norm: str | None = None
-    kept: Callable[[Tensor], Tensor] | None = None
-    scale: float = 1.0
-    folds_into: str | None = None
-    is_gated: bool = False
-
-
-@dataclass(frozen=True)
-class BlockIO:
-    """Where image and text states sit among a block's outputs; None where it puts out one tensor alone."""
-
-    image: int | None = None
-    text: int | None = None
-
-    def image_states(self, output: Any) -> Tensor:
-        """Return the image states in what a block or layer put out."""
-        if isinstance(output, Tensor):
-            return output
-        return output[self.image or 0]
-
-    def with_image_states(self, output: Any, states: Any) -> Any:
-        """Return what a block or layer put out, with other image states."""
-        if not isinstance(output, tuple):
-            return states
-        place = self.image or 0
-        return (*output[:place], states, *output[place + 1 :])
-
-    def image_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Return the image states that a block or layer is called with."""
-        states: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        return states
-
-
-class UnitLike(Protocol):
-    """What a `Unit` and its record in a redundancy profile have in common."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def kind(self) -> UnitKind: ...
-
-    @property
-    def parent(self) -> str | None: ...
-
-    @property
-    def block(self) -> str: ...
-
-
-@dataclass(frozen=True)
-class Preset:
-    """What a published plan changes in a model.
-
-    `edit`: its only edit, where it is exclusive. Else `removed` names units and larger parts to remove, and the
-    self-attentions with the most tokens attend by region; `prefers_speed` chooses the faster kind of that.
-    """
-
-    edit: Edit | None = None
-    removed: frozenset[str] = frozenset()
-    prefers_speed: bool = False
-
-
-@dataclass(frozen=True)
-class CacheCut:
-    """Which modules answer from a cache at a cached step, in order of execution, and which of them is read.
-
-    `relative_to`: the module whose input the cached output is kept relative to, so that what is fresh passes through;
-    None where the output itself is cached.
-    """
-
-    cached: list[str]
-    read: frozenset[str]
-    relative_to: str | None = None
-
-
-OriginalKind = Literal["sd1", "sd2", "sdxl"]
-
-
-@dataclass(frozen=True)
-class OriginalLayout:
-    """The names of a model's tensors in the original code's layout.
-
-    `names`: from the model's own names. `kind`: which of the original models has the model's parts.
-    `velocity_sign`: a tensor by the model's own name, and the standard deviation above which the program takes the
-    model for one that predicts velocities; None where it looks at none.
-    """
-
-    names: dict[str, str]
-    kind: OriginalKind
-    velocity_sign: tuple[str, float] | None = None
-
-
-@dataclass(frozen=True)
-class PortableShape:
-    """A smaller stock model that every program reads, before its transformer blocks are chosen.
-
-    `gone`: units and larger parts that it lacks. `depths`: how many transformer blocks an attention keeps, where that
-    is fixed. `free`: attentions that may lose blocks as long as one stays, and how many they have.
-    """
-
-    edit: Any
-    gone: list[str]
-    depths: dict[str, int]
-    free: dict[str, int]
-
-
-@dataclass(frozen=True)
-class BlockPlace:
-    """Where a diagram of the model has a block: its level, 0 for the highest resolution, and its side."""
-
-    level: int
-    side: Literal["encoder", "middle", "decoder"]
 
 
 class Architecture(ABC):
@@ -456,87 +308,3 @@ class ModelFamily(Architecture):
 def _forward_names(model_class: Any) -> tuple[str, ...]:
     """Return the names of a denoiser's inputs, in order."""
     return tuple(inspect.signature(model_class.forward).parameters)[1:]
-
-
-_FAMILIES: list[ModelFamily] = []
-
-
-def register_family(family: type[ModelFamily]) -> type[ModelFamily]:
-    """Make a family known (a class decorator)."""
-    _FAMILIES.append(family())
-    return family
-
-
-def families() -> Sequence[ModelFamily]:
-    """Return all registered families."""
-    return tuple(_FAMILIES)
-
-
-def family_of(model: Any) -> ModelFamily:
-    """Return the family of a denoiser, or of a pipeline's denoiser. What stands in for a denoiser, such as exported
-    graphs, names its family in its attribute `family`.
-
-    Raises:
-        AsdmError: it is of none of the registered families.
-    """
-    if isinstance(model, DiffusionPipeline):
-        return family_of(denoiser_of(model))
-    named = getattr(model, "family", None)
-    if isinstance(named, ModelFamily):
-        return named
-    for family in _FAMILIES:
-        if isinstance(model, family.model_class):
-            return family
-    raise _unknown(type(model).__name__)
-
-
-def family_named(class_name: str) -> ModelFamily:
-    """Return the family whose stock class, or a subclass of it, has this name.
-
-    Raises:
-        AsdmError: there is none.
-    """
-    for family in _FAMILIES:
-        if class_name.endswith(family.model_class.__name__):
-            return family
-    raise _unknown(class_name)
-
-
-def denoiser_of(pipeline: DiffusionPipeline) -> Any:
-    """Return the pipeline's denoiser: its UNet or transformer.
-
-    Raises:
-        AsdmError: it has none of a registered family.
-    """
-    return getattr(pipeline, component_of(pipeline))
-
-
-def component_of(pipeline: DiffusionPipeline) -> str:
-    """Return the name of the pipeline's component that is its denoiser.
-
-    Raises:
-        AsdmError: it has none of a registered family.
-    """
-    for family in _FAMILIES:
-        if getattr(pipeline, family.component, None) is not None:
-            return family.component
-    raise _unknown(type(pipeline).__name__)
-
-
-def denoiser_call(model: Denoiser, batch_size: int = 2, seed: int = 0) -> Callable[[], Tensor]:
-    """One call of a denoiser on random inputs at its native size; batch 2 is one image with guidance."""
-    family = family_of(model)
-    arguments = family.random_inputs(model, batch_size, seed)
-    return lambda: family.predict(model, arguments)
-
-
-def macs_of_call(model: Denoiser) -> MacCount:
-    """Count what a denoiser computes for one sample at its native size."""
-    with counting_macs(model) as count:
-        denoiser_call(model, batch_size=1)()
-    return count
-
-
-def _unknown(name: str) -> AsdmError:
-    known = ", ".join(family.model_class.__name__ for family in _FAMILIES)
-    return AsdmError(f"{name}: no denoiser of a known family; known are {known}")

@@ -18,7 +18,8 @@ from asdm.edits.base import Edit, UnitEdit, compensated
 from asdm.edits.projections import projection_of
 from asdm.edits.remove import RemovedUnit
 from asdm.errors import AsdmError
-from asdm.families.base import Architecture, Branch, Unit, UnitKind
+from asdm.families.base import Architecture
+from asdm.families.records import Branch, Unit, UnitKind
 
 BRANCHES: dict[str, UnitKind] = {"attn1": "self_attention", "attn2": "cross_attention", "ff": "feed_forward"}
 _KEPT_BLOCKS = "_kept_blocks"  # of a shorter model's config: its blocks' numbers in the original

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from asdm.choices import CompensationKind
 from asdm.errors import AsdmError
-from asdm.families.base import CacheCut, ModelFamily, register_family
+from asdm.families.base import ModelFamily
+from asdm.families.records import CacheCut
+from asdm.families.registry import register_family
 from asdm.families.transformer_architecture import PixArtArchitecture
 from asdm.families.transformer_folding import fold_projections
 

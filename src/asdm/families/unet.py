@@ -12,17 +12,9 @@ from torch import Tensor
 
 from asdm.choices import CompensationKind, Program
 from asdm.errors import AsdmError
-from asdm.families.base import (
-    BlockPlace,
-    CacheCut,
-    ModelFamily,
-    OriginalLayout,
-    PortableShape,
-    Preset,
-    UnitLike,
-    block_of,
-    register_family,
-)
+from asdm.families.base import ModelFamily
+from asdm.families.records import BlockPlace, CacheCut, OriginalLayout, PortableShape, Preset, UnitLike, block_of
+from asdm.families.registry import register_family
 from asdm.families.unet_architecture import UNetArchitecture
 from asdm.families.unet_calls import guidance_embedding, random_inputs
 from asdm.families.unet_folding import fold_projections, projection_folds

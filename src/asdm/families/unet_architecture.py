@@ -10,7 +10,8 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from asdm.choices import CompensationKind
-from asdm.families.base import Architecture, Branch, Unit
+from asdm.families.base import Architecture
+from asdm.families.records import Branch, Unit
 from asdm.families.unet_removed import removed_modules
 from asdm.families.unet_shorter import dropped, fitted_removals, original_config, shorter_config, teacher_key
 from asdm.families.unet_structure import (

@@ -13,7 +13,7 @@ from typing import Any
 
 from asdm.edits.drop_layers import DropLayers
 from asdm.errors import AsdmError
-from asdm.families.base import PortableShape
+from asdm.families.records import PortableShape
 from asdm.families.unet_programs import COMFYUI_ENCODERS
 from asdm.families.unet_shorter import dropped
 

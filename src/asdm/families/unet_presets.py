@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from asdm.edits import DropLayers
 from asdm.errors import AsdmError
-from asdm.families.base import Preset, UnitLike
+from asdm.families.records import Preset, UnitLike
 from asdm.families.unet_portable import transformer_depths
 from asdm.families.unet_structure import is_level
 

@@ -11,7 +11,7 @@ from diffusers.loaders.single_file_utils import LDM_UNET_KEY
 
 from asdm.choices import Numbering, Program
 from asdm.errors import AsdmError
-from asdm.families.base import OriginalKind, OriginalLayout
+from asdm.families.records import OriginalKind, OriginalLayout
 from asdm.families.unet_original import (
     NO_MIDDLE,
     ONE_RESNET,

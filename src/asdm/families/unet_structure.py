@@ -17,7 +17,7 @@ from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D, CrossAtt
 from torch import nn
 
 from asdm.errors import AsdmError
-from asdm.families.base import Unit, UnitKind, block_of
+from asdm.families.records import Unit, UnitKind, block_of
 
 # Branch of a BasicTransformerBlock -> (kind, the norm that feeds it alone)
 TRANSFORMER_BRANCHES: dict[str, tuple[UnitKind, str]] = {

@@ -20,7 +20,7 @@ from torch import Tensor
 from asdm.choices import Program
 from asdm.errors import AsdmError
 from asdm.families import denoiser_of, family_of
-from asdm.families.base import OriginalKind, OriginalLayout
+from asdm.families.records import OriginalKind, OriginalLayout
 from asdm.pipelines.tensor_faults import OF_TEXT, TEXT_ENCODERS
 
 CONFIG_KEY = "asdm.unet_config"  # in the metadata: the config of the denoiser, edits included

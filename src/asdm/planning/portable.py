@@ -14,7 +14,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from asdm.errors import AsdmError
 from asdm.families import Denoiser
-from asdm.families.base import PortableShape
+from asdm.families.records import PortableShape
 from asdm.measure.latency import Ratio
 from asdm.planning.possible_edits import PossibleEdit, plan_of, possible_edits
 from asdm.planning.program import EDIT_PRICE

@@ -20,7 +20,7 @@ from asdm.choices import FileDtype, Program
 from asdm.diffusion.conditioning import image_size
 from asdm.errors import AsdmError
 from asdm.families import denoiser_of, family_of
-from asdm.families.base import OriginalLayout
+from asdm.families.records import OriginalLayout
 from asdm.files import read_marker, write_text
 from asdm.pipelines.original_layout import CONFIG_KEY, StoredTensor, original_tensors
 from asdm.pipelines.saving import require_savable

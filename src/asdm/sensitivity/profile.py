@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from asdm.choices import CompensationKind, Sensitivity
 from asdm.errors import AsdmError
 from asdm.families import ModelFamily, UNetFamily, UnitKind, block_of
-from asdm.families.base import family_named
+from asdm.families.registry import family_named
 from asdm.files import write_text
 from asdm.old_names import OLD_UNIT_FIELDS, renamed
 from asdm.records import Record, read_record
