@@ -6,12 +6,12 @@
     python benchmarks/ablation.py time                      # the UNets' speed-ups, when nothing else runs
     python benchmarks/ablation.py show                      # mean and spread over the seeds: tables, plot, images
 
-The embedded pipeline; one plan of removals for each speed-up; each run trains for the time of so many steps of
-BK-SDM's recipe, by the steps' cost as measured in turns, so that other load affects all recipes alike. At 1.5x
-the components one by one, in short runs, and students of the faster plan that leave the last steps of an image to the
-original; at 2x and 2.5x what is for harder plans: expert kernels by what their routers read, and semantic supervision
-on captions without their images. A finished run is not run again, one that was stopped goes on; two processes can share
-the work, each with its own --seeds or --only.
+The embedded pipeline; one plan of removals for each speed-up; each run trains for the time of so many steps of BK-SDM's
+recipe, by the steps' cost as measured in turns, so that other load affects all recipes alike. At 1.5x the components
+one by one, in short runs, and students of the faster plan that leave the last steps of an image to the original; at 2x
+and 2.5x what is for harder plans: expert kernels by what their routers read, and whether they divide the styles among
+them; at 2x semantic supervision on captions without their images, too. A finished run is not run again, one that was
+stopped goes on; two processes can share the work, each with its own --seeds or --only.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ import common
 import torch
 import typer
 from ablation_costs import costs_of_steps, steps_of_equal_cost
-from ablation_judging import DRAWN, SHOWN, Judged, cut, held_out, strip_path
+from ablation_judging import DRAWN, SHOWN, Judged, cut, expert_division, held_out, strip_path
 from ablation_recipes import (
+    EXPERTS,
     FAST_SPEEDUP,
     LENGTHS,
     SHORT,
@@ -44,6 +45,7 @@ from ablation_rows import (
     known_rows,
     known_teacher,
     plot,
+    print_division,
     print_table,
     rows_by_name,
 )
@@ -130,9 +132,12 @@ class _Bench:
         steps = steps_of_equal_cost(self.examples, student, name, components, target)
         folder = WORK / f"{target:g}-{seed}-{name.replace(' ', '')}"
         train(pipeline, student, components, steps, seed, folder)
-        found = {"steps": steps} | self.judged(drawing_pipeline(pipeline, student, name), seed, strip)
+        drawing = drawing_pipeline(pipeline, student, name)
+        found = {"steps": steps} | self.judged(drawing, seed, strip)
         if not name.endswith(SWITCHING):  # whose last predictions are the original's
             found["prediction_error_heldout"] = self.judged.prediction_error(student)
+        if any("prompt" in EXPERTS.get(component, "") for component in components):
+            found |= expert_division(drawing)
         add_row(key | found | about)
         shutil.rmtree(folder, ignore_errors=True)  # none where nothing was trained
 
@@ -176,6 +181,7 @@ def show() -> None:
         long = {name: mine for name, mine in by_name.items() if not is_short(name)}
         print_table(f"plan of {target:g}x", long)
         print_table(f"plan of {target:g}x, short runs", {n: mine for n, mine in by_name.items() if n not in long})
+        print_division(f"plan of {target:g}x, expert kernels", by_name)
     plot(rows).savefig(RESULTS.parent / "ablation.png", dpi=120)
     captions = held_out(SHOWN).prompts
     strips = [strip_path(name, target) for target in LENGTHS for name in DRAWN]

@@ -38,7 +38,7 @@ from asdm.training.optimizers import make_optimizer
 COST_ROUNDS = 5
 FIT = "fit of the compensation"
 RECORDING = "recording of the teacher"
-LOOKING = ("semantic", "caption_semantic")  # losses of every few steps
+LOOKING = ("semantic", "caption_semantic", "caption_text")  # losses of every few steps
 
 
 def steps_of_equal_cost(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from asdm.evaluation.real_images import RealImages
 from asdm.evaluation.sampling import EvaluationSet, evaluation_sets
 from asdm.images import to_images
 from asdm.pipelines.clip import load_clip
+from asdm.sensitivity.expert_usage import expert_usage, prompts_by_label
 
 PREDICTED, TIMESTEPS = 48, 8  # held-out prompts, and time steps of each, at which predictions are compared
+EXPERT_PROMPTS = 16  # of each style, by which it is told whether expert kernels divide the styles among them
 SHOWN = 16  # held-out prompts, of the first seed of the recipes in `DRAWN`
 DRAWN = ("teacher", *NAMED, SWITCHED)
 
@@ -76,6 +79,19 @@ class Judged:
                 known = self.judge.features(asdm.generate(self.pipeline, each.prompts, seed=1000 * seed))
             torch.save(known, path)
         return torch.load(path, weights_only=True)
+
+
+def expert_division(pipeline: DiffusionPipeline) -> dict[str, float]:
+    """Return how far a student's expert kernels divide the styles among them, as means over its convolutions: the bits
+    that kernel and style share, those that a division by chance has, and the share of the mixtures' variance between
+    prompts that the styles explain."""
+    draw = random.Random(0)
+    styles = {style: draw.sample(texts, EXPERT_PROMPTS) for style, texts in prompts_by_label("demo", "style").items()}
+    found = expert_usage(pipeline, styles).convolutions
+    return {
+        f"expert_{name}": round(sum(getattr(conv, name) for conv in found) / len(found), 5)
+        for name in ("information", "chance", "explained")
+    }
 
 
 def _sets(count: int) -> list[EvaluationSet]:

@@ -13,6 +13,7 @@ SETTLED = RESULTS / "ablation"  # plans, and what a step costs, which are the sa
 METHOD = ("normalised", "incubation", "cond-conv", "gri", "sas")  # each is put to BK-SDM's recipe by itself, too
 EXTRAS = ("compensation", "muon", "splice")
 COMPONENTS = (*METHOD, *EXTRAS)
+LEFT_OUT = (*METHOD, "compensation")  # of the full recipe, one at a time
 EARLY = "early"  # our students are not trained for the steps that the original draws
 DEFAULT = ("normalised", *EXTRAS)  # what `compress` and `distill` do if nothing else is asked for
 NAMED: dict[str, tuple[str, ...]] = {"bk-sdm": (), "joint": DEFAULT, "full": COMPONENTS}
@@ -22,6 +23,8 @@ EXPERTS = {
     "cond-conv by both": "prompt+time",
 }  # what routers read
 ON_CAPTIONS = "sas on captions"  # without their images; those of open pairs have none
+BY_CLIP = f"{ON_CAPTIONS} by clip"  # meaning is what the pipeline's CLIP sees; compared with the caption's, too
+SEMANTIC = {f"joint + {name}": (*DEFAULT, name) for name in (ON_CAPTIONS, BY_CLIP)}
 HARD: dict[str, tuple[str, ...]] = {f"joint + {name}": (*DEFAULT, name) for name in EXPERTS}
 RECORDED = "recorded"  # the teacher's answers are read from disk, as by the recipe small-gpu
 FROM_DISK = f"joint + {RECORDED}"
@@ -42,20 +45,20 @@ def variants(target: float) -> dict[str, tuple[str, ...]]:
         return {"bk-sdm": (), "joint": DEFAULT, **HARD}
     found = dict(NAMED)
     if target == FAST_SPEEDUP:
-        found |= {**HARD, f"joint + {ON_CAPTIONS}": (*DEFAULT, ON_CAPTIONS)}
+        found |= {**HARD, **SEMANTIC}
     if target == LOW_SPEEDUP:
         found |= {FROM_DISK: (*DEFAULT, RECORDED)}
         found |= {f"{name}{SHORT}": components for name, components in NAMED.items()}
         found |= {UNTRAINED: ("compensation",)}
         found |= {SWITCHED: (*DEFAULT, EARLY)}
         found |= {f"bk-sdm + {name}": (name,) for name in METHOD}
-        found |= {f"full - {name}": tuple(c for c in COMPONENTS if c != name) for name in METHOD}
+        found |= {f"full - {name}": tuple(c for c in COMPONENTS if c != name) for name in LEFT_OUT}
     return found
 
 
 def is_short(name: str) -> bool:
     """Return whether a recipe's runs are of the length of the components one by one."""
-    return name not in ("teacher", *NAMED, *HARD, FROM_DISK, f"joint + {ON_CAPTIONS}")
+    return name not in ("teacher", *NAMED, *HARD, *SEMANTIC, FROM_DISK)
 
 
 def base_name(name: str) -> str:

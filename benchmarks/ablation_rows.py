@@ -16,6 +16,11 @@ from asdm.files import write_text
 ROWS = RESULTS / "ablation.json"
 METRICS_OF_IMAGES = ("exact_pair", "style", "concept_top5", "target_distance", "kid", "teacher_distance")
 METRICS = (*METRICS_OF_IMAGES, "prediction_error")
+DIVISION = {  # of expert kernels: field of a row, and its title
+    "expert_information": "bits that kernel and style share",
+    "expert_chance": "of a division by chance",
+    "expert_explained": "of the mixtures' variance explained by style",
+}
 COLOURS = {"teacher": "black", "bk-sdm": "tab:red", "joint": "tab:green", "full": "tab:blue"}
 
 
@@ -60,6 +65,19 @@ def print_table(title: str, by_name: dict[str, list[dict[str, Any]]]) -> None:
         speeds = [row["speedup"] for row in mine if "speedup" in row]  # which `time` adds
         speed = f"{statistics.mean(speeds):.2f}x" if speeds else ""
         print(f"| {name} | {len(mine)} | {speed} | {mine[0]['steps']} | {' | '.join(cells)} |")
+
+
+def print_division(title: str, by_name: dict[str, list[dict[str, Any]]]) -> None:
+    """Print a table in Markdown of how far expert kernels divide the styles among them; none where there are none."""
+    by_name = {name: [row for row in mine if "expert_information" in row] for name, mine in by_name.items()}
+    by_name = {name: mine for name, mine in by_name.items() if mine}
+    if not by_name:
+        return
+    print(f"\n| {title} | seeds | {' | '.join(DIVISION.values())} |")
+    print("|" + "---|" * (2 + len(DIVISION)))
+    for name, mine in by_name.items():
+        cells = [_cell([row[field] for row in mine]) for field in DIVISION]
+        print(f"| {name} | {len(mine)} | {' | '.join(cells)} |")
 
 
 def plot(rows: list[dict[str, Any]]) -> Figure:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ablation_recipes import (
+    BY_CLIP,
     EARLY,
     EXPERTS,
     ON_CAPTIONS,
@@ -97,7 +98,16 @@ def stages_of(student: UNet2DConditionModel, components: tuple[str, ...], steps:
     else:
         stages = [Stage(name="joint", **default_hyperparameters(student, steps))]
     stages = [stage.model_copy(update=changes) for stage in stages]
-    return with_captions(stages, _captions()) if ON_CAPTIONS in components else stages
+    if ON_CAPTIONS in components or BY_CLIP in components:
+        stages = with_captions(stages, _captions())
+    return [_by_clip(stage) for stage in stages] if BY_CLIP in components else stages
+
+
+def _by_clip(stage: Stage) -> Stage:
+    """Return a stage whose captions without images are also compared with what the student's x_0 estimates show, by
+    the CLIP beside the pipeline."""
+    losses = stage.losses.model_copy(update={"caption_text": SEMANTIC_WEIGHT})
+    return stage.model_copy(update={"losses": losses, "semantics": SEMANTICS.model_copy(update={"encoder": "clip"})})
 
 
 def _captions() -> Path:
