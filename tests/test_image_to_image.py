@@ -10,6 +10,9 @@ import torch
 from PIL import Image
 
 from asdm import AsdmError, PruningPlan, build_student, evaluate, generate, with_unet
+from asdm.benchmark.method import Method
+from asdm.benchmark.results import BenchmarkRow
+from asdm.benchmark.run import judge_methods
 from asdm.data.sources import open_data
 from asdm.evaluation.comparison import IMAGE_TO_IMAGE_STRENGTH
 from asdm.evaluation.image_timing import ImageTiming
@@ -178,6 +181,23 @@ def test_an_evaluation_asks_all_pipelines_for_the_same_variants(designs, pixel_j
     without = evaluate(pipelines, **given | {"image_to_image": 0})
     assert without.image_to_image is None and without.speed[0].image_to_image is None
     assert without.quality == found.quality and "Image-to-image" not in metrics_section(without)
+
+
+def test_a_benchmark_judges_the_same_variants_by_the_same_metrics(designs, pixel_judge, monkeypatch, tmp_path):
+    monkeypatch.setattr("asdm.benchmark.run.Judge", PixelJudge)
+    teacher = tiny_pipeline()
+    given = {"data": designs, "samples": 4, "image_to_image": 3, "strength": 0.5}
+    chosen = [Method("original", "original", steps=4), Method("2 steps", "fewer steps", steps=2)]
+    timed = [BenchmarkRow(place="x", name=each.name, group=each.group, steps=each.steps) for each in chosen]
+    *_, (original, fewer) = judge_methods(teacher, chosen, timed, **given, images_folder=tmp_path)
+    expected = evaluate({"x": teacher}, **given, steps=4, rounds=1).image_to_image
+    for metric in ("exact_pair", "style", "target_distance"):
+        by_split = {split: getattr(expected.of("x", split), metric) for split in ("seen", "held_out")}
+        assert original.image_to_image[metric] == pytest.approx(by_split, abs=1e-6)
+        assert set(fewer.image_to_image[metric]) == set(by_split)
+    assert original.image_to_image["teacher_distance"]["seen"] < 5e-7 < fewer.image_to_image["teacher_distance"]["seen"]
+    assert "seed_part" not in fewer.image_to_image  # targets are the scale
+    assert len(list((tmp_path / "image-to-image" / "held_out" / "original").glob("*.png"))) == 2
 
 
 def test_without_right_answers_two_seeds_of_the_teacher_give_the_scale(data_folder, pixel_judge):
