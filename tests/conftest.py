@@ -275,6 +275,35 @@ def data_folder(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def designs(tmp_path: Path) -> Path:
+    """Four concepts, each drawn in three variants of one design, and once otherwise; three images are held out."""
+    folder = tmp_path / "designs"
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    rows = []
+    for concept in ("ant", "bee", "cat", "dog"):
+        for style in ("flat", "line", "gradient", "photo"):
+            name = f"{concept}-{style}.png"
+            Image.fromarray(draw.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(folder / name)
+            design = {} if style == "photo" else {"design": f"{concept} 1"}
+            held_out = (concept, style) in {("ant", "line"), ("bee", "flat"), ("cat", "photo")}
+            row = {"file_name": name, "text": f"{concept}, {style}", "concept": concept, "style": style}
+            rows.append(row | {"held_out": held_out} | design)
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+class PixelJudge:
+    """A judge of images that sees the pixels alone."""
+
+    def __init__(self, device: Any = "cpu"):
+        pass
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1) + 2
+
+
 def without_asdm(script: str, tmp_path) -> subprocess.CompletedProcess:
     """Run a script where this package is not there to be imported."""
     modules = ("asdm", "asdm_unet", "asdm_transformer")

@@ -24,39 +24,7 @@ from asdm.evaluation.sampling import evaluation_sets
 from asdm.evaluation.starting_images import image_to_image_sets
 from asdm.images import to_images
 from asdm.measure.latency import Timing
-from conftest import tiny_pipeline, tiny_pixart_pipeline, tiny_sdxl_pipeline
-
-CONCEPTS, DESIGNED, OTHER = ("ant", "bee", "cat", "dog"), ("flat", "line", "gradient"), "photo"
-HELD_OUT = {("ant", "line"), ("bee", "flat"), ("cat", OTHER)}
-
-
-class PixelJudge:
-    """Sees the pixels alone."""
-
-    def __init__(self, device="cpu"):
-        pass
-
-    def features(self, images):
-        return images.flatten(1) + 2
-
-
-@pytest.fixture
-def designs(tmp_path):
-    """Four concepts, each drawn in three variants of one design, and once otherwise; three images are held out."""
-    folder = tmp_path / "designs"
-    folder.mkdir()
-    draw = np.random.default_rng(0)
-    rows = []
-    for concept in CONCEPTS:
-        for style in (*DESIGNED, OTHER):
-            name = f"{concept}-{style}.png"
-            Image.fromarray(draw.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(folder / name)
-            design = {"design": f"{concept} 1"} if style in DESIGNED else {}
-            held_out = (concept, style) in HELD_OUT
-            row = {"file_name": name, "text": f"{concept}, {style}", "concept": concept, "style": style}
-            rows.append(row | {"held_out": held_out} | design)
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+from conftest import PixelJudge, tiny_pipeline, tiny_pixart_pipeline, tiny_sdxl_pipeline
 
 
 @pytest.fixture

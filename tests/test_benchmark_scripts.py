@@ -1,13 +1,15 @@
-"""The ablation's script: what its recipes are made of, what their steps cost, and what is told of expert kernels."""
+"""Scripts in benchmarks/ that take hours run to their end on tiny models, and the ablation's recipes are right."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from asdm import PruningPlan, build_student, load_pipeline, with_unet
+from asdm import PruningPlan, build_student, load_pipeline, save_pipeline, with_unet
 from asdm.distillation.tasks import make_task
 from asdm.distillation.training_set import prepare
+from conftest import PixelJudge, tiny_pipeline
 
 
 @pytest.fixture(autouse=True)
@@ -15,6 +17,14 @@ def scripts(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
     monkeypatch.chdir(tmp_path)  # where runs/ablation is
     Path("runs/ablation").mkdir(parents=True)
+
+
+@pytest.fixture
+def small_demo(monkeypatch, tmp_path, designs):
+    """In the place of "demo": a tiny pipeline, and twelve images of three variants and four others."""
+    folder = save_pipeline(tiny_pipeline(), tmp_path / "demo")
+    monkeypatch.setattr("asdm_demo.pipeline_folder", lambda: folder)
+    monkeypatch.setattr("asdm_demo.images_folder", lambda: designs)
 
 
 def test_every_recipe_has_steps_of_known_cost(pipeline):
@@ -79,3 +89,57 @@ def test_a_row_tells_whether_experts_divide_the_styles(pipeline, monkeypatch, ca
     assert not told[-2].startswith("| bk-sdm")
     print_division("plan", {"bk-sdm": rows["bk-sdm"]})
     assert capsys.readouterr().out == ""
+
+
+def test_a_run_of_the_ablation_adds_its_row_once(small_demo, monkeypatch, tmp_path):
+    import ablation
+    import ablation_costs
+    import ablation_judging
+    import ablation_rows
+    import ablation_students
+    from ablation_costs import FIT
+
+    settled = tmp_path / "settled"
+    settled.mkdir()
+    for module in (ablation_costs, ablation_judging, ablation_students):
+        monkeypatch.setattr(module, "SETTLED", settled)
+    monkeypatch.setattr(ablation_rows, "ROWS", tmp_path / "ablation.json")
+    monkeypatch.setattr(ablation_judging, "Judge", PixelJudge)
+    monkeypatch.setattr(ablation_judging, "EXPERT_PROMPTS", 2)
+    monkeypatch.setitem(ablation_costs.LENGTHS, 2.0, 3)
+    name = "joint + cond-conv by prompt"
+    removed = [{"edit": "remove", "unit": f"up_blocks.3.{unit}.1"} for unit in ("resnets", "attentions")]
+    PruningPlan.for_unet(tiny_pipeline().unet, removed).save(settled / "plan-2.json")
+    costs = {"bk-sdm, joint": 2.0, f"{name}, joint": 3.0, FIT: 0.0}
+    (settled / "seconds-a-step-2.json").write_text(json.dumps(costs))
+    for _ in range(2):
+        ablation.run(only=f"teacher,{name}", seeds="0", targets="2.0", samples=12, device="cpu", jobs=1)
+    teacher, row = json.loads((tmp_path / "ablation.json").read_text())
+    assert (teacher["name"], row["name"]) == ("teacher", name)
+    assert row["steps"] == 2  # three of the other recipe's cost as much
+    assert 0 <= row["exact_pair_heldout"] <= 1 and row["teacher_distance_heldout"] > teacher["teacher_distance_heldout"]
+    assert row["prediction_error_heldout"] > 0 and row["expert_chance"] >= 0
+
+
+@pytest.mark.slow
+def test_attention_over_more_tokens_is_trained_and_compared(small_demo, monkeypatch, tmp_path):
+    import more_tokens
+
+    class ToMe:
+        def apply_patch(self, model, **_):
+            return model
+
+    found = {}
+    monkeypatch.setattr(more_tokens, "tome", ToMe)
+    monkeypatch.setattr(more_tokens, "Judge", PixelJudge)
+    monkeypatch.setattr(more_tokens, "SIDE", 16)
+    monkeypatch.setattr(more_tokens, "GRI_POOLS", (2,))
+    monkeypatch.setattr(more_tokens, "finish", lambda name, rows, **settings: found.update({name: rows} | settings))
+    more_tokens.train(steps=2)
+    more_tokens.compare(steps=2, samples=2, rounds=1)
+    rows = {row["attention"]: row for row in found["more_tokens"]}
+    assert found["tokens"] == 256 and load_pipeline("runs/more-tokens/teacher").unet.config.sample_size == 16
+    assert rows["full attention"]["teacher_distance"] == pytest.approx(0, abs=1e-6)
+    untrained, distilled = (rows[f"GRI, regions 4, pool 2{which}"] for which in ("", ", distilled"))
+    assert untrained["teacher_distance"] > 0 and untrained["teacher_distance"] != distilled["teacher_distance"]
+    assert all(0 <= row["exact_pair"] <= 1 and row["ms"] > 0 for row in rows.values())
