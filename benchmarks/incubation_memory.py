@@ -1,6 +1,7 @@
 """What progressive incubation saves: peak memory and time of a step at SD 1.5's shape, beside the joint stage.
 
 python benchmarks/incubation_memory.py            # on the CPU, float32, batch 1, random weights
+python benchmarks/incubation_memory.py --no-times # memory alone, where other work takes the cores
 
 Each way of training runs in a process of its own. Its memory is the peak of the resident set beside what it was before
 the first tensor was made. Weights that a way does not use are never filled, so they are not resident. The memory of a
@@ -66,10 +67,11 @@ WAYS = {
 
 
 @app.command()
-def main(shape: str = "sd15", rounds: int = 1, again: bool = False) -> None:
+def main(shape: str = "sd15", rounds: int = 1, again: bool = False, times: bool = True) -> None:
     """Compute the memory of all ways and measure those that fit; what was measured before is measured again only with
     --again, and then the fastest step stays."""
     make, rows = Models(shape), known()
+    wanted = {"peak_mb", "step_seconds"} if times else {"peak_mb"}
     block = max(make.blocks, key=lambda name: sum(p.numel() for p in make.student.get_submodule(name).parameters()))
     with tempfile.TemporaryDirectory() as folder:
         in_child(record, make, Path(folder))
@@ -78,8 +80,9 @@ def main(shape: str = "sd15", rounds: int = 1, again: bool = False) -> None:
             for is_gpu in (True, False):
                 if ("gpu_gb" if is_gpu else "estimated_mb") not in row:
                     row |= in_child(estimated, make, name, row["block"], is_gpu)
-            if again or "peak_mb" not in row:
-                row |= measured(make, row, rounds, Path(folder))
+            if again or not wanted <= row.keys():
+                found = measured(make, row, rounds, Path(folder))
+                row |= {column: value for column, value in found.items() if column in wanted}
             save(rows, shape, rounds)
 
 

@@ -143,3 +143,36 @@ def test_attention_over_more_tokens_is_trained_and_compared(small_demo, monkeypa
     untrained, distilled = (rows[f"GRI, regions 4, pool 2{which}"] for which in ("", ", distilled"))
     assert untrained["teacher_distance"] > 0 and untrained["teacher_distance"] != distilled["teacher_distance"]
     assert all(0 <= row["exact_pair"] <= 1 and row["ms"] > 0 for row in rows.values())
+
+
+def test_memory_and_times_that_are_missing_are_measured(monkeypatch):
+    import incubation_memory as script
+
+    class Models:
+        def __init__(self, shape):
+            self.student = torch.nn.ModuleDict({"small": torch.nn.Linear(1, 1), "large": torch.nn.Linear(9, 9)})
+            self.blocks = list(self.student)
+
+    def in_child(function, *arguments):
+        if function is script.measure:
+            measured.append(arguments[1:3])
+            return {"peak_mb": 7, "step_seconds": 2.0}
+        return {"gpu_gb": 1, "estimated_mb": 1} if function is script.estimated else None
+
+    measured, saved = [], {}
+    whole = {"way": "joint", "block": None, "gpu_gb": 1, "estimated_mb": 1, "peak_mb": 5, "step_seconds": 1.5}
+    monkeypatch.setattr(script, "Models", Models)
+    monkeypatch.setattr(script, "in_child", in_child)
+    monkeypatch.setattr(script, "WAYS", dict.fromkeys(("one block", "joint")))
+    monkeypatch.setattr(script, "known", lambda: saved)
+    monkeypatch.setattr(script, "save", lambda *_: None)
+    saved["joint"] = dict(whole)
+    script.main(times=False)
+    assert measured == [("one block", "large")] and saved["joint"] == whole
+    assert saved["one block"]["peak_mb"] == 7 and "step_seconds" not in saved["one block"]
+    script.main(times=False)
+    assert len(measured) == 1
+    script.main()  # the time is missing still
+    assert len(measured) == 2 and saved["one block"]["step_seconds"] == 2.0
+    script.main(again=True)
+    assert len(measured) == 4 and (saved["joint"]["peak_mb"], saved["joint"]["step_seconds"]) == (7, 1.5)
