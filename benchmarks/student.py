@@ -181,7 +181,7 @@ def cond_conv(rounds: int = 6) -> None:
     unet = random_unet(UNETS["sd15"]).eval()
     plan = without_second_layers(unet)
     models = {"pruned": build_student(unet, plan)}
-    for router in ("time", "input"):
+    for router in ("time", "input", "prompt"):
         models[f"router {router}"] = build_student(unet, asdm.add_cond_conv(plan, unet, router=router))
     with ExitStack() as entered:
         seconds = {name: entered.enter_context(timing_modules(m, family_of(m).blocks(m))) for name, m in models.items()}
