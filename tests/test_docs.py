@@ -12,6 +12,7 @@ import yaml
 from diffusers import DiffusionPipeline
 
 import asdm
+import asdm.distillation.recipes  # whose weights are of the losses that exist before a page registers another
 from asdm import cli, save_pipeline
 from asdm.distillation import losses
 from asdm.edits.base import EDIT_KINDS
