@@ -126,7 +126,20 @@ def test_a_comparison_is_saved_with_metadata(tmp_path, pipeline):
     assert read_about(saved.student)["seed"] == 3 and read_about(saved.teacher)["prompt"] == "owl/../x"
     assert all(path.is_relative_to(tmp_path) and Image.open(path).size for path in (saved.both, saved.difference))
     assert lines[0] == (0.25, "first model, step 1 of 2") and lines[-1] == (1.0, "second model, step 2 of 2")
+    assert saved.summary.startswith("| | first model | second model |\n")
     assert saved.mean_difference == 0 and len(with_newest((saved,) * 30, saved)) == 24
+
+
+def test_a_trials_table_and_progress_name_the_teacher_and_the_trial(tmp_path, pipeline):
+    pytest.importorskip("gradio")
+    from asdm.app.plan_tab import TEACHER_AND_TRIAL
+
+    lines = []
+    request = request_of({"prompt": "owl", "steps": 1}, LIMITS)
+    given = (request, LIMITS, Ticket(), lambda *line: lines.append(line), TEACHER_AND_TRIAL)
+    drawn = draw_comparison(pipeline, tiny_pipeline(), *given)
+    assert [line for _, line in lines] == ["teacher, step 1 of 1", "trial, step 1 of 1"]
+    assert save_comparison(drawn, tmp_path, TEACHER_AND_TRIAL).summary.startswith("| | teacher | trial |\n")
 
 
 def test_a_cancelled_drawing_ends_after_a_step(pipeline):

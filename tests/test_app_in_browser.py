@@ -113,6 +113,7 @@ def use_plan(visitor, profile, folder):
     assert sorted(one.get_attribute("data-unit") for one in removed.all()) == best
     visitor.attempt(PROMPT, steps=2)
     assert len(visitor.pictures("#trial")) >= 2
+    assert "teacher\ttrial" in window.locator("#trial-summary").inner_text()
 
 
 def use_evidence(visitor, _profile, _folder):
