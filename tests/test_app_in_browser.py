@@ -84,6 +84,14 @@ def use_compare(visitor, _profile, folder):
     visitor.window.locator("#prompt textarea").fill(" ")
     visitor.press("Compare")
     visitor.shown("prompt: is empty; write what the image shows")
+    visitor.window.wait_for_timeout(1000)
+    assert slider.locator("img").first.is_visible() and not slider.get_by_text("Error").is_visible()
+    assert slider.evaluate("""slider => {
+        slider.scrollIntoView({block: 'center'});
+        const box = slider.getBoundingClientRect();
+        const top = document.elementFromPoint(box.x + box.width / 4, box.y + box.height / 2);
+        return slider.contains(top) && !top.closest('[data-testid=status-tracker]');
+    }"""), "the error covers the images"
 
 
 def use_plan(visitor, profile, folder):
