@@ -199,6 +199,21 @@ def test_a_whole_attention_takes_the_place_of_its_parts(board):
     assert not both.toggle(part.name).chosen, "a click on a removed part takes the edit back that removes it"
 
 
+@pytest.mark.parametrize("block", ["mid_block", "down_blocks.3"])
+def test_a_block_that_can_go_whole_has_a_button_in_the_diagram(board, block):
+    assert f'data-unit="{block}"' in diagram(board) and 'data-unit="up_blocks.1"' not in diagram(board)
+    inside = [unit.name for unit in board.redundancy.units if unit.block == block]
+    removed = board.toggle(inside[0]).toggle(block)
+    assert removed.chosen_labels == [block], "the whole takes the place of its units"
+    crossed = {block, *(unit for unit in removed.choices[min(removed.chosen)].covers)}
+    assert crossed.issuperset(inside) and diagram(removed).count('aria-pressed="true"') == len(crossed)
+    assert removed.toggle(block).chosen == removed.toggle(inside[0]).chosen == frozenset()
+
+
+def test_the_lowest_level_goes_with_its_decoder_block_and_says_so(board):
+    assert 'data-about="down_blocks.3 with up_blocks.0: ' in diagram(board)
+
+
 def test_the_list_and_the_diagram_show_one_board(board):
     unit = board.redundancy.units[0].name
     clicked = board.toggle(unit)

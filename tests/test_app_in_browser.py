@@ -108,6 +108,17 @@ def use_plan(visitor, profile, folder):
     window.locator("#edits .token .token-remove").first.click()
     visitor.shown("0 edits")
     assert removed.count() == 0, "the list and the diagram show different plans"
+    blocks = ["mid_block", "down_blocks.3"]
+    at_once = "names => names.forEach(name => document.querySelector(`#diagram [data-unit='${name}']`).click())"
+    window.evaluate(at_once, blocks)
+    visitor.shown("2 edits")
+    tokens = window.locator("#edits .token")
+    assert [text.split()[0] for text in tokens.all_inner_texts()] == blocks
+    window.locator("#diagram [data-unit='mid_block.resnets.0']").click()
+    visitor.shown("1 edit ")
+    assert tokens.count() == 1, "a click on a removed unit brings its block back"
+    window.locator("#diagram [data-unit='down_blocks.3']").click()
+    visitor.shown("0 edits")
     visitor.fill("Speed-up", 1.5)
     visitor.press("Best plan for it")
     visitor.shown("predicted by the profile's latencies")

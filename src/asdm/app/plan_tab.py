@@ -215,7 +215,8 @@ def _connect_edits(page: Page, buttons: list[Any], views: list[Any]) -> None:
         return views_of(_required(now).with_plan(parsed_file(PruningPlan, path)), page.folder)
 
     settings: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    picture.click(toggle, board, views, **settings)
+    # Clicks that come faster than the answers are done in turn.
+    picture.click(toggle, board, views, trigger_mode="multiple", concurrency_limit=1, **settings)
     edits.input(choose, [board, edits], views, **settings)
     best.click(best_plan, [board, speedup], views, **settings)
     speedup.release(best_plan, [board, speedup], views, **settings)
