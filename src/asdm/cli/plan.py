@@ -14,7 +14,7 @@ from asdm.cli.estimates import YesOption, announce
 from asdm.cli.options import (
     MODEL,
     NAME,
-    POSITIVE,
+    SHARE_OR_COUNT,
     CompensateOption,
     ConfigOption,
     DataOption,
@@ -61,8 +61,8 @@ def plan(
         float | None,
         typer.Option(
             help="Expert kernels (CLME-CondConv): convolutions that remain also mix the kernels of removed ones. The "
-            "value limits the added parameters: a fraction of the original's (0.05), or a number.",
-            callback=POSITIVE,
+            "value limits the added parameters: a fraction of the original's (0.05), or a number (5e6).",
+            callback=SHARE_OR_COUNT,
             show_default=False,
         ),
     ] = None,
