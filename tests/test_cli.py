@@ -157,6 +157,8 @@ def test_main_job_by_its_single_commands(run, model, data_folder, monkeypatch, t
     assert status == 0 and "one image each" in out
     names = [f"{prompt}{kind}.png" for prompt in ("pear", "tree") for kind in ("", "_comparison", "_teacher")]
     assert sorted(path.name for path in (tmp_path / "compared").iterdir()) == ["grid.png", *names]
+    printed = [line for line in out.splitlines() if line.endswith(".png")]
+    assert sorted(printed) == sorted(f"compared/{name}" for name in ["grid.png", *names])
     with Image.open(tmp_path / "drawn" / "pear-1.png") as image:
         assert image.size == (16, 16)
     drawn = {}
