@@ -119,6 +119,13 @@ def test_every_mistake_is_one_line_and_status_2_and_leaves_nothing(run, model, t
         assert left == before, arguments
 
 
+def test_the_path_of_a_file_is_printed_as_it_is(run, model):
+    assert run("analyze", model, "--timesteps", 1, "--samples", 1, "--out", "map.json")[0] == 0
+    name = f"{'a long name ' * 10}[bold].json"
+    status, out, _ = run("plan", "map.json", "--params", 0.8, "--out", name)
+    assert status == 0 and f"written to {name}\n" in out
+
+
 def test_main_job_by_its_single_commands(run, model, data_folder, monkeypatch, tmp_path):
     assert run("analyze", model, "--timesteps", 1, "--samples", 1, "--out", "map.json", "--plot", "map.png")[0] == 0
     assert run("plan", "map.json", "--params", 0.8, "--out", "plan.json")[0] == 0
