@@ -126,7 +126,20 @@ def test_a_comparison_is_saved_with_metadata(tmp_path, pipeline):
     assert read_about(saved.student)["seed"] == 3 and read_about(saved.teacher)["prompt"] == "owl/../x"
     assert all(path.is_relative_to(tmp_path) and Image.open(path).size for path in (saved.both, saved.difference))
     assert lines[0] == (0.25, "first model, step 1 of 2") and lines[-1] == (1.0, "second model, step 2 of 2")
+    assert saved.summary.startswith("| | first model | second model |\n")
     assert saved.mean_difference == 0 and len(with_newest((saved,) * 30, saved)) == 24
+
+
+def test_a_trials_table_and_progress_name_the_teacher_and_the_trial(tmp_path, pipeline):
+    pytest.importorskip("gradio")
+    from asdm.app.plan_tab import TEACHER_AND_TRIAL
+
+    lines = []
+    request = request_of({"prompt": "owl", "steps": 1}, LIMITS)
+    given = (request, LIMITS, Ticket(), lambda *line: lines.append(line), TEACHER_AND_TRIAL)
+    drawn = draw_comparison(pipeline, tiny_pipeline(), *given)
+    assert [line for _, line in lines] == ["teacher, step 1 of 1", "trial, step 1 of 1"]
+    assert save_comparison(drawn, tmp_path, TEACHER_AND_TRIAL).summary.startswith("| | teacher | trial |\n")
 
 
 def test_a_cancelled_drawing_ends_after_a_step(pipeline):
@@ -184,6 +197,21 @@ def test_a_whole_attention_takes_the_place_of_its_parts(board):
     both = board.toggle(part.name).toggle(part.parent)
     assert {edit.edit.unit for edit in both.chosen_edits} == {part.parent} and part.name in both.removed()
     assert not both.toggle(part.name).chosen, "a click on a removed part takes the edit back that removes it"
+
+
+@pytest.mark.parametrize("block", ["mid_block", "down_blocks.3"])
+def test_a_block_that_can_go_whole_has_a_button_in_the_diagram(board, block):
+    assert f'data-unit="{block}"' in diagram(board) and 'data-unit="up_blocks.1"' not in diagram(board)
+    inside = [unit.name for unit in board.redundancy.units if unit.block == block]
+    removed = board.toggle(inside[0]).toggle(block)
+    assert removed.chosen_labels == [block], "the whole takes the place of its units"
+    crossed = {block, *(unit for unit in removed.choices[min(removed.chosen)].covers)}
+    assert crossed.issuperset(inside) and diagram(removed).count('aria-pressed="true"') == len(crossed)
+    assert removed.toggle(block).chosen == removed.toggle(inside[0]).chosen == frozenset()
+
+
+def test_the_lowest_level_goes_with_its_decoder_block_and_says_so(board):
+    assert 'data-about="down_blocks.3 with up_blocks.0: ' in diagram(board)
 
 
 def test_the_list_and_the_diagram_show_one_board(board):

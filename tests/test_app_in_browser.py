@@ -84,6 +84,14 @@ def use_compare(visitor, _profile, folder):
     visitor.window.locator("#prompt textarea").fill(" ")
     visitor.press("Compare")
     visitor.shown("prompt: is empty; write what the image shows")
+    visitor.window.wait_for_timeout(1000)
+    assert slider.locator("img").first.is_visible() and not slider.get_by_text("Error").is_visible()
+    assert slider.evaluate("""slider => {
+        slider.scrollIntoView({block: 'center'});
+        const box = slider.getBoundingClientRect();
+        const top = document.elementFromPoint(box.x + box.width / 4, box.y + box.height / 2);
+        return slider.contains(top) && !top.closest('[data-testid=status-tracker]');
+    }"""), "the error covers the images"
 
 
 def use_plan(visitor, profile, folder):
@@ -100,6 +108,17 @@ def use_plan(visitor, profile, folder):
     window.locator("#edits .token .token-remove").first.click()
     visitor.shown("0 edits")
     assert removed.count() == 0, "the list and the diagram show different plans"
+    blocks = ["mid_block", "down_blocks.3"]
+    at_once = "names => names.forEach(name => document.querySelector(`#diagram [data-unit='${name}']`).click())"
+    window.evaluate(at_once, blocks)
+    visitor.shown("2 edits")
+    tokens = window.locator("#edits .token")
+    assert [text.split()[0] for text in tokens.all_inner_texts()] == blocks
+    window.locator("#diagram [data-unit='mid_block.resnets.0']").click()
+    visitor.shown("1 edit ")
+    assert tokens.count() == 1, "a click on a removed unit brings its block back"
+    window.locator("#diagram [data-unit='down_blocks.3']").click()
+    visitor.shown("0 edits")
     visitor.fill("Speed-up", 1.5)
     visitor.press("Best plan for it")
     visitor.shown("predicted by the profile's latencies")
@@ -113,6 +132,7 @@ def use_plan(visitor, profile, folder):
     assert sorted(one.get_attribute("data-unit") for one in removed.all()) == best
     visitor.attempt(PROMPT, steps=2)
     assert len(visitor.pictures("#trial")) >= 2
+    assert "teacher\ttrial" in window.locator("#trial-summary").inner_text()
 
 
 def use_evidence(visitor, _profile, _folder):

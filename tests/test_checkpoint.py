@@ -96,21 +96,36 @@ def test_diffusers_reads_back_every_tensor(make, edit, tmp_path):
                 assert torch.equal(tensor, theirs[name]), (part, name)
 
 
-def read_unet(file, config):
-    """The stock UNet that diffusers reads from a file, strictly."""
+def read_unet(tensors, config):
+    """The stock UNet that diffusers reads from a file's tensors, strictly."""
     unet = UNet2DConditionModel.from_config(config)
-    unet.load_state_dict(convert_ldm_unet_checkpoint(load_file(file), unet.config))
+    unet.load_state_dict(convert_ldm_unet_checkpoint(tensors, unet.config))
     return unet.eval()
 
 
-def test_removed_parts_that_a_stock_unet_lacks_leave_the_same_function(tmp_path):
+def test_removed_parts_that_a_stock_unet_lacks_leave_the_same_function():
     """The mid block and the lowest level, removed as units: names of modules stay, those of the file have no gaps."""
+    unet = tiny_unet()
+    student = student_of(unet, *({"edit": "remove", "unit": unit} for unit in ("mid_block", "down_blocks.3")))
+    state = student.state_dict()
+    tensors = {name: state[tensor] for tensor, name in FAMILY.original_layout(student, None).names.items()}
+    stock = student_of(unet, {**TINY, "layers_per_block": 2})
+    assert torch.equal(predict(read_unet(tensors, stock.config)), predict(student))
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        ({"edit": "drop_layers", "layers_per_block": [2, 2, 1, 1]}, r"this one has \[2, 2, 1, 1\]"),
+        ({"edit": "remove", "unit": "down_blocks.3"}, "this one lacks its lowest level"),
+    ],
+)
+def test_what_diffusers_cannot_read_from_one_file_is_refused_with_the_remedy(edit, said, tmp_path):
     pipeline = tiny_pipeline()
-    edits = [{"edit": "remove", "unit": unit} for unit in ("mid_block", "down_blocks.3")]
-    student = with_unet(pipeline, student_of(pipeline.unet, *edits))
-    export_checkpoint(student, tmp_path / "one.safetensors", "diffusers", unet_only=True, dtype="fp32")
-    stock = student_of(pipeline.unet, {**TINY, "layers_per_block": 2})
-    assert torch.equal(predict(read_unet(tmp_path / "one.safetensors", stock.config)), predict(student.unet))
+    student = with_unet(pipeline, student_of(pipeline.unet, edit))
+    with pytest.raises(AsdmError, match=f"^diffusers: .*{said}; load the student's folder .*comfyui$"):
+        export_checkpoint(student, tmp_path / "one.safetensors", "diffusers")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_transformer_block_whose_branches_are_all_removed_is_left_out(tmp_path):
@@ -123,7 +138,7 @@ def test_a_transformer_block_whose_branches_are_all_removed_is_left_out(tmp_path
     assert [len(each.transformer_blocks) for each in stock.down_blocks[1].attentions] == [1, 1]
     expected = predict(student.unet)
     torch.testing.assert_close(predict(stock), expected)
-    assert torch.equal(predict(read_unet(tmp_path / "one.safetensors", stock.config)), predict(stock))
+    assert torch.equal(predict(read_unet(load_file(tmp_path / "one.safetensors"), stock.config)), predict(stock))
 
 
 # -- what programs infer from the names --------------------------------------------------------------------
@@ -439,9 +454,7 @@ def lora_file(path, unet, names, style):
 
 
 def originally(unet, name):
-    return (
-        FAMILY.original_layout(unet, "diffusers").names[f"{name}.weight"].removeprefix(PREFIX).removesuffix(".weight")
-    )
+    return FAMILY.original_layout(unet, None).names[f"{name}.weight"].removeprefix(PREFIX).removesuffix(".weight")
 
 
 on_linux = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux lists mapped files there")
@@ -506,7 +519,9 @@ def test_a_lora_is_renumbered_and_what_the_student_lacks_is_counted(style, tmp_p
     assert len(new) == (5 if style == "diffusers" else 7)
 
 
-def test_a_file_of_a_student_with_unequal_levels_is_refused_in_one_line(tmp_path):
+def test_a_file_of_a_student_with_unequal_levels_is_refused_in_one_line(tmp_path, monkeypatch):
+    """Such as ComfyUI reads; tiny widths are for diffusers alone."""
+    monkeypatch.setattr("asdm.families.unet_programs._require_equal_levels", lambda unet: None)
     pipeline = tiny_pipeline()
     student = with_unet(pipeline, student_of(pipeline.unet, {"edit": "drop_layers", "layers_per_block": [2, 2, 1, 1]}))
     save_pipeline(student, tmp_path / "folder")
@@ -658,7 +673,7 @@ def test_a_portable_student_is_stock_and_within_the_budget(params):
     student = build_student(unet, make_plan(profile(unet), params=params, portable=True))
     assert type(student) is UNet2DConditionModel
     assert parameters(student) <= params * parameters(unet)
-    FAMILY.original_layout(student, "diffusers")
+    FAMILY.original_layout(student, None)
     assert predict(student).shape == predict(unet).shape
 
 
@@ -709,7 +724,7 @@ def test_what_folds_is_fitted_for_a_smaller_stock_student(fields, left):
     assert made.left_by_unit and made.error_after < left * made.error_before
     assert type(fitted) is UNet2DConditionModel and fitted.state_dict().keys() == plain.state_dict().keys()
     assert not fit_compensation(pipeline, plain, **samples).left_by_unit
-    FAMILY.original_layout(fitted, "diffusers")
+    FAMILY.original_layout(fitted, None)
 
 
 def test_portable_plans_are_fitted_unless_that_is_switched_off():
@@ -766,7 +781,7 @@ def test_the_mid_block_may_keep_its_first_resnet_alone(tmp_path):
     student = student_of(pipeline.unet, {"edit": "drop_layers", "layers_per_block": 2, "mid_attention": False})
     removed = student_of(pipeline.unet, *edits)
     assert torch.equal(predict(student), predict(removed))
-    names = [FAMILY.original_layout(each, "diffusers").names.values() for each in (student, removed)]
+    names = [FAMILY.original_layout(each, None).names.values() for each in (student, removed)]
     assert set(names[0]) == set(names[1])
 
 

@@ -137,6 +137,9 @@ def test_no_option_takes_what_is_no_number_of_its_range(refusal, command):
         (["plan", "demo", "--speedup", "1"], "above 1"),
         (["plan", "demo", "--speedup", "1e9"], "out of reach"),
         (["compress", "demo", "--out", "out", "--params", "nan"], "--params=nan"),
+        (["compress", "demo", "--out", "out", "--macs", "60"], "--macs=60: must be a share of the original's up to 1"),
+        (["plan", "demo", "--params", "5"], "--params=5: must be a share of the original's up to 1, such as 0.6, or"),
+        (["plan", "demo", "--params", "0.8", "--experts", "5"], "--experts=5: must be a share"),
         (["prepare-data", "demo", "demo", "--out", "out", "--draws", "8"], "add --teacher-features float16"),
         (
             ["prepare-data", "demo", "demo", "--out", "out", "--teacher-features", "int8", "--recipe", "gone"],

@@ -119,6 +119,13 @@ def test_every_mistake_is_one_line_and_status_2_and_leaves_nothing(run, model, t
         assert left == before, arguments
 
 
+def test_the_path_of_a_file_is_printed_as_it_is(run, model):
+    assert run("analyze", model, "--timesteps", 1, "--samples", 1, "--out", "map.json")[0] == 0
+    name = f"{'a long name ' * 10}[bold].json"
+    status, out, _ = run("plan", "map.json", "--params", 0.8, "--out", name)
+    assert status == 0 and f"written to {name}\n" in out
+
+
 def test_main_job_by_its_single_commands(run, model, data_folder, monkeypatch, tmp_path):
     assert run("analyze", model, "--timesteps", 1, "--samples", 1, "--out", "map.json", "--plot", "map.png")[0] == 0
     assert run("plan", "map.json", "--params", 0.8, "--out", "plan.json")[0] == 0
@@ -157,6 +164,8 @@ def test_main_job_by_its_single_commands(run, model, data_folder, monkeypatch, t
     assert status == 0 and "one image each" in out
     names = [f"{prompt}{kind}.png" for prompt in ("pear", "tree") for kind in ("", "_comparison", "_teacher")]
     assert sorted(path.name for path in (tmp_path / "compared").iterdir()) == ["grid.png", *names]
+    printed = [line for line in out.splitlines() if line.endswith(".png")]
+    assert sorted(printed) == sorted(f"compared/{name}" for name in ["grid.png", *names])
     with Image.open(tmp_path / "drawn" / "pear-1.png") as image:
         assert image.size == (16, 16)
     drawn = {}

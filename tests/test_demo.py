@@ -1,4 +1,4 @@
-"""The embedded default: stock classes, a fixed hold-out, a recipe whose parts do what they say."""
+"""The embedded pipeline: stock classes, a fixed hold-out, a recipe whose parts do what they say."""
 
 import json
 import shutil

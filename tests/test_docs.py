@@ -162,6 +162,28 @@ def test_the_sites_navigation_has_each_page_once():
     assert sorted(listed) == sorted(str(page) for page in pages if page.parts[0] != "results")  # what scripts print
 
 
+def title_of(page):
+    return re.search(r"^# (.+)$", (ROOT / "docs" / page).read_text("utf-8"), re.M)[1]
+
+
+def named_pages(entries):
+    """Yield the pages that the navigation names, with their names. A section's name is that of a page that opens it."""
+    for entry in entries:
+        for name, target in entry.items() if isinstance(entry, dict) else ():
+            if isinstance(target, str):
+                yield target, name
+            else:
+                yield from [(target[0], name)] if isinstance(target[0], str) else []
+                yield from named_pages(target)
+
+
+def test_a_page_has_the_same_name_in_the_navigation_on_the_first_page_and_in_its_title():
+    config, first = yaml.safe_load((ROOT / "mkdocs.yml").read_text()), (ROOT / "docs" / "index.md").read_text()
+    named = {*named_pages(config["nav"]), *(each[::-1] for each in re.findall(r"\| \[(.+?)\]\((.+?)\) \|", first))}
+    assert {page for page, _ in named} > {"index.md", "method/index.md", "export.md"}
+    assert {(page, name) for page, name in named if name != title_of(page)} == {("index.md", "Home")}
+
+
 def anchors(page):
     """Return the anchors of a page's headings, as Python-Markdown makes them, and of the objects it documents."""
     text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.M | re.S)

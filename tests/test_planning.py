@@ -134,7 +134,13 @@ def test_speedup_is_measured_and_reached(redundancy, monkeypatch):
         ({"speedup": 0.5}, r"speedup=0\.5: must be a finite number above 1"),
         ({"params": 0.0001}, r"params=0\.0001: out of reach; between 0\.\d+ and 1"),
         ({"params": -1.0}, r"params=-1\.0: must be a finite number above 0"),
-        ({"macs": 1e30}, "macs=1e\\+30: out of reach"),
+        ({"macs": 1e30}, r"macs=1e\+30: the denoiser has .*; ask for fewer, or a share such as 0\.6"),
+        ({"macs": 1e30, "portable": True}, r"macs=1e\+30: the denoiser has"),
+        (
+            {"params": 5},
+            r"params=5: must be a share of the original's up to 1, .* or a number from 10000 on",
+        ),
+        ({"macs": 5000.0, "portable": True}, r"macs=5000: must be a share"),
         ({}, "exactly one of"),
         ({"speedup": 1.5, "params": 0.5}, "exactly one of.*got speedup, params"),
         ({"preset": "bk-huge"}, "bk-huge: no such preset; allowed: a-sdm"),
@@ -189,6 +195,8 @@ def test_banks_inherit_removed_convolutions_within_the_budget(redundancy):
     assert 0 < added[1] - added[0] - routers <= budget * size
     with pytest.raises(AsdmError, match="no expert fits"):
         add_cond_conv(plan, unet, params=1e-6)
+    with pytest.raises(AsdmError, match="params=5: must be a share"):
+        add_cond_conv(plan, unet, params=5)
 
 
 def test_experts_that_the_prompt_mixes_are_where_a_block_reads_it(redundancy):

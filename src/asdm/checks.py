@@ -18,6 +18,8 @@ from asdm.errors import AsdmError, one_line
 Check = Callable[[str, Any], None]
 """Raises an AsdmError that names the argument and its value, unless the value is allowed."""
 
+LEAST_COUNT = 10_000  # of parameters or multiply-accumulates; no model has as few
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -71,6 +73,15 @@ def number(
             raise refused(name, value, allowed)
 
     return check
+
+
+def share_or_count(name: str, value: Any) -> None:
+    """A share of a whole, up to 1, or a number of its units, which is at least `LEAST_COUNT`: a smaller one was meant
+    as a percentage, or in millions."""
+    number(above=0)(name, value)
+    if 1 < value < LEAST_COUNT:
+        allowed = f"a share of the original's up to 1, such as 0.6, or a number from {LEAST_COUNT} on, such as 5e6"
+        raise AsdmError(f"{name}={value:g}: must be {allowed}")
 
 
 def _is_finite(value: Any) -> bool:

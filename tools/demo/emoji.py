@@ -1,4 +1,4 @@
-"""The embedded default's images: 540 emoji concepts in five drawing styles, with captions.
+"""The embedded pipeline's images: 540 emoji concepts in five drawing styles, with captions.
 
 Three of the styles are one design drawn three ways: with gradients, in flat colours and in black lines. So a caption
 that no training saw, such as "rabbit, line", has one right answer for a model that knows the rabbit in flat colours.

@@ -1,4 +1,4 @@
-"""The recipe of the embedded default: from rendered images to a trained Stable Diffusion pipeline.
+"""The recipe of the embedded pipeline: from rendered images to a trained Stable Diffusion pipeline.
 
 Stages, each resumable from its checkpoints in the working folder: `tokenizer`, `clip`, `vae`, `unet`,
 `assemble`. Only seen pairs are trained on. The result consists of stock diffusers and transformers

@@ -1,4 +1,4 @@
-"""What each stage of the embedded default's recipe trains: CLIP by contrast, the VAE, the UNet."""
+"""What each stage of the embedded pipeline's recipe trains: CLIP by contrast, the VAE, the UNet."""
 
 from __future__ import annotations
 

@@ -30,6 +30,7 @@ FIELDS = (
 OWN_SCHEDULER = "the model's own"
 LONGEST_PROMPT = 2000  # characters
 HISTORY = 24  # comparisons of a session
+FIRST_AND_SECOND = ("first model", "second model")
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class SavedComparison:
     both: Path
     prompt: str
     seed: int
-    names: tuple[str, str]
+    names: tuple[str, str]  # what the page calls the two models
     seconds: tuple[float, float]
     mean_difference: float
 
@@ -57,7 +58,7 @@ class SavedComparison:
         """The times, the speed-up and the difference, as Markdown without what a user wrote."""
         first, second = self.seconds
         return (
-            f"| | first model | second model |\n|---|---|---|\n| seconds | {first:.2f} | {second:.2f} |\n"
+            f"| | {self.names[0]} | {self.names[1]} |\n|---|---|---|\n| seconds | {first:.2f} | {second:.2f} |\n"
             f"| times faster | 1 | {first / second:.2f} |\n\n"
             f"Mean difference {self.mean_difference:.1f} of 255. Each image was timed once; `asdm evaluate` measures "
             "with intervals."
@@ -111,8 +112,12 @@ def draw_comparison(
     limits: Limits,
     ticket: Ticket,
     progress: Progress,
+    names: tuple[str, str] = FIRST_AND_SECOND,
 ) -> Comparison:
     """Draw the request's image by both models from the same noise.
+
+    Args:
+        names: what the page calls the two models.
 
     Raises:
         AsdmError: a model does not take what the request has, or its images are larger than allowed.
@@ -123,8 +128,8 @@ def draw_comparison(
 
     def after_step(now: GenerationProgress) -> None:
         done, total = now.image_steps
-        which = "first" if now.images * 2 < now.total_images else "second"
-        progress(done / total, f"{which} model, step {now.step} of {now.total_steps}")
+        name = names[0] if now.images * 2 < now.total_images else names[1]
+        progress(done / total, f"{name}, step {now.step} of {now.total_steps}")
 
     drawn = list(compare_images(second, first, request, progress=after_step, cancelled=ticket.is_cancelled))
     if not drawn:
@@ -132,14 +137,13 @@ def draw_comparison(
     return drawn[0]
 
 
-def save_comparison(comparison: Comparison, folder: Path) -> SavedComparison:
+def save_comparison(comparison: Comparison, folder: Path, names: tuple[str, str] = FIRST_AND_SECOND) -> SavedComparison:
     """Write a comparison's images, with metadata, and the map of their difference into a new folder inside `folder`."""
     place = new_folder(folder)
     stem = stem_of(comparison.student.prompt)
     difference, mean = difference_map(comparison.teacher.image, comparison.student.image)
     enlarged = max(1, -(-SMALLEST_TILE // max(difference.size)))
     difference = difference.resize((difference.width * enlarged, difference.height * enlarged), resample=0)
-    about = (comparison.teacher.about, comparison.student.about)
     return SavedComparison(
         teacher=comparison.teacher.save(place / f"{stem}_first.png"),
         student=comparison.student.save(place / f"{stem}_second.png"),
@@ -147,7 +151,7 @@ def save_comparison(comparison: Comparison, folder: Path) -> SavedComparison:
         both=save_png(comparison.picture(), place / f"{stem}_comparison.png"),
         prompt=comparison.student.prompt,
         seed=comparison.student.seed,
-        names=(str(about[0]["model"]), str(about[1]["model"])),
+        names=names,
         seconds=(comparison.teacher.seconds, comparison.student.seconds),
         mean_difference=mean,
     )

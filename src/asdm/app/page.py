@@ -28,6 +28,8 @@ CSS = """
 #history .gallery-item {flex: 0 0 112px}
 .actions {align-items: flex-end}
 .gradio-container input[role=combobox] {padding-right: 20px; text-overflow: ellipsis}  /* beside the arrow */
+/* A message says the error; gradio's badge would hide the result before it. */
+[data-testid=status-tracker]:has(> .error) {display: none !important}
 @media (max-width: 700px) {
   /* One column, in which the result comes before the settings. */
   .merged {display: contents !important}

@@ -14,6 +14,7 @@ from asdm.choices import CompensationKind
 from asdm.edits import Edit
 from asdm.errors import AsdmError
 from asdm.evaluation.unit_colours import PART_LETTERS, UNIT_LETTERS, SensitivityColours
+from asdm.families import block_of
 from asdm.planning.possible_edits import PossibleEdit, plan_of, possible_edits, predicted_speedup
 from asdm.planning.program import least_sensitive, most_saved
 from asdm.sensitivity.profile import RedundancyMap, UnitRecord
@@ -57,8 +58,9 @@ class PlanBoard:
         return self._with(removals[0])
 
     def _inside(self, index: int) -> frozenset[str]:
-        """Return the units that a removal takes with it; none for other edits."""
-        return self.choices[index].covers if self.choices[index].edit.is_removal else frozenset()
+        """Return what a removal takes with it: its unit or block, and the units in it; nothing for other edits."""
+        choice = self.choices[index]
+        return choice.covers | {choice.edit.unit} if choice.edit.is_removal else frozenset()
 
     def _with(self, index: int) -> PlanBoard:
         """Return the board with one more edit, in the place of those of the same units."""
@@ -158,8 +160,20 @@ class PlanBoard:
         plan = plan_of(self.redundancy, self.chosen_edits, {})
         return plan.model_copy(update={"edits": [*plan.edits, *self.others]})
 
+    def whole_blocks(self) -> dict[str, tuple[UnitRecord, list[str]]]:
+        """Return the blocks that an edit removes whole: what that saves and costs, and the blocks that go with it."""
+        redundancy, found = self.redundancy, {}
+        for choice, record in zip(self.choices[len(redundancy.units) :], redundancy.others, strict=True):
+            if choice.edit.is_removal:
+                costs = record.model_dump(exclude={"edit", "covers"})
+                share = record.latency_ms / redundancy.latency_ms if redundancy.latency_ms else 0.0
+                name = choice.edit.unit
+                unit = UnitRecord(name=name, kind="block", parent=None, latency_share=share, **costs)
+                found[name] = unit, sorted({block_of(part) for part in record.covers} - {name})
+        return found
+
     def removed(self) -> set[str]:
-        """Return the units that the chosen edits remove."""
+        """Return the units and whole blocks that the chosen edits remove."""
         return {unit for index in self.chosen for unit in self._inside(index)}
 
     def changed(self) -> set[str]:
@@ -202,15 +216,16 @@ def summary_of(board: PlanBoard) -> str:
 
 
 def diagram(board: PlanBoard) -> str:
-    """Return the model's blocks as HTML: a button for each unit, coloured by its sensitivity."""
+    """Return the model's blocks as HTML: a button for each unit, coloured by its sensitivity, and one before them for
+    the whole block where an edit removes it."""
     redundancy = board.redundancy
-    blocks, parts = redundancy.units_by_block(), redundancy.parts_by_unit()
+    blocks, parts, whole = redundancy.units_by_block(), redundancy.parts_by_unit(), board.whole_blocks()
     places = redundancy.family.block_places(list(blocks))
     colours = SensitivityColours.of(redundancy)
     removed, changed = board.removed(), board.changed()
 
-    def button(unit: UnitRecord) -> str:
-        return _button(unit, colours, unit.name in removed, unit.name in changed)
+    def button(unit: UnitRecord, others: Sequence[str] = ()) -> str:
+        return _button(unit, colours, unit.name in removed, unit.name in changed, others)
 
     rows = []
     for level in sorted({place.level for place in places.values()}):
@@ -218,7 +233,8 @@ def diagram(board: PlanBoard) -> str:
         for block, units in blocks.items():
             if places[block].level == level:
                 share = sum(unit.latency_share for unit in units)
-                inner = "".join(
+                inner = f'<span class="unit">{button(*whole[block])}</span>' if block in whole else ""
+                inner += "".join(
                     f'<span class="unit">{button(unit)}'
                     + "".join(button(part) for part in parts.get(unit.name, []))
                     + "</span>"
@@ -228,16 +244,21 @@ def diagram(board: PlanBoard) -> str:
                 side = html.escape(places[block].side)
                 cells.append(f'<div class="block {side}"><h4>{title}</h4><div class="units">{inner}</div></div>')
         rows.append(f'<div class="level">{"".join(cells)}</div>')
-    return f'<div class="u">{"".join(rows)}</div>{_legend(redundancy, colours)}'
+    return f'<div class="u">{"".join(rows)}</div>{_legend(redundancy, colours, bool(whole))}'
 
 
-def _button(unit: UnitRecord, colours: SensitivityColours, removed: bool, changed: bool) -> str:
-    """Return a unit's button. Names are escaped: a profile may be anyone's file."""
+def _button(unit: UnitRecord, colours: SensitivityColours, removed: bool, changed: bool, others: Sequence[str]) -> str:
+    """Return a unit's button. Names are escaped: a profile may be anyone's file.
+
+    Args:
+        others: blocks that go with it.
+    """
     background, ink = colours(unit.sensitivity)
     name = html.escape(unit.name, quote=True)
     state = "removed" if removed else "changed" if changed else "kept"
+    title = html.escape(" with ".join([unit.name, *others]), quote=True)
     about = (
-        f"{name}: {100 * unit.latency_share:.1f}% of a call ({unit.latency_ms:.2f} ms), {unit.gmacs:.3g} GMACs, "
+        f"{title}: {100 * unit.latency_share:.1f}% of a call ({unit.latency_ms:.2f} ms), {unit.gmacs:.3g} GMACs, "
         f"{unit.parameters / 1e3:.0f}k parameters; sensitivity {unit.sensitivity:.2g}; {state}"
     )
     return (
@@ -247,12 +268,12 @@ def _button(unit: UnitRecord, colours: SensitivityColours, removed: bool, change
     )
 
 
-def _legend(redundancy: RedundancyMap, colours: SensitivityColours) -> str:
+def _legend(redundancy: RedundancyMap, colours: SensitivityColours, with_blocks: bool) -> str:
     """Return the scale of colours and the letters' meanings."""
     low, high = colours.low, colours.high
     steps = [low * (high / low) ** (part / 8) for part in range(9)]
     stops = ", ".join(colours(value)[0] for value in steps)
-    kinds: Collection[Any] = {unit.kind for unit in redundancy.units}
+    kinds: Collection[Any] = {unit.kind for unit in redundancy.units} | ({"block"} if with_blocks else set())
     letters = ", ".join(f"{letter} {kind.replace('_', '-')}" for kind, letter in _LETTERS.items() if kind in kinds)
     return (
         f'<div class="legend"><span>{low:.0e}</span><span class="scale" style="background:linear-gradient(90deg, '

@@ -71,6 +71,7 @@ element.addEventListener('focusin', show);
 """
 EMPTY = "<p class='empty'>Compute the profile of a model, or load one that asdm analyze wrote.</p>"
 LARGEST_SLIDER = 10.0
+TEACHER_AND_TRIAL = ("teacher", "trial")
 
 
 def plan_tab(page: Page) -> None:
@@ -103,7 +104,7 @@ def plan_tab(page: Page) -> None:
             trial_inputs, attempt, result = _trial_inputs(page)
         with gr.Column(scale=3, min_width=320):
             trial = gr.ImageSlider(
-                label="Left: model, right: untrained student", type="filepath",
+                label=f"Left: {TEACHER_AND_TRIAL[0]}, right: {TEACHER_AND_TRIAL[1]}", type="filepath",
                 interactive=False, height=400, max_height=400, buttons=["fullscreen"], elem_id="trial",
             )  # fmt: skip
     views = [board, picture, summary, edits, speedup, save]
@@ -214,7 +215,8 @@ def _connect_edits(page: Page, buttons: list[Any], views: list[Any]) -> None:
         return views_of(_required(now).with_plan(parsed_file(PruningPlan, path)), page.folder)
 
     settings: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    picture.click(toggle, board, views, **settings)
+    # Clicks that come faster than the answers are done in turn.
+    picture.click(toggle, board, views, trigger_mode="multiple", concurrency_limit=1, **settings)
     edits.input(choose, [board, edits], views, **settings)
     best.click(best_plan, [board, speedup], views, **settings)
     speedup.release(best_plan, [board, speedup], views, **settings)
@@ -237,7 +239,8 @@ def _connect_trial(page: Page, attempt: Any, inputs: list[Any], outputs: list[An
             progress(0, "building the student")
             teacher = page.library.load(name)
             student = trial_student(teacher, plan, ticket, progress)
-            saved = save_comparison(draw_comparison(teacher, student, wanted, limits, ticket, progress), page.folder)
+            drawn = draw_comparison(teacher, student, wanted, limits, ticket, progress, TEACHER_AND_TRIAL)
+            saved = save_comparison(drawn, page.folder, TEACHER_AND_TRIAL)
         show_notes(notes)
         return (str(saved.teacher), str(saved.student)), saved.summary
 

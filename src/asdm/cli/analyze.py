@@ -128,7 +128,7 @@ def analyze(
     out = out or Path("redundancy.json")
     _print_profile(redundancy)  # before it is saved, should that fail
     redundancy.save(out)
-    say(f"written to {out}")
+    say_path(f"written to {out}")
     if plot is not None:
         _plot(redundancy, plot)
 
@@ -160,7 +160,7 @@ def _print_usage(
     console.print(usage_table(usage))
     if out is not None:
         usage.save(out)
-        say(f"written to {out}")
+        say_path(f"written to {out}")
 
 
 def _print_profile(redundancy: RedundancyMap) -> None:
@@ -181,7 +181,7 @@ def _plot(redundancy: RedundancyMap, path: Path) -> None:
     from asdm.evaluation.report import save_figure
 
     save_figure(redundancy_plot(redundancy), path)
-    say(f"plotted in {path}")
+    say_path(f"plotted in {path}")
 
 
 def _calibrate_cache(pipeline: Any, model: str, out: Path | None, **settings: Any) -> None:

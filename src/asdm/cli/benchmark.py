@@ -25,7 +25,7 @@ from asdm.cli.options import (
     SeedOption,
     StrengthOption,
 )
-from asdm.cli.output import console, say, warn_if_busy, warn_of_skipped
+from asdm.cli.output import console, say, say_path, warn_if_busy, warn_of_skipped
 from asdm.cli.progress import reporting
 from asdm.cli.tables import benchmark_table
 from asdm.errors import AsdmError
@@ -131,7 +131,7 @@ def benchmark(
         if measured.busy_line is not None:
             say(f"during the measurement, {measured.busy_line}")
     _print_limits(limits or {})
-    say(f"written to {out}")
+    say_path(f"written to {out}")
 
 
 def _announce(

@@ -35,7 +35,7 @@ from asdm.cli.options import (
     StrengthOption,
     training_steps,
 )
-from asdm.cli.output import print_evaluation, print_skipped, say, warn_if_busy
+from asdm.cli.output import print_evaluation, print_skipped, say, say_path, warn_if_busy
 from asdm.cli.progress import reporting
 from asdm.errors import AsdmError
 
@@ -141,4 +141,4 @@ def compress_and_print(
     print_evaluation(made.evaluation)
     print_skipped(made.skipped)
     say(f"\n[bold]{made.headline}[/bold]")
-    say(f"pipeline: {made.folder}\nreport:   {made.report}")
+    say_path(f"pipeline: {made.folder}\nreport:   {made.report}")

@@ -25,7 +25,7 @@ from asdm.cli.options import (
     SeedOption,
     training_steps,
 )
-from asdm.cli.output import console, is_main_process, print_skipped, say
+from asdm.cli.output import console, is_main_process, print_skipped, say, say_path
 from asdm.cli.progress import reporting
 from asdm.cli.tables import duration, estimate_tables
 from asdm.errors import AsdmError
@@ -117,7 +117,7 @@ def distill(
     if is_main_process():
         asdm.save_pipeline(learning, out, {"teacher": teacher})
         print_skipped(examples.skipped)
-        say(f"written to {out}; log and checkpoints in {training}")
+        say_path(f"written to {out}; log and checkpoints in {training}")
 
 
 def _announce(teacher: Any, student: Any, stages: Sequence[Stage], data: str, folder: Path, yes: bool) -> None:

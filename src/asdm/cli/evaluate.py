@@ -27,7 +27,7 @@ from asdm.cli.options import (
     StrengthOption,
     not_a_folder,
 )
-from asdm.cli.output import print_evaluation, say, warn_if_busy, warn_of_skipped
+from asdm.cli.output import print_evaluation, say_path, warn_if_busy, warn_of_skipped
 from asdm.cli.progress import reporting
 
 _PROTOCOL, _SCORER = "With --protocol", "With --layout"
@@ -223,4 +223,4 @@ def _measure(pipelines: dict[str, Any], out: Path, **settings: Any) -> None:
         )
     print_evaluation(evaluation)  # before it is saved, should that fail
     evaluation.save(out)
-    say(f"written to {out}")
+    say_path(f"written to {out}")

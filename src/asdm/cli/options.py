@@ -62,6 +62,7 @@ SIDE = require(checks.multiple_of(8, 8192))  # pixels
 CONTROL_SCALE = require(checks.number(0, 10))
 SPEEDUP = require(checks.SPEEDUP)
 POSITIVE = require(checks.number(above=0))
+SHARE_OR_COUNT = require(checks.share_or_count)
 FRACTION = require(checks.number(above=0, below=1))
 
 
@@ -153,14 +154,16 @@ ParamsOption = Annotated[
     float | None,
     typer.Option(
         "--params",
-        help="Parameters that remain: a fraction of the original's (0.6), or a number.",
-        callback=POSITIVE,
+        help="Parameters that remain: a fraction of the original's (0.6), or a number (5e6).",
+        callback=SHARE_OR_COUNT,
     ),
 ]
 MacsOption = Annotated[
     float | None,
     typer.Option(
-        "--macs", help="MACs that remain: a fraction of the original's (0.6), or a number.", callback=POSITIVE
+        "--macs",
+        help="MACs that remain: a fraction of the original's (0.6), or a number (5e9).",
+        callback=SHARE_OR_COUNT,
     ),
 ]
 PresetOption = Annotated[

@@ -29,8 +29,8 @@ def say(text: str) -> None:
 
 
 def say_path(text: str) -> None:
-    """Print a line that ends in a path, which is not wrapped."""
-    console.print(text, highlight=False, soft_wrap=True)
+    """Print a line with a path as it is: it is not wrapped, and brackets are no markup."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def warn_if_busy() -> None:

@@ -14,7 +14,7 @@ from asdm.cli.estimates import YesOption, announce
 from asdm.cli.options import (
     MODEL,
     NAME,
-    POSITIVE,
+    SHARE_OR_COUNT,
     CompensateOption,
     ConfigOption,
     DataOption,
@@ -28,7 +28,7 @@ from asdm.cli.options import (
     SeedOption,
     SpeedupOption,
 )
-from asdm.cli.output import say, warn_if_busy, warn_of_skipped
+from asdm.cli.output import say, say_path, warn_if_busy, warn_of_skipped
 from asdm.cli.progress import reporting
 from asdm.errors import AsdmError
 
@@ -61,8 +61,8 @@ def plan(
         float | None,
         typer.Option(
             help="Expert kernels (CLME-CondConv): convolutions that remain also mix the kernels of removed ones. The "
-            "value limits the added parameters: a fraction of the original's (0.05), or a number.",
-            callback=POSITIVE,
+            "value limits the added parameters: a fraction of the original's (0.05), or a number (5e6).",
+            callback=SHARE_OR_COUNT,
             show_default=False,
         ),
     ] = None,
@@ -128,7 +128,8 @@ def plan(
     made.save(out)
     for edit in made.edits:
         say(f"  {edit}")
-    say(f"{_summary(made)}; written to {out}")
+    say(_summary(made))
+    say_path(f"written to {out}")
 
 
 def _announce(
@@ -201,7 +202,8 @@ def _remeasure(path: Path, model: str | None, device: str | None) -> None:
     assert made.metrics is not None and made.metrics.measured_ratio is not None
     target = made.metrics.target.get("speedup", 0.0)
     short = f", short of the requested {target:g}x" if made.metrics.measured_ratio.high < target else ""
-    say(f"{_summary(made)}{short}; written to {path}")
+    say(f"{_summary(made)}{short}")
+    say_path(f"written to {path}")
 
 
 def _summary(plan: PruningPlan) -> str:

@@ -10,7 +10,7 @@ import typer
 import asdm
 from asdm.cli import loading
 from asdm.cli.options import ConfigOption, DataOption, DeviceOption, ModelArgument, PredictionTypeOption, SeedOption
-from asdm.cli.output import say, warn_of_skipped
+from asdm.cli.output import say, say_path, warn_of_skipped
 from asdm.cli.progress import reporting
 
 
@@ -56,7 +56,9 @@ def prune(
     if fold:
         student = asdm.fold_compensation(student, within_blocks=True)
     asdm.save_pipeline(asdm.with_unet(pipeline, student), out, {"teacher": model})
-    say(f"{out}: {family_of(student).label} of {_millions(student):.2f}M parameters, from {_millions(teacher):.2f}M")
+    say_path(
+        f"{out}: {family_of(student).label} of {_millions(student):.2f}M parameters, from {_millions(teacher):.2f}M"
+    )
     if fit is not None:
         say(
             f"relative squared error of the prediction: {fit.error_before:.4f} pruned, {fit.error_after:.4f} with the "

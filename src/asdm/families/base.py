@@ -207,8 +207,9 @@ class ModelFamily(Architecture):
         """Return where a diagram has each of these blocks: by default in one column, in their order."""
         return {block: BlockPlace(level, "middle") for level, block in enumerate(blocks)}
 
-    def original_layout(self, model: Denoiser, program: Program) -> OriginalLayout:
-        """Return the names of a model's tensors in the original code's layout, for a program that reads it.
+    def original_layout(self, model: Denoiser, program: Program | None) -> OriginalLayout:
+        """Return the names of a model's tensors in the original code's layout, for a program that reads it; for None
+        whether one does or not.
 
         Raises:
             AsdmError: the layout has no place for an edit of the model, or the program does not read its shape.

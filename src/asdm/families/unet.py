@@ -60,7 +60,7 @@ class UNetFamily(UNetArchitecture, ModelFamily):
     def portable_shapes(self, config: Mapping[str, Any], units: Sequence[str]) -> list[PortableShape]:
         return portable_shapes(config, units)
 
-    def original_layout(self, model: Any, program: Program) -> OriginalLayout:
+    def original_layout(self, model: Any, program: Program | None) -> OriginalLayout:
         return original_layout(model, program)
 
     def semantic_module(self, model: Any) -> str | None:

@@ -20,6 +20,7 @@ from asdm.families.unet_original import (
     original_names,
     original_structure,
 )
+from asdm.families.unet_removed import RemovedDownBlock
 
 # The width of the text embedding, that of SDXL's added embeddings, and the number of heads. Heads of SD 2.x and SDXL
 # have 64 channels.
@@ -57,8 +58,8 @@ SDCPP_SHAPES: dict[str, dict[str, OriginalShape]] = {
 _OF_VELOCITY, _SPREAD_OF_VELOCITY = "output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09
 
 
-def original_layout(unet: Any, program: Program) -> OriginalLayout:
-    """Return the names of a UNet's tensors in the original layout, as a program wants them.
+def original_layout(unet: Any, program: Program | None) -> OriginalLayout:
+    """Return the names of a UNet's tensors in the original layout, as a program wants them; for None without gaps.
 
     Raises:
         AsdmError: the UNet has edits that the layout has no place for, or a shape that the program does not read.
@@ -66,7 +67,9 @@ def original_layout(unet: Any, program: Program) -> OriginalLayout:
     structure = original_structure(unet)
     kind = _kind(unet)
     numbering: Numbering = "dense"
-    if program != "diffusers":
+    if program == "diffusers":
+        _require_equal_levels(unet)
+    elif program is not None:
         _require_widths(unet, structure, kind, program)
     if program == "comfyui":
         _require_comfyui(kind, structure.shape)
@@ -102,6 +105,18 @@ def _require_widths(unet: Any, structure: OriginalStructure, kind: OriginalKind,
             f"{program}: reads UNets of the widths of SD 1.x, SD 2.x and SDXL, and this one has others ({about}); "
             "export it for diffusers (`--for diffusers`), whose from_single_file takes a config"
         )
+
+
+def _require_equal_levels(unet: Any) -> None:
+    """Raise an AsdmError unless diffusers, which divides the numbers of layers by that of a level, finds each."""
+    layers = unet.config.layers_per_block
+    if isinstance(layers, int) and not isinstance(unet.down_blocks[-1], RemovedDownBlock):
+        return
+    found = "lacks its lowest level" if isinstance(layers, int) else f"has {list(layers)}"
+    raise AsdmError(
+        f"diffusers: reads one file only of a UNet with equally many layers in each level, and this one {found}; load "
+        "the student's folder there, or export it for comfyui"
+    )
 
 
 def _require_comfyui(kind: OriginalKind, shape: OriginalShape) -> None:

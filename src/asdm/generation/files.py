@@ -113,7 +113,7 @@ class ImageFolder:
         """Write a student's image, the teacher's, and both beside each other with their difference."""
         student, teacher = comparison.student, comparison.teacher
         stem = self._save(student).stem
-        write_new(png_paths(self.folder, f"{stem}_teacher"), teacher.write)
+        self.paths.append(write_new(png_paths(self.folder, f"{stem}_teacher"), teacher.write))
         self.paths.append(_write_png(comparison.picture(), self.folder, f"{stem}_comparison"))
         self.lines.append(
             f"{stem}: teacher {teacher.seconds:.2f} s, student {student.seconds:.2f} s "

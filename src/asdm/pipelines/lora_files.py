@@ -228,7 +228,7 @@ def _originally(model: Any) -> dict[str, str]:
     """Return the layers' names in the original code; empty where it has no place for the model."""
     start = "model.diffusion_model."
     try:
-        names = family_of(model).original_layout(model, "diffusers").names
+        names = family_of(model).original_layout(model, None).names
     except AsdmError:
         return {}
     found = {}

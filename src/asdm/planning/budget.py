@@ -32,9 +32,10 @@ def require_budget(speedup: Any, params: Any, macs: Any, preset: Any) -> None:
     named = [name for name, value in given.items() if value is not None]
     if len(named) != 1:
         raise AsdmError(f"give exactly one of speedup, params, macs, preset; got {', '.join(named) or 'none'}")
-    if preset is None:
-        above = 1 if speedup is not None else 0
-        checks.number(above=above)(named[0], given[named[0]])
+    if speedup is not None:
+        checks.number(above=1)("speedup", speedup)
+    elif preset is None:
+        checks.share_or_count(named[0], given[named[0]])
     elif preset not in PRESETS:
         raise AsdmError(f"{preset}: no such preset; allowed: {', '.join(PRESETS)}")
     if speedup is not None and speedup > MAX_SPEEDUP:
@@ -43,9 +44,13 @@ def require_budget(speedup: Any, params: Any, macs: Any, preset: Any) -> None:
 
 def require_params(unet: Denoiser, params: float | None) -> None:
     """Raise an AsdmError for a number of parameters that the denoiser does not have."""
-    total = sum(p.numel() for p in unet.parameters())
-    if params is not None and params > total:
-        raise AsdmError(f"params={params:g}: the denoiser has {total:.4g}; ask for fewer, or for a part such as 0.6")
+    if params is not None:
+        _require_at_most(sum(p.numel() for p in unet.parameters()), "params", params)
+
+
+def _require_at_most(total: float, name: str, remaining: float) -> None:
+    if remaining > max(1, total):
+        raise AsdmError(f"{name}={remaining:g}: the denoiser has {total:.4g}; ask for fewer, or a share such as 0.6")
 
 
 @checks.arguments(
@@ -76,8 +81,8 @@ def make_plan(
 
     Args:
         speedup: how many times faster a denoiser call must be, measured in turns with the original.
-        params, macs: what must remain, as a fraction of the original in (0, 1) or as a number of parameters
-            or of MACs (attention products counted).
+        params, macs: what must remain, as a fraction of the original in (0, 1] or as a number of parameters
+            or of MACs (attention products counted), at least 10,000.
         preset: in place of a budget "a-sdm" (the paper's 22% less time, for SD 1.5's shape), "a-sdm-fast" (half the
             time), BK-SDM's "bk-base", "bk-small", "bk-tiny", or, for SDXL's shape, "ssd-1b", "vega", "koala-1b",
             "koala-700m".
@@ -96,6 +101,10 @@ def make_plan(
             every unit does not reach; the message says what is reachable.
     """
     require_budget(speedup, params, macs, preset)
+    if params is not None:
+        _require_at_most(redundancy.parameters, "params", params)
+    if macs is not None:
+        _require_at_most(redundancy.gmacs * 1e9, "macs", macs)
     fitted = compensate
     compensate = compensate or (redundancy.compensate if redundancy.estimator == "ablation" else "linear")
     if portable:
@@ -134,7 +143,7 @@ def _within(
 ) -> list[PossibleEdit]:
     """Return the least sensitive edits that leave no more than `remaining` of one resource."""
     kept = remaining if remaining <= 1 else remaining / total
-    chosen = least_sensitive(choices, savings, total * (1 - kept)) if 0 < kept <= 1 else None
+    chosen = least_sensitive(choices, savings, total * (1 - kept))
     if chosen is None:
         least = 1 - most_saved(choices, savings) / total
         raise AsdmError(

@@ -17,7 +17,7 @@ Pair = tuple[str, str]  # a kept convolution, and the removed one that it inheri
 @checks.arguments(
     plan=checks.a(PruningPlan, "asdm.make_plan makes one"),
     unet=checks.UNET,
-    params=checks.number(above=0),
+    params=checks.share_or_count,
     router=checks.literal(Router),
     activation=checks.one_of("softmax", "sigmoid"),
 )
@@ -36,7 +36,8 @@ def add_cond_conv(
     a kernel costs its size, then the nearest, until the budget is used (inferred).
 
     Args:
-        params: what the experts may add, as a fraction of the original's parameters or as a number of them.
+        params: what the experts may add, as a fraction of the original's parameters or as a number of them, at least
+            10,000.
 
     Raises:
         AsdmError: the plan is for another model, or no expert fits into the budget.

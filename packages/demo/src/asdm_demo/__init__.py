@@ -1,4 +1,4 @@
-"""The embedded default of `asdm`: a small Stable Diffusion pipeline and its captioned images.
+"""The embedded pipeline of `asdm`: a small Stable Diffusion pipeline and its captioned images.
 
 `tools/demo` builds them. `asdm` knows them by their registered name, `demo`.
 """
