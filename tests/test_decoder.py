@@ -15,6 +15,7 @@ from asdm.diffusion.conditioning import decode_latents, encode_images
 from asdm.distillation.decoder_recipe import read_decoder_recipe
 from asdm.distillation.decoder_task import DecoderBatch, DecoderTask
 from asdm.evaluation.decoders import DecodedSet, compare_decoder, held_out_set
+from asdm.pipelines import decoders
 from asdm.pipelines.decoders import make_tiny
 from asdm.training.log import read_log
 from asdm.training.task import BatchSlice
@@ -198,11 +199,13 @@ def test_what_does_not_fit_is_told_in_a_line(pipeline, decoder_folder, tmp_path,
         with pytest.raises(AsdmError, match=rf"^[^\n]*{told}[^\n]*$"):
             with_decoder(pipeline, tiny)
     asdm.save_pipeline(pipeline, tmp_path / "pipeline")
+    registered = {"bare": tmp_path / "pipeline"}
+    monkeypatch.setattr(decoders, "registered_folder", lambda name, _group: registered.get(name))
     for name, told in [
         ("./gone", "no such folder of a decoder"),
         (tmp_path / "pipeline", "not a decoder in diffusers' format"),
         (tmp_path / "pipeline" / "vae", "a AutoencoderKL; must be an AutoencoderTiny"),
-        ("demo", "has no decoder beside it; train one: asdm distill-decoder demo"),
+        ("bare", "has no decoder beside it; train one: asdm distill-decoder bare"),
         ("random:taesd", "only a model of random weights takes it"),
         ("random:x", "no such decoder of random weights"),
     ]:

@@ -15,11 +15,14 @@ from PIL import Image
 from asdm import generate, load_pipeline
 from asdm.data.examples import load_pixels
 from asdm.data.sources import open_data
+from asdm.diffusion.conditioning import encode_images
 from asdm.errors import AsdmError
+from asdm.evaluation.decoders import DecodedSet, compare_decoder
 from asdm.evaluation.metrics import Judge, cosine_similarity
 from asdm.evaluation.sampling import evaluation_sets
 from asdm.families.unet_structure import removable_units
 from asdm.images import load_images
+from asdm.pipelines.decoders import load_decoder
 from asdm.training.loop import LoopSettings
 from tools.demo import build, recipe
 from tools.demo.__main__ import main
@@ -100,6 +103,16 @@ def test_images_are_all_there_and_training_data_excludes_the_held_out():
     assert data.skipped == {}
     with data.examples[0].image() as image:
         assert image.size == (64, 64)
+
+
+def test_the_embedded_decoder_draws_what_the_vae_does():
+    pipeline = load_pipeline("demo")
+    _, pixels = load_pixels(open_data("demo", "held_out").examples[:16], 64, {})
+    real = torch.stack(pixels)
+    held_out = DecodedSet(encode_images(pipeline.vae, real), real)
+    found = compare_decoder(pipeline, load_decoder("demo", pipeline), held_out, rounds=2)
+    assert found.parameters < found.vae_parameters / 5
+    assert found.psnr > 30 and found.real_psnr > 27 and found.speedup > 1.5
 
 
 def test_assets_stay_under_75_megabytes():
