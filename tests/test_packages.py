@@ -60,7 +60,7 @@ def test_a_bare_environment_runs_the_installed_command(built, tmp_path):
     run(programs / "asdm", "doctor", **options)
     run(programs / "asdm", "plan", "random:sd15", "--preset", "bk-tiny", "--out", "plan.json", **options)
     missing = subprocess.run([programs / "asdm", "generate", "demo", "x"], capture_output=True, text=True, **options)
-    assert missing.returncode == 2 and "pip install asdm-demo" in missing.stderr
+    assert missing.returncode == 2 and "pip install -e packages/demo" in missing.stderr
     run(programs / "pip", "install", "--quiet", built["demo"], **options)
     run(programs / "asdm", "generate", "demo", "octopus, flat", "--steps", "2", "--out", "octopus.png", **options)
     assert (tmp_path / "octopus.png").stat().st_size > 500

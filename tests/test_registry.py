@@ -33,7 +33,7 @@ def test_the_embedded_names_are_known_and_need_their_package(monkeypatch):
     assert registered_folder("demo", DATASETS) == images_folder()
     assert registered_folder("stickers", DATASETS) is None
     monkeypatch.setitem(sys.modules, "asdm_demo", None)
-    with pytest.raises(AsdmError, match=r"demo: the embedded pipeline is not installed .*; pip install asdm-demo"):
+    with pytest.raises(AsdmError, match=r"demo: the embedded pipeline is not installed .*; pip install -e"):
         load_pipeline("demo")
 
 

@@ -44,8 +44,8 @@ def registered_folder(name: str, group: Group) -> Path | None:
     except (ImportError, AttributeError) as error:
         if entry in _OWN:
             raise AsdmError(
-                f"{name}: the embedded pipeline is not installed ({one_line(error)}); pip install asdm-demo, or in a "
-                "clone pip install -e packages/demo"
+                f"{name}: the embedded pipeline is not installed ({one_line(error)}); pip install -e packages/demo "
+                "in your checkout, or install the wheel of asdm-demo"
             ) from None
         raise AsdmError(f"{name}: registered as {entry.value}, which cannot be imported ({one_line(error)})") from None
 

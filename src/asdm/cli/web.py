@@ -27,7 +27,7 @@ def app(
     max_side: Annotated[int, typer.Option(help="The largest side of an image in pixels.", min=8, max=8192)] = 1024,
     max_steps: Annotated[int, typer.Option(help="The most steps of sampling.", min=1, max=1000)] = 100,
 ) -> None:
-    """Open a page in the browser: compare two models, make a plan by hand, look at the evidence.
+    """Serve a page for the browser: compare two models, make a plan by hand, look at the evidence.
 
     Without --host only this machine reaches the page. With another address anyone who reaches it may use it, with the
     models of --model alone.
