@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from asdm.choices import GraphFormat
-from asdm.errors import AsdmError, needs_extra
+from asdm.errors import AsdmError, needs_extra, one_line
 from asdm.files import require_space
 from asdm.runtime.graphs import Graph
 
@@ -65,7 +65,13 @@ def _openvino_writer(int8: Int8 | None) -> Write:
         save_openvino(quantised(model, graph.calibration), path)
 
         def run() -> list[np.ndarray]:
-            compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+            try:
+                compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+            except RuntimeError as error:
+                raise AsdmError(
+                    f"export: {graph.name}: OpenVINO cannot compile its graph on this machine ({one_line(error)}); "
+                    "export another size, or without int8"
+                ) from error
             read = {name for each in compiled.inputs for name in each.names}
             found = compiled({name: value.numpy() for name, value in graph.inputs.items() if name in read})
             return [found[name] for name in graph.outputs]
@@ -100,7 +106,8 @@ def _quantiser() -> Callable[[Any, list[dict[str, Tensor]]], Any]:
     def quantised(model: Any, calibration: list[dict[str, Tensor]]) -> Any:
         with redirect_stdout(io.StringIO()):  # its progress bars would mix with ours
             if not calibration:
-                return nncf.compress_weights(model)
+                scope = nncf.IgnoredScope(names=_convolutions_of_one_pixel(model))
+                return nncf.compress_weights(model, ignored_scope=scope)
             # Bias correction would run the model once more for each of its hundreds of layers.
             without = nncf.AdvancedQuantizationParameters(disable_bias_correction=True)
             convolutions, products = (
@@ -116,6 +123,16 @@ def _quantiser() -> Callable[[Any, list[dict[str, Tensor]]], Any]:
             )
 
     return quantised
+
+
+def _convolutions_of_one_pixel(model: Any) -> list[str]:
+    """Return the names of convolutions that see one pixel. OpenVINO 2026.4 makes linear layers of them, and on CPUs
+    without AVX-512 it cannot compile those whose weights are in 8 bits."""
+    found = []
+    for op in model.get_ops():
+        if op.get_type_name() == "Convolution" and op.output(0).partial_shape[2:].to_string() == "[1,1]":
+            found.append(op.get_friendly_name())
+    return found
 
 
 def _onnx_writer() -> Write:
