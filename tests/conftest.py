@@ -261,37 +261,34 @@ def pipeline() -> StableDiffusionPipeline:
     return tiny_pipeline()
 
 
+def captioned_images(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    """Write an image of 16 random pixels a side for each row of metadata, and the metadata."""
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    for row in rows:
+        Image.fromarray(draw.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(folder / row["file_name"])
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
 @pytest.fixture
 def data_folder(tmp_path: Path) -> Path:
     """Six captioned images of 16 px, one of them held out."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    draw = np.random.default_rng(0)
-    rows = []
-    for index in range(6):
-        Image.fromarray(draw.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(folder / f"{index}.png")
-        rows.append({"file_name": f"{index}.png", "text": f"image {index}", "held_out": index == 5})
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    rows = [{"file_name": f"{index}.png", "text": f"image {index}", "held_out": index == 5} for index in range(6)]
+    return captioned_images(tmp_path / "data", rows)
 
 
 @pytest.fixture
 def designs(tmp_path: Path) -> Path:
     """Four concepts, each drawn in three variants of one design, and once otherwise; three images are held out."""
-    folder = tmp_path / "designs"
-    folder.mkdir()
-    draw = np.random.default_rng(0)
     rows = []
     for concept in ("ant", "bee", "cat", "dog"):
         for style in ("flat", "line", "gradient", "photo"):
-            name = f"{concept}-{style}.png"
-            Image.fromarray(draw.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(folder / name)
             design = {} if style == "photo" else {"design": f"{concept} 1"}
             held_out = (concept, style) in {("ant", "line"), ("bee", "flat"), ("cat", "photo")}
-            row = {"file_name": name, "text": f"{concept}, {style}", "concept": concept, "style": style}
-            rows.append(row | {"held_out": held_out} | design)
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+            about = {"text": f"{concept}, {style}", "concept": concept, "style": style, "held_out": held_out}
+            rows.append({"file_name": f"{concept}-{style}.png"} | about | design)
+    return captioned_images(tmp_path / "designs", rows)
 
 
 class PixelJudge:

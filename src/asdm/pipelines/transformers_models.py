@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModel
 
 from asdm.errors import AsdmError
 from asdm.pipelines.damaged import refuse_damaged, require_finite, require_readable
@@ -20,6 +18,7 @@ from asdm.pipelines.untrusted import (
     require_plain_files,
     require_safe_config,
     without_network,
+    without_weights,
 )
 
 _NAMED = 3  # tensors that a message names
@@ -49,7 +48,7 @@ def load_transformers_model(kind: Any, folder: Path, remedy: str = "download it 
     """
     require_safe_weights(folder)
     with refuse_damaged(folder, remedy), quiet(), bounded_modules(str(folder)), without_network():
-        _require_as_large(kind, folder)
+        require_as_large_as_its_files(without_weights(kind, folder), folder)
         model, found = kind.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
@@ -70,13 +69,3 @@ def require_safe_weights(folder: Path) -> None:
         raise AsdmError(
             f"{folder}: no .safetensors weights; pickles are not loaded, convert them first: load and save_pretrained"
         )
-
-
-def _require_as_large(kind: Any, folder: Path) -> None:
-    """Raise an AsdmError where the model would have many more parameters than its files hold."""
-    with init_empty_weights(include_buffers=True):
-        if kind is AutoModel:
-            empty = AutoModel.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-        else:
-            empty = kind(kind.config_class.from_pretrained(folder))
-    require_as_large_as_its_files(empty, folder)

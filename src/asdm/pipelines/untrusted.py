@@ -22,7 +22,7 @@ from huggingface_hub import constants as hub
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
-from transformers import ImageProcessingMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, ImageProcessingMixin, PreTrainedModel, PreTrainedTokenizerBase
 
 from asdm.errors import AsdmError, one_line
 from asdm.families import families
@@ -122,7 +122,7 @@ def _require_known_class(part: str, kind: list[Any], folder: Path) -> None:
     if not (part.isidentifier() and part.isascii() and len(part) <= _MAX_NAME):
         raise AsdmError(f"{folder / 'model_index.json'}: {one_line(part)}: is no name of a part; download it again")
     place = f"{folder / 'model_index.json'}: {part}"
-    if len(kind) != 2 or not all(isinstance(each, str) for each in kind):
+    if not _names_a_class(kind):
         return  # no part, or none that can be loaded
     library, class_name = kind
     is_student = part in [family.component for family in families()] and student_class(class_name) is not None
@@ -133,6 +133,11 @@ def _require_known_class(part: str, kind: list[Any], folder: Path) -> None:
         raise AsdmError(f"{place} is of the class {class_name}, which can run code; name the class itself")
     if not is_student and not _is_class_of_part(library, class_name):
         raise AsdmError(f"{place} is of the class {class_name}, which is no part of a pipeline; download it again")
+
+
+def _names_a_class(kind: Any) -> bool:
+    """Return whether an index's entry is the library and the class of a part."""
+    return isinstance(kind, list) and len(kind) == 2 and all(isinstance(each, str) for each in kind)
 
 
 def _is_class_of_part(library: str, name: str) -> bool:
@@ -157,7 +162,7 @@ def classes_of_parts(folder: Path) -> dict[str, type[nn.Module]]:
     over what the model's own config says. Of parts with a config and a known class alone."""
     found = {}
     for part, kind in _read_object(folder / "model_index.json").items():
-        if isinstance(kind, list) and len(kind) == 2 and all(isinstance(each, str) for each in kind):
+        if _names_a_class(kind):
             made = student_class(kind[1]) or _named_class(*kind)
             if isinstance(made, type) and issubclass(made, nn.Module) and (folder / part / "config.json").is_file():
                 found[part] = made
@@ -226,14 +231,26 @@ def empty_model(kind: Any, folder: Path) -> nn.Module | None:
     """Make the model of that class that a folder's config describes, without weights; None where that is not
     possible."""
     try:
-        with quiet(), init_empty_weights(include_buffers=True), bounded_modules(str(folder)), without_network():
-            if issubclass(kind, PreTrainedModel):
-                return kind(kind.config_class.from_pretrained(folder))
-            return kind.from_config(read_json(folder / "config.json"))
+        with quiet(), bounded_modules(str(folder)), without_network():
+            return without_weights(kind, folder)
     except AsdmError:
         raise
     except Exception:  # of the libraries, any kind; loading says what is wrong
         return None
+
+
+def without_weights(kind: Any, folder: Path) -> nn.Module:
+    """Make the model of that class that a folder's config describes, without weights; for AutoModel of the class that
+    the config names. Raises what the libraries raise where that is not possible."""
+    made: nn.Module
+    with init_empty_weights(include_buffers=True):
+        if kind is AutoModel:
+            made = AutoModel.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        elif issubclass(kind, PreTrainedModel):
+            made = kind(kind.config_class.from_pretrained(folder))
+        else:
+            made = kind.from_config(read_json(folder / "config.json"))
+    return made
 
 
 def _parameters_in(path: Path) -> int:
