@@ -164,7 +164,7 @@ def alexnet(monkeypatch):
     monkeypatch.setattr("torchmetrics.image.lpip._TORCHVISION_AVAILABLE", True)
 
     def features(*_, **__):
-        asked.append([path.name for path in (Path(torch.hub.get_dir()) / "checkpoints").iterdir()])
+        asked.append([path.name for path in (Path(torch.hub.get_dir()) / "checkpoints").glob("*")])
         return nn.Sequential(*layers)
 
     asked = []
