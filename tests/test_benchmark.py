@@ -59,6 +59,15 @@ def test_a_tiny_decoder_joins_the_original_and_the_stacks(pipeline, tmp_path):
     assert names[:2] == ["original", "tiny decoder"]
 
 
+def test_a_part_of_a_name_is_looked_for_among_all_methods(pipeline):
+    chosen, everything = (chosen_methods(pipeline, {}, "demo", 25, only) for only in ([], ["ToMe"]))
+    assert sum("ToMe" in method.name for method in chosen) == 1
+    assert [method.name for method in everything] == [
+        "original",
+        *(f"ToMe, ratio {ratio}" for ratio in (0.25, 0.5, 0.75)),
+    ]
+
+
 def test_a_benchmark_measures_all_methods_and_reports_failures(pipeline, data_folder, monkeypatch, tmp_path):
     monkeypatch.setattr("asdm.benchmark.run.Judge", FakeJudge)
     entered = []
@@ -276,7 +285,7 @@ def test_our_parts_leave_the_pipeline_as_it_was():
     pipeline = tiny_pipeline()
     modules = dict(pipeline.unet.named_modules())
     students = {"bk-base": without_mid_block(pipeline.unet), "lean": without_mid_block(pipeline.unet)}
-    entries = methods(8, students, few_step={"quick": without_mid_block(pipeline.unet)}, data="demo")
+    entries = methods(8, students, few_step={"quick": without_mid_block(pipeline.unet)}, data="demo", full=True)
     names = [entry.name for entry in entries]
     assert len(names) == len(set(names)) and names[0] == "original"
     groups = {entry.name: entry.group for entry in entries}
@@ -294,6 +303,12 @@ def test_our_parts_leave_the_pipeline_as_it_was():
             with entry.prepared(pipeline) as ready:
                 assert ready is pipeline
             assert dict(pipeline.unet.named_modules()) == modules
+    shorter = [entry.name for entry in methods(8, students, data="demo")]
+    assert set(shorter) < set(names) and len(shorter) < len(names) / 2
+    assert {groups[name] for name in shorter} == set(groups.values())
+    assert {"OpenVINO, 3 steps", "caching, calibrated, 2x", "lean + OpenVINO int8", "DeepCache, interval 5"} < set(
+        shorter
+    )
     speed_alone = {entry.name for entry in methods(8, students) if entry.engine is None}
     assert speed_alone < set(names) and not any("calibrated" in name for name in speed_alone)
     elsewhere = {entry.name for entry in methods(8, students, graphs=False)}

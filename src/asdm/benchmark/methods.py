@@ -39,8 +39,9 @@ def methods(
     data: str | Path | None = None,
     graphs: bool = True,
     decoder: str | Path | None = None,
+    full: bool = False,
 ) -> list[Method]:
-    """Return all methods, the original pipeline first.
+    """Return the methods, the original pipeline first.
 
     Args:
         steps: sampling steps of all methods that do not change their number.
@@ -51,19 +52,22 @@ def methods(
         graphs: include OpenVINO and the programs that compute on the CPU; the latter without data, as their images
             are not judged.
         decoder: a tiny decoder, as for `with_decoder`: the original and the fastest stacks decode by it, too.
+        full: with data, every setting and combination, too, of which there are about three times as many. Without
+            data all are returned anyway, as methods that differ in the number of steps share their timings.
 
     Raises:
         AsdmError: a student has the name of another method.
     """
     students, few_step = students or {}, few_step or {}
     own = {name: student for name, student in students.items() if not name.startswith(BASELINE_STUDENTS)}
+    full = full or data is None
     found = [
-        *_original(steps, data),
-        *_baselines(steps),
+        *_original(steps, data, full),
+        *_baselines(steps, full),
         *(programs(steps) if graphs and data is None else []),
-        *_students(steps, students, own, data),
-        *_caching(steps, data),
-        *_stacks(steps, own, data),
+        *_students(steps, students, own, data, full),
+        *_caching(steps, data, full),
+        *_stacks(steps, own, data, full),
         *(_by_lcm(name, "stack", fresh(student)) for name, student in few_step.items()),
         *(_by_lcm(f"{name} + OpenVINO", "stack", in_openvino(student)) for name, student in few_step.items()),
     ]
@@ -76,49 +80,51 @@ def methods(
     return [method for method in found if graphs or "OpenVINO" not in method.name]
 
 
-def _original(steps: int, data: str | Path | None) -> list[Method]:
+def _original(steps: int, data: str | Path | None, full: bool) -> list[Method]:
     """Return the original, also in fewer steps and with less guidance."""
     original = Method("original", "original", steps=steps)
-    counts = fewer_steps(steps, judged=data is not None)
+    counts = fewer_steps(steps, full and data is not None)
     return [
         original,
         *(replace(original, name=f"{fewer} steps", group="fewer steps", steps=fewer) for fewer in counts),
-        *(guided_until(steps, part) for part in (0.8, 0.6)),
+        *(guided_until(steps, part) for part in ((0.8, 0.6) if full else (0.8,))),
         _by_lcm("", "fewer steps"),
     ]
 
 
-def _baselines(steps: int) -> list[Method]:
-    gates = sorted({round(part * steps) for part in (0.2, 0.4)}, reverse=True)
+def _baselines(steps: int, full: bool) -> list[Method]:
+    gates = sorted({round(part * steps) for part in ((0.2, 0.4) if full else (0.4,))}, reverse=True)
     return [
-        *(tome(steps, ratio) for ratio in (0.25, 0.5, 0.75)),
+        *(tome(steps, ratio) for ratio in ((0.25, 0.5, 0.75) if full else (0.5,))),
         *(deep_cache(steps, interval) for interval in INTERVALS),
-        *(attention_broadcast(steps, skip) for skip in (2, 4)),
+        *(attention_broadcast(steps, skip) for skip in ((2, 4) if full else (2,))),
         *(t_gate(steps, gate) for gate in gates),
     ]
 
 
-def _students(steps: int, students: Students, own: Students, data: str | Path | None) -> list[Method]:
+def _students(steps: int, students: Students, own: Students, data: str | Path | None, full: bool) -> list[Method]:
     """Students, early steps by a student and late ones by the original, and GRI attention."""
     groups = {name: "ours" if name in own else baselines.GROUP for name in students}
+    regional = {"GRI attention": with_gri}
+    if full:
+        regional["GRI attention, faster kind"] = partial(with_gri, faster=True)
     return [
         *(combined(name, groups[name], fresh(student), steps=steps) for name, student in students.items()),
-        *_switches(steps, own if data is not None else {}),
-        combined("GRI attention", "ours", fresh(with_gri), steps=steps),
-        combined("GRI attention, faster kind", "ours", fresh(partial(with_gri, faster=True)), steps=steps),
+        *_switches(steps, own if data is not None else {}, (0.75, 0.5, 0.25) if full else (0.5,)),
+        *(combined(name, "ours", fresh(maker), steps=steps) for name, maker in regional.items()),
     ]
 
 
-def _switches(steps: int, students: Students) -> Iterator[Method]:
+def _switches(steps: int, students: Students, parts: Sequence[float]) -> Iterator[Method]:
     for name, student in students.items():
-        for below in (0.75, 0.5, 0.25):
+        for below in parts:
             title = f"{name}, from {1 - below:.0%} of the schedule on the original"
             yield combined(title, "ours", switching(student, below), steps=steps, kinds=data_dependent)
 
 
-def fewer_steps(steps: int, judged: bool) -> list[int]:
-    """Return the numbers of steps to take instead of `steps`; more of them where images are judged."""
-    parts = (0.8, 0.64, 0.48, 0.4, 0.32) if judged else (0.48, 0.32)
+def fewer_steps(steps: int, many: bool = False) -> list[int]:
+    """Return the numbers of steps to take instead of `steps`."""
+    parts = (0.8, 0.64, 0.48, 0.4, 0.32) if many else (0.48, 0.32)
     return list(dict.fromkeys(round(part * steps) for part in parts))
 
 
@@ -138,8 +144,9 @@ def cached_every(steps: int, every: int, order: int = 0) -> Method:
     return combined(name, "ours", caching(every=every, order=order), steps=steps, kinds=at_every(every))
 
 
-def _caching(steps: int, data: str | Path | None) -> Iterator[Method]:
-    yield from (cached_every(steps, every) for every in INTERVALS)
+def _caching(steps: int, data: str | Path | None, full: bool) -> Iterator[Method]:
+    if full:
+        yield from (cached_every(steps, every) for every in INTERVALS)
     if data is None:
         return
     observed = observing(steps, data)
@@ -148,7 +155,9 @@ def _caching(steps: int, data: str | Path | None) -> Iterator[Method]:
     }
     for name, technique in settings.items():
         yield combined(f"caching, {name}", "ours", technique, steps=steps, kinds=data_dependent)
-    yield from (cached_every(steps, every, order=1) for every in INTERVALS)
+    yield from (cached_every(steps, every, order=1) for every in (INTERVALS if full else (3,)))
+    if not full:
+        return
     settings = {"late, 2x": caching(speedup=2.0, spacing="late")}
     settings |= {f"budget {budget:g}": caching(budget=budget) for budget in (0.1, 0.3)}
     for name, technique in settings.items():
@@ -158,25 +167,30 @@ def _caching(steps: int, data: str | Path | None) -> Iterator[Method]:
 # -- combinations -----------------------------------------------------------------------------------------
 
 
-def _stacks(steps: int, students: Students, data: str | Path | None) -> list[Method]:
+def _stacks(steps: int, students: Students, data: str | Path | None, full: bool) -> list[Method]:
     """Runtimes of the original and of the students, alone and with fewer steps and feature caching.
 
     Without data, the last student stands for all of them. The original with GRI attention does where there is none.
     """
-    counts = (steps, *fewer_steps(steps, judged=False))
     best = combined("best runtime", "runtime", cached(optimized), steps=steps)
-    found = [best, *(method for every in (2, 3) for method in _every(best, every, [steps]))]
-    found += _graphs("", None, steps, counts, "runtime", data)
+    found = [best]
+    if full:
+        found += [method for every in (2, 3) for method in _every(best, every, [steps])]
+    found += _graphs("", None, steps, "runtime", data, full)
     bases = list(students.items()) or [("GRI", with_gri)]
     for name, student in bases if data is not None else bases[-1:]:
-        found += _fastest(name, cached(student, optimized), steps, counts, data)
-        found += _graphs(f"{name} + ", student, steps, counts, "stack", data)
+        found += _fastest(name, cached(student, optimized), steps, data, full)
+        found += _graphs(f"{name} + ", student, steps, "stack", data, full)
     return found
 
 
-def _fastest(name: str, fast: Prepared, steps: int, counts: Sequence[int], data: str | Path | None) -> Iterator[Method]:
+def _fastest(name: str, fast: Prepared, steps: int, data: str | Path | None, full: bool) -> Iterator[Method]:
     """Yield a student in the fastest runtime, alone and with feature caching."""
     base = combined(f"{name} + runtime", "stack", fast, steps=steps)
+    if not full:
+        yield base
+        return
+    counts = (steps, *fewer_steps(steps))
     yield from base.in_steps(counts)
     yield _by_lcm(base.name, "stack", fast)
     for every in (2, 3):
@@ -188,22 +202,23 @@ def _fastest(name: str, fast: Prepared, steps: int, counts: Sequence[int], data:
 
 
 def _graphs(
-    base: str, student: Maker | None, steps: int, counts: Sequence[int], group: str, data: str | Path | None
+    base: str, student: Maker | None, steps: int, group: str, data: str | Path | None, full: bool
 ) -> Iterator[Method]:
     """Yield a pipeline in OpenVINO, in float and in 8 bits, alone and with feature caching, which our graphs allow."""
+    counts = (steps, *fewer_steps(steps))
     runtimes: dict[str, Int8 | None] = {"OpenVINO": None, "OpenVINO int8": "activations"}
     for runtime, int8 in runtimes.items():
         name = f"{base}{runtime}"
         graph = in_openvino(student, int8=int8, data=data)
-        yield from combined(name, group, graph, steps=steps).in_steps(counts)
+        yield from combined(name, group, graph, steps=steps).in_steps(counts if full or int8 is None else [steps])
         if int8 is None:
             yield _by_lcm(name, group, graph)
         cached_graphs = in_openvino(student, int8=int8, data=data, cache=1)
-        for every in (2, 3):
+        for every in (2, 3) if full else ():
             yield from _every(combined(name, "stack", cached_graphs, steps=steps), every, counts)
         for count in counts if data is not None and int8 is None else ():  # a calibration is for a number of steps
             observed = observing(count, data, student, depth=1)
-            for speedup in (1.5, 2.0, 2.5):
+            for speedup in (1.5, 2.0, 2.5) if full or count == steps else (1.5,):
                 technique = calibrated(speedup, observed, cached_graphs)
                 title = f"{name} + caching, calibrated, {speedup:g}x"
                 yield from combined(title, "stack", technique, steps=steps, kinds=data_dependent).in_steps([count])

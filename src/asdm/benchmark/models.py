@@ -81,6 +81,7 @@ def benchmark_model(
     steps: int = 25,
     rounds: int = 5,
     only: Collection[str] = (),
+    full: bool = False,
     decoder: str | None = None,
     seed: int = 0,
     images_folder: Path | None = None,
@@ -95,14 +96,15 @@ def benchmark_model(
         data: prompts and real images; None for speed only, as for random weights.
         image_to_image, strength: as for `evaluate`.
         limits: the machine's best throughput (`machine_limits`).
-        only: parts of the methods' names; none of them for all methods. The original is always measured.
+        only: parts of the methods' names, of all that `full` adds, too. The original is always measured.
+        full: every setting and combination (`methods`).
         decoder: a tiny decoder, with which the original and the stacks are measured too; for random weights one of
             TAESD's size by default.
         kept: a file that keeps the rows while images are judged. Rows of a stopped benchmark in it, with the same
             settings, are neither timed nor judged again.
     """
     pipeline = without_safety_checker(with_dpm_solver(pipeline))
-    chosen = chosen_methods(pipeline, students, data, steps, only, decoder)
+    chosen = chosen_methods(pipeline, students, data, steps, only, full, decoder)
     judged: dict[str, Any] = {
         "samples": samples,
         "image_to_image": image_to_image,
@@ -166,6 +168,7 @@ def chosen_methods(
     data: str | Path | None,
     steps: int,
     only: Collection[str],
+    full: bool = False,
     decoder: str | None = None,
 ) -> list[Method]:
     """Return the methods that `benchmark_model` measures a model with, given the same arguments."""
@@ -176,7 +179,9 @@ def chosen_methods(
     on_cpu = pipeline.device.type == "cpu"
     if decoder is None and is_random(pipeline):
         decoder = RANDOM_DECODER
-    found = methods(steps, trained, few_step=few_step, data=data, graphs=on_cpu, decoder=decoder)
+    found = methods(
+        steps, trained, few_step=few_step, data=data, graphs=on_cpu, decoder=decoder, full=full or bool(only)
+    )
     if not only:
         return found
     return [method for method in found if method.group == "original" or any(part in method.name for part in only)]

@@ -53,8 +53,17 @@ def benchmark(
     rounds: Annotated[int, typer.Option(help="Timed images of each method.", min=1, max=10_000)] = 5,
     only: Annotated[
         list[str] | None,
-        typer.Option(help="Only methods whose names contain this; may be repeated.", show_default=False),
+        typer.Option(
+            help="Only methods, of all that --full measures, whose names contain this; may be repeated.",
+            show_default=False,
+        ),
     ] = None,
+    full: Annotated[
+        bool,
+        typer.Option(
+            "--full", help="Every setting and combination: where images are judged, three times as many methods."
+        ),
+    ] = False,
     decoder: DecoderOption = None,
     out: Annotated[Path, typer.Option(help="The folder to write results and plots to.")] = Path("benchmark"),
     images: Annotated[Path | None, typer.Option(help="The folder to save images to.", show_default=False)] = None,
@@ -97,6 +106,7 @@ def benchmark(
             yes or not first,
             steps=steps,
             only=only or (),
+            full=full,
             decoder=decoder if first else None,
             data=_data_of(model, data),
             samples=samples,
@@ -120,6 +130,7 @@ def benchmark(
                 steps=steps,
                 rounds=rounds,
                 only=only or (),
+                full=full,
                 decoder=decoder if first else None,
                 seed=seed,
                 images_folder=images,
@@ -141,6 +152,7 @@ def _announce(
     *,
     steps: int,
     only: Sequence[str],
+    full: bool,
     decoder: str | None,
     data: str | None,
     **settings: Any,
@@ -151,7 +163,7 @@ def _announce(
     from asdm.estimates.forecast import Forecast, benchmarking
 
     pipeline = with_dpm_solver(pipeline)
-    methods, forecast = chosen_methods(pipeline, students, data, steps, only, decoder), Forecast(pipeline)
+    methods, forecast = chosen_methods(pipeline, students, data, steps, only, full, decoder), Forecast(pipeline)
     works = benchmarking(pipeline, methods, data=data, call_ms=forecast.call_ms, **settings)
     announce(forecast.times(works), yes=yes)
 
