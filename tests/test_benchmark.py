@@ -66,6 +66,8 @@ def test_a_part_of_a_name_is_looked_for_among_all_methods(pipeline):
         "original",
         *(f"ToMe, ratio {ratio}" for ratio in (0.25, 0.5, 0.75)),
     ]
+    with pytest.raises(AsdmError, match=r"--only tome: no method's name contains this; names are original, 20 steps"):
+        chosen_methods(pipeline, {}, "demo", 25, ["tome"])
 
 
 def test_a_benchmark_measures_all_methods_and_reports_failures(pipeline, data_folder, monkeypatch, tmp_path):

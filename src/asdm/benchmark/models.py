@@ -171,7 +171,11 @@ def chosen_methods(
     full: bool = False,
     decoder: str | None = None,
 ) -> list[Method]:
-    """Return the methods that `benchmark_model` measures a model with, given the same arguments."""
+    """Return the methods that `benchmark_model` measures a model with, given the same arguments.
+
+    Raises:
+        AsdmError: no method's name contains any of `only`.
+    """
     trained: dict[str, Any] = preset_students(pipeline) if is_random(pipeline) else {}
     few_step: dict[str, Any] = {}
     for name, student in students.items():
@@ -184,4 +188,8 @@ def chosen_methods(
     )
     if not only:
         return found
-    return [method for method in found if method.group == "original" or any(part in method.name for part in only)]
+    chosen = [method for method in found if any(part in method.name for part in only)]
+    if not chosen:
+        names = ", ".join(method.name for method in found[:12])
+        raise AsdmError(f"--only {' --only '.join(only)}: no method's name contains this; names are {names}, ...")
+    return [method for method in found if method.group == "original" or method in chosen]
