@@ -138,6 +138,8 @@ def test_a_benchmark_measures_all_methods_and_reports_failures(pipeline, data_fo
     figure = benchmark_plot(known)
     assert [axes.get_title() for axes in figure.axes] == 2 * ["seen prompts"] + 2 * ["held-out prompts"]
     assert any("lean" in text.get_text() for text in figure.axes[0].texts)
+    scales = {axes.get_ylabel().partition(",")[0]: axes.get_yscale() for axes in figure.axes}
+    assert scales["distance to the original's images (1 - cosine)"] == "symlog"  # small distances are told apart
     plt.close(figure)
 
 

@@ -29,6 +29,7 @@ _PANELS = {  # quality metric -> label of its axis
 }
 _LOWER_IS_BETTER = ("teacher_distance", "kid", "image_to_image.seed_part")
 _LABELS_OF_A_GROUP = 3
+_NEAR = 1e-3  # distances below it are drawn in proportion, larger ones by their logarithm: both kinds are of interest
 
 
 def pareto_front(rows: Sequence[BenchmarkRow], split: str, quality: str = "teacher_distance") -> list[BenchmarkRow]:
@@ -60,6 +61,8 @@ def benchmark_plot(rows: Sequence[BenchmarkRow], title: str = "") -> Figure:
         for j, quality in enumerate(panels)
         if _judged_rows(rows, split, quality)
     ]
+    for panel in {*axes.flat} - {panel for panel, _, _ in shown}:
+        panel.set_visible(False)
     for panel, split, quality in shown:
         _draw_points(panel, _judged_rows(rows, split, quality), split, quality)
     figure.suptitle(title)
@@ -84,8 +87,12 @@ def _draw_points(axes: Axes, rows: Sequence[BenchmarkRow], split: str, quality: 
     axes.set_xscale("log")
     ticks = [tick for tick in (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30) if tick <= 1.1 * max(map(_speedup, rows))]
     axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
-    axes.minorticks_off()
     axes.margins(0.12)
+    if quality in _LOWER_IS_BETTER:
+        axes.set_yscale("symlog", linthresh=_NEAR)
+        axes.set_ylim(bottom=-_NEAR / 2)
+        axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
     axes.grid(alpha=0.2)
     axes.set_xlabel("times faster, whole pipeline (with its interval)")
     axes.set_ylabel(_PANELS[quality])
