@@ -136,10 +136,9 @@ def use_plan(visitor, profile, folder):
 
 
 def use_evidence(visitor, _profile, _folder):
-    """Look at a benchmark, hover over a point, read a report, and see a training's loss."""
+    """Look at the newest benchmark, hover over a point, read a report, and see a training's loss."""
     window = visitor.window
     visitor.open_tab("Evidence")
-    visitor.choose("benchmark", "benchmark.json")
     assert "x (" in visitor.point_at("pareto")
     visitor.open_tab("Report")
     visitor.choose("report", "report.html")

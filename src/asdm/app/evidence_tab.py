@@ -56,13 +56,21 @@ def _connect_files(page: Page, triggers: list[Any], lists: list[Any]) -> None:
     tab, refresh, _ = triggers
 
     @sentences
-    def look() -> list[Any]:
+    def look(*chosen: str | None) -> list[Any]:
+        """List the files; what was chosen stays, else the newest file is."""
         found = find_evidence(page.settings.folder)
         kinds = {"benchmarks": found.benchmarks, "reports": found.reports, "trainings": found.logs}
-        return [gr.Dropdown(choices=names, info=None if names else f"no {kind} here") for kind, names in kinds.items()]
+        return [
+            gr.Dropdown(
+                choices=names,
+                value=before if before in names else next(iter(names), None),
+                info=None if names else f"no {kind} here",
+            )
+            for before, (kind, names) in zip(chosen, kinds.items(), strict=True)
+        ]
 
     for event in (tab.select, refresh.click):
-        event(look, None, lists, show_progress="hidden", **_PRIVATE)
+        event(look, lists, lists, show_progress="hidden", **_PRIVATE)
 
 
 def _connect_benchmark(page: Page, choices: list[Any], plot: Any) -> None:
@@ -72,10 +80,13 @@ def _connect_benchmark(page: Page, choices: list[Any], plot: Any) -> None:
         return Benchmark.load(evidence_file(page.settings.folder, name, ".json"))
 
     @sentences
-    def opened(name: str | None) -> tuple[Any, ...]:
+    def opened(name: str | None) -> Any:
+        if not name:  # there is none
+            return gr.skip()
         found = loaded(name)
         places, splits = places_of(found), list(dict.fromkeys(s for row in found.rows for s in row.teacher_distance))
-        first, kind = (places or [""])[0], (splits or [""])[0]
+        judged = [row.place for row in found.rows if row.teacher_distance]  # of random weights only the speed is known
+        first, kind = (judged or places or [""])[0], (splits or [""])[0]
         return (
             gr.Dropdown(choices=places, value=first),
             gr.Dropdown(choices=splits, value=kind),
@@ -87,7 +98,7 @@ def _connect_benchmark(page: Page, choices: list[Any], plot: Any) -> None:
     def drawn(name: str | None, where: str, kind: str, metric: str) -> Any:
         return _figure(loaded(name), where, kind, metric)
 
-    benchmark.input(opened, benchmark, [place, split, quality, plot], show_progress_on=plot, **_PRIVATE)
+    benchmark.change(opened, benchmark, [place, split, quality, plot], show_progress_on=plot, **_PRIVATE)
     for widget in (place, split, quality):
         widget.input(drawn, choices, plot, **_PRIVATE)
 
@@ -101,11 +112,13 @@ def _connect_report_and_log(page: Page, widgets: list[Any], outputs: list[Any], 
     frame, losses = outputs
 
     @sentences
-    def read(name: str | None) -> str:
-        return report_frame(evidence_file(page.settings.folder, name, REPORT))
+    def read(name: str | None) -> Any:
+        return report_frame(evidence_file(page.settings.folder, name, REPORT)) if name else gr.skip()
 
     @sentences
-    def opened(name: str | None, again: bool) -> tuple[Any, Any]:
+    def opened(name: str | None, again: bool) -> Any:
+        if not name:
+            return gr.skip()
         figure = loss_figure(read_losses(evidence_file(page.settings.folder, name, LOG)))
         return figure, gr.Timer(active=again)
 
@@ -113,7 +126,7 @@ def _connect_report_and_log(page: Page, widgets: list[Any], outputs: list[Any], 
     def ticked(name: str | None) -> Any:
         return loss_figure(read_losses(evidence_file(page.settings.folder, name, LOG)))
 
-    report.input(read, report, frame, **_PRIVATE)
-    log.input(opened, [log, live], [losses, timer], **_PRIVATE)
+    report.change(read, report, frame, **_PRIVATE)
+    log.change(opened, [log, live], [losses, timer], **_PRIVATE)
     live.input(lambda name, again: gr.Timer(active=bool(again and name)), [log, live], timer, **_PRIVATE)
     timer.tick(ticked, log, losses, show_progress="hidden", **_PRIVATE)
