@@ -193,11 +193,6 @@ def test_a_map_of_a_busy_machine_plans_by_macs(redundancy):
     assert plan.edits == make_plan(redundancy, macs=0.7).edits
 
 
-def agree(busy, calm):
-    """Whether two measurements can be of one ratio. The calm one is not exact either."""
-    return busy.low <= calm.high and calm.low <= busy.high and calm.high / calm.low < 1.2
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("on", "off"), [(0.7, 0.7), (1.5, 0.5), (0.1, 0.1)])
 def test_beside_a_process_that_computes_on_and_off_plans_and_evaluations_hold(on, off, monkeypatch):
@@ -212,8 +207,9 @@ def test_beside_a_process_that_computes_on_and_off_plans_and_evaluations_hold(on
     true = measured_speedup(pipeline.unet, plan, 20)
     assert true.value == pytest.approx(1.4, rel=0.1)
     row = found.rows[1]
-    assert agree(row.unet_ratio, true)
-    assert plan.metrics.measured_ratio is None or agree(plan.metrics.measured_ratio, true)
+    assert row.unet_ratio.low <= true.value <= row.unet_ratio.high
+    if plan.metrics.measured_ratio is not None:
+        assert plan.metrics.measured_ratio.low <= true.value <= plan.metrics.measured_ratio.high
     calm = measure_speed({"teacher": pipeline, "pruned": student}, steps=25, guidance_scale=3.0, rounds=None)
-    assert agree(row.pipeline_ratio, calm.rows[1].pipeline_ratio)
+    assert row.pipeline_ratio.low <= calm.rows[1].pipeline_speedup <= row.pipeline_ratio.high
     assert found.contention > 0.1 > calm.contention

@@ -57,16 +57,17 @@ def _connect_files(page: Page, triggers: list[Any], lists: list[Any]) -> None:
 
     @sentences
     def look(*chosen: str | None) -> list[Any]:
-        """List the files; what was chosen stays, else the newest file is."""
+        """List the files. What was chosen stays; else the newest benchmark is, as reports and logs may be large."""
         found = find_evidence(page.settings.folder)
         kinds = {"benchmarks": found.benchmarks, "reports": found.reports, "trainings": found.logs}
+        newest = next(iter(found.benchmarks), None), None, None
         return [
             gr.Dropdown(
                 choices=names,
-                value=before if before in names else next(iter(names), None),
+                value=before if before in names else otherwise,
                 info=None if names else f"no {kind} here",
             )
-            for before, (kind, names) in zip(chosen, kinds.items(), strict=True)
+            for before, otherwise, (kind, names) in zip(chosen, newest, kinds.items(), strict=True)
         ]
 
     for event in (tab.select, refresh.click):
@@ -112,13 +113,11 @@ def _connect_report_and_log(page: Page, widgets: list[Any], outputs: list[Any], 
     frame, losses = outputs
 
     @sentences
-    def read(name: str | None) -> Any:
-        return report_frame(evidence_file(page.settings.folder, name, REPORT)) if name else gr.skip()
+    def read(name: str | None) -> str:
+        return report_frame(evidence_file(page.settings.folder, name, REPORT))
 
     @sentences
-    def opened(name: str | None, again: bool) -> Any:
-        if not name:
-            return gr.skip()
+    def opened(name: str | None, again: bool) -> tuple[Any, Any]:
         figure = loss_figure(read_losses(evidence_file(page.settings.folder, name, LOG)))
         return figure, gr.Timer(active=again)
 
@@ -126,7 +125,7 @@ def _connect_report_and_log(page: Page, widgets: list[Any], outputs: list[Any], 
     def ticked(name: str | None) -> Any:
         return loss_figure(read_losses(evidence_file(page.settings.folder, name, LOG)))
 
-    report.change(read, report, frame, **_PRIVATE)
-    log.change(opened, [log, live], [losses, timer], **_PRIVATE)
+    report.input(read, report, frame, **_PRIVATE)
+    log.input(opened, [log, live], [losses, timer], **_PRIVATE)
     live.input(lambda name, again: gr.Timer(active=bool(again and name)), [log, live], timer, **_PRIVATE)
     timer.tick(ticked, log, losses, show_progress="hidden", **_PRIVATE)
