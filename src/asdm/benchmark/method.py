@@ -41,6 +41,7 @@ class Method:
     `kinds` names the kind of the denoiser call at each step: where only parts are timed, each kind is timed once.
     `cfg_cutoff` is the part of the steps that have guidance. `image_to_image` says whether it works in a pipeline for
     image-to-image that shares the prepared one's parts. An `engine` samples in a loop of its own, and is timed alone.
+    An `extra` one is one setting or combination of many, which a benchmark that judges images measures if asked to.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Method:
     cfg_cutoff: float = 1.0
     image_to_image: bool = True
     engine: Loaded | None = None
+    extra: bool = False
 
     @property
     def setup(self) -> Setup:
@@ -59,8 +61,11 @@ class Method:
 
     def in_steps(self, counts: Sequence[int]) -> list[Method]:
         """Return the method in each of these numbers of steps."""
-        names = {count: self.name if count == self.steps else f"{self.name}, {count} steps" for count in counts}
-        return [replace(self, name=name, steps=count) for count, name in names.items()]
+        return [self.with_steps(count) for count in counts]
+
+    def with_steps(self, steps: int) -> Method:
+        """Return the method in this number of steps."""
+        return self if steps == self.steps else replace(self, name=f"{self.name}, {steps} steps", steps=steps)
 
 
 def combined(name: str, group: str, *techniques: Prepared, steps: int, kinds: Kinds = whole) -> Method:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from asdm.benchmark import baselines
 from asdm.benchmark.baselines import attention_broadcast, deep_cache, t_gate, tome
@@ -29,6 +30,9 @@ from asdm.runtime.writers import Int8
 Students = Mapping[str, Maker]
 BASELINE_STUDENTS = "bk-"  # what the names of BK-SDM's students begin with
 INTERVALS = (2, 3, 5)  # of full steps
+PARTS = (0.48, 0.32)  # of the steps, to take instead of all
+MANY_PARTS = (0.8, 0.64, 0.48, 0.4, 0.32)
+T = TypeVar("T")
 
 
 def methods(
@@ -52,22 +56,21 @@ def methods(
         graphs: include OpenVINO and the programs that compute on the CPU; the latter without data, as their images
             are not judged.
         decoder: a tiny decoder, as for `with_decoder`: the original and the fastest stacks decode by it, too.
-        full: with data, every setting and combination, too, of which there are about three times as many. Without
-            data all are returned anyway, as methods that differ in the number of steps share their timings.
+        full: with data, the extra ones, too: every setting and combination, about three times as many. Without data
+            all are returned anyway, as methods that differ in the number of steps share their timings.
 
     Raises:
         AsdmError: a student has the name of another method.
     """
     students, few_step = students or {}, few_step or {}
     own = {name: student for name, student in students.items() if not name.startswith(BASELINE_STUDENTS)}
-    full = full or data is None
     found = [
-        *_original(steps, data, full),
-        *_baselines(steps, full),
+        *_original(steps),
+        *_baselines(steps),
         *(programs(steps) if graphs and data is None else []),
-        *_students(steps, students, own, data, full),
-        *_caching(steps, data, full),
-        *_stacks(steps, own, data, full),
+        *_students(steps, students, own, data),
+        *_caching(steps, data),
+        *_stacks(steps, own, data),
         *(_by_lcm(name, "stack", fresh(student)) for name, student in few_step.items()),
         *(_by_lcm(f"{name} + OpenVINO", "stack", in_openvino(student)) for name, student in few_step.items()),
     ]
@@ -77,54 +80,64 @@ def methods(
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise AsdmError(f"{twice}: two methods have this name; name the student's folder otherwise")
-    return [method for method in found if graphs or "OpenVINO" not in method.name]
+    chosen = [method for method in found if full or data is None or not method.extra]
+    return [method for method in chosen if graphs or "OpenVINO" not in method.name]
 
 
-def _original(steps: int, data: str | Path | None, full: bool) -> list[Method]:
+def _extra(methods: Iterable[Method]) -> Iterator[Method]:
+    return (replace(method, extra=True) for method in methods)
+
+
+def _in_settings(method_of: Callable[[T], Method], settings: Iterable[T], *, main: T) -> Iterator[Method]:
+    """Yield the method in each setting; those in all others than the main one are extra."""
+    for setting in settings:
+        yield replace(method_of(setting), extra=setting != main)
+
+
+def _original(steps: int) -> list[Method]:
     """Return the original, also in fewer steps and with less guidance."""
     original = Method("original", "original", steps=steps)
-    counts = fewer_steps(steps, full and data is not None)
+    counts = fewer_steps(steps)
     return [
         original,
-        *(replace(original, name=f"{fewer} steps", group="fewer steps", steps=fewer) for fewer in counts),
-        *(guided_until(steps, part) for part in ((0.8, 0.6) if full else (0.8,))),
+        *(
+            replace(original, name=f"{fewer} steps", group="fewer steps", steps=fewer, extra=fewer not in counts)
+            for fewer in fewer_steps(steps, MANY_PARTS)
+        ),
+        *_in_settings(partial(guided_until, steps), (0.8, 0.6), main=0.8),
         _by_lcm("", "fewer steps"),
     ]
 
 
-def _baselines(steps: int, full: bool) -> list[Method]:
-    gates = sorted({round(part * steps) for part in ((0.2, 0.4) if full else (0.4,))}, reverse=True)
+def _baselines(steps: int) -> list[Method]:
+    gate, early_gate = round(0.4 * steps), round(0.2 * steps)
     return [
-        *(tome(steps, ratio) for ratio in ((0.25, 0.5, 0.75) if full else (0.5,))),
+        *_in_settings(partial(tome, steps), (0.25, 0.5, 0.75), main=0.5),
         *(deep_cache(steps, interval) for interval in INTERVALS),
-        *(attention_broadcast(steps, skip) for skip in ((2, 4) if full else (2,))),
-        *(t_gate(steps, gate) for gate in gates),
+        *_in_settings(partial(attention_broadcast, steps), (2, 4), main=2),
+        *_in_settings(partial(t_gate, steps), (gate, early_gate), main=gate),
     ]
 
 
-def _students(steps: int, students: Students, own: Students, data: str | Path | None, full: bool) -> list[Method]:
-    """Students, early steps by a student and late ones by the original, and GRI attention."""
-    groups = {name: "ours" if name in own else baselines.GROUP for name in students}
-    regional = {"GRI attention": with_gri}
-    if full:
-        regional["GRI attention, faster kind"] = partial(with_gri, faster=True)
-    return [
-        *(combined(name, groups[name], fresh(student), steps=steps) for name, student in students.items()),
-        *_switches(steps, own if data is not None else {}, (0.75, 0.5, 0.25) if full else (0.5,)),
-        *(combined(name, "ours", fresh(maker), steps=steps) for name, maker in regional.items()),
-    ]
-
-
-def _switches(steps: int, students: Students, parts: Sequence[float]) -> Iterator[Method]:
+def _students(steps: int, students: Students, own: Students, data: str | Path | None) -> Iterator[Method]:
+    """Yield students, early steps by a student and late ones by the original, and GRI attention."""
     for name, student in students.items():
-        for below in parts:
-            title = f"{name}, from {1 - below:.0%} of the schedule on the original"
-            yield combined(title, "ours", switching(student, below), steps=steps, kinds=data_dependent)
+        group = "ours" if name in own else baselines.GROUP
+        yield combined(name, group, fresh(student), steps=steps)
+    for name, student in own.items() if data is not None else ():
+        yield from _in_settings(partial(_switch, steps, name, student), (0.75, 0.5, 0.25), main=0.5)
+    yield combined("GRI attention", "ours", fresh(with_gri), steps=steps)
+    faster = fresh(partial(with_gri, faster=True))
+    yield from _extra([combined("GRI attention, faster kind", "ours", faster, steps=steps)])
 
 
-def fewer_steps(steps: int, many: bool = False) -> list[int]:
+def _switch(steps: int, name: str, student: Maker, below: float) -> Method:
+    title = f"{name}, from {1 - below:.0%} of the schedule on the original"
+    return combined(title, "ours", switching(student, below), steps=steps, kinds=data_dependent)
+
+
+def fewer_steps(steps: int, parts: Sequence[float] = PARTS) -> list[int]:
     """Return the numbers of steps to take instead of `steps`."""
-    parts = (0.8, 0.64, 0.48, 0.4, 0.32) if many else (0.48, 0.32)
     return list(dict.fromkeys(round(part * steps) for part in parts))
 
 
@@ -144,84 +157,76 @@ def cached_every(steps: int, every: int, order: int = 0) -> Method:
     return combined(name, "ours", caching(every=every, order=order), steps=steps, kinds=at_every(every))
 
 
-def _caching(steps: int, data: str | Path | None, full: bool) -> Iterator[Method]:
-    if full:
-        yield from (cached_every(steps, every) for every in INTERVALS)
+def _caching(steps: int, data: str | Path | None) -> Iterator[Method]:
+    yield from _extra(cached_every(steps, every) for every in INTERVALS)
     if data is None:
         return
     observed = observing(steps, data)
-    settings: dict[str, Prepared] = {
-        f"calibrated, {speedup:g}x": calibrated(speedup, observed) for speedup in (1.5, 2.0, 2.5, 3.0)
-    }
-    for name, technique in settings.items():
-        yield combined(f"caching, {name}", "ours", technique, steps=steps, kinds=data_dependent)
-    yield from (cached_every(steps, every, order=1) for every in (INTERVALS if full else (3,)))
-    if not full:
-        return
+    for speedup in (1.5, 2.0, 2.5, 3.0):
+        yield _data_dependent(f"caching, calibrated, {speedup:g}x", "ours", calibrated(speedup, observed), steps=steps)
+    yield from _in_settings(partial(cached_every, steps, order=1), INTERVALS, main=3)
     settings = {"late, 2x": caching(speedup=2.0, spacing="late")}
     settings |= {f"budget {budget:g}": caching(budget=budget) for budget in (0.1, 0.3)}
-    for name, technique in settings.items():
-        yield combined(f"caching, {name}", "ours", technique, steps=steps, kinds=data_dependent)
+    yield from _extra(
+        _data_dependent(f"caching, {name}", "ours", technique, steps=steps) for name, technique in settings.items()
+    )
 
 
 # -- combinations -----------------------------------------------------------------------------------------
 
 
-def _stacks(steps: int, students: Students, data: str | Path | None, full: bool) -> list[Method]:
-    """Runtimes of the original and of the students, alone and with fewer steps and feature caching.
+def _stacks(steps: int, students: Students, data: str | Path | None) -> Iterator[Method]:
+    """Yield runtimes of the original and of the students, alone and with fewer steps and feature caching.
 
     Without data, the last student stands for all of them. The original with GRI attention does where there is none.
     """
     best = combined("best runtime", "runtime", cached(optimized), steps=steps)
-    found = [best]
-    if full:
-        found += [method for every in (2, 3) for method in _every(best, every, [steps])]
-    found += _graphs("", None, steps, "runtime", data, full)
+    yield best
+    for every in (2, 3):
+        yield from _extra(_every(best, every, [steps]))
+    yield from _graphs("", None, steps, "runtime", data)
     bases = list(students.items()) or [("GRI", with_gri)]
     for name, student in bases if data is not None else bases[-1:]:
-        found += _fastest(name, cached(student, optimized), steps, data, full)
-        found += _graphs(f"{name} + ", student, steps, "stack", data, full)
-    return found
+        yield from _fastest(name, cached(student, optimized), steps, data)
+        yield from _graphs(f"{name} + ", student, steps, "stack", data)
 
 
-def _fastest(name: str, fast: Prepared, steps: int, data: str | Path | None, full: bool) -> Iterator[Method]:
-    """Yield a student in the fastest runtime, alone and with feature caching."""
+def _fastest(name: str, fast: Prepared, steps: int, data: str | Path | None) -> Iterator[Method]:
+    """Yield a student in the fastest runtime; as extras also in fewer steps, and with feature caching."""
     base = combined(f"{name} + runtime", "stack", fast, steps=steps)
-    if not full:
-        yield base
-        return
     counts = (steps, *fewer_steps(steps))
-    yield from base.in_steps(counts)
-    yield _by_lcm(base.name, "stack", fast)
+    yield from _in_settings(base.with_steps, counts, main=steps)
+    yield from _extra([_by_lcm(base.name, "stack", fast)])
     for every in (2, 3):
-        yield from _every(base, every, counts)
+        yield from _extra(_every(base, every, counts))
     for count in counts if data is not None else ():  # a calibration is for a number of steps
         technique = calibrated(1.5, observing(count, data))
         title = f"{base.name} + caching, calibrated, 1.5x"
-        yield from combined(title, "stack", fast, technique, steps=steps, kinds=data_dependent).in_steps([count])
+        yield from _extra([_data_dependent(title, "stack", fast, technique, steps=steps).with_steps(count)])
 
 
-def _graphs(
-    base: str, student: Maker | None, steps: int, group: str, data: str | Path | None, full: bool
-) -> Iterator[Method]:
+def _graphs(base: str, student: Maker | None, steps: int, group: str, data: str | Path | None) -> Iterator[Method]:
     """Yield a pipeline in OpenVINO, in float and in 8 bits, alone and with feature caching, which our graphs allow."""
     counts = (steps, *fewer_steps(steps))
     runtimes: dict[str, Int8 | None] = {"OpenVINO": None, "OpenVINO int8": "activations"}
     for runtime, int8 in runtimes.items():
         name = f"{base}{runtime}"
         graph = in_openvino(student, int8=int8, data=data)
-        yield from combined(name, group, graph, steps=steps).in_steps(counts if full or int8 is None else [steps])
+        with_stepss = combined(name, group, graph, steps=steps).in_steps(counts)
         if int8 is None:
-            yield _by_lcm(name, group, graph)
+            yield from (*with_stepss, _by_lcm(name, group, graph))
+        else:
+            yield from (with_stepss[0], *_extra(with_stepss[1:]))
         cached_graphs = in_openvino(student, int8=int8, data=data, cache=1)
-        for every in (2, 3) if full else ():
-            yield from _every(combined(name, "stack", cached_graphs, steps=steps), every, counts)
+        for every in (2, 3):
+            yield from _extra(_every(combined(name, "stack", cached_graphs, steps=steps), every, counts))
         for count in counts if data is not None and int8 is None else ():  # a calibration is for a number of steps
             observed = observing(count, data, student, depth=1)
-            for speedup in (1.5, 2.0, 2.5) if full or count == steps else (1.5,):
+            for speedup in (1.5, 2.0, 2.5):
                 technique = calibrated(speedup, observed, cached_graphs)
                 title = f"{name} + caching, calibrated, {speedup:g}x"
-                yield from combined(title, "stack", technique, steps=steps, kinds=data_dependent).in_steps([count])
+                method = _data_dependent(title, "stack", technique, steps=steps).with_steps(count)
+                yield replace(method, extra=count != steps and speedup != 1.5)
 
 
 def _with_tiny_decoder(found: Sequence[Method], decoding: Prepared) -> list[Method]:
@@ -252,3 +257,7 @@ def _every(base: Method, every: int, counts: Sequence[int]) -> list[Method]:
     return combined(name, base.group, base.prepared, technique, steps=base.steps, kinds=at_every(every)).in_steps(
         counts
     )
+
+
+def _data_dependent(name: str, group: str, *techniques: Prepared, steps: int) -> Method:
+    return combined(name, group, *techniques, steps=steps, kinds=data_dependent)
