@@ -57,6 +57,7 @@ class Judged:
         for each in self.sets:
             images = asdm.generate(pipeline, each.prompts, steps=STEPS, seed=1000 * seed)
             if strip is not None and each.split == "held_out":
+                strip.parent.mkdir(parents=True, exist_ok=True)
                 to_images(torch.cat(list(images[:SHOWN]), dim=2)[None])[0].save(strip)
             features = self.judge.features(images)
             expected = self._teacher_features(each, seed, features if pipeline is self.pipeline else None)

@@ -1,6 +1,7 @@
 """Scripts in benchmarks/ that take hours run to their end on tiny models, and the ablation's recipes are right."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -99,21 +100,22 @@ def test_a_run_of_the_ablation_adds_its_row_once(small_demo, monkeypatch, tmp_pa
     import ablation_students
     from ablation_costs import FIT
 
-    settled = tmp_path / "settled"
-    settled.mkdir()
+    settled = tmp_path / "settled"  # which the first run makes
     for module in (ablation_costs, ablation_judging, ablation_students):
         monkeypatch.setattr(module, "SETTLED", settled)
     monkeypatch.setattr(ablation_rows, "ROWS", tmp_path / "ablation.json")
     monkeypatch.setattr(ablation_judging, "Judge", PixelJudge)
     monkeypatch.setattr(ablation_judging, "EXPERT_PROMPTS", 2)
     monkeypatch.setitem(ablation_costs.LENGTHS, 2.0, 3)
+    run = partial(ablation.run, seeds="0", targets="2.0", samples=12, device="cpu", jobs=1)
+    run(only="teacher")
     name = "joint + cond-conv by prompt"
     removed = [{"edit": "remove", "unit": f"up_blocks.3.{unit}.1"} for unit in ("resnets", "attentions")]
     PruningPlan.for_unet(tiny_pipeline().unet, removed).save(settled / "plan-2.json")
     costs = {"bk-sdm, joint": 2.0, f"{name}, joint": 3.0, FIT: 0.0}
     (settled / "seconds-a-step-2.json").write_text(json.dumps(costs))
     for _ in range(2):
-        ablation.run(only=f"teacher,{name}", seeds="0", targets="2.0", samples=12, device="cpu", jobs=1)
+        run(only=f"teacher,{name}")
     teacher, row = json.loads((tmp_path / "ablation.json").read_text())
     assert (teacher["name"], row["name"]) == ("teacher", name)
     assert row["steps"] == 2  # three of the other recipe's cost as much
