@@ -186,6 +186,6 @@ def test_a_benchmark_is_estimated_by_its_methods(pipeline):
     given = {"data": None, "samples": 2, "rounds": 1, "seed": 0, "call_ms": 1.0}
     one, _ = benchmarking(pipeline, [Method("original", "original", steps=4)], **given)
     two, _ = benchmarking(pipeline, [Method(name, "original", steps=4) for name in "ab"], **given)
-    assert one.most.count == 2 * 4
+    assert one.most.count == (1 + 2) * 4  # the first warms up, the last follows on a busy machine alone
     assert two.most.count == 2 * one.most.count
-    assert two.least.forwards[("teacher", 2)] == two.most.forwards[("teacher", 2)] / 2
+    assert two.least.forwards[("teacher", 2)] == pytest.approx(two.most.forwards[("teacher", 2)] / 3)
