@@ -84,6 +84,8 @@ def mistakes(model, tmp_path):
         (["generate", model, "x", "--size", "100"], "multiple of 8; the nearest is 96"),
         (["generate", model, "x", "--steps", "1001"], "has 1000; give as many at most"),
         (["plan", model, "--params", "1e9"], "params=1e.09: the denoiser has"),
+        (["plan", model, "--macs", "1e15"], "macs=1e.15: the denoiser has"),
+        (["compress", model, "--out", "made", "--macs", "1e15", "--steps", "0"], "macs=1e.15: the denoiser has"),
         (["generate", model, "x", "--strength", "0.5"], "0.5: has no effect without image"),
         (["generate", model, "x", "--switch-at", "0.5"], "0.5: has no effect without --low-noise-model"),
         (["generate", model, "x", "--low-noise-model", model, "--switch-at", "1"], "above 0 and below 1"),

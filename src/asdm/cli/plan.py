@@ -110,7 +110,7 @@ def plan(
         pipeline = loading.load_model(source, device, **claims)
         budget = {"speedup": speedup, "params": params, "macs": macs, "preset": preset}
         _announce(pipeline, yes, budget, refine or 0, **settings)
-        redundancy = _measured_profile(pipeline, params, preset, **settings)
+        redundancy = _measured_profile(pipeline, params, macs, preset, **settings)
     with reporting() as report:
         made = full_plan(
             redundancy,
@@ -173,11 +173,13 @@ def _profile_for_preset(source: str) -> RedundancyMap:
     return structure_map(denoiser_without_weights(source), source)
 
 
-def _measured_profile(pipeline: Any, params: float | None, preset: str | None, **settings: Any) -> RedundancyMap:
+def _measured_profile(
+    pipeline: Any, params: float | None, macs: float | None, preset: str | None, **settings: Any
+) -> RedundancyMap:
     from asdm.families import denoiser_of
-    from asdm.planning.budget import require_params
+    from asdm.planning.budget import require_budget_of
 
-    require_params(denoiser_of(pipeline), params)
+    require_budget_of(denoiser_of(pipeline), params, macs)
     warn_if_busy()
     with reporting() as report:
         return asdm.analyze(

@@ -26,7 +26,7 @@ from asdm.families import denoiser_of
 from asdm.files import require_ours
 from asdm.pipelines.decoders import with_decoder
 from asdm.pipelines.loading import load_pipeline
-from asdm.planning.budget import require_params
+from asdm.planning.budget import require_budget_of
 from asdm.student.plan import PruningPlan
 
 Estimated = Callable[[Sequence[StepTime]], None]
@@ -189,7 +189,7 @@ def _checked_teacher(settings: Settings, device: str | None) -> DiffusionPipelin
     pipeline = load_pipeline(settings.model, dtype=settings.torch_dtype, device=device, **settings.claims)
     if settings.decoder is not None:
         with_decoder(pipeline, settings.decoder)
-    require_params(denoiser_of(pipeline), settings.budget["params"])
+    require_budget_of(denoiser_of(pipeline), settings.budget["params"], settings.budget["macs"])
     require_steps(pipeline, settings.sampling_steps)
     if settings.strength is not None:
         require_strength(settings.strength, settings.sampling_steps)

@@ -10,7 +10,7 @@ import numpy as np
 from asdm import checks
 from asdm.choices import CompensationKind
 from asdm.errors import AsdmError
-from asdm.families import Denoiser
+from asdm.families import Denoiser, macs_of_call
 from asdm.planning.portable import portable_plan
 from asdm.planning.possible_edits import PossibleEdit, plan_of, possible_edits
 from asdm.planning.presets import PRESETS, preset_plan
@@ -42,10 +42,12 @@ def require_budget(speedup: Any, params: Any, macs: Any, preset: Any) -> None:
         raise AsdmError(f"speedup={speedup:g}: out of reach of any model; ask for less, at most {MAX_SPEEDUP}")
 
 
-def require_params(unet: Denoiser, params: float | None) -> None:
-    """Raise an AsdmError for a number of parameters that the denoiser does not have."""
+def require_budget_of(denoiser: Denoiser, params: float | None, macs: float | None) -> None:
+    """Raise an AsdmError for a number of parameters or MACs above the denoiser's own."""
     if params is not None:
-        _require_at_most(sum(p.numel() for p in unet.parameters()), "params", params)
+        _require_at_most(sum(p.numel() for p in denoiser.parameters()), "params", params)
+    if macs is not None and macs > 1:  # a number; counting takes a call
+        _require_at_most(macs_of_call(denoiser).below(), "macs", macs)
 
 
 def _require_at_most(total: float, name: str, remaining: float) -> None:
