@@ -34,7 +34,7 @@ from tools.demo.emoji import IMAGE_SIZE, render_dataset
 from tools.demo.recipe import LOOPS, Recipe
 
 STAGES = ("images", "tokenizer", "clip", "vae", "unet", "assemble", "decoder", "check")
-DECODER = DecoderRecipe(width=32, blocks=[6, 4, 0], steps=3000)  # below 1 MB, its encoder included
+DECODER = DecoderRecipe(width=32, blocks=[8, 1, 0], steps=5000)  # below 1 MB, its encoder included
 SAMPLED = 64  # captions of each split, from which the decoder is checked on latents that the pipeline samples
 CHECKED, SHOWN = 200, 24  # images of each split, of which the sheet shows so many
 Report = Callable[[str, int, int, str], None]
