@@ -154,14 +154,15 @@ def _run_in_worker(name: str, seed: int, target: float) -> None:
 
 @app.command()
 def time(rounds: int = 40) -> None:
-    """The UNet's speed-up of each recipe, all students of a target in turns; when nothing else runs."""
+    """The UNet's speed-up of each finished recipe, all students of a target in turns; when nothing else runs."""
     pipeline = asdm.load_pipeline("demo")
     rows = known_rows()
     for target in sorted({row["target"] for row in rows}):
+        finished = {row["name"].removesuffix(SHORT) for row in rows if row["target"] == target}
         students = {
             name: student_of(pipeline.unet, plan_of(pipeline, planned_speedup(name, target)), components)
             for name, components in variants(target).items()
-            if not name.endswith(SHORT)
+            if name in finished
         }
         calls = {name: denoiser_call(unet) for name, unet in {"teacher": pipeline.unet, **students}.items()}
         times = measure_interleaved(calls, rounds=rounds)
