@@ -86,7 +86,7 @@ def compensation(target: float = 1.5) -> None:
 def folding(target: float = 1.5, rounds: int = 10, only: str = "embedded,sd15") -> None:
     """Latency (batch 1), MACs and projections of a plan's student, untrained: without projections, with them, and with
     them folded. The plan is the ablation's. It removes the same units of SD 1.5's shape."""
-    plan = PruningPlan.load(RESULTS / "ablation_0_1" / f"plan-{target:g}.json")
+    plan = PruningPlan.load(RESULTS / "ablation" / f"plan-{target:g}.json")
     rows: list[dict[str, Any]] = []
     for shape in only.split(","):
         unet = asdm.load_pipeline("demo").unet if shape == "embedded" else random_unet(UNETS[shape]).eval()
