@@ -20,6 +20,7 @@ from asdm.data.calibration import CalibrationCall, calibration_calls
 from asdm.evaluation.metrics import Judge, feature_distance
 from asdm.evaluation.real_images import RealImages
 from asdm.evaluation.sampling import EvaluationSet, evaluation_sets
+from asdm.files import replacing_file
 from asdm.images import to_images
 from asdm.pipelines.clip import load_clip
 from asdm.sensitivity.expert_usage import expert_usage, prompts_by_label
@@ -57,8 +58,8 @@ class Judged:
         for each in self.sets:
             images = asdm.generate(pipeline, each.prompts, steps=STEPS, seed=1000 * seed)
             if strip is not None and each.split == "held_out":
-                strip.parent.mkdir(parents=True, exist_ok=True)
-                to_images(torch.cat(list(images[:SHOWN]), dim=2)[None])[0].save(strip)
+                with replacing_file(strip) as partial:
+                    to_images(torch.cat(list(images[:SHOWN]), dim=2)[None])[0].save(partial, "PNG")
             features = self.judge.features(images)
             expected = self._teacher_features(each, seed, features if pipeline is self.pipeline else None)
             found = self.real.metrics(images, features, each.examples)

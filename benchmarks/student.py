@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import typer
+from ablation_recipes import SETTLED
 from common import RESULTS, finish, held_out_set, run, without_second_layers
 from diffusers import UNet2DConditionModel
 from scipy.stats import spearmanr
@@ -86,7 +87,7 @@ def compensation(target: float = 1.5) -> None:
 def folding(target: float = 1.5, rounds: int = 10, only: str = "embedded,sd15") -> None:
     """Latency (batch 1), MACs and projections of a plan's student, untrained: without projections, with them, and with
     them folded. The plan is the ablation's. It removes the same units of SD 1.5's shape."""
-    plan = PruningPlan.load(RESULTS / "ablation" / f"plan-{target:g}.json")
+    plan = PruningPlan.load(SETTLED / f"plan-{target:g}.json")
     rows: list[dict[str, Any]] = []
     for shape in only.split(","):
         unet = asdm.load_pipeline("demo").unet if shape == "embedded" else random_unet(UNETS[shape]).eval()

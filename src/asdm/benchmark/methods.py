@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -88,23 +88,23 @@ def _extra(methods: Iterable[Method]) -> Iterator[Method]:
     return (replace(method, extra=True) for method in methods)
 
 
-def _in_settings(method_of: Callable[[T], Method], settings: Iterable[T], *, main: T) -> Iterator[Method]:
-    """Yield the method in each setting; those in all others than the main one are extra."""
+def _in_settings(method_of: Callable[[T], Method], settings: Iterable[T], *, main: Collection[T]) -> Iterator[Method]:
+    """Yield the method in each setting; those in all others than the main ones are extra."""
     for setting in settings:
-        yield replace(method_of(setting), extra=setting != main)
+        yield replace(method_of(setting), extra=setting not in main)
 
 
 def _original(steps: int) -> list[Method]:
     """Return the original, also in fewer steps and with less guidance."""
     original = Method("original", "original", steps=steps)
-    counts = fewer_steps(steps)
+
+    def in_fewer(count: int) -> Method:
+        return replace(original, name=f"{count} steps", group="fewer steps", steps=count)
+
     return [
         original,
-        *(
-            replace(original, name=f"{fewer} steps", group="fewer steps", steps=fewer, extra=fewer not in counts)
-            for fewer in fewer_steps(steps, MANY_PARTS)
-        ),
-        *_in_settings(partial(guided_until, steps), (0.8, 0.6), main=0.8),
+        *_in_settings(in_fewer, fewer_steps(steps, MANY_PARTS), main=fewer_steps(steps)),
+        *_in_settings(partial(guided_until, steps), (0.8, 0.6), main=[0.8]),
         _by_lcm("", "fewer steps"),
     ]
 
@@ -112,10 +112,10 @@ def _original(steps: int) -> list[Method]:
 def _baselines(steps: int) -> list[Method]:
     gate, early_gate = round(0.4 * steps), round(0.2 * steps)
     return [
-        *_in_settings(partial(tome, steps), (0.25, 0.5, 0.75), main=0.5),
+        *_in_settings(partial(tome, steps), (0.25, 0.5, 0.75), main=[0.5]),
         *(deep_cache(steps, interval) for interval in INTERVALS),
-        *_in_settings(partial(attention_broadcast, steps), (2, 4), main=2),
-        *_in_settings(partial(t_gate, steps), (gate, early_gate), main=gate),
+        *_in_settings(partial(attention_broadcast, steps), (2, 4), main=[2]),
+        *_in_settings(partial(t_gate, steps), (gate, early_gate), main=[gate]),
     ]
 
 
@@ -125,7 +125,7 @@ def _students(steps: int, students: Students, own: Students, data: str | Path | 
         group = "ours" if name in own else baselines.GROUP
         yield combined(name, group, fresh(student), steps=steps)
     for name, student in own.items() if data is not None else ():
-        yield from _in_settings(partial(_switch, steps, name, student), (0.75, 0.5, 0.25), main=0.5)
+        yield from _in_settings(partial(_switch, steps, name, student), (0.75, 0.5, 0.25), main=[0.5])
     yield combined("GRI attention", "ours", fresh(with_gri), steps=steps)
     faster = fresh(partial(with_gri, faster=True))
     yield from _extra([combined("GRI attention, faster kind", "ours", faster, steps=steps)])
@@ -164,7 +164,7 @@ def _caching(steps: int, data: str | Path | None) -> Iterator[Method]:
     observed = observing(steps, data)
     for speedup in (1.5, 2.0, 2.5, 3.0):
         yield _data_dependent(f"caching, calibrated, {speedup:g}x", "ours", calibrated(speedup, observed), steps=steps)
-    yield from _in_settings(partial(cached_every, steps, order=1), INTERVALS, main=3)
+    yield from _in_settings(partial(cached_every, steps, order=1), INTERVALS, main=[3])
     settings = {"late, 2x": caching(speedup=2.0, spacing="late")}
     settings |= {f"budget {budget:g}": caching(budget=budget) for budget in (0.1, 0.3)}
     yield from _extra(
@@ -195,7 +195,7 @@ def _fastest(name: str, fast: Prepared, steps: int, data: str | Path | None) -> 
     """Yield a student in the fastest runtime; as extras also in fewer steps, and with feature caching."""
     base = combined(f"{name} + runtime", "stack", fast, steps=steps)
     counts = (steps, *fewer_steps(steps))
-    yield from _in_settings(base.with_steps, counts, main=steps)
+    yield from _in_settings(base.with_steps, counts, main=[steps])
     yield from _extra([_by_lcm(base.name, "stack", fast)])
     for every in (2, 3):
         yield from _extra(_every(base, every, counts))
@@ -212,11 +212,10 @@ def _graphs(base: str, student: Maker | None, steps: int, group: str, data: str 
     for runtime, int8 in runtimes.items():
         name = f"{base}{runtime}"
         graph = in_openvino(student, int8=int8, data=data)
-        with_stepss = combined(name, group, graph, steps=steps).in_steps(counts)
+        alone = combined(name, group, graph, steps=steps)
+        yield from _in_settings(alone.with_steps, counts, main=counts if int8 is None else [steps])
         if int8 is None:
-            yield from (*with_stepss, _by_lcm(name, group, graph))
-        else:
-            yield from (with_stepss[0], *_extra(with_stepss[1:]))
+            yield _by_lcm(name, group, graph)
         cached_graphs = in_openvino(student, int8=int8, data=data, cache=1)
         for every in (2, 3):
             yield from _extra(_every(combined(name, "stack", cached_graphs, steps=steps), every, counts))
