@@ -127,7 +127,8 @@ def test_a_step_is_loaded_if_all_its_files_are_there(tmp_path):
     assert [type(step).__name__ for step in STEPS][:2] == ["Analyse", "Plan"]
 
 
-@pytest.mark.parametrize("is_saved", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("is_saved", [True, False])
 def test_a_tiny_decoder_is_measured_beside_the_vae_and_saved_if_requested(model, tmp_path, is_saved):
     decoder = save_decoder(tiny_decoder(), tmp_path / "decoder")
     settings = SHORT | {"decoder": str(decoder), "save_decoder": is_saved}

@@ -299,12 +299,24 @@ def test_graphs_draw_from_images_in_half_precision_and_at_their_own_size(drawing
             export(pipeline, tmp_path / "other", size=size)
 
 
-def test_graphs_take_the_time_step_in_one_dimension_and_those_of_version_0_1_as_a_number(
-    drawing, tmp_path, monkeypatch
-):
+def test_graphs_take_the_time_step_in_one_dimension(drawing):
     """optimum and OpenVINO GenAI give it one dimension."""
     pipeline, folder = drawing
-    current = folder / "unet" / "openvino_model.xml"
+    assert timestep_dimensions(folder) == 1
+    inputs = {**unet_inputs(pipeline.unet, batch=2, size=12), "timestep": torch.tensor([321.0])}
+    inputs["encoder_hidden_states"] = torch.randn(2, pipeline.tokenizer.model_max_length, 32)
+    found = run(folder / "unet" / "openvino_model.xml", **inputs)
+    np.testing.assert_allclose(found, predict(pipeline.unet, **inputs), atol=0.03)
+
+
+def timestep_dimensions(folder):
+    model = openvino.Core().read_model(folder / "unet" / "openvino_model.xml")
+    return model.input("timestep").partial_shape.rank.get_length()
+
+
+@pytest.mark.slow
+def test_graphs_of_version_0_1_take_the_time_step_as_a_number(drawing, tmp_path, monkeypatch):
+    pipeline, folder = drawing
     make = graphs._denoiser_graph
 
     def earlier(*arguments):
@@ -313,18 +325,11 @@ def test_graphs_take_the_time_step_in_one_dimension_and_those_of_version_0_1_as_
 
     monkeypatch.setattr(graphs, "_denoiser_graph", earlier)
     export(pipeline, tmp_path / "old", parts=["unet", "vae_decoder"], size=24)
-    shapes = [
-        openvino.Core().read_model(path).input("timestep").partial_shape
-        for path in (current, tmp_path / "old" / "unet" / "openvino_model.xml")
-    ]
-    assert [shape.rank.get_length() for shape in shapes] == [1, 0]
+    assert timestep_dimensions(tmp_path / "old") == 0
     images = [
         generate(with_openvino_graphs(pipeline, each), ["octopus"], steps=2) for each in (folder, tmp_path / "old")
     ]
     torch.testing.assert_close(*images, atol=1e-3, rtol=0)
-    inputs = {**unet_inputs(pipeline.unet, batch=2, size=12), "timestep": torch.tensor([321.0])}
-    inputs["encoder_hidden_states"] = torch.randn(2, pipeline.tokenizer.model_max_length, 32)
-    np.testing.assert_allclose(run(current, **inputs), predict(pipeline.unet, **inputs), atol=0.03)
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ def test_analysis_leaves_the_pipeline_as_it_was(pipeline):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in pipeline.unet.modules())
 
 
-@pytest.mark.parametrize("make", [tiny_pipeline, tiny_sdxl_pipeline])
+@pytest.mark.parametrize("make", [tiny_pipeline, pytest.param(tiny_sdxl_pipeline, marks=pytest.mark.slow)])
 def test_map_adds_up(make):
     pipeline = make()
     seen = []
@@ -201,7 +201,7 @@ def test_regions_are_smaller_where_tokens_are_more(pipeline, many_tokens, monkey
         assert all(error > 0 for error in errors) and len(set(errors)) == len(errors)  # each by its own estimate
 
 
-@pytest.mark.parametrize("sensitivity", ["ablation", "taylor"])
+@pytest.mark.parametrize("sensitivity", ["ablation", pytest.param("taylor", marks=pytest.mark.slow)])
 def test_other_edits_cost_and_save_what_a_student_with_them_does(pipeline, many_tokens, sensitivity):
     unet = pipeline.unet
     redundancy = analyze(pipeline, sensitivity=sensitivity, timesteps=1, samples=2, latency_rounds=1, seed=1)

@@ -300,7 +300,7 @@ def quick_stage(**changes):
     return Stage(**{**settings, **changes})
 
 
-@pytest.mark.parametrize("make", [tiny_pipeline, tiny_sdxl_pipeline])
+@pytest.mark.parametrize("make", [tiny_pipeline, pytest.param(tiny_sdxl_pipeline, marks=pytest.mark.slow)])
 def test_distillation_brings_the_student_nearer_to_its_teacher(make, data_folder, tmp_path):
     pipeline = make()
     cut = [unit.name for unit in removable_units(pipeline.unet) if unit.kind == "resnet"][1::2]
