@@ -53,10 +53,11 @@ def calibrate_cache(
     It takes about six samplings' time.
 
     Args:
-        steps: sampling steps of the pipeline's own scheduler.
+        speedup: how many times faster all denoiser calls of a sampling together are to be.
+        steps: sampling steps of the pipeline's own scheduler; at least 4.
         data: source of the captions (as for `analyze`); by default this package's prompts.
         samples: prompts; by default 4 at up to 32x32 latents, else 1.
-        guidance_scale: the pipeline's recommended one by default (`default_guidance`).
+        guidance_scale: the pipeline's usual one by default, as for `generate`.
         depth: of the cut (`cache_features`), such as that of exported graphs; by default the best is chosen.
 
     Raises:

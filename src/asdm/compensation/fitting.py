@@ -70,8 +70,8 @@ def fit_compensation(
 ) -> CompensationReport:
     """Fit every compensation of `student` to the pipeline's denoiser, in place.
 
-    A smaller stock student of an edit `drop_layers` with `fitted` gets what folds into its weights, if that brings it
-    nearer to the teacher.
+    A stock student of an edit `drop_layers` with `fitted` gets projections that fold into its weights, if these bring
+    it nearer to the teacher.
 
     Memory does not grow with the time steps: only sums of products of channels and a bounded cache of hidden states are
     stored.
@@ -84,8 +84,12 @@ def fit_compensation(
             with which each half of the samples predicts the other best.
         progress: called with units done, units in all, and the unit's name.
 
+    Returns:
+        The relative squared error of the prediction before and after (`error_before`, `error_after`), and by unit the
+        fraction of the branch's mean square that its projection leaves (`left_by_unit`).
+
     Raises:
-        AsdmError: the data folder cannot be used, or a fitted projection is not finite.
+        AsdmError: the data cannot be used, or a fitted projection is not finite.
     """
     teacher = denoiser_of(pipeline)
     with preserve_module_state(teacher, student):

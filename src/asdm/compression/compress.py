@@ -107,9 +107,9 @@ def compress(
         compensate: what is fitted in place of removed branches, as for `make_plan`; by default "none" for random
             weights.
         refine: rounds of `refine_plan`; by default none for a preset and for random weights.
-        data: captioned images to calibrate, train and evaluate on, as for `open_data`.
+        data: captioned images to calibrate, train and evaluate on, from any source that `--data` takes.
         steps: training steps; 0 prunes only, and then needs no data.
-        recipe: of the distillation (`asdm.distillation.recipes`): by name, or a YAML file.
+        recipe: of the distillation: "joint", "bk-sdm", "incubation", "small-gpu", or a YAML file.
         stages: the distillation in detail, instead of `steps` and `recipe`.
         captions: captions without images for the distillation, as for `distill`.
         samples, sampling_steps: of the evaluation: images per split, 0 for speed only; and sampling steps.

@@ -74,7 +74,8 @@ def prepare_data(
     A second call resumes with the missing pieces. The processes of a launch share the pieces.
 
     Args:
-        data: as for `open_source`. Of captions alone the pipeline generates the images, in `steps` steps.
+        data: any source that `--data` takes. From captions alone the pipeline generates the images, in `steps` steps.
+        batch_size: images encoded at a time.
         ignore_missing_shards: use what was read of remote shards that cannot be read to their end.
         progress: called with pieces done and in all.
 

@@ -59,13 +59,15 @@ def generate(
         image: where to start from: one image for all prompts, or one for each prompt, all of one size.
         mask: of the size of `image`, white where it is replaced. A denoiser made for inpainting reads it; with any
             other, the rest of the image is restored after each step.
-        steps: the pipeline's recommended ones by default (`default_steps`), at most `most_steps`.
-        guidance_scale: the pipeline's recommended one by default (`default_guidance`).
+        steps: by default 25, and 4 for few-step pipelines; at most as many as the scheduler has time steps.
+        guidance_scale: by default 7.5 for Stable Diffusion, 4.5 for PixArt, 3 for latents of up to 32x32, and 1 (no
+            guidance) for few-step pipelines.
         cfg_cutoff: part of the steps, in (0, 1], that are guided; the others take half the work (`CfgCutoff`).
         seed: the n-th prompt's noise is that of seed + n, whatever the batch.
         strength: how far from `image` the result may go, in (0, 1].
         size: side of the images in pixels, by default the pipeline's native one; with an image, its size counts.
         batch_size: prompts at a time; by default 32 for latents of up to 32x32, else 1.
+        progress: called with images done and in all, after each batch.
 
     Raises:
         AsdmError: an argument is out of range: `steps` more than the scheduler has, `strength` so small that no step

@@ -62,12 +62,11 @@ def distill_decoder(
     """Train a tiny decoder (AutoencoderTiny) to make the images that the pipeline's VAE makes; resume from what is in
     `folder`.
 
-    `save_decoder` of `asdm.pipelines.decoders` writes the result as a folder, and `with_decoder` puts it into a
+    `save_decoder` writes the result as a folder, and `with_decoder` puts it into a
     pipeline. Under `accelerate launch` the processes share each step's batch.
 
     Args:
-        data: images with captions, as for `open_source`, captions alone, from which the pipeline samples latents, or
-            what `prepare_data` made of either.
+        data: any source that `--data` takes. From captions alone the pipeline samples latents.
         folder: gets the prepared latents, `log.jsonl` and the newest checkpoint; a run killed at any moment loses the
             steps since that checkpoint at most.
         recipe: the decoder's size and the training's settings; by default those of `DecoderRecipe`.

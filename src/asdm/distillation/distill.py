@@ -63,21 +63,21 @@ def distill(
     Under `accelerate launch` the processes share each step's batch, and the blocks that are incubated alone.
 
     Args:
-        data: images with captions, as for `open_source`, or what `prepare_data` made of them.
+        data: any source that `--data` takes, such as what `prepare_data` wrote.
         folder: gets the prepared latents and, for each stage, `log.jsonl`, TensorBoard events and the
             newest checkpoint; a run killed at any moment loses the steps since that checkpoint at most.
-        recipe: by name (`asdm.distillation.recipes`), of `steps` steps (1000 by default), or a YAML file, whose stages
-            have their own. A few-step student samples by `lcm_scheduler`.
+        recipe: "joint", "bk-sdm", "incubation", "small-gpu" or "lcm", of `steps` steps (1000 by default), or a YAML
+            file, whose stages have their own. A student of "lcm" samples with `lcm_scheduler`.
         stages: the recipe in detail, instead of `recipe` and `steps`.
-        captions: captions without images, on which teacher and student are compared in meaning, too
-            (`asdm.distillation.recipes.with_captions`): a .txt file, one a line, or "spliced".
+        captions: captions without images, on which the meaning of the student's predictions is compared with that of
+            the teacher's, too: a .txt file, one a line, or "spliced", for splices of the data's captions.
         device: where stages with `teacher: recorded` are trained; by default where the student is. They hold what they
             train there, and keep teacher and student in the host's memory.
         progress: called after each step, in the first process, with `done` and `total` of all stages' steps, the
             losses and the `seconds` it took.
 
     Returns:
-        What was trained on.
+        What was trained on; `skipped` names the unusable items of the data with the reason.
 
     Raises:
         AsdmError: the data cannot be used, a loss is not finite, `folder` is of another run or one is at work there,

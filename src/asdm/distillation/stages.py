@@ -156,7 +156,11 @@ class Stage(Record):
     mixed_precision: Literal["no", "bf16", "fp16", "auto"] = Field(
         "no", description="Precision of the computation; auto is the device's fastest."
     )
-    losses: LossWeights = Field(LossWeights(), description="Weights of the loss terms.")
+    losses: LossWeights = Field(
+        LossWeights(),
+        description="Weights of the loss terms by name: task, output and feature, each 1 by default; semantic,"
+        " semantic_text, caption_output, caption_semantic and caption_text, 0 by default.",
+    )
     scope: Literal["joint", "incubate", "consistency"] = Field(
         "joint",
         description="joint: the whole student. incubate: each edited block by itself, on the features that the teacher "

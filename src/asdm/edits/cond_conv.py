@@ -37,8 +37,9 @@ class CondConv(UnitEdit):
     """Give a convolution expert kernels, mixed with its own (CLME-CondConv).
 
     `unit` names a resnet's `conv1` or `conv2` that stays, `experts` the teacher's convolutions, mostly of removed
-    units, whose kernels join the own one. `router`: what decides the mixture, the input's average, the prompt's, the
-    time embedding, or one of the first two with the time embedding.
+    units, whose kernels join the own one. `router`: what the mixture depends on: "input", the input's average;
+    "prompt", the prompt's; "time", the time embedding; "input+time" or "prompt+time". `activation`: "softmax", or
+    "sigmoid" for weights that do not compete.
     """
 
     edit = "cond_conv"

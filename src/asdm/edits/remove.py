@@ -27,10 +27,10 @@ class Remove(UnitEdit):
     block: with its up block and the resampling between them and the next level).
 
     `compensate` puts a projection of the unit's input in the branch's place, fitted to what the teacher computes there
-    (`asdm.fit_compensation`; beyond the paper): a constant for each channel, a scale and a constant for each
-    channel, or a linear projection of all channels (a 1x1 convolution). Where the unit has a 1x1 shortcut the fit
-    folds into it and costs nothing; `asdm.fold_compensation` folds others. `compensate_time` adds a term linear in the
-    time embedding, in resnets.
+    (`asdm.fit_compensation`; beyond the paper): "bias", a constant for each channel; "diagonal", a scale and a constant
+    for each channel; "linear", a linear projection of all channels (a 1x1 convolution); or "none". Where the unit has a
+    1x1 shortcut the fit folds into it and costs nothing; `asdm.fold_compensation` folds others. `compensate_time` adds
+    a term linear in the time embedding, in resnets.
     """
 
     edit = "remove"

@@ -73,7 +73,7 @@ def evaluate(
     """Measure speed and quality of several pipelines in one run; the first is the teacher.
 
     Args:
-        data: the source of prompts and real images, as for `open_data`. Its held-out rows are a split of their own.
+        data: the source of prompts and real images: any that `--data` takes. Held-out rows are a split of their own.
         prompts: used where there is no `data`. Without real images the only metric is the distance to the teacher's.
         samples: the most prompts of each split.
         image_to_image: the most images of each split that start from an image, never more than `samples`; 0 for

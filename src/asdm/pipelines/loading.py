@@ -45,14 +45,16 @@ def load_pipeline(
 
     Args:
         model: "demo" (the embedded pipeline) or another registered name, a Hub id, a folder, a single `.safetensors`
-            file, or "random:sd15" and so on (`UNETS`: random weights, full size, for speed).
+            file, or full size with random weights, to measure speed: "random:sd15", "random:sd15-inpainting",
+            "random:sd21", "random:sdxl".
+        dtype: of the weights.
         device: where to put it; CPU by default.
         prediction_type: what its UNet predicts, "epsilon", "v_prediction" or "sample", whatever the checkpoint says.
         config: takes the place of what the checkpoint and files beside it say: a pipeline's folder or Hub id, a folder
             with a `scheduler_config.json`, or a file, `.json` (a scheduler's) or `.yaml` (of the original code).
 
     Raises:
-        AsdmError: there is no such model or config, or it is damaged, a pickle, or not a Stable Diffusion pipeline; or
+        AsdmError: there is no such model or config, or it is damaged, a pickle, or of another kind; or
             its UNet has inputs that this package does not give it.
     """
     if device is not None:

@@ -52,7 +52,8 @@ def convert_lora(lora: str | Path, unet: Denoiser, file: str | Path) -> Converte
 
     Args:
         lora: a `.safetensors` file in kohya's or diffusers' layout.
-        unet: the student; its weights are not read (`denoiser_without_weights`).
+        unet: the student; its weights are not read.
+        file: the `.safetensors` file to write.
 
     Raises:
         AsdmError: not such a file, made for another model, or nothing of it remains.

@@ -33,6 +33,9 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path, about: dict[s
 
     An earlier save of this tool is replaced. What else was put into its folder (a `clip` folder, a schedule) stays.
 
+    Args:
+        about: goes into the folder's marker; its `teacher` is named in the model card.
+
     Raises:
         AsdmError: `folder` exists and is not a pipeline that this tool wrote, or a LoRA is loaded.
     """

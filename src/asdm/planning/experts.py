@@ -36,8 +36,10 @@ def add_cond_conv(
     a kernel costs its size, then the nearest, until the budget is used (inferred).
 
     Args:
+        plan: with removals, whose kernels become experts.
         params: what the experts may add, as a fraction of the original's parameters or as a number of them, at least
             10,000.
+        router, activation: of each, as in `CondConv`.
 
     Raises:
         AsdmError: the plan is for another model, or no expert fits into the budget.

@@ -84,6 +84,7 @@ def export_checkpoint(
         program: who reads the file: "comfyui" (and Forge), "sdcpp" (stable-diffusion.cpp), or "diffusers", whose
             `from_single_file` reads any shape with a config. They number the layers of students differently.
         unet_only: leave out the VAE and the text encoders.
+        dtype: of the file's weights: "fp16" or "fp32".
         license: of the model; by default what the model card in the pipeline's folder says.
 
     Raises:

@@ -132,11 +132,13 @@ def switch_unets(
 
     Args:
         unets: from high noise to low, usually a student and then the original.
-        below: where each but the first takes over, as fractions of the schedule; or
-        speedup: for two, of all calls together over the second one alone; a timed call of each gives the fraction.
+        below: where each denoiser but the first takes over, as the fraction of the schedule that is left then.
+        speedup: instead of `below`, for two denoisers: how many times faster all calls together are than calls of the
+            second one alone; a timed call of each gives the fraction.
 
     Raises:
-        AsdmError: not one of both, or a speed-up that even the first denoiser alone does not reach.
+        AsdmError: not exactly one of `below` and `speedup`, or a speed-up that even the first denoiser alone does not
+            reach.
     """
     if (below is None) == (speedup is None):
         raise AsdmError("give either below or speedup")

@@ -66,9 +66,9 @@ def analyze(
     """Measure the cost and the sensitivity of every removable unit of the pipeline's denoiser.
 
     Args:
-        data: images with captions to calibrate on (as for `open_data`); without it, latents that the
+        data: images with captions to calibrate on, from any source that `--data` takes; without it, latents that the
             pipeline itself makes from `prompts` (pure noise where its weights are random).
-        prompts: captions; `DEFAULT_PROMPTS` where neither they nor `data` are given.
+        prompts: captions; eight general ones where neither they nor `data` are given.
         sensitivity: "ablation", the default, removes each unit and compares, exactly; "taylor" estimates all units from
             a few forward and backward passes, for large denoisers, and by default where the weights are random.
         compensate: what a plan will fit in place of the removed branches, by default linear projections, and nothing
@@ -85,7 +85,7 @@ def analyze(
         The profile, with `unet_forwards` and `necessary_forwards` to judge its own cost by.
 
     Raises:
-        AsdmError: the data folder cannot be used.
+        AsdmError: the data cannot be used.
     """
     require_calibration(pipeline, data)
     started = time.perf_counter()

@@ -70,9 +70,11 @@ Edits = Annotated[
 class PruningPlan(Record):
     """A list of edits for one architecture."""
 
-    base: PlanBase
-    edits: Edits
-    metrics: PlanMetrics | None = None
+    base: PlanBase = Field(description="the architecture that the plan is for")
+    edits: Edits = Field(description="records of edits, such as `Remove`")
+    metrics: PlanMetrics | None = Field(
+        None, description="the budget, and what was predicted and measured; None for a plan by hand"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -93,9 +95,11 @@ class PruningPlan(Record):
         return plan
 
     def to_json(self) -> str:
+        """Return the plan as JSON."""
         return json.dumps(self.model_dump(exclude_none=True, by_alias=True), indent=1) + "\n"
 
     def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
         write_text(Path(path), self.to_json())
 
     @classmethod

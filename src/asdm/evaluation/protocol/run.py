@@ -80,6 +80,7 @@ def evaluate_by_protocol(
     student (`wins.html`, of several students `wins-NAME.html`).
 
     Args:
+        protocol: "coco30k", as BK-SDM measured, or "demo", the same on the embedded images.
         images: the folder of real images; the embedded ones by default for the protocol "demo".
         captions: the file of prompts, as `read_captions` reads it; the embedded ones by default for "demo".
         limit: the first prompts alone.
