@@ -127,14 +127,14 @@ class Evaluation(Record):
     machine: str
     threads: int
     dtype: str
-    steps: int
-    guidance_scale: float
+    steps: int = Field(description="of all but few-step pipelines")
+    guidance_scale: float = Field(description="of all but few-step pipelines")
     seed: int
     denoiser: str = Field(default="UNet", description="what reports call the denoiser")
     other_cores: float = Field(default=0.0, description="how many cores other processes used during the timing")
     contention: float = Field(default=0.0, description="the part of this process's cores that they took")
-    speed: list[SpeedMetrics]
-    quality: list[QualityMetrics]
+    speed: list[SpeedMetrics] = Field(description="one for each pipeline, the teacher first")
+    quality: list[QualityMetrics] = Field(description="one for each pipeline and split")
     image_to_image: ImageToImage | None = Field(default=None, description="None where it was not requested")
 
     def speed_of(self, name: str) -> SpeedMetrics:

@@ -76,7 +76,7 @@ class RedundancyMap(Record):
     denoiser_class: str = Field(UNetFamily.model_class.__name__, description="Name of the denoiser's stock class.")
     fingerprint: str = Field(description="Digest of the denoiser's architecture.")
     unet_config: dict[str, Any] = Field(description="The denoiser's config.")
-    parameters: int = Field(gt=0)
+    parameters: int = Field(gt=0, description="Of the whole denoiser.")
     gmacs: float = Field(gt=0, description="GMACs of one call per sample, attention products counted.")
     gmacs_without_attention: float
     latency_ms: float = Field(ge=0, description="Milliseconds of one call; 0 where it was not measured.")
@@ -86,7 +86,7 @@ class RedundancyMap(Record):
         "fraction of the cores that other processes took.",
     )
     other_cores: float | None = Field(None, description="How many cores other processes kept busy.")
-    latency_batch_size: int
+    latency_batch_size: int = Field(description="Of the timed calls: 2 is one image with guidance.")
     dtype: str
     threads: int
     timesteps: list[int] = Field(description="Time steps of the calibration calls.")
@@ -99,8 +99,8 @@ class RedundancyMap(Record):
         description="The least that an exact ablation takes when no prefix is computed twice."
     )
     seconds: float = Field(description="How long the analysis took.")
-    units: list[UnitRecord]
-    others: list[EditRecord] = []
+    units: list[UnitRecord] = Field(description="What the removal of each unit saves, and its sensitivity.")
+    others: list[EditRecord] = Field([], description="The same of edits that are no removal of a unit.")
 
     @property
     def family(self) -> ModelFamily:

@@ -53,12 +53,12 @@ class ProtocolResults(Record):
     machine: str
     dtype: str
     seed: int
-    prompts: int
+    prompts: int = Field(description="how many")
     stored_side: int = Field(description="of the compared images in pixels")
     real_images: int | None = Field(description="that the images are compared with; None if no metric needs them")
     networks: dict[str, str] = Field(description="by metric: what extracts its features")
     notes: list[str] = Field(description="where this run differs from the published protocol")
-    rows: list[ProtocolMetrics]
+    rows: list[ProtocolMetrics] = Field(description="one for each pipeline, the teacher first")
 
     @model_validator(mode="before")
     @classmethod
