@@ -388,6 +388,15 @@ def test_files_are_named_after_their_prompts_and_replace_nothing(pipeline, tmp_p
     assert [path.name for path in seeded.paths] == ["pear_seed4.png", "pear_seed9.png"]
 
 
+def test_a_name_is_as_long_as_file_systems_allow(pipeline, tmp_path):
+    letters = "\N{MATHEMATICAL SCRIPT CAPITAL X}" * 80  # of four bytes each
+    wanted = request(prompts=[letters], num_images=2, seed=2**62)
+    folder = ImageFolder(tmp_path, wanted)
+    for image in generate_images(pipeline, wanted):
+        folder.write(image)
+    assert [path.name.count(letters[0]) for path in folder.paths] == [45, 45]
+
+
 def test_a_single_image_may_have_a_name_of_its_own(pipeline, tmp_path):
     (image,) = generate_images(pipeline, request())
     for _ in range(2):
