@@ -275,6 +275,20 @@ def test_weights_move_the_embedding_and_leave_plain_prompts_alone(make):
             assert not np.array_equal(made(pipeline, prompts=[prompt], negative="(tree)", weighted=True), plain)
 
 
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_sdxl_pipeline])
+def test_prompts_without_weights_are_drawn_as_plain_ones(make):
+    pytest.importorskip("compel")
+    pipeline = make()
+    np.testing.assert_array_equal(made(pipeline, weighted=True), made(pipeline))
+
+
+def test_a_weighted_prompt_is_drawn_alike_beside_longer_ones(pipeline):
+    pytest.importorskip("compel")
+    several = request(prompts=["(pear:1.5)", "pear " * 40], weighted=True, num_images=2)
+    alone = made(pipeline, prompts=["(pear:1.5)"], weighted=True, num_images=2)
+    np.testing.assert_array_equal(pixels(generate_images(pipeline, several, batch_size=4))[:2], alone)
+
+
 def test_without_the_extra_it_is_named(pipeline, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "compel", None)
     with pytest.raises(AsdmError, match=r"asdm-diffusion\[weighting\]"):
@@ -373,6 +387,13 @@ def test_a_png_says_how_it_was_made(student, lora, tmp_path):
     assert str(tmp_path) not in json.dumps(about)
     with pytest.raises(AsdmError, match="not a PNG that asdm generated"):
         read_about(lora)
+
+
+def test_a_png_says_that_a_controlnet_had_no_weight(pipeline, tmp_path):
+    ControlNetModel.from_unet(tiny_unet(), conditioning_embedding_out_channels=(16, 32)).save_pretrained(tmp_path)
+    control = {"controlnet": tmp_path, "control_image": Image.new("RGB", (16, 16)), "control_scale": 0.0}
+    (image,) = generate_images(pipeline, request(**control))
+    assert image.about["controlnet"]["scale"] == 0
 
 
 def test_files_are_named_after_their_prompts_and_replace_nothing(pipeline, tmp_path):

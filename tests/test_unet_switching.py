@@ -122,8 +122,8 @@ def test_what_needs_one_unet_is_refused_in_a_line(pipeline, tmp_path):
     lora = lora_file(tiny_unet(), tmp_path / "lora.safetensors")
     with pytest.raises(AsdmError, match=r"^down_blocks: several denoisers .* the pipeline of each"):
         analyze(switched, samples=1)
-    with pytest.raises(AsdmError, match="^export: several denoisers"):
+    with pytest.raises(AsdmError, match=r"^export: several denoisers"):
         export(switched, tmp_path / "graphs", to="onnx")
-    with pytest.raises(AsdmError, match="take no LoRA; load it into each"):
+    with pytest.raises(AsdmError, match="take no LoRA"):
         switched.load_lora_weights(lora)
     assert not hasattr(switched.unet, "down_blocks")

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -88,7 +90,8 @@ def generate_images(
     Args:
         progress: called after each step. What it raises ends the iteration.
         cancelled: called after each step; if it returns true, the iteration ends. The batch in work is lost.
-        batch_size: images at a time; by default 32 for latents of up to 32x32, else 1.
+        batch_size: images at a time; by default 32 for latents of up to 32x32, else 1. Of weighted prompts, images of
+            one prompt.
 
     Raises:
         AsdmError: the pipeline does not take what the request has, at once; or images are no numbers (NaN).
@@ -157,6 +160,8 @@ def _generated(
     items, done = request.items(), 0
     batch: list[tuple[str, int]] = []
     batch_size = batch_size or (32 if is_small(pipeline) else 1)
+    # Weighted prompts have any length, and padding to another one's would change their images.
+    alike = [list(group) for _, group in groupby(items, itemgetter(0))] if request.weighted else [items]
     width, height = sides_of(pipeline, request)
 
     def after_step(step: int, steps: int) -> None:
@@ -168,8 +173,7 @@ def _generated(
     sampler = _with_requested_scheduler(pipeline, request)
     common = {**description(sampler, request), "width": width, "height": height}
     with _prepared(sampler, request) as (target, shared):
-        for start in range(0, len(items), batch_size):
-            batch = items[start : start + batch_size]
+        for batch in (group[at : at + batch_size] for group in alike for at in range(0, len(group), batch_size)):
             try:
                 images, seconds = _sampled(target, request, batch, shared, after_step)
             except _CancelledError:
