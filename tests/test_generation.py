@@ -28,7 +28,7 @@ from asdm.generation.image import read_about
 from asdm.generation.prompts import lost_text, parse_weights, without_last_layers
 from asdm.generation.schedulers import scheduler_label, scheduler_named
 from asdm.generation.sheets import Tile, difference_map, sheet
-from asdm.images import to_images
+from asdm.images import as_rgb, to_images
 from asdm.pipelines.lora_files import convert_lora
 from conftest import (
     lora_file,
@@ -146,6 +146,18 @@ def test_inputs_are_cropped_to_the_size_and_a_mask_keeps_the_rest(make):
     whole = made(pipeline, image=image, strength=1.0, width=24, height=16)
     kept = made(pipeline, image=image, mask=Image.new("L", (40, 16), 0), strength=1.0, width=24, height=16)
     assert whole.shape == kept.shape == (1, 16, 24, 3) and not np.array_equal(whole, kept)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "CMYK", "I;16"])
+def test_inputs_may_have_any_mode(pipeline, mode):
+    pixels = Image.linear_gradient("L").resize((16, 16))
+    given = Image.fromarray(np.asarray(pixels, np.uint16) * 257) if mode == "I;16" else pixels.convert(mode)
+    in_rgb, one_channel = as_rgb(given), as_rgb(given).convert("L")
+    np.testing.assert_array_equal(made(pipeline, image=given), made(pipeline, image=in_rgb))
+    masked = made(pipeline, image=in_rgb, mask=given)
+    np.testing.assert_array_equal(masked, made(pipeline, image=in_rgb, mask=one_channel))
+    by_hand = [generate(pipeline, ["pear"], steps=2, image=in_rgb, mask=each) for each in (given, one_channel)]
+    assert torch.equal(*by_hand)
 
 
 def test_a_negative_prompt_counts_with_guidance(pipeline):
