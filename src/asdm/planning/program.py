@@ -42,7 +42,7 @@ def least_sensitive(
 
 def most_saved(choices: Sequence[PossibleEdit], savings: Sequence[float]) -> float:
     """Return the most that any plan can save."""
-    best = _solve(choices, -np.array(savings, dtype=float), []) if choices else []
+    best = (_solve(choices, -np.array(savings, dtype=float), []) if choices else None) or []
     return sum(saved for choice, saved in zip(choices, savings, strict=True) if choice in best)
 
 

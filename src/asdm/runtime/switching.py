@@ -115,8 +115,8 @@ def _switched_class(model_class: Any) -> type[Any]:
 
 def _without_parts(model_class: Any) -> Any:
     """Return an object of the class, to which pickle gives its parts."""
-    kind = _switched_class(model_class)
-    return kind.__new__(kind)
+    kind: Any = _switched_class(model_class)
+    return object.__new__(kind)
 
 
 @checks.arguments(denoisers=_DENOISERS, below=_FRACTIONS, timesteps=checks.whole())
