@@ -8,11 +8,12 @@ import subprocess
 import sys
 
 import pytest
+from diffusers import ControlNetModel
 from PIL import Image
 from safetensors import SafetensorError
 
 from asdm import PruningPlan, cli, save_pipeline
-from conftest import lora_file, tiny_pipeline
+from conftest import lora_file, tiny_pipeline, tiny_unet
 
 
 @pytest.fixture
@@ -275,3 +276,15 @@ def test_from_a_model_to_one_file_for_other_programs(run, model, tmp_path):
             status, told, error = run("convert-lora", lora, "--for", student, "--out", "converted.safetensors")
             assert status == 0 and re.search(r"\d+ layers are adapted; dropped are [1-9]", told), error
             assert "not expected" not in error  # diffusers' words on what stands in a config
+
+
+def test_a_controlnet_reads_its_image_from_a_file(run, model, tmp_path):
+    ControlNetModel.from_unet(tiny_unet(), conditioning_embedding_out_channels=(16, 32)).save_pretrained(
+        tmp_path / "net"
+    )
+    Image.new("I;16", (30, 20), 40_000).save(tmp_path / "depth.png")
+    control = ["--controlnet", tmp_path / "net", "--control-image", tmp_path / "depth.png"]
+    status, out, error = run("generate", model, "pear", *control, "--steps", "2", "--out", "drawn")
+    assert (status, out.split()) == (0, ["drawn/pear.png"]), error
+    status, _, error = run("generate", model, "pear", *control[:3], tmp_path / "gone.png")
+    assert status == 2 and "gone.png: no such image file" in error

@@ -28,7 +28,7 @@ from asdm.generation.image import read_about
 from asdm.generation.prompts import lost_text, parse_weights, without_last_layers
 from asdm.generation.schedulers import scheduler_label, scheduler_named
 from asdm.generation.sheets import Tile, difference_map, sheet
-from asdm.images import to_images
+from asdm.images import as_rgb, to_images
 from asdm.pipelines.lora_files import convert_lora
 from conftest import (
     lora_file,
@@ -146,6 +146,18 @@ def test_inputs_are_cropped_to_the_size_and_a_mask_keeps_the_rest(make):
     whole = made(pipeline, image=image, strength=1.0, width=24, height=16)
     kept = made(pipeline, image=image, mask=Image.new("L", (40, 16), 0), strength=1.0, width=24, height=16)
     assert whole.shape == kept.shape == (1, 16, 24, 3) and not np.array_equal(whole, kept)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "CMYK", "I;16"])
+def test_inputs_may_have_any_mode(pipeline, mode):
+    pixels = Image.linear_gradient("L").resize((16, 16))
+    given = Image.fromarray(np.asarray(pixels, np.uint16) * 257) if mode == "I;16" else pixels.convert(mode)
+    in_rgb, one_channel = as_rgb(given), as_rgb(given).convert("L")
+    np.testing.assert_array_equal(made(pipeline, image=given), made(pipeline, image=in_rgb))
+    masked = made(pipeline, image=in_rgb, mask=given)
+    np.testing.assert_array_equal(masked, made(pipeline, image=in_rgb, mask=one_channel))
+    by_hand = [generate(pipeline, ["pear"], steps=2, image=in_rgb, mask=each) for each in (given, one_channel)]
+    assert torch.equal(*by_hand)
 
 
 def test_a_negative_prompt_counts_with_guidance(pipeline):
@@ -275,6 +287,20 @@ def test_weights_move_the_embedding_and_leave_plain_prompts_alone(make):
             assert not np.array_equal(made(pipeline, prompts=[prompt], negative="(tree)", weighted=True), plain)
 
 
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_sdxl_pipeline])
+def test_prompts_without_weights_are_drawn_as_plain_ones(make):
+    pytest.importorskip("compel")
+    pipeline = make()
+    np.testing.assert_array_equal(made(pipeline, weighted=True), made(pipeline))
+
+
+def test_a_weighted_prompt_is_drawn_alike_beside_longer_ones(pipeline):
+    pytest.importorskip("compel")
+    several = request(prompts=["(pear:1.5)", "pear " * 40], weighted=True, num_images=2)
+    alone = made(pipeline, prompts=["(pear:1.5)"], weighted=True, num_images=2)
+    np.testing.assert_array_equal(pixels(generate_images(pipeline, several, batch_size=4))[:2], alone)
+
+
 def test_without_the_extra_it_is_named(pipeline, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "compel", None)
     with pytest.raises(AsdmError, match=r"asdm-diffusion\[weighting\]"):
@@ -375,6 +401,13 @@ def test_a_png_says_how_it_was_made(student, lora, tmp_path):
         read_about(lora)
 
 
+def test_a_png_says_that_a_controlnet_had_no_weight(pipeline, tmp_path):
+    ControlNetModel.from_unet(tiny_unet(), conditioning_embedding_out_channels=(16, 32)).save_pretrained(tmp_path)
+    control = {"controlnet": tmp_path, "control_image": Image.new("RGB", (16, 16)), "control_scale": 0.0}
+    (image,) = generate_images(pipeline, request(**control))
+    assert image.about["controlnet"]["scale"] == 0
+
+
 def test_files_are_named_after_their_prompts_and_replace_nothing(pipeline, tmp_path):
     wanted = request(prompts=["pear, red", "pear, red"])
     folder = ImageFolder(tmp_path / "out", wanted)
@@ -386,6 +419,15 @@ def test_files_are_named_after_their_prompts_and_replace_nothing(pipeline, tmp_p
     for image in generate_images(pipeline, request(seeds=[4, 9])):
         seeded.write(image)
     assert [path.name for path in seeded.paths] == ["pear_seed4.png", "pear_seed9.png"]
+
+
+def test_a_name_is_as_long_as_file_systems_allow(pipeline, tmp_path):
+    letters = "\N{MATHEMATICAL SCRIPT CAPITAL X}" * 80  # of four bytes each
+    wanted = request(prompts=[letters], num_images=2, seed=2**62)
+    folder = ImageFolder(tmp_path, wanted)
+    for image in generate_images(pipeline, wanted):
+        folder.write(image)
+    assert [path.name.count(letters[0]) for path in folder.paths] == [45, 45]
 
 
 def test_a_single_image_may_have_a_name_of_its_own(pipeline, tmp_path):

@@ -11,7 +11,7 @@ from asdm.data.preparation import prepare_data
 from asdm.diffusion.conditioning import decode_latents, encode_images, masked_latents
 from asdm.distillation.recipes import joint_stages
 from asdm.pipelines.derived import with_unet
-from conftest import tiny_inpainting_pipeline, tiny_pipeline
+from conftest import tiny_inpainting_pipeline, tiny_pipeline, tiny_sdxl_pipeline
 
 PICTURE = Image.new("RGB", (16, 16), "red")
 LEFT = Image.new("L", (16, 16), 0)
@@ -28,6 +28,16 @@ def test_masks_and_the_latents_of_what_they_leave():
     assert all(0 < masks[i].mean() < 1 for i in (0, 1, 2, 4, 5, 6))
     kept = images * (1 - masks.repeat_interleave(2, 2).repeat_interleave(2, 3))
     torch.testing.assert_close(masked[:, 1:], encode_images(pipeline.vae, kept))
+
+
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_sdxl_pipeline, tiny_inpainting_pipeline])
+def test_an_image_keeps_its_size(make):
+    pipeline = make()
+    for size, expected in (((24, 40), (24, 40)), ((30, 17), (24, 16))):
+        filled = generate(pipeline, ["x"], steps=2, image=PICTURE.resize(size), mask=LEFT.resize(size), strength=1.0)
+        assert filled.shape == (1, 3, *expected[::-1])
+    alone = generate(pipeline, ["x"], steps=2, image=PICTURE.resize((24, 40)), strength=1.0)
+    assert alone.shape == (1, 3, 40, 24)
 
 
 def test_it_is_observed_on_images_with_masks(data_folder):

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import stat
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,12 +15,14 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
 )
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from asdm import AsdmError, PruningPlan, Remove, build_student, generate, load_pipeline, save_pipeline, with_unet
 from asdm.diffusion.conditioning import embed_prompts, encode_images, image_size
+from asdm.diffusion.kinds import image_to_image
 from asdm.files import MARKER, replacing_file, replacing_folder
 from asdm.pipelines.model_card import model_card
 from asdm.pipelines.saving import save_pipeline_into
@@ -259,6 +262,19 @@ def test_an_images_noise_does_not_depend_on_its_batch(pipeline):
     torch.testing.assert_close(together, apart, atol=2e-2, rtol=0)
     assert together.shape == (3, 3, 16, 16)
     assert not torch.equal(together, generate(pipeline, prompts, steps=2, seed=9))
+
+
+def test_pipelines_made_of_one_that_sets_no_watermark_set_none(monkeypatch):
+    def install(module):
+        monkeypatch.setattr(module, "is_invisible_watermark_available", lambda: True)
+        monkeypatch.setattr(module, "StableDiffusionXLWatermarker", object, raising=False)
+
+    pipeline = tiny_sdxl_pipeline()
+    for kind in (StableDiffusionXLPipeline, StableDiffusionXLImg2ImgPipeline):
+        install(sys.modules[kind.__module__])
+    assert StableDiffusionXLPipeline(**pipeline.components).watermark is not None
+    for other in (with_unet(pipeline, pipeline.unet), image_to_image(pipeline)):
+        assert other.watermark is None
 
 
 def test_image_to_image_keeps_more_at_less_strength(pipeline):

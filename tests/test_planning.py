@@ -84,6 +84,12 @@ def test_more_than_everything_has_no_plan():
     assert most_saved(choices, [1.0, 1.0]) == 2.0
 
 
+def test_what_has_nothing_left_to_remove_has_no_plan(redundancy):
+    bare = redundancy.model_copy(update={"units": [], "others": []})
+    with pytest.raises(AsdmError, match=r"params=0\.5: out of reach; between 1\.000 and 1 of"):
+        make_plan(bare, params=0.5)
+
+
 @pytest.fixture(scope="module")
 def redundancy() -> RedundancyMap:
     return analyze(tiny_pipeline(), timesteps=1, samples=1, latency_rounds=5)

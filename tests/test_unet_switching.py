@@ -1,14 +1,26 @@
 """The time step says which UNet answers, in every kind of pipeline."""
 
+import pickle
+
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
 
-from asdm import AsdmError, PruningPlan, build_student, cache_features, generate, switch_unets, with_unet
+from asdm import (
+    AsdmError,
+    PruningPlan,
+    analyze,
+    build_student,
+    cache_features,
+    export,
+    generate,
+    switch_unets,
+    with_unet,
+)
 from asdm.measure.latency import Latency
 from asdm.runtime import switching as unet_switching
-from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet, unet_inputs
+from conftest import lora_file, predict, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet, unet_inputs
 
 
 def lean(pipeline, *units):
@@ -82,3 +94,36 @@ def test_what_does_not_fit_is_named(pipeline, tmp_path):
             switch_unets(pipeline, unets, **settings)
     with pytest.raises(AsdmError, match="save the pipeline of each"):
         switch_unets(pipeline, [student, pipeline.unet], below=[0.5]).save_pretrained(tmp_path)
+
+
+def test_what_changes_a_unet_changes_each_of_them(pipeline):
+    student = lean(pipeline)
+    switched = switch_unets(pipeline, [student, pipeline.unet], below=[0.5])
+    plain = generate(switched, ["octopus"], steps=4)
+    switched.enable_attention_slicing(1)
+    assert torch.allclose(generate(switched, ["octopus"], steps=4), plain, atol=1e-4)
+    switched.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    assert all(unet.up_blocks[0].b1 == 1.2 for unet in (student, pipeline.unet))
+    switched.disable_freeu()
+    switched.disable_attention_slicing()
+    assert torch.equal(generate(switched, ["octopus"], steps=4), plain)
+
+
+def test_it_goes_to_other_processes(pipeline):
+    switched = switch_unets(pipeline, [lean(pipeline), pipeline.unet], below=[0.5]).unet
+    there = pickle.loads(pickle.dumps(switched))
+    for timestep in (900, 100):
+        inputs = unet_inputs(pipeline.unet) | {"timestep": torch.tensor(timestep)}
+        assert torch.equal(predict(there, **inputs), predict(switched, **inputs))
+
+
+def test_what_needs_one_unet_is_refused_in_a_line(pipeline, tmp_path):
+    switched = switch_unets(pipeline, [lean(pipeline), pipeline.unet], below=[0.5])
+    lora = lora_file(tiny_unet(), tmp_path / "lora.safetensors")
+    with pytest.raises(AsdmError, match=r"^down_blocks: several denoisers .* the pipeline of each"):
+        analyze(switched, samples=1)
+    with pytest.raises(AsdmError, match=r"^export: several denoisers"):
+        export(switched, tmp_path / "graphs", to="onnx")
+    with pytest.raises(AsdmError, match="take no LoRA"):
+        switched.load_lora_weights(lora)
+    assert not hasattr(switched.unet, "down_blocks")

@@ -213,6 +213,16 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return page
 
 
+def in_rgb(image: Image.Image) -> Image.Image:
+    """Return an image that is in RGB as it is, any other one as `as_rgb` converts it."""
+    return image if image.mode == "RGB" else as_rgb(image)
+
+
+def as_mask(image: Image.Image) -> Image.Image:
+    """Convert a mask to one channel of 8 bits."""
+    return image if image.mode == "L" else in_rgb(image).convert("L")
+
+
 def _opaque(image: Image.Image) -> Image.Image:
     """Convert an image to RGB, with transparent parts on white."""
     if image.mode.startswith("I"):  # 16 bits, which PIL would clip at 255

@@ -207,6 +207,7 @@ def generate(
     from asdm.generation import files
     from asdm.generation.additions import LoraFile
     from asdm.generation.request import GenerationRequest
+    from asdm.images import open_image
 
     if switch_at is not None and low_noise_model is None:
         raise AsdmError(f"--switch-at {switch_at:g}: has no effect without --low-noise-model; name a model there")
@@ -235,7 +236,7 @@ def generate(
         cfg_cutoff=cfg_cutoff,
         loras=[LoraFile.parse(text) for text in lora or []],
         controlnet=controlnet,
-        control_image=control_image,
+        control_image=None if control_image is None else open_image(control_image),
         control_scale=control_scale,
         clip_skip=clip_skip,
         **_cache_settings(cache),

@@ -127,14 +127,18 @@ def image_size(pipeline: DiffusionPipeline) -> int:
     return latent_shape(pipeline)[1] * pipeline.vae_scale_factor
 
 
+def size_multiple(pipeline: DiffusionPipeline) -> int:
+    """Return what the sides of a pipeline's images in pixels are multiples of."""
+    latent_multiple = family_of(pipeline).size_multiple(denoiser_of(pipeline))
+    return math.lcm(PIPELINES_MULTIPLE, pipeline.vae_scale_factor * latent_multiple)
+
+
 def require_size(pipeline: DiffusionPipeline, size: int, name: str = "size") -> None:
     """
     Raises:
         AsdmError: the VAE has no latents for images of so many pixels a side, or the pipeline does not generate them.
     """
-    latent_multiple = family_of(pipeline).size_multiple(denoiser_of(pipeline))
-    multiple = math.lcm(PIPELINES_MULTIPLE, pipeline.vae_scale_factor * latent_multiple)
-    checks.multiple_of(multiple, LARGEST_IMAGE)(name, size)
+    checks.multiple_of(size_multiple(pipeline), LARGEST_IMAGE)(name, size)
 
 
 @torch.no_grad()

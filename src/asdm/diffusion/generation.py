@@ -16,12 +16,19 @@ from PIL import Image
 from torch import Tensor
 
 from asdm import checks
-from asdm.diffusion.conditioning import LARGEST_IMAGE, PIPELINES_MULTIPLE, image_size, latent_shape, require_size
+from asdm.diffusion.conditioning import (
+    LARGEST_IMAGE,
+    PIPELINES_MULTIPLE,
+    image_size,
+    latent_shape,
+    require_size,
+    size_multiple,
+)
 from asdm.diffusion.guidance import CFG_CUTOFF, CfgCutoff
 from asdm.diffusion.kinds import image_to_image, is_inpainting, is_random
 from asdm.errors import AsdmError, one_line
 from asdm.families import denoiser_of, family_of
-from asdm.images import as_rgb
+from asdm.images import as_mask, in_rgb
 
 
 @checks.arguments(
@@ -121,17 +128,17 @@ def _target(
         arguments |= {"height": size, "width": size}
     if image is None:
         return pipeline, arguments
-    target = pipeline if is_inpainting(pipeline) else image_to_image(pipeline, with_mask=mask is not None)
-    arguments |= {"image": _in_rgb(image), "strength": strength}
+    fills = is_inpainting(pipeline)
+    target = pipeline if fills else image_to_image(pipeline, with_mask=mask is not None)
+    converted = in_rgb(image) if isinstance(image, Image.Image) else [in_rgb(each) for each in image]
+    arguments |= {"image": converted, "strength": strength}
     if mask is not None:
-        arguments |= {"mask_image": mask}
+        arguments |= {"mask_image": as_mask(mask)}
+    if fills or mask is not None:  # other pipelines take the image's size by themselves
+        width, height = (image if isinstance(image, Image.Image) else image[0]).size
+        multiple = size_multiple(pipeline)
+        arguments |= {"width": width // multiple * multiple, "height": height // multiple * multiple}
     return target, arguments
-
-
-def _in_rgb(image: Image.Image | Sequence[Image.Image]) -> Image.Image | list[Image.Image]:
-    if isinstance(image, Image.Image):
-        return image if image.mode == "RGB" else as_rgb(image)
-    return [each if each.mode == "RGB" else as_rgb(each) for each in image]
 
 
 def _of_batch(arguments: dict[str, Any], start: int, count: int) -> dict[str, Any]:

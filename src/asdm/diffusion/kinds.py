@@ -94,13 +94,17 @@ def text_to_image(pipeline: DiffusionPipeline) -> DiffusionPipeline:
 
 
 def extra_arguments(pipeline: DiffusionPipeline, kind: Any = None) -> dict[str, Any]:
-    """Return the arguments of its class that are no components, as its config has them.
+    """Return the arguments of its class that are no components, as its config has them; of SDXL's, whether its images
+    get a watermark.
 
     Args:
         kind: another class, to which those are limited that it has, too.
     """
     allowed = ["requires_safety_checker", "force_zeros_for_empty_prompt", "requires_aesthetics_score"]
-    if kind is not None:
-        taken = inspect.signature(kind.__init__).parameters
-        allowed = [name for name in allowed if name in taken]
-    return {name: pipeline.config[name] for name in allowed if name in pipeline.config}
+    found = {name: pipeline.config[name] for name in allowed if name in pipeline.config}
+    if hasattr(pipeline, "watermark"):
+        found["add_watermarker"] = pipeline.watermark is not None
+    if kind is None:
+        return found
+    taken = inspect.signature(kind.__init__).parameters
+    return {name: value for name, value in found.items() if name in taken}

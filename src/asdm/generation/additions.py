@@ -123,7 +123,7 @@ def _load_lora(pipeline: Any, lora: LoraFile, name: str) -> str:
         with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of peft, about names that we report
             pipeline.load_lora_weights(load_file(lora.path), adapter_name=name)
-    except MemoryError:
+    except (MemoryError, AsdmError):
         raise
     except Exception as error:  # of diffusers and peft, any kind
         layer = _SIZE_MISMATCH.search(str(error))

@@ -21,6 +21,7 @@ from asdm.images import open_image
 
 STANDARD_INPUT = "-"
 LONGEST_NAME = 60  # characters of the prompt
+LONGEST_STEM = 180  # bytes of them; file systems have 255 for a name, and what is added to it needs some
 MOST_COLUMNS = 16  # of a contact sheet with one row a prompt
 
 
@@ -136,7 +137,8 @@ class ImageFolder:
 
 def stem_of(prompt: str) -> str:
     """Return the name of a file that a prompt is for, without its suffix."""
-    return "".join(c if c.isalnum() else "_" for c in prompt)[:LONGEST_NAME].strip("_") or "image"
+    plain = "".join(c if c.isalnum() else "_" for c in prompt)[:LONGEST_NAME]
+    return plain.encode()[:LONGEST_STEM].decode(errors="ignore").strip("_") or "image"
 
 
 def png_paths(folder: Path, stem: str) -> Iterator[Path]:

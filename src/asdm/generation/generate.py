@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -36,7 +38,7 @@ from asdm.generation.image import GeneratedImage, description
 from asdm.generation.prompts import prompt_arguments, warn_of_lost_text, warn_of_unread_weights
 from asdm.generation.request import MOST_IMAGES, GenerationRequest
 from asdm.generation.schedulers import scheduler_named
-from asdm.images import fitted, to_images
+from asdm.images import as_mask, fitted, in_rgb, to_images
 from asdm.measure.latency import synchronise
 from asdm.pipelines.derived import with_scheduler
 
@@ -88,7 +90,8 @@ def generate_images(
     Args:
         progress: called after each step. What it raises ends the iteration.
         cancelled: called after each step; if it returns true, the iteration ends. The batch in work is lost.
-        batch_size: images at a time; by default 32 for latents of up to 32x32, else 1.
+        batch_size: images at a time; by default 32 for latents of up to 32x32, else 1. Of weighted prompts, images of
+            one prompt.
 
     Raises:
         AsdmError: the pipeline does not take what the request has, at once; or images are no numbers (NaN).
@@ -157,6 +160,8 @@ def _generated(
     items, done = request.items(), 0
     batch: list[tuple[str, int]] = []
     batch_size = batch_size or (32 if is_small(pipeline) else 1)
+    # Weighted prompts have any length, and padding to another one's would change their images.
+    alike = [list(group) for _, group in groupby(items, itemgetter(0))] if request.weighted else [items]
     width, height = sides_of(pipeline, request)
 
     def after_step(step: int, steps: int) -> None:
@@ -168,8 +173,7 @@ def _generated(
     sampler = _with_requested_scheduler(pipeline, request)
     common = {**description(sampler, request), "width": width, "height": height}
     with _prepared(sampler, request) as (target, shared):
-        for start in range(0, len(items), batch_size):
-            batch = items[start : start + batch_size]
+        for batch in (group[at : at + batch_size] for group in alike for at in range(0, len(group), batch_size)):
             try:
                 images, seconds = _sampled(target, request, batch, shared, after_step)
             except _CancelledError:
@@ -212,15 +216,15 @@ def _with_inputs(pipeline: DiffusionPipeline, request: GenerationRequest) -> tup
     with_image, with_mask = fills or request.image is not None, fills or request.mask is not None
     arguments = pipeline_arguments(pipeline, sides)
     if request.image is not None:
-        arguments |= {"image": fitted(request.image, sides), "strength": request.image_strength}
+        arguments |= {"image": fitted(in_rgb(request.image), sides), "strength": request.image_strength}
     if request.mask is not None:
-        arguments |= {"mask_image": fitted(request.mask.convert("L"), sides)}
+        arguments |= {"mask_image": fitted(as_mask(request.mask), sides)}
     target = pipeline
     if request.controlnet is not None:
         assert request.control_image is not None
         target = controlled(pipeline, load_controlnet(request.controlnet, pipeline), with_image, with_mask)
         name = "control_image" if with_image else "image"
-        arguments |= {name: request.control_image.convert("RGB").resize(sides, Image.Resampling.LANCZOS)}
+        arguments |= {name: in_rgb(request.control_image).resize(sides, Image.Resampling.LANCZOS)}
         arguments["controlnet_conditioning_scale"] = 1.0 if request.control_scale is None else request.control_scale
     elif with_image and not fills:
         target = image_to_image(pipeline, with_mask=with_mask)

@@ -104,7 +104,10 @@ def description(pipeline: DiffusionPipeline, request: GenerationRequest) -> dict
         "cache": request.cache_speedup or (request.cache_schedule and request.cache_schedule.name),
         "loras": [{"name": lora.path.stem, "scale": lora.scale} for lora in request.loras],
         "controlnet": request.controlnet
-        and {"name": shared_name(str(request.controlnet)), "scale": request.control_scale or 1.0},
+        and {
+            "name": shared_name(str(request.controlnet)),
+            "scale": 1.0 if request.control_scale is None else request.control_scale,
+        },
         "model": shared_name(str(pipeline.config.get("_name_or_path"))),
         **_architecture(denoiser_of(pipeline)),
         "versions": {"asdm": __version__, **{name: version(name) for name in _PACKAGES}},

@@ -177,7 +177,11 @@ def _weighted_arguments(
         ]
         hidden = torch.cat([_padded(encoder, texts) for encoder in encoders], dim=-1)
         plain = ["".join(text for text, _ in parts) for parts in texts]
-        return _split({"prompt_embeds": hidden, "pooled_prompt_embeds": _pooled(pipeline, plain)}, len(prompts))
+        tensors = {"prompt_embeds": hidden, "pooled_prompt_embeds": _pooled(pipeline, plain)}
+        if not negative and pipeline.config.get("force_zeros_for_empty_prompt"):
+            for tensor in tensors.values():
+                tensor[len(prompts) :] = 0
+        return _split(tensors, len(prompts))
     if clip_skip is not None:
         _require_layers(pipeline.text_encoder, clip_skip)
     with nullcontext() if clip_skip is None else without_last_layers(pipeline.text_encoder, clip_skip):

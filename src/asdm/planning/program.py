@@ -28,6 +28,8 @@ def least_sensitive(
     """
     if needed <= 0:
         return []
+    if not choices:
+        return None
     scale = max(savings) or 1.0
     constraints = [LinearConstraint(np.array(savings)[None] / scale, needed / scale, np.inf)]
     if near is not None:
@@ -40,7 +42,7 @@ def least_sensitive(
 
 def most_saved(choices: Sequence[PossibleEdit], savings: Sequence[float]) -> float:
     """Return the most that any plan can save."""
-    best = _solve(choices, -np.array(savings, dtype=float), []) or []
+    best = (_solve(choices, -np.array(savings, dtype=float), []) if choices else None) or []
     return sum(saved for choice, saved in zip(choices, savings, strict=True) if choice in best)
 
 

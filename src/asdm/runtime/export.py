@@ -121,6 +121,8 @@ def _require_exportable(
     family = family_of(denoiser)
     if family.component != "unet":
         raise AsdmError(f"export: graphs are for UNets; this pipeline has a {type(denoiser).__name__}")
+    if hasattr(denoiser, "denoisers"):
+        raise AsdmError("export: several denoisers in one pipeline are no graph; export the pipeline of each")
     if "timestep_cond" in family.random_inputs(denoiser, batch_size=1):
         raise AsdmError("export: this UNet reads its guidance by an embedding, for which the graphs have no input")
     if denoiser.dtype != torch.float32:

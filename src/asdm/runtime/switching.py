@@ -41,10 +41,45 @@ class SwitchedDenoiser(nn.Module):
         place = sum(now < boundary for boundary in self.boundaries)
         return self.denoisers[place](*args, **kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            raise _NoSuchPartError(
+                f"{name}: several denoisers in one pipeline have no parts of their own; do this with the pipeline of "
+                "each, before switch_unets joins them"
+            ) from error
+
+    def __reduce__(self) -> Any:
+        return _without_parts, (self.family.model_class,), vars(self)
+
     @property
     def add_embedding(self) -> Any:
         """SDXL's pipelines read its width."""
         return self.denoisers[-1].add_embedding
+
+    def set_attention_slice(self, slice_size: Any = "auto") -> None:
+        """As of each denoiser."""
+        self._each("set_attention_slice", slice_size)
+
+    def enable_freeu(self, *args: Any, **kwargs: Any) -> None:
+        """As of each denoiser."""
+        self._each("enable_freeu", *args, **kwargs)
+
+    def disable_freeu(self) -> None:
+        """As of each denoiser."""
+        self._each("disable_freeu")
+
+    def _each(self, method: str, *args: Any, **kwargs: Any) -> None:
+        for denoiser in self.denoisers:
+            getattr(denoiser, method)(*args, **kwargs)
+
+    def load_lora_adapter(self, *_: Any, **__: Any) -> NoReturn:
+        """
+        Raises:
+            AsdmError: always.
+        """
+        raise AsdmError("several denoisers in one pipeline take no LoRA; load it into each, before they are joined")
 
     @property
     def megabytes(self) -> float:
@@ -68,10 +103,20 @@ class SwitchedDenoiser(nn.Module):
         raise AsdmError("several denoisers in one pipeline are not saved together; save the pipeline of each")
 
 
+class _NoSuchPartError(AsdmError, AttributeError):
+    """A part that a single denoiser has; `hasattr` returns False for it."""
+
+
 @cache
 def _switched_class(model_class: Any) -> type[Any]:
     """Return a class that pipelines take for the stock class."""
     return type(f"Switched{model_class.__name__}", (SwitchedDenoiser, model_class), {})
+
+
+def _without_parts(model_class: Any) -> Any:
+    """Return an object of the class, to which pickle gives its parts."""
+    kind: Any = _switched_class(model_class)
+    return object.__new__(kind)
 
 
 @checks.arguments(denoisers=_DENOISERS, below=_FRACTIONS, timesteps=checks.whole())
