@@ -392,7 +392,7 @@ def test_a_png_says_how_it_was_made(student, lora, tmp_path):
         json.loads(saved.info["asdm"], parse_constant=pytest.fail)
     assert lines[:3] == ["pear, 50%: red", "leaf <lora:lora:0.5>", "Negative prompt: tree"]
     assert lines[3].startswith("Steps: 2, Sampler: DPM++ 2M Karras, CFG scale: 3, Seed: 7, Size: 16x16, ")
-    assert "Clip skip: 2" in lines[3]
+    assert "Clip skip: 2" in lines[3] and "Model: " not in lines[3]  # it was made here and has no name
     about = read_about(path)
     assert PruningPlan.model_validate(about["plan"]) == PruningPlan.for_unet(student.unet.original(), REMOVALS)
     assert about["versions"].keys() == {"asdm", "diffusers", "transformers", "torch"} and about["seed"] == 7

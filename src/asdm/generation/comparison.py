@@ -35,7 +35,7 @@ class Comparison:
     def tiles(self) -> list[Tile]:
         """Return both images and the map of their difference, with labels."""
         difference, mean = difference_map(self.teacher.image, self.student.image)
-        names = [str(each.about["model"]) for each in (self.teacher, self.student)]
+        names = [each.about.get("model", "") for each in (self.teacher, self.student)]
         of_teacher = (f"teacher {self.teacher.seconds:.2f} s", names[0], self.student.prompt)
         of_student = (
             f"student {self.student.seconds:.2f} s, {self.speedup:.2f}x",

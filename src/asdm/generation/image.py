@@ -95,7 +95,7 @@ def description(pipeline: DiffusionPipeline, request: GenerationRequest) -> dict
         "steps": default_steps(pipeline) if request.steps is None else request.steps,
         "guidance_scale": default_guidance(pipeline) if guidance is None else guidance,
         "scheduler": {"class": type(scheduler).__name__, "label": scheduler_label(scheduler), "config": config},
-        "decoder": shared_name(str(pipeline.vae.config.get("_name_or_path"))) if is_tiny(pipeline.vae) else None,
+        "decoder": (_name_of(pipeline.vae) or type(pipeline.vae).__name__) if is_tiny(pipeline.vae) else None,
         "strength": None if request.image is None else request.image_strength,
         "masked": None if request.mask is None else True,
         "cfg_cutoff": None if request.cfg_cutoff == 1 else request.cfg_cutoff,
@@ -108,7 +108,7 @@ def description(pipeline: DiffusionPipeline, request: GenerationRequest) -> dict
             "name": shared_name(str(request.controlnet)),
             "scale": 1.0 if request.control_scale is None else request.control_scale,
         },
-        "model": shared_name(str(pipeline.config.get("_name_or_path"))),
+        "model": _name_of(pipeline),
         **_architecture(denoiser_of(pipeline)),
         "versions": {"asdm": __version__, **{name: version(name) for name in _PACKAGES}},
     }
@@ -134,6 +134,12 @@ def _is_json(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
+def _name_of(loaded: Any) -> str | None:
+    """Return what a pipeline or a model was loaded from; None for one that was made here."""
+    name = loaded.config.get("_name_or_path")
+    return shared_name(name) if name else None
+
+
 def shared_name(name: str) -> str:
     """Return a model's name for others: of a folder or file on this machine the last part, not the way there."""
     return Path(name).name if os.path.isabs(name) or Path(name).exists() else name
@@ -151,7 +157,7 @@ def a1111_parameters(about: Mapping[str, Any]) -> str:
         "CFG scale": f"{about['guidance_scale']:g}",
         "Seed": about["seed"],
         "Size": f"{about['width']}x{about['height']}",
-        "Model": about["model"],
+        "Model": about.get("model"),
         "VAE": about.get("decoder"),
         "Denoising strength": about.get("strength"),
         "Clip skip": about["clip_skip"] + 1 if "clip_skip" in about else None,  # A1111 counts from 1, which skips none
