@@ -138,12 +138,13 @@ def _latents(pipeline: DiffusionPipeline) -> Tensor:
     if is_random(pipeline):
         return torch.randn(SAMPLED, *latent_shape(pipeline), generator=generator)
     call: Any = pipeline
-    found: Tensor = call(
-        list(DEFAULT_PROMPTS[:SAMPLED]),
-        num_inference_steps=min(SAMPLING_STEPS, most_steps(pipeline)),
-        guidance_scale=default_guidance(pipeline),
-        generator=generator,
-        output_type="latent",
-        **pipeline_arguments(pipeline),
-    ).images
+    with quiet():  # a tokenizer may cut these prompts, which does not matter here
+        found: Tensor = call(
+            list(DEFAULT_PROMPTS[:SAMPLED]),
+            num_inference_steps=min(SAMPLING_STEPS, most_steps(pipeline)),
+            guidance_scale=default_guidance(pipeline),
+            generator=generator,
+            output_type="latent",
+            **pipeline_arguments(pipeline),
+        ).images
     return found.float()
