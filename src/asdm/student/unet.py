@@ -84,10 +84,6 @@ class AsdmUNet2DConditionModel(EditedModel, UNet2DConditionModel):
         with experts_following(self):
             super().fuse_lora(*args, **kwargs)
 
-    def unfuse_lora(self) -> None:
-        with experts_following(self):
-            super().unfuse_lora()
-
     def set_attn_processor(self, processor: Any) -> None:
         """As the stock UNet, and from a dict for the original. Only another regional processor replaces regional
         attention, which is part of the student's architecture."""
