@@ -202,6 +202,17 @@ def test_a_pipeline_takes_a_lora_out_of_expert_kernels_too(pipeline, student):
     assert np.allclose(draw(student), before, atol=1e-5)
 
 
+def test_a_lora_of_the_teacher_takes_the_place_of_another(pipeline, student):
+    first, second = (lora_of(pipeline.unet, seed, ["conv2", "to_q", "proj_in"]) for seed in (0, 1))
+    student.load_lora_weights(first, adapter_name="style")
+    before = draw(student)
+    student.load_lora_weights(second, adapter_name="style", hotswap=True)
+    swapped = draw(student)
+    student.unload_lora_weights()
+    student.load_lora_weights(second, adapter_name="style")
+    assert np.array_equal(draw(student), swapped) and not np.allclose(before, swapped, atol=1e-3)
+
+
 def test_textual_inversion(student):
     before = draw(student)
     student.load_textual_inversion({"<mine>": torch.ones(1, 32)}, token="<mine>")
