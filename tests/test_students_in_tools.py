@@ -14,7 +14,7 @@ from torch import nn
 
 from asdm import AsdmError, AsdmUNet2DConditionModel, PruningPlan, build_student
 from asdm.edits.cond_conv import CondConv2d
-from asdm.edits.projections import projection_of
+from asdm.edits.projections import projection_of, reshape_saved
 from asdm.families.tensors import fingerprint
 from asdm.training.sharding import shard_like
 from conftest import predict, saved_by_0_1, student_of_every_kind, tiny_unet, unet_inputs
@@ -121,6 +121,22 @@ def test_a_bank_that_a_tool_replaces_by_its_own_convolution_is_missed(student):
     student.set_submodule(BANK, plain)  # as quanto does with every nn.Conv2d
     with pytest.raises(AsdmError, match=r"^conv2: a Conv2d is in the place of a CondConv2d, .* leave layers of this"):
         predict(student)
+
+
+def test_quantised_weights_of_a_map_are_loaded_as_they_are():
+    class Quantised:
+        shape = torch.Size([6, 6])
+
+        def numel(self):
+            return 36
+
+        def view(self, *_):
+            raise NotImplementedError
+
+    tensor = Quantised()
+    tensors = {"ff.weight": tensor}
+    reshape_saved({"ff": projection_of("linear", 6, tokens=True)}, tensors)
+    assert tensors == {"ff.weight": tensor}
 
 
 def test_regional_attention_compiles_without_graph_breaks(student):
