@@ -232,6 +232,13 @@ def test_it_generates_with_and_without_cached_features(pipeline):
         assert generate(pipeline, prompts, steps=4).shape == images.shape
 
 
+def test_its_blocks_are_compiled(pipeline):
+    student = student_of(pipeline.transformer, remove(f"{BRANCH}.attn1", compensate="linear"))
+    before = predict(student)
+    student.compile_repeated_blocks(backend="eager", fullgraph=True)
+    assert torch.equal(predict(student), before)
+
+
 def test_guidance_cannot_end_early_and_sizes_fit_its_patches(pipeline):
     with pytest.raises(AsdmError, match="PixArtAlphaPipeline: its guidance cannot end early"):
         generate(pipeline, "an octopus", steps=2, cfg_cutoff=0.5)
