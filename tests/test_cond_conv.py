@@ -1,6 +1,7 @@
 """CLME-CondConv: the exact start, the sum of convolutions it stands for, inheritance, files, speed-ups."""
 
 from contextlib import ExitStack
+from types import MethodType
 from typing import get_args
 
 import pytest
@@ -100,6 +101,20 @@ def test_outputs_and_gradients_are_those_of_the_naive_sum(router, activation, ba
         assert torch.allclose(ours, expected, atol=1e-5 * max(1.0, float(expected.abs().max())))
 
 
+@pytest.mark.parametrize("router", ["time", "input+time", "prompt"])
+@pytest.mark.parametrize("changed", ["padding_mode", "_conv_forward"])
+@pytest.mark.parametrize("batch", [1, 3, 9])
+def test_it_pads_as_other_convolutions_where_images_shall_tile(router, changed, batch):
+    def circular(self, states, weight, bias):
+        return F.conv2d(F.pad(states, (1, 1, 1, 1), mode="circular"), weight, bias)
+
+    conv = bank(router)
+    setattr(conv, changed, "circular" if changed == "padding_mode" else MethodType(circular, conv))
+    hidden_states, temb, prompt = torch.randn(batch, 6, 5, 7), torch.randn(batch, 10), torch.randn(batch, 12)
+    shifted = conv(hidden_states.roll((2, 3), (2, 3)), temb, prompt)
+    torch.testing.assert_close(shifted, conv(hidden_states, temb, prompt).roll((2, 3), (2, 3)))
+
+
 @pytest.mark.parametrize("router", ["input+time", "prompt+time"])
 def test_the_routing_learns_from_the_first_step(unet, router):
     student = build_student(unet, PruningPlan.for_unet(unet, edits_of(router))).train()
@@ -186,6 +201,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(unet, router):
 def test_it_compiles_without_graph_breaks(router):
     conv = bank(router)
     resnet = CondResnetBlock2D(in_channels=6, out_channels=8, temb_channels=10, groups=2).eval()
+    resnet.expert_convs = ("conv1",)
     resnet.conv1 = conv
     given, prompt = (torch.randn(2, 6, 5, 5), torch.randn(2, 10)), torch.randn(2, 12)
     with torch.no_grad():

@@ -180,6 +180,17 @@ def test_the_latents_are_those_that_the_denoiser_gives(pipeline):
     torch.testing.assert_close(seen[0], latents)
 
 
+def test_it_decodes_in_tiles_of_its_own_size(pipeline):
+    tiny = with_decoder(pipeline, tiny_decoder()).vae
+    latents = torch.randn(1, 4, 24, 24)
+    with torch.no_grad():
+        whole = tiny.decode(latents).sample
+        tiny.enable_tiling()
+        assert torch.equal(tiny.decode(latents).sample, whole)
+        tiny.tile_latent_min_size = 16
+        assert tiny.decode(latents).sample.shape == whole.shape
+
+
 def test_a_saved_pipeline_with_it_is_a_stock_one(pipeline, decoder_folder, tmp_path):
     fast = with_decoder(pipeline, decoder_folder)
     folder = asdm.save_pipeline(fast, tmp_path / "fast")

@@ -1,6 +1,8 @@
 """Tools that look into a UNet's modules (casting, offloading, LoRA, quantisation) or call it in their own ways
 (threads, checkpointing) meet in a student what they meet in the stock UNet."""
 
+import copy
+import pickle
 import threading
 
 import pytest
@@ -12,7 +14,7 @@ from torch import nn
 
 from asdm import AsdmError, AsdmUNet2DConditionModel, PruningPlan, build_student
 from asdm.edits.cond_conv import CondConv2d
-from asdm.edits.projections import projection_of
+from asdm.edits.projections import projection_of, reshape_saved
 from asdm.families.tensors import fingerprint
 from asdm.training.sharding import shard_like
 from conftest import predict, saved_by_0_1, student_of_every_kind, tiny_unet, unet_inputs
@@ -113,6 +115,30 @@ def test_linear_layers_can_be_replaced_by_stock_ones(student):
     assert torch.equal(predict(student), before)
 
 
+def test_a_bank_that_a_tool_replaces_by_its_own_convolution_is_missed(student):
+    own = student.get_submodule(BANK)
+    plain = nn.Conv2d(own.in_channels, own.out_channels, own.kernel_size, padding=own.padding)
+    student.set_submodule(BANK, plain)  # as quanto does with every nn.Conv2d
+    with pytest.raises(AsdmError, match=r"^conv2: a Conv2d is in the place of a CondConv2d, .* leave layers of this"):
+        predict(student)
+
+
+def test_quantised_weights_of_a_map_are_loaded_as_they_are():
+    class Quantised:
+        shape = torch.Size([6, 6])
+
+        def numel(self):
+            return 36
+
+        def view(self, *_):
+            raise NotImplementedError
+
+    tensor = Quantised()
+    tensors = {"ff.weight": tensor}
+    reshape_saved({"ff": projection_of("linear", 6, tokens=True)}, tensors)
+    assert tensors == {"ff.weight": tensor}
+
+
 def test_regional_attention_compiles_without_graph_breaks(student):
     transformer = student.down_blocks[0].attentions[0]
     inputs = torch.randn(2, 32, 8, 8), torch.randn(2, 5, 32)
@@ -190,14 +216,26 @@ def test_what_cannot_be_fused_into_a_bank_is_said(student, softmax_banks):
 
 def test_a_lora_merged_by_other_ways_is_refused(softmax_banks):
     student = with_lora(softmax_banks, target_modules=["conv2"])
+    lora = predict(student)
     student.get_submodule(BANK).merge()
     with pytest.raises(AsdmError, match=r"a LoRA \(default\) was merged into a convolution's own kernel, .* fuse_lora"):
         predict(student)
-    student.get_submodule(BANK).unmerge()
-    student.fuse_lora()
-    student.disable_lora()  # peft would take it out of the own kernel in the next call
     with pytest.raises(AsdmError, match="fuse_lora"):
-        predict(student)
+        copy.deepcopy(student).unload_lora()  # what was merged would be forgotten
+    student.get_submodule(BANK).unmerge()
+    assert torch.allclose(predict(student), lora, atol=1e-4)
+
+
+def test_a_merged_lora_that_is_disabled_leaves_the_experts_too(softmax_banks):
+    student = softmax_banks
+    plain = predict(student)
+    lora = predict(with_lora(student, target_modules=["conv2"]))
+    student.fuse_lora()
+    student.disable_lora()
+    for each in (student, copy.deepcopy(student), pickle.loads(pickle.dumps(student))):
+        assert torch.allclose(predict(each), plain, atol=1e-4)  # peft unmerges in this call
+    student.enable_lora()
+    assert torch.allclose(predict(student), lora, atol=1e-4)
 
 
 # -- nothing is told to a module between calls -----------------------------------------------------------

@@ -1,5 +1,6 @@
 """What people use with a Stable Diffusion pipeline works with a student in it."""
 
+import copy
 import inspect
 import logging
 
@@ -177,6 +178,39 @@ def test_a_lora_of_the_teacher_fills_what_is_there_and_names_the_rest(pipeline, 
     assert np.abs(draw(student) - before).max() > 1e-3
     student.unload_lora_weights()
     assert np.allclose(draw(student), before, atol=1e-5)
+
+
+def lora_of(unet, seed: int, targets: list[str]) -> dict:
+    peft = pytest.importorskip("peft")
+    other = copy.deepcopy(unet)
+    torch.manual_seed(seed)
+    other.add_adapter(peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    return {f"unet.{name}": tensor for name, tensor in peft.get_peft_model_state_dict(other).items()}
+
+
+def test_a_pipeline_takes_a_lora_out_of_expert_kernels_too(pipeline, student):
+    before = draw(student)
+    student.load_lora_weights(lora_of(pipeline.unet, 0, ["conv1", "conv2", "to_q"]))
+    loaded = draw(student)
+    student.fuse_lora()
+    assert np.allclose(draw(student), loaded, atol=1e-5)
+    student.unfuse_lora()
+    assert np.allclose(draw(student), loaded, atol=1e-5)
+    student.fuse_lora()
+    student.unfuse_lora()
+    student.unload_lora_weights()
+    assert np.allclose(draw(student), before, atol=1e-5)
+
+
+def test_a_lora_of_the_teacher_takes_the_place_of_another(pipeline, student):
+    first, second = (lora_of(pipeline.unet, seed, ["conv2", "to_q", "proj_in"]) for seed in (0, 1))
+    student.load_lora_weights(first, adapter_name="style")
+    before = draw(student)
+    student.load_lora_weights(second, adapter_name="style", hotswap=True)
+    swapped = draw(student)
+    student.unload_lora_weights()
+    student.load_lora_weights(second, adapter_name="style")
+    assert np.array_equal(draw(student), swapped) and not np.allclose(before, swapped, atol=1e-3)
 
 
 def test_textual_inversion(student):

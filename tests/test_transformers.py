@@ -25,6 +25,7 @@ from asdm import (
 )
 from asdm.diffusion.conditioning import Conditioning
 from asdm.diffusion.conditioning import predict as predict_from_prompts
+from asdm.estimates.forecast import Forecast
 from asdm.families import family_of
 from asdm.student.transformer import MODULE_NAME, AsdmPixArtTransformer2DModel
 from conftest import tiny_pixart_pipeline, tiny_transformer, without_asdm
@@ -209,6 +210,17 @@ def test_it_is_distilled(pipeline, data_folder, tmp_path, edits):
     assert all(torch.isfinite(p).all() for p in student.parameters())
 
 
+def test_the_time_that_its_steps_will_take_is_estimated(pipeline):
+    forecast = Forecast(pipeline, budget={"macs": 0.8})
+    assert forecast.plan.edits and 0 < forecast.speed.student_share < 1
+
+
+def test_semantics_need_an_encoder_that_it_is_not(pipeline, data_folder, tmp_path):
+    student = student_of(pipeline.transformer, remove("transformer_blocks.1"))
+    with pytest.raises(AsdmError, match=r"a PixArtTransformer2DModel without a mid block .* recipe without semantics"):
+        distill(pipeline, student, data_folder, tmp_path / "run", recipe="incubation", steps=2)
+
+
 def test_it_is_evaluated(pipeline):
     student = with_unet(pipeline, student_of(pipeline.transformer, remove("transformer_blocks.1")))
     evaluation = evaluate({"teacher": pipeline, "student": student}, rounds=1, quality=False)
@@ -230,6 +242,13 @@ def test_it_generates_with_and_without_cached_features(pipeline):
     schedule = calibrate_cache(pipeline, speedup=1.05, steps=4, samples=2)
     with cache_features(pipeline, schedule=schedule):
         assert generate(pipeline, prompts, steps=4).shape == images.shape
+
+
+def test_its_blocks_are_compiled(pipeline):
+    student = student_of(pipeline.transformer, remove(f"{BRANCH}.attn1", compensate="linear"))
+    before = predict(student)
+    student.compile_repeated_blocks(backend="eager", fullgraph=True)
+    assert torch.equal(predict(student), before)
 
 
 def test_guidance_cannot_end_early_and_sizes_fit_its_patches(pipeline):

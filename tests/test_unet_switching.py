@@ -92,6 +92,8 @@ def test_what_does_not_fit_is_named(pipeline, tmp_path):
     ):
         with pytest.raises(AsdmError, match=message):
             switch_unets(pipeline, unets, **settings)
+    with pytest.raises(AsdmError, match="compiled; give the original of it, its attribute _orig_mod"):
+        switch_unets(pipeline, [torch.compile(student), pipeline.unet], below=[0.5])
     with pytest.raises(AsdmError, match="save the pipeline of each"):
         switch_unets(pipeline, [student, pipeline.unet], below=[0.5]).save_pretrained(tmp_path)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -67,7 +67,8 @@ class CondConv(UnitEdit):
                     f"channels, here {conv.out_channels} and not {expert.out_channels}"
                 )
         read = self._read_channels(model, family, resnet)
-        around = resnet if isinstance(resnet, CondResnetBlock2D) else recast(CondResnetBlock2D, resnet)
+        around = recast(CondResnetBlock2D, resnet)
+        around.expert_convs = (*around.expert_convs, self.unit.rpartition(".")[2])
         assert isinstance(conv, nn.Conv2d)
         found: dict[str, nn.Module] = {resnet_name: around, self.unit: CondConv2d.around(conv, self, read)}
         if "prompt" in read:
@@ -80,6 +81,11 @@ class CondConv(UnitEdit):
     def changed_paths(self, model: Any, family: EditedFamily) -> list[str]:
         """Return the convolution: the modules around it only pass on what it reads."""
         return [self.unit]
+
+    @classmethod
+    def adapted(cls, path: str, module: nn.Module, student: Any) -> nn.Module:
+        """Return a convolution without experts as one of the class that a `CondResnetBlock2D` expects there."""
+        return recast(CondConv2d, module) if type(module) is nn.Conv2d else module
 
     def _read_channels(self, model: Any, family: EditedFamily, resnet: Any) -> dict[str, int]:
         """Return the channels of each part of what the router reads.
@@ -165,12 +171,13 @@ class CondConv2d(nn.Conv2d):
         if not self.sources:
             return super().forward(hidden_states)
         routing = self.routing(hidden_states, temb, prompt)
-        if (is_traced() and not self._mixes_once(temb)) or len(routing) > 2 * routing.shape[1]:
+        is_traced_apart = is_traced() and not self._mixes_once(temb)
+        if is_traced_apart or len(routing) > 2 * routing.shape[1] or (len(routing) > 1 and not self._pads_with_zeros()):
             return self._mixed_outputs(routing, hidden_states)
         weight = self._mixed(routing, self.weight, self.expert_weight)
         bias = self._mixed(routing, self.bias, self.expert_bias)
         if len(routing) == 1:
-            return F.conv2d(hidden_states, weight[0], bias[0], self.stride, self.padding, self.dilation)
+            return self._conv_forward(hidden_states, weight[0], bias[0])
         batch = hidden_states.shape[0]
         apart = hidden_states.reshape(1, -1, *hidden_states.shape[2:])
         output = F.conv2d(
@@ -212,6 +219,10 @@ class CondConv2d(nn.Conv2d):
     def _mixes_once(self, temb: Tensor | None) -> bool:
         return self.router_kind == "time" and temb is not None and repeats_one_row(temb)
 
+    def _pads_with_zeros(self) -> bool:
+        """Return whether nobody has set another padding, or replaced `_conv_forward`, as for images that tile."""
+        return self.padding_mode == "zeros" and "_conv_forward" not in vars(self)
+
     def _mixed(self, routing: Tensor, own: Tensor, experts: Tensor) -> Tensor:
         """Return the mixtures (rows of routing, *own.shape) of tensors."""
         rows, flat = routing.to(own.dtype), own.flatten()
@@ -224,11 +235,12 @@ class CondConv2d(nn.Conv2d):
     def _mixed_outputs(self, routing: Tensor, hidden_states: Tensor) -> Tensor:
         """Return the same by linearity: the mixtures of all kernels' outputs.
 
-        It is for a batch that would need more mixed kernels than there are experts, and for graphs of any batch size.
+        It is for a batch that would need more mixed kernels than there are experts, for graphs of any batch size, and
+        for convolutions that pad in their own way.
         """
         weight = torch.cat([self.weight, self.expert_weight.view(-1, *self.weight.shape[1:])])
         bias = torch.cat([self.bias, self.expert_bias.flatten()])
-        outputs = F.conv2d(hidden_states, weight, bias, self.stride, self.padding, self.dilation)
+        outputs = self._conv_forward(hidden_states, weight, bias)
         return torch.einsum("be,beohw->bohw", routing.to(outputs.dtype), outputs.unflatten(1, (routing.shape[1], -1)))
 
     def starting_tensors(self, path: str, teacher: nn.Module, family: EditedFamily) -> dict[str, Tensor]:
@@ -274,7 +286,15 @@ def _aligned(kernel: Tensor, has: Channels, wanted: Channels) -> Tensor:
 
 class CondResnetBlock2D(ResnetBlock2D):
     """A ResnetBlock2D that passes the time embedding, and the pooled prompt (batch, channels) where its block gives it
-    one, to its convolutions with expert kernels."""
+    one, to its convolutions with expert kernels, `expert_convs`."""
+
+    expert_convs: tuple[str, ...] = ()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # As peft and diffusers do when they unload adapters, whether these were merged or not.
+        if name in self.expert_convs and name in self._modules and _has_experts(self._modules[name]):
+            _require_followed(self._modules[name])
+        super().__setattr__(name, value)
 
     @property
     def reads_prompt(self) -> bool:
@@ -286,9 +306,11 @@ class CondResnetBlock2D(ResnetBlock2D):
         self, input_tensor: Tensor, temb: Tensor, *args: Any, prompt: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
         conditional = {}
-        for name, conv in (("conv1", self.conv1), ("conv2", self.conv2)):
+        for name in self.expert_convs:
+            conv = self.get_submodule(name)
+            _require_kept(name, conv)
+            _require_followed(conv)
             if _has_experts(conv):
-                _require_followed(conv)
                 conditional[name] = partial(conv, temb=temb, prompt=prompt)
         # The stock forward; in this call, `self.conv1` and `self.conv2` get two more arguments.
         return ResnetBlock2D.forward(Overlay(self, conditional), input_tensor, temb, *args, **kwargs)  # type: ignore[arg-type]
@@ -299,10 +321,19 @@ def _has_experts(conv: nn.Module) -> bool:
     return any(isinstance(module, CondConv2d) and module.sources for module in conv.modules())
 
 
+def _require_kept(name: str, conv: nn.Module) -> None:
+    """Raise an AsdmError where a tool has put another layer, without experts, in the place of a `CondConv2d`."""
+    if not any(isinstance(module, CondConv2d) for module in conv.modules()):
+        raise AsdmError(
+            f"{name}: a {type(conv).__name__} is in the place of a CondConv2d, and has no expert kernels; leave layers "
+            "of this class out where a tool replaces layers (quanto: quantize(.., exclude=[..]))"
+        )
+
+
 def _require_followed(conv: nn.Module) -> None:
-    """Raise an AsdmError where a LoRA was merged into the own kernel alone, or is disabled while it is merged."""
+    """Raise an AsdmError where a LoRA was merged into the own kernel alone."""
     merged = _merged(conv)
-    if merged != _followed(conv) or (merged and getattr(conv, "disable_adapters", False)):
+    if merged != _followed(conv):
         names = ", ".join(merged or _followed(conv))
         raise AsdmError(
             f"a LoRA ({names}) was merged into a convolution's own kernel, or out of it, and not "
@@ -330,14 +361,29 @@ def experts_following(unet: nn.Module) -> Iterator[None]:
 
     The weights of a softmax add up to 1, so the result equals that of the adapter beside the convolution.
     """
-    layers = {name: layer for name, layer in _adapted(unet).items() if _merged(layer) == _followed(layer)}
-    before = {name: (layer.base_layer.weight.clone(), layer.base_layer.bias.clone()) for name, layer in layers.items()}
+    with ExitStack() as stack:
+        for layer in _adapted(unet).values():
+            if _merged(layer) == _followed(layer):
+                stack.enter_context(_experts_following(layer))
+        yield
+
+
+@contextmanager
+def _experts_following(layer: Any) -> Iterator[None]:
+    conv = layer.base_layer
+    weight, bias = conv.weight.clone(), conv.bias.clone()
     yield
-    for name, layer in layers.items():
-        conv, (weight, bias) = layer.base_layer, before[name]
-        conv.expert_weight.data += (conv.weight.data - weight.data).flatten(1).repeat(len(conv.sources), 1)
-        conv.expert_bias.data += conv.bias.data - bias.data
-        setattr(layer, _IN_EXPERTS, _merged(layer))
+    conv.expert_weight.data += (conv.weight.data - weight.data).flatten(1).repeat(len(conv.sources), 1)
+    conv.expert_bias.data += conv.bias.data - bias.data
+    setattr(layer, _IN_EXPERTS, _merged(layer))
+    # A pipeline's `unfuse_lora`, and peft for a disabled adapter, call this of each layer.
+    layer.unmerge = partial(_unmerge_with_experts, layer)
+
+
+def _unmerge_with_experts(layer: Any) -> None:
+    """Take adapters out of the own kernel, as peft's layer does, and out of the expert kernels if they are there."""
+    with _experts_following(layer) if _merged(layer) == _followed(layer) else nullcontext():
+        type(layer).unmerge(layer)
 
 
 def _adapted(unet: nn.Module) -> dict[str, Any]:

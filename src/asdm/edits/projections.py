@@ -120,7 +120,9 @@ def reshape_saved(projections: Mapping[str, Any], state_dict: dict[str, Tensor])
     """
     for path, module in projections.items():
         key = f"{path}.weight" if path else "weight"
-        if key in state_dict and state_dict[key].numel() == module.weight.numel():
+        if key not in state_dict or state_dict[key].shape == module.weight.shape:
+            continue  # quantised tensors cannot be viewed
+        if state_dict[key].numel() == module.weight.numel():
             state_dict[key] = state_dict[key].view(module.weight.shape)
 
 

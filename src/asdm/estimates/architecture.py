@@ -33,7 +33,7 @@ class Architecture:
     def __init__(self, denoiser: Denoiser, layer_shares: Mapping[str, float]):
         self.denoiser, self.layer_shares = denoiser, layer_shares
         self.family: Any = family_of(denoiser)
-        self.structure = structure_map(model_without_weights(denoiser, ()))
+        self.structure = structure_map(model_without_weights(denoiser, ()).to("meta"))  # its buffers, too
 
     def choices(self, compensate: CompensationKind) -> list[PossibleEdit]:
         """Return all edits that a plan can choose."""
@@ -69,7 +69,7 @@ class Architecture:
 
     def student(self, plan: PruningPlan) -> Denoiser:
         """Return a plan's student without weights."""
-        return empty_student(self.denoiser, plan)
+        return empty_student(self.denoiser, plan).to("meta")
 
     def student_share(self, student: Denoiser) -> float:
         """Return what a call of a student without weights takes, as a part of the original's, by MACs."""

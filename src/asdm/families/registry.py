@@ -41,6 +41,8 @@ def family_of(model: Any) -> ModelFamily:
     for family in _FAMILIES:
         if isinstance(model, family.model_class):
             return family
+    if hasattr(model, "_orig_mod"):
+        raise AsdmError("the model is compiled; give the original of it, its attribute _orig_mod")
     raise _unknown(type(model).__name__)
 
 

@@ -74,6 +74,9 @@ def with_decoder(pipeline: DiffusionPipeline, decoder: str | Path | AutoencoderT
     tiny = decoder if isinstance(decoder, AutoencoderTiny) else load_decoder(decoder, pipeline)
     name = str(tiny.config.get("_name_or_path") or "decoder") if isinstance(decoder, AutoencoderTiny) else str(decoder)
     require_decoder(pipeline, tiny, name)
+    # diffusers takes any for one of factor 8, as TAESD is, and decodes in tiles by this factor.
+    tiny.spatial_scale_factor = size_factor(tiny)
+    tiny.tile_latent_min_size = tiny.tile_sample_min_size // tiny.spatial_scale_factor
     vae: Any = pipeline.vae
     with quiet():  # diffusers warns of modules that it would keep in float32, of which there are none
         return with_vae(pipeline, on_device(tiny.eval().requires_grad_(False).to(vae.dtype), vae.device))

@@ -28,6 +28,7 @@ class AsdmPixArtTransformer2DModel(EditedModel, PixArtTransformer2DModel):
     module_name = MODULE_NAME
     home = "asdm.student.transformer"
     disguised_fields = ("norm_type",)
+    _repeated_blocks: ClassVar = ["BasicTransformerBlock"]  # for compile_repeated_blocks; the stock class has none
     _no_split_modules: ClassVar = [*PixArtTransformer2DModel._no_split_modules, *no_split_modules()]
 
     def __init__(self, edits: Sequence[Any] = (), **transformer_config: Any):

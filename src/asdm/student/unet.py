@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
@@ -78,15 +79,26 @@ class AsdmUNet2DConditionModel(EditedModel, UNet2DConditionModel):
             weights = expanded if isinstance(weights, list) else expanded[0]
         super().set_adapters(adapter_names, weights)
 
+    def load_lora_adapter(
+        self,
+        pretrained_model_name_or_path_or_dict: Any,
+        prefix: str | None = "transformer",
+        hotswap: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As the stock UNet. A LoRA that takes another one's place may be for layers that the student lacks, too."""
+        weights = pretrained_model_name_or_path_or_dict
+        if hotswap and isinstance(weights, dict):
+            present = {name for name, _ in self.named_modules()}
+            gone = {name for name, _ in self.original().named_modules()} - present
+            weights = {key: tensor for key, tensor in weights.items() if not _lies_in(key, prefix, gone)}
+        return super().load_lora_adapter(weights, prefix=prefix, hotswap=hotswap, **kwargs)
+
     @wraps(UNet2DConditionModel.fuse_lora)
     def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
         require_fusable(self)
         with experts_following(self):
             super().fuse_lora(*args, **kwargs)
-
-    def unfuse_lora(self) -> None:
-        with experts_following(self):
-            super().unfuse_lora()
 
     def set_attn_processor(self, processor: Any) -> None:
         """As the stock UNet, and from a dict for the original. Only another regional processor replaces regional
@@ -123,6 +135,12 @@ class AsdmUNet2DConditionModel(EditedModel, UNet2DConditionModel):
 
 # By this name a pipeline's index finds the class: in the file beside the weights, or in this package.
 AsdmUNet2DConditionModel.__module__ = MODULE_NAME
+
+
+def _lies_in(key: str, prefix: str | None, modules: Collection[str]) -> bool:
+    """Return whether a tensor's name in a LoRA file is inside one of these modules."""
+    path = key.removeprefix(f"{prefix}.") if prefix else key
+    return any(name in modules for name in accumulate(path.split("."), "{}.{}".format))
 
 
 def _fitted_residuals(kwargs: dict[str, Any], skips: int) -> dict[str, Any]:
