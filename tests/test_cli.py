@@ -13,6 +13,8 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from asdm import PruningPlan, cli, save_pipeline
+from asdm.cli.output import print_skipped
+from asdm.files import write_text
 from conftest import lora_file, tiny_pipeline, tiny_unet
 
 
@@ -288,3 +290,11 @@ def test_a_controlnet_reads_its_image_from_a_file(run, model, tmp_path):
     assert (status, out.split()) == (0, ["drawn/pear.png"]), error
     status, _, error = run("generate", model, "pear", *control[:3], tmp_path / "gone.png")
     assert status == 2 and "gone.png: no such image file" in error
+
+
+def test_names_of_skipped_files_are_printed_and_written_as_text(capfd, tmp_path):
+    names = {"\x1b[31mred.png": "damaged", "bad\udcfe.png": "damaged"}
+    print_skipped(names)
+    assert capfd.readouterr().err.splitlines()[1:] == ["  \\x1b[31mred.png: damaged", "  bad?.png: damaged"]
+    write_text(tmp_path / "report.html", "\n".join(names))
+    assert (tmp_path / "report.html").read_text("utf-8").endswith("bad\\udcfe.png")

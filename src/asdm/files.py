@@ -151,9 +151,10 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old text or the new one, never a part."""
+    """Write a file so that a reader sees the old text or the new one, never a part. A name that is no UTF-8 is written
+    with escapes."""
     with replacing_file(path) as partial:
-        partial.write_text(text, "utf-8")
+        partial.write_text(text, "utf-8", errors="backslashreplace")
 
 
 def _name_beside(target: Path, kind: str) -> Path:
