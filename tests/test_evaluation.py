@@ -20,7 +20,7 @@ from asdm.evaluation import real_images as real_images_module
 from asdm.evaluation import speed as speed_module
 from asdm.evaluation.image_folders import load_distances
 from asdm.evaluation.metrics import JUDGE_NAME, Judge, feature_distance, kid, psnr, recognition, retrieval_at_1
-from asdm.evaluation.plots import redundancy_plot
+from asdm.evaluation.plots import loss_plot, redundancy_plot
 from asdm.evaluation.real_images import RealImages, image_embeds
 from asdm.evaluation.report import headline_of, metrics_section
 from asdm.evaluation.results import Evaluation
@@ -204,6 +204,13 @@ def test_the_diagram_of_a_unet_is_a_u_and_that_of_a_transformer_a_column():
     titles = [text.get_text() for text in figure.axes[0].texts if "%" in text.get_text()]
     assert titles == [f"{block}  0%" for block in blocks]
     plt.close(figure)
+
+
+def test_a_stage_of_no_steps_has_nothing_to_plot():
+    logs = {"incubate": [], "joint": [{"step": 1, "loss": 2.0, "task": 1.0}, {"step": 2, "loss": 1.0, "task": 0.5}]}
+    axes = loss_plot(logs).axes[0]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["task (joint)"]
+    plt.close("all")
 
 
 def test_an_evaluation_of_0_1_0_loads(tmp_path):

@@ -25,6 +25,8 @@ from asdm import (
 )
 from asdm.diffusion.conditioning import Conditioning
 from asdm.diffusion.conditioning import predict as predict_from_prompts
+from asdm.distillation.recipes import recipe_stages
+from asdm.distillation.semantics import make_encoder
 from asdm.families import family_of
 from asdm.student.transformer import MODULE_NAME, AsdmPixArtTransformer2DModel
 from conftest import tiny_pixart_pipeline, tiny_transformer, without_asdm
@@ -207,6 +209,16 @@ def test_it_is_distilled(pipeline, data_folder, tmp_path, edits):
     distill(pipeline, student, data_folder, tmp_path / "run", stages=[stage])
     assert any(not torch.equal(p, before[name]) for name, p in student.named_parameters())
     assert all(torch.isfinite(p).all() for p in student.parameters())
+
+
+def test_the_recipe_with_semantic_supervision_reads_the_block_in_the_middle(pipeline, data_folder, tmp_path):
+    student = student_of(pipeline.transformer, remove(f"{BRANCH}.ff"))
+    stages = recipe_stages("incubation", student, 20)
+    stages = [stage.model_copy(update={"steps": 1, "batch_size": 2, "mixed_precision": "no"}) for stage in stages]
+    rows = []
+    distill(pipeline, student, data_folder, tmp_path / "run", stages=stages, progress=rows.append)
+    assert rows[-1]["semantic"] > 0
+    assert make_encoder("unet", pipeline).path == "transformer_blocks.2"
 
 
 def test_it_is_evaluated(pipeline):

@@ -13,9 +13,10 @@ from diffusers import DiffusionPipeline
 from asdm import checks
 from asdm.choices import IMAGE_TO_IMAGE_SAMPLES, CompensationKind, Dtype, PredictionType, Sensitivity
 from asdm.compression.settings import KIND, Settings, claim_folder, make_settings, require_same_settings
-from asdm.compression.steps import STEPS, Job, Progress, expected_work
+from asdm.compression.steps import STEPS, Job, Progress, expected_work, stages_of
 from asdm.data.sources import require_usable
 from asdm.diffusion.generation import require_steps, require_strength
+from asdm.distillation.distill import require_stages
 from asdm.distillation.stages import Stage
 from asdm.errors import AsdmError
 from asdm.estimates.work import StepTime
@@ -187,6 +188,9 @@ def _checked_teacher(settings: Settings, device: str | None) -> DiffusionPipelin
     if settings.data is not None:
         require_usable(settings.data)
     pipeline = load_pipeline(settings.model, dtype=settings.torch_dtype, device=device, **settings.claims)
+    stages = [stage for stage in stages_of(settings, denoiser_of(pipeline)) if stage.steps]
+    if settings.data is not None:
+        require_stages(pipeline, stages, settings.data)
     if settings.decoder is not None:
         with_decoder(pipeline, settings.decoder)
     require_budget_of(denoiser_of(pipeline), settings.budget["params"], settings.budget["macs"])

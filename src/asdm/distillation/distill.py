@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from asdm import checks
-from asdm.data.prepared import digest_of, is_prepared
+from asdm.data.prepared import digest_of, is_prepared, open_prepared
 from asdm.devices import on_device
 from asdm.diffusion.parameterization import parameterization_of
 from asdm.distillation.incubation import blocks_in_teacher
@@ -19,13 +19,14 @@ from asdm.distillation.lora import low_rank
 from asdm.distillation.recipes import recipe_stages, with_captions
 from asdm.distillation.run import StageRun, train_stage
 from asdm.distillation.stages import Stage
-from asdm.distillation.tasks import make_task
-from asdm.distillation.training_set import TrainingSet, prepare
+from asdm.distillation.tasks import make_task, semantic_parts
+from asdm.distillation.training_set import TrainingSet, open_features, prepare
 from asdm.errors import AsdmError
 from asdm.families import Denoiser, denoiser_of, family_of
 from asdm.files import folder_lock
 from asdm.measure.hooks import preserve_module_state
 from asdm.measure.machine import fast_training
+from asdm.training.launch import require_precision
 from asdm.training.loop import Progress
 from asdm.training.optimizers import require_installed
 
@@ -102,16 +103,9 @@ def distill(
     }
     reading = [stage for stage in stages if stage.teacher == "recorded"]
     with folder_lock(folder), preserve_module_state(denoiser, teacher.vae):
-        _require_possible(teacher, student, stages)
-        if reading and not is_prepared(data):
-            raise AsdmError(
-                f"stage {reading[0].name}: teacher=recorded, and {data} was not prepared; run asdm prepare-data MODEL "
-                f"{data} --out PREPARED --teacher-features float16, and give PREPARED as the data"
-            )
+        require_stages(teacher, stages, data, device)
+        _require_student_for(teacher, student, stages)
         examples = prepare(teacher, data, folder / "prepared", recorded=bool(reading))
-        for stage in reading:
-            assert examples.recorded is not None
-            examples.recorded.require_drawn_for(stage)
         total, before = sum(stage.steps for stage in stages), 0
         for index, stage in enumerate(stages):
             report = None if progress is None else partial(_report, progress, before, total)
@@ -145,12 +139,35 @@ def _require_trainable(teacher: Denoiser, student: Denoiser) -> None:
         )
 
 
-def _require_possible(teacher: DiffusionPipeline, student: Denoiser, stages: Sequence[Stage]) -> None:
-    """Raise an AsdmError for a stage that requires what this student, this teacher or this machine has not: before the
-    data is prepared and the stages before it are trained."""
-    nothing = TrainingSet(SimpleNamespace(captions=[""]), None)  # type: ignore[arg-type]
+def require_stages(
+    teacher: DiffusionPipeline, stages: Sequence[Stage], data: str | Path, device: str | None = None
+) -> None:
+    """Raise an AsdmError for a stage that requires what this teacher, this data or this machine has not, whatever the
+    student: before any work.
+
+    Args:
+        device: as of `distill`.
+    """
     for stage in stages:
         require_installed(stage.optimizer)
+        is_recorded = stage.teacher == "recorded"
+        require_precision(device if is_recorded and device is not None else teacher.device, stage.mixed_precision)
+        if is_recorded and not is_prepared(data):
+            raise AsdmError(
+                f"stage {stage.name}: teacher=recorded, and {data} was not prepared; run asdm prepare-data MODEL "
+                f"{data} --out PREPARED --teacher-features float16, and give PREPARED as the data"
+            )
+        if is_recorded:
+            open_features(teacher, open_prepared(teacher, data)).require_drawn_for(stage)
+        if stage.scope == "joint":
+            semantic_parts(teacher, stage, [""])
+
+
+def _require_student_for(teacher: DiffusionPipeline, student: Denoiser, stages: Sequence[Stage]) -> None:
+    """Raise an AsdmError for a stage that requires what this student has not: before the data is prepared and the
+    stages before it are trained."""
+    nothing = TrainingSet(SimpleNamespace(captions=[""]), None)  # type: ignore[arg-type]
+    for stage in stages:
         with (
             blocks_in_teacher(student, denoiser_of(teacher), stage.blocks_in_teacher),
             low_rank(student, stage, None),

@@ -50,7 +50,7 @@ class DenoiserEncoder:
     def __init__(self, denoiser: Denoiser, parameterization: Parameterization):
         path = family_of(denoiser).semantic_module(denoiser)
         if path is None:
-            raise AsdmError("semantics: the teacher's UNet has no mid block; choose the encoder clip")
+            raise AsdmError("semantics: the teacher has no mid block; choose the encoder clip")
         self.denoiser, self.parameterization, self.path = denoiser, parameterization, path
         self.timestep = int(TIMESTEP * parameterization.num_timesteps)
 
