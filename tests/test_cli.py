@@ -298,3 +298,19 @@ def test_names_of_skipped_files_are_printed_and_written_as_text(capfd, tmp_path)
     assert capfd.readouterr().err.splitlines()[1:] == ["  \\x1b[31mred.png: damaged", "  bad?.png: damaged"]
     write_text(tmp_path / "report.html", "\n".join(names))
     assert (tmp_path / "report.html").read_text("utf-8").endswith("bad\\udcfe.png")
+
+
+def test_an_output_does_not_replace_what_is_read(run, model, data_folder, tmp_path):
+    plan = PruningPlan.for_unet(tiny_pipeline().unet, [{"edit": "remove", "unit": "mid_block"}])
+    plan.save(tmp_path / "plan.json")
+    assert run("prune", model, "plan.json", "--out", "student")[0] == 0
+    before = (tmp_path / "student" / "model_index.json").stat().st_mtime_ns
+    others = ["--data", data_folder, "--steps", "1", "--yes"]
+    for command in (
+        ["prune", "student", "plan.json", "--out", "./student"],
+        ["distill", model, "student", "--out", "student", *others],
+        ["distill", "student", model, "--out", tmp_path / "student", *others],
+    ):
+        status, _, error = run(*command)
+        assert status == 2 and "student: is read, and would be replaced by the output" in error, error
+    assert (tmp_path / "student" / "model_index.json").stat().st_mtime_ns == before

@@ -60,6 +60,23 @@ def test_a_folder_with_the_old_names_of_settings_resumes(model, tmp_path, monkey
         compress(model, made.folder, params=0.8, **SHORT | {"refine": 1})
 
 
+def test_a_compression_goes_on_with_the_same_weights_alone(model, data_folder, tmp_path, monkeypatch):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("asdm.compression.steps.full_plan", stopped)
+    settings = {"params": 0.8, "data": data_folder, **SHORT}
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            compress(model, tmp_path / "out", **settings)
+    other = tiny_pipeline()
+    with torch.no_grad():
+        other.unet.conv_out.weight.neg_()
+    save_pipeline(other, model)
+    with pytest.raises(AsdmError, match=r"out: begun when .*model had other weights; name another folder"):
+        compress(model, tmp_path / "out", **settings)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

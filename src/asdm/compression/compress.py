@@ -14,6 +14,7 @@ from asdm import checks
 from asdm.choices import IMAGE_TO_IMAGE_SAMPLES, CompensationKind, Dtype, PredictionType, Sensitivity
 from asdm.compression.settings import KIND, Settings, claim_folder, make_settings, require_same_settings
 from asdm.compression.steps import STEPS, Job, Progress, expected_work, stages_of
+from asdm.data.prepared import digest_of
 from asdm.data.sources import require_usable
 from asdm.diffusion.generation import require_steps, require_strength
 from asdm.distillation.distill import require_stages
@@ -164,13 +165,14 @@ def _run(
 ) -> Compression:
     """Return all steps in a row; those that are done are loaded."""
     teacher = _checked_teacher(settings, device)
+    weights = digest_of(denoiser_of(teacher))
     job = Job(settings, out, teacher, progress or (lambda *_: None))
     if estimated is not None:
-        require_same_settings(out, settings)
+        require_same_settings(out, settings, weights)
         forecast, works = expected_work(job)
         estimated(forecast.times(works))
         del forecast
-    claim_folder(out, settings)
+    claim_folder(out, settings, weights)
     for step in STEPS:
         step.perform(job)
     return Compression(out, out / REPORT, job.headline, job.plan, job.evaluation, job.skipped)

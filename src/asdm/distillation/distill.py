@@ -107,10 +107,12 @@ def distill(
         _require_student_for(teacher, student, stages)
         examples = prepare(teacher, data, folder / "prepared", recorded=bool(reading))
         total, before = sum(stage.steps for stage in stages), 0
+        names = [stage.name for stage in stages]
         for index, stage in enumerate(stages):
             report = None if progress is None else partial(_report, progress, before, total)
             is_newest = not any(folder.glob(f"{index + 1:02d}-*"))
-            run = StageRun(folder / f"{index:02d}-{stage.name}", stage, seed, networks, is_newest, device)
+            place, earlier = folder / f"{index:02d}-{stage.name}", tuple(names[:index])
+            run = StageRun(place, stage, seed, networks, is_newest, earlier, device)
             train_stage(teacher, student, examples, run, report)
             before += stage.steps
     student.eval().requires_grad_(False)

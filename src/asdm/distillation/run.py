@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from asdm.data.batches import ShuffledBatches
+from asdm.digests import short_digest
 from asdm.distillation.incubation import blocks_in_teacher, chosen_blocks
 from asdm.distillation.lora import low_rank
 from asdm.distillation.stages import Stage
@@ -42,14 +43,15 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 @dataclass(frozen=True)
 class StageRun:
     """A stage as it is trained in a folder; `networks` are digests of the teacher and the student that it began with,
-    and what they predict; it is the newest where no later stage has begun. `device` is where a stage without a teacher
-    is trained, by default the student's."""
+    and what they predict; it is the newest where no later stage has begun; `before` are the names of the stages before
+    it. `device` is where a stage without a teacher is trained, by default the student's."""
 
     folder: Path
     stage: Stage
     seed: int
     networks: dict[str, str]
     is_newest: bool
+    before: tuple[str, ...] = ()
     device: str | None = None
 
     def claim(self, student: Denoiser, examples: TrainingSet) -> None:
@@ -65,7 +67,8 @@ class StageRun:
             # A setting that an earlier version did not have has its default.
             defaults = _fields(Stage(name=self.stage.name, steps=0))
             saved = renamed_stage(read_settings(path))
-            known = {"predicts": settings["predicts"], **defaults, **saved}
+            kept = {name: settings[name] for name in ("predicts", "stages_before", "images")}
+            known = kept | defaults | saved
             if isinstance(known["losses"], dict):
                 known["losses"] = defaults["losses"] | known["losses"]
             require_same_run(self.folder, known, json.loads(json.dumps(settings)), may_lengthen=self.is_newest)
@@ -78,7 +81,9 @@ class StageRun:
             "seed": self.seed,
             "edits": student.config.get("edits") or [],
             "data": [*examples.prepared.identity, *recorded],
+            "images": short_digest(examples.prepared.first_latents()),
             **self.networks,
+            "stages_before": list(self.before),
             **{name: value for name, value in _fields(self.stage).items() if name not in CHANGEABLE},
         }
 
