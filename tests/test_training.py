@@ -409,6 +409,26 @@ def test_a_run_goes_on_with_its_own_settings_alone(pipeline, data_folder, tmp_pa
     assert checkpoint_step(tmp_path / "00-joint") == (5 if message is None else 4)
 
 
+@pytest.mark.parametrize(
+    ("changes", "fsdp", "message"),
+    [
+        ({"batch_size": 3}, "false", r"batch_size=3: not a multiple of 2"),
+        ({"trained": "lora"}, "true", "trained=lora: not under FSDP"),
+        ({"optimizer": "muon"}, "true", "optimizer=muon: not under FSDP"),
+    ],
+)
+def test_a_later_stage_that_processes_cannot_share_is_refused_before_the_first(
+    pipeline, data_folder, tmp_path, monkeypatch, changes, fsdp, message
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", fsdp)
+    plan = PruningPlan.for_unet(pipeline.unet, [{"edit": "remove", "unit": "mid_block"}])
+    stages = [quick_stage(steps=1, name="first"), quick_stage(steps=1, **changes)]
+    with pytest.raises(AsdmError, match=message):
+        distill(pipeline, build_student(pipeline.unet, plan), data_folder, tmp_path, stages=stages)
+    assert not (tmp_path / "prepared").exists()
+
+
 def test_a_stage_is_of_the_stages_before_it(pipeline, data_folder, tmp_path):
     plan = PruningPlan.for_unet(pipeline.unet, [{"edit": "remove", "unit": "mid_block"}])
 

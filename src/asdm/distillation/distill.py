@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from asdm.diffusion.parameterization import parameterization_of
 from asdm.distillation.incubation import blocks_in_teacher
 from asdm.distillation.lora import low_rank
 from asdm.distillation.recipes import recipe_stages, with_captions
-from asdm.distillation.run import StageRun, train_stage
+from asdm.distillation.run import StageRun, require_launchable, train_stage
 from asdm.distillation.stages import Stage
 from asdm.distillation.tasks import make_task, semantic_parts
 from asdm.distillation.training_set import TrainingSet, open_features, prepare
@@ -152,6 +153,7 @@ def require_stages(
     """
     for stage in stages:
         require_installed(stage.optimizer)
+        require_launchable(stage, int(os.environ.get("WORLD_SIZE", "1")))
         is_recorded = stage.teacher == "recorded"
         require_precision(device if is_recorded and device is not None else teacher.device, stage.mixed_precision)
         if is_recorded and not is_prepared(data):

@@ -94,6 +94,19 @@ def _fields(stage: Stage) -> dict[str, Any]:
     return {"teacher_is" if name == "teacher" else name: value for name, value in fields.items()}
 
 
+def require_launchable(stage: Stage, processes: int) -> None:
+    """Raise an AsdmError for a stage that so many processes cannot share, as they were launched."""
+    if processes == 1:
+        return
+    if stage.trained == "lora" and is_sharding_requested():
+        raise AsdmError(f"stage {stage.name}: trained=lora: not under FSDP; launch without FSDP")
+    if stage.scope == "incubate":  # its blocks are divided, not its batch
+        return
+    BatchSlice(0, processes * stage.accumulation).of(stage.batch_size)
+    if stage.optimizer != "adamw" and is_sharding_requested():
+        raise AsdmError(f"stage {stage.name}: optimizer={stage.optimizer}: not under FSDP; use adamw")
+
+
 def train_stage(
     teacher: DiffusionPipeline, student: Denoiser, examples: TrainingSet, run: StageRun, progress: Progress | None
 ) -> None:
@@ -108,8 +121,6 @@ def train_stage(
     )
     device = teacher.device if is_live else torch.device(run.device or student.device)
     accelerator = make_accelerator(device, stage.mixed_precision, some_unused=only_features)
-    if stage.trained == "lora" and accelerator.num_processes > 1 and is_sharding_requested():
-        raise AsdmError(f"stage {stage.name}: trained=lora: not under FSDP; launch without FSDP")
     is_spread = stage.scope == "incubate" and accelerator.num_processes > 1
     share = BatchSlice(accelerator.process_index, accelerator.num_processes) if is_spread else WHOLE
     if accelerator.is_main_process:
