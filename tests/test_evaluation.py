@@ -16,6 +16,7 @@ from asdm import AsdmError, PruningPlan, build_student, compress, evaluate, load
 from asdm.data.examples import load_pixels
 from asdm.data.sources import open_data
 from asdm.diffusion.generation import generate
+from asdm.errors import AsdmWarning
 from asdm.evaluation import real_images as real_images_module
 from asdm.evaluation import speed as speed_module
 from asdm.evaluation.image_folders import load_distances
@@ -133,6 +134,13 @@ def test_evaluation_compares_on_the_same_prompts_and_seeds(data_folder, tmp_path
         assert image.size == (16, 16)
     mean = figures.quality_of("pruned", "held_out").teacher_distance
     assert load_distances(folder) == [pytest.approx(mean, abs=1e-5)], "one image is held out"
+
+
+def test_pipelines_that_make_images_of_several_sizes_are_told():
+    larger = tiny_pipeline()
+    larger.register_modules(unet=tiny_unet(sample_size=16))
+    with pytest.warns(AsdmWarning, match="teacher 16 pixels a side, larger 32 pixels a side: speed and distances"):
+        evaluate({"teacher": tiny_pipeline(), "larger": larger}, quality=False, image_to_image=0, steps=2, rounds=1)
 
 
 def test_images_are_judged_as_drawn_not_as_a_safety_checker_gives_them_out():
