@@ -164,19 +164,23 @@ def require_stages(
         if is_recorded:
             open_features(teacher, open_prepared(teacher, data)).require_drawn_for(stage)
         if stage.scope == "joint":
-            semantic_parts(teacher, stage, [""])
+            semantic_parts(teacher, stage, _no_examples())
+
+
+def _no_examples() -> TrainingSet:
+    """Return what stands for the examples before any are prepared."""
+    return TrainingSet(SimpleNamespace(captions=[""]), None)  # type: ignore[arg-type]
 
 
 def _require_student_for(teacher: DiffusionPipeline, student: Denoiser, stages: Sequence[Stage]) -> None:
     """Raise an AsdmError for a stage that requires what this student has not: before the data is prepared and the
     stages before it are trained."""
-    nothing = TrainingSet(SimpleNamespace(captions=[""]), None)  # type: ignore[arg-type]
     for stage in stages:
         with (
             blocks_in_teacher(student, denoiser_of(teacher), stage.blocks_in_teacher),
             low_rank(student, stage, None),
         ):
-            make_task(teacher, student, nothing, stage)
+            make_task(teacher, student, _no_examples(), stage)
 
 
 def _report(progress: Progress, before: int, total: int, row: dict[str, float]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -50,18 +50,15 @@ def make_task(
     if stage.scope == "consistency":
         scale = default_guidance(teacher) if stage.guidance_scale is None else stage.guidance_scale
         return ConsistencyTask(denoiser, student, parameterization, examples, stage, scale)
-    encoder, captions = semantic_parts(teacher, stage, examples.prepared.captions)
+    encoder, captions = semantic_parts(teacher, stage, examples)
     return DistillationTask(denoiser, student, parameterization, examples, stage, encoder, captions)
 
 
 def semantic_parts(
-    teacher: DiffusionPipeline, stage: Stage, captions: Sequence[str]
+    teacher: DiffusionPipeline, stage: Stage, examples: TrainingSet
 ) -> tuple[SemanticEncoder | None, CaptionSampler | None]:
     """Return the encoder and the source of captions without images that a joint stage's losses read; None where none
     does.
-
-    Args:
-        captions: the data's.
 
     Raises:
         AsdmError: the stage requires what this teacher has not.
@@ -70,7 +67,7 @@ def semantic_parts(
     if stage.losses.any_reads("semantics", "caption_semantics"):
         encoder = make_encoder(stage.semantics.encoder, teacher, stage.semantics.decoder)
     if stage.losses.any_reads("captions", "caption_semantics"):
-        sampler = make_caption_sampler(teacher, stage, captions)
+        sampler = make_caption_sampler(teacher, stage, examples.prepared.captions)
     return encoder, sampler
 
 
