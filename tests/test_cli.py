@@ -13,6 +13,8 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from asdm import PruningPlan, cli, save_pipeline
+from asdm.cli.output import print_skipped
+from asdm.files import write_text
 from conftest import lora_file, tiny_pipeline, tiny_unet
 
 
@@ -288,3 +290,27 @@ def test_a_controlnet_reads_its_image_from_a_file(run, model, tmp_path):
     assert (status, out.split()) == (0, ["drawn/pear.png"]), error
     status, _, error = run("generate", model, "pear", *control[:3], tmp_path / "gone.png")
     assert status == 2 and "gone.png: no such image file" in error
+
+
+def test_names_of_skipped_files_are_printed_and_written_as_text(capfd, tmp_path):
+    names = {"\x1b[31mred.png": "damaged", "bad\udcfe.png": "damaged"}
+    print_skipped(names)
+    assert capfd.readouterr().err.splitlines()[1:] == ["  \\x1b[31mred.png: damaged", "  bad?.png: damaged"]
+    write_text(tmp_path / "report.html", "\n".join(names))
+    assert (tmp_path / "report.html").read_text("utf-8").endswith("bad\\udcfe.png")
+
+
+def test_an_output_does_not_replace_what_is_read(run, model, data_folder, tmp_path):
+    plan = PruningPlan.for_unet(tiny_pipeline().unet, [{"edit": "remove", "unit": "mid_block"}])
+    plan.save(tmp_path / "plan.json")
+    assert run("prune", model, "plan.json", "--out", "student")[0] == 0
+    before = (tmp_path / "student" / "model_index.json").stat().st_mtime_ns
+    others = ["--data", data_folder, "--steps", "1", "--yes"]
+    for command in (
+        ["prune", "student", "plan.json", "--out", "./student"],
+        ["distill", model, "student", "--out", "student", *others],
+        ["distill", "student", model, "--out", tmp_path / "student", *others],
+    ):
+        status, _, error = run(*command)
+        assert status == 2 and "student: is read, and would be replaced by the output" in error, error
+    assert (tmp_path / "student" / "model_index.json").stat().st_mtime_ns == before

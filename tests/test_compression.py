@@ -1,6 +1,7 @@
 """A compression resumes in the folder of an earlier one, also one that an earlier version made."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -57,6 +58,43 @@ def test_a_folder_with_the_old_names_of_settings_resumes(model, tmp_path, monkey
     assert compress(model, made.folder, params=0.8, **SHORT).plan == made.plan
     with pytest.raises(AsdmError, match=r"made with other settings \(refine\)"):
         compress(model, made.folder, params=0.8, **SHORT | {"refine": 1})
+
+
+def test_a_compression_goes_on_with_the_same_weights_alone(model, data_folder, tmp_path, monkeypatch):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("asdm.compression.steps.full_plan", stopped)
+    settings = {"params": 0.8, "data": data_folder, **SHORT}
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            compress(model, tmp_path / "out", **settings)
+    other = tiny_pipeline()
+    with torch.no_grad():
+        other.unet.conv_out.weight.neg_()
+    save_pipeline(other, model)
+    with pytest.raises(AsdmError, match=r"out: begun when .*model had other weights; name another folder"):
+        compress(model, tmp_path / "out", **settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher": "recorded"}, "teacher=recorded, and .* was not prepared"),
+        ({"mixed_precision": "fp16"}, "mixed_precision=fp16: not on a CPU"),
+        ({"losses": {"semantic": 1.0}, "semantics": {"encoder": "clip"}}, "no clip folder beside this pipeline"),
+        ({"optimizer": "adamw8bit"}, "optimizer=adamw8bit: bitsandbytes"),
+    ],
+)
+def test_a_stage_that_is_not_possible_is_refused_before_any_work(
+    model, data_folder, tmp_path, monkeypatch, changes, message
+):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setattr("asdm.compression.steps.analyze", lambda *_, **__: pytest.fail("analysed first"))
+    stages = [Stage(name="first", steps=1, batch_size=2), Stage(name="second", steps=1, batch_size=2, **changes)]
+    with pytest.raises(AsdmError, match=message):
+        compress(model, tmp_path / "out", params=0.8, data=data_folder, stages=stages, samples=0)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

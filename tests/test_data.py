@@ -18,6 +18,7 @@ from asdm import AsdmError
 from asdm.data import sources as data_module
 from asdm.data.examples import Example, load_pixels
 from asdm.data.sources import AT_HAND, open_data, open_source
+from asdm.distillation.caption_only import read_captions
 from asdm.images import open_image, to_tensor
 
 
@@ -221,6 +222,75 @@ def test_captions_as_editors_write_them(tmp_path):
     (tmp_path / "far" / "metadata.jsonl").write_text("\ufeff" + lines, "utf-8")
     (tmp_path / "far" / "backup.tar").write_bytes(b"not of the data")
     assert [example.caption for example in open_data(tmp_path / "far").examples] == ["one line", "two"]
+
+
+def test_captions_that_are_no_utf_8_are_named_whatever_holds_them(tmp_path):
+    latin = "café".encode("latin-1")
+    folder = tmp_path / "beside"
+    picture(folder / "a.png")
+    (folder / "a.txt").write_bytes(latin)
+    picture(folder / "b.png")
+    (folder / "b.txt").write_text("café", "utf-8")
+    table = tmp_path / "table"
+    picture(table / "a.png")
+    picture(table / "b.png")
+    rows = b'{"file_name": "a.png", "text": "' + latin + '"}\n{"file_name": "b.png", "text": "café"}'.encode()
+    (table / "metadata.jsonl").write_bytes(rows)
+    (tmp_path / "lines.txt").write_bytes(latin + "\ncafé\n".encode())
+    for source, name in ((folder, "a.png"), (table, "a.png"), (tmp_path / "lines.txt", "lines.txt:1")):
+        data = open_data(source)
+        assert [example.caption for example in data.examples] == ["café"]
+        assert data.skipped == {name: "its caption is not text in UTF-8"}
+
+
+def test_a_caption_is_that_of_the_field_that_says_something(tmp_path):
+    rows = [
+        {"file_name": "a.png", "text": None, "caption": "a cat"},
+        {"file_name": "b.png", "text": " ", "prompt": "a dog"},
+        {"file_name": "c.png", "caption": ["", None], "prompt": ["", "a fish"]},
+        {"file_name": "d.png", "caption": None},
+    ]
+    for row in rows:
+        picture(tmp_path / row["file_name"])
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = open_data(tmp_path)
+    assert [example.caption for example in data.examples] == ["a cat", "a dog", "a fish"]
+    assert data.skipped == {"d.png": "its caption is empty"}
+
+
+def test_suffixes_of_captions_in_capitals(tmp_path):
+    picture(tmp_path / "set" / "A.PNG")
+    (tmp_path / "set" / "A.TXT").write_text("a cat")
+    (tmp_path / "CAPTIONS.TXT").write_text("a dog\n")
+    assert [example.caption for example in open_data(tmp_path / "set").examples] == ["a cat"]
+    assert [example.caption for example in open_data(tmp_path / "CAPTIONS.TXT").examples] == ["a dog"]
+
+
+def test_a_shard_beside_captioned_images_does_not_replace_them(tmp_path):
+    picture(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a cat")
+    (tmp_path / "backup.tar").write_bytes(b"")
+    data = open_data(tmp_path)
+    assert [example.caption for example in data.examples] == ["a cat"]
+    assert data.skipped == {"backup.tar": "a shard among images is not read; name it by its own path"}
+
+
+def test_where_all_rows_are_held_out_the_error_says_so(tmp_path):
+    picture(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a cat", "held_out": true}\n')
+    with pytest.raises(AsdmError, match="all of its usable rows are held_out"):
+        open_data(tmp_path)
+    assert len(open_data(tmp_path, "held_out")) == 1
+
+
+def test_a_file_of_captions_without_a_usable_one_says_why(tmp_path):
+    (tmp_path / "captions.txt").write_text("x" * 10_001)
+    for read in (open_data, read_captions):
+        with pytest.raises(AsdmError, match=r"has no caption \(1 skipped, .*more than 10,000 characters"):
+            read(tmp_path / "captions.txt")
+    (tmp_path / "captions.tsv").write_text("a cat")
+    with pytest.raises(AsdmError, match=r"captions.tsv: a file that is no DATA"):
+        open_data(tmp_path / "captions.tsv")
 
 
 def test_shards_that_were_written_anew_are_other_data(tmp_path, monkeypatch):

@@ -16,11 +16,12 @@ from asdm import AsdmError, PruningPlan, build_student, compress, evaluate, load
 from asdm.data.examples import load_pixels
 from asdm.data.sources import open_data
 from asdm.diffusion.generation import generate
+from asdm.errors import AsdmWarning
 from asdm.evaluation import real_images as real_images_module
 from asdm.evaluation import speed as speed_module
 from asdm.evaluation.image_folders import load_distances
 from asdm.evaluation.metrics import JUDGE_NAME, Judge, feature_distance, kid, psnr, recognition, retrieval_at_1
-from asdm.evaluation.plots import redundancy_plot
+from asdm.evaluation.plots import loss_plot, redundancy_plot
 from asdm.evaluation.real_images import RealImages, image_embeds
 from asdm.evaluation.report import headline_of, metrics_section
 from asdm.evaluation.results import Evaluation
@@ -135,6 +136,13 @@ def test_evaluation_compares_on_the_same_prompts_and_seeds(data_folder, tmp_path
     assert load_distances(folder) == [pytest.approx(mean, abs=1e-5)], "one image is held out"
 
 
+def test_pipelines_that_make_images_of_several_sizes_are_told():
+    larger = tiny_pipeline()
+    larger.register_modules(unet=tiny_unet(sample_size=16))
+    with pytest.warns(AsdmWarning, match="teacher 16 pixels a side, larger 32 pixels a side: speed and distances"):
+        evaluate({"teacher": tiny_pipeline(), "larger": larger}, quality=False, image_to_image=0, steps=2, rounds=1)
+
+
 def test_images_are_judged_as_drawn_not_as_a_safety_checker_gives_them_out():
     class Suspicious(torch.nn.Module):
         dtype, device = torch.float32, torch.device("cpu")
@@ -204,6 +212,13 @@ def test_the_diagram_of_a_unet_is_a_u_and_that_of_a_transformer_a_column():
     titles = [text.get_text() for text in figure.axes[0].texts if "%" in text.get_text()]
     assert titles == [f"{block}  0%" for block in blocks]
     plt.close(figure)
+
+
+def test_a_stage_of_no_steps_has_nothing_to_plot():
+    logs = {"incubate": [], "joint": [{"step": 1, "loss": 2.0, "task": 1.0}, {"step": 2, "loss": 1.0, "task": 0.5}]}
+    axes = loss_plot(logs).axes[0]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["task (joint)"]
+    plt.close("all")
 
 
 def test_an_evaluation_of_0_1_0_loads(tmp_path):

@@ -52,6 +52,14 @@ def test_names_and_config_stay_and_each_weight_has_moved_by_a_low_rank(pipeline,
         assert values[RANK] < 1e-4 * values[0] + 1e-7, name  # but for rounding
 
 
+def test_fp16_is_refused_on_a_cpu_which_would_compute_in_float32(pipeline, data_folder, tmp_path):
+    for trained in ("lora", "all"):
+        stages = [stage(steps=1), stage(name="half", mixed_precision="fp16", trained=trained)]
+        with pytest.raises(AsdmError, match="mixed_precision=fp16: not on a CPU; choose bf16"):
+            distill(pipeline, pruned(pipeline.unet), data_folder, tmp_path / "run", stages=stages)
+    assert not (tmp_path / "run" / "prepared").exists()
+
+
 def test_merged_changes_predict_what_they_did_beside_the_layers(unet):
     for student in (pruned(unet), student_of_every_kind(without="sigmoid")):
         plain = predict(student)

@@ -100,6 +100,16 @@ def test_angles_of_flow_are_even():
     assert (angles - torch.linspace(0, math.pi / 2, 1000)).abs().max() < 0.01
 
 
+def test_the_original_is_finite_where_a_schedule_of_noise_predictions_ends_without_signal():
+    found = parameterization_of(DDPMScheduler(rescale_betas_zero_snr=True))
+    timesteps = torch.tensor([500, 999])
+    latents, noise = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    noisy = found.add_noise(latents, noise, timesteps)
+    assert found.signal_power(timesteps)[1] == 0
+    assert found.to_x0(noise + 0.1, noisy, timesteps).isfinite().all()
+    torch.testing.assert_close(found.to_x0(noise, noisy, timesteps)[0], latents[0], rtol=1e-3, atol=1e-4)
+
+
 def test_min_snr_weights_follow_the_paper():
     betas = [0.01, 1 - 0.5 / 0.99, 1 - 0.1 / 0.5, 1.0]
     timesteps = torch.arange(3)

@@ -16,7 +16,7 @@ from asdm.data import examples
 from asdm.data.calibration import calibration_calls
 from asdm.data.preparation import prepare_data
 from asdm.data.prepared import PreparedData
-from asdm.data.sources import open_data
+from asdm.data.sources import open_data, open_source
 from asdm.diffusion.conditioning import embed_prompts, encode_images
 from asdm.evaluation.metrics import Judge
 from asdm.evaluation.real_images import RealImages
@@ -84,6 +84,24 @@ def test_a_shard_that_breaks_off_gives_what_it_has_and_is_named(shards):
     assert any(name.endswith("00000.tar") and "not read to its end" in why for name, why in data.skipped.items())
 
 
+@pytest.mark.parametrize("length", [0, 100], ids=["at a file's end", "in a header"])
+def test_a_shard_that_breaks_off_between_files_is_named_too(tmp_path, length):
+    write_shard(tmp_path / "0.tar", {str(number): {"txt": b"text", "png": png(number)} for number in range(3)})
+    start = (tmp_path / "0.tar").read_bytes().index(b"1.txt")
+    (tmp_path / "0.tar").write_bytes((tmp_path / "0.tar").read_bytes()[: start + length])
+    data = open_data(tmp_path)
+    assert [example.name for example in data.examples] == ["0"]
+    assert "not read to its end" in data.skipped[str(tmp_path / "0.tar")]
+
+
+@pytest.mark.parametrize("name", ["co:lon", "hf:owner", "pipe:cat"])
+def test_a_folder_of_shards_may_have_a_colon_in_its_name(tmp_path, monkeypatch, name):
+    (tmp_path / name).mkdir()
+    write_shard(tmp_path / name / "0.TAR", {"0": {"png": png(1), "txt": b"a fish"}})
+    monkeypatch.chdir(tmp_path)
+    assert [example.caption for example in open_data(f"./{name}").examples] == ["a fish"]
+
+
 def test_a_shard_that_does_not_come_is_asked_for_again(pipeline, shards, tmp_path):
     whole = (shards / "00000.tar").read_bytes()
     (shards / "00000.tar").write_bytes(whole[:2000])
@@ -131,6 +149,36 @@ def test_hugging_face_datasets(tmp_path, kind):
     assert [(example.caption, example.style) for example in data.examples] == [("one", "a"), ("three", "c")]
     assert data.examples[0].pixels(16).shape == (3, 16, 16)
     assert data.skipped == {"0/1": "its caption is empty"}
+
+
+def test_a_datasets_caption_is_that_of_the_column_that_says_something(tmp_path):
+    rows = {"image": [Image.new("RGB", (16, 16))] * 2, "caption": [None, "two"], "text": ["one", "other"]}
+    datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).save_to_disk(tmp_path / "set")
+    assert [example.caption for example in open_data(f"hf:{tmp_path / 'set'}").examples] == ["one", "two"]
+
+
+def test_a_split_that_a_saved_dataset_has_not_is_refused(tmp_path):
+    rows = datasets.Dataset.from_dict({"image": [Image.new("RGB", (16, 16))], "text": ["one"]})
+    rows = rows.cast_column("image", datasets.Image())
+    rows.save_to_disk(tmp_path / "set")
+    datasets.DatasetDict({"test": rows}).save_to_disk(tmp_path / "sets")
+    assert len(open_data(f"hf:{tmp_path / 'set'}@train")) == len(open_data(f"hf:{tmp_path / 'sets'}@test")) == 1
+    with pytest.raises(AsdmError, match=r"set@test: holds a single split, .*; leave @test out"):
+        open_data(f"hf:{tmp_path / 'set'}@test")
+    with pytest.raises(AsdmError, match=r"has no split train; name one of its own: hf:.*sets@test"):
+        open_data(f"hf:{tmp_path / 'sets'}")
+
+
+def test_a_dataset_on_disk_that_has_changed_is_other_data(tmp_path, monkeypatch):
+    def save(color):
+        rows = {"image": [Image.new("RGB", (16, 16), color)], "text": ["one"]}
+        datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).save_to_disk(tmp_path / "set")
+        return open_source(f"hf:{tmp_path / 'set'}").identity
+
+    before = save("red")
+    monkeypatch.chdir(tmp_path)
+    assert open_source("hf:set").identity == before
+    assert save("blue") != before
 
 
 def test_datasets_that_cannot_be_used_are_refused_with_what_they_have(tmp_path):

@@ -52,3 +52,8 @@ def test_a_fault_names_the_field_and_no_class_from_a_call_and_from_a_file(tmp_pa
 
 def test_a_digest_in_a_file_of_an_earlier_version_is_todays():
     assert short_digest("model ", b"data") == short_digest("model data") == "6dbdb6a147ad4d80"
+
+
+def test_a_file_that_an_editor_marked_as_utf_8_is_read(tmp_path):
+    (tmp_path / "whole.json").write_bytes(b'\xef\xbb\xbf{"parts": [{"weight": 1}]}')
+    assert read_record(Whole, tmp_path / "whole.json", "a whole", "make one").parts[0].weight == 1

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from asdm import AsdmError, PruningPlan, Stage, build_student, distill
+from asdm import AsdmError, PruningPlan, Stage, build_student, distill, prepare_data
 from asdm.data.batches import ShuffledBatches
 from asdm.distillation.estimate import estimate
 from asdm.distillation.losses import feature_losses, output_loss, relative_error
@@ -138,6 +140,14 @@ def test_a_loss_that_is_not_finite_stops_with_its_name_and_keeps_the_checkpoint(
     assert checkpoint_step(tmp_path) == 5
     weights = load_file(tmp_path / "checkpoint-0000005" / "weights.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+
+
+@pytest.mark.parametrize(
+    ("fault_at", "message"), [(1, "step 1: the weights or the data hold"), (3, "no checkpoint was")]
+)
+def test_a_run_that_has_nothing_to_fall_back_to_says_so(tmp_path, fault_at, message):
+    with pytest.raises(AsdmError, match=message):
+        train(Regression(fault_at=fault_at), batch_at, SETTINGS, tmp_path)
 
 
 def test_a_student_that_begins_as_its_teacher_does_not_explode(tmp_path):
@@ -397,6 +407,54 @@ def test_a_run_goes_on_with_its_own_settings_alone(pipeline, data_folder, tmp_pa
     with pytest.raises(AsdmError, match=message) if message else nullcontext():
         run(quick_stage(**{"steps": 4, **changes}), seed)
     assert checkpoint_step(tmp_path / "00-joint") == (5 if message is None else 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fsdp", "message"),
+    [
+        ({"batch_size": 3}, "false", r"batch_size=3: not a multiple of 2"),
+        ({"trained": "lora"}, "true", "trained=lora: not under FSDP"),
+        ({"optimizer": "muon"}, "true", "optimizer=muon: not under FSDP"),
+    ],
+)
+def test_a_later_stage_that_processes_cannot_share_is_refused_before_the_first(
+    pipeline, data_folder, tmp_path, monkeypatch, changes, fsdp, message
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", fsdp)
+    plan = PruningPlan.for_unet(pipeline.unet, [{"edit": "remove", "unit": "mid_block"}])
+    stages = [quick_stage(steps=1, name="first"), quick_stage(steps=1, **changes)]
+    with pytest.raises(AsdmError, match=message):
+        distill(pipeline, build_student(pipeline.unet, plan), data_folder, tmp_path, stages=stages)
+    assert not (tmp_path / "prepared").exists()
+
+
+def test_a_stage_is_of_the_stages_before_it(pipeline, data_folder, tmp_path):
+    plan = PruningPlan.for_unet(pipeline.unet, [{"edit": "remove", "unit": "mid_block"}])
+
+    def run(first):
+        stages = [quick_stage(steps=1, name=first), quick_stage(steps=1, name="last")]
+        distill(pipeline, build_student(pipeline.unet, plan), data_folder, tmp_path, stages=stages)
+
+    run("first")
+    with pytest.raises(AsdmError, match=r"01-last: begun with other settings \(stages_before\)"):
+        run("other")
+
+
+def test_a_run_goes_on_with_its_own_images_alone(pipeline, data_folder, tmp_path):
+    plan = PruningPlan.for_unet(pipeline.unet, [{"edit": "remove", "unit": "mid_block"}])
+
+    def run():
+        shutil.rmtree(tmp_path / "prepared", ignore_errors=True)
+        prepare_data(pipeline, data_folder, tmp_path / "prepared")
+        student = build_student(pipeline.unet, plan)
+        distill(pipeline, student, tmp_path / "prepared", tmp_path / "run", stages=[quick_stage(steps=1)])
+
+    run()
+    run()
+    Image.new("RGB", (16, 16), "red").save(data_folder / "0.png")
+    with pytest.raises(AsdmError, match=r"begun with other settings \(images\)"):
+        run()
 
 
 def test_two_runs_do_not_train_in_one_folder(pipeline, data_folder, tmp_path):

@@ -25,6 +25,8 @@ from asdm import (
 )
 from asdm.diffusion.conditioning import Conditioning
 from asdm.diffusion.conditioning import predict as predict_from_prompts
+from asdm.distillation.recipes import recipe_stages
+from asdm.distillation.semantics import make_encoder
 from asdm.estimates.forecast import Forecast
 from asdm.families import family_of
 from asdm.student.transformer import MODULE_NAME, AsdmPixArtTransformer2DModel
@@ -215,10 +217,14 @@ def test_the_time_that_its_steps_will_take_is_estimated(pipeline):
     assert forecast.plan.edits and 0 < forecast.speed.student_share < 1
 
 
-def test_semantics_need_an_encoder_that_it_is_not(pipeline, data_folder, tmp_path):
-    student = student_of(pipeline.transformer, remove("transformer_blocks.1"))
-    with pytest.raises(AsdmError, match=r"a PixArtTransformer2DModel without a mid block .* recipe without semantics"):
-        distill(pipeline, student, data_folder, tmp_path / "run", recipe="incubation", steps=2)
+def test_the_recipe_with_semantic_supervision_reads_the_block_in_the_middle(pipeline, data_folder, tmp_path):
+    student = student_of(pipeline.transformer, remove(f"{BRANCH}.ff"))
+    stages = recipe_stages("incubation", student, 20)
+    stages = [stage.model_copy(update={"steps": 1, "batch_size": 2, "mixed_precision": "no"}) for stage in stages]
+    rows = []
+    distill(pipeline, student, data_folder, tmp_path / "run", stages=stages, progress=rows.append)
+    assert rows[-1]["semantic"] > 0
+    assert make_encoder("unet", pipeline).path == "transformer_blocks.2"
 
 
 def test_it_is_evaluated(pipeline):

@@ -151,9 +151,10 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old text or the new one, never a part."""
+    """Write a file so that a reader sees the old text or the new one, never a part. A name that is no UTF-8 is written
+    with escapes."""
     with replacing_file(path) as partial:
-        partial.write_text(text, "utf-8")
+        partial.write_text(text, "utf-8", errors="backslashreplace")
 
 
 def _name_beside(target: Path, kind: str) -> Path:
@@ -174,13 +175,17 @@ def _name_beside(target: Path, kind: str) -> Path:
     return target.with_name(f".{target.name}.{os.getpid()}.{kind}")
 
 
-def require_ours(folder: Path, kind: str) -> None:
-    """Raise an AsdmError unless `folder` can be replaced: it is empty, absent, or of this kind and this tool's.
+def require_ours(folder: Path, kind: str, inputs: Iterable[str] = ()) -> None:
+    """Raise an AsdmError unless `folder` can be replaced: it is empty, absent, or of this kind and this tool's, and
+    none of the `inputs`.
 
     Args:
         kind: as it stands in the folder's `MARKER`: pipeline, prepared, compression, export or
             decoder.
+        inputs: what is read beside it; names that are no paths are ignored.
     """
+    if any(os.path.isdir(given) and folder.is_dir() and folder.samefile(given) for given in inputs):
+        raise AsdmError(f"{folder}: is read, and would be replaced by the output; name another folder")
     if folder.is_file():
         raise AsdmError(f"{folder}: a file; name a folder that does not exist yet")
     if folder.name in ("", ".."):  # it could not be replaced as a whole

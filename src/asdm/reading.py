@@ -20,7 +20,7 @@ MAX_WHOLE = 2**63 - 1  # what tensors and arrays can hold
 
 
 def read_json(path: Path, largest: float = MAX_WHOLE) -> Any:
-    """Read a file of JSON in UTF-8.
+    """Read a file of JSON in UTF-8, with or without a mark at its beginning.
 
     Args:
         largest: of its whole numbers.
@@ -29,7 +29,7 @@ def read_json(path: Path, largest: float = MAX_WHOLE) -> Any:
         OSError: it cannot be read.
         ValueError: as `parse_json`.
     """
-    return parse_json(path.read_text("utf-8"), largest)
+    return parse_json(path.read_text("utf-8-sig"), largest)
 
 
 def parse_json(text: str | bytes, largest: float = MAX_WHOLE) -> Any:

@@ -85,7 +85,7 @@ def distill(
             "--device-tflops, --processes and --fsdp only describe what to estimate: add --dry-run, or start several "
             "processes by accelerate launch"
         )
-    require_ours(out, "pipeline")
+    require_ours(out, "pipeline", [teacher, student])
     require_usable(data)
     learning = loading.load_model(student, "cpu", prediction_type=prediction_type)
     denoiser = denoiser_of(learning)

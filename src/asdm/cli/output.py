@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from asdm.cli.tables import image_to_image_table, quality_table, speed_table
+from asdm.errors import printable
 
 if TYPE_CHECKING:
     from asdm.evaluation.results import Evaluation, SpeedMetrics
@@ -48,7 +49,7 @@ def print_skipped(skipped: Mapping[str, str]) -> None:
         return
     errors.print(f"{len(skipped)} of the data's files were skipped:", highlight=False)
     for name, reason in list(skipped.items())[:LISTED_FILES]:
-        line = f"  {name}: {reason}".encode("utf-8", "replace").decode()  # a name may not be valid text
+        line = printable(f"  {name}: {reason}").encode("utf-8", "replace").decode()  # a name may not be valid text
         errors.print(line, highlight=False, markup=False)
     if len(skipped) > LISTED_FILES:
         errors.print(f"  and {len(skipped) - LISTED_FILES} more", highlight=False)

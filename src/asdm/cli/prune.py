@@ -37,7 +37,7 @@ def prune(
     from asdm.families import denoiser_of, family_of
     from asdm.files import require_ours
 
-    require_ours(out, "pipeline")
+    require_ours(out, "pipeline", [model])
     made = asdm.PruningPlan.load(plan)
     warn_of_skipped(data)
     pipeline = loading.load_model(model, device, prediction_type=prediction_type, config=config)

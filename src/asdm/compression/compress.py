@@ -13,9 +13,11 @@ from diffusers import DiffusionPipeline
 from asdm import checks
 from asdm.choices import IMAGE_TO_IMAGE_SAMPLES, CompensationKind, Dtype, PredictionType, Sensitivity
 from asdm.compression.settings import KIND, Settings, claim_folder, make_settings, require_same_settings
-from asdm.compression.steps import STEPS, Job, Progress, expected_work
+from asdm.compression.steps import STEPS, Job, Progress, expected_work, stages_of
+from asdm.data.prepared import digest_of
 from asdm.data.sources import require_usable
 from asdm.diffusion.generation import require_steps, require_strength
+from asdm.distillation.distill import require_stages
 from asdm.distillation.stages import Stage
 from asdm.errors import AsdmError
 from asdm.estimates.work import StepTime
@@ -163,13 +165,14 @@ def _run(
 ) -> Compression:
     """Return all steps in a row; those that are done are loaded."""
     teacher = _checked_teacher(settings, device)
+    weights = digest_of(denoiser_of(teacher))
     job = Job(settings, out, teacher, progress or (lambda *_: None))
     if estimated is not None:
-        require_same_settings(out, settings)
+        require_same_settings(out, settings, weights)
         forecast, works = expected_work(job)
         estimated(forecast.times(works))
         del forecast
-    claim_folder(out, settings)
+    claim_folder(out, settings, weights)
     for step in STEPS:
         step.perform(job)
     return Compression(out, out / REPORT, job.headline, job.plan, job.evaluation, job.skipped)
@@ -187,6 +190,9 @@ def _checked_teacher(settings: Settings, device: str | None) -> DiffusionPipelin
     if settings.data is not None:
         require_usable(settings.data)
     pipeline = load_pipeline(settings.model, dtype=settings.torch_dtype, device=device, **settings.claims)
+    stages = [stage for stage in stages_of(settings, denoiser_of(pipeline)) if stage.steps]
+    if settings.data is not None:
+        require_stages(pipeline, stages, settings.data)
     if settings.decoder is not None:
         with_decoder(pipeline, settings.decoder)
     require_budget_of(denoiser_of(pipeline), settings.budget["params"], settings.budget["macs"])

@@ -145,22 +145,26 @@ def make_settings(
     )
 
 
-def claim_folder(folder: Path, settings: Settings) -> None:
+def claim_folder(folder: Path, settings: Settings, teacher: str | None = None) -> None:
     """Mark a folder as this run's, or find that it is.
 
+    Args:
+        teacher: digest of the model's weights.
+
     Raises:
-        AsdmError: it was made with other settings.
+        AsdmError: it was made with other settings, or of other weights.
     """
     marker = folder / MARKER
     if marker.is_file():
-        require_same_settings(folder, settings)
+        require_same_settings(folder, settings, teacher)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(marker, json.dumps({"kind": KIND, "settings": settings.saved()}, indent=1) + "\n")
+    about = {"kind": KIND, "settings": settings.saved()} | ({} if teacher is None else {"teacher": teacher})
+    write_text(marker, json.dumps(about, indent=1) + "\n")
 
 
-def require_same_settings(folder: Path, settings: Settings) -> None:
-    """Raise an AsdmError if the folder was made with other settings. Write nothing."""
+def require_same_settings(folder: Path, settings: Settings, teacher: str | None = None) -> None:
+    """Raise an AsdmError if the folder was made with other settings, or of another `teacher`. Write nothing."""
     marker, wanted = folder / MARKER, settings.saved()
     if not marker.is_file():
         return
@@ -170,6 +174,8 @@ def require_same_settings(folder: Path, settings: Settings) -> None:
         raise AsdmError(
             f"{folder}: made with other settings ({', '.join(changed)}); repeat those, or name another folder"
         )
+    if teacher is not None and read_marker(folder).get("teacher", teacher) != teacher:
+        raise AsdmError(f"{folder}: begun when {settings.model} had other weights; name another folder")
 
 
 def _saved_settings(folder: Path) -> dict[str, Any]:

@@ -221,7 +221,7 @@ class Distil(Step):
 
     def run(self, job: Job) -> None:
         settings, folder = job.settings, job.work / "training"
-        stages = _stages(settings, job.student)
+        stages = stages_of(settings, job.student)
         if settings.data is None or not any(stage.steps for stage in stages):
             job.pipelines = {"teacher": job.teacher, "pruned": _folded(job, job.student)}
             return
@@ -248,7 +248,7 @@ class Distil(Step):
 
     def work(self, job: Job, forecast: Forecast) -> list[StepWork]:
         settings = job.settings
-        stages = _stages(settings, forecast.student)
+        stages = stages_of(settings, forecast.student)
         if settings.data is None or not any(stage.steps for stage in stages):
             return []
         return training(job.teacher, forecast.student, stages, data=settings.data, folder=job.work / "training")
@@ -292,7 +292,7 @@ class Evaluate(Step):
 
     def work(self, job: Job, forecast: Forecast) -> list[StepWork]:
         settings = job.settings
-        stages = _stages(settings, forecast.student)
+        stages = stages_of(settings, forecast.student)
         is_trained = settings.data is not None and any(stage.steps for stage in stages)
         networks: list[Network] = ["teacher", "student", "student"] if is_trained else ["teacher", "student"]
         networks += ["student"] if settings.decoder is not None else []
@@ -417,7 +417,8 @@ def _has_quality(settings: Settings) -> bool:
     return settings.samples > 0 and not settings.is_random
 
 
-def _stages(settings: Settings, student: Denoiser) -> Sequence[Stage]:
+def stages_of(settings: Settings, student: Denoiser) -> Sequence[Stage]:
+    """Return the stages of the distillation of a student."""
     if settings.stages is not None:
         stages = settings.stages
     else:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -27,6 +28,7 @@ Split = Literal["train", "held_out", "all"]
 _LABELS = ("concept", "style", "design")
 ROW_FIELDS = ("file_name", *CAPTION_FIELDS, *_LABELS, "held_out", "held_out_kind")  # that are read of a row
 _LONGEST_KIND = 40  # characters
+_NO_UTF_8 = re.compile("[\udc80-\udcff]")  # bytes of a file that are no UTF-8, as `text_of` marks them
 _FALSE = ("", "0", "false", "no")  # in a table of texts
 
 
@@ -105,9 +107,20 @@ def rows_of_piece(piece: int, rows: int) -> range:
     return range(piece * PIECE, min((piece + 1) * PIECE, rows))
 
 
+def caption_of(row: Mapping[str, Any], fields: Sequence[str] = CAPTION_FIELDS) -> Any:
+    """Return a row's caption, of any type: that of the first of these fields that says something; None where none
+    does."""
+    return next((row[name] for name in fields if _says_something(row.get(name))), None)
+
+
+def _says_something(caption: Any) -> bool:
+    texts = caption if isinstance(caption, list) else [caption]
+    return any(text.strip() if isinstance(text, str) else text is not None for text in texts)
+
+
 def caption_fault(text: str) -> str | None:
     """Say why a text cannot be a caption or a prompt; None where it can."""
-    if "\0" in text:
+    if "\0" in text or _NO_UTF_8.search(text):
         return "is not text in UTF-8"
     return f"has more than {LONGEST_CAPTION:,} characters" if len(text) > LONGEST_CAPTION else None
 

@@ -11,6 +11,7 @@ from asdm.data.examples import (
     Example,
     Split,
     Unusable,
+    caption_of,
     count_of_pieces,
     digest,
     example_of,
@@ -56,18 +57,30 @@ def _rows_of(folder: Path) -> Iterator[Example | Unusable]:
         return
     suffixes = readable_suffixes()
     for path in sorted(path for path in _files_of(folder) if path.suffix.lower() in suffixes):
-        name, text = str(path.relative_to(folder)), path.with_suffix(".txt")
-        if text.is_file():
+        name, text = str(path.relative_to(folder)), _text_beside(path)
+        if text is not None:
             yield example_of(name, text_of(text), path, {})
         else:
-            yield Unusable(name, f"it has no caption: neither {text.name} nor {METADATA[0]}, .csv or .parquet is there")
+            expected = path.with_suffix(".txt").name
+            yield Unusable(name, f"it has no caption: neither {expected} nor {METADATA[0]}, .csv or .parquet is there")
     for inside in sorted(_folders_with_metadata(folder)):
         yield from _from_metadata(inside, folder)
 
 
+def has_captioned_images(folder: Path) -> bool:
+    """Return whether an image in the folder itself has a text file beside it."""
+    suffixes = readable_suffixes()
+    return any(path.suffix.lower() in suffixes and _text_beside(path) is not None for path in folder.iterdir())
+
+
+def _text_beside(image: Path) -> Path | None:
+    """Return the file of an image's caption."""
+    return next((text for suffix in (".txt", ".TXT") if (text := image.with_suffix(suffix)).is_file()), None)
+
+
 def _others_of(folder: Path, rows: Iterable[Example | Unusable]) -> Iterator[Unusable]:
     """Files of a folder that belong to no sample: images that no row of the metadata names, images in formats that
-    cannot be read, and captions without an image."""
+    cannot be read, shards, and captions without an image."""
     named = {os.path.normpath(folder / row.name) for row in rows}
     tables = [path for path in (metadata_of(folder),) if path is not None]
     suffixes, files = readable_suffixes(), sorted(_files_of(folder, all_folders=True))
@@ -82,6 +95,8 @@ def _others_of(folder: Path, rows: Iterable[Example | Unusable]) -> Iterator[Unu
             yield Unusable(name, "no row of the metadata names it")
         elif suffix in UNREAD_SUFFIXES:
             yield Unusable(name, f"this Pillow does not read {suffix}; convert it to PNG or JPEG")
+        elif suffix == ".tar":
+            yield Unusable(name, "a shard among images is not read; name it by its own path")
         elif suffix == ".txt" and not tables:
             others = [each for each in beside[os.path.splitext(path)[0]] if each != path.name]
             if not any(Path(each).suffix.lower() in suffixes | UNREAD_SUFFIXES for each in others):
@@ -95,17 +110,17 @@ def _from_metadata(path: Path, folder: Path) -> Iterator[Example | Unusable]:
     `folder`."""
     for place, row, fault in rows_of_metadata(path):
         about = row if isinstance(row, dict) else {}
-        name, column = about.get("file_name"), next((key for key in ("text", *CAPTION_FIELDS) if key in about), None)
+        name = about.get("file_name")
         if fault:
             yield Unusable(f"{path.relative_to(folder)}{place}", fault)
-        elif not isinstance(name, str) or not name or column is None:
+        elif not isinstance(name, str) or not name or about.keys().isdisjoint(CAPTION_FIELDS):
             fields = ", ".join(map(str, about)) or "none"
             told = f'not a row with "file_name" and "text", "caption" or "prompt"; its fields are {fields}'
             yield Unusable(f"{path.relative_to(folder)}{place}", one_line(told))
         else:
             file = path.parent / name
             inside = name if path.parent == folder else str(path.parent.relative_to(folder) / name)
-            yield example_of(inside, about[column], file, about)
+            yield example_of(inside, caption_of(about, ("text", *CAPTION_FIELDS)), file, about)
 
 
 def _folders_with_metadata(folder: Path) -> Iterator[Path]:

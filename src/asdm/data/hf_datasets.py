@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ from asdm.data.examples import (
     Example,
     Split,
     Unusable,
+    caption_of,
     count_of_pieces,
+    digest,
     example_of,
     in_split,
     rows_of_piece,
@@ -33,18 +35,20 @@ class DatasetSource:
     def __init__(self, name: str, split: Split):
         with needs_extra("data", "Hugging Face datasets"):
             import datasets
-        self.identity, self.split = f"hf:{name}", split
+        self.split = split
         path, _, part = name.rpartition("@")
         if os.path.exists(name) or not path or "/" in part:
-            path, part = name, "train"
+            path, part = name, ""
+        self.identity = _identity(path, part or "train")
         for file in sorted(Path(path).rglob("*.arrow")):
             _require_valid(file)
         try:
             if (Path(path) / "state.json").is_file() or (Path(path) / "dataset_dict.json").is_file():
-                found: Any = datasets.load_from_disk(path)
-                found = found[part] if isinstance(found, dict) else found
+                found: Any = _split_of(datasets.load_from_disk(path), part, path)
             else:
-                found = datasets.load_dataset(path, split=part, streaming=not Path(path).exists())
+                found = datasets.load_dataset(path, split=part or "train", streaming=not Path(path).exists())
+        except AsdmError:
+            raise
         except Exception as error:
             raise AsdmError(f"hf:{name}: no such dataset or split ({one_line(error)}); DATA is {data_help()}") from None
         features = found.features or {}
@@ -55,7 +59,7 @@ class DatasetSource:
                 f"hf:{name}: its columns are {', '.join(features) or 'not known'}; it needs one of images and one of "
                 f"captions named {', '.join(CAPTION_FIELDS)}: rename_column and save_to_disk make one"
             )
-        self.column, self.caption = images[0], captions[0]
+        self.column = images[0]
         self.dataset = found.cast_column(self.column, datasets.Image(decode=False))
         self.remote = isinstance(found, datasets.IterableDataset)
 
@@ -74,9 +78,39 @@ class DatasetSource:
             except Exception as error:  # of whatever holds the file
                 yield Unusable(name, f"its image cannot be read: {one_line(error)}")
                 continue
-            found = example_of(name, row[self.caption], file, row)
+            found = example_of(name, caption_of(row), file, row)
             if isinstance(found, Unusable) or in_split(found, self.split):
                 yield found
+
+
+def _identity(path: str, part: str) -> str:
+    """Return what tells a dataset from others: of a folder, what tells whether its files are still the same."""
+    if not os.path.isdir(path):
+        return f"hf:{path}@{part}"
+    folder = Path(path).resolve()
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("cache-"))
+    states = [[str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return digest([str(folder), part, *states])
+
+
+def _split_of(saved: Any, part: str, path: str) -> Any:
+    """Return a split of a dataset that was saved to disk; by default its train split, or the only one.
+
+    Raises:
+        AsdmError: it has no such split.
+    """
+    if isinstance(saved, dict):
+        if (part or "train") in saved:
+            return saved[part or "train"]
+        raise AsdmError(f"hf:{path}: has no split {part or 'train'}; name one of its own: {_named(path, saved)}")
+    own = None if saved.split is None else str(saved.split)
+    if part in ("", own or "train"):
+        return saved
+    raise AsdmError(f"hf:{path}@{part}: holds a single split, {own or 'without a name'}; leave @{part} out")
+
+
+def _named(path: str, parts: Iterable[str]) -> str:
+    return ", ".join(f"hf:{path}@{part}" for part in parts)
 
 
 def _require_valid(path: Path) -> None:

@@ -121,5 +121,10 @@ def _reader(column: Any) -> Callable[[int, int], list[Any]]:
 
 
 def text_of(path: Path) -> str:
-    """Return a file's text, with a mark where it is not UTF-8."""
-    return path.read_text("utf-8-sig", errors="replace")
+    """Return a file's text; bytes that are no UTF-8 are surrogates, which no caption may have."""
+    return text_in(path.read_bytes())
+
+
+def text_in(content: bytes) -> str:
+    """Return the text of a file with this content, as `text_of` does."""
+    return io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", errors="surrogateescape").read()

@@ -19,7 +19,7 @@ def data_help() -> str:
 
 def unusable(source: str | Path, skipped: dict[str, str]) -> AsdmError:
     """Return the error for a source without usable examples."""
-    if Path(source).suffix == ".txt":
-        return AsdmError(f"{source}: has no caption; write one a line")
     reasons = f" ({len(skipped)} skipped, the first: {next(iter(skipped.items()))})" if skipped else ""
+    if Path(source).suffix.lower() == ".txt":
+        return AsdmError(f"{source}: has no caption{reasons}; write one a line")
     return AsdmError(f"{source}: no images with captions{reasons}; DATA is {data_help()}")

@@ -82,6 +82,12 @@ class PreparedData:
         """What tells these samples from others: the fingerprint of the pipeline, and a digest of the captions."""
         return [self.made_by, short_digest("\n".join(self.captions))]
 
+    def first_latents(self) -> bytes:
+        """Return the latents of the first sample of each shard, which tell images from others of the same captions."""
+        firsts = {int(place[0]): index for index, place in reversed(list(enumerate(self.places)))}
+        latents, _ = self.batch(sorted(firsts.values()))
+        return latents.numpy().tobytes()
+
     def batch(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Conditioning]:
         """Return latents (batch, 4, h, w) and the captions' embeddings of these samples, in float32."""
         rows = [self._read(*self.places[int(index)]) for index in indices]

@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from asdm.data.examples import CAPTION_FIELDS, Example, Split, Unread, Unusable, example_of, in_split
+from asdm.data.examples import Example, Split, Unread, Unusable, caption_of, example_of, in_split
+from asdm.data.metadata import text_in
 from asdm.data.names import data_help
 from asdm.errors import AsdmError, needs_extra, one_line
 from asdm.images import UNREAD_SUFFIXES, readable_suffixes
 from asdm.reading import parse_json
 
+SUFFIX = ".tar"
 MAX_SAMPLE = 256 * 2**20  # bytes of a sample's files
 _ABOUT_SHARD = re.compile("__[^/]*__($|/)")  # names of what says something of a whole shard
 
@@ -30,7 +32,7 @@ class ShardSource:
         with needs_extra("data", "WebDataset shards"):
             from webdataset import shardlists
         self.urls = shardlists.expand_urls(urls) if isinstance(urls, str) else urls
-        commands = [url for url in self.urls if url.startswith("pipe:")]
+        commands = [url for url in self.urls if url.startswith("pipe:")] if isinstance(urls, str) else []
         if commands:
             raise AsdmError(f"{commands[0]}: a command, which is not run; DATA is {data_help()}")
         self.split = split
@@ -54,8 +56,17 @@ class ShardSource:
             faults.append(kind(url, f"not read to its end: {one_line(error)}"))
             return False
 
-        opened = url_opener([{"url": url}], handler=note)
-        members = (member for shard in opened for member in _members(shard["stream"], url, note))
+        def opened() -> Iterator[Any]:
+            if "://" in url:
+                yield from (shard["stream"] for shard in url_opener([{"url": url}], handler=note))
+                return
+            try:  # a file is one, whatever its name has before a colon
+                with Path(url).open("rb") as file:
+                    yield file
+            except OSError as error:
+                note(error)
+
+        members = (member for stream in opened() for member in _members(stream, url, note))
         for sample in group_by_keys(members, handler=note):
             row = _from_sample(sample)
             if isinstance(row, Unusable) or in_split(row, self.split):
@@ -69,7 +80,7 @@ def _members(stream: Any, url: str, note: Callable[[Exception], bool]) -> Iterat
     key, size = None, 0
     try:
         # What is compressed could be of any size, and tells itself by its name.
-        with tarfile.open(fileobj=stream, mode="r|" if url.endswith(".tar") else "r|*") as archive:
+        with tarfile.open(fileobj=stream, mode="r|" if url.lower().endswith(SUFFIX) else "r|*") as archive:
             for member in archive:
                 archive.members = []  # type: ignore[attr-defined]  # which would keep all headers
                 if not member.isreg() or _ABOUT_SHARD.match(member.name):
@@ -80,6 +91,8 @@ def _members(stream: Any, url: str, note: Callable[[Exception], bool]) -> Iterat
                     raise ValueError(f"{member.name}: more than {MAX_SAMPLE >> 20} MB in a sample")
                 content = archive.extractfile(member)
                 yield {"fname": member.name, "data": b"" if content is None else content.read(), "__url__": url}
+            if not archive.fileobj.read(tarfile.BLOCKSIZE):  # type: ignore[union-attr]
+                raise ValueError("it has no mark of its end")
     except Exception as error:  # of tarfile and of what streams from afar
         note(error)
     yield {}
@@ -104,9 +117,9 @@ def _from_sample(sample: dict[str, Any]) -> Example | Unusable:
         # WebDataset takes everything behind the first dot of a name for the suffix
         why = why or ("; its name has a dot too many" if any("." in member for member in members) else "")
         return Unusable(name, f"it has no image: {found}{why}")
-    caption = sample["txt"].decode("utf-8-sig", "replace") if "txt" in sample else None
-    caption = caption or next((about[key] for key in CAPTION_FIELDS if about.get(key)), None)
-    if caption is None and "txt" not in sample:
+    text = text_in(sample["txt"]) if "txt" in sample else None
+    caption = text if text is not None and text.strip() else caption_of(about)
+    if caption is None and text is None:
         fields = f", its .json's fields {', '.join(map(str, about)) or 'none'}" if "json" in sample else ""
         return Unusable(name, f"it has no caption, as .txt or as caption, text or prompt in .json: {found}{fields}")
     return example_of(name, caption, sample[next(key for key in sample if key in images)], about)

@@ -11,12 +11,12 @@ from pathlib import Path
 from asdm import checks
 from asdm.data.captions import CaptionSource
 from asdm.data.examples import PIECE, Example, Source, Split, Unusable, in_split
-from asdm.data.folder import FolderSource
+from asdm.data.folder import FolderSource, has_captioned_images
 from asdm.data.hf_datasets import DatasetSource
 from asdm.data.metadata import metadata_of, text_of
 from asdm.data.names import data_help, unusable
 from asdm.data.prepared import is_prepared, prepared_captions
-from asdm.data.shards import ShardSource
+from asdm.data.shards import SUFFIX, ShardSource
 from asdm.errors import AsdmError
 from asdm.files import read_marker
 from asdm.registry import DATASETS, registered_folder
@@ -67,7 +67,7 @@ def open_data(source: str | Path, split: Split = "train") -> Data:
         elif in_split(row, split):
             examples.append(row)
     if not examples and split != "held_out":
-        raise unusable(source, skipped)
+        raise _no_example(source, skipped)
     return Data(examples, skipped)
 
 
@@ -84,22 +84,24 @@ def open_source(source: str | Path, split: Split = "train") -> Source:
         return FolderSource(registered, split)
     if name.startswith("hf:"):
         return DatasetSource(name.removeprefix("hf:"), split)
-    if name.endswith(".tar") or "://" in name:
-        return ShardSource(name, split)
     path = Path(name)
-    if path.suffix == ".txt" and os.path.isfile(path):
+    if "://" in name or (name.lower().endswith(SUFFIX) and not os.path.isdir(path)):
+        return ShardSource(name, split)
+    if path.suffix.lower() == ".txt" and os.path.isfile(path):
         text = text_of(path)
         if "\0" in text:
             raise AsdmError(f"{path}: not text in UTF-8; save it as that")
         return CaptionSource(path.name, text.splitlines(), split)
     if not os.path.isdir(path):  # also of a name that is too long for one
-        raise AsdmError(f"{path}: no such data folder; DATA is {data_help()}")
+        what = "a file that is no DATA" if os.path.isfile(path) else "no such data folder"
+        raise AsdmError(f"{path}: {what}; DATA is {data_help()}")
     if is_prepared(path):
         return CaptionSource(path.name, prepared_captions(path), split)
     if read_marker(path).get("kind") == "prepared":
         raise AsdmError(f"{path}: not prepared to its end; run prepare-data again")
-    if metadata_of(path) is None and any(path.glob("*.tar")):
-        return ShardSource(sorted(str(shard) for shard in path.glob("*.tar")), split)
+    shards = sorted(str(file) for file in path.iterdir() if file.suffix.lower() == SUFFIX)
+    if shards and metadata_of(path) is None and not has_captioned_images(path):
+        return ShardSource(shards, split)
     return FolderSource(path, split)
 
 
@@ -125,4 +127,13 @@ def require_usable_examples(source: Source, data: str | Path) -> None:
         if isinstance(row, Example):
             return
         skipped[row.name] = row.reason
-    raise unusable(data, skipped)
+    raise _no_example(data, skipped)
+
+
+def _no_example(data: str | Path, skipped: dict[str, str]) -> AsdmError:
+    """Return the error for a source without an example to train on."""
+    source = open_source(data, "held_out")
+    rows = () if source.remote else (row for piece in range(len(source)) for row in source.read(piece))
+    if any(isinstance(row, Example) for row in rows):
+        return AsdmError(f"{data}: all of its usable rows are held_out; leave some for training, without held_out")
+    return unusable(data, skipped)

@@ -19,6 +19,10 @@ from asdm.errors import AsdmError
 TimestepSampling = Literal["uniform", "uniform_angle"]
 
 
+# A schedule may end without any signal, where noise says nothing of x_0; diffusers' Euler solver stops short of it.
+_LEAST_SIGNAL = 2**-12
+
+
 class Parameterization(ABC):
     """A forward process x_t = a_t x_0 + s_t noise, and what the denoiser predicts of it.
 
@@ -141,7 +145,7 @@ class EpsilonParameterization(DiffusionParameterization):
 
     def to_x0(self, prediction: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
         signal, noise = self._coefficients(noisy, timesteps)
-        return (noisy - noise * prediction) / signal
+        return (noisy - noise * prediction) / signal.clamp(min=_LEAST_SIGNAL)
 
     def _x0_error(self, snr: Tensor) -> Tensor:
         return snr

@@ -19,7 +19,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from asdm.data.captions import CaptionSource
-from asdm.data.examples import Example
+from asdm.data.examples import Example, Unusable
+from asdm.data.names import unusable
 from asdm.data.sources import open_source
 from asdm.diffusion.conditioning import Conditioning, embed_prompts
 from asdm.diffusion.generation import default_guidance
@@ -63,13 +64,14 @@ def read_captions(path: str | Path) -> list[str]:
     Raises:
         AsdmError: not a file of captions, or an empty one.
     """
-    source = open_source(path) if str(path).endswith(".txt") else None
+    source = open_source(path) if str(path).lower().endswith(".txt") else None
     if not isinstance(source, CaptionSource):
         raise AsdmError(f"{path}: captions without images are a .txt file, one a line")
     rows = [row for piece in range(len(source)) for row in source.read(piece)]
-    if not rows:
-        raise AsdmError(f"{path}: has no captions; write one a line")
-    return [row.caption for row in rows if isinstance(row, Example)]
+    captions = [row.caption for row in rows if isinstance(row, Example)]
+    if not captions:
+        raise unusable(path, {row.name: row.reason for row in rows if isinstance(row, Unusable)})
+    return captions
 
 
 def spliced(first: str, second: str, draw: random.Random) -> str:

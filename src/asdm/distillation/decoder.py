@@ -13,6 +13,7 @@ from diffusers import AutoencoderTiny, DiffusionPipeline
 from asdm import checks
 from asdm.data.batches import ShuffledBatches
 from asdm.data.prepared import digest_of
+from asdm.digests import short_digest
 from asdm.distillation.decoder_recipe import DecoderRecipe
 from asdm.distillation.decoder_task import DecoderBatch, DecoderTask, encoder_levels
 from asdm.distillation.training_set import TrainingSet, prepare
@@ -137,9 +138,11 @@ def _claim(folder: Path, recipe: DecoderRecipe, seed: int, vae: str, examples: T
         "seed": seed,
         "teacher": vae,
         "data": examples.prepared.identity,
+        "images": short_digest(examples.prepared.first_latents()),
         **recipe.model_dump(mode="json", exclude=CHANGEABLE),
     }
     if path.is_file():
-        known = DecoderRecipe().model_dump(mode="json", exclude=CHANGEABLE) | read_settings(path)
+        defaults = DecoderRecipe().model_dump(mode="json", exclude=CHANGEABLE)
+        known = {"images": now["images"]} | defaults | read_settings(path)
         require_same_run(folder, known, now)
     write_text(path, json.dumps(now, indent=1) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -11,21 +12,22 @@ import torch
 from diffusers import DiffusionPipeline
 
 from asdm import checks
-from asdm.data.prepared import digest_of, is_prepared
+from asdm.data.prepared import digest_of, is_prepared, open_prepared
 from asdm.devices import on_device
 from asdm.diffusion.parameterization import parameterization_of
 from asdm.distillation.incubation import blocks_in_teacher
 from asdm.distillation.lora import low_rank
 from asdm.distillation.recipes import recipe_stages, with_captions
-from asdm.distillation.run import StageRun, train_stage
+from asdm.distillation.run import StageRun, require_launchable, train_stage
 from asdm.distillation.stages import Stage
-from asdm.distillation.tasks import make_task
-from asdm.distillation.training_set import TrainingSet, prepare
+from asdm.distillation.tasks import make_task, semantic_parts
+from asdm.distillation.training_set import TrainingSet, open_features, prepare
 from asdm.errors import AsdmError
 from asdm.families import Denoiser, denoiser_of, family_of
 from asdm.files import folder_lock
 from asdm.measure.hooks import preserve_module_state
 from asdm.measure.machine import fast_training
+from asdm.training.launch import require_precision
 from asdm.training.loop import Progress
 from asdm.training.optimizers import require_installed
 
@@ -102,21 +104,16 @@ def distill(
     }
     reading = [stage for stage in stages if stage.teacher == "recorded"]
     with folder_lock(folder), preserve_module_state(denoiser, teacher.vae):
-        _require_possible(teacher, student, stages)
-        if reading and not is_prepared(data):
-            raise AsdmError(
-                f"stage {reading[0].name}: teacher=recorded, and {data} was not prepared; run asdm prepare-data MODEL "
-                f"{data} --out PREPARED --teacher-features float16, and give PREPARED as the data"
-            )
+        require_stages(teacher, stages, data, device)
+        _require_student_for(teacher, student, stages)
         examples = prepare(teacher, data, folder / "prepared", recorded=bool(reading))
-        for stage in reading:
-            assert examples.recorded is not None
-            examples.recorded.require_drawn_for(stage)
         total, before = sum(stage.steps for stage in stages), 0
+        names = [stage.name for stage in stages]
         for index, stage in enumerate(stages):
             report = None if progress is None else partial(_report, progress, before, total)
             is_newest = not any(folder.glob(f"{index + 1:02d}-*"))
-            run = StageRun(folder / f"{index:02d}-{stage.name}", stage, seed, networks, is_newest, device)
+            place, earlier = folder / f"{index:02d}-{stage.name}", tuple(names[:index])
+            run = StageRun(place, stage, seed, networks, is_newest, earlier, device)
             train_stage(teacher, student, examples, run, report)
             before += stage.steps
     student.eval().requires_grad_(False)
@@ -145,17 +142,45 @@ def _require_trainable(teacher: Denoiser, student: Denoiser) -> None:
         )
 
 
-def _require_possible(teacher: DiffusionPipeline, student: Denoiser, stages: Sequence[Stage]) -> None:
-    """Raise an AsdmError for a stage that requires what this student, this teacher or this machine has not: before the
-    data is prepared and the stages before it are trained."""
-    nothing = TrainingSet(SimpleNamespace(captions=[""]), None)  # type: ignore[arg-type]
+def require_stages(
+    teacher: DiffusionPipeline, stages: Sequence[Stage], data: str | Path, device: str | None = None
+) -> None:
+    """Raise an AsdmError for a stage that requires what this teacher, this data or this machine has not, whatever the
+    student: before any work.
+
+    Args:
+        device: as of `distill`.
+    """
     for stage in stages:
         require_installed(stage.optimizer)
+        require_launchable(stage, int(os.environ.get("WORLD_SIZE", "1")))
+        is_recorded = stage.teacher == "recorded"
+        require_precision(device if is_recorded and device is not None else teacher.device, stage.mixed_precision)
+        if is_recorded and not is_prepared(data):
+            raise AsdmError(
+                f"stage {stage.name}: teacher=recorded, and {data} was not prepared; run asdm prepare-data MODEL "
+                f"{data} --out PREPARED --teacher-features float16, and give PREPARED as the data"
+            )
+        if is_recorded:
+            open_features(teacher, open_prepared(teacher, data)).require_drawn_for(stage)
+        if stage.scope == "joint":
+            semantic_parts(teacher, stage, _no_examples())
+
+
+def _no_examples() -> TrainingSet:
+    """Return what stands for the examples before any are prepared."""
+    return TrainingSet(SimpleNamespace(captions=[""]), None)  # type: ignore[arg-type]
+
+
+def _require_student_for(teacher: DiffusionPipeline, student: Denoiser, stages: Sequence[Stage]) -> None:
+    """Raise an AsdmError for a stage that requires what this student has not: before the data is prepared and the
+    stages before it are trained."""
+    for stage in stages:
         with (
             blocks_in_teacher(student, denoiser_of(teacher), stage.blocks_in_teacher),
             low_rank(student, stage, None),
         ):
-            make_task(teacher, student, nothing, stage)
+            make_task(teacher, student, _no_examples(), stage)
 
 
 def _report(progress: Progress, before: int, total: int, row: dict[str, float]) -> None:

@@ -144,10 +144,8 @@ class RecordedBatch:
 
 def data_digest(prepared: PreparedData) -> str:
     """Return what tells prepared data from other data: the model, the captions, and some latents of each shard."""
-    firsts = {int(place[0]): index for index, place in reversed(list(enumerate(prepared.places)))}
-    latents, _ = prepared.batch(sorted(firsts.values()))
     about = f"{prepared.made_by} {len(prepared)}\n"
-    return short_digest(about, "\n".join(prepared.captions), latents.numpy().tobytes())
+    return short_digest(about, "\n".join(prepared.captions), prepared.first_latents())
 
 
 def has_features(data: str | Path) -> bool:

@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from asdm.data.batches import ShuffledBatches
+from asdm.digests import short_digest
 from asdm.distillation.incubation import blocks_in_teacher, chosen_blocks
 from asdm.distillation.lora import low_rank
 from asdm.distillation.stages import Stage
@@ -42,14 +43,15 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 @dataclass(frozen=True)
 class StageRun:
     """A stage as it is trained in a folder; `networks` are digests of the teacher and the student that it began with,
-    and what they predict; it is the newest where no later stage has begun. `device` is where a stage without a teacher
-    is trained, by default the student's."""
+    and what they predict; it is the newest where no later stage has begun; `before` are the names of the stages before
+    it. `device` is where a stage without a teacher is trained, by default the student's."""
 
     folder: Path
     stage: Stage
     seed: int
     networks: dict[str, str]
     is_newest: bool
+    before: tuple[str, ...] = ()
     device: str | None = None
 
     def claim(self, student: Denoiser, examples: TrainingSet) -> None:
@@ -65,7 +67,8 @@ class StageRun:
             # A setting that an earlier version did not have has its default.
             defaults = _fields(Stage(name=self.stage.name, steps=0))
             saved = renamed_stage(read_settings(path))
-            known = {"predicts": settings["predicts"], **defaults, **saved}
+            kept = {name: settings[name] for name in ("predicts", "stages_before", "images")}
+            known = kept | defaults | saved
             if isinstance(known["losses"], dict):
                 known["losses"] = defaults["losses"] | known["losses"]
             require_same_run(self.folder, known, json.loads(json.dumps(settings)), may_lengthen=self.is_newest)
@@ -78,7 +81,9 @@ class StageRun:
             "seed": self.seed,
             "edits": student.config.get("edits") or [],
             "data": [*examples.prepared.identity, *recorded],
+            "images": short_digest(examples.prepared.first_latents()),
             **self.networks,
+            "stages_before": list(self.before),
             **{name: value for name, value in _fields(self.stage).items() if name not in CHANGEABLE},
         }
 
@@ -87,6 +92,19 @@ def _fields(stage: Stage) -> dict[str, Any]:
     """Return a stage's fields; `teacher` as `teacher_is`, as `teacher` is the digest of its weights."""
     fields = stage.model_dump(mode="json")
     return {"teacher_is" if name == "teacher" else name: value for name, value in fields.items()}
+
+
+def require_launchable(stage: Stage, processes: int) -> None:
+    """Raise an AsdmError for a stage that so many processes cannot share, as they were launched."""
+    if processes == 1:
+        return
+    if stage.trained == "lora" and is_sharding_requested():
+        raise AsdmError(f"stage {stage.name}: trained=lora: not under FSDP; launch without FSDP")
+    if stage.scope == "incubate":  # its blocks are divided, not its batch
+        return
+    BatchSlice(0, processes * stage.accumulation).of(stage.batch_size)
+    if stage.optimizer != "adamw" and is_sharding_requested():
+        raise AsdmError(f"stage {stage.name}: optimizer={stage.optimizer}: not under FSDP; use adamw")
 
 
 def train_stage(
@@ -103,8 +121,6 @@ def train_stage(
     )
     device = teacher.device if is_live else torch.device(run.device or student.device)
     accelerator = make_accelerator(device, stage.mixed_precision, some_unused=only_features)
-    if stage.trained == "lora" and accelerator.num_processes > 1 and is_sharding_requested():
-        raise AsdmError(f"stage {stage.name}: trained=lora: not under FSDP; launch without FSDP")
     is_spread = stage.scope == "incubate" and accelerator.num_processes > 1
     share = BatchSlice(accelerator.process_index, accelerator.num_processes) if is_spread else WHOLE
     if accelerator.is_main_process:

@@ -50,10 +50,7 @@ class DenoiserEncoder:
     def __init__(self, denoiser: Denoiser, parameterization: Parameterization):
         path = family_of(denoiser).semantic_module(denoiser)
         if path is None:
-            raise AsdmError(
-                f"semantics: a {type(denoiser).__name__} without a mid block does not serve as an encoder; choose the "
-                "encoder clip or a recipe without semantics, such as joint"
-            )
+            raise AsdmError("semantics: the teacher has no mid block; choose the encoder clip, or the recipe joint")
         self.denoiser, self.parameterization, self.path = denoiser, parameterization, path
         self.timestep = int(TIMESTEP * parameterization.num_timesteps)
 

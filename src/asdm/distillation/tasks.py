@@ -50,12 +50,25 @@ def make_task(
     if stage.scope == "consistency":
         scale = default_guidance(teacher) if stage.guidance_scale is None else stage.guidance_scale
         return ConsistencyTask(denoiser, student, parameterization, examples, stage, scale)
-    encoder = captions = None
+    encoder, captions = semantic_parts(teacher, stage, examples)
+    return DistillationTask(denoiser, student, parameterization, examples, stage, encoder, captions)
+
+
+def semantic_parts(
+    teacher: DiffusionPipeline, stage: Stage, examples: TrainingSet
+) -> tuple[SemanticEncoder | None, CaptionSampler | None]:
+    """Return the encoder and the source of captions without images that a joint stage's losses read; None where none
+    does.
+
+    Raises:
+        AsdmError: the stage requires what this teacher has not.
+    """
+    encoder = sampler = None
     if stage.losses.any_reads("semantics", "caption_semantics"):
         encoder = make_encoder(stage.semantics.encoder, teacher, stage.semantics.decoder)
     if stage.losses.any_reads("captions", "caption_semantics"):
-        captions = make_caption_sampler(teacher, stage, examples.prepared.captions)
-    return DistillationTask(denoiser, student, parameterization, examples, stage, encoder, captions)
+        sampler = make_caption_sampler(teacher, stage, examples.prepared.captions)
+    return encoder, sampler
 
 
 class DistillationTask(TeachingTask):

@@ -41,12 +41,19 @@ def prepare(pipeline: DiffusionPipeline, data: str | Path, folder: Path, *, reco
         AsdmError: the source cannot be used, or was prepared by another model, or has no features of this teacher.
     """
     prepared = open_prepared(pipeline, data) if is_prepared(data) else prepare_data(pipeline, data, folder)
-    features = None
-    if recorded:
-        predicts = parameterization_of(pipeline.scheduler).description
-        features = open_recorded(prepared, digest_of(denoiser_of(pipeline)), predicts)
+    features = open_features(pipeline, prepared) if recorded else None
     with torch.no_grad():
         empty_caption = embed_prompts(pipeline, [""]).to("cpu")
     if pipeline.config.get("force_zeros_for_empty_prompt"):
         empty_caption = empty_caption.without_text()
     return TrainingSet(prepared, empty_caption, features)
+
+
+def open_features(pipeline: DiffusionPipeline, prepared: PreparedData) -> Recorded:
+    """Open what a pipeline's denoiser answered before on prepared data.
+
+    Raises:
+        AsdmError: nothing was recorded, or of another teacher.
+    """
+    predicts = parameterization_of(pipeline.scheduler).description
+    return open_recorded(prepared, digest_of(denoiser_of(pipeline)), predicts)

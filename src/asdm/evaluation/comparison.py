@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -19,6 +20,7 @@ from asdm import checks
 from asdm.choices import IMAGE_TO_IMAGE_SAMPLES, IMAGE_TO_IMAGE_STRENGTH
 from asdm.diffusion.conditioning import image_size
 from asdm.diffusion.generation import default_guidance, generate, is_few_step, require_steps, require_strength
+from asdm.errors import AsdmWarning
 from asdm.evaluation.image_folders import IMAGE_TO_IMAGE, folder_names, save_distances, save_images
 from asdm.evaluation.image_to_image import (
     NO_IMAGES,
@@ -72,6 +74,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure speed and quality of several pipelines in one run; the first is the teacher.
 
+    An `AsdmWarning` says if they make images of several sizes.
+
     Args:
         data: the source of prompts and real images: any that `--data` takes. Held-out rows are a split of their own.
         prompts: used where there is no `data`. Without real images the only metric is the distance to the teacher's.
@@ -92,6 +96,7 @@ def evaluate(
         AsdmError: the data cannot be used, the judge is not installed, or `strength` leaves none of the steps.
     """
     first = next(iter(pipelines.values()))
+    _warn_of_sizes(pipelines)
     guidance = default_guidance(first) if guidance_scale is None else guidance_scale
     folder = None if images_folder is None else Path(images_folder)
     generation = _Generation(pipelines, steps, guidance, seed, strength or IMAGE_TO_IMAGE_STRENGTH, folder)
@@ -116,6 +121,18 @@ def evaluate(
         quality=judged,
         image_to_image=from_images,
     )
+
+
+def _warn_of_sizes(pipelines: Mapping[str, DiffusionPipeline]) -> None:
+    """Issue an `AsdmWarning` where images of several sizes are compared: they do not begin with the same noise."""
+    sizes = {name: image_size(pipeline) for name, pipeline in pipelines.items()}
+    if len(set(sizes.values())) > 1:
+        told = ", ".join(f"{name} {size} pixels a side" for name, size in sizes.items())
+        warnings.warn(
+            f"{told}: speed and distances compare images of several sizes, which have no noise in common",
+            AsdmWarning,
+            stacklevel=3,
+        )
 
 
 def _circumstances(pipeline: DiffusionPipeline) -> dict[str, Any]:

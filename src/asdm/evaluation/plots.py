@@ -158,10 +158,13 @@ _LOSS_COLOURS = {
 
 
 def loss_plot(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
-    """Plot the loss terms of each stage against the step, or its loss where it has no terms; stage after stage."""
+    """Plot the loss terms of each stage against the step, or its loss where it has no terms; stage after stage. A
+    stage of no steps has nothing to plot."""
     figure, axes = plt.subplots(figsize=(9, 3.4), layout="constrained")
     offset = 0
     for name, rows in logs.items():
+        if not rows:
+            continue
         terms = [term for term in _LOSS_COLOURS if any(term in row for row in rows)]
         for term in terms or ["loss"]:
             steps, values = np.array([(row["step"], row[term]) for row in rows if term in row]).T

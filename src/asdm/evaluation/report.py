@@ -93,7 +93,7 @@ def write_report(
         starts=starts,
         starting_rows={s.split: _starting_rows(s, names, images_folder, rows_per_split) for s in starts},
         u_plot=_figure_uri(redundancy_plot(redundancy, plan)),
-        loss_plot=_figure_uri(loss_plot(logs)) if logs else None,
+        loss_plot=_figure_uri(loss_plot(logs)) if any(logs.values()) else None,
         skipped=skipped or {},
         version=__version__,
     )

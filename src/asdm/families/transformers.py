@@ -69,6 +69,11 @@ class PixArtFamily(PixArtArchitecture, ModelFamily):
             "added_cond_kwargs": self.size_conditions(model, len(latents)),
         }
 
+    def semantic_module(self, model: Any) -> str:
+        """Return the block in the middle."""
+        blocks = self.blocks(model)
+        return blocks[len(blocks) // 2]
+
     def prediction(self, model: Any, output: Tensor) -> Tensor:
         """Drop the variance that some models predict, too."""
         return output[:, : model.config.in_channels]

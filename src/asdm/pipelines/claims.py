@@ -116,7 +116,7 @@ def claim_of_config(path: Path) -> Claim:
         AsdmError: it is neither YAML nor JSON.
     """
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
         content = parse_json(text) if path.suffix == ".json" else parse_yaml(text)
     except (ValueError, OSError) as error:
         raise AsdmError(f"{path}: not a config ({one_line(error)}); correct it, or remove it") from None

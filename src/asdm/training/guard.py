@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from asdm.errors import AsdmError
-from asdm.training.checkpoints import delete_newest, keep_newest
+from asdm.training.checkpoints import checkpoints, delete_newest, keep_newest
 from asdm.training.sharding import full_tensor
 
 NEGLIGIBLE = 0.1  # such a loss does not explode, wherever it began: a student may equal its teacher at first
@@ -73,10 +73,16 @@ class DivergenceGuard:
     def _stop(self, what: str, step: int) -> NoReturn:
         if self.unverified:
             delete_newest(self.folder)
-        raise AsdmError(
-            f"{what} at step {step + 1}; the last good checkpoint in {self.folder} is kept: lower the learning rate "
-            "and run again"
+        if step == 0:  # nothing was learnt that could have diverged
+            raise AsdmError(
+                f"{what} at step 1: the weights or the data hold values that are no numbers, or the precision "
+                "overflows; check them, or train with mixed_precision no"
+            )
+        has_checkpoint = bool(checkpoints(self.folder))
+        left = (
+            f"the last good checkpoint in {self.folder} is kept" if has_checkpoint else "no checkpoint was written yet"
         )
+        raise AsdmError(f"{what} at step {step + 1}; {left}: lower the learning rate and run again")
 
 
 def _largest_term(losses: dict[str, float]) -> str:

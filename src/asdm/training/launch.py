@@ -8,7 +8,14 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 
 from asdm.devices import LONGEST_WAIT
+from asdm.errors import AsdmError
 from asdm.measure.machine import fastest_precision
+
+
+def require_precision(device: torch.device | str, mixed_precision: str) -> None:
+    """Raise an AsdmError for a precision that a device does not train in: Accelerate would take float32 instead."""
+    if mixed_precision == "fp16" and torch.device(device).type == "cpu":
+        raise AsdmError("mixed_precision=fp16: not on a CPU; choose bf16, no, or auto for the faster of the two")
 
 
 def make_accelerator(
@@ -22,6 +29,7 @@ def make_accelerator(
         some_unused: parts of what is trained have no share in the loss.
     """
     device = torch.device(device)
+    require_precision(device, mixed_precision)
     if mixed_precision == "auto":
         found = [fastest_precision(device) if make_accelerator(device).is_main_process else None]
         mixed_precision = broadcast_object_list(found)[0]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from asdm.data.examples import CAPTION_FIELDS, caption_fault
+from asdm.data.examples import CAPTION_FIELDS, caption_fault, caption_of
 from asdm.data.metadata import rows_of_metadata, text_of
 from asdm.errors import AsdmError, one_line
 from asdm.generation.files import read_prompts
@@ -73,12 +73,12 @@ def _of_table(path: Path) -> Iterator[str]:
 
 
 def _caption_of(row: dict[str, Any], second_column: bool) -> str | None:
-    values = [row[name] for name in CAPTION_FIELDS if name in row]
-    if not values and second_column:
-        values = list(row.values())[1:2]
-    return _plain(values[0]) or None if values and isinstance(values[0], str) else None
+    caption = caption_of(row)
+    if second_column and row.keys().isdisjoint(CAPTION_FIELDS):
+        caption = next(iter(list(row.values())[1:2]), None)
+    return _plain(caption) or None if isinstance(caption, str) else None
 
 
 def _plain(text: str) -> str:
-    """Return a text in one line; half an emoji is no character."""
-    return " ".join(text.encode("utf-8", "replace").decode().split())
+    """Return a text in one line; half an emoji is no character. What cannot be a caption stays as it is."""
+    return text if caption_fault(text) else " ".join(text.encode("utf-8", "replace").decode().split())
