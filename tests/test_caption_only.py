@@ -55,7 +55,7 @@ def test_a_file_of_captions_is_read_line_by_line(tmp_path):
     path.write_text("a fish\n\n  two   birds \n")
     assert read_captions(path) == ["a fish", "two birds"]
     path.write_text("\n")
-    with pytest.raises(AsdmError, match=r"captions.txt: has no caption"):
+    with pytest.raises(AsdmError, match=r"captions.txt: has no caption; write one a line"):
         read_captions(path)
     with pytest.raises(AsdmError, match=r"captions without images are a .txt file"):
         read_captions(tmp_path)

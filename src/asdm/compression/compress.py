@@ -190,8 +190,8 @@ def _checked_teacher(settings: Settings, device: str | None) -> DiffusionPipelin
     if settings.data is not None:
         require_usable(settings.data)
     pipeline = load_pipeline(settings.model, dtype=settings.torch_dtype, device=device, **settings.claims)
-    stages = [stage for stage in stages_of(settings, denoiser_of(pipeline)) if stage.steps]
     if settings.data is not None:
+        stages = [stage for stage in stages_of(settings, denoiser_of(pipeline)) if stage.steps]
         require_stages(pipeline, stages, settings.data)
     if settings.decoder is not None:
         with_decoder(pipeline, settings.decoder)

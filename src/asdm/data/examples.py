@@ -167,6 +167,12 @@ def digest(rows: Iterable[Any]) -> str:
     return hashlib.sha256(json.dumps(list(rows)).encode()).hexdigest()
 
 
+def state_of(path: Path) -> list[Any]:
+    """Return a file, and what tells whether it is still the same."""
+    about = path.stat()
+    return [str(path.resolve()), about.st_size, about.st_mtime_ns]
+
+
 def can_be_decoded(example: Example) -> bool:
     """Return whether the image can be decoded. Its header alone does not say."""
     try:

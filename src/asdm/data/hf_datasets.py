@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from asdm.data.examples import (
     example_of,
     in_split,
     rows_of_piece,
+    state_of,
 )
 from asdm.data.names import data_help
 from asdm.data.shards import MAX_SAMPLE
@@ -42,15 +43,17 @@ class DatasetSource:
         self.identity = _identity(path, part or "train")
         for file in sorted(Path(path).rglob("*.arrow")):
             _require_valid(file)
+        is_saved = any((Path(path) / file).is_file() for file in ("state.json", "dataset_dict.json"))
         try:
-            if (Path(path) / "state.json").is_file() or (Path(path) / "dataset_dict.json").is_file():
-                found: Any = _split_of(datasets.load_from_disk(path), part, path)
-            else:
-                found = datasets.load_dataset(path, split=part or "train", streaming=not Path(path).exists())
-        except AsdmError:
-            raise
+            found: Any = (
+                datasets.load_from_disk(path)
+                if is_saved
+                else datasets.load_dataset(path, split=part or "train", streaming=not Path(path).exists())
+            )
         except Exception as error:
             raise AsdmError(f"hf:{name}: no such dataset or split ({one_line(error)}); DATA is {data_help()}") from None
+        if is_saved:
+            found = _split_of(found, part, path)
         features = found.features or {}
         images = [column for column, kind in features.items() if isinstance(kind, datasets.Image)]
         captions = [column for column in CAPTION_FIELDS if column in features]
@@ -87,10 +90,8 @@ def _identity(path: str, part: str) -> str:
     """Return what tells a dataset from others: of a folder, what tells whether its files are still the same."""
     if not os.path.isdir(path):
         return f"hf:{path}@{part}"
-    folder = Path(path).resolve()
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("cache-"))
-    states = [[str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    return digest([str(folder), part, *states])
+    files = sorted(file for file in Path(path).rglob("*") if file.is_file() and not file.name.startswith("cache-"))
+    return digest([part, *map(state_of, files)])
 
 
 def _split_of(saved: Any, part: str, path: str) -> Any:
@@ -100,17 +101,15 @@ def _split_of(saved: Any, part: str, path: str) -> Any:
         AsdmError: it has no such split.
     """
     if isinstance(saved, dict):
-        if (part or "train") in saved:
-            return saved[part or "train"]
-        raise AsdmError(f"hf:{path}: has no split {part or 'train'}; name one of its own: {_named(path, saved)}")
+        wanted = part or "train"
+        if wanted in saved:
+            return saved[wanted]
+        names = ", ".join(f"hf:{path}@{name}" for name in saved)
+        raise AsdmError(f"hf:{path}: has no split {wanted}; name one of its own: {names}")
     own = None if saved.split is None else str(saved.split)
     if part in ("", own or "train"):
         return saved
     raise AsdmError(f"hf:{path}@{part}: holds a single split, {own or 'without a name'}; leave @{part} out")
-
-
-def _named(path: str, parts: Iterable[str]) -> str:
-    return ", ".join(f"hf:{path}@{part}" for part in parts)
 
 
 def _require_valid(path: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from asdm.data.examples import Example, Split, Unread, Unusable, caption_of, example_of, in_split
+from asdm.data.examples import Example, Split, Unread, Unusable, caption_of, example_of, in_split, state_of
 from asdm.data.metadata import text_in
 from asdm.data.names import data_help
 from asdm.errors import AsdmError, needs_extra, one_line
@@ -40,7 +40,7 @@ class ShardSource:
         absent = [url for url in self.urls if "://" not in url and not Path(url).is_file()]
         if absent:
             raise AsdmError(f"{absent[0]}: no such shard ({len(absent)} of {len(self.urls)}); DATA is {data_help()}")
-        self.identity = json.dumps([url if "://" in url else _state_of(Path(url)) for url in self.urls])
+        self.identity = json.dumps([url if "://" in url else state_of(Path(url)) for url in self.urls])
 
     def __len__(self) -> int:
         return len(self.urls)
@@ -123,9 +123,3 @@ def _from_sample(sample: dict[str, Any]) -> Example | Unusable:
         fields = f", its .json's fields {', '.join(map(str, about)) or 'none'}" if "json" in sample else ""
         return Unusable(name, f"it has no caption, as .txt or as caption, text or prompt in .json: {found}{fields}")
     return example_of(name, caption, sample[next(key for key in sample if key in images)], about)
-
-
-def _state_of(path: Path) -> list[Any]:
-    """Return a local shard, and what tells whether it is still the same."""
-    about = path.stat()
-    return [str(path.resolve()), about.st_size, about.st_mtime_ns]

@@ -31,6 +31,7 @@ from asdm.old_names import renamed_stage
 from asdm.training.checkpoints import require_same_run
 from asdm.training.launch import make_accelerator
 from asdm.training.loop import Progress, train
+from asdm.training.optimizers import require_shardable
 from asdm.training.sharding import is_sharding_requested
 from asdm.training.task import BatchSlice
 
@@ -103,8 +104,8 @@ def require_launchable(stage: Stage, processes: int) -> None:
     if stage.scope == "incubate":  # its blocks are divided, not its batch
         return
     BatchSlice(0, processes * stage.accumulation).of(stage.batch_size)
-    if stage.optimizer != "adamw" and is_sharding_requested():
-        raise AsdmError(f"stage {stage.name}: optimizer={stage.optimizer}: not under FSDP; use adamw")
+    if is_sharding_requested():
+        require_shardable(stage.optimizer)
 
 
 def train_stage(

@@ -19,13 +19,12 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from asdm.errors import AsdmError
 from asdm.measure.machine import fast_products
 from asdm.training.checkpoints import TrainingState, checkpoints, keep_newest
 from asdm.training.guard import DivergenceGuard
 from asdm.training.launch import make_accelerator
 from asdm.training.log import TrainingLog
-from asdm.training.optimizers import OptimizerName, make_optimizer
+from asdm.training.optimizers import OptimizerName, make_optimizer, require_shardable
 from asdm.training.sharding import full_tensor, is_sharding_requested, keep_in_host_memory, sharded_twin
 from asdm.training.task import Batch, BatchSlice, TrainingTask
 
@@ -156,10 +155,7 @@ class _Run:
         self.model: Any
         self.autocast: Callable[[], Any]
         if self.is_sharded:
-            if self.settings.optimizer != "adamw":
-                raise AsdmError(
-                    f"optimizer={self.settings.optimizer}: not under FSDP; use adamw, or launch without FSDP"
-                )
+            require_shardable(self.settings.optimizer)
             self.model, self.autocast = sharded_twin(task, accelerator.device), accelerator.autocast
             self.weights = self.model.trained()
             keep_in_host_memory(task.trained().values())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from asdm.errors import needs_extra
+from asdm.errors import AsdmError, needs_extra
 
 OptimizerName = Literal["adamw", "adamw8bit", "muon"]
 
@@ -58,6 +58,12 @@ def require_installed(name: OptimizerName) -> None:
     if name == "adamw8bit":
         with needs_extra("8bit", "optimizer=adamw8bit"):
             import bitsandbytes.optim  # noqa: F401
+
+
+def require_shardable(name: OptimizerName) -> None:
+    """Raise an AsdmError for an optimiser that reads whole tensors, of which a process has a shard under FSDP."""
+    if name != "adamw":
+        raise AsdmError(f"optimizer={name}: not under FSDP; use adamw, or launch without FSDP")
 
 
 def moment_names(optimizer: Any) -> list[set[str]] | None:
