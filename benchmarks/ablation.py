@@ -10,8 +10,9 @@ The embedded pipeline; one plan of removals for each speed-up; each run trains f
 recipe, by the steps' cost as measured in turns, so that other load affects all recipes alike. At 1.5x the components
 one by one, in short runs, and students of the faster plan that leave the last steps of an image to the original; at 2x
 and 2.5x what is for harder plans: expert kernels by what their routers read, and whether they divide the styles among
-them; at 2x semantic supervision on captions without their images, too. A finished run is not run again, one that was
-stopped goes on; two processes can share the work, each with its own --seeds or --only.
+them; at 2x semantic supervision on captions without their images, too, and the named recipes in long runs. A finished
+run is not run again, one that was stopped goes on; two processes can share the work, each with its own --seeds or
+--only.
 """
 
 from __future__ import annotations
@@ -30,13 +31,14 @@ from ablation_recipes import (
     EXPERTS,
     FAST_SPEEDUP,
     LENGTHS,
-    SHORT,
     SWITCHING,
     WORK,
     is_short,
+    length_of,
     planned_speedup,
     speedup_of_all_steps,
     variants,
+    without_length,
 )
 from ablation_rows import (
     ROWS,
@@ -102,7 +104,7 @@ def _run_side_by_side(bench: _Bench, missing: list[tuple[str, int, float]], jobs
         costs_of_steps(bench.examples, target)
     for seed in {seed for _, seed, _ in others}:
         bench.judged.see_teacher(seed)
-    others.sort(key=lambda run_of: 0 if is_short(run_of[0]) else LENGTHS[run_of[2]], reverse=True)  # the longest first
+    others.sort(key=lambda run_of: length_of(run_of[0], run_of[2]), reverse=True)  # the longest first
     threads = max(1, torch.get_num_threads() // jobs)
     given = (str(bench.pipeline.device), bench.judged.samples, threads)
     with ProcessPoolExecutor(jobs, get_context("spawn"), _begin, given) as pool:
@@ -158,7 +160,7 @@ def time(rounds: int = 40) -> None:
     pipeline = asdm.load_pipeline("demo")
     rows = known_rows()
     for target in sorted({row["target"] for row in rows}):
-        finished = {row["name"].removesuffix(SHORT) for row in rows if row["target"] == target}
+        finished = {without_length(row["name"]) for row in rows if row["target"] == target}
         students = {
             name: student_of(pipeline.unet, plan_of(pipeline, planned_speedup(name, target)), components)
             for name, components in variants(target).items()
@@ -168,7 +170,7 @@ def time(rounds: int = 40) -> None:
         times = measure_interleaved(calls, rounds=rounds)
         for row in rows:
             if row["target"] == target:
-                faster = times.speedup("teacher", row["name"].removesuffix(SHORT)).value
+                faster = times.speedup("teacher", without_length(row["name"])).value
                 row["speedup"] = speedup_of_all_steps(row["name"], faster)
     write_text(ROWS, json.dumps(rows, indent=1) + "\n")
 

@@ -9,15 +9,11 @@ from typing import Any
 import torch
 from ablation_recipes import (
     COMPONENTS,
-    LENGTHS,
     RECORDED,
     SETTLED,
-    SHORT,
-    SHORT_LENGTH,
-    SWITCHING,
     UNTRAINED,
     base_name,
-    is_short,
+    length_of,
     planned_speedup,
     variants,
 )
@@ -52,7 +48,7 @@ def steps_of_equal_cost(
     too."""
     if name == UNTRAINED:
         return 0
-    length = SHORT_LENGTH if is_short(name) else LENGTHS[target]
+    length = length_of(name, target)
     seconds = length * costs_of_steps(examples, target)["bk-sdm, joint"]
     costs = costs_of_steps(examples, planned_speedup(name, target))
     seconds -= costs[FIT] if "compensation" in components else 0.0
@@ -72,7 +68,7 @@ def costs_of_steps(examples: TrainingSet, target: float) -> dict[str, float]:
     once: dict[str, float] = {}
     plan = plan_of(pipeline, target)
     for name, components in variants(target).items():
-        if not name.endswith((SHORT, SWITCHING)):
+        if name == base_name(name):
             student = student_of(pipeline.unet, plan, components)
             stages, given = stages_of(student, components, 1000), examples
             if RECORDED in components:

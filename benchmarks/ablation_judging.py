@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ablation_recipes import NAMED, SETTLED, STEPS, SWITCHED, WORK
+from ablation_recipes import LONG, NAMED, SETTLED, STEPS, SWITCHED, WORK
 from ablation_rows import METRICS_OF_IMAGES
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
@@ -28,7 +28,7 @@ from asdm.sensitivity.expert_usage import expert_usage, prompts_by_label
 PREDICTED, TIMESTEPS = 48, 8  # held-out prompts, and time steps of each, at which predictions are compared
 EXPERT_PROMPTS = 16  # of each style, by which it is told whether expert kernels divide the styles among them
 SHOWN = 16  # held-out prompts, of the first seed of the recipes in `DRAWN`
-DRAWN = ("teacher", *NAMED, SWITCHED)
+DRAWN = ("teacher", *NAMED, SWITCHED, *(f"{name}{LONG}" for name in NAMED))
 
 
 class Judged:
@@ -111,7 +111,8 @@ def held_out(count: int) -> EvaluationSet:
 
 def strip_path(name: str, target: float) -> Path:
     """Return where the first images of a recipe's first seed are, side by side."""
-    return SETTLED / ("teacher.png" if name == "teacher" else f"{name.replace(' ', '')}-{target:g}.png")
+    plain = name.replace(" (", "-").replace(")", "").replace(" ", "")
+    return SETTLED / ("teacher.png" if name == "teacher" else f"{plain}-{target:g}.png")
 
 
 def cut(strip: Image.Image) -> list[Image.Image]:

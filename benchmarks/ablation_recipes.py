@@ -30,6 +30,7 @@ RECORDED = "recorded"  # the teacher's answers are read from disk, as by the rec
 FROM_DISK = f"joint + {RECORDED}"
 LOW_SPEEDUP, FAST_SPEEDUP = 1.5, 2.0  # for the components one by one; of the students that switch
 SHORT = " (short)"  # what a recipe is called in the runs of the components' length
+LONG = " (long)"  # and in those that show what more time brings at a hard plan
 SWITCHING = " + switching"  # and where the student is of the faster plan, and the original draws the last steps
 SWITCHED = f"joint{SWITCHING}"
 UNTRAINED = f"untrained{SWITCHING}"  # pruned and compensated, no more
@@ -37,6 +38,7 @@ STEPS, LAST_STEPS = 25, 8  # with a student of twice the speed they leave 1.5x
 SWITCHED_BELOW = (LAST_STEPS + 0.5) / STEPS  # of the schedule
 LENGTHS = {1.5: 600, 2.0: 600, 2.5: 600}  # steps of BK-SDM's recipe; the others take as many as cost the same
 SHORT_LENGTH = 200  # of the components one by one, and of the named recipes beside them
+LONG_LENGTH = 2400
 
 
 def variants(target: float) -> dict[str, tuple[str, ...]]:
@@ -46,6 +48,7 @@ def variants(target: float) -> dict[str, tuple[str, ...]]:
     found = dict(NAMED)
     if target == FAST_SPEEDUP:
         found |= {**HARD, **SEMANTIC}
+        found |= {f"{name}{LONG}": components for name, components in NAMED.items()}
     if target == LOW_SPEEDUP:
         found |= {FROM_DISK: (*DEFAULT, RECORDED)}
         found |= {f"{name}{SHORT}": components for name, components in NAMED.items()}
@@ -58,12 +61,24 @@ def variants(target: float) -> dict[str, tuple[str, ...]]:
 
 def is_short(name: str) -> bool:
     """Return whether a recipe's runs are of the length of the components one by one."""
-    return name not in ("teacher", *NAMED, *HARD, *SEMANTIC, FROM_DISK)
+    return name.removesuffix(LONG) not in ("teacher", *NAMED, *HARD, *SEMANTIC, FROM_DISK)
+
+
+def length_of(name: str, target: float) -> int:
+    """Return how many steps of BK-SDM's recipe a recipe's runs cost."""
+    if is_short(name):
+        return SHORT_LENGTH
+    return LONG_LENGTH if name.endswith(LONG) else LENGTHS[target]
+
+
+def without_length(name: str) -> str:
+    """Return a recipe's name without the length of the run."""
+    return name.removesuffix(SHORT).removesuffix(LONG)
 
 
 def base_name(name: str) -> str:
     """Return a recipe's name without the length of the run, and what draws."""
-    return name.removesuffix(SHORT).removesuffix(SWITCHING)
+    return without_length(name).removesuffix(SWITCHING)
 
 
 def planned_speedup(name: str, target: float) -> float:

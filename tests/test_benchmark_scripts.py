@@ -96,6 +96,7 @@ def test_a_run_of_the_ablation_adds_its_row_once(small_demo, monkeypatch, tmp_pa
     import ablation
     import ablation_costs
     import ablation_judging
+    import ablation_recipes
     import ablation_rows
     import ablation_students
     from ablation_costs import FIT
@@ -106,7 +107,8 @@ def test_a_run_of_the_ablation_adds_its_row_once(small_demo, monkeypatch, tmp_pa
     monkeypatch.setattr(ablation_rows, "ROWS", tmp_path / "ablation.json")
     monkeypatch.setattr(ablation_judging, "Judge", PixelJudge)
     monkeypatch.setattr(ablation_judging, "EXPERT_PROMPTS", 2)
-    monkeypatch.setitem(ablation_costs.LENGTHS, 2.0, 3)
+    monkeypatch.setitem(ablation_recipes.LENGTHS, 2.0, 3)
+    monkeypatch.setattr(ablation_recipes, "LONG_LENGTH", 6)
     run = partial(ablation.run, seeds="0", targets="2.0", samples=12, device="cpu", jobs=1)
     run(only="teacher")
     name = "joint + cond-conv by prompt"
@@ -119,6 +121,10 @@ def test_a_run_of_the_ablation_adds_its_row_once(small_demo, monkeypatch, tmp_pa
     teacher, row = json.loads((tmp_path / "ablation.json").read_text())
     assert (teacher["name"], row["name"]) == ("teacher", name)
     assert row["steps"] == 2  # three of the other recipe's cost as much
+    run(only="bk-sdm (long)")
+    long = json.loads((tmp_path / "ablation.json").read_text())[-1]
+    assert (long["name"], long["steps"]) == ("bk-sdm (long)", 6)
+    assert (settled / "bk-sdm-long-2.png").is_file()
     assert 0 <= row["exact_pair_heldout"] <= 1 and row["teacher_distance_heldout"] > teacher["teacher_distance_heldout"]
     assert row["prediction_error_heldout"] > 0 and row["expert_chance"] >= 0
 
