@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from asdm import AsdmError, CondConv, PruningPlan, build_student
+from asdm import AsdmError, PruningPlan, build_student
 from asdm.choices import Router
 from asdm.edits.base import restored
-from asdm.edits.cond_conv import CondConv2d, CondResnetBlock2D
+from asdm.edits.cond_conv import CondResnetBlock2D
+from asdm.edits.expert_kernels import CondConv2d
 from asdm.edits.prompted_blocks import pooled_prompt
 from asdm.families import family_of
 from asdm.families.unet_structure import conv_channels
@@ -56,9 +57,8 @@ def moved(student, seed=0):
 
 def bank(router="input", activation="softmax", experts=3):
     torch.manual_seed(0)
-    edit = CondConv(unit="x", experts=["e"] * experts, router=router, activation=activation)
     read = {name: {"input": 6, "prompt": 12, "time": 10}[name] for name in router.split("+")}
-    conv = CondConv2d.around(nn.Conv2d(6, 8, 3, padding=1), edit, read)
+    conv = CondConv2d.around(nn.Conv2d(6, 8, 3, padding=1), ["e"] * experts, router, activation, read)
     with torch.no_grad():
         for parameter in (conv.expert_weight, conv.expert_bias, conv.router.weight, conv.router.bias):
             parameter.copy_(0.3 * torch.randn(parameter.shape))

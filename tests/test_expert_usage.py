@@ -9,7 +9,7 @@ import asdm
 from asdm import AsdmError, PruningPlan, build_student, with_unet
 from asdm.cli.tables import usage_table
 from asdm.diffusion.conditioning import embed_prompts
-from asdm.edits.cond_conv import CondConv2d
+from asdm.edits.expert_kernels import CondConv2d
 from asdm.sensitivity.expert_usage import explained_variance, mutual_information, prompts_by_label
 
 CONV = "up_blocks.3.resnets.0.conv2"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from asdm import AsdmError, AsdmUNet2DConditionModel, PruningPlan, build_student
-from asdm.edits.cond_conv import CondConv2d
+from asdm.edits.expert_kernels import CondConv2d
 from asdm.edits.projections import projection_of, reshape_saved
 from asdm.families.tensors import fingerprint
 from asdm.training.sharding import shard_like

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from asdm.distillation.stages import Stage
-from asdm.edits.cond_conv import CondConv2d, experts_following
+from asdm.edits.expert_adapters import experts_following
+from asdm.edits.expert_kernels import CondConv2d
 from asdm.errors import AsdmError, needs_extra
 from asdm.families import Denoiser
 from asdm.measure.hooks import set_module

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from asdm.choices import CompensationKind
-from asdm.edits.cond_conv import CondConv2d
+from asdm.edits.expert_kernels import CondConv2d
 from asdm.edits.projections import ConstantProjection, ScaleProjection, TimeProjection, projection_of
 from asdm.edits.remove import RemovedUnit
 

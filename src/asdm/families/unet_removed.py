@@ -12,7 +12,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from asdm.choices import CompensationKind
-from asdm.edits.cond_conv import is_traced
+from asdm.edits.expert_kernels import is_traced
 from asdm.edits.projections import TimeProjection, projection_of
 from asdm.edits.remove import RemovedUnit
 from asdm.errors import AsdmError

@@ -17,7 +17,7 @@ from asdm.choices import Label
 from asdm.data.calibration import calibration_calls
 from asdm.data.sources import open_data
 from asdm.diffusion.conditioning import latent_shape
-from asdm.edits.cond_conv import CondConv2d
+from asdm.edits.expert_kernels import CondConv2d
 from asdm.errors import AsdmError
 from asdm.families import denoiser_of, family_of
 from asdm.files import write_text

@@ -14,7 +14,8 @@ from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
-from asdm.edits.cond_conv import OneTimestepEmbedding, experts_following, repeated_row, require_fusable
+from asdm.edits.expert_adapters import experts_following, require_fusable
+from asdm.edits.expert_kernels import OneTimestepEmbedding, repeated_row
 from asdm.edits.regional_attention import GriAttnProcessor
 from asdm.families.unet_architecture import UNetArchitecture
 from asdm.families.unet_removed import RemovedDownBlock
