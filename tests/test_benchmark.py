@@ -16,7 +16,7 @@ from matplotlib.transforms import Bbox
 from asdm import AsdmError, PruningPlan, build_student, save_decoder
 from asdm.benchmark.baselines import attention_broadcast, deep_cache, t_gate, tome
 from asdm.benchmark.method import Method, at_every, cached, combined, fresh
-from asdm.benchmark.methods import cached_every, guided_until, methods
+from asdm.benchmark.methods import cached_every, methods, with_guidance_until
 from asdm.benchmark.models import benchmark_model, chosen_methods, open_results, save_results, unfinished
 from asdm.benchmark.plot import benchmark_plot, pareto_front
 from asdm.benchmark.results import Benchmark, BenchmarkRow, BenchmarkRun
@@ -217,16 +217,34 @@ def test_where_an_image_takes_long_its_time_is_put_together_from_parts(pipeline)
 
 @pytest.mark.parametrize("longest", [0, 100])
 def test_steps_without_guidance_are_timed_apart(pipeline, longest):
-    entries = [Method("original", "original", steps=10), guided_until(10, 0.6)]
+    original = Method("original", "original", steps=10)
+    entries = [original, with_guidance_until(original, 0.6), with_guidance_until(cached_every(10, 3), 0.5)]
     batches = defaultdict(int)
     handle = pipeline.unet.register_forward_pre_hook(
         lambda _, args, kwargs: batches.update({len(args[0]): batches[len(args[0])] + 1}), with_kwargs=True
     )
-    original, guided = time_methods(pipeline, entries, place="tiny", rounds=1, longest=longest)
+    found = time_methods(pipeline, entries, place="tiny", rounds=1, longest=longest)
     handle.remove()
-    kinds = {part for part in guided.parts if part.startswith("UNet")}
-    assert kinds == {"UNet, whole", "UNet, without guidance"} and guided.error is None
-    assert batches[1] > 0 and {part for part in original.parts if part.startswith("UNet")} == {"UNet, whole"}
+    assert [row.error for row in found] == [None] * 3 and batches[1] > 0
+    assert [row.name for row in found[1:]] == [
+        "guidance in 60% of the steps",
+        "caching, every 3, order 0, guidance in 50% of the steps",
+    ]
+    kinds = [{part.removeprefix("UNet, ") for part in row.parts if part.startswith("UNet")} for row in found]
+    assert kinds[:2] == [{"whole"}, {"whole", "whole, without guidance"}]
+    assert kinds[2] == {"whole", "reusing", "whole, without guidance", "reusing, without guidance"}
+
+
+def test_the_first_step_without_guidance_is_computed_whole(pipeline):
+    """The timed kinds are those of the calls that caching makes."""
+    method = with_guidance_until(cached_every(10, 3), 0.5)
+    made = []
+    with method.prepared(pipeline) as ready:
+        ready.unet.register_forward_pre_hook(lambda *_: made.append("reusing"))
+        ready.unet.mid_block.resnets[0].register_forward_pre_hook(lambda *_: made.__setitem__(-1, "whole"))
+        generate(ready, "octopus", steps=10, cfg_cutoff=method.cfg_cutoff)
+    assert made == [method.kinds(step).removesuffix(", without guidance") for step in range(10)]
+    assert made[5] == "whole" and 5 % 3
 
 
 @pytest.mark.parametrize("make", [tome, deep_cache, attention_broadcast, t_gate])
@@ -295,6 +313,7 @@ def test_our_parts_leave_the_pipeline_as_it_was():
     groups = {entry.name: entry.group for entry in entries}
     assert (groups["bk-base"], groups["lean"]) == ("baseline", "ours")
     assert "lean + runtime + caching, every 3, 3 steps" in names
+    assert "lean + OpenVINO int8 + caching, every 3, 3 steps, guidance in 36% of the steps" in names
     assert {name for name in names if name.endswith("4 steps of LCM")} == {
         f"{name}4 steps of LCM"
         for name in ("", "OpenVINO, ", "lean + runtime, ", "lean + OpenVINO, ", "quick, ", "quick + OpenVINO, ")

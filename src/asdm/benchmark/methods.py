@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from asdm.benchmark import baselines
 from asdm.benchmark.baselines import attention_broadcast, deep_cache, t_gate, tome
-from asdm.benchmark.method import Maker, Method, Prepared, at_every, cached, combined, data_dependent, fresh
+from asdm.benchmark.method import Maker, Method, Prepared, at_every, cached, combined, data_dependent, fresh, whole
 from asdm.benchmark.programs import programs
 from asdm.benchmark.techniques import (
     by_lcm,
@@ -32,6 +32,7 @@ BASELINE_STUDENTS = "bk-"  # what the names of BK-SDM's students begin with
 INTERVALS = (2, 3, 5)  # of full steps
 PARTS = (0.48, 0.32)  # of the steps, to take instead of all
 MANY_PARTS = (0.8, 0.64, 0.48, 0.4, 0.32)
+GUIDED_PARTS = (0.8, 0.6, 0.36)  # of the steps, that have guidance
 T = TypeVar("T")
 
 
@@ -104,7 +105,7 @@ def _original(steps: int) -> list[Method]:
     return [
         original,
         *_in_settings(in_fewer, fewer_steps(steps, MANY_PARTS), main=fewer_steps(steps)),
-        *_in_settings(partial(guided_until, steps), (0.8, 0.6), main=[0.8]),
+        *_in_settings(partial(with_guidance_until, original), GUIDED_PARTS, main=[0.8]),
         _by_lcm("", "fewer steps"),
     ]
 
@@ -141,14 +142,18 @@ def fewer_steps(steps: int, parts: Sequence[float] = PARTS) -> list[int]:
     return list(dict.fromkeys(round(part * steps) for part in parts))
 
 
-def guided_until(steps: int, part: float) -> Method:
-    """Return the original with guidance in the first steps alone."""
+def with_guidance_until(method: Method, part: float) -> Method:
+    """Return a method with guidance in the first steps alone. What is cached with it is of no use without."""
+    guided = math.ceil(part * method.steps)
 
     def kinds(step: int) -> str:
-        return "whole" if step < math.ceil(part * steps) else "without guidance"
+        kind = whole(step) if step == guided else method.kinds(step)
+        return kind if step < guided else f"{kind}, without guidance"
 
-    name = f"guidance in {part:.0%} of the steps"
-    return Method(name, "fewer steps", steps=steps, kinds=kinds, cfg_cutoff=part)
+    title = f"guidance in {part:.0%} of the steps"
+    name = title if method.group == "original" else f"{method.name}, {title}"
+    group = "fewer steps" if method.group == "original" else method.group
+    return replace(method, name=name, group=group, kinds=kinds, cfg_cutoff=part)
 
 
 def cached_every(steps: int, every: int, order: int = 0) -> Method:
@@ -198,7 +203,8 @@ def _fastest(name: str, fast: Prepared, steps: int, data: str | Path | None) -> 
     yield from _in_settings(base.with_steps, counts, main=[steps])
     yield from _extra([_by_lcm(base.name, "stack", fast)])
     for every in (2, 3):
-        yield from _extra(_every(base, every, counts))
+        every_nth = _every(base, every, counts)
+        yield from _extra([*every_nth, *(_little_guided(every_nth) if every == 3 else [])])
     for count in counts if data is not None else ():  # a calibration is for a number of steps
         technique = calibrated(1.5, observing(count, data))
         title = f"{base.name} + caching, calibrated, 1.5x"
@@ -218,7 +224,8 @@ def _graphs(base: str, student: Maker | None, steps: int, group: str, data: str 
             yield _by_lcm(name, group, graph)
         cached_graphs = in_openvino(student, int8=int8, data=data, cache=1)
         for every in (2, 3):
-            yield from _extra(_every(combined(name, "stack", cached_graphs, steps=steps), every, counts))
+            every_nth = _every(combined(name, "stack", cached_graphs, steps=steps), every, counts)
+            yield from _extra([*every_nth, *(_little_guided(every_nth) if every == 3 else [])])
         for count in counts if data is not None and int8 is None else ():  # a calibration is for a number of steps
             observed = observing(count, data, student, depth=1)
             for speedup in (1.5, 2.0, 2.5):
@@ -256,6 +263,11 @@ def _every(base: Method, every: int, counts: Sequence[int]) -> list[Method]:
     return combined(name, base.group, base.prepared, technique, steps=base.steps, kinds=at_every(every)).in_steps(
         counts
     )
+
+
+def _little_guided(found: Iterable[Method]) -> list[Method]:
+    """Return the methods with guidance in the fewest steps."""
+    return [with_guidance_until(method, min(GUIDED_PARTS)) for method in found]
 
 
 def _data_dependent(name: str, group: str, *techniques: Prepared, steps: int) -> Method:
