@@ -108,6 +108,13 @@ def test_other_architectures_are_refused_by_their_index_alone(name, tmp_path, mo
         load_pipeline("someone/theirs")
 
 
+def test_a_pipeline_for_edits_is_refused_without_another_word(tmp_path):
+    OBJECTS["edits"]().save_pretrained(tmp_path)
+    with warnings.catch_warnings(), pytest.raises(AsdmError, match="its UNet takes 8 channels"):
+        warnings.simplefilter("error", AsdmWarning)
+        load_pipeline(tmp_path)
+
+
 def test_a_vae_of_depth_maps_is_refused(tmp_path):
     vae = AutoencoderKL(in_channels=6, out_channels=6, block_out_channels=(16,), norm_num_groups=8)
     made("StableDiffusionPipeline", tiny_pipeline(), vae=vae).save_pretrained(tmp_path)

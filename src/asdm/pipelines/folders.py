@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from asdm.choices import PredictionType
+from asdm.diffusion.kinds import require_channels
 from asdm.errors import AsdmError, AsdmWarning, one_line
 from asdm.families import component_of, families
 from asdm.pipelines.claims import claim_of, claim_of_scheduler, claims_of_tensors, settled
@@ -67,16 +68,15 @@ def load_folder(folder: Path, dtype: torch.dtype, as_stored: bool = False) -> Di
     if not any(denoiser.glob("*.safetensors")):
         raise AsdmError(f"{denoiser}: no .safetensors weights; pickles are not loaded, convert them first")
     pipeline = _from_pretrained(folder, kind, dtype, as_stored)
-    _warn_of_other_class(about, kind, folder)
+    if kind is not DiffusionPipeline and about.get("_class_name") != kind.__name__:
+        require_channels(pipeline, str(folder))
+        _warn_of_other_class(about, kind, folder)
     return pipeline
 
 
 def _warn_of_other_class(index: dict[str, Any], kind: type[Any], folder: Path) -> None:
-    """Issue an `AsdmWarning` where a pipeline is not loaded in its own class, and samples in another way."""
-    own = index.get("_class_name")
-    if kind is DiffusionPipeline or own == kind.__name__:
-        return
-    lost = left_out(index, kind)
+    """Issue an `AsdmWarning` that a pipeline is not loaded in its own class, and samples in another way."""
+    own, lost = index["_class_name"], left_out(index, kind)
     without = f", without its {' and '.join(lost)}" if lost else ""
     warnings.warn(f"{folder}: a {own}; loaded as the plain pipeline of its parts{without}", AsdmWarning, stacklevel=5)
 
