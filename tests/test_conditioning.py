@@ -132,6 +132,7 @@ REFUSED = [
     ({"addition_embed_type": "image_hint", "encoder_hid_dim": 8}, "addition_embed_type image_hint, and reads image"),
     ({"addition_embed_type": "text_image"}, "addition_embed_type text_image, and reads image embeddings"),
     ({"encoder_hid_dim": 8, "encoder_hid_dim_type": "text_image_proj"}, "encoder_hid_dim_type text_image_proj"),
+    ({"dual_cross_attention": True}, "dual_cross_attention True, and reads two prompts"),
     ({"attention_type": "gated"}, "attention_type gated, and reads boxes"),
 ]
 

@@ -374,6 +374,9 @@ def test_a_controlnet_guides_each_kind_of_generation(make, tmp_path):
         np.testing.assert_allclose(without.astype(int), made(pipeline, **inputs), atol=1)
     with pytest.raises(AsdmError, match="control: a ControlNet for another UNet, with"):
         made(tiny_sdxl_pipeline(), **control)
+    ControlNetModel.from_unet(tiny_unet()).save_pretrained(tmp_path / "large")
+    with pytest.raises(AsdmError, match=r"makes images smaller by 8, and this model's VAE does by 2; use one with 2 "):
+        made(tiny_pipeline(), **{**control, "controlnet": tmp_path / "large"})
     (tmp_path / "control" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     with pytest.raises(AsdmError, match="control: a AutoencoderKL; must be"):
         request(**control)

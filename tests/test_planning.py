@@ -22,7 +22,7 @@ from asdm.planning.speedup import measured_speedup
 from asdm.sensitivity.analysis import structure_map
 from asdm.sensitivity.profile import RedundancyMap, UnitRecord
 from asdm.student.build import empty_student
-from conftest import tiny_pipeline
+from conftest import tiny_pipeline, tiny_unet
 
 
 def record(name, parent=None, sensitivity=1.0, cost=1.0):
@@ -165,6 +165,16 @@ def full_size_map(shape):
         model="", units=units, others=[], fingerprint=fingerprint(unet), latency_ms=1e6
     )
     return unet, redundancy
+
+
+@pytest.mark.parametrize(("preset", "levels"), [("bk-tiny", 2), ("bk-small", 1)])
+def test_a_preset_that_leaves_too_few_levels_is_refused_by_its_name(preset, levels):
+    down, up = ("CrossAttnDownBlock2D", "DownBlock2D")[:levels], ("UpBlock2D", "CrossAttnUpBlock2D")[-levels:]
+    unet = tiny_unet(block_out_channels=(32, 32)[:levels], down_block_types=down, up_block_types=up)
+    with pytest.raises(
+        AsdmError, match=f"^{preset}: keeps 2 levels at least, and this UNet has {levels}; give a budget"
+    ):
+        make_plan(structure_map(unet), preset=preset, unet=unet)
 
 
 @pytest.mark.parametrize(("preset", "published"), [("bk-base", 579.4), ("bk-small", 482.3), ("bk-tiny", 323.4)])

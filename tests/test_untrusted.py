@@ -387,6 +387,8 @@ def test_a_config_that_names_models_elsewhere_fetches_none(model, monkeypatch):
 
 def test_what_comes_from_the_hub_is_checked_as_folders_are(model, tmp_path, monkeypatch):
     config = model / "text_encoder" / "config.json"
+    index = json.loads((model / "model_index.json").read_text())
+    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda *_, **__: index)
     monkeypatch.setattr(DiffusionPipeline, "download", lambda *_, **__: str(model))
     assert load_pipeline("someone/pipeline").unet is not None
     for place in ("pipelines.transformers_models.snapshot_download", "pipelines.decoders.hf_hub_download",

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from asdm.benchmark.method import Method
+from asdm.diffusion.conditioning import unscaled
 from asdm.diffusion.generation import default_guidance, pipeline_arguments
 from asdm.diffusion.guidance import CfgCutoff
 from asdm.evaluation.image_timing import watching_calls
@@ -102,4 +103,4 @@ def first_steps(ready: DiffusionPipeline, method: Method, times: int) -> tuple[T
 
 def decode(ready: DiffusionPipeline, latents: Tensor) -> Any:
     """Decode latents by the VAE alone."""
-    return ready.vae.decode(latents / ready.vae.config.scaling_factor, return_dict=False)
+    return ready.vae.decode(unscaled(ready.vae, latents), return_dict=False)

@@ -27,6 +27,7 @@ from asdm.caching.session import CachingSession, cut_of
 from asdm.caching.speedup import full_fraction, timed_calls
 from asdm.data.sources import require_usable
 from asdm.diffusion.generation import require_steps
+from asdm.diffusion.kinds import require_text_to_image
 from asdm.errors import AsdmError
 from asdm.families import denoiser_of, family_of
 from asdm.measure.latency import Ratio, Timing
@@ -101,6 +102,7 @@ def observe_sampling(
     progress: Progress | None = None,
 ) -> Observations:
     """Measure what schedules for any speed-up from `speedup` on follow from. Arguments as for `calibrate_cache`."""
+    require_text_to_image(pipeline)
     require_steps(pipeline, steps)
     if steps < LEAST_STEPS:
         raise AsdmError(f"steps={steps}: too few to cache anything; allowed are {LEAST_STEPS} and more")

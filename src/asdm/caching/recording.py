@@ -20,7 +20,7 @@ from asdm.caching.session import cached_value, on_input
 from asdm.data.calibration import DEFAULT_PROMPTS
 from asdm.data.sources import open_data
 from asdm.diffusion.conditioning import latent_shape
-from asdm.diffusion.generation import default_guidance, pipeline_arguments
+from asdm.diffusion.generation import default_guidance, faults_in_one_line, pipeline_arguments
 from asdm.diffusion.parameterization import noise_level
 from asdm.errors import AsdmError
 from asdm.families import BlockIO, CacheCut, Denoiser, denoiser_of, family_of
@@ -144,7 +144,8 @@ def _first_call(pipeline: DiffusionPipeline, prompts: list[str], **settings: Any
 
     handle = denoiser_of(pipeline).register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        pipeline(prompts, **settings)
+        with faults_in_one_line(pipeline):
+            pipeline(prompts, **settings)
     except _FirstCall as call:
         return family_of(denoiser_of(pipeline)).call_arguments(*call.args)
     finally:

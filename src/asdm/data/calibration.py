@@ -24,8 +24,8 @@ from asdm.diffusion.conditioning import (
     latent_shape,
     masked_latents,
 )
-from asdm.diffusion.generation import default_guidance, pipeline_arguments
-from asdm.diffusion.kinds import is_inpainting, is_random
+from asdm.diffusion.generation import default_guidance, faults_in_one_line, pipeline_arguments
+from asdm.diffusion.kinds import is_inpainting, is_random, require_text_to_image
 from asdm.diffusion.parameterization import parameterization_of
 from asdm.errors import AsdmError
 from asdm.families import denoiser_of, family_of
@@ -72,8 +72,8 @@ def calibration_calls(
         AsdmError: the data cannot be used, or was prepared by another model; or the denoiser reads what no prompt
             brings.
     """
+    require_text_to_image(pipeline)
     denoiser = denoiser_of(pipeline)
-    family_of(denoiser).require_known_inputs(denoiser)
     generator = torch.Generator().manual_seed(seed)
     side = latent_shape(pipeline)[1]
     samples = samples or (16 if side <= 32 else 1)
@@ -101,6 +101,7 @@ def calibration_calls(
 
 def require_calibration(pipeline: DiffusionPipeline, data: str | Path | None) -> None:
     """Raise an AsdmError unless the pipeline can be calibrated on the data; for a check before anything is measured."""
+    require_text_to_image(pipeline)
     if data is not None and is_prepared(data):
         open_prepared(pipeline, data)
     elif data is not None:
@@ -144,4 +145,6 @@ def _own_latents(pipeline: DiffusionPipeline, prompts: list[str], generator: tor
     if is_random(pipeline):
         return torch.randn(len(prompts), *latent_shape(pipeline), generator=generator)
     options = {"num_inference_steps": 10, "guidance_scale": default_guidance(pipeline), "output_type": "latent"}
-    return pipeline(prompts, generator=generator, **options, **pipeline_arguments(pipeline)).images
+    with faults_in_one_line(pipeline):
+        latents: Tensor = pipeline(prompts, generator=generator, **options, **pipeline_arguments(pipeline)).images
+    return latents

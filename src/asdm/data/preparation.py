@@ -37,7 +37,7 @@ from asdm.data.sources import open_source, require_usable_examples
 from asdm.devices import LONGEST_WAIT
 from asdm.diffusion.conditioning import decode_latents, embed_prompts, encode_images, image_size, masked_latents
 from asdm.diffusion.generation import default_guidance, pipeline_arguments, require_steps
-from asdm.diffusion.kinds import is_inpainting, is_random
+from asdm.diffusion.kinds import is_inpainting, is_random, require_text_to_image
 from asdm.digests import short_digest
 from asdm.errors import AsdmError
 from asdm.files import MARKER, read_marker, replacing_file, require_ours, write_text
@@ -83,6 +83,7 @@ def prepare_data(
         AsdmError: the source cannot be used; or a shard could not be read, when all else is prepared; or `folder` is
             not this tool's, or holds another source's or another model's data.
     """
+    require_text_to_image(pipeline)
     require_steps(pipeline, steps)
     folder = Path(folder)
     made_by = fingerprint(pipeline)

@@ -151,8 +151,7 @@ def encode_images(vae: Any, images: Tensor) -> Tensor:
         for batch in images.split(at_once):
             posterior = vae.encode(batch.to(vae.device, vae.dtype))
             latents.append(posterior.latents if hasattr(posterior, "latents") else posterior.latent_dist.mode())
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    return (torch.cat(latents) - shift) * vae.config.scaling_factor
+    return _scaled(vae, torch.cat(latents))
 
 
 @torch.no_grad()
@@ -160,11 +159,31 @@ def decode_latents(pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
     """Return images (batch, 3, height, width) in about [-1, 1] of `latents` (batch, 4, h, w); as many at a time as
     make a 512x512 pixel image."""
     vae = pipeline.vae
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
     at_once = max(1, 64 * 64 // latents.shape[2:].numel())
     with _without_overflow(vae):
-        scaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + shift
+        scaled = unscaled(vae, latents.to(vae.device, vae.dtype))
         return torch.cat([vae.decode(batch).sample for batch in scaled.split(at_once)])
+
+
+def unscaled(vae: Any, latents: Tensor) -> Tensor:
+    """Return latents (batch, 4, h, w) as a VAE decodes them, of those that the denoiser works on."""
+    mean, deviation = _statistics(vae, latents)
+    return latents * deviation / vae.config.scaling_factor + mean
+
+
+def _scaled(vae: Any, latents: Tensor) -> Tensor:
+    mean, deviation = _statistics(vae, latents)
+    return (latents - mean) * vae.config.scaling_factor / deviation
+
+
+def _statistics(vae: Any, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """Return the mean and the deviation by channel that a VAE's config gives (Playground's); where it has none, its
+    shift and 1."""
+    found = [getattr(vae.config, name, None) for name in ("latents_mean", "latents_std")]
+    if None in found:
+        return getattr(vae.config, "shift_factor", None) or 0.0, 1.0
+    mean, deviation = (torch.tensor(each).view(1, -1, 1, 1).to(latents) for each in found)
+    return mean, deviation
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from asdm.diffusion.conditioning import (
     size_multiple,
 )
 from asdm.diffusion.guidance import CFG_CUTOFF, CfgCutoff
-from asdm.diffusion.kinds import image_to_image, is_inpainting, is_random
+from asdm.diffusion.kinds import image_to_image, is_inpainting, is_random, require_text_to_image
 from asdm.errors import AsdmError, one_line
 from asdm.families import denoiser_of, family_of
 from asdm.images import as_mask, in_rgb
@@ -82,6 +82,7 @@ def generate(
             or of another size; not as many images as prompts; an image for a pipeline without image-to-image; or the
             generated images are no numbers (NaN).
     """
+    require_text_to_image(pipeline)
     if mask is not None and image is None:
         raise AsdmError("a mask says what of an image is replaced; give the image too")
     if size is not None and image is not None:
@@ -157,7 +158,7 @@ def sample_batch(pipeline: DiffusionPipeline, seeds: Sequence[int], arguments: M
     given = {
         name: [value] * len(seeds) if isinstance(value, Image.Image) else value for name, value in arguments.items()
     }
-    with _faults_in_one_line(pipeline):
+    with faults_in_one_line(pipeline):
         result = pipeline(generator=generators, **given)
     blacked_out = sum(getattr(result, "nsfw_content_detected", None) or [])
     if blacked_out:
@@ -166,7 +167,7 @@ def sample_batch(pipeline: DiffusionPipeline, seeds: Sequence[int], arguments: M
 
 
 @contextmanager
-def _faults_in_one_line(pipeline: DiffusionPipeline) -> Iterator[None]:
+def faults_in_one_line(pipeline: DiffusionPipeline) -> Iterator[None]:
     """Turn what a pipeline refuses into our error."""
     try:
         yield

@@ -5,8 +5,12 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from diffusers import (
     DiffusionPipeline,
+    LatentConsistencyModelPipeline,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
     StableDiffusionControlNetImg2ImgPipeline,
     StableDiffusionControlNetInpaintPipeline,
     StableDiffusionControlNetPipeline,
@@ -30,6 +34,14 @@ _WITH_CONTROLNET: dict[tuple[bool, bool], tuple[Any, Any]] = {
     (True, False): (StableDiffusionControlNetImg2ImgPipeline, StableDiffusionXLControlNetImg2ImgPipeline),
     (True, True): (StableDiffusionControlNetInpaintPipeline, StableDiffusionXLControlNetInpaintPipeline),
 }
+TEXT_TO_IMAGE = (
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    LatentConsistencyModelPipeline,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+)
+INPAINTING = (StableDiffusionInpaintPipeline, StableDiffusionXLInpaintPipeline)
 RANDOM = "random:"  # how names of pipelines with random weights begin
 
 
@@ -46,6 +58,43 @@ def is_random(pipeline: DiffusionPipeline) -> bool:
 def is_inpainting(pipeline: DiffusionPipeline) -> bool:
     """Return whether its denoiser also reads a mask and the latents of a masked image."""
     return denoiser_of(pipeline).config.in_channels == 2 * pipeline.vae.config.latent_channels + 1
+
+
+def require_text_to_image(pipeline: DiffusionPipeline) -> None:
+    """Raise an AsdmError unless the pipeline generates from prompts alone, or inpaints by a denoiser made for that, and
+    its denoiser has no other inputs."""
+    kind = type(pipeline).__name__
+    if not isinstance(pipeline, TEXT_TO_IMAGE + INPAINTING):
+        raise AsdmError(
+            f"a {kind}: has other inputs or another sampling than text-to-image; give asdm.load_pipeline's, or a "
+            "StableDiffusionPipeline, StableDiffusionXLPipeline or PixArt's of the same parts"
+        )
+    require_channels(pipeline)
+    if isinstance(pipeline, INPAINTING) and not is_inpainting(pipeline):
+        raise AsdmError(f"a {kind} whose denoiser reads no mask; give the pipeline for text-to-image of the same parts")
+    family_of(pipeline).require_known_inputs(denoiser_of(pipeline))
+
+
+def require_channels(pipeline: DiffusionPipeline, name: str = "") -> None:
+    """Raise an AsdmError unless the denoiser reads noisy latents alone, or as one for inpainting also a mask, and
+    predicts as many channels as latents have.
+
+    Args:
+        name: of the model, for the message.
+    """
+    denoiser, family, before = denoiser_of(pipeline), family_of(pipeline), f"{name}: " if name else ""
+    channels, latents = denoiser.config.in_channels, pipeline.vae.config.latent_channels
+    if channels != latents and not is_inpainting(pipeline):
+        raise AsdmError(
+            f"{before}its {family.label} takes {channels} channels, as those for upscaling or edits do; "
+            "use a checkpoint for text-to-image or inpainting"
+        )
+    written = denoiser.config.out_channels
+    if family.prediction(denoiser, torch.empty(1, written, 1, 1, device="meta")).shape[1] != latents:
+        raise AsdmError(
+            f"{before}its {family.label} predicts {written} channels, and its VAE's latents have {latents}; use a "
+            "checkpoint whose parts belong together"
+        )
 
 
 def image_to_image(pipeline: DiffusionPipeline, with_mask: bool = False) -> DiffusionPipeline:

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from asdm import checks
 from asdm.data.prepared import digest_of, is_prepared, open_prepared
 from asdm.devices import on_device
+from asdm.diffusion.kinds import require_text_to_image
 from asdm.diffusion.parameterization import parameterization_of
 from asdm.distillation.incubation import blocks_in_teacher
 from asdm.distillation.lora import low_rank
@@ -86,8 +87,8 @@ def distill(
             teacher and student do not fit, the denoiser has inputs that no prompt brings, or the student's weights are
             not in float32.
     """
+    require_text_to_image(teacher)
     denoiser = denoiser_of(teacher)
-    family_of(denoiser).require_known_inputs(denoiser)
     require_fit(denoiser, student)
     _require_trainable(denoiser, student)
     if device is not None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from asdm.diffusion.conditioning import Conditioning, predict
+from asdm.diffusion.conditioning import Conditioning, predict, unscaled
 from asdm.diffusion.parameterization import Parameterization, parameterization_of
 from asdm.errors import AsdmError, one_line
 from asdm.families import Denoiser, denoiser_of, family_of
@@ -114,9 +114,7 @@ class VisionEncoder:
         self.mean, self.deviation = (torch.tensor(values).view(3, 1, 1) for values in (mean, deviation))
 
     def __call__(self, latents: Tensor, captions: Conditioning) -> Tensor:
-        config = self.decoder.config
-        shift = getattr(config, "shift_factor", None) or 0.0
-        images = self.decoder.decode(latents.to(self.decoder.dtype) / config.scaling_factor + shift).sample.float()
+        images = self.decoder.decode(unscaled(self.decoder, latents.to(self.decoder.dtype))).sample.float()
         images = F.interpolate(images / 2 + 0.5, size=(self.size, self.size), mode="bilinear", antialias=True)
         pixels = (images - self.mean.to(images)) / self.deviation.to(images)
         if self.is_clip:

@@ -8,6 +8,8 @@ from typing import Any
 
 from asdm.edits.base import Edit, EditedFamily, register_edit, require_at_least
 
+LEAST_LEVELS = 2
+
 
 @register_edit
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class DropLayers(Edit):
         for count in self.layers_per_block if isinstance(self.layers_per_block, list) else [self.layers_per_block]:
             require_at_least("layers_per_block", count, 1)
         if self.levels is not None:
-            require_at_least("levels", self.levels, 2)
+            require_at_least("levels", self.levels, LEAST_LEVELS)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the edit as it stands in plans, without what is new since version 0.1 where it changes nothing."""

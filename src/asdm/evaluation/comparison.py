@@ -20,6 +20,7 @@ from asdm import checks
 from asdm.choices import IMAGE_TO_IMAGE_SAMPLES, IMAGE_TO_IMAGE_STRENGTH
 from asdm.diffusion.conditioning import image_size
 from asdm.diffusion.generation import default_guidance, generate, is_few_step, require_steps, require_strength
+from asdm.diffusion.kinds import require_text_to_image
 from asdm.errors import AsdmWarning
 from asdm.evaluation.image_folders import IMAGE_TO_IMAGE, folder_names, save_distances, save_images
 from asdm.evaluation.image_to_image import (
@@ -96,6 +97,8 @@ def evaluate(
         AsdmError: the data cannot be used, the judge is not installed, or `strength` leaves none of the steps.
     """
     first = next(iter(pipelines.values()))
+    for pipeline in pipelines.values():
+        require_text_to_image(pipeline)
     _warn_of_sizes(pipelines)
     guidance = default_guidance(first) if guidance_scale is None else guidance_scale
     folder = None if images_folder is None else Path(images_folder)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from asdm.edits import DropLayers
+from asdm.edits.drop_layers import LEAST_LEVELS
 from asdm.errors import AsdmError
 from asdm.families.records import Preset, UnitLike
 from asdm.families.unet_portable import transformer_depths
@@ -58,12 +59,16 @@ def preset(name: str, units: Sequence[UnitLike]) -> Preset:
     either), and the faster kind of regional attention.
 
     Raises:
-        AsdmError: a preset of SDXL's shape, and a UNet of another.
+        AsdmError: a preset of SDXL's shape, and a UNet of another; or one of BK-SDM's, and a UNet of too few levels.
     """
     blocks = list(dict.fromkeys(unit.block for unit in units))
     if name in _BK:
         layers, mid_block, fewer = _BK[name]
         levels = sum(map(is_level, blocks))
+        if levels - fewer < LEAST_LEVELS:
+            raise AsdmError(
+                f"{name}: keeps {LEAST_LEVELS} levels at least, and this UNet has {levels}; give a budget instead"
+            )
         return Preset(
             edit=DropLayers(layers_per_block=layers, mid_block=mid_block, levels=levels - fewer if fewer else None)
         )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from asdm.edits.drop_layers import DropLayers
+from asdm.edits.drop_layers import LEAST_LEVELS, DropLayers
 from asdm.errors import AsdmError
 from asdm.families.unet_structure import TRANSFORMER_BRANCHES
 
@@ -53,8 +53,8 @@ def _kept_levels(config: Mapping[str, Any], edit: DropLayers) -> int:
     channels = config["block_out_channels"]
     levels = len(channels)
     kept = edit.levels or levels
-    if not 2 <= kept <= levels:
-        raise AsdmError(f"levels={kept}: this UNet has {levels}; allowed are 2 to {levels}")
+    if kept > levels:
+        raise AsdmError(f"levels={kept}: this UNet has {levels}; allowed are {LEAST_LEVELS} to {levels}")
     if kept < levels and channels[kept - 1] != channels[kept]:
         raise AsdmError(
             f"levels={kept}: what enters the first level that would go has {channels[kept - 1]} channels, and what "

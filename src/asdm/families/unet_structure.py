@@ -152,6 +152,7 @@ _KNOWN_INPUTS: dict[str, tuple[tuple[Any, ...], str]] = {
     "addition_embed_type": ((None, "text", "text_time"), "image embeddings in added_cond_kwargs"),
     "encoder_hid_dim_type": ((None, "text_proj"), "image embeddings in added_cond_kwargs"),
     "attention_type": (("default",), "boxes in cross_attention_kwargs (GLIGEN)"),
+    "dual_cross_attention": ((False,), "two prompts at once"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import warnings
@@ -193,4 +194,11 @@ def load_controlnet(folder: Path, pipeline: DiffusionPipeline) -> ControlNetMode
         )
     require_loaded(controlnet, str(folder), "ControlNet", sorted(folder.glob("*.safetensors")))
     family_of(pipeline).require_controlnet(denoiser, controlnet, str(folder))
+    factor = 2 ** (len(controlnet.config.conditioning_embedding_out_channels) - 1)
+    if factor != pipeline.vae_scale_factor:
+        raise AsdmError(
+            f"{folder}: a ControlNet that makes images smaller by {factor}, and this model's VAE does by "
+            f"{pipeline.vae_scale_factor}; use one with {int(math.log2(pipeline.vae_scale_factor)) + 1} "
+            "conditioning_embedding_out_channels"
+        )
     return controlnet.eval().to(pipeline.device)

@@ -30,7 +30,7 @@ from asdm.diffusion.generation import (
     sample_batch,
 )
 from asdm.diffusion.guidance import CfgCutoff
-from asdm.diffusion.kinds import controlled, image_to_image, is_inpainting, is_random
+from asdm.diffusion.kinds import controlled, image_to_image, is_inpainting, is_random, require_text_to_image
 from asdm.errors import AsdmError, one_line
 from asdm.families import family_of
 from asdm.generation.additions import load_controlnet, with_loras
@@ -105,6 +105,7 @@ def require_for(pipeline: DiffusionPipeline, request: GenerationRequest) -> None
     Raises:
         AsdmError: the pipeline does not take what a request has.
     """
+    require_text_to_image(pipeline)
     family = family_of(pipeline)
     wanted = {
         "image": request.image,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from asdm.choices import PredictionType
-from asdm.errors import AsdmError, one_line
+from asdm.diffusion.kinds import require_channels
+from asdm.errors import AsdmError, AsdmWarning, one_line
 from asdm.families import component_of, families
 from asdm.pipelines.claims import claim_of, claim_of_scheduler, claims_of_tensors, settled
 from asdm.pipelines.derived import with_unet
@@ -17,6 +19,7 @@ from asdm.pipelines.headers import Header
 from asdm.pipelines.names import model_help
 from asdm.pipelines.noise_schedules import scheduler_for, takes_zero_snr
 from asdm.pipelines.quiet import quiet
+from asdm.pipelines.supported import class_for, left_out
 from asdm.pipelines.tensor_faults import (
     explain_folder,
     require_safetensors,
@@ -49,20 +52,33 @@ def load_folder(folder: Path, dtype: torch.dtype, as_stored: bool = False) -> Di
     index = folder / "model_index.json"
     if not index.is_file():
         raise AsdmError(f"{folder}: not a pipeline folder (no model_index.json); MODEL is {model_help()}")
+    require_safe_folder(folder)
+    about = read_json(index)
+    kind = class_for(about, folder)
     denoiser = folder / _component_in(folder)
     if not (denoiser / "config.json").is_file():
         raise AsdmError(f"{folder}: a pipeline folder without a UNet (no {denoiser.name}/config.json)")
-    require_safe_folder(folder)
     _require_parts(folder)
     for path in sorted(folder.glob("*/*.safetensors")):
         require_safetensors(path)
         require_weights(path)
     require_shards(folder)
-    for part, kind in classes_of_parts(folder).items():
-        require_no_more_than_its_files(kind, folder / part)
+    for part, model in classes_of_parts(folder).items():
+        require_no_more_than_its_files(model, folder / part)
     if not any(denoiser.glob("*.safetensors")):
         raise AsdmError(f"{denoiser}: no .safetensors weights; pickles are not loaded, convert them first")
-    return _from_pretrained(folder, dtype, as_stored)
+    pipeline = _from_pretrained(folder, kind, dtype, as_stored)
+    if kind is not DiffusionPipeline and about.get("_class_name") != kind.__name__:
+        require_channels(pipeline, str(folder))
+        _warn_of_other_class(about, kind, folder)
+    return pipeline
+
+
+def _warn_of_other_class(index: dict[str, Any], kind: type[Any], folder: Path) -> None:
+    """Issue an `AsdmWarning` that a pipeline is not loaded in its own class, and samples in another way."""
+    own, lost = index["_class_name"], left_out(index, kind)
+    without = f", without its {' and '.join(lost)}" if lost else ""
+    warnings.warn(f"{folder}: a {own}; loaded as the plain pipeline of its parts{without}", AsdmWarning, stacklevel=5)
 
 
 def load_from_hub(name: str, dtype: torch.dtype, as_stored: bool = False) -> DiffusionPipeline:
@@ -73,10 +89,13 @@ def load_from_hub(name: str, dtype: torch.dtype, as_stored: bool = False) -> Dif
     """
     try:
         with quiet():
+            class_for(DiffusionPipeline.load_config(name), name)  # refused before its weights are downloaded
             try:
                 folder = DiffusionPipeline.download(name, use_safetensors=True)
             except OSError:  # also where the weights are there in this variant alone
                 folder = DiffusionPipeline.download(name, use_safetensors=True, variant=VARIANT)
+    except AsdmError:
+        raise
     except (OSError, ValueError) as error:
         told = f"not found, here or on the Hub ({one_line(error)}); MODEL is {model_help()}"
         raise AsdmError(f"{name}: {told}") from error
@@ -115,11 +134,11 @@ def _require_parts(folder: Path) -> None:
             raise AsdmError(f"{folder}: lacks its {part}, which model_index.json names ({kind[1]}); download it again")
 
 
-def _from_pretrained(folder: Path, dtype: torch.dtype, as_stored: bool) -> DiffusionPipeline:
+def _from_pretrained(folder: Path, kind: Any, dtype: torch.dtype, as_stored: bool) -> DiffusionPipeline:
     dtypes = {"default": dtype, **(_stored_dtypes(folder) if as_stored else {})}
     with quiet(), bounded_modules(str(folder)), without_network():
         try:
-            pipeline = _with_its_denoiser(folder, dtypes)
+            pipeline = _with_its_denoiser(folder, kind, dtypes)
             require_whole(pipeline, folder)
             return pipeline
         except (AsdmError, MemoryError):
@@ -129,20 +148,21 @@ def _from_pretrained(folder: Path, dtype: torch.dtype, as_stored: bool) -> Diffu
             raise AsdmError(f"{folder}: cannot be loaded: {one_line(error)}") from error
 
 
-def _with_its_denoiser(folder: Path, dtypes: dict[str, torch.dtype]) -> DiffusionPipeline:
-    """Return the pipeline in a folder. A student is loaded by this package's class: code in a model's folder is
-    never run."""
+def _with_its_denoiser(folder: Path, kind: Any, dtypes: dict[str, torch.dtype]) -> DiffusionPipeline:
+    """Return the pipeline in a folder, in this class of pipelines. A student is loaded by this package's class: code
+    in a model's folder is never run."""
     how = {"dtype": dtypes, "use_safetensors": True, "trust_remote_code": False}
     parts = DiffusionPipeline.load_config(str(folder))
     variant = VARIANT if any(_has_variant_alone(folder / part) for part in parts) else None
     component = _component_in(folder)
-    kind = _student_class(folder / component / "config.json")
-    if kind is None:
-        return DiffusionPipeline.from_pretrained(str(folder), **how, variant=variant)
+    made = _student_class(folder / component / "config.json")
+    if made is None:
+        pipeline: DiffusionPipeline = kind.from_pretrained(str(folder), **how, variant=variant)
+        return pipeline
     own = VARIANT if _has_variant_alone(folder / component) else None
     dtype = dtypes.get(component, dtypes["default"])
-    student = kind.from_pretrained(folder / component, dtype=dtype, use_safetensors=True, variant=own)
-    rest = DiffusionPipeline.from_pretrained(str(folder), **how, variant=variant, **{component: None})
+    student = made.from_pretrained(folder / component, dtype=dtype, use_safetensors=True, variant=own)
+    rest = kind.from_pretrained(str(folder), **how, variant=variant, **{component: None})
     rest.register_modules(**{component: student})
     return with_unet(rest, student)
 

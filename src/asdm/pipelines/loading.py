@@ -40,7 +40,8 @@ def load_pipeline(
     metadata, a `scheduler_config.json` in its folder, and its number of training steps. If none says it, or if they
     contradict each other, an `AsdmWarning` says what was assumed.
 
-    A pipeline for image-to-image becomes one for text-to-image. So does one for inpainting whose UNet reads no mask.
+    A pipeline for image-to-image becomes one for text-to-image. So does one for inpainting whose UNet reads no mask,
+    and one that samples Stable Diffusion's parts in another way (PAG, ControlNet ..); an `AsdmWarning` tells of that.
     Weights of the variant fp16 are taken where there are no others.
 
     Args:

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from asdm.data.calibration import DEFAULT_PROMPTS
-from asdm.diffusion.conditioning import decode_latents, image_size, latent_shape
+from asdm.diffusion.conditioning import decode_latents, image_size, latent_shape, unscaled
 from asdm.diffusion.generation import default_guidance, most_steps, pipeline_arguments
 from asdm.diffusion.kinds import is_random
 from asdm.errors import one_line
@@ -119,7 +119,7 @@ def _in_openvino(pipeline: DiffusionPipeline, latents: Tensor, int8: Int8 | None
     """Export the decoder and load its graph. The files live as long as the module."""
     write = writer("openvino", int8)
     folder = tempfile.TemporaryDirectory(prefix="asdm-decoder-")
-    scaled = latents.cpu() / pipeline.vae.config.scaling_factor
+    scaled = unscaled(pipeline.vae, latents.cpu())
     calibration = [] if int8 is None else [{"latent_sample": each[None]} for each in scaled]
     graph = decoder_graph(pipeline, scaled, calibration)
     place = Path(folder.name)

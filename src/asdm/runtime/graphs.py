@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline
+from diffusers import ConsistencyDecoderVAE, DiffusionPipeline
 from torch import Tensor, nn
 
 from asdm.caching.session import cut_of
 from asdm.data.calibration import calibration_calls
 from asdm.diffusion.conditioning import latent_shape
+from asdm.errors import AsdmError
 from asdm.families import BlockIO, CacheCut, denoiser_of, family_of
 from asdm.measure.hooks import CachedOutput, outputs_of, swapped
 
@@ -38,7 +39,16 @@ def graphs_of(
     pipeline: DiffusionPipeline, size: int, cache: int | None, calibration: list[dict[str, Tensor]]
 ) -> list[Graph]:
     """Return all parts of a pipeline at an image size in pixels; with `cache`, also the denoiser's two at that
-    depth."""
+    depth.
+
+    Raises:
+        AsdmError: its VAE samples, which is no graph.
+    """
+    if isinstance(pipeline.vae, ConsistencyDecoderVAE):
+        raise AsdmError(
+            "vae: a ConsistencyDecoderVAE, which samples its images and is no graph; put a tiny decoder in its place "
+            "(with_decoder, --decoder)"
+        )
     channels, side = latent_shape(pipeline)[0], size // pipeline.vae_scale_factor
     generator = torch.Generator().manual_seed(0)
     denoiser = _denoiser_graph(pipeline, side, generator, calibration)
