@@ -2,13 +2,22 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+EXTRAS := 8bit,data,int8,judge,onnx,openvino,tensorboard,test,web
 
-.PHONY: demo demo-build test fuzz reliability benchmark ablation slow docs lint licenses audit clean
+.PHONY: demo demo-build test test-lowest fuzz reliability benchmark ablation slow docs lint licenses audit clean
 demo: $(INSTALLED)
 	$(BIN)/asdm demo --out asdm-demo
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n logical --maxprocesses 8 --dist loadfile
+
+# The same tests with the oldest packages that pyproject.toml allows, in .venv-lowest. Linux, Python 3.11: gigabytes of torch.
+LOWEST := .venv-lowest/bin
+test-lowest:
+	$(PYTHON) -m venv .venv-lowest
+	$(LOWEST)/pip install --quiet uv
+	$(LOWEST)/uv pip install --quiet --python $(LOWEST)/python --resolution lowest-direct -e ".[$(EXTRAS)]" -e packages/demo
+	OMP_NUM_THREADS=1 $(LOWEST)/pytest -q -n logical --maxprocesses 8 --dist loadfile
 
 # Damaged and hostile files for all readers: an hour or two; goes on where it was stopped. FUZZ_INPUTS: how many in all.
 FUZZ_INPUTS ?= 100000
@@ -62,8 +71,8 @@ audit: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt packages/demo/pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[8bit,data,int8,judge,onnx,openvino,tensorboard,test,web]" -e packages/demo
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[$(EXTRAS)]" -e packages/demo
 	touch $@
 
 clean:
-	rm -rf .venv asdm-demo site
+	rm -rf .venv .venv-lowest asdm-demo site

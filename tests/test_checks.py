@@ -171,7 +171,7 @@ def test_no_option_takes_what_is_no_number_of_its_range(refusal, command):
         ),
         (["prune", "demo", "plän.json", "--out", "out"], "plän.json: no such plan file"),
         (["nothing"], "No such command 'nothing'"),
-        (["generate", "demo", "x", "--nothing"], "No such option: --nothing"),
+        (["generate", "demo", "x", "--nothing"], "--nothing"),
         (["generate"], "Missing argument"),
     ],
 )

@@ -557,7 +557,10 @@ LACKS = r"model.safetensors: its {} lacks {} of its \d+ tensors: {}.*; download 
         (["first_stage_model.decoder.conv_in.weight"], LACKS.format("vae", 1, "decoder.conv_in.weight")),
         (["model.diffusion_model."], "model.safetensors: not a whole Stable Diffusion checkpoint: no tensor's name"),
         (["first_stage_model."], LACKS.format("vae", 120, "encoder.conv_in.weight")),
-        (["cond_stage_model.transformer.text_model.final"], LACKS.format("text_encoder", 2, "final_layer_norm.weight")),
+        (
+            ["cond_stage_model.transformer.text_model.final"],  # the prefix is that of transformers 5.0
+            LACKS.format("text_encoder", 2, r"(text_model\.)?final_layer_norm.weight"),
+        ),
         (
             ["cond_stage_model.transformer.text_model.emb"],
             LACKS.format("text_encoder", 2, "embeddings.token_embedding"),

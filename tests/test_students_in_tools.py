@@ -299,6 +299,7 @@ def test_any_batch_goes_through_a_traced_graph(student):
         (),
         kwargs={**inputs, "return_dict": False},
         dynamic_shapes={**shapes, "return_dict": None},
+        strict=False,  # the default of newer torch
     ).module()
     for batch in (1, 3):
         call = unet_inputs(student, batch)

@@ -640,7 +640,7 @@ def test_cpus_train_in_bfloat16_where_that_is_faster(monkeypatch, in_bfloat16, e
             call()
         return {name: Latency(ms, ms, ms, 1) for name, ms in zip(calls, (2.0, in_bfloat16), strict=True)}
 
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     monkeypatch.setattr(runtime, "measure_interleaved", times)
     runtime._bfloat16_trains_faster.cache_clear()
     try:
@@ -649,6 +649,14 @@ def test_cpus_train_in_bfloat16_where_that_is_faster(monkeypatch, in_bfloat16, e
         runtime._bfloat16_trains_faster.cache_clear()
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     assert make_accelerator("cpu", "auto").mixed_precision == "no"
+
+
+@pytest.mark.parametrize(("avx512", "amx"), [(False, False), (True, False), (False, True)])
+def test_torch_before_2_11_says_whether_the_cpu_computes_in_bfloat16(monkeypatch, avx512, amx):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert runtime.computes_in_bfloat16() == (avx512 or amx)
 
 
 @pytest.mark.parametrize("before", [False, True])

@@ -21,7 +21,9 @@ class Overlay:
     """A module with some attributes replaced, for one call of a stock forward."""
 
     def __init__(self, module: nn.Module, attributes: Mapping[str, Any]):
-        vars(self).update(attributes, _module=module)
+        self._module = module
+        for name, value in attributes.items():  # torch 2.6 cannot compile vars(self)
+            setattr(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)

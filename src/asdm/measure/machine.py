@@ -54,6 +54,8 @@ def fastest_precision(device: torch.device | str) -> Literal["no", "bf16", "fp16
 def computes_in_bfloat16() -> bool:
     """Return whether the CPU has instructions for products in bfloat16. Without them one takes up to a hundred times as
     long as in float32."""
+    if not hasattr(torch.cpu, "get_capabilities"):  # before torch 2.11, which knew of x86 processors alone
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)
 
 
