@@ -202,9 +202,7 @@ def _fastest(name: str, fast: Prepared, steps: int, data: str | Path | None) -> 
     counts = (steps, *fewer_steps(steps))
     yield from _in_settings(base.with_steps, counts, main=[steps])
     yield from _extra([_by_lcm(base.name, "stack", fast)])
-    for every in (2, 3):
-        every_nth = _every(base, every, counts)
-        yield from _extra([*every_nth, *(_little_guided(every_nth) if every == 3 else [])])
+    yield from _extra(_reusing(base, counts))
     for count in counts if data is not None else ():  # a calibration is for a number of steps
         technique = calibrated(1.5, observing(count, data))
         title = f"{base.name} + caching, calibrated, 1.5x"
@@ -223,9 +221,7 @@ def _graphs(base: str, student: Maker | None, steps: int, group: str, data: str 
         if int8 is None:
             yield _by_lcm(name, group, graph)
         cached_graphs = in_openvino(student, int8=int8, data=data, cache=1)
-        for every in (2, 3):
-            every_nth = _every(combined(name, "stack", cached_graphs, steps=steps), every, counts)
-            yield from _extra([*every_nth, *(_little_guided(every_nth) if every == 3 else [])])
+        yield from _extra(_reusing(combined(name, "stack", cached_graphs, steps=steps), counts))
         for count in counts if data is not None and int8 is None else ():  # a calibration is for a number of steps
             observed = observing(count, data, student, depth=1)
             for speedup in (1.5, 2.0, 2.5):
@@ -265,9 +261,14 @@ def _every(base: Method, every: int, counts: Sequence[int]) -> list[Method]:
     )
 
 
-def _little_guided(found: Iterable[Method]) -> list[Method]:
-    """Return the methods with guidance in the fewest steps."""
-    return [with_guidance_until(method, min(GUIDED_PARTS)) for method in found]
+def _reusing(base: Method, counts: Sequence[int]) -> Iterator[Method]:
+    """Yield a method with feature caching in these numbers of steps. With guidance in the fewest steps, too, where
+    most steps reuse features; every fifth step computed is for all the steps and little guidance alone."""
+    every_third = _every(base, 3, counts)
+    yield from _every(base, 2, counts)
+    yield from every_third
+    for method in (*every_third, *_every(base, 5, [base.steps])):
+        yield with_guidance_until(method, min(GUIDED_PARTS))
 
 
 def _data_dependent(name: str, group: str, *techniques: Prepared, steps: int) -> Method:
