@@ -35,6 +35,7 @@ from asdm import (
     prepare_data,
 )
 from asdm.diffusion.conditioning import decode_latents, encode_images, unscaled
+from asdm.diffusion.kinds import require_text_to_image
 from asdm.runtime.graphs import graphs_of
 from conftest import (
     tiny_inpainting_pipeline,
@@ -201,6 +202,18 @@ def test_a_pipeline_that_prompts_do_not_suffice_for_is_refused_before_any_work(o
             use()
         assert "\n" not in str(error.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
+
+
+def test_a_pipeline_of_ones_own_is_taken_at_its_word():
+    class Community(DiffusionPipeline):
+        """As by `custom_pipeline`: diffusers does not bring it."""
+
+    pipeline = Community()
+    pipeline.register_modules(**tiny_pipeline().components)
+    require_text_to_image(pipeline)
+    pipeline.register_modules(unet=tiny_unet(in_channels=8))
+    with pytest.raises(AsdmError, match="its UNet takes 8 channels"):
+        require_text_to_image(pipeline)
 
 
 def test_plain_pipelines_are_loaded_without_a_word(tmp_path):

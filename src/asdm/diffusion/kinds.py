@@ -62,9 +62,12 @@ def is_inpainting(pipeline: DiffusionPipeline) -> bool:
 
 def require_text_to_image(pipeline: DiffusionPipeline) -> None:
     """Raise an AsdmError unless the pipeline generates from prompts alone, or inpaints by a denoiser made for that, and
-    its denoiser has no other inputs."""
+    its denoiser has no other inputs. Families of other packages, and pipelines that diffusers does not bring, say
+    themselves what they need."""
     kind = type(pipeline).__name__
-    if not isinstance(pipeline, TEXT_TO_IMAGE + INPAINTING):
+    if not type(family_of(pipeline)).__module__.startswith("asdm."):
+        return
+    if type(pipeline).__module__.startswith("diffusers.") and not isinstance(pipeline, TEXT_TO_IMAGE + INPAINTING):
         raise AsdmError(
             f"a {kind}: has other inputs or another sampling than text-to-image; give asdm.load_pipeline's, or a "
             "StableDiffusionPipeline, StableDiffusionXLPipeline or PixArt's of the same parts"
