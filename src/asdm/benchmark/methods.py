@@ -150,10 +150,11 @@ def with_guidance_until(method: Method, part: float) -> Method:
         kind = whole(step) if step == guided else method.kinds(step)
         return kind if step < guided else f"{kind}, without guidance"
 
+    guided_method = replace(method, kinds=kinds, cfg_cutoff=part)
     title = f"guidance in {part:.0%} of the steps"
-    name = title if method.group == "original" else f"{method.name}, {title}"
-    group = "fewer steps" if method.group == "original" else method.group
-    return replace(method, name=name, group=group, kinds=kinds, cfg_cutoff=part)
+    if method.group == "original":
+        return replace(guided_method, name=title, group="fewer steps")
+    return replace(guided_method, name=f"{method.name}, {title}")
 
 
 def cached_every(steps: int, every: int, order: int = 0) -> Method:

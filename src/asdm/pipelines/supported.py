@@ -71,7 +71,7 @@ def class_for(index: Mapping[str, Any], folder: str | Path) -> type[Any]:
 
 def left_out(index: Mapping[str, Any], kind: type[Any]) -> list[str]:
     """Return the parts that a pipeline's index names, and that the class in which it is loaded has no place for."""
-    places = kind._get_signature_keys(kind)[0] if kind is not DiffusionPipeline else index
+    places = kind._get_signature_keys(kind)[0]
     return [part for part in index if _class_in(index, part) is not None and part not in places]
 
 
