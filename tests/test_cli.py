@@ -202,6 +202,8 @@ def test_compress_interrupted_says_how_to_go_on(run, model, monkeypatch, tmp_pat
     monkeypatch.undo()
     assert run(*command)[0] == 0
     assert (tmp_path / "made" / "report.html").is_file()
+    status, told, beside = run(*command)
+    assert status == 0 and "made: nothing is left to compute" in beside and "report.html" in told
 
 
 def test_a_full_disk_is_told_and_nothing_is_lost(run, model, monkeypatch, tmp_path):

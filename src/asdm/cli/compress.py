@@ -35,7 +35,7 @@ from asdm.cli.options import (
     StrengthOption,
     training_steps,
 )
-from asdm.cli.output import print_evaluation, print_skipped, say, say_path, warn_if_busy
+from asdm.cli.output import print_evaluation, print_skipped, say, say_path, tell, warn_if_busy
 from asdm.cli.progress import reporting
 from asdm.errors import AsdmError
 
@@ -135,6 +135,8 @@ def compress_and_print(
         def estimated(times: Sequence[StepTime]) -> None:
             if only_estimate:
                 only_print(times)
+            if not times:
+                tell(f"{out}: nothing is left to compute; if the data or the model have changed, name another folder")
             announce(times, yes=yes)
 
         made = asdm.compress(model, out, progress=progress, estimated=estimated, **settings)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from asdm.cli.output import console, errors, say, warn_if_busy
+from asdm.cli.output import console, say, tell, warn_if_busy
 from asdm.cli.tables import extras_table
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def doctor(
     else:
         _print(found)
     for problem in found.problems:
-        errors.print(f"problem: {problem}", highlight=False, markup=False, soft_wrap=True)
+        tell(f"problem: {problem}")
     raise typer.Exit(1 if found.problems else 0)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from asdm.cli.output import errors, is_main_process, say
+from asdm.cli.output import errors, is_main_process, say, tell
 
 if TYPE_CHECKING:
     from asdm.estimates.work import StepTime
@@ -32,7 +32,7 @@ def announce(times: Sequence[StepTime], *, yes: bool) -> None:
     """
     if not times or not is_main_process():
         return
-    errors.print(sentence(times), highlight=False, markup=False, soft_wrap=True)
+    tell(sentence(times))
     if yes or sum(time.most for time in times) <= LONG or not _can_ask():
         return
     if not typer.confirm("Begin?", default=False, err=True):

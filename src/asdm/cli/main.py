@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import typer
 
 from asdm.cli.app import app
-from asdm.cli.output import errors, is_main_process
+from asdm.cli.output import is_main_process, tell
 from asdm.errors import AsdmError, AsdmWarning, disk_error, memory_error, one_line
 
 
@@ -62,7 +62,7 @@ def _silence_libraries() -> None:
         if not issubclass(category, AsdmWarning):
             default_showwarning(message, category, *place)
         elif is_main_process():
-            errors.print(f"note: {message}", highlight=False, markup=False, soft_wrap=True)
+            tell(f"note: {message}")
 
     warnings.showwarning = show  # type: ignore[assignment]
     warnings.simplefilter("always", AsdmWarning)
@@ -81,5 +81,5 @@ def _fail_to_parse(error: Any) -> NoReturn:
 
 def _fail(message: str, status: int) -> NoReturn:
     message = message.encode("utf-8", "replace").decode()  # a path may not be valid text
-    errors.print(f"error: {message}", highlight=False, markup=False, soft_wrap=True)
+    tell(f"error: {message}")
     raise SystemExit(status)

@@ -34,13 +34,18 @@ def say_path(text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+def tell(text: str) -> None:
+    """Print a line beside the results, as it is."""
+    errors.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def warn_if_busy() -> None:
     """Warn before a measurement if other processes use the cores."""
     from asdm.measure.load import look_at_load
 
     line = look_at_load()
     if line is not None:
-        errors.print(line, highlight=False, soft_wrap=True)
+        tell(line)
 
 
 def print_skipped(skipped: Mapping[str, str]) -> None:

@@ -10,7 +10,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from asdm.cli.estimates import rounded
-from asdm.cli.output import errors, is_main_process
+from asdm.cli.output import errors, is_main_process, tell
 
 SECONDS_BETWEEN_LINES = 15  # of progress without a terminal
 
@@ -50,7 +50,7 @@ class ProgressReport:
             if before < done < total:
                 left = (time.monotonic() - started) / (done - before) * (total - done)
                 note = f"{note}, {rounded(left)} left".removeprefix(", ")
-            errors.print(f"{title} {done}/{total} {note}", highlight=False, markup=False, soft_wrap=True)
+            tell(f"{title} {done}/{total} {note}")
 
     def stop(self) -> None:
         """Leave the bars as they are."""
