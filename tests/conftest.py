@@ -81,6 +81,14 @@ def lora_file(unet: UNet2DConditionModel, file: Path) -> Path:
     return file
 
 
+def text_lora_file(encoder: CLIPTextModel, file: Path) -> Path:
+    """Write a LoRA of random weights for a text encoder; return the file."""
+    torch.manual_seed(0)
+    layer, width = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj", encoder.config.hidden_size
+    save_file({f"{layer}.lora_A.weight": torch.randn(2, width), f"{layer}.lora_B.weight": torch.randn(width, 2)}, file)
+    return file
+
+
 def tiny_sdxl_unet() -> UNet2DConditionModel:
     return tiny_unet(
         block_out_channels=(32, 32, 64),

@@ -32,6 +32,7 @@ from asdm.images import as_rgb, to_images
 from asdm.pipelines.lora_files import convert_lora
 from conftest import (
     lora_file,
+    text_lora_file,
     tiny_inpainting_pipeline,
     tiny_pipeline,
     tiny_pixart_pipeline,
@@ -317,6 +318,14 @@ def test_a_lora_counts_by_its_scale_and_is_gone_afterwards(pipeline, lora):
     assert not np.array_equal(full, plain) and not np.array_equal(half, full) and np.array_equal(none, plain)
     both = made(pipeline, loras=[{"path": lora, "scale": 0.5}, {"path": lora, "scale": 0.5}])
     np.testing.assert_allclose(both.astype(int), full, atol=1)
+    np.testing.assert_array_equal(made(pipeline), plain)
+
+
+def test_a_lora_of_the_text_encoder_counts_by_its_scale_and_is_gone_afterwards(pipeline, tmp_path):
+    plain = made(pipeline)
+    lora = text_lora_file(pipeline.text_encoder, tmp_path / "lora.safetensors")
+    full, half, none = (made(pipeline, loras=[{"path": lora, "scale": scale}]) for scale in (1.0, 0.5, 0.0))
+    assert not np.array_equal(full, plain) and not np.array_equal(half, full) and np.array_equal(none, plain)
     np.testing.assert_array_equal(made(pipeline), plain)
 
 

@@ -26,7 +26,7 @@ from asdm.diffusion.kinds import image_to_image
 from asdm.files import MARKER, replacing_file, replacing_folder
 from asdm.pipelines.model_card import model_card
 from asdm.pipelines.saving import save_pipeline_into
-from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet
+from conftest import predict, text_lora_file, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_writers_of_one_folder_do_not_mix_and_the_killed_leave_nothing(tmp_path)
         other.kill()
 
 
-def test_a_lora_is_refused_before_anything_is_replaced(pipeline, model):
+def test_a_lora_is_refused_before_anything_is_replaced(pipeline, model, tmp_path):
     import peft
 
     pipeline.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]))
@@ -138,7 +138,7 @@ def test_a_lora_is_refused_before_anything_is_replaced(pipeline, model):
         save_pipeline(pipeline, model)
     load_pipeline(model)
     other = tiny_pipeline()
-    other.text_encoder.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    other.load_lora_weights(text_lora_file(other.text_encoder, tmp_path / "lora.safetensors"))
     with pytest.raises(AsdmError, match="a LoRA is loaded in the text_encoder"):
         save_pipeline(other, model)
 
