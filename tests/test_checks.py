@@ -5,6 +5,7 @@ The walk over the command line finds the options by their types, so a new option
 
 import inspect
 import math
+import re
 import subprocess
 import sys
 import types
@@ -171,12 +172,16 @@ def test_no_option_takes_what_is_no_number_of_its_range(refusal, command):
         ),
         (["prune", "demo", "plän.json", "--out", "out"], "plän.json: no such plan file"),
         (["nothing"], "No such command 'nothing'"),
-        (["generate", "demo", "x", "--nothing"], "--nothing"),
         (["generate"], "Missing argument"),
     ],
 )
 def test_mistakes_are_told_before_a_model_is_loaded(refusal, arguments, told):
     assert told in refusal(*arguments)
+
+
+def test_an_unknown_option_is_told_before_a_model_is_loaded(refusal):
+    # With the punctuation of typer's own parser, or of click's.
+    assert re.search("No such option:? '?--nothing", refusal("generate", "demo", "x", "--nothing"))
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ def announce(times: Sequence[StepTime], *, yes: bool) -> None:
     if yes or sum(time.most for time in times) <= LONG or not _can_ask():
         return
     if not typer.confirm("Begin?", default=False, err=True):
-        errors.print("nothing was written", highlight=False)
+        tell("nothing was written")
         raise typer.Exit(1)
 
 

@@ -66,7 +66,7 @@ def reporting(resumable: bool = False, otherwise: str = "nothing was written") -
         yield report
     except KeyboardInterrupt:
         advice = "run the same command again to resume" if resumable else otherwise
-        errors.print(f"interrupted; {advice}", highlight=False)
+        tell(f"interrupted; {advice}")
         raise typer.Exit(130) from None
     finally:
         report.stop()

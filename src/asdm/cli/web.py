@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from asdm.cli.options import MODEL, NAME
-from asdm.cli.output import errors, say
+from asdm.cli.output import say, tell
 from asdm.errors import AsdmError, needs_extra
 
 
@@ -48,7 +48,7 @@ def app(
         limits=Limits(side=max_side, steps=max_steps),
     )
     if not settings.is_loopback:
-        errors.print(f"note: the page is open to all who reach {host}; it has no passwords", highlight=False)
+        tell(f"note: the page is open to all who reach {host}; it has no passwords")
     shown = f"[{host}]" if ":" in host else host
     say(f"http://{shown}:{port}/ (Ctrl-C ends it)")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # of service managers and containers
