@@ -30,7 +30,7 @@ RECORDED = "recorded"  # the teacher's answers are read from disk, as by the rec
 FROM_DISK = f"joint + {RECORDED}"
 LOW_SPEEDUP, FAST_SPEEDUP = 1.5, 2.0  # for the components one by one; of the students that switch
 SHORT = " (short)"  # what a recipe is called in the runs of the components' length
-LONG = " (long)"  # and in those that show what more time brings at a hard plan
+LONG = " (long)"  # and in those that show what more time brings
 SWITCHING = " + switching"  # and where the student is of the faster plan, and the original draws the last steps
 SWITCHED = f"joint{SWITCHING}"
 UNTRAINED = f"untrained{SWITCHING}"  # pruned and compensated, no more
@@ -42,13 +42,13 @@ LONG_LENGTH = 2400
 
 
 def variants(target: float) -> dict[str, tuple[str, ...]]:
-    """Return the components of each recipe at a speed-up; at the lowest those of short runs, too."""
+    """Return the components of each recipe at a speed-up, but for the fastest those of long runs, too; at the lowest
+    also those of short runs."""
     if target > FAST_SPEEDUP:
         return {"bk-sdm": (), "joint": DEFAULT, **HARD}
-    found = dict(NAMED)
+    found = NAMED | {f"{name}{LONG}": components for name, components in NAMED.items()}
     if target == FAST_SPEEDUP:
         found |= {**HARD, **SEMANTIC}
-        found |= {f"{name}{LONG}": components for name, components in NAMED.items()}
     if target == LOW_SPEEDUP:
         found |= {FROM_DISK: (*DEFAULT, RECORDED)}
         found |= {f"{name}{SHORT}": components for name, components in NAMED.items()}
