@@ -40,7 +40,7 @@ TOME_RATIOS = (0.25, 0.5, 0.75)
 
 @app.command()
 @fast_training()
-def train(steps: int = 1500) -> None:
+def train(steps: int = 800) -> None:
     """Train the embedded UNet further at latents of 32x32."""
     pipeline = asdm.load_pipeline("demo")
     pipeline.unet.register_to_config(sample_size=SIDE)
@@ -57,7 +57,7 @@ def train(steps: int = 1500) -> None:
 
 @app.command()
 @fast_training()
-def compare(steps: int = 200, samples: int = 48, rounds: int = 20) -> None:
+def compare(steps: int = 100, samples: int = 48, rounds: int = 20) -> None:
     """GRI attention, untrained and distilled, and ToMe: speed of a UNet call with guidance, distance to the teacher's
     images, exact pairs."""
     pipeline = asdm.load_pipeline(WORK / "teacher")
