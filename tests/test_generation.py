@@ -4,11 +4,12 @@ import json
 import warnings
 
 import numpy as np
+import peft
 import pytest
 import torch
-from diffusers import ControlNetModel, DDIMScheduler, EulerAncestralDiscreteScheduler
+from diffusers import ControlNetModel, DDIMScheduler, EulerAncestralDiscreteScheduler, StableDiffusionPipeline
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from asdm import (
     AsdmError,
@@ -22,9 +23,9 @@ from asdm import (
     with_unet,
 )
 from asdm.choices import SCHEDULERS
-from asdm.generation.additions import LoraFile
 from asdm.generation.files import ImageFolder, open_inputs, parse_seeds, read_prompts
 from asdm.generation.image import read_about
+from asdm.generation.lora import LoraFile
 from asdm.generation.prompts import lost_text, parse_weights, without_last_layers
 from asdm.generation.schedulers import scheduler_label, scheduler_named
 from asdm.generation.sheets import Tile, difference_map, sheet
@@ -319,6 +320,46 @@ def test_a_lora_counts_by_its_scale_and_is_gone_afterwards(pipeline, lora):
     both = made(pipeline, loras=[{"path": lora, "scale": 0.5}, {"path": lora, "scale": 0.5}])
     np.testing.assert_allclose(both.astype(int), full, atol=1)
     np.testing.assert_array_equal(made(pipeline), plain)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_lora_saved_by_diffusers_counts_as_it_was_trained(pipeline, tmp_path, rslora):
+    """Its alphas are in the file's metadata."""
+    unet = tiny_pipeline().unet
+    config = {"r": 2, "lora_alpha": 16, "alpha_pattern": {"to_v": 1}, "use_rslora": rslora}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet.add_adapter(peft.LoraConfig(**config, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=peft.get_peft_model_state_dict(unet),
+        unet_lora_adapter_metadata=config | {"target_modules": ["to_q", "to_v"]},
+    )
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    pipeline.load_lora_weights(tmp_path, weight_name=file.name)
+    expected = made(pipeline)
+    pipeline.unload_lora_weights()
+    drawn = made(pipeline, loras=[{"path": file}])
+    np.testing.assert_allclose(drawn.astype(int), expected, atol=1)
+    assert not np.allclose(drawn.astype(int), made(pipeline, loras=[{"path": file, "scale": 0.5}]), atol=1)
+
+
+def test_a_loras_damaged_scale_is_refused(pipeline, lora, tmp_path):
+    for config in ("{", '{"unet.lora_alpha": 1e400}', '{"unet.lora_alpha": null}', "7"):
+        file = tmp_path / "damaged.safetensors"
+        save_file(load_file(lora), file, {"lora_adapter_metadata": config})
+        with pytest.raises(AsdmError, match=r"damaged.safetensors: its metadata lora_adapter_metadata is damaged"):
+            made(pipeline, loras=[{"path": file}])
+
+
+@pytest.mark.parametrize(
+    ("suffix", "kind"), [("dora_scale", "a DoRA in kohya's layout"), ("hada_w1_a", "a LoHa"), ("lokr_w1", "a LoKr")]
+)
+def test_adapters_that_diffusers_does_not_read_are_refused_by_their_kind(suffix, kind, tmp_path):
+    file = tmp_path / "other.safetensors"
+    save_file({f"lora_unet_mid_block_attentions_0_proj_in.{suffix}": torch.ones(1)}, file)
+    with pytest.raises(AsdmError, match=rf"other.safetensors: {kind}, which diffusers does not read; use a LoRA"):
+        LoraFile(path=file)
 
 
 def test_a_lora_of_the_text_encoder_counts_by_its_scale_and_is_gone_afterwards(pipeline, tmp_path):

@@ -33,7 +33,7 @@ from asdm.distillation.semantics import make_encoder
 from asdm.errors import AsdmWarning
 from asdm.evaluation.protocol.captions import read_captions
 from asdm.files import write_new
-from asdm.generation.additions import load_controlnet
+from asdm.generation.controlnet import load_controlnet
 from asdm.generation.image import read_about
 from asdm.images import open_image
 from asdm.pipelines import untrusted
@@ -392,7 +392,7 @@ def test_what_comes_from_the_hub_is_checked_as_folders_are(model, tmp_path, monk
     monkeypatch.setattr(DiffusionPipeline, "download", lambda *_, **__: str(model))
     assert load_pipeline("someone/pipeline").unet is not None
     for place in ("pipelines.transformers_models.snapshot_download", "pipelines.decoders.hf_hub_download",
-                  "generation.additions.hf_hub_download"):  # fmt: skip
+                  "generation.controlnet.hf_hub_download"):  # fmt: skip
         found = config if place.endswith("hf_hub_download") else config.parent
         monkeypatch.setattr(f"asdm.{place}", lambda *_, found=found, **__: str(found))
     changed(config, attn_implementation="someone/kernel")

@@ -13,11 +13,11 @@ from asdm.app.files import new_folder
 from asdm.app.settings import Limits
 from asdm.app.work import CancelledError, Ticket
 from asdm.errors import AsdmError
-from asdm.generation.additions import LoraFile
 from asdm.generation.comparison import Comparison, compare_images
 from asdm.generation.files import stem_of
 from asdm.generation.generate import GenerationProgress, sides_of
 from asdm.generation.image import save_png
+from asdm.generation.lora import LoraFile
 from asdm.generation.request import GenerationRequest
 from asdm.generation.sheets import SMALLEST_TILE, difference_map
 from asdm.images import open_image

@@ -205,7 +205,7 @@ def generate(
     Each PNG says how it was made, in the format of A1111 (`parameters`) and as JSON (`asdm`).
     """
     from asdm.generation import files
-    from asdm.generation.additions import LoraFile
+    from asdm.generation.lora import LoraFile
     from asdm.generation.request import GenerationRequest
     from asdm.images import open_image
 

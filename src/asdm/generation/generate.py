@@ -33,8 +33,9 @@ from asdm.diffusion.guidance import CfgCutoff
 from asdm.diffusion.kinds import controlled, image_to_image, is_inpainting, is_random, require_text_to_image
 from asdm.errors import AsdmError, one_line
 from asdm.families import family_of
-from asdm.generation.additions import load_controlnet, with_loras
+from asdm.generation.controlnet import load_controlnet
 from asdm.generation.image import GeneratedImage, description
+from asdm.generation.lora import with_loras
 from asdm.generation.prompts import prompt_arguments, warn_of_lost_text, warn_of_unread_weights
 from asdm.generation.request import MOST_IMAGES, GenerationRequest
 from asdm.generation.schedulers import scheduler_named

@@ -14,7 +14,8 @@ from asdm.caching.schedule import CacheSchedule
 from asdm.choices import IMAGE_STRENGTH
 from asdm.diffusion.conditioning import LARGEST_IMAGE, PIPELINES_MULTIPLE
 from asdm.diffusion.generation import require_image, require_strength
-from asdm.generation.additions import LoraFile, require_controlnet_folder
+from asdm.generation.controlnet import require_controlnet_folder
+from asdm.generation.lora import LoraFile
 from asdm.generation.schedulers import require_scheduler
 from asdm.records import Record
 

@@ -20,7 +20,8 @@ from asdm import (
 )
 from asdm.distillation.decoder_recipe import DecoderRecipe, read_decoder_recipe
 from asdm.files import MARKER, read_settings
-from asdm.generation.additions import LoraFile, load_controlnet, with_loras
+from asdm.generation.controlnet import load_controlnet
+from asdm.generation.lora import LoraFile, with_loras
 from asdm.pipelines.clip import clip_statistics
 from asdm.pipelines.decoders import make_tiny, save_decoder, with_decoder
 from asdm.pipelines.headers import Header, kind_of

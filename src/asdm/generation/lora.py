@@ -1,41 +1,38 @@
-"""What is added to a pipeline for a request and removed afterwards: LoRA files, and a ControlNet."""
+"""LoRA files that are added to a pipeline for a request and removed afterwards."""
 
 from __future__ import annotations
 
 import math
-import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from diffusers.utils import set_weights_and_activate_adapters
-from huggingface_hub import hf_hub_download
 from pydantic import Field, model_validator
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from torch import Tensor
 
 from asdm.errors import AsdmError, AsdmWarning, needs_extra, one_line
 from asdm.families import denoiser_of, family_of
-from asdm.pipelines.damaged import refuse_damaged
-from asdm.pipelines.names import looks_like_path
 from asdm.pipelines.quiet import quiet
-from asdm.pipelines.tensor_faults import require_loaded
-from asdm.pipelines.untrusted import (
-    bounded_modules,
-    require_no_more_than_its_files,
-    require_plain_files,
-    require_safe_config,
-)
-from asdm.reading import read_json
+from asdm.reading import parse_json
 from asdm.records import Record
 
 LARGEST_SCALE = 10  # of a LoRA, without its sign
+_TRAINED = "lora_adapter_metadata"  # of diffusers: the scale that a LoRA was trained with
+_WRITING = re.compile(r"\.(lora_B|lora\.up|lora_linear_layer\.up)\.(weight|bias)$")  # the matrix that writes the output
+_UNREAD = {  # by a part of their tensors' names; diffusers drops the first, and fails at the others
+    "dora_scale": "a DoRA in kohya's layout",
+    "hada_": "a LoHa",
+    "lokr_": "a LoKr",
+    "oft_": "an OFT",
+}
 _SIZE_MISMATCH = re.compile(r"size mismatch for (\S+?)(?:\.lora_\S*)?:")  # torch's words
 
 
@@ -87,6 +84,9 @@ def require_lora(path: Path) -> None:
         raise AsdmError(f"{path}: not a safetensors file ({one_line(error)}); download it again") from None
     if not any("lora" in name.lower() or ".hada_" in name or ".lokr_" in name for name in names):
         raise AsdmError(f"{path}: holds no LoRA; its first tensor is {names[0] if names else 'missing'}")
+    for part, kind in _UNREAD.items():
+        if any(part in name for name in names):
+            raise AsdmError(f"{path}: {kind}, which diffusers does not read; use a LoRA, or a DoRA saved by diffusers")
 
 
 @contextmanager
@@ -123,7 +123,7 @@ def _load_lora(pipeline: Any, lora: LoraFile, name: str) -> str:
     try:
         with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of peft, about names that we report
-            pipeline.load_lora_weights(load_file(lora.path), adapter_name=name)
+            pipeline.load_lora_weights(_tensors_as_trained(lora.path), adapter_name=name)
     except (MemoryError, AsdmError):
         raise
     except Exception as error:  # of diffusers and peft, any kind
@@ -144,10 +144,46 @@ def _load_lora(pipeline: Any, lora: LoraFile, name: str) -> str:
     return name
 
 
+def _tensors_as_trained(path: Path) -> dict[str, Tensor]:
+    """Read a LoRA's tensors, scaled as it was trained: diffusers saves that scale beside them, and takes none for
+    tensors in memory.
+
+    Raises:
+        AsdmError: the scale is damaged.
+    """
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata() or {}
+    if _TRAINED not in metadata:
+        return tensors
+    try:
+        config = parse_json(metadata[_TRAINED])
+        scales = {name: _trained_scale(name, tensors, config) for name in tensors}
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        raise AsdmError(f"{path}: its metadata {_TRAINED} is damaged ({one_line(error)}); download it again") from None
+    return {name: tensor if scales[name] == 1 else tensor * scales[name] for name, tensor in tensors.items()}
+
+
+def _trained_scale(name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> float:
+    """Return the factor of a tensor by diffusers' config, whose fields begin with the component's name; 1 for all but
+    what writes the output."""
+    written = _WRITING.search(name)
+    component, _, layer = name[: written.start()].partition(".") if written else ("", "", "")
+    if written is None or f"{component}.lora_alpha" not in config:
+        return 1.0
+    alphas: Mapping[str, Any] = config.get(f"{component}.alpha_pattern") or {}
+    of_layer = [alpha for end, alpha in alphas.items() if f".{layer}".endswith(f".{end.removeprefix('^')}")]
+    alpha = float(of_layer[0] if of_layer else config[f"{component}.lora_alpha"])
+    if not math.isfinite(alpha):
+        raise ValueError(f"lora_alpha {alpha}")
+    rank = tensors[f"{name[: written.end(1)]}.weight"].shape[1]
+    return alpha / (math.sqrt(rank) if config.get(f"{component}.use_rslora") else rank)
+
+
 def _layers_in_file(path: Path, pipeline: Any) -> int:
     """Return the number of the denoiser's layers that a file is for, by diffusers' names."""
     component = f"{family_of(pipeline).component}."
-    translated = pipeline.lora_state_dict(load_file(path), unet_config=denoiser_of(pipeline).config)
+    translated = pipeline.lora_state_dict(_tensors_as_trained(path), unet_config=denoiser_of(pipeline).config)
     names = translated[0] if isinstance(translated, tuple) else translated
     return len({name.rpartition(".lora")[0] for name in names if name.startswith(component) and ".lora" in name})
 
@@ -155,50 +191,3 @@ def _layers_in_file(path: Path, pipeline: Any) -> int:
 def _layers_loaded(denoiser: torch.nn.Module, adapter: str) -> int:
     """Return the number of layers that carry an adapter."""
     return sum(adapter in (getattr(layer, "lora_A", None) or ()) for layer in denoiser.modules())
-
-
-def require_controlnet_folder(folder: Path) -> None:
-    """
-    Raises:
-        AsdmError: a path that is no folder with a ControlNet in diffusers' format. A Hub id passes.
-    """
-    if not folder.is_dir():
-        if folder.exists() or looks_like_path(os.fspath(folder)):
-            raise AsdmError(f"{folder}: no such folder of a ControlNet; name one in diffusers' format, or a Hub id")
-        return
-    require_plain_files(folder)
-    try:
-        config = read_json(folder / "config.json")
-        found = config["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AsdmError(f"{folder}: not a ControlNet in diffusers' format ({one_line(error)})") from None
-    if found != ControlNetModel.__name__:
-        raise AsdmError(f"{folder}: a {found}; must be a {ControlNetModel.__name__}")
-
-
-def load_controlnet(folder: Path, pipeline: DiffusionPipeline) -> ControlNetModel:
-    """Load a ControlNet in a pipeline's precision, on its device.
-
-    Raises:
-        AsdmError: it is damaged, a pickle, or for another kind of denoiser.
-    """
-    require_controlnet_folder(folder)
-    denoiser = denoiser_of(pipeline)
-    with refuse_damaged(folder), quiet(), bounded_modules(str(folder)):
-        is_here = folder.is_dir()
-        require_safe_config(folder / "config.json" if is_here else Path(hf_hub_download(str(folder), "config.json")))
-        if is_here:
-            require_no_more_than_its_files(ControlNetModel, folder)
-        controlnet = ControlNetModel.from_pretrained(
-            os.fspath(folder), torch_dtype=denoiser.dtype, use_safetensors=True
-        )
-    require_loaded(controlnet, str(folder), "ControlNet", sorted(folder.glob("*.safetensors")))
-    family_of(pipeline).require_controlnet(denoiser, controlnet, str(folder))
-    factor = 2 ** (len(controlnet.config.conditioning_embedding_out_channels) - 1)
-    if factor != pipeline.vae_scale_factor:
-        raise AsdmError(
-            f"{folder}: a ControlNet that makes images smaller by {factor}, and this model's VAE does by "
-            f"{pipeline.vae_scale_factor}; use one with {int(math.log2(pipeline.vae_scale_factor)) + 1} "
-            "conditioning_embedding_out_channels"
-        )
-    return controlnet.eval().to(pipeline.device)
