@@ -189,6 +189,14 @@ def task_with_clip(pipeline, examples, chosen):
     return DistillationTask(pipeline.unet, student, parameterization, examples, chosen, encoder, only)
 
 
+def test_a_recipe_that_reads_the_teachers_answers_from_disk_gets_no_captions(unet):
+    stages = recipe_stages("small-gpu", pruned(unet), 40)
+    with pytest.raises(
+        AsdmError, match="teacher=recorded: a semantic loss needs the teacher itself; choose teacher live"
+    ):
+        with_captions(stages, "spliced")
+
+
 @pytest.mark.slow
 def test_a_recipe_gets_captions_and_an_estimate_counts_them(pipeline, tmp_path):
     student = pruned(pipeline.unet)

@@ -237,6 +237,9 @@ def test_an_evaluation_of_0_1_0_loads(tmp_path):
     assert "UNet parameters" in metrics_section(found)
     of_a_transformer = found.model_copy(update={"denoiser": "transformer"})
     assert "UNet" not in metrics_section(of_a_transformer) and "The transformer" in headline_of(of_a_transformer)
+    with_decoder = found.speed[-1].model_copy(update={"name": "another, tiny decoder"})
+    more = found.model_copy(update={"speed": [*found.speed, with_decoder]})
+    assert headline_of(more, result_row=-2) == headline_of(found) != headline_of(more)
 
 
 def test_without_the_judges_packages_the_extra_is_named(monkeypatch):

@@ -182,7 +182,8 @@ def _finished(out: Path, settings: Settings) -> Compression:
     """Return what an earlier run made."""
     claim_folder(out, settings)
     plan, evaluation = PruningPlan.load(out / PLAN), Evaluation.load(out / EVALUATION)
-    return Compression(out, out / REPORT, headline_of(evaluation, settings.budget["speedup"]), plan, evaluation, {})
+    headline = headline_of(evaluation, settings.budget["speedup"], settings.result_row)
+    return Compression(out, out / REPORT, headline, plan, evaluation, {})
 
 
 def _checked_teacher(settings: Settings, device: str | None) -> DiffusionPipeline:

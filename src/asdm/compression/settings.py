@@ -70,6 +70,12 @@ class Settings(Record):
         """Whether the model has random weights, which are good for speed and memory only."""
         return has_random_weights(self.model)
 
+    @property
+    def result_row(self) -> int:
+        """Which of the evaluation's rows is of the pipeline that is saved: the one before the last where the tiny
+        decoder is only measured."""
+        return -2 if self.decoder is not None and not self.save_decoder else -1
+
     def saved(self) -> dict[str, Any]:
         """Return the settings as JSON data."""
         content = self.model_dump(mode="json", exclude={"prediction_type", "config", "dtype"})

@@ -90,8 +90,7 @@ class Job:
     @property
     def result(self) -> DiffusionPipeline:
         """The pipeline that the job makes."""
-        is_measured_alone = self.settings.decoder is not None and not self.settings.save_decoder
-        return list(self.pipelines.values())[-2 if is_measured_alone else -1]
+        return list(self.pipelines.values())[self.settings.result_row]
 
     def reporter(self, title: str) -> Callable[[int, int, str], None]:
         """Return the progress of one task, called with its done and total, and a note."""
@@ -333,6 +332,7 @@ class WriteReport(Step):
             starts=starts,
             images_folder=job.images,
             target_speedup=settings.budget["speedup"],
+            result_row=settings.result_row,
             skipped=job.skipped,
         )
         _write_win_sheet(job, sets)
@@ -340,7 +340,8 @@ class WriteReport(Step):
 
 def _write_win_sheet(job: Job, sets: Sequence[EvaluationSet]) -> None:
     """Write `wins.html`: where the result's images differ most and least from the teacher's."""
-    teacher, *_, student = (row.name for row in job.evaluation.speed)
+    names = [row.name for row in job.evaluation.speed]
+    teacher, student = names[0], names[job.settings.result_row]
     prompts, files, distances = [], [], []
     for each in sets:
         folders = [job.images / each.split / folder_name(name) for name in (teacher, student)]
@@ -352,9 +353,10 @@ def _write_win_sheet(job: Job, sets: Sequence[EvaluationSet]) -> None:
         files += [(folders[0] / name, folders[1] / name) for name in map(image_name, range(len(of_set)))]
     if prompts:
         measure = f"1 − cosine of {JUDGE_NAME}"
-        names = (teacher, student)
         path = job.out / WIN_SHEET
-        write_win_sheet(path, prompts=prompts, names=names, files=files, measure=measure, distances=distances)
+        write_win_sheet(
+            path, prompts=prompts, names=(teacher, student), files=files, measure=measure, distances=distances
+        )
 
 
 STEPS: tuple[Step, ...] = (

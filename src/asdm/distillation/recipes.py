@@ -155,7 +155,7 @@ def with_captions(stages: Sequence[Stage], captions: str | Path) -> list[Stage]:
         captions: "spliced", for splices of the data's captions, or a .txt file, one caption a line.
 
     Raises:
-        AsdmError: no such file, or no stage is a joint one.
+        AsdmError: no such file, no stage is a joint one, or a joint one reads the teacher's answers from disk.
     """
     if str(captions) != SPLICED:
         read_captions(captions)
@@ -170,7 +170,7 @@ def _on_captions(stage: Stage, source: CaptionOnly) -> Stage:
     changes: dict[str, Any] = {"losses": LossWeights(**weights), "caption_only": source}
     if not stage.losses.any_reads("semantics"):
         changes["semantics"] = stage.semantics.model_copy(update={"every": SEMANTICS.every})
-    return stage.model_copy(update=changes)
+    return Stage(**stage.model_dump() | changes)
 
 
 def read_stages(recipe: str | Path) -> list[Stage]:

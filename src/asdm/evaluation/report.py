@@ -68,12 +68,13 @@ def write_report(
     starts: Sequence[ImageToImageSet] = (),
     images_folder: Path,
     target_speedup: float | None = None,
+    result_row: int = -1,
     rows_per_split: int = 10,
     skipped: Mapping[str, str] | None = None,
 ) -> str:
-    """Write the report; return its headline."""
+    """Write the report; return its headline, which is about the model of `result_row`."""
     names = [row.name for row in evaluation.speed]
-    headline = headline_of(evaluation, target_speedup)
+    headline = headline_of(evaluation, target_speedup, result_row)
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_template), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -131,9 +132,10 @@ def _written(value: float | None, kind: str) -> str:
     return f"{100 * value:.1f}%" if kind == "percent" else f"{value:.3f}"
 
 
-def headline_of(evaluation: Evaluation, target_speedup: float | None = None) -> str:
-    """Say in one sentence how much faster and smaller the last model is than the first, and what quality it keeps."""
-    teacher, student = evaluation.speed[0], evaluation.speed[-1]
+def headline_of(evaluation: Evaluation, target_speedup: float | None = None, result_row: int = -1) -> str:
+    """Say in one sentence how much faster and smaller the model of that row is than the first, and what quality
+    it keeps."""
+    teacher, student = evaluation.speed[0], evaluation.speed[result_row]
     size = 100 * student.unet_parameters / teacher.unet_parameters
     sentence = f"{_faster(student, evaluation.denoiser)}, with {size:.0f}% of the {evaluation.denoiser}'s parameters"
     unet_speedup = student.unet_ratio
