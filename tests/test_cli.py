@@ -104,6 +104,7 @@ def mistakes(model, tmp_path):
         (["convert-lora", tmp_path / "absent.safetensors", "--for", model, "--out", "l.safetensors"], "no such file"),
         (["plan", model, "--portable", "--preset", "bk-tiny"], "does not go with --portable"),
         (["plan", model, "--portable", "--params", "0.5", "--experts", "0.1"], "does not go with --portable"),
+        (["plan", "--remeasure", "plan.json", "--portable"], "leave out other options"),
         (["analyze", 300 * "long"], "no such"),
         (["analyze", model, "--data", 300 * "long"], "no such data folder"),
         (["distill", other_kind, model, "--data", "demo", "--out", "done"], "predicts epsilon, .* v_prediction"),

@@ -257,6 +257,24 @@ def test_prepared_folders_are_calibrated_on_and_judged_by_their_captions(pipelin
     assert [(row.split, row.images) for row in evaluation.quality] == [("seen", 2)]
 
 
+def test_images_that_were_generated_with_other_settings_are_refused(pipeline, shards, tmp_path):
+    captions = tmp_path / "captions.txt"
+    captions.write_text("a red house\n")
+    made = tmp_path / "prepared"
+    prepare_data(pipeline, captions, made, steps=1, seed=3)
+    for changed, message in {"steps": "prepared with steps=1, not 2", "seed": "prepared with seed=3, not 2"}.items():
+        with pytest.raises(AsdmError, match=f"prepared: {message}; use another output folder"):
+            prepare_data(pipeline, captions, made, **{"steps": 1, "seed": 3, changed: 2})
+    assert len(prepare_data(pipeline, captions, made, steps=1, seed=3)) == 1
+    marker = json.loads((made / "asdm.json").read_text())
+    earlier = {name: value for name, value in marker.items() if name not in ("steps", "seed")}
+    (made / "asdm.json").write_text(json.dumps(earlier))
+    assert len(prepare_data(pipeline, captions, made)) == 1
+    # Neither matters for images of files.
+    for seed in (0, 1):
+        prepare_data(pipeline, shards, tmp_path / "encoded", steps=1 + seed, seed=seed)
+
+
 def test_what_another_model_prepared_is_refused(pipeline, shards, tmp_path):
     prepare_data(pipeline, shards, tmp_path / "prepared")
     for part in ("vae", "text_encoder"):

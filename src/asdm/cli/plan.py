@@ -85,9 +85,10 @@ def plan(
     from asdm.planning.full_plan import full_plan
 
     if remeasure is not None:
-        if out is not None or any(value is not None for value in (speedup, params, macs, preset, experts, refine)):
+        others = (speedup, params, macs, preset, compensate, experts, refine, data, out)
+        if portable or any(value is not None for value in others):
             raise AsdmError("--remeasure: measures a plan as it is, and writes into its file; leave out other options")
-        _remeasure(remeasure, source, device)
+        _remeasure(remeasure, source, device, prediction_type=prediction_type, config=config)
         return
     if source is None:
         raise AsdmError("name a profile that `asdm analyze` wrote, or a model")
@@ -190,7 +191,7 @@ def _measured_profile(
         )
 
 
-def _remeasure(path: Path, model: str | None, device: str | None) -> None:
+def _remeasure(path: Path, model: str | None, device: str | None, **claims: Any) -> None:
     """Measure a plan's speed-up on the model that it names, or on another of the same architecture."""
     from asdm.families import denoiser_of
 
@@ -199,7 +200,7 @@ def _remeasure(path: Path, model: str | None, device: str | None) -> None:
     if model is None:
         raise AsdmError(f"{path}: does not name its model; name the model before --remeasure")
     warn_if_busy()
-    made = asdm.remeasure_plan(made, denoiser_of(loading.load_model(model, device)))
+    made = asdm.remeasure_plan(made, denoiser_of(loading.load_model(model, device, **claims)))
     made.save(path)
     assert made.metrics is not None and made.metrics.measured_ratio is not None
     target = made.metrics.target.get("speedup", 0.0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from asdm import checks
+from asdm.data.captions import CaptionSource
 from asdm.data.examples import PIECE, Example, Source, Unread, Unusable, load_pixels
 from asdm.data.names import unusable
 from asdm.data.prepared import (
@@ -81,25 +82,26 @@ def prepare_data(
 
     Raises:
         AsdmError: the source cannot be used; or a shard could not be read, when all else is prepared; or `folder` is
-            not this tool's, or holds another source's or another model's data.
+            not this tool's, or holds data of another source or model, or that was generated in other steps or with
+            another seed.
     """
     require_text_to_image(pipeline)
     require_steps(pipeline, steps)
     folder = Path(folder)
-    made_by = fingerprint(pipeline)
     if is_prepared(data):
         raise AsdmError(f"{data}: prepared already; give it to distill as it is")
     source = open_source(data)
+    about: dict[str, Any] = {"kind": "prepared", "source": _identity(source), "made_by": fingerprint(pipeline)}
+    about |= _random_part(pipeline, source, steps, seed)
     if is_prepared(folder):
-        _require_same(folder, data, source, made_by)
+        _require_same(folder, data, about)
         return PreparedData(folder)
     require_ours(folder, "prepared")
     state = PartialState(cpu=pipeline.device.type == "cpu", timeout=LONGEST_WAIT)
     if state.is_main_process:
         require_usable_examples(source, data)
         if (folder / MARKER).is_file():
-            _require_same(folder, data, source, made_by)
-        about = {"kind": "prepared", "source": _identity(source), "made_by": made_by}
+            _require_same(folder, data, about)
         write_text(folder / MARKER, json.dumps(about, indent=1) + "\n")
     state.wait_for_everyone()
     preparation = _Preparation(pipeline, source, folder, batch_size, steps, seed, ignore_missing_shards)
@@ -114,7 +116,7 @@ def prepare_data(
             progress(done, len(numbers))
     state.wait_for_everyone()
     if state.is_main_process:
-        _finish(folder, data, len(source), made_by)
+        _finish(folder, data, len(source), about["made_by"])
     state.wait_for_everyone()
     return PreparedData(folder)
 
@@ -243,13 +245,26 @@ def _finish(folder: Path, data: str | Path, pieces: int, made_by: str) -> None:
     write_text(folder / PREPARED, json.dumps({"pieces": pieces, "made_by": made_by}) + "\n")
 
 
-def _require_same(folder: Path, data: str | Path, source: Source, made_by: str) -> None:
-    """Raise an AsdmError where a folder was prepared from another source, or by another model."""
-    about = read_marker(folder)
-    if about.get("source") != _identity(source):
+def _random_part(pipeline: DiffusionPipeline, source: Source, steps: int, seed: int) -> dict[str, int]:
+    """Return the settings that decide what is prepared: those of images that are generated, and the seed of masks."""
+    if isinstance(source, CaptionSource):
+        return {"steps": steps, "seed": seed}
+    return {"seed": seed} if is_inpainting(pipeline) else {}
+
+
+def _require_same(folder: Path, data: str | Path, about: Mapping[str, Any]) -> None:
+    """Raise an AsdmError where a folder was prepared from another source, by another model, or with other settings,
+    which folders of earlier versions do not name."""
+    found = read_marker(folder)
+    if found.get("source") != about["source"]:
         raise AsdmError(f"{folder}: prepared from other data than {data}; use another output folder")
-    if about.get("made_by") != made_by:
+    if found.get("made_by") != about["made_by"]:
         raise AsdmError(f"{folder}: prepared by another model, or at another image size; use another output folder")
+    for name in ("steps", "seed"):
+        if name in about and found.get(name, about[name]) != about[name]:
+            raise AsdmError(
+                f"{folder}: prepared with {name}={found[name]}, not {about[name]}; use another output folder"
+            )
 
 
 def _identity(source: Source) -> str:
