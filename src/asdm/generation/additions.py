@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from asdm.errors import AsdmError, AsdmWarning, needs_extra, one_line
 from asdm.families import denoiser_of, family_of
 from asdm.pipelines.damaged import refuse_damaged
+from asdm.pipelines.lora_names import holds_lora
 from asdm.pipelines.names import looks_like_path
 from asdm.pipelines.quiet import quiet
 from asdm.pipelines.tensor_faults import require_loaded
@@ -85,7 +86,7 @@ def require_lora(path: Path) -> None:
             names = list(file.keys())
     except (SafetensorError, OSError) as error:
         raise AsdmError(f"{path}: not a safetensors file ({one_line(error)}); download it again") from None
-    if not any("lora" in name.lower() or ".hada_" in name or ".lokr_" in name for name in names):
+    if not holds_lora(names):
         raise AsdmError(f"{path}: holds no LoRA; its first tensor is {names[0] if names else 'missing'}")
 
 
