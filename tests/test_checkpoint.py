@@ -11,6 +11,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2D
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import CLIPTextModelWithProjection
 
 from asdm import (
@@ -506,11 +507,9 @@ def test_a_lora_is_renumbered_and_what_the_student_lacks_is_counted(style, tmp_p
     assert (made.kept, made.dropped) == (2, sorted(gone))
     new = load_file(made.file)
     renamed = "up_blocks.1.attentions.1.transformer_blocks.0.attn1.to_q"
-    name = {
-        "diffusers": f"unet.{renamed}.lora_A.weight",
-        "kohya": f"lora_unet_{renamed.replace('.', '_')}.lora_down.weight",
-        "original": f"lora_unet_{originally(student, renamed).replace('.', '_')}.lora_down.weight",
-    }[style]
+    name = f"lora_unet_{renamed.replace('.', '_')}.lora_down.weight"  # diffusers' name, also for the original code's
+    if style == "diffusers":
+        name = f"unet.{renamed}.lora_A.weight"
     old = {"diffusers": f"unet.{kept[0]}.lora_A.weight"}.get(style)
     before = load_file(lora)
     old = old or next(key for key in before if key.endswith("attn1_to_q.lora_down.weight"))
@@ -629,6 +628,210 @@ def test_a_lora_for_a_student_that_lacks_nothing_stays_as_it_is(tmp_path):
         found = load_file(made.file)
         assert found.keys() == tensors.keys() and not made.dropped
         assert all(found[k].dtype == t.dtype and torch.equal(found[k], t) for k, t in tensors.items())
+
+
+# -- LoRA files for one file ---------------------------------------------------------------------------------
+
+UNEQUAL = [{"edit": "drop_layers", "layers_per_block": [2, 1, 2, 1]}]
+NO_LOWEST_LEVEL = [{"edit": "remove", "unit": "down_blocks.3"}]
+BLOCK = "up_blocks.1.attentions.0.transformer_blocks"
+NO_FIRST_BLOCK = block_of(f"{BLOCK}.0")
+
+
+def whole_lora(path, unet, style):
+    """A LoRA for all layers, which tells them by the values of its matrices; return it and the layers' names."""
+    layers = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    tensors = {}
+    for number, name in enumerate(layers):
+        weight = unet.get_submodule(name).weight
+        down, up = (
+            torch.full((2, *weight.shape[1:]), float(number)),
+            torch.zeros(len(weight), 2, *(weight[0, 0].ndim * [1])),
+        )
+        if style == "diffusers":
+            tensors |= {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
+        else:
+            flat = f"lora_unet_{(name if style == 'kohya' else originally(unet, name)).replace('.', '_')}"
+            tensors |= {
+                f"{flat}.lora_down.weight": down,
+                f"{flat}.lora_up.weight": up,
+                f"{flat}.alpha": torch.tensor(2.0),
+            }
+    save_file(tensors, path)
+    return path, layers
+
+
+def exported(pipeline, path, monkeypatch):
+    """A student's one file, such as ComfyUI reads; tiny widths are for diffusers alone."""
+    monkeypatch.setattr("asdm.families.unet_programs._require_equal_levels", lambda unet: None)
+    return export_checkpoint(pipeline, path, "diffusers", dtype="fp32").file
+
+
+@pytest.mark.parametrize("style", ["diffusers", "kohya", "original"])
+@pytest.mark.parametrize(
+    ("make", "edits"),
+    [
+        (tiny_pipeline, UNEQUAL),
+        (tiny_pipeline, NO_LOWEST_LEVEL),
+        (tiny_pipeline, [{**TINY, "levels": None}]),
+        (tiny_sdxl_pipeline_with_two_widths, [SHORT]),
+        (tiny_sdxl_pipeline_with_two_widths, NO_FIRST_BLOCK),
+    ],
+)
+def test_for_one_file_each_key_is_the_name_of_the_tensor_that_it_adapts(style, make, edits, tmp_path, monkeypatch):
+    """ComfyUI adapts the tensor whose name, flat, is the key's; a student's weights are the original's."""
+    pipeline = make()
+    lora, layers = whole_lora(tmp_path / "lora.safetensors", pipeline.unet, style)
+    student = with_unet(pipeline, student_of(pipeline.unet, *edits))
+    file = exported(student, tmp_path / "one.safetensors", monkeypatch)
+    made = convert_lora(lora, denoiser_without_weights(str(file)), tmp_path / "new.safetensors", file)
+    tensors = {
+        name.removeprefix(PREFIX).removesuffix(".weight").replace(".", "_"): tensor
+        for name, tensor in load_file(file).items()
+        if name.startswith(PREFIX) and name.endswith(".weight")
+    }
+    converted, adapted = load_file(made.file), set()
+    for key, down in converted.items():
+        if key.endswith(".lora_down.weight"):
+            original = layers[int(down.flatten()[0])]
+            assert torch.equal(
+                tensors[key.removeprefix("lora_unet_").removesuffix(".lora_down.weight")],
+                pipeline.unet.get_submodule(original).weight,
+            ), (key, original)
+            adapted.add(original)
+    assert len(adapted) == made.kept and adapted.isdisjoint(made.dropped)
+    assert adapted.union(made.dropped) == set(layers)
+    assert all(key.startswith("lora_unet_") for key in converted)
+
+
+@pytest.mark.parametrize("style", ["diffusers", "kohya", "original"])
+@pytest.mark.parametrize("edits", [[SHORT], NO_FIRST_BLOCK])
+def test_for_a_folder_each_key_is_the_name_of_the_module_that_it_adapts(style, edits, tmp_path):
+    pipeline = tiny_sdxl_pipeline()
+    lora, layers = whole_lora(tmp_path / "lora.safetensors", pipeline.unet, style)
+    student = with_unet(pipeline, student_of(pipeline.unet, *edits))
+    made = convert_lora(lora, student.unet, tmp_path / "new.safetensors")
+    student.load_lora_weights(load_file(made.file), adapter_name="new")
+    adapted = set()
+    for name, module in student.unet.named_modules():
+        if name.endswith(".lora_A.new"):
+            original = layers[int(module.weight.flatten()[0])]
+            own = student.unet.get_submodule(name.removesuffix(".lora_A.new")).base_layer.weight
+            assert torch.equal(own, pipeline.unet.get_submodule(original).weight), (name, original)
+            adapted.add(original)
+    unread = {"add_embedding.linear_1", "add_embedding.linear_2"} if style == "kohya" else set()  # by diffusers itself
+    assert adapted.union(made.dropped, unread) == set(layers) and adapted.isdisjoint(made.dropped)
+
+
+@pytest.mark.parametrize(("program", "number"), [("comfyui", 3), ("sdcpp", 4)])
+def test_for_one_file_a_key_has_the_numbers_of_that_file(program, number, tmp_path):
+    """stable-diffusion.cpp numbers the layers of bk-tiny otherwise than ComfyUI."""
+    student = of_preset(full_size("sd15"), "bk-tiny")
+    names = FAMILY.original_layout(student, program).names.values()
+    save_file({name: torch.zeros(0) for name in names}, tmp_path / "one.safetensors")
+    old = "lora_unet_up_blocks_2_attentions_2_proj_in.lora_down.weight"
+    save_file({old: torch.zeros(2, 640, 1, 1)}, tmp_path / "lora.safetensors")
+    made = convert_lora(
+        tmp_path / "lora.safetensors", student, tmp_path / "new.safetensors", tmp_path / "one.safetensors"
+    )
+    assert list(load_file(made.file)) == [f"lora_unet_output_blocks_{number}_1_proj_in.lora_down.weight"]
+
+
+def test_for_one_file_diffusers_adapters_have_kohyas_form(tmp_path, monkeypatch):
+    """Names of the text encoders, of parts of older versions, magnitudes of DoRA, and scales."""
+    pipeline = tiny_pipeline()
+    file = exported(pipeline, tmp_path / "one.safetensors", monkeypatch)
+    attention = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+    text = "text_encoder.text_model.encoder.layers.0"
+    config = {"unet.lora_alpha": 4, "unet.alpha_pattern": {"attn1.to_k": 6}, "unet.use_rslora": False}
+    tensors = {
+        f"{attention}.to_q.lora_A.weight": torch.zeros(2, 32),
+        f"{attention}.to_q.lora_B.weight": torch.zeros(32, 2),
+        f"{attention}.to_q.lora_magnitude_vector": torch.arange(32.0),
+        f"{attention}.to_k.lora.down.weight": torch.zeros(2, 32),
+        f"{attention}.processor.to_out_lora.up.weight": torch.zeros(32, 2),
+        f"{text}.self_attn.q_proj.lora_linear_layer.down.weight": torch.zeros(2, 32),
+        f"{text.replace('text_model.', '')}.mlp.fc1.lora_A.weight": torch.zeros(2, 32),
+    }
+    save_file(tensors, tmp_path / "lora.safetensors", {"lora_adapter_metadata": json.dumps(config)})
+    made = convert_lora(tmp_path / "lora.safetensors", pipeline.unet, tmp_path / "new.safetensors", file)
+    flat = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1"
+    flat_text = "lora_te_text_model_encoder_layers_0"
+    assert {key: list(tensor.shape) or tensor.item() for key, tensor in load_file(made.file).items()} == {
+        f"{flat}_to_q.lora_down.weight": [2, 32],
+        f"{flat}_to_q.lora_up.weight": [32, 2],
+        f"{flat}_to_q.dora_scale": [32, 1],
+        f"{flat}_to_q.alpha": 4,
+        f"{flat}_to_k.lora_down.weight": [2, 32],
+        f"{flat}_to_k.alpha": 6,
+        f"{flat}_to_out_0.lora_up.weight": [32, 2],
+        f"{flat_text}_self_attn_q_proj.lora_down.weight": [2, 32],
+        f"{flat_text}_mlp_fc1.lora_down.weight": [2, 32],
+    }
+    with safe_open(made.file, "pt") as content:
+        assert "lora_adapter_metadata" not in content.metadata()
+
+
+def test_for_one_file_sdxls_text_encoders_have_numbers(tmp_path, monkeypatch):
+    pipeline = tiny_sdxl_pipeline_with_two_widths()
+    file = exported(pipeline, tmp_path / "one.safetensors", monkeypatch)
+    layer = "text_model.encoder.layers.0.mlp.fc1.lora_A.weight"
+    tensors = {f"{part}.{layer}": torch.zeros(2, 32) for part in ("text_encoder", "text_encoder_2")}
+    save_file(tensors | {"unet.conv_in.lora_A.weight": torch.zeros(2, 4, 3, 3)}, tmp_path / "lora.safetensors")
+    made = convert_lora(tmp_path / "lora.safetensors", pipeline.unet, tmp_path / "new.safetensors", file)
+    flat = "text_model_encoder_layers_0_mlp_fc1.lora_down.weight"
+    assert set(load_file(made.file)) == {
+        f"lora_te1_{flat}",
+        f"lora_te2_{flat}",
+        "lora_unet_input_blocks_0_0.lora_down.weight",
+    }
+
+
+def test_what_one_file_has_no_place_for_is_refused(tmp_path, monkeypatch):
+    pipeline = tiny_pipeline()
+    file = exported(pipeline, tmp_path / "one.safetensors", monkeypatch)
+    lora, new = tmp_path / "lora.safetensors", tmp_path / "new.safetensors"
+    save_file({"unet.conv_in.lora_B.bias": torch.zeros(32)}, lora)
+    with pytest.raises(AsdmError, match=r"lora_B.bias, for which kohya's layout has no place; .*folder$"):
+        convert_lora(lora, pipeline.unet, new, file)
+    for config, said in (
+        ({"unet.lora_alpha": "4"}, r"damaged \(lora_alpha\)"),
+        ({"unet.alpha_pattern": {".*": 4}}, "no plain names"),
+        ([], "damaged"),
+    ):
+        tensors = {"unet.conv_in.lora_A.weight": torch.zeros(2, 4, 3, 3)}
+        save_file(tensors, lora, {"lora_adapter_metadata": json.dumps(config)})
+        with pytest.raises(AsdmError, match=rf"lora\.safetensors: its .*{said}"):
+            convert_lora(lora, pipeline.unet, new, file)
+    whole_lora(lora, pipeline.unet, "kohya")
+    with pytest.raises(AsdmError, match=r"one\.safetensors: its tensors are not those of the student"):
+        convert_lora(lora, student_of(pipeline.unet, TINY), new, file)
+    assert not new.exists()
+
+
+def test_only_a_lora_is_replaced_by_a_converted_one(tmp_path, monkeypatch):
+    pipeline = tiny_pipeline()
+    lora, _ = whole_lora(tmp_path / "lora.safetensors", pipeline.unet, "kohya")
+    file = exported(pipeline, tmp_path / "one.safetensors", monkeypatch)
+    other, broken = tmp_path / "other.safetensors", tmp_path / "broken.safetensors"
+    save_file({"conv_in.weight": torch.zeros(1)}, other)
+    broken.write_bytes(b"no tensors")
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(lora)  # of the same content, were it not the same file
+    before = {path: path.read_bytes() for path in (lora, file, other, broken)}
+    for out, said in (
+        (file, "is the student's own file"),
+        (link, "is the LoRA itself"),
+        (other, "exists and holds no LoRA; name another file or remove it"),
+        (broken, "exists and holds no LoRA; name another file or remove it"),
+    ):
+        with pytest.raises(AsdmError, match=f"^{re.escape(str(out))}: {said}"):
+            convert_lora(lora, pipeline.unet, out, file)
+    with pytest.raises(AsdmError, match="exists and holds no LoRA"):
+        convert_lora(lora, pipeline.unet, file)
+    assert before == {path: path.read_bytes() for path in before}
+    for _ in range(2):
+        assert convert_lora(lora, pipeline.unet, tmp_path / "new.safetensors").kept
 
 
 # -- portable plans ----------------------------------------------------------------------------------------

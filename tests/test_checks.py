@@ -255,7 +255,7 @@ def calls(tiny):
         "export_checkpoint": dict(
             pipeline=pipeline, file="x.safetensors", program="diffusers", unet_only=True, dtype="fp32", license="mit",
         ),
-        "convert_lora": dict(lora="x", unet=unet, file="x.safetensors"),
+        "convert_lora": dict(lora="x", unet=unet, file="x.safetensors", checkpoint="y.safetensors"),
         "export": dict(
             pipeline=pipeline, folder="x", to="onnx", size=16, int8="weights", data="x", cache=1, parts=["x"],
             progress=print,

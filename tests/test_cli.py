@@ -11,6 +11,7 @@ import pytest
 from diffusers import ControlNetModel
 from PIL import Image
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from asdm import PruningPlan, cli, save_pipeline
 from asdm.cli.output import print_skipped
@@ -281,6 +282,10 @@ def test_from_a_model_to_one_file_for_other_programs(run, model, tmp_path):
             status, told, error = run("convert-lora", lora, "--for", student, "--out", "converted.safetensors")
             assert status == 0 and re.search(r"\d+ layers are adapted; dropped are [1-9]", told), error
             assert "not expected" not in error  # diffusers' words on what stands in a config
+            for_file = any("input_blocks" in key for key in load_file(tmp_path / "converted.safetensors"))
+            assert for_file == (student == f"{name}.safetensors")
+        status, _, error = run("convert-lora", lora, "--for", student, "--out", student)
+        assert status == 2 and f"{student}: is the student's own file" in error.replace("\n", " ")
 
 
 def test_a_controlnet_reads_its_image_from_a_file(run, model, tmp_path):

@@ -25,7 +25,8 @@ def convert_lora(
         str,
         typer.Option(
             "--for",
-            help="The student: its folder, or the checkpoint that `asdm export` wrote.",
+            help="The student: its folder, for diffusers; or the checkpoint that `asdm export` wrote, for the programs "
+            "that read it.",
             callback=NAME,
             show_default=False,
         ),
@@ -35,7 +36,8 @@ def convert_lora(
     """Renumber a LoRA for the original model to a student, without the layers that the student lacks."""
     from asdm.pipelines.shapes import denoiser_without_weights
 
-    made = asdm.convert_lora(lora, denoiser_without_weights(student), out)
+    checkpoint = student if Path(student).is_file() else None
+    made = asdm.convert_lora(lora, denoiser_without_weights(student), out, checkpoint)
     say(f"{made.kept} layers are adapted; dropped are {len(made.dropped)}, which the student lacks")
     for name in made.dropped[:_NAMED]:
         say(f"  dropped: {name}")

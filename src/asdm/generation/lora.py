@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
@@ -20,12 +19,12 @@ from torch import Tensor
 
 from asdm.errors import AsdmError, AsdmWarning, needs_extra, one_line
 from asdm.families import denoiser_of, family_of
+from asdm.pipelines.lora_names import holds_lora
+from asdm.pipelines.lora_scales import adapter_config, alpha_of
 from asdm.pipelines.quiet import quiet
-from asdm.reading import parse_json
 from asdm.records import Record
 
 LARGEST_SCALE = 10  # of a LoRA, without its sign
-_TRAINED = "lora_adapter_metadata"  # of diffusers: the scale that a LoRA was trained with
 _WRITING = re.compile(r"\.(lora_B|lora\.up|lora_linear_layer\.up)\.(weight|bias)$")  # the matrix that writes the output
 _UNREAD = {  # by a part of their tensors' names; diffusers drops the first, and fails at the others
     "dora_scale": "a DoRA in kohya's layout",
@@ -82,7 +81,7 @@ def require_lora(path: Path) -> None:
             names = list(file.keys())
     except (SafetensorError, OSError) as error:
         raise AsdmError(f"{path}: not a safetensors file ({one_line(error)}); download it again") from None
-    if not any("lora" in name.lower() or ".hada_" in name or ".lokr_" in name for name in names):
+    if not holds_lora(names):
         raise AsdmError(f"{path}: holds no LoRA; its first tensor is {names[0] if names else 'missing'}")
     for part, kind in _UNREAD.items():
         if any(part in name for name in names):
@@ -154,30 +153,13 @@ def _tensors_as_trained(path: Path) -> dict[str, Tensor]:
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = file.metadata() or {}
-    if _TRAINED not in metadata:
-        return tensors
-    try:
-        config = parse_json(metadata[_TRAINED])
-        scales = {name: _trained_scale(name, tensors, config) for name in tensors}
-    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
-        raise AsdmError(f"{path}: its metadata {_TRAINED} is damaged ({one_line(error)}); download it again") from None
-    return {name: tensor if scales[name] == 1 else tensor * scales[name] for name, tensor in tensors.items()}
-
-
-def _trained_scale(name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> float:
-    """Return the factor of a tensor by diffusers' config, whose fields begin with the component's name; 1 for all but
-    what writes the output."""
-    written = _WRITING.search(name)
-    component, _, layer = name[: written.start()].partition(".") if written else ("", "", "")
-    if written is None or f"{component}.lora_alpha" not in config:
-        return 1.0
-    alphas: Mapping[str, Any] = config.get(f"{component}.alpha_pattern") or {}
-    of_layer = [alpha for end, alpha in alphas.items() if f".{layer}".endswith(f".{end.removeprefix('^')}")]
-    alpha = float(of_layer[0] if of_layer else config[f"{component}.lora_alpha"])
-    if not math.isfinite(alpha):
-        raise ValueError(f"lora_alpha {alpha}")
-    rank = tensors[f"{name[: written.end(1)]}.weight"].shape[1]
-    return alpha / (math.sqrt(rank) if config.get(f"{component}.use_rslora") else rank)
+    config = adapter_config(metadata, path)
+    for name in [each for each in tensors if _WRITING.search(each)]:
+        rank = tensors[_WRITING.sub(r".\1.weight", name)].shape[1]
+        alpha = alpha_of(config, name, rank, path)
+        if alpha not in (None, rank):
+            tensors[name] = tensors[name] * (alpha / rank)
+    return tensors
 
 
 def _layers_in_file(path: Path, pipeline: Any) -> int:
