@@ -129,17 +129,37 @@ def test_what_diffusers_cannot_read_from_one_file_is_refused_with_the_remedy(edi
     assert not list(tmp_path.iterdir())
 
 
-def test_a_transformer_block_whose_branches_are_all_removed_is_left_out(tmp_path):
-    pipeline = tiny_sdxl_pipeline()
-    unet = pipeline.unet
+def test_a_student_keeps_its_function_in_a_file_for_diffusers_or_is_refused():
+    """Whatever whole part is removed as units: diffusers gives each tensor of the file its name in the folder."""
+    unet = tiny_sdxl_unet()
+    units = [unit.name for unit in FAMILY.units(unet) if not unit.name.endswith(("attn1", "attn2", "ff"))]
+    removals = [[{"edit": "remove", "unit": name}] for name in [*units, "mid_block"]]
+    attentions = [name for name in units if ".attentions." in name]
+    removals += [block_of(f"{name}.transformer_blocks.{number}") for name in attentions for number in (0, 1)]
+    refused = []
+    for edits in removals:
+        student = student_of(unet, *edits)
+        try:
+            names = FAMILY.original_layout(student, "diffusers").names
+        except AsdmError as error:
+            refused += [re.search("first transformer blocks of an attention, and (.*) keeps", str(error))]
+            continue
+        state = student.state_dict()
+        read = convert_ldm_unet_checkpoint({name: state[tensor] for tensor, name in names.items()}, student.config)
+        assert read.keys() == state.keys() and all(read[tensor] is state[tensor] for tensor in state), edits
+    assert [found[1] for found in refused if found] == attentions
+
+
+def test_a_transformer_block_whose_branches_are_all_removed_is_left_out():
+    unet = tiny_sdxl_unet()
     blocks = [f"down_blocks.1.attentions.{i}.transformer_blocks.0" for i in (0, 1)]
-    student = with_unet(pipeline, student_of(unet, *block_of(blocks[0]), *block_of(blocks[1])))
-    export_checkpoint(student, tmp_path / "one.safetensors", "diffusers", unet_only=True, dtype="fp32")
+    student = student_of(unet, *block_of(blocks[0]), *block_of(blocks[1]))
+    state = student.state_dict()
+    tensors = {name: state[tensor] for tensor, name in FAMILY.original_layout(student, None).names.items()}
     stock = student_of(unet, {"edit": "drop_layers", "layers_per_block": 2, "transformer_blocks": blocks})
     assert [len(each.transformer_blocks) for each in stock.down_blocks[1].attentions] == [1, 1]
-    expected = predict(student.unet)
-    torch.testing.assert_close(predict(stock), expected)
-    assert torch.equal(predict(read_unet(load_file(tmp_path / "one.safetensors"), stock.config)), predict(stock))
+    torch.testing.assert_close(predict(stock), predict(student))
+    assert torch.equal(predict(read_unet(tensors, stock.config)), predict(stock))
 
 
 # -- what programs infer from the names --------------------------------------------------------------------
@@ -247,6 +267,16 @@ def test_a_program_that_does_not_know_the_shape_is_named(program, sdxl):
         FAMILY.original_layout(empty_student(sdxl, PruningPlan.for_unet(sdxl, [halved])), program)
     with pytest.raises(AsdmError, match="widths of SD 1"):
         FAMILY.original_layout(tiny_unet(), program)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_any_transformer_block_of_the_decoder_path_may_go_for_comfyui(number, sdxl):
+    edits = block_of(f"up_blocks.1.attentions.0.transformer_blocks.{number}")
+    student = empty_student(sdxl, PruningPlan.for_unet(sdxl, edits))
+    shape = inferred(set(FAMILY.original_layout(student, "comfyui").names.values()))
+    assert shape.decoder == ((10, 10, 10), (1, 2, 2), (0, 0, 0))
+    with pytest.raises(AsdmError, match="sdcpp: reads of SDXL's shape only"):
+        FAMILY.original_layout(student, "sdcpp")
 
 
 @pytest.mark.parametrize("shape", ["sd15", "sd21"])
@@ -376,6 +406,48 @@ def test_what_a_program_does_not_see_in_the_file_of_a_unet_is_told(
     assert markers == ({"v_pred", f"{PREFIX}v_pred"} if shape == "sdxl" else set())
 
 
+@pytest.mark.parametrize(
+    ("make", "prediction", "program", "said"),
+    [
+        (
+            tiny_pipeline,
+            "v_prediction",
+            "comfyui",
+            "zsnr in the node .* with v_prediction; in Forge .* Zero Terminal SNR",
+        ),
+        (tiny_pipeline, "epsilon", "comfyui", "zsnr in the node .* with eps;"),
+        (tiny_sd2_pipeline, "sample", "comfyui", "zsnr in the node .* with x0;"),
+        (tiny_pipeline, "v_prediction", "sdcpp", "no option"),
+        (tiny_pipeline, "v_prediction", "diffusers", "rescale_betas_zero_snr=True"),
+        (tiny_sdxl_pipeline, "v_prediction", "comfyui", None),
+        (tiny_sdxl_pipeline, "epsilon", "comfyui", "zsnr in the node .* with eps;"),
+        (tiny_sdxl_pipeline, "v_prediction", "sdcpp", "no option"),
+        (tiny_sdxl_pipeline, "v_prediction", "diffusers", "rescale_betas_zero_snr=True"),
+    ],
+)
+def test_a_schedule_that_ends_at_zero_snr_is_told(make, prediction, program, said, tmp_path, monkeypatch):
+    monkeypatch.setattr("asdm.families.unet_programs._require_widths", lambda *_: None)
+    monkeypatch.setattr("asdm.families.unet_programs._require_comfyui", lambda *_: None)
+    monkeypatch.setattr("asdm.families.unet_programs._require_sdcpp", lambda *_: "dense")
+    pipeline, notes = make(), []
+    for zero_snr in (False, True):
+        pipeline.scheduler.register_to_config(prediction_type=prediction, rescale_betas_zero_snr=zero_snr)
+        made = export_checkpoint(pipeline, tmp_path / "one.safetensors", program, unet_only=True)
+        notes.append(made.notes)
+    more = [note for note in notes[1] if note not in notes[0]]
+    assert len(more) == (said is not None) and all(re.search(said, note) for note in more)
+    assert all(note in made.card.read_text("utf-8") for note in more)
+
+
+def test_diffusers_takes_the_schedule_that_ends_at_zero_snr_from_the_folder(tmp_path):
+    pipeline = tiny_pipeline()
+    pipeline.scheduler.register_to_config(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    save_pipeline(pipeline, tmp_path / "folder")
+    export_checkpoint(pipeline, tmp_path / "one.safetensors", "diffusers")
+    read = StableDiffusionPipeline.from_single_file(tmp_path / "one.safetensors", config=str(tmp_path / "folder"))
+    assert read.scheduler.config.rescale_betas_zero_snr and read.scheduler.config.prediction_type == "v_prediction"
+
+
 def test_values_that_do_not_fit_and_interruptions_leave_nothing(tmp_path, monkeypatch):
     pipeline = tiny_pipeline()
     with torch.no_grad():
@@ -404,6 +476,45 @@ def test_files_of_others_are_not_replaced(tmp_path):
         export_checkpoint(tiny_pipeline(), tmp_path / "theirs.safetensors", "diffusers")
     with pytest.raises(AsdmError, match="ends in"):
         export_checkpoint(tiny_pipeline(), tmp_path / "theirs.ckpt", "diffusers")
+
+
+def test_cards_of_others_are_not_replaced(tmp_path):
+    """NAME.md beside NAME.safetensors."""
+    pipeline, card = tiny_pipeline(), tmp_path / "readme.md"
+    card.write_text("# My notes\n\nAll images were written by asdm 0.2.\n", "utf-8")
+    with pytest.raises(AsdmError, match=r"readme\.md: exists, is no card .*readme\.safetensors; name another file"):
+        export_checkpoint(pipeline, tmp_path / "readme.safetensors", "diffusers")
+    assert "My notes" in card.read_text("utf-8")
+    (tmp_path / "folder.md").mkdir()
+    with pytest.raises(AsdmError, match=r"folder\.md: is a folder.*folder\.safetensors"):
+        export_checkpoint(pipeline, tmp_path / "folder.safetensors", "diffusers")
+    assert sorted(os.listdir(tmp_path)) == ["folder.md", "readme.md"]
+
+
+def test_cards_of_exports_are_replaced(tmp_path):
+    pipeline, file, card = tiny_pipeline(), tmp_path / "one.safetensors", tmp_path / "one.md"
+    for left in (file, card):  # the card without its file; the file with a card that was edited
+        export_checkpoint(pipeline, file, "diffusers", unet_only=True)
+        left.unlink()
+        if left is card:
+            card.write_text("Edited.", "utf-8")
+        export_checkpoint(pipeline, file, "diffusers", unet_only=True, license="mit")
+        assert "licence: mit" in card.read_text("utf-8")
+
+
+def test_names_that_are_not_utf_8_leave_a_file_that_programs_read(tmp_path):
+    file = tmp_path / os.fsdecode(b"caf\xe9.safetensors")
+    pipeline = load_pipeline(save_pipeline(tiny_pipeline(), tmp_path / "folder", {"teacher": "t\udce9"}))
+    try:
+        made = export_checkpoint(pipeline, file, "diffusers", unet_only=True, license="l\udce9")
+    except OSError:
+        pytest.skip("the file system takes names in UTF-8 alone")
+    assert made.file == file and file.exists()
+    # safetensors opens no file of such a name
+    about = safe_open(file.rename(tmp_path / "one.safetensors"), "pt").metadata()
+    assert about["modelspec.title"] == r"caf\udce9"
+    assert (about["modelspec.license"], about["asdm.teacher"]) == (r"l\udce9", r"t\udce9")
+    assert r"# caf\udce9" in made.card.read_text("utf-8")
 
 
 def test_no_second_copy_is_made(tmp_path, monkeypatch):
@@ -527,6 +638,47 @@ def test_a_file_of_a_student_with_unequal_levels_is_refused_in_one_line(tmp_path
     export_checkpoint(student, tmp_path / "one.safetensors", "diffusers")
     with pytest.raises(AsdmError, match=r"one\.safetensors: its UNet's levels have \[2, 2, 1, 1\] layers, .*folder$"):
         load_pipeline(tmp_path / "one.safetensors", config=tmp_path / "folder")
+
+
+def test_a_file_of_an_edited_student_that_diffusers_cannot_read_is_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("asdm.families.unet_programs._require_first_blocks", lambda *_: None)
+    pipeline = tiny_sdxl_pipeline_with_two_widths()
+    edits = block_of("up_blocks.1.attentions.0.transformer_blocks.0")
+    student = with_unet(pipeline, student_of(pipeline.unet, *edits))
+    save_pipeline(student, tmp_path / "folder")
+    export_checkpoint(student, tmp_path / "one.safetensors", "diffusers")
+    said = r"one\.safetensors: diffusers does not find up_blocks\.1.* and 17 more of the edited UNet.*; load .* folder$"
+    with pytest.raises(AsdmError, match=said):
+        load_pipeline(tmp_path / "one.safetensors", config=tmp_path / "folder")
+
+
+def test_what_a_file_of_an_edited_student_lacks_is_named(tmp_path):
+    """Its config names the student's class, and diffusers' own knows none of its blocks."""
+    pipeline = tiny_pipeline()
+    student = with_unet(pipeline, student_of(pipeline.unet, {"edit": "remove", "unit": "up_blocks.1.attentions.0"}))
+    save_pipeline(student, tmp_path / "folder")
+    one = export_checkpoint(student, tmp_path / "one.safetensors", "diffusers").file
+    tensors = load_file(one)
+    del tensors["first_stage_model.decoder.conv_in.weight"]
+    save_file(tensors, tmp_path / "two.safetensors")
+    with pytest.raises(AsdmError, match=r"two\.safetensors: its vae lacks 1 of its \d+ tensors: decoder\.conv_in"):
+        load_pipeline(tmp_path / "two.safetensors", config=tmp_path / "folder")
+    (tmp_path / "folder" / "unet" / "config.json").write_text("[]", "utf-8")
+    with pytest.raises(AsdmError, match=r"two\.safetensors: not a whole Stable Diffusion checkpoint"):
+        load_pipeline(tmp_path / "two.safetensors", config=tmp_path / "folder")
+
+
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_sdxl_pipeline])
+def test_a_file_of_a_unet_alone_is_not_loaded_and_the_remedy_is_named(make, tmp_path):
+    pipeline = make()
+    pipeline.scheduler.register_to_config(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    edits = [{"edit": "remove", "unit": "up_blocks.1.attentions.0"}]
+    student = with_unet(pipeline, student_of(pipeline.unet, *edits))
+    save_pipeline(student, tmp_path / "folder")
+    export_checkpoint(student, tmp_path / "one.safetensors", "diffusers", unet_only=True)
+    for config in (None, tmp_path / "folder"):
+        with pytest.raises(AsdmError, match=r"one\.safetensors: a UNet alone.*without --unet-only\)$"):
+            load_pipeline(tmp_path / "one.safetensors", config=config)
 
 
 def test_a_saved_student_remembers_its_original(tmp_path):

@@ -48,6 +48,11 @@ def run(monkeypatch, capfd, tmp_path):
     return call
 
 
+def test_the_card_of_a_teacher_whose_name_is_not_utf_8_is_written(tmp_path):
+    folder = save_decoder(tiny_decoder(), tmp_path / "decoder", {"teacher": "t\udce9"})
+    assert r"taught by the VAE of `t\udce9`" in (folder / "README.md").read_text("utf-8")
+
+
 # -- training ---------------------------------------------------------------------------------------------
 
 

@@ -72,7 +72,7 @@ def original_names(unet: Any, numbering: Numbering = "dense") -> dict[str, str]:
     for path, place in structure.resnets.items():
         places |= {f"{path}.{ours}": f"{place}.{theirs}" for ours, theirs in _RESNET.items()}
     for path, place in structure.attentions.items():
-        kept = _kept_blocks(unet.get_submodule(path), path)
+        kept = kept_blocks(unet.get_submodule(path), path)
         numbers = {f"{path}.transformer_blocks.{old}": new for new, old in enumerate(kept)}
         places |= {block: f"{place}.transformer_blocks.{number}" for block, number in numbers.items()}
         places |= {f"{path}.{name}": f"{place}.{name}" for name in ("norm", "proj_in", "proj_out")}
@@ -174,14 +174,14 @@ class _Walk:
         if isinstance(module, RemovedAttention):
             return 0
         _require_stock(module, Transformer2DModel, path)
-        kept = _kept_blocks(module, path)
+        kept = kept_blocks(module, path)
         if not kept:
             raise AsdmError(f"{path}: all its branches are removed, and its projections stay; remove it as a whole")
         self.attentions[path] = place
         return len(kept)
 
 
-def _kept_blocks(attention: Any, path: str) -> list[int]:
+def kept_blocks(attention: Any, path: str) -> list[int]:
     """Return the numbers of the transformer blocks that compute something.
 
     Raises:

@@ -17,6 +17,7 @@ from asdm.families.unet_original import (
     ONE_RESNET,
     OriginalShape,
     OriginalStructure,
+    kept_blocks,
     original_names,
     original_structure,
 )
@@ -69,6 +70,7 @@ def original_layout(unet: Any, program: Program | None) -> OriginalLayout:
     numbering: Numbering = "dense"
     if program == "diffusers":
         _require_equal_levels(unet)
+        _require_first_blocks(unet, structure)
     elif program is not None:
         _require_widths(unet, structure, kind, program)
     if program == "comfyui":
@@ -97,7 +99,8 @@ def _require_widths(unet: Any, structure: OriginalStructure, kind: OriginalKind,
         unet.config.get("projection_class_embeddings_input_dim"),
         unet.config.block_out_channels[0],
     )
-    attentions = [unet.get_submodule(path).transformer_blocks[0].attn1 for path in structure.attentions]
+    blocks = [_first_kept_block(unet.get_submodule(path), path) for path in structure.attentions]
+    attentions = [block.attn1 for block in blocks]
     wrong = [each for each in attentions if each.heads != (heads or each.inner_dim // _CHANNELS_OF_A_HEAD)]
     if found != (context, pooled, _CHANNELS) or wrong:
         about = f"{found[2]} channels, a text embedding of {found[0]}" + (f", {wrong[0].heads} heads" if wrong else "")
@@ -105,6 +108,10 @@ def _require_widths(unet: Any, structure: OriginalStructure, kind: OriginalKind,
             f"{program}: reads UNets of the widths of SD 1.x, SD 2.x and SDXL, and this one has others ({about}); "
             "export it for diffusers (`--for diffusers`), whose from_single_file takes a config"
         )
+
+
+def _first_kept_block(attention: Any, path: str) -> Any:
+    return attention.transformer_blocks[kept_blocks(attention, path)[0]]
 
 
 def _require_equal_levels(unet: Any) -> None:
@@ -117,6 +124,18 @@ def _require_equal_levels(unet: Any) -> None:
         f"diffusers: reads one file only of a UNet with equally many layers in each level, and this one {found}; load "
         "the student's folder there, or export it for comfyui"
     )
+
+
+def _require_first_blocks(unet: Any, structure: OriginalStructure) -> None:
+    """Raise an AsdmError unless each attention keeps its first transformer blocks: the file numbers them without gaps,
+    and diffusers takes the numbers for the student's."""
+    for path in structure.attentions:
+        kept = kept_blocks(unet.get_submodule(path), path)
+        if kept != list(range(len(kept))):
+            raise AsdmError(
+                f"diffusers: reads from one file the first transformer blocks of an attention, and {path} keeps {kept}"
+                "; load the student's folder there, or export it for comfyui"
+            )
 
 
 def _require_comfyui(kind: OriginalKind, shape: OriginalShape) -> None:

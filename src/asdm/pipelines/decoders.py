@@ -21,7 +21,7 @@ from asdm import checks
 from asdm.devices import on_device
 from asdm.diffusion.kinds import RANDOM, is_random
 from asdm.errors import AsdmError, one_line
-from asdm.files import MARKER, replacing_folder, require_ours
+from asdm.files import MARKER, replacing_folder, require_ours, write_text
 from asdm.pipelines.damaged import refuse_damaged, require_finite, require_readable
 from asdm.pipelines.derived import with_vae
 from asdm.pipelines.names import looks_like_path
@@ -185,9 +185,7 @@ def save_decoder(tiny: AutoencoderTiny, folder: str | Path, about: dict[str, Any
     made_of = f", taught by the VAE of `{about['teacher']}`" if about.get("teacher") else ""
     with replacing_folder(folder) as partial, quiet():
         copy.deepcopy(tiny).half().save_pretrained(partial)
-        (partial / "README.md").write_text(
-            _CARD.format(title=folder.name, parameters=parameters, made_of=made_of), "utf-8"
-        )
+        write_text(partial / "README.md", _CARD.format(title=folder.name, parameters=parameters, made_of=made_of))
         (partial / MARKER).write_text(json.dumps({"kind": KIND, **about}, indent=1) + "\n", "utf-8")
     return folder
 

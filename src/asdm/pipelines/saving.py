@@ -16,7 +16,7 @@ from transformers import CLIPTextModel
 from asdm import checks
 from asdm.errors import AsdmError
 from asdm.families import denoiser_of, require_plain
-from asdm.files import MARKER, replacing_folder, require_ours
+from asdm.files import MARKER, replacing_folder, require_ours, write_text
 from asdm.pipelines.model_card import model_card
 from asdm.pipelines.quiet import quiet
 from asdm.pipelines.tensor_faults import OF_TEXT
@@ -45,7 +45,7 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path, about: dict[s
     with replacing_folder(folder, keep=lambda partial: _keep_others(folder, partial)) as partial, quiet():
         _save_parts(pipeline, partial)
         card = model_card(pipeline, folder.name, (about or {}).get("teacher"))
-        (partial / "README.md").write_text(card, "utf-8")
+        write_text(partial / "README.md", card)
         (partial / MARKER).write_text(json.dumps({"kind": "pipeline", **(about or {})}, indent=1) + "\n", "utf-8")
     return folder
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusio
 from diffusers.loaders.single_file_utils import (
     DIFFUSERS_DEFAULT_PIPELINE_PATHS,
     LDM_UNET_KEY,
+    LDM_VAE_KEYS,
 )
 
 from asdm.choices import PredictionType
@@ -23,6 +23,7 @@ from asdm.pipelines.quiet import quiet
 from asdm.pipelines.tensor_faults import explain_single_file, require_safetensors, require_weights, require_whole
 from asdm.pipelines.untrusted import bounded_modules
 
+_OTHER_PARTS = (*LDM_VAE_KEYS, "cond_stage_model.", "conditioner.")  # begin the names of a VAE and text encoders
 SD2_SIDES = (96, 64)  # of latents, of the SD 2.x that predict velocities, and of those that predict noise
 
 
@@ -59,6 +60,11 @@ def _sd_kind(header: Header) -> str:
             f"{header.path}: not a whole Stable Diffusion checkpoint: no tensor's name begins with {LDM_UNET_KEY}, as "
             "those of its UNet do"
         )
+    if kind in SD_KINDS and not any(name.startswith(_OTHER_PARTS) for name in header.tensors):
+        raise AsdmError(
+            f"{header.path}: a UNet alone, without VAE and text encoders; load the pipeline's folder, or take the "
+            "whole checkpoint (asdm export without --unet-only)"
+        )
     if kind == "xl_refiner":
         raise AsdmError(f"{header.path}: has no first text encoder, as SDXL's refiner; use a base model")
     if kind not in (*SD_KINDS, "upscale", "instruct-pix2pix"):
@@ -79,8 +85,7 @@ def _from_single_file(header: Header, kind: str, dtype: torch.dtype, config: str
     except Exception as error:  # of diffusers, any kind
         if isinstance(error, AsdmError | MemoryError):
             raise
-        with suppress(OSError):  # the configuration is out of reach
-            explain_single_file(header, about, kind)
+        explain_single_file(header, about, kind)
         raise AsdmError(
             f"{header.path}: not a whole Stable Diffusion checkpoint, or its configuration, which diffusers takes from "
             f"the Hub, is out of reach ({one_line(error)})"

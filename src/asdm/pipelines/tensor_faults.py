@@ -21,6 +21,7 @@ from asdm.families import Denoiser, UNetFamily
 from asdm.pipelines.headers import Header
 from asdm.pipelines.untrusted import classes_of_parts, empty_model
 from asdm.reading import read_json
+from asdm.student.classes import student_class
 
 TEXT_ENCODERS = (CLIPTextModel, CLIPTextModelWithProjection)
 OF_TEXT = re.compile("^text_model[.]")  # which some versions of transformers put before a text encoder's names
@@ -115,10 +116,14 @@ def require_shards(folder: Path) -> None:
 
 def explain_single_file(header: Header, config: str, kind: str) -> None:
     """Raise an AsdmError where the tensors of a checkpoint in one file do not fit the model of a pipeline's `config` (a
-    folder or Hub id); return where they do."""
+    folder or Hub id); return where they do, or where the config is out of reach or damaged."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of one library about another's arguments
-        _explain_single_file(header, config, kind)
+        try:
+            _explain_single_file(header, config, kind)
+        except Exception as error:  # of the libraries, any kind
+            if isinstance(error, AsdmError | MemoryError):
+                raise
 
 
 def _explain_single_file(header: Header, config: str, kind: str) -> None:
@@ -132,12 +137,18 @@ def _explain_single_file(header: Header, config: str, kind: str) -> None:
                 "of levels with equally many; load the student's folder"
             )
         with init_empty_weights():
-            module = made.from_config(settings)
+            module = (student_class(settings.get("_class_name")) or made).from_config(settings)
         try:
             found = _converted(part, tensors, settings)
         except KeyError as error:
             _require_named([str(error.args[0])], len(list(module.parameters())), str(header.path), part, [])
             raise
+        absent = [name for name, _ in module.named_parameters() if name not in found]
+        if absent and settings.get("edits"):
+            raise AsdmError(
+                f"{header.path}: diffusers does not find {_some(absent)} of the edited UNet of {config} in it; load "
+                "the student's folder"
+            )
         _require_fit(module, found, str(header.path), part)
     encoders: list[tuple[str, Any]] = [("text_encoder", CLIPTextModel)]
     if "xl" in kind or "playground" in kind:

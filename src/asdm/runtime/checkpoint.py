@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,16 @@ _NOISE_NOTE = (
     "predicts noise, and ComfyUI and Forge take this file for one that predicts velocities: put the node "
     "ModelSamplingDiscrete with eps behind the loader, or choose epsilon in Forge"
 )
+_ZERO_SNR_NOTES = {
+    "comfyui": "samples by a noise schedule that ends at zero SNR, which ComfyUI does not see in this file: switch on "
+    "zsnr in the node ModelSamplingDiscrete behind the loader, with {sampling}; in Forge choose the noise schedule "
+    "Zero Terminal SNR",
+    "sdcpp": "samples by a noise schedule that ends at zero SNR, for which stable-diffusion.cpp has no option: its "
+    "images are less bright and less dark there; export it for comfyui",
+    "diffusers": "samples by a noise schedule that ends at zero SNR: give from_single_file this pipeline's folder as "
+    'config, or a scheduler with rescale_betas_zero_snr=True and timestep_spacing="trailing"',
+}
+_SAMPLINGS = {"epsilon": "eps", "sample": "x0"}  # as ComfyUI's node has them
 _SAMPLE_NOTE = "predicts the sample (x0), which no program sees in a file: set it there (ModelSamplingDiscrete, x0)"
 _FEW_STEPS_NOTE = "samples in few steps: choose the sampler lcm with 4 to 8 steps and a guidance (CFG) of 1"
 
@@ -100,29 +111,50 @@ def export_checkpoint(
     prediction, zero_snr = _prediction(pipeline)
     if layout.kind == "sdxl":
         tensors += _markers(prediction, zero_snr, unet_only)
-    notes = _notes(pipeline, layout, program, unet_only, prediction)
+    notes = _notes(pipeline, layout, program, unet_only)
     metadata = _metadata(pipeline, file.stem, layout, license or _license(pipeline))
     write_safetensors(file, tensors, _DTYPES[dtype], metadata)
-    card = file.with_suffix(".md")
+    card = _card_beside(file)
     write_text(card, _card(metadata, program, unet_only, notes))
     return ExportedCheckpoint(file, card, notes)
 
 
 def require_file(file: Path) -> None:
-    """Raise an AsdmError for a file that cannot be written, or that was not written by an export."""
+    """Raise an AsdmError for a file that cannot be written, or if it or its card was not written by an export."""
     if file.suffix != ".safetensors":
         raise AsdmError(f"{file}: a checkpoint's name ends in .safetensors; name it so")
     if file.is_dir():
         raise AsdmError(f"{file}: is a folder; name a file to write")
-    if not file.exists():
-        return
+    card = _card_beside(file)
+    if card.is_dir():
+        raise AsdmError(f"{card}: is a folder, and the card beside {file.name} has its name; name another file")
+    if file.exists():
+        if not _is_export(file):
+            raise AsdmError(f"{file}: exists and is no export of asdm; name another file or remove it")
+    elif card.exists() and not _is_card(card):
+        raise AsdmError(
+            f"{card}: exists, is no card of an export, and would be replaced by that of {file.name}; name another file "
+            "or remove it"
+        )
+
+
+def _card_beside(file: Path) -> Path:
+    return file.with_suffix(".md")
+
+
+def _is_export(file: Path) -> bool:
     try:
         with safe_open(file, "pt") as content:
-            is_ours = _VERSION_KEY in (content.metadata() or {})
+            return _VERSION_KEY in (content.metadata() or {})
     except (SafetensorError, OSError):
-        is_ours = False
-    if not is_ours:
-        raise AsdmError(f"{file}: exists and is no export of asdm; name another file or remove it")
+        return False
+
+
+def _is_card(path: Path) -> bool:
+    try:
+        return path.is_file() and _OF_CARDS.search(path.read_text("utf-8", "replace")) is not None
+    except OSError:
+        return False
 
 
 # -- what the file says of the model -----------------------------------------------------------------------
@@ -144,11 +176,10 @@ def _markers(prediction: str, zero_snr: bool, unet_only: bool) -> list[StoredTen
     return [StoredTensor(name, (0,), lambda: torch.empty(0)) for name in names]
 
 
-def _notes(
-    pipeline: DiffusionPipeline, layout: OriginalLayout, program: Program, unet_only: bool, prediction: str
-) -> list[str]:
+def _notes(pipeline: DiffusionPipeline, layout: OriginalLayout, program: Program, unet_only: bool) -> list[str]:
     """Return what the user has to set in the program, as the file cannot say it."""
     notes = []
+    prediction, zero_snr = _prediction(pipeline)
     seen = _sees_velocity(pipeline, layout, program, unet_only)
     if prediction == "v_prediction" and not seen:
         notes.append(_VELOCITY_NOTES[program])
@@ -156,6 +187,9 @@ def _notes(
         notes.append(_NOISE_NOTE)
     elif prediction == "sample":
         notes.append(_SAMPLE_NOTE)
+    # ComfyUI reads `ztsnr` beside `v_pred` alone.
+    if zero_snr and not (layout.kind == "sdxl" and program == "comfyui" and prediction == "v_prediction"):
+        notes.append(_ZERO_SNR_NOTES[program].format(sampling=_SAMPLINGS.get(prediction, prediction)))
     if isinstance(pipeline.scheduler, LCMScheduler):  # type: ignore[attr-defined]
         notes.append(_FEW_STEPS_NOTE)
     return notes
@@ -191,7 +225,12 @@ def _metadata(pipeline: DiffusionPipeline, title: str, layout: OriginalLayout, l
         CONFIG_KEY: json.dumps(_plain_config(denoiser)),
         _VERSION_KEY: __version__,
     }
-    return {name: value for name, value in about.items() if value is not None}
+    return {name: _as_utf8(value) for name, value in about.items() if value is not None}
+
+
+def _as_utf8(text: str) -> str:
+    """Escape what a name that is no UTF-8 has in it: programs do not read a file with such metadata."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _plain_config(denoiser: Any) -> dict[str, Any]:
@@ -225,6 +264,7 @@ def _folder(pipeline: DiffusionPipeline) -> Path:
     return Path(pipeline.config.get("_name_or_path") or "/nonexistent")
 
 
+_OF_CARDS = re.compile("^A checkpoint in the original layout.* written by asdm ", re.MULTILINE)
 _CARD = """# {title}
 
 A checkpoint in the original layout{parts}, for {program}, written by asdm {version}.
