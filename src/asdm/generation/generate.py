@@ -22,6 +22,7 @@ from asdm.diffusion.conditioning import image_size, require_size
 from asdm.diffusion.generation import (
     default_guidance,
     default_steps,
+    is_few_step,
     is_small,
     pipeline_arguments,
     require_finite,
@@ -32,7 +33,7 @@ from asdm.diffusion.generation import (
 from asdm.diffusion.guidance import CfgCutoff
 from asdm.diffusion.kinds import controlled, image_to_image, is_inpainting, is_random, require_text_to_image
 from asdm.errors import AsdmError, one_line
-from asdm.families import family_of
+from asdm.families import denoiser_of, family_of
 from asdm.generation.controlnet import load_controlnet
 from asdm.generation.image import GeneratedImage, description
 from asdm.generation.lora import with_loras
@@ -120,17 +121,19 @@ def require_for(pipeline: DiffusionPipeline, request: GenerationRequest) -> None
         if value is not None and name not in family.takes:
             raise AsdmError(f"{name}: a {type(pipeline).__name__} does not take it; leave it out")
     sampler = _with_requested_scheduler(pipeline, request)
-    steps = default_steps(sampler) if request.steps is None else request.steps
+    steps, guidance = _steps_and_guidance(pipeline, sampler, request)
     require_steps(sampler, steps)
     if request.image is not None:
         require_strength(request.image_strength, steps)
     for name in ("width", "height"):
         if getattr(request, name) is not None:
             require_size(pipeline, getattr(request, name), name)
-    guidance = default_guidance(sampler) if request.guidance_scale is None else request.guidance_scale
+    is_guided = guidance > 1 and not family.embeds_guidance(denoiser_of(pipeline))
     if request.cfg_cutoff != 1:
         CfgCutoff(pipeline, request.cfg_cutoff)
-    if request.negative and (guidance <= 1 or "negative_prompt" not in _call_parameters(pipeline)):
+        if not is_guided:
+            raise AsdmError(f"cfg_cutoff={request.cfg_cutoff}: has no effect, as no step has guidance; leave it out")
+    if request.negative and not (is_guided and "negative_prompt" in _call_parameters(pipeline)):
         shown = one_line(request.negative, 40)
         raise AsdmError(f"negative={shown}: has no effect, as this pipeline samples without it; leave it out")
 
@@ -145,6 +148,16 @@ def _with_requested_scheduler(pipeline: DiffusionPipeline, request: GenerationRe
     if request.scheduler is None:
         return pipeline
     return with_scheduler(pipeline, scheduler_named(request.scheduler, pipeline.scheduler))
+
+
+def _steps_and_guidance(
+    pipeline: DiffusionPipeline, sampler: DiffusionPipeline, request: GenerationRequest
+) -> tuple[int, float]:
+    """Return a request's steps and guidance scale. Their defaults are those of a few-step model whatever its sampler,
+    else the sampler's."""
+    usual = pipeline if is_few_step(pipeline) else sampler
+    steps = default_steps(usual) if request.steps is None else request.steps
+    return steps, default_guidance(usual) if request.guidance_scale is None else request.guidance_scale
 
 
 def _call_parameters(pipeline: DiffusionPipeline) -> Any:
@@ -173,6 +186,8 @@ def _generated(
             raise _CancelledError
 
     sampler = _with_requested_scheduler(pipeline, request)
+    steps, guidance = _steps_and_guidance(pipeline, sampler, request)
+    request = request.model_copy(update={"steps": steps, "guidance_scale": guidance})
     common = {**description(sampler, request), "width": width, "height": height}
     with _prepared(sampler, request) as (target, shared):
         for batch in (group[at : at + batch_size] for group in alike for at in range(0, len(group), batch_size)):
@@ -193,6 +208,7 @@ def _prepared(
 
     Args:
         pipeline: with the request's scheduler.
+        request: with its steps and guidance scale.
     """
     if not request.weighted:
         warn_of_lost_text(pipeline, [*request.prompts, request.negative])
@@ -202,11 +218,7 @@ def _prepared(
         if request.cache_speedup is not None or request.cache_schedule is not None:
             settings = {"speedup": request.cache_speedup, "schedule": request.cache_schedule}
             stack.enter_context(cache_features(pipeline, **settings))  # type: ignore[arg-type]
-        guidance = default_guidance(pipeline) if request.guidance_scale is None else request.guidance_scale
-        arguments = {
-            "num_inference_steps": default_steps(pipeline) if request.steps is None else request.steps,
-            "guidance_scale": guidance,
-        }
+        arguments = {"num_inference_steps": request.steps, "guidance_scale": request.guidance_scale}
         target, inputs = _with_inputs(pipeline, request)
         yield target, {**inputs, **arguments, "output_type": "np"}
 

@@ -16,7 +16,6 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from asdm.diffusion.generation import default_guidance, default_steps
 from asdm.errors import AsdmError
 from asdm.families import denoiser_of, family_of
 from asdm.files import replacing_file
@@ -86,14 +85,15 @@ def description(pipeline: DiffusionPipeline, request: GenerationRequest) -> dict
 
     Args:
         pipeline: with the request's scheduler.
+        request: with its steps and guidance scale.
     """
-    scheduler, guidance = pipeline.scheduler, request.guidance_scale
+    scheduler = pipeline.scheduler
     own = inspect.signature(type(scheduler).__init__).parameters
     config = {name: value for name, value in scheduler.config.items() if name in own and _is_json(value)}
     about = {
         "negative": request.negative,
-        "steps": default_steps(pipeline) if request.steps is None else request.steps,
-        "guidance_scale": default_guidance(pipeline) if guidance is None else guidance,
+        "steps": request.steps,
+        "guidance_scale": request.guidance_scale,
         "scheduler": {"class": type(scheduler).__name__, "label": scheduler_label(scheduler), "config": config},
         "decoder": (_name_of(pipeline.vae) or type(pipeline.vae).__name__) if is_tiny(pipeline.vae) else None,
         "strength": None if request.image is None else request.image_strength,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from typing import Any
 
 import diffusers
@@ -14,6 +15,7 @@ from asdm.choices import SCHEDULERS
 from asdm.errors import AsdmError, one_line
 from asdm.pipelines.noise_schedules import predicts_samples, takes_zero_snr
 
+_OF_LATENTS = {"clip_sample": False, "set_alpha_to_one": False}  # where diffusers' defaults are those of pixels
 _CLASSES = {choice.class_name for choice in SCHEDULERS.values()} | {each.name for each in KarrasDiffusionSchedulers}
 
 
@@ -43,8 +45,10 @@ def scheduler_named(name: str, current: Any) -> Any:
     kind: Any = getattr(diffusers, name if choice is None else choice.class_name)
     config = current.config
     _require_same_process(name, kind, config)
+    known = inspect.signature(kind).parameters
+    changes = {field: config.get(field, value) for field, value in _OF_LATENTS.items() if field in known}
     try:
-        return kind.from_config(config, **({} if choice is None else choice.config))
+        return kind.from_config(config, **changes | ({} if choice is None else choice.config))
     except ImportError as error:
         raise AsdmError(f"scheduler={name}: {one_line(error)}") from None
     except (ValueError, NotImplementedError, TypeError) as error:
