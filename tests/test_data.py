@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 from asdm import AsdmError
 from asdm.data import sources as data_module
-from asdm.data.examples import Example, load_pixels
+from asdm.data.examples import Example, example_of, load_pixels
 from asdm.data.sources import AT_HAND, open_data, open_source
 from asdm.distillation.caption_only import read_captions
 from asdm.images import open_image, to_tensor
@@ -470,6 +470,17 @@ def test_a_folder_with_a_table_as_the_datasets_library_reads_it(tmp_path, inside
         f"{start}d.png": "no row of the metadata names it",
         f"{start}e.png": "no row of the metadata names it",
     }
+
+
+def test_held_out_is_read_as_tables_write_it(tmp_path):
+    texts = {
+        "yes": ["1", "1.0", "true", "True ", "yes", "x"],
+        "no": ["", "0", "0.0", " false", "N", "off", "None", "nan"],
+    }
+    values = {"yes": [True, 1, 2.5], "no": [False, 0, 0.0, None, float("nan")]}
+    for answer in ("yes", "no"):
+        for value in (*texts[answer], *values[answer]):
+            assert example_of("a", "a cat", b"", {"held_out": value}).held_out is (answer == "yes"), value
 
 
 def test_tables_as_other_programs_write_them(tmp_path):

@@ -29,7 +29,7 @@ from asdm.runtime import graphs
 from asdm.runtime import openvino as openvino_graphs
 from asdm.runtime.graphs import Graph
 from asdm.runtime.openvino import OpenVinoVae, with_openvino_graphs
-from asdm.runtime.writers import program_of
+from asdm.runtime.writers import difference, program_of
 from conftest import (
     predict,
     tiny_decoder,
@@ -395,3 +395,17 @@ def test_only_unets_are_exported(pipeline, tmp_path):
     pipeline.unet.family = family
     with pytest.raises(AsdmError, match="export: graphs are for UNets; this pipeline has a UNet2DConditionModel"):
         export(pipeline, tmp_path / "out")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_graph_that_computes_no_numbers_is_refused(number):
+    class Two(torch.nn.Module):
+        def forward(self, x):
+            return x, x
+
+    graph = Graph("unet", Two(), {"x": torch.ones(3)}, ["first", "second"], {})
+    right, wrong = np.ones(3, np.float32), np.full(3, number, np.float32)
+    assert difference(graph, lambda: [right, right], 0.02) == 0
+    for outputs in ([wrong, right], [right, wrong]):
+        with pytest.raises(AsdmError, match=r"differs from torch's by (nan|inf)%, more than 2%"):
+            difference(graph, lambda outputs=outputs: outputs, 0.02)

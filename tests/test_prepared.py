@@ -257,6 +257,15 @@ def test_prepared_folders_are_calibrated_on_and_judged_by_their_captions(pipelin
     assert [(row.split, row.images) for row in evaluation.quality] == [("seen", 2)]
 
 
+@pytest.mark.parametrize("start", ["./", "data.v1/", "./a.b/c.d/"])
+def test_samples_are_told_apart_in_folders_of_any_name(tmp_path, monkeypatch, start):
+    samples = {f"{start}{n:05d}": {"png": png(n), "txt": b"a house"} for n in range(5)}
+    write_shard(tmp_path / "0.tar", samples)
+    monkeypatch.setattr("asdm.data.shards.MAX_SAMPLE", 2 * len(png(0)))
+    data = open_data(tmp_path / "0.tar")
+    assert len(data.examples) == 5 and not data.skipped
+
+
 def test_images_that_were_generated_with_other_settings_are_refused(pipeline, shards, tmp_path):
     captions = tmp_path / "captions.txt"
     captions.write_text("a red house\n")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ _LABELS = ("concept", "style", "design")
 ROW_FIELDS = ("file_name", *CAPTION_FIELDS, *_LABELS, "held_out", "held_out_kind")  # that are read of a row
 _LONGEST_KIND = 40  # characters
 _NO_UTF_8 = re.compile("[\udc80-\udcff]")  # bytes of a file that are no UTF-8, as `text_of` marks them
-_FALSE = ("", "0", "false", "no")  # in a table of texts
+_NO = ("", "false", "f", "no", "n", "off", "none", "null")  # in a table of texts
 
 
 @dataclass(frozen=True)
@@ -146,9 +147,19 @@ def example_of(name: str, caption: Any, file: Path | bytes | None, about: dict[s
     if file is None:
         return Unusable(name, "it has no image")
     labels = {key: found if isinstance(found := about.get(key), str) and found else None for key in _LABELS}
-    held_out = about.get("held_out")
-    is_held_out = held_out.lower() not in _FALSE if isinstance(held_out, str) else bool(held_out)
-    return Example(name, caption, file, **labels, held_out=is_held_out, held_out_kind=_kind(about.get("held_out_kind")))
+    is_held_out, kind = _says_yes(about.get("held_out")), _kind(about.get("held_out_kind"))
+    return Example(name, caption, file, **labels, held_out=is_held_out, held_out_kind=kind)
+
+
+def _says_yes(value: Any) -> bool:
+    """Return whether a field says yes: any text but a word for no, any number but 0 and NaN, which stands for a gap."""
+    if isinstance(value, str):
+        text = value.strip().lower()
+        try:
+            value = float(text)
+        except ValueError:
+            return text not in _NO
+    return bool(value) and not (isinstance(value, float) and math.isnan(value))
 
 
 def _kind(value: Any) -> str | None:

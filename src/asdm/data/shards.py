@@ -85,7 +85,8 @@ def _members(stream: Any, url: str, note: Callable[[Exception], bool]) -> Iterat
                 archive.members = []  # type: ignore[attr-defined]  # which would keep all headers
                 if not member.isreg() or _ABOUT_SHARD.match(member.name):
                     continue
-                stem = member.name.split(".")[0]
+                folder, slash, name = member.name.rpartition("/")
+                stem = folder + slash + name.partition(".")[0]
                 key, size = stem, member.size + (size if stem == key else 0)
                 if size > MAX_SAMPLE or member.issparse():
                     raise ValueError(f"{member.name}: more than {MAX_SAMPLE >> 20} MB in a sample")

@@ -32,7 +32,7 @@ def frechet_distance(generated: Tensor, real: Tensor) -> float:
     metric = FrechetInceptionDistance(feature=_Features(real), **_ALONE)
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
-    return max(0.0, float(metric.compute()))
+    return float(metric.compute().clamp(min=0))
 
 
 def inception_score(logits: Tensor, *, seed: int = 0) -> tuple[float, float | None]:
