@@ -21,6 +21,7 @@ from asdm import (
     with_unet,
 )
 from asdm.diffusion.conditioning import encode_images
+from asdm.evaluation.protocol.image_job import identity_of
 from asdm.families import UNetFamily
 from asdm.families.tensors import fingerprint
 from asdm.measure.latency import Latency
@@ -244,6 +245,18 @@ def test_graphs_stand_in_only_for_what_they_can_do(drawing, tmp_path):
         ready.unet(**inputs, down_block_additional_residuals=())
     with pytest.raises(AsdmError, match="holds no OpenVINO graphs"):
         with_openvino_graphs(pipeline, tmp_path)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae_decoder"])
+def test_images_of_other_graphs_are_told_apart(part, drawing, tmp_path):
+    pipeline, folder = drawing
+    again, other = (shutil.copytree(folder, tmp_path / name) for name in ("again", "other"))
+    weights = other / part / "openvino_model.bin"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    first, same, different = (identity_of(with_openvino_graphs(pipeline, each)) for each in (folder, again, other))
+    assert same == first and different["model"] != first["model"]
 
 
 @pytest.mark.parametrize(

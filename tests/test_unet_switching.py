@@ -18,6 +18,7 @@ from asdm import (
     switch_unets,
     with_unet,
 )
+from asdm.evaluation.protocol.image_job import identity_of
 from asdm.measure.latency import Latency
 from asdm.runtime import switching as unet_switching
 from conftest import lora_file, predict, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet, unet_inputs
@@ -51,6 +52,20 @@ def test_it_draws_from_text_and_from_images(pipeline):
     assert type(StableDiffusionImg2ImgPipeline(**switched.components, requires_safety_checker=False).unet) is type(
         switched.unet
     )
+
+
+def test_images_of_other_boundaries_or_edits_are_told_apart(pipeline):
+    attention = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+
+    def pooled(regions):
+        edit = {"edit": "gri_attention", "unit": attention, "regions": regions, "pool": 2}
+        return build_student(pipeline.unet, PruningPlan.for_unet(pipeline.unet, [edit]))
+
+    def identity(student, below):
+        return identity_of(switch_unets(pipeline, [student, pipeline.unet], below=[below]))["model"]
+
+    assert identity(pooled(2), 0.2) == identity(pooled(2), 0.2)
+    assert len({identity(pooled(2), 0.2), identity(pooled(2), 0.8), identity(pooled(3), 0.2)}) == 3
 
 
 def test_sdxl_draws_and_features_are_not_cached_across_unets():

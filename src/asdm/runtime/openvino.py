@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from functools import cache, partial
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from asdm import checks
 from asdm.diffusion.conditioning import encode_images
+from asdm.digests import short_digest
 from asdm.errors import AsdmError, needs_extra
 from asdm.families import CacheCut, UNetFamily
 from asdm.files import read_marker
@@ -93,11 +95,20 @@ class _Graph(nn.Module):
         super().__init__()
         with needs_extra("openvino", "OpenVINO graphs"):
             import openvino
-        self.megabytes = path.with_suffix(".bin").stat().st_size / 1e6
+        self._files = (path, path.with_suffix(".bin"))
+        self.megabytes = self._files[1].stat().st_size / 1e6
         self._core = openvino.Core()
         self._model = self._core.read_model(path)
         self._read = {name for each in self._model.inputs for name in each.names}
         self._compiled: dict[str, Any] = {}  # by shapes, the last used at the end
+
+    def weights_digest(self) -> str:
+        """Return a digest of the graph's files."""
+        digests = []
+        for path in self._files:
+            with path.open("rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+        return short_digest(*digests)
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """Compute the first output. Inputs that the graph does not have are ignored."""
@@ -160,6 +171,11 @@ class OpenVinoUNet(nn.Module):
     def precision(self) -> str:
         return "int8" if self.about.get("int8") == "activations" else self.outer.precision
 
+    def weights_digest(self) -> str:
+        """Return a digest of its graphs."""
+        graphs = [self.outer] if self.inner is None else [self.inner, self.outer]
+        return short_digest(*(graph.weights_digest() for graph in graphs))
+
     def cache_cut(self, depth: int) -> CacheCut:
         """Return where features can be cached: at the exported cut.
 
@@ -214,6 +230,10 @@ class OpenVinoVae(nn.Module):
 
     def __deepcopy__(self, _: Any) -> OpenVinoVae:
         return self  # a graph is never changed, and cannot be copied
+
+    def weights_digest(self) -> str:
+        """Return a digest of its graph; the encoder makes no images."""
+        return self.graph.weights_digest()
 
     def decode(self, latents: Tensor, return_dict: bool = True, **_: Any) -> Any:
         sample = self.graph(latent_sample=latents.float())

@@ -6,6 +6,7 @@ Named in the abstract of arXiv 2406.00210 ("multi-UNet switching"); the rest is 
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, NoReturn
@@ -15,10 +16,12 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from asdm import checks
+from asdm.digests import short_digest
 from asdm.errors import AsdmError
 from asdm.families import Denoiser, ModelFamily, denoiser_call, family_of
 from asdm.measure.latency import measure_interleaved
 from asdm.pipelines.derived import with_unet
+from asdm.tensor_files import weights_digest
 
 _DENOISERS = checks.each(checks.UNET, least=1)
 _FRACTIONS = checks.each(checks.number())
@@ -86,6 +89,11 @@ class SwitchedDenoiser(nn.Module):
         """Memory of the weights of all denoisers; tensors that they share count once."""
         tensors = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in self.parameters()}
         return sum(tensors.values()) / 1e6
+
+    def weights_digest(self) -> str:
+        """Return a digest of the denoisers, their edits and the boundaries."""
+        parts = [(weights_digest(each), each.config.get("edits")) for each in self.denoisers]  # type: ignore[union-attr]
+        return short_digest(json.dumps([self.boundaries, parts], default=str, sort_keys=True))
 
     def cache_cut(self, depth: int) -> NoReturn:
         """Features of one denoiser are not those of another.
