@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline
+from diffusers import EDMEulerScheduler, StableDiffusionImg2ImgPipeline
 from PIL import Image
 
 from asdm import (
@@ -20,6 +20,7 @@ from asdm import (
 )
 from asdm.evaluation.protocol.image_job import identity_of
 from asdm.measure.latency import Latency
+from asdm.pipelines.derived import with_scheduler
 from asdm.runtime import switching as unet_switching
 from conftest import lora_file, predict, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet, unet_inputs
 
@@ -37,6 +38,13 @@ def test_each_answers_in_its_part_of_the_schedule(make):
     for timestep, expected in ((900, student), (400, student), (399, pipeline.unet), (0, pipeline.unet)):
         inputs = unet_inputs(pipeline.unet) | {"timestep": torch.tensor(timestep)}
         assert torch.equal(predict(switched, **inputs), predict(expected, **inputs)), timestep
+
+
+def test_time_steps_that_are_no_part_of_a_schedule_are_refused():
+    pipeline = with_scheduler(tiny_sdxl_pipeline(), EDMEulerScheduler())
+    for how in ({"below": [0.5]}, {"speedup": 1.2}):
+        with pytest.raises(AsdmError, match="EDMEulerScheduler: its noise levels"):
+            switch_unets(pipeline, [pipeline.unet, pipeline.unet], **how)
 
 
 def test_it_draws_from_text_and_from_images(pipeline):

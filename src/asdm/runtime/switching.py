@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from asdm import checks
+from asdm.diffusion.parameterization import parameterization_of
 from asdm.digests import short_digest
 from asdm.errors import AsdmError
 from asdm.families import Denoiser, ModelFamily, denoiser_call, family_of
@@ -190,15 +191,15 @@ def switch_unets(
             second one alone; a timed call of each gives the fraction.
 
     Raises:
-        AsdmError: not exactly one of `below` and `speedup`, or a speed-up that even the first denoiser alone does not
-            reach.
+        AsdmError: not exactly one of `below` and `speedup`, a speed-up that even the first denoiser alone does not
+            reach, or time steps that are no part of a schedule (EDM's, of CosXL and Playground v2.5).
     """
     if (below is None) == (speedup is None):
         raise AsdmError("give either below or speedup")
+    timesteps = parameterization_of(pipeline.scheduler).num_timesteps
     if below is None:
         assert speedup is not None
         below = [1 - _student_fraction(pipeline, unets, speedup)]
-    timesteps = pipeline.scheduler.config.num_train_timesteps
     return with_unet(pipeline, switched(unets, below, timesteps))
 
 
