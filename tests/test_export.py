@@ -247,6 +247,19 @@ def test_graphs_stand_in_only_for_what_they_can_do(drawing, tmp_path):
         with_openvino_graphs(pipeline, tmp_path)
 
 
+def test_other_shapes_than_the_exported_ones_are_refused_in_a_line(drawing):
+    pipeline, folder = drawing
+    ready = with_openvino_graphs(pipeline, folder)
+    for size, message in (
+        ({"width": 16, "height": 16}, "16x16 pixels: these graphs were exported for 24x24; .*--size 16"),
+        ({"width": 24, "height": 32}, "24x32 pixels: .* or use the torch pipeline"),
+    ):
+        with pytest.raises(AsdmError, match=message):
+            ready("octopus", num_inference_steps=1, **size)
+    with pytest.raises(AsdmError, match="latent_sample of 1x4x8x8: the graph was exported for other shapes"):
+        ready.vae.decode(torch.zeros(1, 4, 8, 8))
+
+
 @pytest.mark.parametrize("part", ["unet", "vae_decoder"])
 def test_images_of_other_graphs_are_told_apart(part, drawing, tmp_path):
     pipeline, folder = drawing
