@@ -93,7 +93,8 @@ class SwitchedDenoiser(nn.Module):
 
     def weights_digest(self) -> str:
         """Return a digest of the denoisers, their edits and the boundaries."""
-        parts = [(weights_digest(each), each.config.get("edits")) for each in self.denoisers]  # type: ignore[union-attr]
+        denoisers: Any = self.denoisers
+        parts = [(weights_digest(each), each.config.get("edits")) for each in denoisers]
         return short_digest(json.dumps([self.boundaries, parts], default=str, sort_keys=True))
 
     def cache_cut(self, depth: int) -> NoReturn:
