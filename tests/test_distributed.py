@@ -31,9 +31,13 @@ def student_of(pipeline):
 
 
 def launch(*arguments: str, processes: int, **variables: str) -> None:
+    torchrun(str(Path(sys.executable).parent / "asdm"), *arguments, processes=processes, **variables)
+
+
+def torchrun(*arguments: str, processes: int, **variables: str) -> None:
     # `accelerate launch` starts one process on a machine without accelerators; torchrun starts them there.
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    program += [str(Path(sys.executable).parent / "asdm"), *arguments]
+    program += arguments
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
     done = subprocess.run(program, capture_output=True, text=True, env=environment, timeout=300)
     if done.returncode:
@@ -86,6 +90,34 @@ def test_two_processes_with_half_a_batch_each_do_what_one_does(data_folder, tmp_
     expected = alone([STAGE])
     assert_the_same(found, expected)
     assert_the_same_losses(tmp_path / "two" / "out.training", tmp_path / "alone")
+
+
+UNTIL_RANK_0_STOPS = """
+import sys, torch
+from pathlib import Path
+from accelerate import PartialState
+from asdm.training.loop import LoopSettings, train
+from asdm.training.task import TrainingTask
+
+class Regression(TrainingTask):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 4)
+
+    def forward(self, batch, generator, part=None):
+        return {"loss": self.layer(batch).square().mean()}
+
+seconds = (0, 1000)[PartialState(cpu=True).process_index]
+folder, settings = Path(sys.argv[1]), LoopSettings(steps=5)
+assert not train(Regression(), lambda _: torch.ones(2, 4), settings, folder, stop_after_seconds=seconds)
+"""
+
+
+@pytest.mark.slow
+def test_all_processes_stop_when_the_first_ones_time_is_over(tmp_path):
+    (tmp_path / "train.py").write_text(UNTIL_RANK_0_STOPS)
+    torchrun(str(tmp_path / "train.py"), str(tmp_path / "out"), processes=2, CUDA_VISIBLE_DEVICES="")
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-0000001"]
 
 
 # What `accelerate launch --use_fsdp` sets.

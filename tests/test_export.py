@@ -21,6 +21,7 @@ from asdm import (
     with_unet,
 )
 from asdm.diffusion.conditioning import encode_images
+from asdm.evaluation.protocol.image_job import identity_of
 from asdm.families import UNetFamily
 from asdm.families.tensors import fingerprint
 from asdm.measure.latency import Latency
@@ -244,6 +245,33 @@ def test_graphs_stand_in_only_for_what_they_can_do(drawing, tmp_path):
         ready.unet(**inputs, down_block_additional_residuals=())
     with pytest.raises(AsdmError, match="holds no OpenVINO graphs"):
         with_openvino_graphs(pipeline, tmp_path)
+
+
+def test_other_shapes_than_the_exported_ones_are_refused_in_a_line(drawing):
+    pipeline, folder = drawing
+    ready = with_openvino_graphs(pipeline, folder)
+    for size, message in (
+        ({"width": 16, "height": 16}, "16x16 pixels: these graphs were exported for 24x24; .*--size 16"),
+        ({"width": 24, "height": 32}, "24x32 pixels: .* or use the torch pipeline"),
+    ):
+        with pytest.raises(AsdmError, match=message):
+            ready("octopus", num_inference_steps=1, **size)
+    with pytest.raises(AsdmError, match="latent_sample of 1x4x8x8: the graph was exported for other shapes"):
+        ready.vae.decode(torch.zeros(1, 4, 8, 8))
+
+
+@pytest.mark.parametrize("part", ["unet", "vae_decoder"])
+def test_images_of_other_graphs_are_told_apart(part, drawing, tmp_path):
+    pipeline, folder = drawing
+    again, other = (shutil.copytree(folder, tmp_path / name) for name in ("again", "other"))
+    structure = again / part / "openvino_model.xml"
+    structure.write_text(structure.read_text().replace('name="Constant_', 'name="Constant_1'))  # as of another export
+    weights = other / part / "openvino_model.bin"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    first, same, different = (identity_of(with_openvino_graphs(pipeline, each)) for each in (folder, again, other))
+    assert same == first and different["model"] != first["model"]
 
 
 @pytest.mark.parametrize(

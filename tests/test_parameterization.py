@@ -4,7 +4,13 @@ import math
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 
 from asdm import AsdmError
 from asdm.diffusion.parameterization import noise_level, parameterization_of
@@ -147,8 +153,9 @@ def test_what_is_written_beside_checkpoints_names_the_prediction_and_the_schedul
 
 
 def test_noise_levels_of_another_process_are_refused():
-    with pytest.raises(AsdmError, match="EDMEulerScheduler: its noise levels are not those"):
-        parameterization_of(EDMEulerScheduler())
+    for scheduler in (EDMEulerScheduler(), EulerDiscreteScheduler(timestep_type="continuous")):
+        with pytest.raises(AsdmError, match=f"{type(scheduler).__name__}: its noise levels are not those"):
+            parameterization_of(scheduler)
 
 
 def test_noise_levels_are_sigmas_between_time_steps_too():

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline
+from diffusers import EDMEulerScheduler, StableDiffusionImg2ImgPipeline
 from PIL import Image
 
 from asdm import (
@@ -18,7 +18,9 @@ from asdm import (
     switch_unets,
     with_unet,
 )
+from asdm.evaluation.protocol.image_job import identity_of
 from asdm.measure.latency import Latency
+from asdm.pipelines.derived import with_scheduler
 from asdm.runtime import switching as unet_switching
 from conftest import lora_file, predict, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet, unet_inputs
 
@@ -38,6 +40,13 @@ def test_each_answers_in_its_part_of_the_schedule(make):
         assert torch.equal(predict(switched, **inputs), predict(expected, **inputs)), timestep
 
 
+def test_time_steps_that_are_no_part_of_a_schedule_are_refused():
+    pipeline = with_scheduler(tiny_sdxl_pipeline(), EDMEulerScheduler())
+    for how in ({"below": [0.5]}, {"speedup": 1.2}):
+        with pytest.raises(AsdmError, match="EDMEulerScheduler: its noise levels"):
+            switch_unets(pipeline, [pipeline.unet, pipeline.unet], **how)
+
+
 def test_it_draws_from_text_and_from_images(pipeline):
     student = lean(pipeline)
     switched = switch_unets(pipeline, [student, pipeline.unet], below=[0.5])
@@ -51,6 +60,20 @@ def test_it_draws_from_text_and_from_images(pipeline):
     assert type(StableDiffusionImg2ImgPipeline(**switched.components, requires_safety_checker=False).unet) is type(
         switched.unet
     )
+
+
+def test_images_of_other_boundaries_or_edits_are_told_apart(pipeline):
+    attention = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+
+    def pooled(regions):
+        edit = {"edit": "gri_attention", "unit": attention, "regions": regions, "pool": 2}
+        return build_student(pipeline.unet, PruningPlan.for_unet(pipeline.unet, [edit]))
+
+    def identity(student, below):
+        return identity_of(switch_unets(pipeline, [student, pipeline.unet], below=[below]))["model"]
+
+    assert identity(pooled(2), 0.2) == identity(pooled(2), 0.2)
+    assert len({identity(pooled(2), 0.2), identity(pooled(2), 0.8), identity(pooled(3), 0.2)}) == 3
 
 
 def test_sdxl_draws_and_features_are_not_cached_across_unets():

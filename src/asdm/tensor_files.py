@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from asdm.errors import AsdmError, one_line
 
@@ -34,3 +35,10 @@ def content_digest(tensors: Mapping[str, Tensor]) -> str:
         if tensor.numel():
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Return the digest of all values of a module. A module whose tensors do not say what it computes (a graph in
+    files, several denoisers that take turns) has a `weights_digest` of its own."""
+    own: Any = getattr(module, "weights_digest", None)
+    return content_digest(module.state_dict()) if own is None else str(own())

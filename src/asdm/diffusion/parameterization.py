@@ -253,7 +253,8 @@ def parameterization_of(scheduler: Any) -> Parameterization:
         return FlowParameterization(config)
     if config.get("prediction_type") == "flow_prediction":
         return FlowParameterization({**config, "shift": config.get("flow_shift", 1.0)})
-    if not {"beta_schedule", "trained_betas"} & config.keys():
+    reads_log_sigma = config.get("timestep_type") == "continuous"
+    if reads_log_sigma or not {"beta_schedule", "trained_betas"} & config.keys():
         raise AsdmError(
             f"{type(scheduler).__name__}: its noise levels are not those of Stable Diffusion's training; use "
             "a checkpoint with a DDPM's schedule"

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import re
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 
 from asdm import checks
 from asdm.diffusion.conditioning import encode_images
+from asdm.digests import short_digest
 from asdm.errors import AsdmError, needs_extra
 from asdm.families import CacheCut, UNetFamily
 from asdm.files import read_marker
@@ -51,7 +54,8 @@ def with_openvino_graphs(pipeline: DiffusionPipeline, folder: str | Path) -> Dif
     if about.get("format") != "openvino":
         raise AsdmError(f"{folder}: holds no OpenVINO graphs; write them with `asdm export MODEL --to openvino`")
     with refuse_damaged(folder, "export them again"):
-        unet, vae = OpenVinoUNet(folder, about), OpenVinoVae(folder / "vae_decoder", pipeline.vae)
+        unet = OpenVinoUNet(folder, about, pipeline.vae_scale_factor)
+        vae = OpenVinoVae(folder / "vae_decoder", pipeline.vae)
         other = with_unet(pipeline, unet)  # type: ignore[arg-type]
         other.register_modules(vae=vae)
     return other
@@ -93,11 +97,19 @@ class _Graph(nn.Module):
         super().__init__()
         with needs_extra("openvino", "OpenVINO graphs"):
             import openvino
-        self.megabytes = path.with_suffix(".bin").stat().st_size / 1e6
+        self._files = (path, path.with_suffix(".bin"))
+        self.megabytes = self._files[1].stat().st_size / 1e6
         self._core = openvino.Core()
         self._model = self._core.read_model(path)
         self._read = {name for each in self._model.inputs for name in each.names}
         self._compiled: dict[str, Any] = {}  # by shapes, the last used at the end
+
+    def weights_digest(self) -> str:
+        """Return a digest of the graph's files, but for the names of layers, which each export numbers afresh."""
+        structure, values = self._files
+        with values.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return short_digest(re.sub(r' name="[^"]*"', "", structure.read_text("utf-8")), digest)
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """Compute the first output. Inputs that the graph does not have are ignored."""
@@ -114,14 +126,24 @@ class _Graph(nn.Module):
         return torch.from_numpy(compiled(arrays, share_inputs=True)[0].copy())
 
     def _for(self, shapes: dict[str, list[int]]) -> Any:
-        """Compiled for these shapes: fixed ones run faster than a free batch."""
+        """Compiled for these shapes: fixed ones run faster than a free batch.
+
+        Raises:
+            AsdmError: the graph was exported for others.
+        """
         key = str(shapes)
         compiled = self._compiled.pop(key, None)
         if compiled is None:
             if len(self._compiled) == 2:
                 del self._compiled[next(iter(self._compiled))]
             model = self._model.clone()
-            model.reshape(shapes)
+            try:
+                model.reshape(shapes)
+            except RuntimeError:
+                given = ", ".join(f"{name} of {'x'.join(map(str, shape))}" for name, shape in shapes.items())
+                raise AsdmError(
+                    f"{given}: the graph was exported for other shapes; export the model again for this --size"
+                ) from None
             compiled = self._core.compile_model(model, "CPU", compile_options(torch.get_num_threads()))
         self._compiled[key] = compiled
         return compiled
@@ -138,9 +160,9 @@ class OpenVinoUNet(nn.Module):
 
     family = UNetFamily()
 
-    def __init__(self, folder: Path, about: dict[str, Any]):
+    def __init__(self, folder: Path, about: dict[str, Any], vae_scale_factor: int):
         super().__init__()
-        self.about = about
+        self.about, self.vae_scale_factor = about, vae_scale_factor
         self.dtype, self.device = torch.float32, torch.device("cpu")
         # Of the architecture, which cache schedules are compared with.
         self.fingerprint: str | None = about.get("fingerprint")
@@ -159,6 +181,11 @@ class OpenVinoUNet(nn.Module):
     @property
     def precision(self) -> str:
         return "int8" if self.about.get("int8") == "activations" else self.outer.precision
+
+    def weights_digest(self) -> str:
+        """Return a digest of its graphs."""
+        graphs = [self.outer] if self.inner is None else [self.inner, self.outer]
+        return short_digest(*(graph.weights_digest() for graph in graphs))
 
     def cache_cut(self, depth: int) -> CacheCut:
         """Return where features can be cached: at the exported cut.
@@ -187,12 +214,23 @@ class OpenVinoUNet(nn.Module):
         unknown = [name for name, value in others.items() if value is not None]
         if unknown:
             raise AsdmError(f"{', '.join(unknown)}: not part of the exported graph; use the torch pipeline for that")
+        self._require_size(sample)
         inputs = {"sample": sample, "timestep": timestep, "encoder_hidden_states": encoder_hidden_states}
         inputs |= added_cond_kwargs or {}
         if self.inner is not None:
             inputs |= dict.fromkeys((CACHED_FEATURES, OLD_OUTER_GRAPH_INPUT), self.inner(**inputs))
         predicted = self.outer(**inputs)
         return UNet2DConditionOutput(sample=predicted) if return_dict else (predicted,)
+
+    def _require_size(self, sample: Tensor) -> None:
+        height, width = (side * self.vae_scale_factor for side in sample.shape[-2:])
+        exported = self.config["sample_size"] * self.vae_scale_factor
+        if (width, height) != (exported, exported):
+            remedy = f"export others with --size {width}" if width == height else "use the torch pipeline for that"
+            raise AsdmError(
+                f"{width}x{height} pixels: these graphs were exported for {exported}x{exported}; generate at that "
+                f"size, or {remedy}"
+            )
 
 
 class OpenVinoVae(nn.Module):
@@ -214,6 +252,10 @@ class OpenVinoVae(nn.Module):
 
     def __deepcopy__(self, _: Any) -> OpenVinoVae:
         return self  # a graph is never changed, and cannot be copied
+
+    def weights_digest(self) -> str:
+        """Return a digest of its graph; the encoder makes no images."""
+        return self.graph.weights_digest()
 
     def decode(self, latents: Tensor, return_dict: bool = True, **_: Any) -> Any:
         sample = self.graph(latent_sample=latents.float())

@@ -6,6 +6,7 @@ Named in the abstract of arXiv 2406.00210 ("multi-UNet switching"); the rest is 
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, NoReturn
@@ -15,10 +16,13 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from asdm import checks
+from asdm.diffusion.parameterization import parameterization_of
+from asdm.digests import short_digest
 from asdm.errors import AsdmError
 from asdm.families import Denoiser, ModelFamily, denoiser_call, family_of
 from asdm.measure.latency import measure_interleaved
 from asdm.pipelines.derived import with_unet
+from asdm.tensor_files import weights_digest
 
 _DENOISERS = checks.each(checks.UNET, least=1)
 _FRACTIONS = checks.each(checks.number())
@@ -86,6 +90,12 @@ class SwitchedDenoiser(nn.Module):
         """Memory of the weights of all denoisers; tensors that they share count once."""
         tensors = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in self.parameters()}
         return sum(tensors.values()) / 1e6
+
+    def weights_digest(self) -> str:
+        """Return a digest of the denoisers, their edits and the boundaries."""
+        denoisers: Any = self.denoisers
+        parts = [(weights_digest(each), each.config.get("edits")) for each in denoisers]
+        return short_digest(json.dumps([self.boundaries, parts], default=str, sort_keys=True))
 
     def cache_cut(self, depth: int) -> NoReturn:
         """Features of one denoiser are not those of another.
@@ -182,15 +192,15 @@ def switch_unets(
             second one alone; a timed call of each gives the fraction.
 
     Raises:
-        AsdmError: not exactly one of `below` and `speedup`, or a speed-up that even the first denoiser alone does not
-            reach.
+        AsdmError: not exactly one of `below` and `speedup`, a speed-up that even the first denoiser alone does not
+            reach, or time steps that are no part of a schedule (EDM's, of CosXL and Playground v2.5).
     """
     if (below is None) == (speedup is None):
         raise AsdmError("give either below or speedup")
+    timesteps = parameterization_of(pipeline.scheduler).num_timesteps
     if below is None:
         assert speedup is not None
         below = [1 - _student_fraction(pipeline, unets, speedup)]
-    timesteps = pipeline.scheduler.config.num_train_timesteps
     return with_unet(pipeline, switched(unets, below, timesteps))
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
@@ -93,7 +94,7 @@ def train(
         folder: gets `log.jsonl` (one line a step) and `checkpoint-*`; all processes must see it.
         alone: train a whole batch in this process, whatever the others of the launch do.
         progress: called after each step with `step`, `steps`, `learning_rate`, `seconds`, every loss.
-        stop_after_seconds: save and return early after that long.
+        stop_after_seconds: save and return early after that long, by rank 0's clock.
 
     Returns:
         Whether all steps are done. The task then holds the EMA weights, if `ema_decay` is set.
@@ -184,13 +185,19 @@ class _Run:
             row = losses | {"step": self.step, "learning_rate": settings.learning_rate_at(self.step - 1)}
             if self.log is not None:
                 self.log.write(row)
-            out_of_time = stop_after_seconds is not None and time.monotonic() - started > stop_after_seconds
+            out_of_time = stop_after_seconds is not None and self._agree(
+                time.monotonic() - started > stop_after_seconds
+            )
             if self.step % settings.checkpoint_every == 0 or self.step == settings.steps or out_of_time:
                 self._save_checkpoint()
             if progress is not None and self.writes:
                 progress(row | {"steps": settings.steps, "seconds": time.monotonic() - before})
             if out_of_time:
                 break
+
+    def _agree(self, own: bool) -> bool:
+        """Return rank 0's answer in all processes that train together."""
+        return bool(broadcast_object_list([own])[0]) if self.processes > 1 else own
 
     def _take_step(self, batch: Batch) -> dict[str, float]:
         """One step of the optimiser; returns the losses."""

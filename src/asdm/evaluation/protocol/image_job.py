@@ -29,7 +29,7 @@ from asdm.files import MARKER, read_marker, replacing_file, require_ours, write_
 from asdm.images import to_images
 from asdm.pipelines.derived import without_safety_checker
 from asdm.records import Record
-from asdm.tensor_files import content_digest
+from asdm.tensor_files import weights_digest
 
 KIND = "evaluation images"
 SMALL_BATCH = 32  # of latents of up to 32x32
@@ -54,7 +54,7 @@ def identity_of(pipeline: DiffusionPipeline) -> dict[str, str]:
     config = {name: value for name, value in dict(scheduler.config).items() if not name.startswith("_")}
     edits = json.dumps(denoiser.config.get("edits"), default=str, sort_keys=True)
     parts = (denoiser, *(getattr(pipeline, name, None) for name in ("vae", "text_encoder", "text_encoder_2")))
-    weights = [content_digest(part.state_dict()) for part in parts if part is not None]
+    weights = [weights_digest(part) for part in parts if part is not None]
     about = [image_size(pipeline), *weights, family_of(denoiser).fingerprint(denoiser), edits]
     return {
         "model": short_digest(json.dumps(about)),
