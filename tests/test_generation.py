@@ -254,6 +254,8 @@ def test_schedulers_that_would_ignore_the_training_are_refused(pipeline):
         assert not made_of.clip_sample and not made_of.get("set_alpha_to_one")  # latents are no pixels
     assert scheduler_named("ddpm", DDIMScheduler(clip_sample=True)).config.clip_sample
     zero_snr = DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    with pytest.raises(AsdmError, match="its noise does not follow the seeds; use dpmpp-2m-sde"):
+        scheduler_named("DPMSolverSDEScheduler", pipeline.scheduler)
     with pytest.raises(AsdmError, match="scheduler=heun: cannot end at zero SNR"):
         scheduler_named("heun", zero_snr)
     assert scheduler_named("euler", zero_snr).config.rescale_betas_zero_snr

@@ -56,7 +56,9 @@ def scheduler_named(name: str, current: Any) -> Any:
 
 
 def _require_same_process(name: str, kind: type[SchedulerMixin], config: Any) -> None:
-    """Refuse a class that would ignore how the denoiser was trained."""
+    """Refuse a class that would ignore how the denoiser was trained, or the images' seeds."""
+    if kind.__name__ == "DPMSolverSDEScheduler":  # one source of noise for a batch, from torch's global generator
+        raise AsdmError(f"scheduler={name}: its noise does not follow the seeds; use dpmpp-2m-sde")
     if config.get("rescale_betas_zero_snr") and not takes_zero_snr(kind):
         raise AsdmError(f"scheduler={name}: cannot end at zero SNR, as this model's schedule does; use ddim or euler")
     if config.get("prediction_type") == "sample" and not predicts_samples(kind):
