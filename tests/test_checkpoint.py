@@ -815,7 +815,8 @@ def whole_lora(path, unet, style):
 
 def exported(pipeline, path, monkeypatch):
     """A student's one file, such as ComfyUI reads; tiny widths are for diffusers alone."""
-    monkeypatch.setattr("asdm.families.unet_programs._require_equal_levels", lambda unet: None)
+    for name in ("_require_equal_levels", "_require_first_blocks"):
+        monkeypatch.setattr(f"asdm.families.unet_programs.{name}", lambda *given: None)
     return export_checkpoint(pipeline, path, "diffusers", dtype="fp32").file
 
 
