@@ -141,7 +141,8 @@ def test_images_are_those_of_generate_whatever_the_batch(pipeline):
                 pipeline, wanted, batch_size=batch_size, progress=lambda now, seen=seen: seen.append(now.image_steps)
             )
         )
-        np.testing.assert_allclose(pixels(images).astype(int), expected, atol=1)  # kernels differ by the batch
+        moved = np.abs(pixels(images).astype(int) - expected).max()
+        assert moved <= (0 if batch_size is None else 1)  # kernels differ by the batch
         assert seen[-1] == (6, 6) and seen == sorted(seen)
         assert [(each.prompt, each.seed) for each in images] == [("pear", 5), ("a tree", 6), ("dog", 7)]
     np.testing.assert_array_equal(made(pipeline, prompts=["dog"], seeds=[7]), expected[2:])

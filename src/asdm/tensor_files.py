@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -25,6 +25,12 @@ def load_tensors(path: Path, remedy: str) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError) as error:  # KeyError: a dtype that torch does not have
         raise AsdmError(f"{path}: damaged or missing ({one_line(error)}); {remedy}") from None
+
+
+def tensors_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file's tensors, and what its header says beside them."""
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 def content_digest(tensors: Mapping[str, Tensor]) -> str:

@@ -23,6 +23,7 @@ from asdm.pipelines.lora_names import holds_lora
 from asdm.pipelines.lora_scales import adapter_config, alpha_of
 from asdm.pipelines.quiet import quiet
 from asdm.records import Record
+from asdm.tensor_files import tensors_and_metadata
 
 LARGEST_SCALE = 10  # of a LoRA, without its sign
 _WRITING = re.compile(r"\.(lora_B|lora\.up|lora_linear_layer\.up)\.(weight|bias)$")  # the matrix that writes the output
@@ -122,7 +123,8 @@ def _load_lora(pipeline: Any, lora: LoraFile, name: str) -> str:
     try:
         with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of peft, about names that we report
-            pipeline.load_lora_weights(_tensors_as_trained(lora.path), adapter_name=name)
+            tensors = _tensors_as_trained(lora.path)
+            pipeline.load_lora_weights(tensors, adapter_name=name)
     except (MemoryError, AsdmError):
         raise
     except Exception as error:  # of diffusers and peft, any kind
@@ -132,7 +134,7 @@ def _load_lora(pipeline: Any, lora: LoraFile, name: str) -> str:
     parts = [part for part, adapters in pipeline.get_list_adapters().items() if name in adapters]
     if not parts:
         raise AsdmError(f"{lora.path}: a LoRA for another model; none of its layers is in this one")
-    given, loaded = _layers_in_file(lora.path, pipeline), _layers_loaded(denoiser_of(pipeline), name)
+    given, loaded = _layers_in_file(tensors, pipeline), _layers_loaded(denoiser_of(pipeline), name)
     if loaded < given:
         warnings.warn(
             f"{lora.path}: {given - loaded} of its {given} layers are not in this model, which was pruned; the others "
@@ -150,9 +152,7 @@ def _tensors_as_trained(path: Path) -> dict[str, Tensor]:
     Raises:
         AsdmError: the scale is damaged.
     """
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        metadata = file.metadata() or {}
+    tensors, metadata = tensors_and_metadata(path)
     config = adapter_config(metadata, path)
     for name in [each for each in tensors if _WRITING.search(each)]:
         rank = tensors[_WRITING.sub(r".\1.weight", name)].shape[1]
@@ -162,10 +162,10 @@ def _tensors_as_trained(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _layers_in_file(path: Path, pipeline: Any) -> int:
-    """Return the number of the denoiser's layers that a file is for, by diffusers' names."""
+def _layers_in_file(tensors: dict[str, Tensor], pipeline: Any) -> int:
+    """Return the number of the denoiser's layers that a file's tensors are for, by diffusers' names."""
     component = f"{family_of(pipeline).component}."
-    translated = pipeline.lora_state_dict(_tensors_as_trained(path), unet_config=denoiser_of(pipeline).config)
+    translated = pipeline.lora_state_dict(dict(tensors), unet_config=denoiser_of(pipeline).config)
     names = translated[0] if isinstance(translated, tuple) else translated
     return len({name.rpartition(".lora")[0] for name in names if name.startswith(component) and ".lora" in name})
 

@@ -26,6 +26,7 @@ from asdm.pipelines.lora_names import TEXT, FileNames, Names, holds_lora
 from asdm.pipelines.lora_scales import ADAPTER_CONFIG, adapter_config, alpha_of
 from asdm.pipelines.names import PICKLE_SUFFIXES
 from asdm.pipelines.tensor_faults import require_safetensors
+from asdm.tensor_files import tensors_and_metadata
 
 # Matrices (rank, the input of the layer that they adapt), and those (its output, rank), LoHa's included.
 _READING = ("lora_down.weight", "lora_A.weight", "lora.down.weight", "hada_w1_b", "hada_w2_b")
@@ -63,9 +64,7 @@ def convert_lora(
     checkpoint = None if checkpoint is None else Path(checkpoint)
     _require_lora(lora)
     _require_writable(file, lora, checkpoint)
-    with safe_open(lora, "pt") as content:
-        tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-        metadata = content.metadata() or {}
+    tensors, metadata = tensors_and_metadata(lora)
     names = Names(unet) if checkpoint is None else FileNames(unet, checkpoint)
     places = {key: place for key in tensors if (place := names.place_of(key)) is not None}
     _require_known([place.path for place in places.values()], names, list(tensors), lora)
@@ -98,12 +97,11 @@ def _in_kohyas_form(
         if "lora_magnitude_vector" in key:
             magnitudes = tensors[key]
             found[new] = magnitudes.reshape(-1, *(1 for _ in range(max(magnitudes.ndim, 2) - 1)))
-        down = tensors[key]
-        if (
-            new.endswith(_DOWN)
-            and (alpha := alpha_of(config, key, down.shape[0] if down.ndim else 1, lora)) is not None
-        ):
-            found[f"{new.removesuffix(_DOWN)}.alpha"] = torch.tensor(alpha)
+        if new.endswith(_DOWN):
+            rank = tensors[key].shape[0] if tensors[key].ndim else 1
+            alpha = alpha_of(config, key, rank, lora)
+            if alpha is not None:
+                found[f"{new.removesuffix(_DOWN)}.alpha"] = torch.tensor(alpha)
     return found
 
 
