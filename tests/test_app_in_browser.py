@@ -171,7 +171,7 @@ def test_a_lora_changes_both_images_and_a_wrong_one_is_refused(visit, tmp_path):
     for name, told in {
         "other.safetensors": "other.safetensors: a LoRA for another model (down_blocks.0",
         "gone.safetensors": "gone.safetensors: no such LoRA file; name a .safetensors file",
-        "First.png": "First.png: a LoRA must be a .safetensors file; other formats may run code",
+        "First.png": "First.png: a LoRA must be a .safetensors file; other formats may run code when loaded",
         "good.safetensors:99": "good.safetensors:99: the scale must be from -10 to 10",
     }.items():
         visitor.fill("LoRA", tmp_path / name)

@@ -721,7 +721,7 @@ def test_loras_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(AsdmError, match="does not say which model it was made of"):
         convert_lora(gone, forgetful, tmp_path / "new.safetensors")
     (tmp_path / "d.pt").write_bytes(b"")
-    with pytest.raises(AsdmError, match="a pickle"):
+    with pytest.raises(AsdmError, match=r"must be a .safetensors file"):
         convert_lora(tmp_path / "d.pt", student, tmp_path / "new.safetensors")
     with pytest.raises(AsdmError, match="is the LoRA itself"):
         convert_lora(gone, student, gone)

@@ -14,11 +14,12 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import set_weights_and_activate_adapters
 from pydantic import Field, model_validator
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from asdm.errors import AsdmError, AsdmWarning, needs_extra, one_line
 from asdm.families import denoiser_of, family_of
+from asdm.pipelines.lora_files import require_lora_file
 from asdm.pipelines.lora_names import holds_lora
 from asdm.pipelines.lora_scales import adapter_config, alpha_of
 from asdm.pipelines.quiet import quiet
@@ -73,15 +74,9 @@ def require_lora(path: Path) -> None:
     Raises:
         AsdmError: there is no such file, or it is no LoRA in safetensors.
     """
-    if not path.is_file():
-        raise AsdmError(f"{path}: no such LoRA file; name a .safetensors file")
-    if path.suffix != ".safetensors":
-        raise AsdmError(f"{path}: a LoRA must be a .safetensors file; other formats may run code")
-    try:
-        with safe_open(path, "pt") as file:
-            names = list(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise AsdmError(f"{path}: not a safetensors file ({one_line(error)}); download it again") from None
+    require_lora_file(path)
+    with safe_open(path, "pt") as file:
+        names = list(file.keys())
     if not holds_lora(names):
         raise AsdmError(f"{path}: holds no LoRA; its first tensor is {names[0] if names else 'missing'}")
     for part, kind in _UNREAD.items():

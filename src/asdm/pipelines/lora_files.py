@@ -24,7 +24,6 @@ from asdm.families import Denoiser
 from asdm.files import replacing_file
 from asdm.pipelines.lora_names import TEXT, FileNames, Names, holds_lora
 from asdm.pipelines.lora_scales import ADAPTER_CONFIG, adapter_config, alpha_of
-from asdm.pipelines.names import PICKLE_SUFFIXES
 from asdm.pipelines.tensor_faults import require_safetensors
 from asdm.tensor_files import tensors_and_metadata
 
@@ -41,6 +40,15 @@ class ConvertedLora:
     file: Path
     kept: int
     dropped: list[str]
+
+
+def require_lora_file(lora: Path) -> None:
+    """Raise an AsdmError unless `lora` is a whole safetensors file."""
+    if not lora.is_file():
+        raise AsdmError(f"{lora}: no such LoRA file; name a .safetensors file")
+    if lora.suffix != ".safetensors":
+        raise AsdmError(f"{lora}: a LoRA must be a .safetensors file; other formats may run code when loaded")
+    require_safetensors(lora)
 
 
 @checks.arguments(lora=checks.path, unet=checks.UNET, file=checks.path, checkpoint=checks.path)
@@ -62,7 +70,7 @@ def convert_lora(
     """
     lora, file = Path(lora), Path(file)
     checkpoint = None if checkpoint is None else Path(checkpoint)
-    _require_lora(lora)
+    require_lora_file(lora)
     _require_writable(file, lora, checkpoint)
     tensors, metadata = tensors_and_metadata(lora)
     names = Names(unet) if checkpoint is None else FileNames(unet, checkpoint)
@@ -103,14 +111,6 @@ def _in_kohyas_form(
             if alpha is not None:
                 found[f"{new.removesuffix(_DOWN)}.alpha"] = torch.tensor(alpha)
     return found
-
-
-def _require_lora(lora: Path) -> None:
-    if lora.suffix in PICKLE_SUFFIXES:
-        raise AsdmError(f"{lora}: a pickle, which can run code when loaded; convert it to .safetensors first")
-    if not lora.is_file():
-        raise AsdmError(f"{lora}: no such file; name a LoRA's .safetensors file")
-    require_safetensors(lora)
 
 
 def _require_writable(file: Path, lora: Path, checkpoint: Path | None) -> None:
