@@ -12,6 +12,7 @@ from asdm.diffusion.parameterization import parameterization_of
 from asdm.distillation.caption_only import make_caption_sampler, read_captions, spliced, trajectory
 from asdm.distillation.estimate import estimate
 from asdm.distillation.recipes import recipe_stages, with_captions
+from asdm.distillation.run import require_launchable
 from asdm.distillation.semantics import VisionEncoder
 from asdm.distillation.stages import CaptionOnly, LossWeights, Semantics
 from asdm.distillation.tasks import DistillationTask, make_task
@@ -154,6 +155,32 @@ def test_parts_of_a_batch_are_the_whole(pipeline, examples):
     quarters = [found(BatchSlice(index, 4)) for index in range(4)]
     assert [None if part is None else part.share for part in quarters] == [2, None, 2, None]
     assert losses_of(task, part=BatchSlice(1, 4))["caption_output"] == 0
+
+
+@pytest.mark.parametrize("weight", ["caption_output", "caption_semantic", "caption_text"])
+def test_all_parts_of_a_batch_have_the_same_terms(pipeline, examples, weight):
+    chosen = stage(losses=LossWeights(**{weight: 0.3}))
+    is_alone = weight != "caption_text"  # which needs a text tower
+    task = make_task(pipeline, pruned(pipeline.unet), examples, chosen) if is_alone else None
+    task = task or task_with_clip(pipeline, examples, chosen)
+    with_captions_in_it, without = (losses_of(task, part=BatchSlice(index, 4)) for index in range(2))
+    assert list(with_captions_in_it) == list(without)
+    assert with_captions_in_it[weight] > 0 and without[weight] == 0
+
+
+def test_under_fsdp_each_part_of_a_batch_needs_a_caption(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    require_launchable(stage(), 2)
+    with pytest.raises(AsdmError, match=r"share=0.5: under FSDP each of the 4 parts .* give at least 1"):
+        require_launchable(stage(), 4)
+    require_launchable(stage(losses=LossWeights()), 4)
+
+
+def test_steps_without_meaning_may_leave_the_last_layers_without_a_gradient():
+    features = LossWeights(task=0, output=0, caption_semantic=1.0)
+    assert not stage(losses=features).leaves_weights_unused
+    assert stage(losses=features, semantics=Semantics(every=2)).leaves_weights_unused
+    assert not stage(semantics=Semantics(every=2)).leaves_weights_unused
 
 
 def test_the_captions_own_meaning_needs_a_text_tower(pipeline, examples):

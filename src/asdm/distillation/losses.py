@@ -107,14 +107,14 @@ class CaptionComparison:
 
     `share` is the part of what they weigh: of a batch in several parts, one part may have more of these captions than
     another, or none. `weights` (captions,) are those of the time steps, None where all count alike.
-    `semantic_features` computes when it is called; it is None without an encoder.
+    `semantic_features` computes when it is called; no term calls it without an encoder.
     """
 
     noise_pred: Tensor
     teacher_pred: Tensor
     weights: Tensor | None
     share: float
-    semantic_features: Callable[[], SemanticFeatures] | None
+    semantic_features: Callable[[], SemanticFeatures]
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,9 @@ class Comparison:
     `weights` (batch,) are those of the time steps, None where all count alike. `student_features` and
     `teacher_features` are the blocks' outputs, `by_block` their losses. `guided_predictions` returns the student's and
     the teacher's prediction, with guidance where the stage has a scale; `semantic_features`, and `captions` for those
-    without an image, are None at steps without such losses. All three compute when they are called.
+    without an image, are None at steps without such losses. All three compute when they are called. `captions` returns
+    None where this part of the batch has none; which of their terms a step has is the same for all parts, and said by
+    `has_caption_semantics` and `has_caption_text`.
     """
 
     noise_pred: Tensor
@@ -137,6 +139,8 @@ class Comparison:
     guided_predictions: Callable[[], tuple[Tensor, Tensor]]
     semantic_features: Callable[[], SemanticFeatures] | None
     captions: Callable[[], CaptionComparison | None] | None = None
+    has_caption_semantics: bool = False
+    has_caption_text: bool = False
     relative: bool = True
     feature_weighting: FeatureWeighting = "spatial"
 
@@ -228,34 +232,28 @@ def _caption_output(comparison: Comparison) -> Tensor | None:
 def _caption_semantic(comparison: Comparison) -> Tensor | None:
     """Return what the teacher's x_0 estimate means, for captions that have no image."""
 
-    def semantic(found: CaptionComparison) -> Tensor | None:
-        if found.semantic_features is None:
-            return None
+    def semantic(found: CaptionComparison) -> Tensor:
         features = found.semantic_features()
         return semantic_loss(features.student, features.teacher, features.weights)
 
-    return _on_captions(comparison, semantic)
+    return _on_captions(comparison, semantic) if comparison.has_caption_semantics else None
 
 
 @loss_term("caption_text", reads="caption_semantics")
 def _caption_text(comparison: Comparison) -> Tensor | None:
     """Return what captions mean that have no image."""
 
-    def text(found: CaptionComparison) -> Tensor | None:
-        features = None if found.semantic_features is None else found.semantic_features()
-        if features is None or features.text is None:
-            return None
+    def text(found: CaptionComparison) -> Tensor:
+        features = found.semantic_features()
+        assert features.text is not None
         return semantic_loss(features.student, features.text, features.text_weights)
 
-    return _on_captions(comparison, text)
+    return _on_captions(comparison, text) if comparison.has_caption_text else None
 
 
-def _on_captions(comparison: Comparison, loss: Callable[[CaptionComparison], Tensor | None]) -> Tensor | None:
+def _on_captions(comparison: Comparison, loss: Callable[[CaptionComparison], Tensor]) -> Tensor | None:
     """Return a loss on captions without an image; None at steps without, 0 where this part of the batch has none."""
     if comparison.captions is None:
         return None
     found = comparison.captions()
-    if found is None:
-        return 0 * comparison.noise_pred.sum()
-    value = loss(found)
-    return None if value is None else found.share * value
+    return 0 * comparison.noise_pred.sum() if found is None else found.share * loss(found)

@@ -106,6 +106,19 @@ def require_launchable(stage: Stage, processes: int) -> None:
     BatchSlice(0, processes * stage.accumulation).of(stage.batch_size)
     if is_sharding_requested():
         require_shardable(stage.optimizer)
+        _require_captions_in_all_parts(stage, processes * stage.accumulation)
+
+
+def _require_captions_in_all_parts(stage: Stage, parts: int) -> None:
+    """Raise an AsdmError where some parts of a batch would run the student once more than others: under FSDP they would
+    wait for each other."""
+    if stage.scope != "joint" or not stage.losses.any_reads("captions", "caption_semantics"):
+        return
+    if not all(stage.caption_rows(stage.batch_size, BatchSlice(index, parts)) for index in range(parts)):
+        raise AsdmError(
+            f"stage {stage.name}: caption_only.share={stage.caption_only.share:g}: under FSDP each of the {parts} parts "
+            f"of a batch needs such a caption; give at least {parts / stage.batch_size:g}"
+        )
 
 
 def train_stage(
@@ -117,11 +130,8 @@ def train_stage(
         AsdmError: the folder is of another run, a loss is not finite, or the stage is not possible.
     """
     stage, is_live = run.stage, run.stage.teacher == "live"
-    only_features = stage.scope == "joint" and not stage.losses.any_reads(
-        "prediction", "semantics", "captions", "caption_semantics"
-    )
     device = teacher.device if is_live else torch.device(run.device or student.device)
-    accelerator = make_accelerator(device, stage.mixed_precision, some_unused=only_features)
+    accelerator = make_accelerator(device, stage.mixed_precision, some_unused=stage.leaves_weights_unused)
     is_spread = stage.scope == "incubate" and accelerator.num_processes > 1
     share = BatchSlice(accelerator.process_index, accelerator.num_processes) if is_spread else WHOLE
     if accelerator.is_main_process:

@@ -255,6 +255,18 @@ class Stage(Record):
         """The student's blocks that are trained inside the teacher; None where the whole student is."""
         return self.student_blocks if self.scope == "joint" else None
 
+    @property
+    def leaves_weights_unused(self) -> bool:
+        """Whether there are steps without a loss on the prediction, in which the last layers have no gradient."""
+        reads_predictions = self.losses.any_reads("prediction")
+        has_meaning = self.losses.any_reads("semantics", "captions", "caption_semantics") and self.semantics.every == 1
+        return self.scope == "joint" and not reads_predictions and not has_meaning
+
+    def caption_rows(self, count: int, part: BatchSlice = BatchSlice()) -> list[int]:
+        """Return the rows of a part of a batch of `count` that have a caption without an image: every k-th."""
+        stride = min(count, max(1, round(1 / self.caption_only.share)))
+        return [row for row in range(count)[part.of(count)] if row % stride == 0]
+
     def loop(self, seed: int) -> LoopSettings:
         """Return the settings of its training loop."""
         return LoopSettings(

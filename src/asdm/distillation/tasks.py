@@ -110,7 +110,12 @@ class DistillationTask(TeachingTask):
         comparison = self._compare(noised, indices[part.of(len(indices))], step)
         if self.caption_sampler is not None and step % self.stage.semantics.every == 0:
             on_captions = partial(self._compare_on_captions, self.caption_sampler, len(indices), part, generator)
-            comparison = replace(comparison, captions=cache(on_captions))
+            comparison = replace(
+                comparison,
+                captions=cache(on_captions),
+                has_caption_semantics=self.encoder is not None,
+                has_caption_text=self.encoder is not None and self.stage.losses.caption_text > 0,
+            )
         by_block = {f"feature/{name}": value for name, value in comparison.by_block.items()}
         return {**self.weighted(losses_of(comparison)), **by_block}
 
@@ -209,13 +214,8 @@ class DistillationTask(TeachingTask):
     def _compare_on_captions(
         self, source: CaptionSampler, count: int, part: BatchSlice, generator: torch.Generator
     ) -> CaptionComparison | None:
-        """Run both networks on this part's captions without an image; None where it has none.
-
-        Every k-th row of a batch of `count` has one.
-        """
-        stride = min(count, max(1, round(1 / self.stage.caption_only.share)))
-        here = range(count)[part.of(count)]
-        rows = [row for row in here if row % stride == 0]
+        """Run both networks on this part's captions without an image; None where it has none."""
+        here, rows = range(count)[part.of(count)], self.stage.caption_rows(count, part)
         if not rows:
             return None
         texts = source.texts(count, generator)
@@ -224,11 +224,10 @@ class DistillationTask(TeachingTask):
         with torch.no_grad():
             teacher_pred = self.teacher_pred(noised)
         noise_pred = self.student_pred(noised)
-        features = None
-        if self.encoder is not None:
-            expected = self._text_features(texts, "caption_text") if self.stage.losses.caption_text else None
-            features = cache(partial(self._semantic_features, noised, noise_pred, teacher_pred, expected))
-        share = len(rows) / len(here) / (len(range(0, count, stride)) / count)
+        has_text = self.encoder is not None and self.stage.losses.caption_text
+        expected = self._text_features(texts, "caption_text") if has_text else None
+        features = cache(partial(self._semantic_features, noised, noise_pred, teacher_pred, expected))
+        share = len(rows) / len(here) / (len(self.stage.caption_rows(count)) / count)
         return CaptionComparison(noise_pred, teacher_pred, self.snr_weights(noised.timesteps), share, features)
 
     def _noised_captions(
