@@ -84,6 +84,7 @@ def test_a_compression_goes_on_with_the_same_weights_alone(model, data_folder, t
         ({"mixed_precision": "fp16"}, "mixed_precision=fp16: not on a CPU"),
         ({"losses": {"semantic": 1.0}, "semantics": {"encoder": "clip"}}, "no clip folder beside this pipeline"),
         ({"optimizer": "adamw8bit"}, "optimizer=adamw8bit: bitsandbytes"),
+        ({"student_blocks": ["mid_blok"]}, "student_blocks: mid_blok: no such block; they are .*mid_block"),
     ],
 )
 def test_a_stage_that_is_not_possible_is_refused_before_any_work(
@@ -120,10 +121,28 @@ def test_a_folder_of_0_1_0_resumes_with_the_defaults_of_newer_settings(tmp_path)
         claim_folder(tmp_path, make_settings("demo", BUDGET, **SETTINGS, image_to_image=1))
 
 
+def test_a_training_that_diverged_goes_on_with_a_lower_learning_rate(model, data_folder, tmp_path, monkeypatch):
+    def stages(learning_rate):
+        return [Stage(name="joint", steps=20, batch_size=2, ema_decay=0, learning_rate=learning_rate)]
+
+    settings = {"data": data_folder, "compensate": "none", **SHORT}
+    with pytest.raises(AsdmError, match="lower the learning rate and run again"):
+        compress(model, tmp_path / "out", params=0.8, **settings, stages=stages(30.0))
+    monkeypatch.setattr("asdm.compression.steps.evaluate", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(pytest.fail.Exception, match="trained"):
+        compress(model, tmp_path / "out", params=0.8, **settings, stages=stages(1e-4))
+    saved = json.loads((tmp_path / "out" / "asdm.json").read_text())["settings"]
+    assert saved["stages"][0]["learning_rate"] == 1e-4
+    with pytest.raises(AsdmError, match=r"begun with other settings \(batch_size\)"):
+        other = [stages(1e-4)[0].model_copy(update={"batch_size": 4})]
+        compress(model, tmp_path / "out", params=0.8, **settings, stages=other)
+
+
 def test_stages_of_a_folder_are_compared_by_their_present_fields(tmp_path):
     stages = [Stage(name="joint", steps=3, batch_size=2)]
     settings = make_settings("demo", BUDGET, **SETTINGS | {"stages": stages})
     claim_folder(tmp_path, settings)
+    (tmp_path / "evaluation.json").touch()
     claim_folder(tmp_path, settings)
     # Version 0.1.0 had fewer fields, and other names for some.
     old = {"name": "joint", "steps": 3, "batch_size": 2, "features_by": "area", "assembled": None}

@@ -23,6 +23,8 @@ from asdm.planning.refine import ROUNDS
 from asdm.records import Record
 
 KIND = "compression"  # of a folder, in its marker
+_TRAINING = {"steps", "recipe", "stages", "captions"}  # what the training compares, stage by stage, as it is resumed
+_EVALUATED = ("evaluation.json", "work/images")  # one of these is there once the training is over
 # Settings that folders of 0.1.0 do not name, as their runs are continued.
 _NEW_SETTINGS: dict[str, Any] = {
     "captions": None,
@@ -152,7 +154,7 @@ def make_settings(
 
 
 def claim_folder(folder: Path, settings: Settings, teacher: str | None = None) -> None:
-    """Mark a folder as this run's, or find that it is.
+    """Mark a folder as this run's, or find that it is. Settings of a training that is not over may have changed.
 
     Args:
         teacher: digest of the model's weights.
@@ -163,9 +165,13 @@ def claim_folder(folder: Path, settings: Settings, teacher: str | None = None) -
     marker = folder / MARKER
     if marker.is_file():
         require_same_settings(folder, settings, teacher)
-        return
+        about = read_marker(folder)
+        if _is_evaluated(folder):
+            return
+    else:
+        about = {"kind": KIND} | ({} if teacher is None else {"teacher": teacher})
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"kind": KIND, "settings": settings.saved()} | ({} if teacher is None else {"teacher": teacher})
+    about |= {"settings": settings.saved()}
     write_text(marker, json.dumps(about, indent=1) + "\n")
 
 
@@ -175,13 +181,19 @@ def require_same_settings(folder: Path, settings: Settings, teacher: str | None 
     if not marker.is_file():
         return
     found = _present_names(_saved_settings(folder))
-    changed = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
+    may_change = set() if _is_evaluated(folder) else _TRAINING
+    changed = [key for key in {**wanted, **found} if key not in may_change and found.get(key) != wanted.get(key)]
     if changed:
         raise AsdmError(
             f"{folder}: made with other settings ({', '.join(changed)}); repeat those, or name another folder"
         )
     if teacher is not None and read_marker(folder).get("teacher", teacher) != teacher:
         raise AsdmError(f"{folder}: begun when {settings.model} had other weights; name another folder")
+
+
+def _is_evaluated(folder: Path) -> bool:
+    """Return whether the training in a folder is over, so that a changed one would not be the one that was judged."""
+    return any((folder / name).exists() for name in _EVALUATED)
 
 
 def _saved_settings(folder: Path) -> dict[str, Any]:

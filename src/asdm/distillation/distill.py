@@ -16,7 +16,7 @@ from asdm.data.prepared import digest_of, is_prepared, open_prepared
 from asdm.devices import on_device
 from asdm.diffusion.kinds import require_text_to_image
 from asdm.diffusion.parameterization import parameterization_of
-from asdm.distillation.incubation import blocks_in_teacher
+from asdm.distillation.incubation import blocks_in_teacher, require_blocks
 from asdm.distillation.lora import low_rank
 from asdm.distillation.recipes import recipe_stages, with_captions
 from asdm.distillation.run import StageRun, require_launchable, train_stage
@@ -154,6 +154,7 @@ def require_stages(
     """
     for stage in stages:
         require_installed(stage.optimizer)
+        require_blocks(stage.student_blocks or (), denoiser_of(teacher))
         require_launchable(stage, int(os.environ.get("WORLD_SIZE", "1")))
         is_recorded = stage.teacher == "recorded"
         require_precision(device if is_recorded and device is not None else teacher.device, stage.mixed_precision)

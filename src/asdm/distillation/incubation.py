@@ -86,6 +86,14 @@ def parts_of(model: nn.Module, paths: Sequence[str]) -> nn.Module:
     return parts
 
 
+def require_blocks(names: Sequence[str], teacher: Denoiser) -> None:
+    """Raise an AsdmError for a name that is no block of the teacher's, and so of no student."""
+    known = sorted(family_of(teacher).blocks(teacher))
+    for name in names:
+        if name not in known:
+            raise AsdmError(f"student_blocks: {name}: no such block; they are {', '.join(known)}")
+
+
 @contextmanager
 def blocks_in_teacher(student: Denoiser, teacher: Denoiser, blocks: Sequence[str] | None) -> Iterator[None]:
     """Use the teacher's blocks in place of all but these blocks of the student, for the length of the block.
@@ -99,10 +107,7 @@ def blocks_in_teacher(student: Denoiser, teacher: Denoiser, blocks: Sequence[str
     family = family_of(teacher)
     if not family.has_blocks_of(student, teacher):
         raise AsdmError("student_blocks: this student's blocks are not its teacher's; leave the field out")
-    known = {*family.blocks(student), *family.blocks(teacher)}
-    for name in blocks:
-        if name not in known:
-            raise AsdmError(f"student_blocks: {name}: no such block; they are {', '.join(sorted(known))}")
+    require_blocks(blocks, teacher)
     for group in groups_of(student):
         if 0 < len(set(group) & set(blocks)) < len(group):
             raise AsdmError(f"student_blocks: {', '.join(group)} go together in this student; name all or none")

@@ -116,8 +116,8 @@ def _require_captions_in_all_parts(stage: Stage, parts: int) -> None:
         return
     if not all(stage.caption_rows(stage.batch_size, BatchSlice(index, parts)) for index in range(parts)):
         raise AsdmError(
-            f"stage {stage.name}: caption_only.share={stage.caption_only.share:g}: under FSDP each of the {parts} parts "
-            f"of a batch needs such a caption; give at least {parts / stage.batch_size:g}"
+            f"stage {stage.name}: caption_only.share={stage.caption_only.share:g}: under FSDP each of {parts} parts "
+            f"of a batch needs one; give at least {parts / stage.batch_size:g}"
         )
 
 
