@@ -38,7 +38,7 @@ from asdm.training.log import read_log
 from asdm.training.loop import LoopSettings, train
 from asdm.training.optimizers import make_optimizer
 from asdm.training.task import TrainingTask
-from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline, unet_inputs
+from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline, tiny_transformer, tiny_unet, unet_inputs
 
 
 class Regression(TrainingTask):
@@ -582,6 +582,36 @@ def test_a_step_is_estimated_by_its_operations():
     assert seldom - row.step_teraflops == pytest.approx((with_sas - row.step_teraflops) / 4)
     again = estimated({"checkpointing": True})[2]
     assert again.step_teraflops > 1.1 * row.step_teraflops
+
+
+@pytest.mark.parametrize(
+    ("losses", "factor"), [({"semantic": 1}, 1.0), ({"caption_semantic": 1, "caption_text": 1}, 1.2)]
+)
+def test_a_stage_of_semantic_losses_alone_is_estimated_without_its_encoder(losses, factor):
+    alone = LossWeights(task=0, output=0, feature=0, **losses)
+    _, _, row = estimated({"losses": alone, "semantics": {"encoder": "clip"}})  # of which there is none here
+    _, _, plain = estimated({"losses": LossWeights(feature=0)})
+    assert row.step_teraflops >= factor * plain.step_teraflops
+
+
+def test_a_step_on_latents_of_8_channels_is_estimated():
+    pipeline = tiny_pipeline()
+    pipeline.register_modules(unet=tiny_unet(in_channels=8, out_channels=8))
+    student = build_student(pipeline.unet, PruningPlan.for_unet(pipeline.unet))
+    (row,) = estimate(pipeline, student, [Stage(name="joint", steps=1, batch_size=2)], teraflops=1.0)
+    assert row.step_teraflops > 0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: tiny_unet(cross_attention_dim=48), "the student's cross_attention_dim is 48, the teacher's 32"),
+        (tiny_transformer, "the student is a transformer, the teacher a UNet: it was not pruned from such a model"),
+    ],
+)
+def test_no_estimate_is_made_for_another_models_student(make, message):
+    with pytest.raises(AsdmError, match=message):
+        estimate(tiny_pipeline(), make(), [Stage(name="joint", steps=1)], teraflops=1.0)
 
 
 @pytest.mark.slow

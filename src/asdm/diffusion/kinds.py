@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import torch
 from diffusers import (
     DiffusionPipeline,
     LatentConsistencyModelPipeline,
@@ -92,8 +91,8 @@ def require_channels(pipeline: DiffusionPipeline, name: str = "") -> None:
             f"{before}its {family.label} takes {channels} channels, as those for upscaling or edits do; "
             "use a checkpoint for text-to-image or inpainting"
         )
-    written = denoiser.config.out_channels
-    if family.prediction(denoiser, torch.empty(1, written, 1, 1, device="meta")).shape[1] != latents:
+    if family.predicted_channels(denoiser) != latents:
+        written = denoiser.config.out_channels
         raise AsdmError(
             f"{before}its {family.label} predicts {written} channels, and its VAE's latents have {latents}; use a "
             "checkpoint whose parts belong together"

@@ -124,7 +124,13 @@ def distill(
 
 def require_fit(teacher: Denoiser, student: Denoiser) -> None:
     """Raise an AsdmError where the student reads or writes other tensors than the teacher."""
-    name = family_of(teacher).unlike(teacher, student)
+    family, own = family_of(teacher), family_of(student)
+    if own is not family:
+        raise AsdmError(
+            f"the student is a {own.label}, the teacher a {family.label}: it was not pruned from such a model; name "
+            "the teacher that it was pruned from"
+        )
+    name = family.unlike(teacher, student)
     if name is not None:
         raise AsdmError(
             f"the student's {name} is {student.config[name]}, the teacher's {teacher.config[name]}: it was not pruned "

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from asdm.diffusion.parameterization import parameterization_of
+from asdm.distillation.distill import require_fit
 from asdm.distillation.incubation import blocks_in_teacher
 from asdm.distillation.lora import low_rank
 from asdm.distillation.recorded import FeatureIndex
@@ -29,7 +30,7 @@ from asdm.distillation.recording import weightless_index
 from asdm.distillation.stages import Stage
 from asdm.distillation.tasks import DistillationTask, make_task
 from asdm.distillation.teaching import Batch
-from asdm.distillation.weightless import weightless, weightless_examples
+from asdm.distillation.weightless import WeightlessEncoder, weightless, weightless_examples
 from asdm.families import Denoiser, denoiser_call, denoiser_of, family_of
 from asdm.measure.latency import measure_interleaved
 from asdm.measure.machine import fastest_precision
@@ -82,7 +83,7 @@ def estimate(
     sharded: bool = False,
     quick: bool = False,
 ) -> list[StageEstimate]:
-    """Estimates of each stage; without a semantic encoder other than the teacher, and what devices exchange.
+    """Return estimates of each stage, without a semantic encoder other than the teacher and what devices exchange.
 
     Args:
         teraflops: what one device sustains, in 10^12 floating-point operations a second; by default what this one does
@@ -90,7 +91,11 @@ def estimate(
         processes: how many share a step's batch.
         sharded: whether they share what is trained, too (FSDP).
         quick: measure what this device sustains in one call of each kind, as busy as it is now.
+
+    Raises:
+        AsdmError: teacher and student do not fit, or a stage is not possible with them.
     """
+    require_fit(denoiser_of(teacher), student)
     rates: dict[tuple[torch.dtype | None, int], float] = {}
     rows = []
     for stage in stages:
@@ -172,11 +177,9 @@ def _weightless_task(
     teacher: DiffusionPipeline, student: Denoiser, stage: Stage, share: BatchSlice, index: FeatureIndex | None
 ) -> Any:
     """Return the stage's task with shapes for its tensors, without a semantic encoder that would have to be loaded."""
-    losses = stage.losses.model_copy(update={"semantic_text": 0.0, "caption_text": 0.0})
-    if stage.semantics.encoder != "unet":
-        losses = losses.model_copy(update={"semantic": 0.0, "caption_semantic": 0.0})
+    encoder = None if stage.semantics.encoder == "unet" else WeightlessEncoder()
     examples = weightless_examples(student, index)
-    task = make_task(teacher, student, examples, stage.model_copy(update={"losses": losses}), share)
+    task = make_task(teacher, student, examples, stage, share, encoder)
     if isinstance(task, DistillationTask) and task.caption_sampler is not None:
         task.caption_sampler = replace(
             task.caption_sampler,

@@ -37,9 +37,18 @@ from asdm.training.task import BatchSlice, TrainingTask
 
 
 def make_task(
-    teacher: DiffusionPipeline, student: Denoiser, examples: TrainingSet, stage: Stage, share: BatchSlice = WHOLE
+    teacher: DiffusionPipeline,
+    student: Denoiser,
+    examples: TrainingSet,
+    stage: Stage,
+    share: BatchSlice = WHOLE,
+    encoder: SemanticEncoder | None = None,
 ) -> TrainingTask:
-    """Make what the loop trains in a stage; of the incubated blocks, this share.
+    """Make what the loop trains in a stage.
+
+    Args:
+        share: of the incubated blocks.
+        encoder: in the place of the one that the stage names.
 
     Raises:
         AsdmError: the stage requires what this student, this teacher or this machine has not.
@@ -50,21 +59,23 @@ def make_task(
     if stage.scope == "consistency":
         scale = default_guidance(teacher) if stage.guidance_scale is None else stage.guidance_scale
         return ConsistencyTask(denoiser, student, parameterization, examples, stage, scale)
-    encoder, captions = semantic_parts(teacher, stage, examples)
+    encoder, captions = semantic_parts(teacher, stage, examples, encoder)
     return DistillationTask(denoiser, student, parameterization, examples, stage, encoder, captions)
 
 
 def semantic_parts(
-    teacher: DiffusionPipeline, stage: Stage, examples: TrainingSet
+    teacher: DiffusionPipeline, stage: Stage, examples: TrainingSet, encoder: SemanticEncoder | None = None
 ) -> tuple[SemanticEncoder | None, CaptionSampler | None]:
-    """Return the encoder and the source of captions without images that a joint stage's losses read; None where none
-    does.
+    """Return the encoder, or this one in its place, and the source of captions without images that a joint stage's
+    losses read; None where none does.
 
     Raises:
         AsdmError: the stage requires what this teacher has not.
     """
-    encoder = sampler = None
-    if stage.losses.any_reads("semantics", "caption_semantics"):
+    sampler = None
+    if not stage.losses.any_reads("semantics", "caption_semantics"):
+        encoder = None
+    elif encoder is None:
         encoder = make_encoder(stage.semantics.encoder, teacher, stage.semantics.decoder)
     if stage.losses.any_reads("captions", "caption_semantics"):
         sampler = make_caption_sampler(teacher, stage, examples.prepared.captions)

@@ -45,11 +45,21 @@ class _Examples:
         family = family_of(self.denoiser)
         inputs = family.random_inputs(self.denoiser, len(indices))
         inputs |= inputs.pop("added_cond_kwargs", {})
-        sample = inputs[family.sample_argument]
-        latents, masked = sample[:, :4], sample[:, 4:]
+        sample, channels = inputs[family.sample_argument], family.predicted_channels(self.denoiser)
+        latents, masked = sample[:, :channels], sample[:, channels:]
         given = {field.name: inputs[field.name] for field in fields(Conditioning) if field.name in inputs}
         captions = Conditioning(**given | {"timestep_cond": None})  # which the task makes
         return latents, replace(captions, masked=masked) if masked.numel() else captions
+
+
+class WeightlessEncoder:
+    """Stands in for a semantic encoder that would have to be loaded, and costs nothing."""
+
+    def __call__(self, latents: Tensor, captions: Conditioning) -> Tensor:
+        return latents.flatten(1)[:, :1]
+
+    def text_features(self, prompts: list[str]) -> Tensor:
+        return torch.empty(len(prompts), 1)
 
 
 @dataclass(frozen=True)

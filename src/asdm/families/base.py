@@ -232,6 +232,11 @@ class ModelFamily(Architecture):
         """Return the prediction (batch, channels, height, width) in what the denoiser puts out."""
         return output
 
+    def predicted_channels(self, model: Denoiser) -> int:
+        """Return how many channels a prediction has, and so the latents that it is made of."""
+        written = torch.empty(1, model.config.out_channels, 1, 1, device="meta")
+        return self.prediction(model, written).shape[1]
+
     def guidance_embedding(self, model: Denoiser, scales: Tensor) -> Tensor | None:
         """Return the embedding of guidance scales (batch,) that the denoiser reads; None where it reads none."""
         return None
