@@ -224,6 +224,22 @@ def test_a_recipe_that_reads_the_teachers_answers_from_disk_gets_no_captions(une
         with_captions(stages, "spliced")
 
 
+def test_a_recipe_that_has_losses_on_captions_keeps_what_it_says_of_them(tmp_path):
+    path = tmp_path / "captions.txt"
+    path.write_text("a fish\n")
+    chosen = stage(
+        losses=LossWeights(caption_semantic=1.0, caption_text=0.5),
+        semantics=Semantics(encoder="clip", every=2),
+        caption_only=CaptionOnly(share=1.0, sampling_steps=8),
+    )
+    only = chosen.caption_only.model_copy(update={"file": str(path)})
+    assert with_captions([chosen], path) == [chosen.model_copy(update={"caption_only": only})]
+    assert with_captions(with_captions([chosen], path), "spliced") == [chosen]
+    (given,) = with_captions([stage(losses=LossWeights())], "spliced")
+    assert (given.losses.caption_semantic, given.semantics.every) == (0.3, 4)
+    assert given.caption_only == stage().caption_only
+
+
 @pytest.mark.slow
 def test_a_recipe_gets_captions_and_an_estimate_counts_them(pipeline, tmp_path):
     student = pruned(pipeline.unet)

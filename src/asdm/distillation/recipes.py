@@ -10,7 +10,7 @@ import yaml
 
 from asdm.distillation.caption_only import read_captions
 from asdm.distillation.incubation import groups_of, incubated_blocks
-from asdm.distillation.stages import CaptionOnly, Consistency, LossWeights, Semantics, Stage, parse_stages
+from asdm.distillation.stages import Consistency, LossWeights, Semantics, Stage, parse_stages
 from asdm.errors import AsdmError, one_line
 from asdm.families import Denoiser, family_of
 from asdm.reading import parse_yaml
@@ -149,7 +149,8 @@ def require_recipe(recipe: str) -> str:
 
 def with_captions(stages: Sequence[Stage], captions: str | Path) -> list[Stage]:
     """Return stages whose joint ones also compare what x_0 estimates mean on captions that have no image, at every
-    fourth step: semantic-aware supervision where nothing else can supervise (inferred).
+    fourth step: semantic-aware supervision where nothing else can supervise (inferred). Stages with losses on such
+    captions keep their own settings and get the captions alone.
 
     Args:
         captions: "spliced", for splices of the data's captions, or a .txt file, one caption a line.
@@ -161,15 +162,16 @@ def with_captions(stages: Sequence[Stage], captions: str | Path) -> list[Stage]:
         read_captions(captions)
     if not any(stage.scope == "joint" for stage in stages):
         raise AsdmError(f"captions={captions}: these stages have no losses on captions; use one of scope joint")
-    source = CaptionOnly(file=None if str(captions) == SPLICED else str(captions))
-    return [_on_captions(stage, source) if stage.scope == "joint" else stage for stage in stages]
+    file = None if str(captions) == SPLICED else str(captions)
+    return [_on_captions(stage, file) if stage.scope == "joint" else stage for stage in stages]
 
 
-def _on_captions(stage: Stage, source: CaptionOnly) -> Stage:
-    weights = stage.losses.model_dump() | {"caption_semantic": SEMANTIC_WEIGHT}
-    changes: dict[str, Any] = {"losses": LossWeights(**weights), "caption_only": source}
-    if not stage.losses.any_reads("semantics"):
-        changes["semantics"] = stage.semantics.model_copy(update={"every": SEMANTICS.every})
+def _on_captions(stage: Stage, file: str | None) -> Stage:
+    changes: dict[str, Any] = {"caption_only": stage.caption_only.model_copy(update={"file": file})}
+    if not stage.losses.any_reads("captions", "caption_semantics"):
+        changes["losses"] = LossWeights(**stage.losses.model_dump() | {"caption_semantic": SEMANTIC_WEIGHT})
+        if not stage.losses.any_reads("semantics"):
+            changes["semantics"] = stage.semantics.model_copy(update={"every": SEMANTICS.every})
     return Stage(**stage.model_dump() | changes)
 
 
