@@ -13,6 +13,7 @@ from asdm.cli import app
 from asdm.diffusion.generation import default_guidance, default_steps
 from asdm.diffusion.parameterization import parameterization_of
 from asdm.distillation.consistency import ConsistencyTask, consistent_original, ddim_step, lcm_scheduler
+from asdm.distillation.pipelines import distill_pipeline
 from asdm.distillation.recipes import recipe_stages
 from asdm.distillation.stages import Consistency, parse_stages
 from asdm.distillation.tasks import make_task
@@ -237,6 +238,15 @@ def test_a_distilled_folder_draws_in_4_steps_without_guidance(data_folder, tmp_p
     assert images.shape == (1, 3, 16, 16) and images.isfinite().all()
     told = CliRunner().invoke(app, ["generate", str(tmp_path / "lcm"), "pear", "--out", str(tmp_path / "drawn")])
     assert told.exit_code == 0 and (tmp_path / "drawn" / "pear.png").is_file()
+
+
+def test_a_few_step_student_that_is_distilled_again_samples_by_its_teachers_scheduler(pipeline, data_folder, tmp_path):
+    student = tiny_pipeline()
+    student.scheduler = lcm_scheduler(pipeline.scheduler.config, 50)
+    joint = Stage(name="joint", steps=1, batch_size=2)
+    distill_pipeline(pipeline, student, data_folder, tmp_path / "run", stages=[joint])
+    assert type(student.scheduler) is DDIMScheduler and student.scheduler.config == pipeline.scheduler.config
+    assert (default_steps(student), default_guidance(student)) == (25, 3)
 
 
 def test_other_pipelines_keep_25_steps_with_guidance(pipeline):

@@ -27,12 +27,16 @@ def distill_pipeline(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> TrainingSet:
-    """Train the student's denoiser in place (`distill`) and fold its compensations (`fold_compensation`); after a
-    consistency stage it samples by `lcm_scheduler`."""
+    """Train the student's denoiser in place (`distill`) and fold its compensations (`fold_compensation`).
+
+    The student then samples by its teacher's scheduler, or after a last stage of consistency by `lcm_scheduler`.
+    """
     denoiser = denoiser_of(student)
     examples = distill(teacher, denoiser, data, folder, stages=stages, device=device, seed=seed, progress=progress)
     student.register_modules(**{component_of(student): fold_compensation(denoiser)})
-    last = stages[-1]
+    last, sampler = stages[-1], teacher.scheduler
     if last.scope == "consistency":
-        student.scheduler = lcm_scheduler(teacher.scheduler.config, last.consistency.solver_steps)
+        student.scheduler = lcm_scheduler(sampler.config, last.consistency.solver_steps)
+    else:
+        student.scheduler = type(sampler).from_config(sampler.config)
     return examples
