@@ -19,6 +19,7 @@ from diffusers.callbacks import SDCFGCutoffCallback
 from PIL import Image
 
 from asdm import AsdmError, CfgCutoff, cache_features, generate
+from asdm.diffusion.guidance import guided_steps
 from conftest import tiny_inpainting_pipeline, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet
 
 PICTURE = Image.new("RGB", (16, 16), "red")
@@ -45,6 +46,14 @@ def test_the_later_steps_take_one_branch(make, given):
     given = {**given, "strength": 1.0} if given else {}
     seen = batches(pipeline.unet, lambda: generate(pipeline, PROMPTS, steps=5, cfg_cutoff=0.5, **given))
     assert seen == [4, 4, 4, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("cfg_cutoff", "steps", "guided"),
+    [(0.07, 100, 7), (0.28, 25, 7), (0.56, 25, 14), (0.5, 5, 3), (0.501, 100, 51), (1.0, 3, 3), (1e-9, 25, 1)],
+)
+def test_a_fraction_that_is_a_whole_number_of_steps_guides_no_more(cfg_cutoff, steps, guided):
+    assert guided_steps(cfg_cutoff, steps) == guided
 
 
 def test_one_prompt_is_drawn_as_by_diffusers_own_cutoff(pipeline):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,6 +23,7 @@ from asdm.benchmark.techniques import (
     switching,
     with_gri,
 )
+from asdm.diffusion.guidance import guided_steps
 from asdm.errors import AsdmError
 from asdm.runtime.writers import Int8
 
@@ -144,7 +144,7 @@ def fewer_steps(steps: int, parts: Sequence[float] = PARTS) -> list[int]:
 
 def with_guidance_until(method: Method, part: float) -> Method:
     """Return a method with guidance in the first steps alone. What is cached with it is of no use without."""
-    guided = math.ceil(part * method.steps)
+    guided = guided_steps(part, method.steps)
 
     def kinds(step: int) -> str:
         kind = whole(step) if step == guided else method.kinds(step)

@@ -53,6 +53,12 @@ _BRANCHED = (
 )
 
 
+def guided_steps(cfg_cutoff: float, steps: int) -> int:
+    """Return how many of so many steps are guided: at least this fraction of them, and one. 7 of 100 are 0.07, whose
+    product with 100 is a little more than 7."""
+    return max(1, math.ceil(round(cfg_cutoff * steps, 6)))
+
+
 class CfgCutoff(PipelineCallback):
     """End a pipeline's classifier-free guidance after a fraction of its steps. The other steps take half the work.
 
@@ -83,7 +89,7 @@ class CfgCutoff(PipelineCallback):
     def callback_fn(
         self, pipeline: DiffusionPipeline, step_index: int, timesteps: Any, callback_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        guided = math.ceil(self.config.cutoff_step_ratio * pipeline.num_timesteps)
+        guided = guided_steps(self.config.cutoff_step_ratio, pipeline.num_timesteps)
         if step_index + 1 != guided or not pipeline.do_classifier_free_guidance:
             return callback_kwargs
         if _branches_of(pipeline) != (self._branched, self._branches):
