@@ -30,6 +30,8 @@ from diffusers import (
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -228,6 +230,23 @@ def tiny_pixart_pipeline() -> PixArtAlphaPipeline:
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def save_clip(folder: Path, seed: int, tokenizer: CLIPTokenizer) -> None:
+    """Write a CLIPModel of random weights and its tokenizer."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {
+        **sizes,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 16,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    vision = {**sizes, "image_size": 16, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    statistics = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(statistics))
 
 
 def tiny_decoder(channels: int = 4, blocks: Sequence[int] = (1, 1)) -> AutoencoderTiny:

@@ -25,7 +25,7 @@ from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from torchmetrics.image.ssim import StructuralSimilarityIndexMeasure
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, Dinov2Config, Dinov2Model
+from transformers import CLIPModel, CLIPTokenizer, Dinov2Config, Dinov2Model
 
 from asdm import AsdmError, PruningPlan, build_student, evaluate_by_protocol, generate_for_scorer, save_pipeline
 from asdm.data.sources import open_data
@@ -43,7 +43,7 @@ from asdm.evaluation.protocol.results import ProtocolResults
 from asdm.evaluation.protocol.weights import SOURCES, Source, find_weights
 from asdm.files import folder_lock
 from asdm.pipelines.derived import with_unet
-from conftest import tiny_pipeline, tiny_pixart_pipeline
+from conftest import save_clip, tiny_pipeline, tiny_pixart_pipeline
 
 SETTINGS = ImageSettings(steps=2, guidance_scale=2.0, seed=5, side=16)
 
@@ -421,22 +421,6 @@ def test_real_images_are_files(tmp_path, data_folder):
 
 
 # -- weights -----------------------------------------------------------------------------------------------
-
-
-def save_clip(folder, seed, tokenizer):
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {
-        **sizes,
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": 16,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    vision = {**sizes, "image_size": 16, "patch_size": 8}
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    statistics = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
-    (folder / "preprocessor_config.json").write_text(json.dumps(statistics))
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from diffusers import DiffusionPipeline, PixArtTransformer2DModel
+from transformers import CLIPTokenizer
 
 from asdm import (
     AsdmError,
@@ -25,12 +26,18 @@ from asdm import (
 )
 from asdm.diffusion.conditioning import Conditioning
 from asdm.diffusion.conditioning import predict as predict_from_prompts
+from asdm.distillation.distill import require_stages
 from asdm.distillation.recipes import recipe_stages
 from asdm.distillation.semantics import make_encoder
+from asdm.distillation.stages import LossWeights
 from asdm.estimates.forecast import Forecast
+from asdm.evaluation.protocol.extractors import open_extractor
+from asdm.evaluation.protocol.weights import DEMO_SOURCES
+from asdm.evaluation.real_images import RealImages
 from asdm.families import family_of
+from asdm.pipelines.clip import load_clip
 from asdm.student.transformer import MODULE_NAME, AsdmPixArtTransformer2DModel
-from conftest import tiny_pixart_pipeline, tiny_transformer, without_asdm
+from conftest import save_clip, tiny_pipeline, tiny_pixart_pipeline, tiny_transformer, without_asdm
 
 BRANCH = "transformer_blocks.2"
 
@@ -225,6 +232,28 @@ def test_the_recipe_with_semantic_supervision_reads_the_block_in_the_middle(pipe
     distill(pipeline, student, data_folder, tmp_path / "run", stages=stages, progress=rows.append)
     assert rows[-1]["semantic"] > 0
     assert make_encoder("unet", pipeline).path == "transformer_blocks.2"
+
+
+def test_captions_of_its_clip_are_read_by_clips_own_tokenizer(pipeline, tmp_path):
+    save_pipeline(pipeline, tmp_path / "model")
+    save_clip(tmp_path / "model" / "clip", 0, tiny_pipeline().tokenizer)
+    loaded = load_pipeline(tmp_path / "model")
+    encoder = make_encoder("clip", loaded)
+    assert isinstance(encoder.tokenizer, CLIPTokenizer)
+    assert encoder.text_features(["a fish"]).isfinite().all()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / "clip" / name).unlink()
+    message = "clip: has no tokenizer, and the pipeline's is a T5Tokenizer, not CLIP's; save a CLIPTokenizer into it"
+    losses = {"task": 1, "semantic_text": 1}
+    stages = [Stage(name="s", steps=1, batch_size=2, losses=losses, semantics={"encoder": "clip"})]
+    with pytest.raises(AsdmError, match=message):
+        require_stages(loaded, stages, "data")
+    with pytest.raises(AsdmError, match=message):
+        RealImages(None, loaded, [], load_clip(loaded))
+    with pytest.raises(AsdmError, match=message):
+        open_extractor("clip", DEMO_SOURCES["clip"], None, loaded, "cpu")
+    without_text = stages[0].model_copy(update={"losses": LossWeights(semantic=1)})
+    require_stages(loaded, [without_text], "data")  # the images' tower needs no tokenizer
 
 
 def test_it_is_evaluated(pipeline):

@@ -26,6 +26,7 @@ from asdm.evaluation.report import headline_of
 from asdm.evaluation.results import Evaluation
 from asdm.families import denoiser_of
 from asdm.files import require_ours
+from asdm.pipelines.clip import clip_folder, load_clip_tokenizer
 from asdm.pipelines.decoders import with_decoder
 from asdm.pipelines.loading import load_pipeline
 from asdm.planning.budget import require_budget_of
@@ -202,4 +203,7 @@ def _checked_teacher(settings: Settings, device: str | None) -> DiffusionPipelin
         require_strength(settings.strength, settings.sampling_steps)
     if settings.samples > 0 and not settings.is_random:
         Judge()  # whose package may not be installed
+        folder = clip_folder(pipeline)
+        if folder is not None:
+            load_clip_tokenizer(folder, pipeline)
     return pipeline

@@ -18,7 +18,7 @@ from asdm.diffusion.conditioning import Conditioning, predict, unscaled
 from asdm.diffusion.parameterization import Parameterization, parameterization_of
 from asdm.errors import AsdmError, one_line
 from asdm.families import Denoiser, denoiser_of, family_of
-from asdm.pipelines.clip import clip_statistics, load_clip
+from asdm.pipelines.clip import clip_statistics, load_clip, load_clip_tokenizer
 from asdm.pipelines.decoders import load_decoder
 from asdm.pipelines.transformers_models import load_transformers_model, local_folder
 from asdm.pipelines.untrusted import without_network
@@ -126,10 +126,9 @@ class VisionEncoder:
     def text_features(self, prompts: list[str]) -> Tensor | None:
         if not self.is_clip or self.tokenizer is None:
             return None
-        tokens = self.tokenizer(
-            prompts, padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True,
-            return_tensors="pt",
-        )  # fmt: skip
+        config: Any = self.model.config
+        longest = min(self.tokenizer.model_max_length, config.text_config.max_position_embeddings)
+        tokens = self.tokenizer(prompts, padding="max_length", max_length=longest, truncation=True, return_tensors="pt")
         device = next(self.model.parameters()).device
         parts = tokens.input_ids.split(256)
         features = [_tensor(self.model.get_text_features(input_ids=part.to(device))) for part in parts]  # type: ignore[operator]
@@ -147,16 +146,19 @@ def _tensor(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
-def make_encoder(name: str, pipeline: DiffusionPipeline, decoder: str | None = None) -> SemanticEncoder:
+def make_encoder(
+    name: str, pipeline: DiffusionPipeline, decoder: str | None = None, *, reads_captions: bool = True
+) -> SemanticEncoder:
     """Make an encoder by name.
 
     Args:
         name: "unet", the pipeline's denoiser; "clip", the CLIPModel beside the pipeline; or a vision model of
             transformers, by Hub id or folder.
         decoder: Hub id or folder of a tiny decoder; the pipeline's VAE by default.
+        reads_captions: whether its text tower is needed; "clip" then needs a tokenizer of CLIP's.
 
     Raises:
-        AsdmError: there is no such model, or no CLIPModel beside the pipeline.
+        AsdmError: there is no such model, no CLIPModel beside the pipeline, or no tokenizer for it.
     """
     if name == "unet":
         return DenoiserEncoder(denoiser_of(pipeline), parameterization_of(pipeline.scheduler))
@@ -171,7 +173,8 @@ def make_encoder(name: str, pipeline: DiffusionPipeline, decoder: str | None = N
                 raise AsdmError(
                     "semantics: no clip folder beside this pipeline; choose the encoder unet, or name a vision model"
                 )
-            return VisionEncoder(clip.to(pipeline.device), vae, pipeline.tokenizer, *clip_statistics(clip))
+            tokenizer = load_clip_tokenizer(clip.name_or_path, pipeline) if reads_captions else None
+            return VisionEncoder(clip.to(pipeline.device), vae, tokenizer, *clip_statistics(clip))
         place = local_folder(name)
         model = load_transformers_model(AutoModel, place, whole=False).to(pipeline.device)
         with without_network():

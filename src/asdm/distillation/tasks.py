@@ -76,10 +76,23 @@ def semantic_parts(
     if not stage.losses.any_reads("semantics", "caption_semantics"):
         encoder = None
     elif encoder is None:
-        encoder = make_encoder(stage.semantics.encoder, teacher, stage.semantics.decoder)
+        encoder = _encoder_of(stage, teacher)
     if stage.losses.any_reads("captions", "caption_semantics"):
         sampler = make_caption_sampler(teacher, stage, examples.prepared.captions)
     return encoder, sampler
+
+
+def _encoder_of(stage: Stage, teacher: DiffusionPipeline) -> SemanticEncoder:
+    """Make the encoder that a stage names; it has a text tower where a loss reads one."""
+    semantics, weights = stage.semantics, stage.losses.model_dump()
+    reading = next((name for name in ("semantic_text", "caption_text") if weights[name]), None)
+    encoder = make_encoder(semantics.encoder, teacher, semantics.decoder, reads_captions=reading is not None)
+    if reading is not None and encoder.text_features([""]) is None:
+        raise AsdmError(
+            f"{reading}={weights[reading]:g}: the encoder {semantics.encoder} has no text tower; choose clip, or give "
+            "it no weight"
+        )
+    return encoder
 
 
 class DistillationTask(TeachingTask):
@@ -110,9 +123,7 @@ class DistillationTask(TeachingTask):
         self.encoder, self.caption_sampler = encoder, caption_sampler
         self.text_features: Tensor | None = None
         if encoder is not None and stage.losses.semantic_text:
-            self.text_features = self._text_features(examples.prepared.captions, "semantic_text")
-        if encoder is not None and stage.losses.caption_text:
-            self._text_features([""], "caption_text")  # it must have a text tower
+            self.text_features = encoder.text_features(examples.prepared.captions)
 
     def forward(self, batch: Batch, generator: torch.Generator, part: BatchSlice = WHOLE) -> dict[str, Tensor]:
         """The losses of a part of the batch: the total, each term, and the features of each block."""
@@ -129,17 +140,6 @@ class DistillationTask(TeachingTask):
             )
         by_block = {f"feature/{name}": value for name, value in comparison.by_block.items()}
         return {**self.weighted(losses_of(comparison)), **by_block}
-
-    def _text_features(self, captions: list[str], name: str) -> Tensor:
-        """Return the features (captions, channels) of the encoder's text tower, for the loss `name`."""
-        assert self.encoder is not None
-        features = self.encoder.text_features(captions)
-        if features is None:
-            raise AsdmError(
-                f"{name}={self.stage.losses.model_dump()[name]:g}: the encoder {self.stage.semantics.encoder} has no "
-                "text tower; choose clip, or give it no weight"
-            )
-        return features
 
     def snr_weights(self, timesteps: Tensor) -> Tensor | None:
         """Min-SNR weights (batch,) with a mean of 1; None where all time steps count alike."""
@@ -235,8 +235,8 @@ class DistillationTask(TeachingTask):
         with torch.no_grad():
             teacher_pred = self.teacher_pred(noised)
         noise_pred = self.student_pred(noised)
-        has_text = self.encoder is not None and self.stage.losses.caption_text
-        expected = self._text_features(texts, "caption_text") if has_text else None
+        reading = self.encoder if self.stage.losses.caption_text else None
+        expected = None if reading is None else reading.text_features(texts)
         features = cache(partial(self._semantic_features, noised, noise_pred, teacher_pred, expected))
         share = len(rows) / len(here) / (len(self.stage.caption_rows(count)) / count)
         return CaptionComparison(noise_pred, teacher_pred, self.snr_weights(noised.timesteps), share, features)

@@ -90,7 +90,7 @@ def evaluate(
         rounds: the least number of timed rounds of the denoiser call, 10 by default. Three images of each pipeline
             follow, in turns. On a busy machine there are more of both, until the speed-ups' intervals are narrow.
         quality: False to measure speed alone.
-        clip: a CLIPModel for retrieval metrics; its tokenizer is the first pipeline's.
+        clip: a CLIPModel for retrieval metrics; its tokenizer is that in its folder, else the first pipeline's.
         images_folder: where to keep every image as `SPLIT/NAME/0000.png`, those from images in `image-to-image`.
 
     Raises:

@@ -19,7 +19,7 @@ from asdm.diffusion.conditioning import image_size
 from asdm.evaluation.metrics import Judge, feature_distance, kid, nearest_of, recognition, retrieval_at_1
 from asdm.evaluation.sampling import EvaluationSet
 from asdm.evaluation.starting_images import ImageToImageSet
-from asdm.pipelines.clip import clip_statistics
+from asdm.pipelines.clip import clip_statistics, load_clip_tokenizer
 
 _READ_TOGETHER = 64  # images whose pixels are in memory at once
 
@@ -53,6 +53,7 @@ class RealImages:
 
     def __init__(self, judge: Judge, pipeline: DiffusionPipeline, examples: list[Example], clip: CLIPModel | None):
         self.examples: list[Example] = []
+        tokenizer = None if clip is None else load_clip_tokenizer(clip.name_or_path, pipeline)
         features = []
         for start in range(0, len(examples), _READ_TOGETHER):
             some, pixels = load_pixels(examples[start : start + _READ_TOGETHER], image_size(pipeline), {})
@@ -62,7 +63,7 @@ class RealImages:
         self.features = torch.cat(features)
         self.clip = clip
         if clip is not None:
-            self.text_embeds = text_embeds(clip, pipeline.tokenizer, [example.caption for example in self.examples])
+            self.text_embeds = text_embeds(clip, tokenizer, [example.caption for example in self.examples])
 
     def metrics(self, images: Tensor, features: Tensor, examples: list[Example]) -> dict[str, Any]:
         """Return fields of `QualityMetrics` for generated images, each of the prompt of one of `examples`.

@@ -1,4 +1,4 @@
-"""The CLIPModel beside a pipeline, by which its images are compared with captions."""
+"""The CLIPModel beside a pipeline and its tokenizer, by which images are compared with captions."""
 
 from __future__ import annotations
 
@@ -7,21 +7,57 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from transformers import CLIPModel, PreTrainedModel
+from transformers import AutoTokenizer, CLIPModel, CLIPTokenizer, PreTrainedModel
 
 from asdm.errors import AsdmError, one_line
+from asdm.pipelines.damaged import refuse_damaged
+from asdm.pipelines.quiet import quiet
 from asdm.pipelines.transformers_models import load_transformers_model
+from asdm.pipelines.untrusted import without_network
 from asdm.reading import read_json
 from asdm.registry import PIPELINES, registered_folder
+
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json")  # one of these is in a tokenizer's folder
+
+
+def clip_folder(pipeline: DiffusionPipeline) -> Path | None:
+    """Return the folder `clip` beside a pipeline; None where there is none."""
+    name = str(pipeline.config.get("_name_or_path"))
+    folder = (registered_folder(name, PIPELINES) or Path(name)) / "clip"
+    return folder if folder.is_dir() else None
 
 
 def load_clip(pipeline: DiffusionPipeline) -> CLIPModel | None:
     """Load the CLIPModel saved beside a pipeline (folder `clip`); None where there is none."""
-    name = str(pipeline.config.get("_name_or_path"))
-    folder = (registered_folder(name, PIPELINES) or Path(name)) / "clip"
-    if not folder.is_dir():
-        return None
-    return load_transformers_model(CLIPModel, folder, "remove the folder")  # type: ignore[no-any-return]
+    folder = clip_folder(pipeline)
+    return None if folder is None else load_transformers_model(CLIPModel, folder, "remove the folder")
+
+
+def load_clip_tokenizer(folder: str | Path, pipeline: DiffusionPipeline) -> Any:
+    """Load the tokenizer from a CLIPModel's folder; where there is none, return the pipeline's.
+
+    Raises:
+        AsdmError: it is damaged; or there is none, and the pipeline's is not CLIP's.
+    """
+    if str(folder) and any((Path(folder) / name).is_file() for name in _TOKENIZER):
+        return load_tokenizer(Path(folder))
+    own = getattr(pipeline, "tokenizer", None)
+    if not isinstance(own, CLIPTokenizer):
+        raise AsdmError(
+            f"{folder}: has no tokenizer, and the pipeline's is a {type(own).__name__}, not CLIP's; save a "
+            "CLIPTokenizer into it"
+        )
+    return own
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load a tokenizer from a folder.
+
+    Raises:
+        AsdmError: it is damaged, or there is none.
+    """
+    with refuse_damaged(folder), quiet(), without_network():
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def clip_statistics(clip: PreTrainedModel) -> tuple[list[float], list[float]]:

@@ -17,18 +17,16 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, CLIPModel, PreTrainedModel
+from transformers import AutoModel, CLIPModel, PreTrainedModel
 
 from asdm.errors import AsdmError
 from asdm.evaluation.metrics import Judge
 from asdm.evaluation.protocol.metrics import JUDGE
 from asdm.evaluation.protocol.weights import Source, metrics_extra
 from asdm.evaluation.real_images import image_embeds, text_embeds, tokens_of
-from asdm.pipelines.clip import clip_statistics, load_clip
+from asdm.pipelines.clip import clip_statistics, load_clip, load_clip_tokenizer, load_tokenizer
 from asdm.pipelines.damaged import refuse_damaged
-from asdm.pipelines.quiet import quiet
 from asdm.pipelines.transformers_models import load_transformers_model
-from asdm.pipelines.untrusted import without_network
 from asdm.tensor_files import content_digest
 
 FEATURES, LOGITS = "features", "logits"
@@ -113,8 +111,7 @@ class ClipExtractor:
     def of_folder(cls, path: Path, title: str, device: torch.device | str, *, scaled: bool = False) -> ClipExtractor:
         """Load a CLIPModel and its tokenizer from a folder."""
         clip = load_transformers_model(CLIPModel, path).to(device)
-        with refuse_damaged(path), quiet(), without_network():
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = load_tokenizer(path)
         _require_words(path, tokenizer, clip)
         return cls(clip, tokenizer, title, scaled=scaled)
 
@@ -188,7 +185,9 @@ def open_extractor(
         return JudgeExtractor(device)
     if source.kind == "own-clip":
         clip = load_clip(pipeline)
-        return None if clip is None else ClipExtractor(clip.to(device), pipeline.tokenizer, source.title)
+        if clip is None:
+            return None
+        return ClipExtractor(clip.to(device), load_clip_tokenizer(clip.name_or_path, pipeline), source.title)
     assert path is not None
     if source.kind == "inception":
         return InceptionExtractor(path, device)

@@ -32,6 +32,7 @@ from asdm.evaluation.protocol.wins import WIN_SHEET, write_win_sheet
 from asdm.families import denoiser_of
 from asdm.files import folder_lock, require_ours
 from asdm.generation.schedulers import scheduler_label
+from asdm.pipelines.clip import clip_folder, load_clip_tokenizer
 
 RESULTS, FEATURES, IMAGES = "evaluation.json", "features", "images"  # in the job's folder
 Progress = Callable[[str, int, int], None]
@@ -164,6 +165,9 @@ class _Evaluation:
         if count < 2 and names:
             raise AsdmError(f"limit={count}: {names[0]} needs two images or more; raise it or leave {names[0]} out")
         _ = self.image_settings
+        folder = clip_folder(self.first)
+        if folder is not None and any(network.source.kind == "own-clip" for network in self.inputs.networks.values()):
+            load_clip_tokenizer(folder, self.first)
         if "lpips" in self.inputs.metrics and self.stored_side < LPIPS_SIDE:
             raise AsdmError(
                 f"metrics=lpips: AlexNet reads images of {LPIPS_SIDE} px or more, and these have {self.stored_side}; "
