@@ -30,6 +30,9 @@ from asdm.distillation.distill import require_stages
 from asdm.distillation.recipes import recipe_stages
 from asdm.distillation.semantics import make_encoder
 from asdm.distillation.stages import LossWeights
+from asdm.distillation.tasks import make_task
+from asdm.distillation.teaching import WHOLE
+from asdm.distillation.training_set import prepare
 from asdm.estimates.forecast import Forecast
 from asdm.evaluation.protocol.extractors import open_extractor
 from asdm.evaluation.protocol.weights import DEMO_SOURCES
@@ -232,6 +235,26 @@ def test_the_recipe_with_semantic_supervision_reads_the_block_in_the_middle(pipe
     distill(pipeline, student, data_folder, tmp_path / "run", stages=stages, progress=rows.append)
     assert rows[-1]["semantic"] > 0
     assert make_encoder("unet", pipeline).path == "transformer_blocks.2"
+
+
+def test_captions_are_mixed_within_their_tokens(pipeline, data_folder, tmp_path):
+    examples = prepare(pipeline, data_folder, tmp_path / "prepared")
+    rows = [(3, 1.0), (6, 2.0), (4, 3.0), (1, 4.0)]  # tokens that count, and what they are; the last one is empty
+    masks = torch.stack([(torch.arange(20) < count).float() for count, _ in rows])
+    hidden = torch.tensor([value for _, value in rows]).view(4, 1, 1).expand(4, 20, 24)
+    captions = Conditioning(hidden, encoder_attention_mask=masks)
+    stage = Stage(name="s", steps=1, batch_size=4, caption_mixing=1.0)
+    task = make_task(pipeline, student_of(pipeline.transformer), examples, stage)
+    changed = []
+    for seed in range(20):
+        found, is_mixed = task._mixed(captions, torch.arange(4), torch.Generator().manual_seed(seed), WHOLE)
+        values, counts = found.encoder_hidden_states[..., 0], found.encoder_attention_mask > 0
+        read = [set(of_row[which].tolist()) for of_row, which in zip(values, counts, strict=True)]
+        assert [len(tokens) == 2 for tokens in read] == is_mixed.tolist()
+        assert all(own in tokens for (_, own), tokens in zip(rows, read, strict=True))
+        changed += is_mixed[:3].tolist()
+        assert not is_mixed[3], "there is no place within one token"
+    assert sum(changed) > 0.3 * len(changed)  # some are put beside themselves, or beside the empty one
 
 
 def test_captions_of_its_clip_are_read_by_clips_own_tokenizer(pipeline, tmp_path):

@@ -152,15 +152,23 @@ class TeachingTask(TrainingTask):
     def _mixed(
         self, captions: Conditioning, indices: Tensor, generator: torch.Generator, part: BatchSlice
     ) -> tuple[Conditioning, Tensor]:
-        """Captions of which some are another one's of the batch from a token on; and which (part of the batch,) are."""
+        """Captions of which some are another one's of the batch from a token on; and which (part of the batch,) are.
+
+        Where captions are padded without meaning, both have tokens that count at this place.
+        """
         count, chosen = len(indices), part.of(len(indices))
         order = torch.randperm(count, generator=generator)
         # A part of the batch has to read what other parts have.
         others = captions[order] if part.count == 1 else self.examples.prepared.batch(indices[order][chosen])[1]
         tokens = captions.encoder_hidden_states.shape[1]
-        places = torch.randint(1, tokens, (count,), generator=generator)
-        is_mixed = torch.rand(count, generator=generator) < self.stage.caption_mixing
-        return captions.mixed_with(others, torch.where(is_mixed, places, tokens)[chosen]), is_mixed[chosen]
+        places = torch.randint(1, tokens, (count,), generator=generator)[chosen]
+        is_mixed = (torch.rand(count, generator=generator) < self.stage.caption_mixing)[chosen]
+        if captions.encoder_attention_mask is None or others.encoder_attention_mask is None:
+            return captions.mixed_with(others, torch.where(is_mixed, places, tokens)), is_mixed
+        least = torch.minimum(captions.encoder_attention_mask.sum(1), others.encoder_attention_mask.sum(1)).long()
+        places = 1 + (places - 1) * (least - 1) // (tokens - 1)
+        mixed = captions.mixed_with(others, torch.where(is_mixed & (least > 1), places, tokens))
+        return mixed, (mixed.encoder_hidden_states != captions.encoder_hidden_states).flatten(1).any(1)
 
     def _guidance_scales(self, count: int, generator: torch.Generator) -> Tensor:
         """Return the scales (count,) that networks which embed them read: the stage's, or random ones of the usual
