@@ -508,6 +508,23 @@ def test_held_out_images_are_not_trained_on(pipeline, data_folder, tmp_path):
     assert len(prepare(pipeline, data_folder, tmp_path / "prepared")) == 5
 
 
+def test_images_of_captions_are_generated_with_the_seed_of_the_run(pipeline, tmp_path):
+    captions = tmp_path / "captions.txt"
+    captions.write_text("a fish\n")
+    student = build_student(pipeline.unet, PruningPlan.for_unet(pipeline.unet))
+    stages = [quick_stage(steps=1, batch_size=1)]
+    latents = []
+    for seed in (0, 1):
+        examples = distill(pipeline, student, captions, tmp_path / f"run-{seed}", stages=stages, seed=seed)
+        latents.append(examples.prepared.batch([0])[0])
+    assert not torch.equal(*latents)
+    # Earlier versions prepared with seed 0, whatever that of the run.
+    again = prepare(pipeline, captions, tmp_path / "run-0" / "prepared", seed=1)
+    assert torch.equal(again.prepared.batch([0])[0], latents[0])
+    with pytest.raises(AsdmError, match="prepared with seed=1, not 2"):
+        prepare(pipeline, captions, tmp_path / "run-1" / "prepared", seed=2)
+
+
 def test_a_cache_of_other_data_is_refused(pipeline, data_folder, tmp_path):
     prepare(pipeline, data_folder, tmp_path / "prepared")
     lines = (data_folder / "metadata.jsonl").read_text().splitlines()

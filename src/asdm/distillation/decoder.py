@@ -88,7 +88,7 @@ def distill_decoder(
     accelerator = make_accelerator(vae.device, recipe.mixed_precision, some_unused=True)
     with folder_lock(folder), preserve_module_state(vae):
         vae.eval().requires_grad_(False)
-        examples = prepare(pipeline, data, folder / "prepared")
+        examples = prepare(pipeline, data, folder / "prepared", seed=seed)
         if accelerator.is_main_process:
             _claim(folder, recipe, seed, digest_of(vae), examples)
         accelerator.wait_for_everyone()

@@ -107,7 +107,7 @@ def distill(
     with folder_lock(folder), preserve_module_state(denoiser, teacher.vae):
         require_stages(teacher, stages, data, device)
         _require_student_for(teacher, student, stages)
-        examples = prepare(teacher, data, folder / "prepared", recorded=bool(reading))
+        examples = prepare(teacher, data, folder / "prepared", recorded=bool(reading), seed=seed)
         total, before = sum(stage.steps for stage in stages), 0
         names = [stage.name for stage in stages]
         for index, stage in enumerate(stages):

@@ -14,6 +14,7 @@ from asdm.diffusion.conditioning import Conditioning, embed_prompts
 from asdm.diffusion.parameterization import parameterization_of
 from asdm.distillation.recorded import Recorded, open_recorded
 from asdm.families import denoiser_of
+from asdm.files import MARKER, read_marker
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,23 @@ class TrainingSet:
         return self.prepared.skipped
 
 
-def prepare(pipeline: DiffusionPipeline, data: str | Path, folder: Path, *, recorded: bool = False) -> TrainingSet:
+def prepare(
+    pipeline: DiffusionPipeline, data: str | Path, folder: Path, *, recorded: bool = False, seed: int = 0
+) -> TrainingSet:
     """Open `data` where it was prepared, else prepare it into `folder`; with the teacher's features if `recorded`.
+
+    Args:
+        seed: of the images and masks that are drawn; a folder that was begun with seed 0 is continued so, as earlier
+            versions began all of them.
 
     Raises:
         AsdmError: the source cannot be used, or was prepared by another model, or has no features of this teacher.
     """
-    prepared = open_prepared(pipeline, data) if is_prepared(data) else prepare_data(pipeline, data, folder)
+    if is_prepared(data):
+        prepared = open_prepared(pipeline, data)
+    else:
+        is_of_seed_0 = (folder / MARKER).is_file() and not read_marker(folder).get("seed")
+        prepared = prepare_data(pipeline, data, folder, seed=0 if is_of_seed_0 else seed)
     features = open_features(pipeline, prepared) if recorded else None
     with torch.no_grad():
         empty_caption = embed_prompts(pipeline, [""]).to("cpu")
