@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from asdm import AsdmError, PruningPlan, build_student, generate, optimize, save_decoder, with_unet
 from asdm.measure.latency import Timing
 from asdm.runtime.decoding import _in_openvino
-from conftest import predict, tiny_decoder
+from conftest import load_ip_adapter, predict, tiny_decoder
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_an_offloaded_unet_and_an_ip_adapter_are_named(pipeline, monkeypatch):
     with pytest.raises(AsdmError, match="offloaded"):
         optimize(pipeline)
     monkeypatch.undo()
-    pipeline.unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
+    load_ip_adapter(pipeline)
     with pytest.raises(AsdmError, match="an IP-Adapter is loaded"):
         optimize(pipeline)
 

@@ -24,7 +24,7 @@ from PIL import Image
 
 from asdm import AsdmError, PruningPlan, build_student, with_unet
 from asdm.edits.regional_attention import GriAttnProcessor
-from conftest import unet_inputs
+from conftest import ip_adapter, unet_inputs
 
 OUTER = "down_blocks.0.attentions.0.transformer_blocks.0"
 LEAN = [
@@ -222,24 +222,6 @@ def test_textual_inversion(student):
         for prompt in ("<mine>", "octopus")
     ]
     assert not np.array_equal(*images)
-
-
-def ip_adapter(unet) -> dict:
-    """Weights as an IP-Adapter's file has them: the cross-attentions numbered 1, 3, 5 and so on."""
-    generator = torch.Generator().manual_seed(0)
-    weights = {}
-    for index, name in enumerate(name for name in unet.attn_processors if name.endswith("attn2.processor")):
-        attention = unet.get_submodule(name.removesuffix(".processor"))
-        for kind in ("to_k_ip", "to_v_ip"):
-            weights[f"{2 * index + 1}.{kind}.weight"] = torch.randn(attention.to_k.weight.shape, generator=generator)
-    width = unet.config.cross_attention_dim
-    projection = {
-        "proj.weight": torch.randn(4 * width, 24, generator=generator),
-        "proj.bias": torch.zeros(4 * width),
-        "norm.weight": torch.ones(width),
-        "norm.bias": torch.zeros(width),
-    }
-    return {"image_proj": projection, "ip_adapter": weights}
 
 
 def test_an_ip_adapter_of_the_teacher_meets_the_same_cross_attentions(pipeline, student):

@@ -11,6 +11,7 @@ from typing import Any
 
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D, CrossAttnUpBlock2D, UNetMidBlock2DCrossAttn
@@ -156,11 +157,16 @@ _KNOWN_INPUTS: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
+def has_ip_adapter(model: nn.Module) -> bool:
+    """Return whether an IP-Adapter is loaded, whose images a model reads then. Its config's entries do not say it."""
+    return any(isinstance(module, MultiIPAdapterImageProjection) for module in model.modules())
+
+
 def require_known_inputs(unet: UNet2DConditionModel, name: str = "") -> None:
     """Raise an AsdmError where a UNet needs inputs beside noisy latents, a time step, a guidance scale and what prompts
     give."""
     before = f"{name}: " if name else ""
-    if unet.config.get("encoder_hid_dim_type") == "ip_image_proj":
+    if has_ip_adapter(unet):
         raise AsdmError(f"{before}an IP-Adapter is loaded, and there is no image for it here; unload it first")
     for field, (known, read) in _KNOWN_INPUTS.items():
         value = unet.config.get(field, known[0])
