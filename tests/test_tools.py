@@ -22,9 +22,9 @@ from diffusers.loaders.utils import AttnProcsLayers
 from diffusers.models.attention_processor import AttnProcessor2_0, CustomDiffusionAttnProcessor
 from PIL import Image
 
-from asdm import AsdmError, PruningPlan, build_student, with_unet
+from asdm import AsdmError, PruningPlan, build_student, load_pipeline, save_pipeline, with_unet
 from asdm.edits.regional_attention import GriAttnProcessor
-from conftest import ip_adapter, unet_inputs
+from conftest import ip_adapter, load_ip_adapter, predict, unet_inputs
 
 OUTER = "down_blocks.0.attentions.0.transformer_blocks.0"
 LEAN = [
@@ -241,6 +241,33 @@ def test_an_ip_adapter_of_the_teacher_meets_the_same_cross_attentions(pipeline, 
     assert np.abs(draw(student, ip_adapter_image_embeds=embeds) - before).max() > 1e-3
     student.unload_ip_adapter()
     assert np.allclose(draw(student), before, atol=1e-5)
+
+
+def test_a_student_with_fused_projections_is_saved_as_without(student, tmp_path):
+    expected = predict(student.unet)
+    student.unet.fuse_qkv_projections()
+    save_pipeline(student, tmp_path / "student")
+    assert any(".to_qkv." in name for name in student.unet.state_dict())
+    loaded = load_pipeline(tmp_path / "student").unet
+    assert torch.equal(predict(loaded), expected)
+    assert not any(".to_qkv." in name or ".to_kv." in name for name in loaded.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["stock", "student"])
+def test_a_pipeline_with_an_ip_adapter_is_not_saved(pipeline, student, kind, tmp_path):
+    saved = {"stock": pipeline, "student": student}[kind]
+    expected = predict(saved.unet)
+    save_pipeline(saved, tmp_path / "model")
+    load_ip_adapter(saved)
+    with pytest.raises(AsdmError, match="an IP-Adapter is loaded"):
+        save_pipeline(saved, tmp_path / "model")
+    if kind == "student":
+        with pytest.raises(AsdmError, match="an IP-Adapter is loaded"):
+            saved.unet.save_pretrained(tmp_path / "model" / "unet")
+    assert torch.equal(predict(load_pipeline(tmp_path / "model").unet), expected)
+    saved.unload_ip_adapter()
+    save_pipeline(saved, tmp_path / "model")
+    load_pipeline(tmp_path / "model")
 
 
 def face_id(unet) -> dict:

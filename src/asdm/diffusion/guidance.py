@@ -13,7 +13,7 @@ from torch import Tensor
 from asdm import checks
 from asdm.errors import AsdmError
 from asdm.families import denoiser_of
-from asdm.families.unet_structure import has_ip_adapter
+from asdm.families.tensors import has_ip_adapter
 
 CFG_CUTOFF = checks.number(above=0, high=1, remedy="for no guidance at all give guidance_scale=1")
 # Pipelines whose loop hands a callback the tensors that it requests, takes back those that have a row for each branch,

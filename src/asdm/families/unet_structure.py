@@ -11,7 +11,6 @@ from typing import Any
 
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D, CrossAttnUpBlock2D, UNetMidBlock2DCrossAttn
@@ -19,6 +18,7 @@ from torch import nn
 
 from asdm.errors import AsdmError
 from asdm.families.records import Unit, UnitKind, block_of
+from asdm.families.tensors import has_ip_adapter
 
 # Branch of a BasicTransformerBlock -> (kind, the norm that feeds it alone)
 TRANSFORMER_BRANCHES: dict[str, tuple[UnitKind, str]] = {
@@ -155,11 +155,6 @@ _KNOWN_INPUTS: dict[str, tuple[tuple[Any, ...], str]] = {
     "attention_type": (("default",), "boxes in cross_attention_kwargs (GLIGEN)"),
     "dual_cross_attention": ((False,), "two prompts at once"),
 }
-
-
-def has_ip_adapter(model: nn.Module) -> bool:
-    """Return whether an IP-Adapter is loaded, whose images a model reads then. Its config's entries do not say it."""
-    return any(isinstance(module, MultiIPAdapterImageProjection) for module in model.modules())
 
 
 def require_known_inputs(unet: UNet2DConditionModel, name: str = "") -> None:

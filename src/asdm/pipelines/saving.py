@@ -37,7 +37,7 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path, about: dict[s
         about: goes into the folder's marker; its `teacher` is named in the model card.
 
     Raises:
-        AsdmError: `folder` exists and is not a pipeline that this tool wrote, or a LoRA is loaded.
+        AsdmError: `folder` exists and is not a pipeline that this tool wrote, or a LoRA or an IP-Adapter is loaded.
     """
     folder = Path(folder)
     require_ours(folder, "pipeline")
