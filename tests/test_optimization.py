@@ -3,11 +3,21 @@
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
+from PIL import Image
 
 from asdm import AsdmError, PruningPlan, build_student, generate, optimize, save_decoder, with_unet
+from asdm.diffusion.kinds import is_inpainting
 from asdm.measure.latency import Timing
 from asdm.runtime.decoding import _in_openvino
-from conftest import load_ip_adapter, predict, tiny_decoder
+from asdm.runtime.openvino import OpenVinoVae
+from conftest import (
+    load_ip_adapter,
+    predict,
+    tiny_decoder,
+    tiny_inpainting_pipeline,
+    tiny_pipeline,
+    tiny_sdxl_pipeline,
+)
 
 
 @pytest.fixture
@@ -168,6 +178,22 @@ def test_a_tiny_decoder_is_taken_whatever_it_gains(pipeline, gains, decoder_gain
     assert type(pipeline.vae) is AutoencoderTiny and pipeline.vae.dtype == pipeline.unet.dtype == torch.bfloat16
     assert type(other.vae) is AutoencoderKL and other.vae.dtype == torch.float32
     assert generate(pipeline, ["octopus"], steps=2).isfinite().all()
+
+
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_inpainting_pipeline, tiny_sdxl_pipeline])
+def test_images_are_encoded_where_bfloat16_and_openvino_are_kept(make, gains, decoder_gains, monkeypatch):
+    pytest.importorskip("openvino")
+    pipeline = make()
+    ways = {"decoder: OpenVINO": lambda: _in_openvino(pipeline, torch.randn(2, 4, 8, 8), None)}
+    monkeypatch.setattr("asdm.runtime.decoding._ways", lambda *_: ways)
+    image, mask = Image.new("RGB", (16, 16), "red"), Image.new("L", (16, 16), 255)
+    start = {"image": image, "mask": mask} if is_inpainting(pipeline) else {"image": image}
+    expected = generate(pipeline, ["octopus"], steps=2, **start)
+    gains(1.5)
+    decoder_gains(dict.fromkeys(ways, 2.0))
+    optimize(pipeline, max_error=1e-2, decoder="auto")
+    assert pipeline.unet.dtype == torch.bfloat16 and type(pipeline.vae) is OpenVinoVae
+    assert (generate(pipeline, ["octopus"], steps=2, **start) - expected).abs().mean() < 0.1
 
 
 @pytest.mark.slow
