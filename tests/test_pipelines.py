@@ -26,7 +26,14 @@ from asdm.diffusion.kinds import image_to_image
 from asdm.files import MARKER, replacing_file, replacing_folder
 from asdm.pipelines.model_card import model_card
 from asdm.pipelines.saving import save_pipeline_into
-from conftest import predict, text_lora_file, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet
+from conftest import (
+    predict,
+    text_lora_file,
+    tiny_pipeline,
+    tiny_pixart_pipeline,
+    tiny_sdxl_pipeline,
+    tiny_unet,
+)
 
 
 @pytest.fixture
@@ -225,6 +232,20 @@ def test_a_damaged_folder_is_refused_by_name(model, damage, message):
         load_pipeline(model)
     assert str(model) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_t5_that_lacks_a_tensor_is_refused(tmp_path):
+    save_pipeline(tiny_pixart_pipeline(), tmp_path / "model")
+    weights = tmp_path / "model" / "text_encoder" / "model.safetensors"
+    whole = load_file(weights)
+    tied = {"encoder.embed_tokens.weight": whole["shared.weight"]}
+    save_file(
+        {name: tensor for name, tensor in (whole | tied).items() if name != "shared.weight"}, weights, {"format": "pt"}
+    )
+    assert torch.equal(load_pipeline(tmp_path / "model").text_encoder.shared.weight, whole["shared.weight"])
+    without(weights, "SelfAttention.q")
+    with pytest.raises(AsdmError, match=r"its text_encoder lacks 1 of its \d+ tensors .*SelfAttention\.q\.weight"):
+        load_pipeline(tmp_path / "model")
 
 
 def test_shards_in_a_variant_alone_are_found(pipeline, tmp_path):
