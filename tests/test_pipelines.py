@@ -24,6 +24,7 @@ from asdm import AsdmError, PruningPlan, Remove, build_student, generate, load_p
 from asdm.diffusion.conditioning import embed_prompts, encode_images, image_size
 from asdm.diffusion.kinds import image_to_image
 from asdm.files import MARKER, replacing_file, replacing_folder
+from asdm.pipelines.derived import with_vae
 from asdm.pipelines.model_card import model_card
 from asdm.pipelines.saving import save_pipeline_into
 from conftest import (
@@ -68,6 +69,17 @@ def test_saving_replaces_what_is_ours_and_nothing_else(pipeline, model, tmp_path
     assert (tmp_path / "theirs" / "thesis.txt").read_text() == "years of work"
     with pytest.raises(AsdmError, match="a file; name a folder"):
         save_pipeline(pipeline, tmp_path / "theirs" / "thesis.txt")
+
+
+def test_a_part_that_cannot_be_saved_is_named(pipeline, model):
+    class Graph(torch.nn.Module):
+        config = pipeline.vae.config
+
+    before = json.loads((model / "model_index.json").read_text())
+    for name, other in (("vae", with_vae(pipeline, Graph())), ("unet", with_unet(pipeline, Graph()))):
+        with pytest.raises(AsdmError, match=f"the {name} is a Graph, which cannot be saved"):
+            save_pipeline(other, model)
+    assert json.loads((model / "model_index.json").read_text()) == before and (model / "vae").is_dir()
 
 
 def test_saving_into_a_folder_of_ours_keeps_its_other_files(pipeline, tmp_path):
