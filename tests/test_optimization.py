@@ -1,21 +1,35 @@
 """What is tried is measured, what is kept helps, and the pipeline goes on drawing."""
 
+import copy
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
 
-from asdm import AsdmError, PruningPlan, build_student, generate, optimize, save_decoder, with_unet
+from asdm import (
+    AsdmError,
+    PruningPlan,
+    build_student,
+    generate,
+    load_pipeline,
+    optimize,
+    save_decoder,
+    save_pipeline,
+    with_unet,
+)
 from asdm.diffusion.kinds import is_inpainting
 from asdm.measure.latency import Timing
 from asdm.runtime.decoding import _in_openvino
 from asdm.runtime.openvino import OpenVinoVae
+from asdm.runtime.optimize import _install
 from conftest import (
     load_ip_adapter,
     predict,
     tiny_decoder,
     tiny_inpainting_pipeline,
     tiny_pipeline,
+    tiny_pixart_pipeline,
     tiny_sdxl_pipeline,
 )
 
@@ -86,6 +100,23 @@ def test_what_other_pipelines_share_is_left_as_it_is(pipeline, gains):
     optimize(pipeline, max_error=1e-2)
     assert pipeline.text_encoder.dtype == torch.bfloat16
     assert torch.equal(generate(other, ["octopus"], steps=2), before)
+
+
+def test_layers_that_transformers_keeps_in_float32_stay_there(gains, tmp_path):
+    save_pipeline(tiny_pixart_pipeline(), tmp_path)
+
+    def dtypes(pipeline):
+        return {name: parameter.dtype for name, parameter in pipeline.text_encoder.named_parameters()}
+
+    half = load_pipeline(tmp_path, dtype=torch.float16)
+    expected, encoder = dtypes(half), half.text_encoder
+    assert set(expected.values()) == {torch.float16, torch.float32}
+    gains(1.5)
+    optimize(half, max_error=1.0)
+    assert half.text_encoder is encoder and dtypes(half) == expected
+    cast = load_pipeline(tmp_path)
+    _install(cast, copy.deepcopy(cast.transformer).half(), False)  # as is tried on GPUs
+    assert dtypes(cast) == expected and cast.vae.dtype == torch.float16
 
 
 def test_a_lora_is_not_fused_away(pipeline, gains):
