@@ -83,6 +83,21 @@ def test_without_the_flag_its_code_is_not_run(student, tmp_path):
     assert "trust_remote_code=True" in done.stderr.splitlines()[-1]
 
 
+def test_diffusers_puts_a_student_on_a_device_by_name_and_does_not_balance_it(student, tmp_path):
+    save_pipeline(student, tmp_path / "student")
+    done = without_asdm(
+        f"""
+        from diffusers import DiffusionPipeline
+        how = dict(pretrained_model_name_or_path={str(tmp_path / "student")!r}, trust_remote_code=True)
+        pipeline = DiffusionPipeline.from_pretrained(**how, device_map="cpu")
+        assert type(pipeline.unet).__name__ == "AsdmUNet2DConditionModel"
+        DiffusionPipeline.from_pretrained(**how, device_map="balanced")
+        """,
+        tmp_path,
+    )
+    assert done.stderr.splitlines()[-1].startswith("Pass `trust_remote_code=True`"), done.stderr
+
+
 def test_this_package_runs_no_code_from_a_folder(student, tmp_path):
     save_pipeline(student, tmp_path / "student")
     (tmp_path / "student" / "unet" / f"{MODULE_NAME}.py").write_text("raise SystemExit('ran')")
