@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import (
@@ -18,9 +19,20 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from asdm import AsdmError, PruningPlan, Remove, build_student, generate, load_pipeline, save_pipeline, with_unet
+from asdm import (
+    AsdmError,
+    PruningPlan,
+    Remove,
+    build_student,
+    export_checkpoint,
+    generate,
+    load_pipeline,
+    save_pipeline,
+    with_unet,
+)
 from asdm.diffusion.conditioning import embed_prompts, encode_images, image_size
 from asdm.diffusion.kinds import image_to_image
 from asdm.files import MARKER, replacing_file, replacing_folder
@@ -286,6 +298,33 @@ def test_unknown_models_are_refused(name, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(AsdmError, match=name):
         load_pipeline(name)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Where a Hub id's files are kept; the Hub is out of reach."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    (tmp_path / "hub" / "models--me--model" / "refs").mkdir(parents=True)
+    (tmp_path / "hub" / "models--me--model" / "refs" / "main").write_text("0" * 40)
+    return tmp_path / "hub" / "models--me--model" / "snapshots" / ("0" * 40)
+
+
+def test_a_model_from_the_hub_is_what_its_files_say(pipeline, model, hub, tmp_path):
+    scheduler = model / "scheduler" / "scheduler_config.json"
+    config = json.loads(scheduler.read_text())
+    scheduler.write_text(json.dumps({name: value for name, value in config.items() if name != "prediction_type"}))
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(weights), weights, {"format": "pt", "modelspec.prediction_type": "v"})
+    (model / "README.md").write_text("---\nlicense: mit\n---\n")
+    (model / MARKER).write_text(json.dumps({"kind": "pipeline", "teacher": "some/teacher"}))
+    shutil.copytree(model, hub)
+    for name in (str(model), "me/model"):
+        loaded = load_pipeline(name)
+        assert loaded.scheduler.config.prediction_type == "v_prediction", name
+        made = export_checkpoint(loaded, tmp_path / "one.safetensors", "diffusers", unet_only=True)
+        about = safe_open(made.file, "pt").metadata()
+        assert (about["modelspec.license"], about["asdm.teacher"]) == ("mit", "some/teacher"), name
 
 
 def test_an_images_noise_does_not_depend_on_its_batch(pipeline):

@@ -10,15 +10,14 @@ from diffusers import DiffusionPipeline
 from transformers import CLIPModel, PreTrainedModel
 
 from asdm.errors import AsdmError, one_line
+from asdm.pipelines.names import folder_of
 from asdm.pipelines.transformers_models import load_transformers_model
 from asdm.reading import read_json
-from asdm.registry import PIPELINES, registered_folder
 
 
 def load_clip(pipeline: DiffusionPipeline) -> CLIPModel | None:
     """Load the CLIPModel saved beside a pipeline (folder `clip`); None where there is none."""
-    name = str(pipeline.config.get("_name_or_path"))
-    folder = (registered_folder(name, PIPELINES) or Path(name)) / "clip"
+    folder = folder_of(str(pipeline.config.get("_name_or_path"))) / "clip"
     if not folder.is_dir():
         return None
     return load_transformers_model(CLIPModel, folder, "remove the folder")  # type: ignore[no-any-return]

@@ -8,15 +8,17 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
 
 from asdm.choices import PredictionType
 from asdm.diffusion.kinds import require_channels
 from asdm.errors import AsdmError, AsdmWarning, one_line
 from asdm.families import component_of, families
+from asdm.files import MARKER
 from asdm.pipelines.claims import claim_of, claim_of_scheduler, claims_of_tensors, settled
 from asdm.pipelines.derived import with_unet
 from asdm.pipelines.headers import Header
-from asdm.pipelines.names import model_help
+from asdm.pipelines.names import folder_of, model_help
 from asdm.pipelines.noise_schedules import scheduler_for, takes_zero_snr
 from asdm.pipelines.quiet import quiet
 from asdm.pipelines.supported import class_for, left_out
@@ -37,6 +39,7 @@ from asdm.pipelines.untrusted import (
 from asdm.reading import read_json
 from asdm.student.classes import student_class
 
+_BESIDE = ["README.md", MARKER]  # the licence and the teacher are in them
 VARIANT = "fp16"  # of weights that many checkpoints have alone
 
 
@@ -94,6 +97,7 @@ def load_from_hub(name: str, dtype: torch.dtype, as_stored: bool = False) -> Dif
                 folder = DiffusionPipeline.download(name, use_safetensors=True)
             except OSError:  # also where the weights are there in this variant alone
                 folder = DiffusionPipeline.download(name, use_safetensors=True, variant=VARIANT)
+            snapshot_download(name, allow_patterns=_BESIDE)
     except AsdmError:
         raise
     except (OSError, ValueError) as error:
@@ -113,7 +117,7 @@ def set_parameterization(
     own = claim_of_scheduler(pipeline.scheduler)
     claims = [own if config is None else claim_of(config)]
     if config is None and own.prediction_type is None:
-        weights = (Path(name) / component_of(pipeline)).glob("*.safetensors")
+        weights = (folder_of(name) / component_of(pipeline)).glob("*.safetensors")
         headers = [Header.of(path) for path in sorted(weights)]
         claims += [claim for header in headers for claim in claims_of_tensors(header)]
     said = settled(claims, given, name)
