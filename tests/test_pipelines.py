@@ -1,5 +1,6 @@
 """Loading and saving: what loads, what is refused with which words, and what an image's seed means."""
 
+import copy
 import json
 import os
 import pickle
@@ -37,6 +38,7 @@ from asdm.diffusion.conditioning import embed_prompts, encode_images, image_size
 from asdm.diffusion.kinds import image_to_image
 from asdm.files import MARKER, replacing_file, replacing_folder
 from asdm.pipelines.derived import with_vae
+from asdm.pipelines.loading import load_mapped
 from asdm.pipelines.model_card import model_card
 from asdm.pipelines.saving import save_pipeline_into
 from conftest import (
@@ -408,6 +410,26 @@ def test_weights_in_half_precision_alone_are_found(pipeline, tmp_path):
     student.save_pretrained(tmp_path / "student", variant="fp16")
     for name, unet in (("stock", pipeline.unet), ("student", student.unet)):
         assert torch.equal(predict(load_pipeline(tmp_path / name).unet), predict(unet))
+
+
+@pytest.mark.parametrize("edits", [[], [Remove(unit="mid_block")]])
+def test_each_part_takes_its_full_weights_where_it_has_them(pipeline, edits, tmp_path):
+    unet = build_student(pipeline.unet, PruningPlan.for_unet(pipeline.unet, edits)) if edits else pipeline.unet
+    given = with_unet(pipeline, unet)
+    given.save_pretrained(tmp_path)
+    halves = copy.deepcopy(given.vae).half(), copy.deepcopy(given.text_encoder).half()
+    for part, half in zip(("vae", "text_encoder"), halves, strict=True):
+        half.save_pretrained(tmp_path / part, variant="fp16")  # beside the full ones
+    shutil.rmtree(tmp_path / "unet")
+    copy.deepcopy(given.unet).half().save_pretrained(tmp_path / "unet", variant="fp16")
+    loaded = load_pipeline(tmp_path)
+    for part in (loaded.vae, loaded.text_encoder):
+        own = given.vae if part is loaded.vae else given.text_encoder
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(part.parameters(), own.parameters(), strict=True))
+    assert loaded.vae_scale_factor == given.vae_scale_factor and loaded.unet.dtype == torch.float32
+    stored = load_mapped(tmp_path, dtype=torch.float32)
+    assert (stored.unet.dtype, stored.vae.dtype, stored.text_encoder.dtype) == (torch.float16, *[torch.float32] * 2)
+    assert torch.equal(stored.vae.decoder.conv_out.weight, given.vae.decoder.conv_out.weight)
 
 
 def test_a_folder_is_named_not_meant(pipeline, tmp_path, monkeypatch):

@@ -153,22 +153,33 @@ def _from_pretrained(folder: Path, kind: Any, dtype: torch.dtype, as_stored: boo
 
 
 def _with_its_denoiser(folder: Path, kind: Any, dtypes: dict[str, torch.dtype]) -> DiffusionPipeline:
-    """Return the pipeline in a folder, in this class of pipelines. A student is loaded by this package's class: code
-    in a model's folder is never run."""
-    how = {"dtype": dtypes, "use_safetensors": True, "trust_remote_code": False}
+    """Return the pipeline in a folder, in this class of pipelines, each part with its full weights where it has them. A
+    student is loaded by this package's class: code in a model's folder is never run."""
     parts = DiffusionPipeline.load_config(str(folder))
     variant = VARIANT if any(_has_variant_alone(folder / part) for part in parts) else None
     component = _component_in(folder)
     made = _student_class(folder / component / "config.json")
+    # With a variant, diffusers prefers it in all parts.
+    full = {
+        part: _part_of(folder / part, model, dtypes)
+        for part, model in classes_of_parts(folder).items()
+        if variant and model is not made and _has_both(folder / part)
+    }
+    how = {"dtype": dtypes, "use_safetensors": True, "trust_remote_code": False, "variant": variant, **full}
     if made is None:
-        pipeline: DiffusionPipeline = kind.from_pretrained(str(folder), **how, variant=variant)
+        pipeline: DiffusionPipeline = kind.from_pretrained(str(folder), **how)
         return pipeline
-    own = VARIANT if _has_variant_alone(folder / component) else None
-    dtype = dtypes.get(component, dtypes["default"])
-    student = made.from_pretrained(folder / component, dtype=dtype, use_safetensors=True, variant=own)
-    rest = kind.from_pretrained(str(folder), **how, variant=variant, **{component: None})
+    student = _part_of(folder / component, made, dtypes)
+    rest = kind.from_pretrained(str(folder), **how, **{component: None})
     rest.register_modules(**{component: student})
     return with_unet(rest, student)
+
+
+def _part_of(folder: Path, model: Any, dtypes: dict[str, torch.dtype]) -> Any:
+    """Return a part of a pipeline, of that class, from its own folder."""
+    variant = VARIANT if _has_variant_alone(folder) else None
+    dtype = dtypes.get(folder.name, dtypes["default"])
+    return model.from_pretrained(folder, dtype=dtype, use_safetensors=True, variant=variant)
 
 
 def _stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
@@ -192,8 +203,16 @@ def _component_in(folder: Path) -> str:
 
 
 def _has_variant_alone(folder: Path) -> bool:
-    names = [path.name for path in folder.glob("*.safetensors")]
-    return bool(names) and all(f".{VARIANT}" in name for name in names)
+    return _variants(folder) == {True}
+
+
+def _has_both(folder: Path) -> bool:
+    return _variants(folder) == {True, False}
+
+
+def _variants(folder: Path) -> set[bool]:
+    """Return for the weights in a folder whether they are of the variant, for some of them or all."""
+    return {f".{VARIANT}" in path.name for path in folder.glob("*.safetensors")}
 
 
 def _student_class(config: Path) -> type[Any] | None:
