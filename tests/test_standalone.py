@@ -132,7 +132,12 @@ def test_a_model_card_tells_the_plan_and_how_to_load(student, pipeline, tmp_path
     for words in ("base_model: some/model", "trust_remote_code=True", "- remove down_blocks.1.resnets.1 (compensate"):
         assert words in card
     stock = (save_pipeline(pipeline, tmp_path / "stock") / "README.md").read_text()
-    assert "trust_remote_code" not in stock and "base_model" not in stock
+    assert "trust_remote_code" not in stock and "base_model" not in stock and "No edits" in stock
+    plan = PruningPlan.for_unet(pipeline.unet, [{"edit": "drop_layers", "layers_per_block": 1}])
+    shorter = with_unet(pipeline, build_student(pipeline.unet, plan))
+    card = (save_pipeline(shorter, tmp_path / "shorter") / "README.md").read_text()
+    assert "- drop_layers (layers_per_block: 1" in card and "- stable-diffusion" in card
+    assert "trust_remote_code" not in card and "No edits" not in card
 
 
 def test_a_damaged_config_is_told_in_one_line(student, tmp_path):
