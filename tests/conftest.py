@@ -91,6 +91,30 @@ def text_lora_file(encoder: CLIPTextModel, file: Path) -> Path:
     return file
 
 
+def ip_adapter(unet: UNet2DConditionModel) -> dict:
+    """Weights as an IP-Adapter's file has them: the cross-attentions numbered 1, 3, 5 and so on."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for index, name in enumerate(name for name in unet.attn_processors if name.endswith("attn2.processor")):
+        attention = unet.get_submodule(name.removesuffix(".processor"))
+        for kind in ("to_k_ip", "to_v_ip"):
+            weights[f"{2 * index + 1}.{kind}.weight"] = torch.randn(attention.to_k.weight.shape, generator=generator)
+    width = unet.config.cross_attention_dim
+    projection = {
+        "proj.weight": torch.randn(4 * width, 24, generator=generator),
+        "proj.bias": torch.zeros(4 * width),
+        "norm.weight": torch.ones(width),
+        "norm.bias": torch.zeros(width),
+    }
+    return {"image_proj": projection, "ip_adapter": weights}
+
+
+def load_ip_adapter(pipeline: Any) -> None:
+    """Load an IP-Adapter of random weights, as users do."""
+    file = ip_adapter(pipeline.unet)
+    pipeline.load_ip_adapter(file, subfolder=None, weight_name=None, image_encoder_folder=None)
+
+
 def tiny_sdxl_unet() -> UNet2DConditionModel:
     return tiny_unet(
         block_out_channels=(32, 32, 64),

@@ -20,7 +20,7 @@ from PIL import Image
 
 from asdm import AsdmError, CfgCutoff, cache_features, generate
 from asdm.diffusion.guidance import guided_steps
-from conftest import tiny_inpainting_pipeline, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet
+from conftest import load_ip_adapter, tiny_inpainting_pipeline, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet
 
 PICTURE = Image.new("RGB", (16, 16), "red")
 MASK = Image.new("L", (16, 16), 0)
@@ -184,6 +184,8 @@ def test_what_cannot_end_is_told(pipeline):
     for end in (0.0, 1.5, float("nan")):
         with pytest.raises(AsdmError, match=r"cfg_cutoff=.*must be a finite number above 0 and at most 1"):
             generate(pipeline, "octopus", cfg_cutoff=end)
-    pipeline.unet.register_to_config(encoder_hid_dim_type="ip_image_proj")  # as load_ip_adapter does
+    load_ip_adapter(pipeline)
     with pytest.raises(AsdmError, match="IP-Adapter"):
         CfgCutoff(pipeline, 0.5)
+    pipeline.unload_ip_adapter()
+    CfgCutoff(pipeline, 0.5)

@@ -16,6 +16,7 @@ from asdm import (
     build_student,
     calibrate_cache,
     distill,
+    export,
     fit_compensation,
     generate,
     load_pipeline,
@@ -28,7 +29,7 @@ from asdm.distillation.stages import Consistency, LossWeights
 from asdm.families import denoiser_call
 from asdm.families.unet_calls import guidance_embedding, random_inputs
 from asdm.measure.macs import counting_macs
-from conftest import tiny_pipeline, tiny_sdxl_pipeline, tiny_unet
+from conftest import load_ip_adapter, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet
 
 
 @pytest.fixture
@@ -148,6 +149,20 @@ def test_inputs_that_no_prompt_brings_are_refused_by_name(config, message, data_
         with pytest.raises(AsdmError, match=message) as error:
             use()
         assert "\n" not in str(error.value)
+
+
+def test_a_loaded_ip_adapter_is_refused_by_what_has_no_image_for_it(tmp_path):
+    pipeline = tiny_pipeline()
+    load_ip_adapter(pipeline)
+    for use in (
+        lambda: analyze(pipeline),
+        lambda: generate(pipeline, ["octopus"], steps=2),
+        lambda: export(pipeline, tmp_path / "graphs"),
+    ):
+        with pytest.raises(AsdmError, match="an IP-Adapter is loaded"):
+            use()
+    pipeline.unload_ip_adapter()
+    assert torch.isfinite(generate(pipeline, ["octopus"], steps=2)).all()
 
 
 @pytest.mark.parametrize(("config", "message"), [REFUSED[0], REFUSED[-1]])

@@ -1,13 +1,37 @@
 """What is tried is measured, what is kept helps, and the pipeline goes on drawing."""
 
+import copy
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
+from PIL import Image
 
-from asdm import AsdmError, PruningPlan, build_student, generate, optimize, save_decoder, with_unet
+from asdm import (
+    AsdmError,
+    PruningPlan,
+    build_student,
+    generate,
+    load_pipeline,
+    optimize,
+    save_decoder,
+    save_pipeline,
+    with_unet,
+)
+from asdm.diffusion.kinds import is_inpainting
 from asdm.measure.latency import Timing
 from asdm.runtime.decoding import _in_openvino
-from conftest import predict, tiny_decoder
+from asdm.runtime.openvino import OpenVinoVae
+from asdm.runtime.optimize import _install
+from conftest import (
+    load_ip_adapter,
+    predict,
+    tiny_decoder,
+    tiny_inpainting_pipeline,
+    tiny_pipeline,
+    tiny_pixart_pipeline,
+    tiny_sdxl_pipeline,
+)
 
 
 @pytest.fixture
@@ -78,6 +102,23 @@ def test_what_other_pipelines_share_is_left_as_it_is(pipeline, gains):
     assert torch.equal(generate(other, ["octopus"], steps=2), before)
 
 
+def test_layers_that_transformers_keeps_in_float32_stay_there(gains, tmp_path):
+    save_pipeline(tiny_pixart_pipeline(), tmp_path)
+
+    def dtypes(pipeline):
+        return {name: parameter.dtype for name, parameter in pipeline.text_encoder.named_parameters()}
+
+    half = load_pipeline(tmp_path, dtype=torch.float16)
+    expected, encoder = dtypes(half), half.text_encoder
+    assert set(expected.values()) == {torch.float16, torch.float32}
+    gains(1.5)
+    optimize(half, max_error=1.0)
+    assert half.text_encoder is encoder and dtypes(half) == expected
+    cast = load_pipeline(tmp_path)
+    _install(cast, copy.deepcopy(cast.transformer).half(), False)  # as is tried on GPUs
+    assert dtypes(cast) == expected and cast.vae.dtype == torch.float16
+
+
 def test_a_lora_is_not_fused_away(pipeline, gains):
     peft = pytest.importorskip("peft")
     gains(2.0)
@@ -91,7 +132,7 @@ def test_an_offloaded_unet_and_an_ip_adapter_are_named(pipeline, monkeypatch):
     with pytest.raises(AsdmError, match="offloaded"):
         optimize(pipeline)
     monkeypatch.undo()
-    pipeline.unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
+    load_ip_adapter(pipeline)
     with pytest.raises(AsdmError, match="an IP-Adapter is loaded"):
         optimize(pipeline)
 
@@ -168,6 +209,22 @@ def test_a_tiny_decoder_is_taken_whatever_it_gains(pipeline, gains, decoder_gain
     assert type(pipeline.vae) is AutoencoderTiny and pipeline.vae.dtype == pipeline.unet.dtype == torch.bfloat16
     assert type(other.vae) is AutoencoderKL and other.vae.dtype == torch.float32
     assert generate(pipeline, ["octopus"], steps=2).isfinite().all()
+
+
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_inpainting_pipeline, tiny_sdxl_pipeline])
+def test_images_are_encoded_where_bfloat16_and_openvino_are_kept(make, gains, decoder_gains, monkeypatch):
+    pytest.importorskip("openvino")
+    pipeline = make()
+    ways = {"decoder: OpenVINO": lambda: _in_openvino(pipeline, torch.randn(2, 4, 8, 8), None)}
+    monkeypatch.setattr("asdm.runtime.decoding._ways", lambda *_: ways)
+    image, mask = Image.new("RGB", (16, 16), "red"), Image.new("L", (16, 16), 255)
+    start = {"image": image, "mask": mask} if is_inpainting(pipeline) else {"image": image}
+    expected = generate(pipeline, ["octopus"], steps=2, **start)
+    gains(1.5)
+    decoder_gains(dict.fromkeys(ways, 2.0))
+    optimize(pipeline, max_error=1e-2, decoder="auto")
+    assert pipeline.unet.dtype == torch.bfloat16 and type(pipeline.vae) is OpenVinoVae
+    assert (generate(pipeline, ["octopus"], steps=2, **start) - expected).abs().mean() < 0.1
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Loading and saving: what loads, what is refused with which words, and what an image's seed means."""
 
+import copy
 import json
 import os
 import pickle
@@ -8,6 +9,7 @@ import stat
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import (
@@ -18,15 +20,35 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from asdm import AsdmError, PruningPlan, Remove, build_student, generate, load_pipeline, save_pipeline, with_unet
+from asdm import (
+    AsdmError,
+    PruningPlan,
+    Remove,
+    build_student,
+    export_checkpoint,
+    generate,
+    load_pipeline,
+    save_pipeline,
+    with_unet,
+)
 from asdm.diffusion.conditioning import embed_prompts, encode_images, image_size
 from asdm.diffusion.kinds import image_to_image
 from asdm.files import MARKER, replacing_file, replacing_folder
+from asdm.pipelines.derived import with_vae
+from asdm.pipelines.loading import load_mapped
 from asdm.pipelines.model_card import model_card
 from asdm.pipelines.saving import save_pipeline_into
-from conftest import predict, text_lora_file, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet
+from conftest import (
+    predict,
+    text_lora_file,
+    tiny_pipeline,
+    tiny_pixart_pipeline,
+    tiny_sdxl_pipeline,
+    tiny_unet,
+)
 
 
 @pytest.fixture
@@ -61,6 +83,17 @@ def test_saving_replaces_what_is_ours_and_nothing_else(pipeline, model, tmp_path
     assert (tmp_path / "theirs" / "thesis.txt").read_text() == "years of work"
     with pytest.raises(AsdmError, match="a file; name a folder"):
         save_pipeline(pipeline, tmp_path / "theirs" / "thesis.txt")
+
+
+def test_a_part_that_cannot_be_saved_is_named(pipeline, model):
+    class Graph(torch.nn.Module):
+        config = pipeline.vae.config
+
+    before = json.loads((model / "model_index.json").read_text())
+    for name, other in (("vae", with_vae(pipeline, Graph())), ("unet", with_unet(pipeline, Graph()))):
+        with pytest.raises(AsdmError, match=f"the {name} is a Graph, which cannot be saved"):
+            save_pipeline(other, model)
+    assert json.loads((model / "model_index.json").read_text()) == before and (model / "vae").is_dir()
 
 
 def test_saving_into_a_folder_of_ours_keeps_its_other_files(pipeline, tmp_path):
@@ -227,6 +260,20 @@ def test_a_damaged_folder_is_refused_by_name(model, damage, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_t5_that_lacks_a_tensor_is_refused(tmp_path):
+    save_pipeline(tiny_pixart_pipeline(), tmp_path / "model")
+    weights = tmp_path / "model" / "text_encoder" / "model.safetensors"
+    whole = load_file(weights)
+    tied = {"encoder.embed_tokens.weight": whole["shared.weight"]}
+    save_file(
+        {name: tensor for name, tensor in (whole | tied).items() if name != "shared.weight"}, weights, {"format": "pt"}
+    )
+    assert torch.equal(load_pipeline(tmp_path / "model").text_encoder.shared.weight, whole["shared.weight"])
+    without(weights, "SelfAttention.q")
+    with pytest.raises(AsdmError, match=r"its text_encoder lacks 1 of its \d+ tensors .*SelfAttention\.q\.weight"):
+        load_pipeline(tmp_path / "model")
+
+
 def test_shards_in_a_variant_alone_are_found(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path, variant="fp16")
     next((tmp_path / "unet").glob("*.safetensors")).unlink()
@@ -253,6 +300,33 @@ def test_unknown_models_are_refused(name, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(AsdmError, match=name):
         load_pipeline(name)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Where a Hub id's files are kept; the Hub is out of reach."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    (tmp_path / "hub" / "models--me--model" / "refs").mkdir(parents=True)
+    (tmp_path / "hub" / "models--me--model" / "refs" / "main").write_text("0" * 40)
+    return tmp_path / "hub" / "models--me--model" / "snapshots" / ("0" * 40)
+
+
+def test_a_model_from_the_hub_is_what_its_files_say(pipeline, model, hub, tmp_path):
+    scheduler = model / "scheduler" / "scheduler_config.json"
+    config = json.loads(scheduler.read_text())
+    scheduler.write_text(json.dumps({name: value for name, value in config.items() if name != "prediction_type"}))
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(weights), weights, {"format": "pt", "modelspec.prediction_type": "v"})
+    (model / "README.md").write_text("---\nlicense: mit\n---\n")
+    (model / MARKER).write_text(json.dumps({"kind": "pipeline", "teacher": "some/teacher"}))
+    shutil.copytree(model, hub)
+    for name in (str(model), "me/model"):
+        loaded = load_pipeline(name)
+        assert loaded.scheduler.config.prediction_type == "v_prediction", name
+        made = export_checkpoint(loaded, tmp_path / "one.safetensors", "diffusers", unet_only=True)
+        about = safe_open(made.file, "pt").metadata()
+        assert (about["modelspec.license"], about["asdm.teacher"]) == ("mit", "some/teacher"), name
 
 
 def test_an_images_noise_does_not_depend_on_its_batch(pipeline):
@@ -336,6 +410,26 @@ def test_weights_in_half_precision_alone_are_found(pipeline, tmp_path):
     student.save_pretrained(tmp_path / "student", variant="fp16")
     for name, unet in (("stock", pipeline.unet), ("student", student.unet)):
         assert torch.equal(predict(load_pipeline(tmp_path / name).unet), predict(unet))
+
+
+@pytest.mark.parametrize("edits", [[], [Remove(unit="mid_block")]])
+def test_each_part_takes_its_full_weights_where_it_has_them(pipeline, edits, tmp_path):
+    unet = build_student(pipeline.unet, PruningPlan.for_unet(pipeline.unet, edits)) if edits else pipeline.unet
+    given = with_unet(pipeline, unet)
+    given.save_pretrained(tmp_path)
+    halves = copy.deepcopy(given.vae).half(), copy.deepcopy(given.text_encoder).half()
+    for part, half in zip(("vae", "text_encoder"), halves, strict=True):
+        half.save_pretrained(tmp_path / part, variant="fp16")  # beside the full ones
+    shutil.rmtree(tmp_path / "unet")
+    copy.deepcopy(given.unet).half().save_pretrained(tmp_path / "unet", variant="fp16")
+    loaded = load_pipeline(tmp_path)
+    for part in (loaded.vae, loaded.text_encoder):
+        own = given.vae if part is loaded.vae else given.text_encoder
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(part.parameters(), own.parameters(), strict=True))
+    assert loaded.vae_scale_factor == given.vae_scale_factor and loaded.unet.dtype == torch.float32
+    stored = load_mapped(tmp_path, dtype=torch.float32)
+    assert (stored.unet.dtype, stored.vae.dtype, stored.text_encoder.dtype) == (torch.float16, *[torch.float32] * 2)
+    assert torch.equal(stored.vae.decoder.conv_out.weight, given.vae.decoder.conv_out.weight)
 
 
 def test_a_folder_is_named_not_meant(pipeline, tmp_path, monkeypatch):

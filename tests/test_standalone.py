@@ -83,6 +83,21 @@ def test_without_the_flag_its_code_is_not_run(student, tmp_path):
     assert "trust_remote_code=True" in done.stderr.splitlines()[-1]
 
 
+def test_diffusers_puts_a_student_on_a_device_by_name_and_does_not_balance_it(student, tmp_path):
+    save_pipeline(student, tmp_path / "student")
+    done = without_asdm(
+        f"""
+        from diffusers import DiffusionPipeline
+        how = dict(pretrained_model_name_or_path={str(tmp_path / "student")!r}, trust_remote_code=True)
+        pipeline = DiffusionPipeline.from_pretrained(**how, device_map="cpu")
+        assert type(pipeline.unet).__name__ == "AsdmUNet2DConditionModel"
+        DiffusionPipeline.from_pretrained(**how, device_map="balanced")
+        """,
+        tmp_path,
+    )
+    assert done.stderr.splitlines()[-1].startswith("Pass `trust_remote_code=True`"), done.stderr
+
+
 def test_this_package_runs_no_code_from_a_folder(student, tmp_path):
     save_pipeline(student, tmp_path / "student")
     (tmp_path / "student" / "unet" / f"{MODULE_NAME}.py").write_text("raise SystemExit('ran')")
@@ -117,7 +132,12 @@ def test_a_model_card_tells_the_plan_and_how_to_load(student, pipeline, tmp_path
     for words in ("base_model: some/model", "trust_remote_code=True", "- remove down_blocks.1.resnets.1 (compensate"):
         assert words in card
     stock = (save_pipeline(pipeline, tmp_path / "stock") / "README.md").read_text()
-    assert "trust_remote_code" not in stock and "base_model" not in stock
+    assert "trust_remote_code" not in stock and "base_model" not in stock and "No edits" in stock
+    plan = PruningPlan.for_unet(pipeline.unet, [{"edit": "drop_layers", "layers_per_block": 1}])
+    shorter = with_unet(pipeline, build_student(pipeline.unet, plan))
+    card = (save_pipeline(shorter, tmp_path / "shorter") / "README.md").read_text()
+    assert "- drop_layers (layers_per_block: 1" in card and "- stable-diffusion" in card
+    assert "trust_remote_code" not in card and "No edits" not in card
 
 
 def test_a_damaged_config_is_told_in_one_line(student, tmp_path):

@@ -22,9 +22,9 @@ from diffusers.loaders.utils import AttnProcsLayers
 from diffusers.models.attention_processor import AttnProcessor2_0, CustomDiffusionAttnProcessor
 from PIL import Image
 
-from asdm import AsdmError, PruningPlan, build_student, with_unet
+from asdm import AsdmError, PruningPlan, build_student, load_pipeline, save_pipeline, with_unet
 from asdm.edits.regional_attention import GriAttnProcessor
-from conftest import unet_inputs
+from conftest import ip_adapter, load_ip_adapter, predict, unet_inputs
 
 OUTER = "down_blocks.0.attentions.0.transformer_blocks.0"
 LEAN = [
@@ -224,24 +224,6 @@ def test_textual_inversion(student):
     assert not np.array_equal(*images)
 
 
-def ip_adapter(unet) -> dict:
-    """Weights as an IP-Adapter's file has them: the cross-attentions numbered 1, 3, 5 and so on."""
-    generator = torch.Generator().manual_seed(0)
-    weights = {}
-    for index, name in enumerate(name for name in unet.attn_processors if name.endswith("attn2.processor")):
-        attention = unet.get_submodule(name.removesuffix(".processor"))
-        for kind in ("to_k_ip", "to_v_ip"):
-            weights[f"{2 * index + 1}.{kind}.weight"] = torch.randn(attention.to_k.weight.shape, generator=generator)
-    width = unet.config.cross_attention_dim
-    projection = {
-        "proj.weight": torch.randn(4 * width, 24, generator=generator),
-        "proj.bias": torch.zeros(4 * width),
-        "norm.weight": torch.ones(width),
-        "norm.bias": torch.zeros(width),
-    }
-    return {"image_proj": projection, "ip_adapter": weights}
-
-
 def test_an_ip_adapter_of_the_teacher_meets_the_same_cross_attentions(pipeline, student):
     weights = ip_adapter(pipeline.unet)
     teacher_unet = build_student(pipeline.unet, PruningPlan.for_unet(pipeline.unet))
@@ -259,6 +241,33 @@ def test_an_ip_adapter_of_the_teacher_meets_the_same_cross_attentions(pipeline, 
     assert np.abs(draw(student, ip_adapter_image_embeds=embeds) - before).max() > 1e-3
     student.unload_ip_adapter()
     assert np.allclose(draw(student), before, atol=1e-5)
+
+
+def test_a_student_with_fused_projections_is_saved_as_without(student, tmp_path):
+    expected = predict(student.unet)
+    student.unet.fuse_qkv_projections()
+    save_pipeline(student, tmp_path / "student")
+    assert any(".to_qkv." in name for name in student.unet.state_dict())
+    loaded = load_pipeline(tmp_path / "student").unet
+    assert torch.equal(predict(loaded), expected)
+    assert not any(".to_qkv." in name or ".to_kv." in name for name in loaded.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["stock", "student"])
+def test_a_pipeline_with_an_ip_adapter_is_not_saved(pipeline, student, kind, tmp_path):
+    saved = {"stock": pipeline, "student": student}[kind]
+    expected = predict(saved.unet)
+    save_pipeline(saved, tmp_path / "model")
+    load_ip_adapter(saved)
+    with pytest.raises(AsdmError, match="an IP-Adapter is loaded"):
+        save_pipeline(saved, tmp_path / "model")
+    if kind == "student":
+        with pytest.raises(AsdmError, match="an IP-Adapter is loaded"):
+            saved.unet.save_pretrained(tmp_path / "model" / "unet")
+    assert torch.equal(predict(load_pipeline(tmp_path / "model").unet), expected)
+    saved.unload_ip_adapter()
+    save_pipeline(saved, tmp_path / "model")
+    load_pipeline(tmp_path / "model")
 
 
 def face_id(unet) -> dict:

@@ -39,6 +39,7 @@ from asdm.evaluation.protocol.weights import DEMO_SOURCES
 from asdm.evaluation.real_images import RealImages
 from asdm.families import family_of
 from asdm.pipelines.clip import load_clip
+from asdm.student.edited_model import all_edits_of
 from asdm.student.transformer import MODULE_NAME, AsdmPixArtTransformer2DModel
 from conftest import save_clip, tiny_pipeline, tiny_pixart_pipeline, tiny_transformer, without_asdm
 
@@ -210,6 +211,11 @@ def test_a_shorter_one_is_a_stock_pipeline(pipeline, tmp_path):
     assert type(loaded.transformer) is PixArtTransformer2DModel
     assert torch.equal(predict(loaded.transformer), predict(student))
     assert type(load_pipeline(tmp_path / "student").transformer) is PixArtTransformer2DModel
+    card = (tmp_path / "student" / "README.md").read_text()
+    assert "- remove transformer_blocks.1" in card and "- pixart" in card
+    assert "stable-diffusion" not in card and "trust_remote_code" not in card
+    again = student_of(load_pipeline(tmp_path / "student").transformer, remove("transformer_blocks.0"))
+    assert [edit.unit for edit in all_edits_of(again)] == ["transformer_blocks.1", "transformer_blocks.0"]
 
 
 @pytest.mark.parametrize("edits", [EDITED, [remove("transformer_blocks.1")]])

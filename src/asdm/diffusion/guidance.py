@@ -13,6 +13,7 @@ from torch import Tensor
 from asdm import checks
 from asdm.errors import AsdmError
 from asdm.families import denoiser_of
+from asdm.families.tensors import has_ip_adapter
 
 CFG_CUTOFF = checks.number(above=0, high=1, remedy="for no guidance at all give guidance_scale=1")
 # Pipelines whose loop hands a callback the tensors that it requests, takes back those that have a row for each branch,
@@ -79,7 +80,7 @@ class CfgCutoff(PipelineCallback):
     def __init__(self, pipeline: DiffusionPipeline, cfg_cutoff: float):
         super().__init__(cutoff_step_ratio=float(cfg_cutoff))
         self._branched, self._branches = _branches_of(pipeline)
-        if denoiser_of(pipeline).config.get("encoder_hid_dim_type") == "ip_image_proj":
+        if has_ip_adapter(denoiser_of(pipeline)):
             raise AsdmError("cfg_cutoff does not go with an IP-Adapter, whose images no callback can change; unload it")
 
     @property

@@ -159,6 +159,7 @@ class ModelFamily(Architecture):
     """All that is known of a family's models: their structure, how they are called, and where features are cached."""
 
     label: ClassVar[str] = "denoiser"  # what reports call the denoiser
+    tags: ClassVar[tuple[str, ...]] = ()  # of a model card for the Hub
     guidance_scale: ClassVar[float] = 7.5  # the usual one
     layer_classes: ClassVar[tuple[type[Any], ...]] = ()  # whose weights FSDP gathers together
     presets: ClassVar[tuple[str, ...]] = ()  # names of the family's published plans

@@ -1,17 +1,20 @@
-"""What a denoiser's tensors show: its fingerprint, and whether its weights are its own and in memory."""
+"""What a denoiser's tensors show: its fingerprint, and whether its weights are its own alone and in memory."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-from torch import Tensor
+from diffusers.models.embeddings import MultiIPAdapterImageProjection
+from torch import Tensor, nn
 
 from asdm.digests import short_digest
 from asdm.errors import AsdmError
 
+# In the names of tensors of fused projections, which hold copies of those that are fused.
+FUSED_PROJECTIONS = (".to_qkv.", ".to_kv.")
 # In the names of tensors that adapters (LoRA, IP-Adapter) and fused projections add to a denoiser.
-ADDED_LATER = ("lora_", ".to_qkv.", ".to_kv.", "_ip.", "encoder_hid_proj.")
+ADDED_LATER = ("lora_", *FUSED_PROJECTIONS, "_ip.", "encoder_hid_proj.")
 
 
 def fingerprint(model: Any) -> str:
@@ -40,11 +43,18 @@ def _digested_shape(name: str, tensor: Tensor) -> list[int]:
     return shape
 
 
+def has_ip_adapter(model: nn.Module) -> bool:
+    """Return whether an IP-Adapter is loaded, whose images a model reads then. Its config's entries do not say it."""
+    return any(isinstance(module, MultiIPAdapterImageProjection) for module in model.modules())
+
+
 def require_plain(model: Any) -> None:
     """Raise an AsdmError where a denoiser's weights are not its own alone, or not in memory."""
     names = model.state_dict().keys()
     if any(".base_layer." in name for name in names):
         raise AsdmError("a LoRA is loaded; keep it with fuse_lora(), then unload_lora_weights()")
+    if has_ip_adapter(model):
+        raise AsdmError("an IP-Adapter is loaded; unload it first, with unload_ip_adapter()")
     if any(name.startswith("_orig_mod.") for name in names):
         raise AsdmError("the model is compiled; give the original of it, its attribute _orig_mod")
     if any(parameter.is_meta for parameter in model.parameters()):

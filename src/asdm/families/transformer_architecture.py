@@ -92,7 +92,13 @@ class PixArtArchitecture(Architecture):
         if not kept:
             raise AsdmError(f"{removed[-1]}: the last of the model's blocks; keep one")
         before = model.config.get(_KEPT_BLOCKS) or range(len(blocks))
-        return {**model.config, "num_layers": len(kept), _KEPT_BLOCKS: [list(before)[index] for index in kept]}
+        return {
+            **model.config,
+            "num_layers": len(kept),
+            _KEPT_BLOCKS: [list(before)[index] for index in kept],
+            "_edits": [edit.to_dict() for edit in edits],
+            "_original": {name: model.config[name] for name in ("_edits", "_original") if name in model.config},
+        }
 
     def teacher_key(self, name: str, student: Any, teacher: Any) -> str:
         part, _, rest = name.partition(".")

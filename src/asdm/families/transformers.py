@@ -25,6 +25,7 @@ class PixArtFamily(PixArtArchitecture, ModelFamily):
     """PixArt's transformers."""
 
     label = "transformer"
+    tags = ("pixart",)
     guidance_scale = 4.5
 
     def fold_projections(self, model: Any, within_blocks: bool) -> dict[str, CompensationKind]:

@@ -29,6 +29,7 @@ class UNetFamily(UNetArchitecture, ModelFamily):
     """Stable Diffusion's UNets."""
 
     label = "UNet"
+    tags = ("stable-diffusion",)
     presets = PRESETS
     layer_classes = (ResnetBlock2D, BasicTransformerBlock)
     takes = frozenset({"image", "mask", "lora", "controlnet", "clip_skip", "weighted"})

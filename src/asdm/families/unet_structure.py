@@ -18,6 +18,7 @@ from torch import nn
 
 from asdm.errors import AsdmError
 from asdm.families.records import Unit, UnitKind, block_of
+from asdm.families.tensors import has_ip_adapter
 
 # Branch of a BasicTransformerBlock -> (kind, the norm that feeds it alone)
 TRANSFORMER_BRANCHES: dict[str, tuple[UnitKind, str]] = {
@@ -160,7 +161,7 @@ def require_known_inputs(unet: UNet2DConditionModel, name: str = "") -> None:
     """Raise an AsdmError where a UNet needs inputs beside noisy latents, a time step, a guidance scale and what prompts
     give."""
     before = f"{name}: " if name else ""
-    if unet.config.get("encoder_hid_dim_type") == "ip_image_proj":
+    if has_ip_adapter(unet):
         raise AsdmError(f"{before}an IP-Adapter is loaded, and there is no image for it here; unload it first")
     for field, (known, read) in _KNOWN_INPUTS.items():
         value = unet.config.get(field, known[0])

@@ -11,19 +11,18 @@ from transformers import AutoTokenizer, CLIPModel, CLIPTokenizer, PreTrainedMode
 
 from asdm.errors import AsdmError, one_line
 from asdm.pipelines.damaged import refuse_damaged
+from asdm.pipelines.names import folder_of
 from asdm.pipelines.quiet import quiet
 from asdm.pipelines.transformers_models import load_transformers_model
 from asdm.pipelines.untrusted import without_network
 from asdm.reading import read_json
-from asdm.registry import PIPELINES, registered_folder
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json")  # one of these is in a tokenizer's folder
 
 
 def clip_folder(pipeline: DiffusionPipeline) -> Path | None:
     """Return the folder `clip` beside a pipeline; None where there is none."""
-    name = str(pipeline.config.get("_name_or_path"))
-    folder = (registered_folder(name, PIPELINES) or Path(name)) / "clip"
+    folder = folder_of(str(pipeline.config.get("_name_or_path"))) / "clip"
     return folder if folder.is_dir() else None
 
 

@@ -8,15 +8,17 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
 
 from asdm.choices import PredictionType
 from asdm.diffusion.kinds import require_channels
 from asdm.errors import AsdmError, AsdmWarning, one_line
 from asdm.families import component_of, families
+from asdm.files import MARKER
 from asdm.pipelines.claims import claim_of, claim_of_scheduler, claims_of_tensors, settled
 from asdm.pipelines.derived import with_unet
 from asdm.pipelines.headers import Header
-from asdm.pipelines.names import model_help
+from asdm.pipelines.names import folder_of, model_help
 from asdm.pipelines.noise_schedules import scheduler_for, takes_zero_snr
 from asdm.pipelines.quiet import quiet
 from asdm.pipelines.supported import class_for, left_out
@@ -37,6 +39,7 @@ from asdm.pipelines.untrusted import (
 from asdm.reading import read_json
 from asdm.student.classes import student_class
 
+_BESIDE = ["README.md", MARKER]  # the licence and the teacher are in them
 VARIANT = "fp16"  # of weights that many checkpoints have alone
 
 
@@ -94,6 +97,7 @@ def load_from_hub(name: str, dtype: torch.dtype, as_stored: bool = False) -> Dif
                 folder = DiffusionPipeline.download(name, use_safetensors=True)
             except OSError:  # also where the weights are there in this variant alone
                 folder = DiffusionPipeline.download(name, use_safetensors=True, variant=VARIANT)
+            snapshot_download(name, allow_patterns=_BESIDE)
     except AsdmError:
         raise
     except (OSError, ValueError) as error:
@@ -113,7 +117,7 @@ def set_parameterization(
     own = claim_of_scheduler(pipeline.scheduler)
     claims = [own if config is None else claim_of(config)]
     if config is None and own.prediction_type is None:
-        weights = (Path(name) / component_of(pipeline)).glob("*.safetensors")
+        weights = (folder_of(name) / component_of(pipeline)).glob("*.safetensors")
         headers = [Header.of(path) for path in sorted(weights)]
         claims += [claim for header in headers for claim in claims_of_tensors(header)]
     said = settled(claims, given, name)
@@ -149,22 +153,33 @@ def _from_pretrained(folder: Path, kind: Any, dtype: torch.dtype, as_stored: boo
 
 
 def _with_its_denoiser(folder: Path, kind: Any, dtypes: dict[str, torch.dtype]) -> DiffusionPipeline:
-    """Return the pipeline in a folder, in this class of pipelines. A student is loaded by this package's class: code
-    in a model's folder is never run."""
-    how = {"dtype": dtypes, "use_safetensors": True, "trust_remote_code": False}
+    """Return the pipeline in a folder, in this class of pipelines, each part with its full weights where it has them. A
+    student is loaded by this package's class: code in a model's folder is never run."""
     parts = DiffusionPipeline.load_config(str(folder))
     variant = VARIANT if any(_has_variant_alone(folder / part) for part in parts) else None
     component = _component_in(folder)
     made = _student_class(folder / component / "config.json")
+    # With a variant, diffusers prefers it in all parts.
+    full = {
+        part: _part_of(folder / part, model, dtypes)
+        for part, model in classes_of_parts(folder).items()
+        if variant and model is not made and _has_both(folder / part)
+    }
+    how = {"dtype": dtypes, "use_safetensors": True, "trust_remote_code": False, "variant": variant, **full}
     if made is None:
-        pipeline: DiffusionPipeline = kind.from_pretrained(str(folder), **how, variant=variant)
+        pipeline: DiffusionPipeline = kind.from_pretrained(str(folder), **how)
         return pipeline
-    own = VARIANT if _has_variant_alone(folder / component) else None
-    dtype = dtypes.get(component, dtypes["default"])
-    student = made.from_pretrained(folder / component, dtype=dtype, use_safetensors=True, variant=own)
-    rest = kind.from_pretrained(str(folder), **how, variant=variant, **{component: None})
+    student = _part_of(folder / component, made, dtypes)
+    rest = kind.from_pretrained(str(folder), **how, **{component: None})
     rest.register_modules(**{component: student})
     return with_unet(rest, student)
+
+
+def _part_of(folder: Path, model: Any, dtypes: dict[str, torch.dtype]) -> Any:
+    """Return a part of a pipeline, of that class, from its own folder."""
+    variant = VARIANT if _has_variant_alone(folder) else None
+    dtype = dtypes.get(folder.name, dtypes["default"])
+    return model.from_pretrained(folder, dtype=dtype, use_safetensors=True, variant=variant)
 
 
 def _stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
@@ -188,8 +203,16 @@ def _component_in(folder: Path) -> str:
 
 
 def _has_variant_alone(folder: Path) -> bool:
-    names = [path.name for path in folder.glob("*.safetensors")]
-    return bool(names) and all(f".{VARIANT}" in name for name in names)
+    return _variants(folder) == {True}
+
+
+def _has_both(folder: Path) -> bool:
+    return _variants(folder) == {True, False}
+
+
+def _variants(folder: Path) -> set[bool]:
+    """Return for the weights in a folder whether they are of the variant, for some of them or all."""
+    return {f".{VARIANT}" in path.name for path in folder.glob("*.safetensors")}
 
 
 def _student_class(config: Path) -> type[Any] | None:

@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline, LCMScheduler
 from huggingface_hub import ModelCardData
 
 from asdm.families import component_of, denoiser_of, family_of
-from asdm.student.edited_model import edits_of
+from asdm.student.edited_model import all_edits_of, edits_of
 
 _CARD = """---
 {metadata}
@@ -49,23 +49,25 @@ def model_card(pipeline: DiffusionPipeline, title: str, teacher: str | None = No
         metrics: a section of measured metrics (`asdm.evaluation.report.metrics_section`).
     """
     denoiser = denoiser_of(pipeline)
-    edits, label = edits_of(denoiser), family_of(pipeline).label
+    family, needs_code = family_of(pipeline), bool(edits_of(denoiser))
+    label = family.label
     parameters = sum(p.numel() for p in denoiser.parameters()) / 1e6
     base = teacher if teacher is not None and _is_hub_id(teacher) else None
     metadata = ModelCardData(
-        library_name="diffusers", pipeline_tag="text-to-image", base_model=base, tags=["asdm", "stable-diffusion"]
+        library_name="diffusers", pipeline_tag="text-to-image", base_model=base, tags=["asdm", *family.tags]
     )
     made_of = "" if teacher is None else f", made of `{teacher}`"
     return _CARD.format(
         metadata=metadata.to_yaml(),
         title=title,
         what=f"A {type(pipeline).__name__} with a {label} of {parameters:.1f}M parameters{made_of}.",
-        flag=", trust_remote_code=True" if edits else "",
+        flag=", trust_remote_code=True" if needs_code else "",
         images=", image=image, mask_image=mask" if "Inpaint" in type(pipeline).__name__ else "",
         few_steps=", num_inference_steps=4, guidance_scale=1" if isinstance(pipeline.scheduler, LCMScheduler) else "",
-        hint=_hint(pipeline) if edits else "",
+        hint=_hint(pipeline) if needs_code else "",
         metrics=f"## Results\n\n{metrics.strip()}\n\n" if metrics else "",
-        plan="\n".join(f"- {edit}" for edit in edits) or f"No edits: the {label} is a stock one, as its config says.",
+        plan="\n".join(f"- {edit}" for edit in all_edits_of(denoiser))
+        or f"No edits: the {label} is a stock one, as its config says.",
     )
 
 

@@ -1,11 +1,14 @@
-"""What can be given as MODEL, for messages."""
+"""What can be given as MODEL, and where its files are."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+from huggingface_hub import try_to_load_from_cache
+
 from asdm.pipelines.random_models import RANDOM, UNETS
-from asdm.registry import PIPELINES, registered_names
+from asdm.registry import PIPELINES, registered_folder, registered_names
 
 PICKLE_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth")
 
@@ -24,3 +27,18 @@ def looks_like_path(name: str) -> bool:
         or name.count("/") != 1
         or Path(name).suffix in (".safetensors", *PICKLE_SUFFIXES)
     )
+
+
+def folder_of(name: str) -> Path:
+    """Return the folder with the files of a loaded model: that of a registered name, that of a Hub id in the cache, or
+    the path that the name is. It need not exist."""
+    registered = registered_folder(name, PIPELINES)
+    if registered is not None:
+        return registered
+    if os.path.exists(name) or looks_like_path(name):
+        return Path(name)
+    try:
+        cached = try_to_load_from_cache(name, "model_index.json")
+    except ValueError:  # no Hub id
+        return Path(name)
+    return Path(cached).parent if isinstance(cached, str) else Path(name)

@@ -37,7 +37,8 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path, about: dict[s
         about: goes into the folder's marker; its `teacher` is named in the model card.
 
     Raises:
-        AsdmError: `folder` exists and is not a pipeline that this tool wrote, or a LoRA is loaded.
+        AsdmError: `folder` exists and is not a pipeline that this tool wrote, a LoRA or an IP-Adapter is loaded, or a
+            part cannot be saved, such as an OpenVINO graph.
     """
     folder = Path(folder)
     require_ours(folder, "pipeline")
@@ -68,9 +69,14 @@ def save_pipeline_into(pipeline: DiffusionPipeline, folder: Path) -> None:
 
 
 def require_savable(pipeline: DiffusionPipeline) -> None:
+    """Raise an AsdmError where a part of a pipeline cannot be saved, or would not load again."""
     require_plain(denoiser_of(pipeline))
-    for name in ("text_encoder", "text_encoder_2"):
-        if getattr(getattr(pipeline, name, None), "peft_config", None):
+    for name, part in pipeline.components.items():
+        if part is not None and not hasattr(part, "save_pretrained"):  # diffusers would leave it out
+            raise AsdmError(
+                f"the {name} is a {type(part).__name__}, which cannot be saved; save the pipeline that it was made of"
+            )
+        if name.startswith("text_encoder") and getattr(part, "peft_config", None):
             raise AsdmError(f"a LoRA is loaded in the {name}; keep it with fuse_lora(), then unload_lora_weights()")
 
 

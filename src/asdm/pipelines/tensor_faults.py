@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.loaders import single_file_utils as layouts
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
 
 from asdm.errors import AsdmError, one_line
 from asdm.families import Denoiser, UNetFamily
@@ -47,13 +47,21 @@ def require_loaded(module: nn.Module, name: str, part: str, files: Iterable[Path
 
 
 def absent_of(module: nn.Module, files: Iterable[Path]) -> list[str]:
-    """Return names of a module's parameters that were not loaded."""
+    """Return names of a module's parameters that were not loaded.
+
+    transformers draws them at random. Its versions put different prefixes before names, and of tensors that are tied a
+    file has one.
+    """
     absent = [name for name, parameter in module.named_parameters() if parameter.is_meta]
-    if absent or not isinstance(module, TEXT_ENCODERS):
+    if absent or not isinstance(module, PreTrainedModel):
         return absent
-    known = {OF_TEXT.sub("", name) for path in files for name in _dtypes(path)}
-    names = [name for name, _ in module.named_parameters()]
-    return [name for name in names if OF_TEXT.sub("", name) not in known] if known else []
+    known = [f".{name}" for path in files for name in _dtypes(path)]
+    given = {
+        parameter
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+        if any(each.endswith(f".{name}") or f".{name}".endswith(each) for each in known)
+    }
+    return [name for name, parameter in module.named_parameters() if parameter not in given] if known else []
 
 
 def require_weights(path: Path) -> None:

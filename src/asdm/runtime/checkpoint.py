@@ -23,6 +23,7 @@ from asdm.errors import AsdmError
 from asdm.families import denoiser_of, family_of
 from asdm.families.records import OriginalLayout
 from asdm.files import read_marker, write_text
+from asdm.pipelines.names import folder_of
 from asdm.pipelines.original_layout import CONFIG_KEY, StoredTensor, original_tensors
 from asdm.pipelines.saving import require_savable
 from asdm.pipelines.streaming import write_safetensors
@@ -261,7 +262,7 @@ def _license(pipeline: DiffusionPipeline) -> str | None:
 
 def _folder(pipeline: DiffusionPipeline) -> Path:
     """Return the folder that a pipeline was loaded from; one that does not exist where it was not."""
-    return Path(pipeline.config.get("_name_or_path") or "/nonexistent")
+    return folder_of(pipeline.config.get("_name_or_path") or "/nonexistent")
 
 
 _OF_CARDS = re.compile("^A checkpoint in the original layout.* written by asdm ", re.MULTILINE)

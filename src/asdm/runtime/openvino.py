@@ -19,7 +19,8 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
-from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
@@ -246,7 +247,7 @@ class OpenVinoVae(nn.Module):
         if not (isinstance(scale, int | float) and 0 < scale < math.inf):
             raise ValueError(f"scaling_factor={scale}: must be a number above 0")
         same_scale = scale == original.config.scaling_factor
-        self.encode = original.encode if same_scale else partial(_encode_rescaled, original, self.config)
+        self.encode = partial(_encode, original) if same_scale else partial(_encode_rescaled, original, self.config)
         self.dtype, self.device = torch.float32, torch.device("cpu")
         self.graph = _Graph(folder / FILES["openvino"])
 
@@ -262,6 +263,16 @@ class OpenVinoVae(nn.Module):
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
 
+def _encode(vae: Any, images: Tensor, **_: Any) -> AutoencoderKLOutput | AutoencoderTinyOutput:
+    """Return what a VAE makes of images, in their dtype: a pipeline's may be another than the VAE's."""
+    encoded = vae.encode(images.to(vae.dtype))
+    if hasattr(encoded, "latents"):
+        return AutoencoderTinyOutput(latents=encoded.latents.to(images.dtype))
+    parameters = encoded.latent_dist.parameters.to(images.dtype)
+    return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(parameters))
+
+
 def _encode_rescaled(vae: Any, config: Any, images: Tensor, **_: Any) -> AutoencoderTinyOutput:
-    """Return a VAE's latents of images in the scale that a `config` names."""
-    return AutoencoderTinyOutput(latents=encode_images(vae, images) / config["scaling_factor"])
+    """Return a VAE's latents of images, in their dtype, in the scale that a `config` names."""
+    latents = encode_images(vae, images) / config["scaling_factor"]
+    return AutoencoderTinyOutput(latents=latents.to(images.dtype))

@@ -170,14 +170,28 @@ def _try(
 
 
 def _install(pipeline: DiffusionPipeline, denoiser: Any, channels_last: bool) -> None:
-    """Put the denoiser into the pipeline, beside copies of the other parts in its dtype and memory format."""
+    """Put the denoiser into the pipeline. Other parts are replaced by copies in its dtype and memory format where these
+    have changed."""
     component = family_of(denoiser).component
-    others = [name for name, part in pipeline.components.items() if isinstance(part, nn.Module) and name != component]
-    copies = {name: copy.deepcopy(getattr(pipeline, name)) for name in others}
+    is_cast = denoiser.dtype != denoiser_of(pipeline).dtype
+    modules = [name for name, part in pipeline.components.items() if isinstance(part, nn.Module) and name != component]
+    changed = modules if is_cast else ["vae"] if channels_last else []
+    copies = {name: copy.deepcopy(getattr(pipeline, name)) for name in changed}
     pipeline.register_modules(**{component: denoiser}, **copies)
-    pipeline.to(dtype=denoiser.dtype)
+    if is_cast:
+        kept = [each for part in copies.values() for each in _kept_in_float32(part, denoiser.dtype)]
+        values = [parameter.data for parameter in kept]
+        pipeline.to(dtype=denoiser.dtype)
+        for parameter, value in zip(kept, values, strict=True):
+            parameter.data = value
     if channels_last:
         pipeline.vae.to(memory_format=torch.channels_last)
+
+
+def _kept_in_float32(part: nn.Module, dtype: torch.dtype) -> list[nn.Parameter]:
+    """Return the parameters that transformers keeps in float32 where it loads a part in this dtype, such as T5's."""
+    names = set(getattr(part, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else set()
+    return [parameter for name, parameter in part.named_parameters() if names.intersection(name.split("."))]
 
 
 def _install_vae(pipeline: DiffusionPipeline, vae: Any) -> None:

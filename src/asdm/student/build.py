@@ -37,8 +37,8 @@ def build_student(unet: Denoiser, plan: PruningPlan) -> Denoiser:
         unet: the teacher: a UNet or another denoiser.
 
     Raises:
-        AsdmError: a plan for another architecture, or with an edit that this model does not allow; or a LoRA is loaded,
-            the model compiled or its weights offloaded.
+        AsdmError: a plan for another architecture, or with an edit that this model does not allow; or a LoRA or an
+            IP-Adapter is loaded, the model compiled or its weights offloaded.
     """
     require_plain(unet)
     student = empty_student(unet, plan)

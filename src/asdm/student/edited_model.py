@@ -21,6 +21,7 @@ from asdm.edits.base import EDIT_KINDS, Edit, UnitEdit, apply_edits, parse_edits
 from asdm.edits.projections import Projection, reshape_saved
 from asdm.errors import AsdmError, one_line
 from asdm.families.base import Architecture
+from asdm.families.tensors import FUSED_PROJECTIONS, require_plain
 from asdm.student.standalone import module_source
 
 _DISGUISE = "asdm."
@@ -55,8 +56,15 @@ class EditedModel:
 
     @wraps(ModelMixin.save_pretrained)  # by the signature, a pipeline knows that a variant can be saved
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        # Beside the weights, the module file that loads them without asdm.
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        # Beside the weights, the module file that loads them without asdm. Tensors of adapters and of fused projections
+        # would not load: the former are refused, the latter, which are copies, left out.
+        require_plain(self)
+        model: Any = self
+        hook = model.register_state_dict_post_hook(_leave_out_fused)
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            hook.remove()
         (Path(save_directory) / f"{self.module_name}.py").write_text(module_source(self.home), "utf-8")
 
     @classmethod
@@ -117,6 +125,12 @@ class EditedModel:
                 )
         align_weights(model)
         return (model, info) if wants_info else model
+
+
+def _leave_out_fused(_: Any, state_dict: dict[str, Tensor], *__: Any) -> None:
+    """Remove the tensors of fused projections, which a model that is built for loading does not have."""
+    for name in [name for name in state_dict if any(fused in name for fused in FUSED_PROJECTIONS)]:
+        del state_dict[name]
 
 
 def all_edits_of(model: Any) -> list[Edit]:
