@@ -7,7 +7,14 @@ from torch import nn
 
 from asdm import AsdmError, PruningPlan, analyze, build_student, fit_compensation
 from asdm.compensation import partial_calls
-from asdm.compensation.fitting import _states_around, fitted_tensors, prediction_error, predictions
+from asdm.compensation.fitting import (
+    _states_around,
+    fitted_tensors,
+    prediction_error,
+    predictions,
+    samples_to_fit,
+    samples_to_fit_trials,
+)
 from asdm.compensation.partial_calls import PartialCalls
 from asdm.compensation.projections import unit_projections
 from asdm.compensation.regression import RidgeRegression
@@ -157,6 +164,27 @@ def test_the_ridge_is_the_one_that_serves_the_other_half():
     # What serves the other half less than nothing at all is not used.
     assert fixed[2] == 1 and not fixed[0].any() and not fixed[1].any()
     torch.testing.assert_close(telling.solve()[0], 2 * torch.eye(20), atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize(("calls", "positions"), [(1, 48), (2, 23), (48, 1)])
+def test_a_single_sample_leaves_positions_to_validate_on(calls, positions):
+    features, noise = torch.randn(2, calls, 1, positions, 20, generator=torch.Generator().manual_seed(0))
+    nothing, identity = RidgeRegression(is_diagonal=False), RidgeRegression(is_diagonal=False)
+    for read, unrelated in zip(features, noise, strict=True):
+        nothing.add(read, unrelated)
+        identity.add(read, read)
+    weight, bias, left = nothing.solve()
+    assert weight.norm() < 0.5 and bias.norm() < 0.5 and left >= 0.9  # a fit to all rows explains 40% of the noise
+    torch.testing.assert_close(identity.solve()[0], torch.eye(20), atol=1e-2, rtol=0)
+
+
+def test_a_projection_that_is_tried_on_one_sample_is_not_overfitted(pipeline):
+    settings = {"data": "demo", "timesteps": 1, "samples": 1, "latency_rounds": 1}
+    fitted, plain = (analyze(pipeline, compensate=kind, **settings) for kind in ("linear", "none"))
+    for unit, removed in zip(fitted.units, plain.units, strict=True):
+        assert unit.sensitivity < 1.1 * removed.sensitivity, unit.name
+    assert samples_to_fit_trials(pipeline, 1) == samples_to_fit(pipeline)
+    assert samples_to_fit_trials(pipeline, 2) == 2
 
 
 def test_features_that_never_vary_leave_the_mean_as_the_map():

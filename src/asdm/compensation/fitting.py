@@ -118,6 +118,12 @@ def samples_to_fit(pipeline: DiffusionPipeline) -> int:
     return 32 if latent_shape(pipeline)[1] <= 32 else 4
 
 
+def samples_to_fit_trials(pipeline: DiffusionPipeline, samples: int) -> int:
+    """Return how many samples the projections of trials are fitted to: as many as the trials have, but a single one is
+    too few."""
+    return samples if samples > 1 else samples_to_fit(pipeline)
+
+
 @torch.no_grad()
 def fit_to_calls(
     teacher: Denoiser,

@@ -75,8 +75,7 @@ def calibration_calls(
     require_text_to_image(pipeline)
     denoiser = denoiser_of(pipeline)
     generator = torch.Generator().manual_seed(seed)
-    side = latent_shape(pipeline)[1]
-    samples = samples or (16 if side <= 32 else 1)
+    samples = samples or calibration_samples(pipeline)
     latents, conditioning = _latents_and_prompts(pipeline, data, prompts, samples, seed, generator)
     if not (torch.isfinite(latents).all() or is_random(pipeline)):
         raise AsdmError(
@@ -97,6 +96,11 @@ def calibration_calls(
         noisy = parameterization.add_noise(latents, noise, steps)
         calls.append(CalibrationCall(timestep, {**conditioning.denoiser_arguments(denoiser, noisy), "timestep": steps}))
     return calls
+
+
+def calibration_samples(pipeline: DiffusionPipeline) -> int:
+    """Return how many samples a calibration call has by default."""
+    return 16 if latent_shape(pipeline)[1] <= 32 else 1
 
 
 def require_calibration(pipeline: DiffusionPipeline, data: str | Path | None) -> None:
