@@ -136,7 +136,7 @@ def _refinement(
     tried, share = architecture.trials(free)
     worth = calls(timesteps * (1 + tried), samples, "student", forwards=timesteps * (1 + share))
     if compensate != "none":
-        worth += calls(timesteps, samples, "student")
+        worth += calls(timesteps, more, "student")
     return start + candidate + worth, start + candidate + worth * rounds + candidate * (rounds + _failures())
 
 
