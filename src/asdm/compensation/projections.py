@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from asdm.choices import CompensationKind
 from asdm.compensation.regression import RidgeRegression
-from asdm.data.calibration import CalibrationCall
+from asdm.data.calibration import CalibrationCall, squared_norm
 from asdm.edits import UnitEdit, edited
 from asdm.families import Branch, Denoiser, Unit, family_of
 from asdm.measure.hooks import swapped
@@ -63,7 +63,7 @@ def unit_projections(
                 norm = model.get_submodule(branch.norm)
                 hooks.enter_context(norm.register_forward_pre_hook(record_input(name), with_kwargs=True))
         for call in calls:
-            family.predict(model, call.arguments)
+            squared_norm(family.predict(model, call.arguments), call)  # what overflows cannot be fitted to
     return {name: regression.solve(ridge)[:2] for name, regression in regressions.items()}
 
 

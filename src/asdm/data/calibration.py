@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -96,6 +97,22 @@ def calibration_calls(
         noisy = parameterization.add_noise(latents, noise, steps)
         calls.append(CalibrationCall(timestep, {**conditioning.denoiser_arguments(denoiser, noisy), "timestep": steps}))
     return calls
+
+
+def squared_norm(prediction: Tensor, call: CalibrationCall) -> Tensor:
+    """Return |prediction|^2 in a call, which errors are relative to.
+
+    Raises:
+        AsdmError: it is zero or not finite.
+    """
+    square = prediction.float().square().sum()
+    if not 0 < float(square) < math.inf:
+        dtype = str(prediction.dtype).removeprefix("torch.")
+        raise AsdmError(
+            f"the prediction at time step {call.timestep} is not finite, or all zero, in {dtype}: the weights are "
+            "damaged, or the precision overflows; use float32 and undamaged weights"
+        )
+    return square
 
 
 def calibration_samples(pipeline: DiffusionPipeline) -> int:

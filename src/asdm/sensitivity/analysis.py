@@ -87,7 +87,7 @@ def analyze(
         The profile, with `unet_forwards` and `necessary_forwards` to judge its own cost by.
 
     Raises:
-        AsdmError: the data cannot be used.
+        AsdmError: the data cannot be used, or the denoiser's prediction is zero or not finite.
     """
     require_calibration(pipeline, data)
     started = time.perf_counter()
