@@ -6,7 +6,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from asdm import AsdmError, PruningPlan, analyze, build_student, fit_compensation
-from asdm.compensation import partial_calls
+from asdm.compensation import partial_calls, projections
 from asdm.compensation.fitting import (
     _states_around,
     fitted_tensors,
@@ -305,6 +305,30 @@ def test_a_gated_branch_is_fitted_from_what_it_reads_to_its_own_output(block_and
     read, output = states["norm2"][0], states["normed"][1]  # what enters the norm that goes with the branch
     left = (nn.functional.linear(read, *fitted["normed"]) - output).square().sum() / output.square().sum()
     assert 1e-3 < left < 0.3
+
+
+@torch.no_grad()
+def test_units_whose_sums_have_no_room_together_are_fitted_in_groups(block_and_calls, monkeypatch):
+    block, calls = block_and_calls
+    units = [Unit(name, "feed_forward") for name in ("gated", "normed", "direct")]
+    at_once = unit_projections(block, units, calls, "linear")
+    sums = 2 * 2 * 6 * 6 * 8  # halves, products, their rows and columns, bytes
+    monkeypatch.setattr(projections, "SUMS_BYTES", 2 * sums)
+    made, solved = [], []
+    block.register_forward_pre_hook(lambda *_: made.append(len(solved)))
+    solve = RidgeRegression.solve
+
+    def counted(regression, ridge):
+        assert all(half.values[2].nbytes + half.values[3].nbytes == sums / 2 for half in regression.halves)
+        solved.append(regression)
+        return solve(regression, ridge)
+
+    monkeypatch.setattr(RidgeRegression, "solve", counted)
+    in_groups = unit_projections(block, units, calls, "linear")
+    assert made == [0, 2]  # two are solved before the third one's sums begin
+    assert list(in_groups) == list(at_once)
+    for name, tensors in in_groups.items():
+        assert all(torch.equal(*pair) for pair in zip(tensors, at_once[name], strict=True)), name
 
 
 @torch.no_grad()

@@ -59,8 +59,8 @@ def analysis(
         work += calls(1, samples) + calls(timesteps * (1 + tried), samples, forwards=timesteps * passes)
     else:
         if compensate != "none":  # a fit of each unit alone
-            to_fit = samples_to_fit_trials(pipeline, samples)
-            work += calibration(pipeline, data, to_fit) + calls(timesteps, to_fit)
+            to_fit, passes = samples_to_fit_trials(pipeline, samples), architecture.passes_to_fit(compensate)
+            work += calibration(pipeline, data, to_fit) + calls(timesteps * passes, to_fit)
         tried, share = architecture.trials(choice.edit for choice in architecture.choices("none"))
         work += calls(timesteps * (1 + tried), samples, forwards=timesteps * (1 + share))
     return StepWork.exactly("analyse", work)
@@ -136,7 +136,7 @@ def _refinement(
     tried, share = architecture.trials(free)
     worth = calls(timesteps * (1 + tried), samples, "student", forwards=timesteps * (1 + share))
     if compensate != "none":
-        worth += calls(timesteps, more, "student")
+        worth += calls(timesteps * architecture.passes_to_fit(compensate), more, "student")
     return start + candidate + worth, start + candidate + worth * rounds + candidate * (rounds + _failures())
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from asdm import checks
 from asdm.choices import CompensationKind, Sensitivity
 from asdm.compensation.fitting import samples_to_fit_trials
-from asdm.compensation.projections import ProjectionTensors, unit_projections
+from asdm.compensation.projections import ProjectionTensors, fitted_together, unit_projections
 from asdm.data.calibration import CalibrationCall, calibration_calls, calibration_samples, require_calibration
 from asdm.diffusion.conditioning import latent_shape
 from asdm.diffusion.kinds import is_random
@@ -172,6 +172,11 @@ class _Subject:
         return [*trials_of(self.model, removals, projections), *trials_of(self.model, self.others)]
 
     @property
+    def channels(self) -> dict[str, int]:
+        """The channels of each unit's hidden states."""
+        return {unit.name: family_of(self.model).branch(self.model, unit.name).channels for unit in self.units}
+
+    @property
     def necessary_forwards(self) -> float:
         """The least number of calls that an exact ablation takes for each calibration call."""
         return 1 + sum(self.costs.forwards_after[trial.layer] for trial in self.trials())
@@ -198,7 +203,8 @@ def _ablate(
     """Try each edit; return the errors and what that took in denoiser calls."""
     projections = unit_projections(subject.model, subject.units, fit_calls, compensate) if fit_calls else {}
     errors, forwards = ablate(subject.model, subject.trials(compensate, projections), calls, progress)
-    fitted = sum(_samples(subject.model, call) for call in fit_calls)
+    passes = len(fitted_together(subject.channels, compensate))
+    fitted = passes * sum(_samples(subject.model, call) for call in fit_calls)
     return errors, forwards + fitted / _samples(subject.model, calls[0])
 
 
