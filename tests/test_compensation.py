@@ -6,8 +6,15 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from asdm import AsdmError, PruningPlan, analyze, build_student, fit_compensation
-from asdm.compensation import partial_calls
-from asdm.compensation.fitting import _states_around, fitted_tensors, prediction_error, predictions
+from asdm.compensation import partial_calls, projections
+from asdm.compensation.fitting import (
+    _states_around,
+    fitted_tensors,
+    prediction_error,
+    predictions,
+    samples_to_fit,
+    samples_to_fit_trials,
+)
 from asdm.compensation.partial_calls import PartialCalls
 from asdm.compensation.projections import unit_projections
 from asdm.compensation.regression import RidgeRegression
@@ -159,6 +166,27 @@ def test_the_ridge_is_the_one_that_serves_the_other_half():
     torch.testing.assert_close(telling.solve()[0], 2 * torch.eye(20), atol=1e-2, rtol=0)
 
 
+@pytest.mark.parametrize(("calls", "positions"), [(1, 48), (2, 23), (48, 1)])
+def test_a_single_sample_leaves_positions_to_validate_on(calls, positions):
+    features, noise = torch.randn(2, calls, 1, positions, 20, generator=torch.Generator().manual_seed(0))
+    nothing, identity = RidgeRegression(is_diagonal=False), RidgeRegression(is_diagonal=False)
+    for read, unrelated in zip(features, noise, strict=True):
+        nothing.add(read, unrelated)
+        identity.add(read, read)
+    weight, bias, left = nothing.solve()
+    assert weight.norm() < 0.5 and bias.norm() < 0.5 and left >= 0.9  # a fit to all rows explains 40% of the noise
+    torch.testing.assert_close(identity.solve()[0], torch.eye(20), atol=1e-2, rtol=0)
+
+
+def test_a_projection_that_is_tried_on_one_sample_is_not_overfitted(pipeline):
+    settings = {"data": "demo", "timesteps": 1, "samples": 1, "latency_rounds": 1}
+    fitted, plain = (analyze(pipeline, compensate=kind, **settings) for kind in ("linear", "none"))
+    for unit, removed in zip(fitted.units, plain.units, strict=True):
+        assert unit.sensitivity < 1.1 * removed.sensitivity, unit.name
+    assert samples_to_fit_trials(pipeline, 1) == samples_to_fit(pipeline)
+    assert samples_to_fit_trials(pipeline, 2) == 2
+
+
 def test_features_that_never_vary_leave_the_mean_as_the_map():
     regression = RidgeRegression(is_diagonal=False)
     regression.add(torch.ones(8, 3, 4), torch.full((8, 3, 2), 5.0))
@@ -277,6 +305,30 @@ def test_a_gated_branch_is_fitted_from_what_it_reads_to_its_own_output(block_and
     read, output = states["norm2"][0], states["normed"][1]  # what enters the norm that goes with the branch
     left = (nn.functional.linear(read, *fitted["normed"]) - output).square().sum() / output.square().sum()
     assert 1e-3 < left < 0.3
+
+
+@torch.no_grad()
+def test_units_whose_sums_have_no_room_together_are_fitted_in_groups(block_and_calls, monkeypatch):
+    block, calls = block_and_calls
+    units = [Unit(name, "feed_forward") for name in ("gated", "normed", "direct")]
+    at_once = unit_projections(block, units, calls, "linear")
+    sums = 2 * 2 * 6 * 6 * 8  # halves, products, their rows and columns, bytes
+    monkeypatch.setattr(projections, "SUMS_BYTES", 2 * sums)
+    made, solved = [], []
+    block.register_forward_pre_hook(lambda *_: made.append(len(solved)))
+    solve = RidgeRegression.solve
+
+    def counted(regression, ridge):
+        assert all(half.values[2].nbytes + half.values[3].nbytes == sums / 2 for half in regression.halves)
+        solved.append(regression)
+        return solve(regression, ridge)
+
+    monkeypatch.setattr(RidgeRegression, "solve", counted)
+    in_groups = unit_projections(block, units, calls, "linear")
+    assert made == [0, 2]  # two are solved before the third one's sums begin
+    assert list(in_groups) == list(at_once)
+    for name, tensors in in_groups.items():
+        assert all(torch.equal(*pair) for pair in zip(tensors, at_once[name], strict=True)), name
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from asdm.planning.speedup import measured_speedup
 from asdm.sensitivity.analysis import structure_map
 from asdm.sensitivity.profile import RedundancyMap, UnitRecord
 from asdm.student.build import empty_student
-from conftest import tiny_pipeline, tiny_unet
+from conftest import profile_by_hand, tiny_pipeline, tiny_unet
 
 
 def record(name, parent=None, sensitivity=1.0, cost=1.0):
@@ -283,6 +283,16 @@ def test_a_map_with_an_edit_that_is_not_of_a_unit_is_refused(redundancy):
     record = redundancy.others[0].model_copy(update={"edit": {"edit": "drop_layers", "layers_per_block": 1}})
     with pytest.raises(AsdmError, match="not an edit of one unit"):
         make_plan(redundancy.model_copy(update={"others": [record]}), macs=0.7)
+
+
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_profile_that_is_not_finite_is_refused_by_the_edits_name(pipeline, value, portable):
+    profile = profile_by_hand(pipeline)
+    bad = profile.units[3].model_copy(update={"sensitivity": value})
+    profile = profile.model_copy(update={"units": [*profile.units[:3], bad, *profile.units[4:]]})
+    with pytest.raises(AsdmError, match=f"^remove {bad.name}.*: sensitivity={value}: must be finite"):
+        make_plan(profile, params=0.8, portable=portable)
 
 
 def test_a_full_plan_is_refined_and_has_expert_kernels(pipeline):

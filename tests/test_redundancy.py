@@ -1,6 +1,7 @@
 """The map tells what removal of each unit costs and saves, and its shortcut is exact."""
 
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from asdm.data.calibration import CalibrationCall, calibration_calls
 from asdm.edits import Remove
 from asdm.evaluation.plots import redundancy_plot
 from asdm.families.unet_structure import removable_units
-from asdm.sensitivity.ablation import ablate, trials_of
-from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline
+from asdm.sensitivity.ablation import UNAFFORDABLE, Trial, ablate, trials_of
+from asdm.sensitivity.taylor import taylor_sensitivity
+from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline, unet_inputs
 
 
 def removals(unet, units):
@@ -32,8 +34,6 @@ def naive_errors(unet, arguments, units):
 @pytest.mark.parametrize("make", [tiny_pipeline, tiny_sdxl_pipeline])
 def test_replaying_prefixes_gives_the_errors_of_real_removals(make):
     unet = make().unet
-    from conftest import unet_inputs
-
     arguments = unet_inputs(unet)
     units = removable_units(unet)
     with torch.no_grad():
@@ -141,8 +141,6 @@ def test_taylor_estimate_is_the_first_order_move_of_the_prediction():
     """With branches scaled to a hundredth, removal moves the prediction by what the derivative says."""
     from scipy.stats import spearmanr
 
-    from asdm.sensitivity.taylor import taylor_sensitivity
-
     unet = tiny_pipeline().unet
     with torch.no_grad():
         for name, parameter in unet.named_parameters():
@@ -167,6 +165,38 @@ def test_taylor_estimate_is_the_first_order_move_of_the_prediction():
     assert before == [parameter.requires_grad for parameter in unet.parameters()]
     assert all(parameter.grad is None for parameter in unet.parameters())
     assert not any(module._forward_hooks for module in unet.modules())
+
+
+@pytest.mark.parametrize(("sensitivity", "value"), [("ablation", float("nan")), ("taylor", 0.0)])
+def test_predictions_that_say_nothing_are_named_by_their_time_step(pipeline, sensitivity, value):
+    pipeline.unet.conv_out.weight.data.fill_(value)
+    pipeline.unet.conv_out.bias.data.zero_()
+    with pytest.raises(AsdmError, match="time step 500 is not finite, or all zero, in float32"):
+        analyze(pipeline, data="demo", sensitivity=sensitivity, timesteps=1, samples=2, latency_rounds=1)
+
+
+@torch.no_grad()
+def test_a_trial_whose_prediction_overflows_is_dearer_than_all_others(unet):
+    @contextmanager
+    def overflowing():
+        kept = unet.conv_out.bias.clone()
+        unet.conv_out.bias.fill_(float("inf"))
+        yield
+        unet.conv_out.bias.copy_(kept)
+
+    units = removable_units(unet)[:2]
+    trials = [*removals(unet, units), Trial("overflows", "up_blocks.3.resnets.1", overflowing)]
+    errors, _ = ablate(unet, trials, [CalibrationCall(321, unet_inputs(unet))], None)
+    assert errors["overflows"] == {321: UNAFFORDABLE}
+    assert all(0 < errors[unit.name][321] < 100 for unit in units)
+
+
+def test_a_gradient_that_overflows_is_named_by_its_unit(unet):
+    units, arguments = removable_units(unet)[:1], unet_inputs(unet)
+    layer = unet.get_submodule("up_blocks.3.resnets.1")
+    layer.register_full_backward_hook(lambda _module, inputs, _: (inputs[0] * float("inf"), *inputs[1:]))
+    with pytest.raises(AsdmError, match=f"^{units[0].name}: its gradient at time step 321 is not finite"):
+        taylor_sensitivity(unet, units, [CalibrationCall(321, arguments)], probes=1)
 
 
 def test_taylor_map_says_how_it_was_made_and_what_it_cost():

@@ -3,9 +3,11 @@
 from contextlib import ExitStack
 
 import pytest
+import torch
 
 from asdm import AsdmError, CondConv, PruningPlan, Remove, analyze, build_student, fit_compensation, make_plan
 from asdm.compensation.fitting import prediction_error, predictions
+from asdm.compensation.projections import unit_projections
 from asdm.data.calibration import calibration_calls
 from asdm.edits import restored
 from asdm.families import family_of
@@ -13,6 +15,7 @@ from asdm.measure.latency import Ratio
 from asdm.planning.possible_edits import possible_edits
 from asdm.planning.program import least_sensitive
 from asdm.planning.refine import refine_plan
+from asdm.sensitivity.ablation import ablate
 from conftest import predict, tiny_pipeline
 
 
@@ -79,6 +82,25 @@ def test_the_measured_sensitivity_is_that_of_the_fitted_student(pipeline, redund
     calls = calibration_calls(pipeline, None, None, 2, 4, 5)
     error = prediction_error(student, calls, predictions(pipeline.unet, calls))
     assert plan.metrics.measured_sensitivity == pytest.approx(error, rel=1e-5)
+
+
+def test_further_edits_are_fitted_to_other_calls_than_they_are_judged_by(pipeline, redundancy, monkeypatch):
+    fitted_to, judged_by = [], []
+
+    def fit(model, units, calls, kind):
+        fitted_to.extend(calls)
+        return unit_projections(model, units, calls, kind)
+
+    def judge(model, trials, calls, *others):
+        judged_by.extend(calls)
+        return ablate(model, trials, calls, *others)
+
+    monkeypatch.setattr("asdm.planning.refine.unit_projections", fit)
+    monkeypatch.setattr("asdm.planning.refine.ablate", judge)
+    refine_plan(pipeline, redundancy, make_plan(redundancy, macs=0.9), timesteps=1, samples=2, rounds=1)
+    for fitted, judged in zip(fitted_to, judged_by, strict=True):
+        assert fitted.timestep == judged.timestep
+        assert not torch.equal(fitted.arguments["sample"], judged.arguments["sample"])
 
 
 def test_restoring_every_edit_gives_the_teacher_back(pipeline, redundancy):

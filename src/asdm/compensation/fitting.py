@@ -22,7 +22,7 @@ from asdm.compensation.partial_calls import PartialCalls
 from asdm.compensation.projections import add_projection, by_position, projection_features
 from asdm.compensation.regression import RidgeRegression
 from asdm.compensation.shorter import fit_shorter, fitted_edit
-from asdm.data.calibration import CalibrationCall, calibration_calls
+from asdm.data.calibration import CalibrationCall, calibration_calls, squared_norm
 from asdm.diffusion.conditioning import latent_shape
 from asdm.edits import UnitEdit, compensated
 from asdm.errors import AsdmError
@@ -118,6 +118,12 @@ def samples_to_fit(pipeline: DiffusionPipeline) -> int:
     return 32 if latent_shape(pipeline)[1] <= 32 else 4
 
 
+def samples_to_fit_trials(pipeline: DiffusionPipeline, samples: int) -> int:
+    """Return how many samples the projections of trials are fitted to: as many as the trials have, but a single one is
+    too few."""
+    return samples if samples > 1 else samples_to_fit(pipeline)
+
+
 @torch.no_grad()
 def fit_to_calls(
     teacher: Denoiser,
@@ -148,8 +154,8 @@ def predictions(unet: Denoiser, calls: Sequence[CalibrationCall]) -> list[Tensor
 def prediction_error(student: Denoiser, calls: Sequence[CalibrationCall], expected: Sequence[Tensor]) -> float:
     """|student - teacher|^2 / |teacher|^2 of the prediction, averaged over the calls; `expected` is the teacher's."""
     errors = []
-    for found, reference in zip(predictions(student, calls), expected, strict=True):
-        errors.append(float((found.float() - reference.float()).square().sum() / reference.float().square().sum()))
+    for call, found, reference in zip(calls, predictions(student, calls), expected, strict=True):
+        errors.append(float((found.float() - reference.float()).square().sum() / squared_norm(reference, call)))
     return sum(errors) / len(errors)
 
 

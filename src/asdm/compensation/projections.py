@@ -5,7 +5,7 @@ What a projection reads, and what it is fitted to, follows from the family's `Br
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from typing import Any
@@ -15,15 +15,31 @@ from torch import Tensor, nn
 
 from asdm.choices import CompensationKind
 from asdm.compensation.regression import RidgeRegression
-from asdm.data.calibration import CalibrationCall
+from asdm.data.calibration import CalibrationCall, squared_norm
 from asdm.edits import UnitEdit, edited
 from asdm.families import Branch, Denoiser, Unit, family_of
 from asdm.measure.hooks import swapped
 
 ProjectionTensors = tuple[Tensor, Tensor]  # weight (out, in) or (channels,), bias (out,)
+FLOAT64 = 8  # bytes
+SUMS_BYTES = 4 * 2**30  # about the most that the sums of units take that are fitted together
 
 
-@torch.no_grad()
+def fitted_together(channels: Mapping[str, int], kind: CompensationKind) -> list[list[str]]:
+    """Return units, given with their channels, in groups whose sums take at most `SUMS_BYTES`: each group is fitted in
+    one call of the model for each calibration call."""
+    groups: list[list[str]] = []
+    taken = 0
+    for name, count in channels.items():
+        size = 2 * FLOAT64 * 2 * (count**2 if kind == "linear" else count)  # two halves, of two products each
+        if not groups or taken + size > SUMS_BYTES:
+            groups.append([])
+            taken = 0
+        groups[-1].append(name)
+        taken += size
+    return groups
+
+
 def unit_projections(
     model: Denoiser,
     units: Sequence[Unit],
@@ -31,11 +47,26 @@ def unit_projections(
     kind: CompensationKind,
     ridge: float | None = None,
 ) -> dict[str, ProjectionTensors]:
-    """Fit, for each unit alone, the projection that best replaces its branch: one call of the model for each of
-    `calls`."""
+    """Fit, for each unit alone, the projection that best replaces its branch."""
+    branches = {unit.name: family_of(model).branch(model, unit.name) for unit in units}
+    channels = {name: branch.channels for name, branch in branches.items()}
+    fitted: dict[str, ProjectionTensors] = {}
+    for names in fitted_together(channels, kind):
+        fitted |= _group_projections(model, {name: branches[name] for name in names}, calls, kind, ridge)
+    return fitted
+
+
+@torch.no_grad()
+def _group_projections(
+    model: Denoiser,
+    branches: Mapping[str, Branch],
+    calls: Sequence[CalibrationCall],
+    kind: CompensationKind,
+    ridge: float | None,
+) -> dict[str, ProjectionTensors]:
+    """Fit the projections of some branches: one call of the model for each of `calls`."""
     family = family_of(model)
-    branches = {unit.name: family.branch(model, unit.name) for unit in units}
-    regressions = {unit.name: RidgeRegression(is_diagonal=kind == "diagonal") for unit in units}
+    regressions = {name: RidgeRegression(is_diagonal=kind == "diagonal") for name in branches}
     before_norm: dict[str, Tensor] = {}
 
     def record_input(name: str) -> Callable[..., None]:
@@ -63,7 +94,7 @@ def unit_projections(
                 norm = model.get_submodule(branch.norm)
                 hooks.enter_context(norm.register_forward_pre_hook(record_input(name), with_kwargs=True))
         for call in calls:
-            family.predict(model, call.arguments)
+            squared_norm(family.predict(model, call.arguments), call)  # what overflows cannot be fitted to
     return {name: regression.solve(ridge)[:2] for name, regression in regressions.items()}
 
 

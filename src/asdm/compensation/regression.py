@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-DEFAULT_RIDGE = 1e-3  # where a single sample leaves nothing to validate on
+DEFAULT_RIDGE = 1e-3  # where a single row leaves nothing to validate on
 RIDGES = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, math.inf)
 
 
@@ -31,9 +31,9 @@ class Solution(NamedTuple):
 class RidgeRegression:
     """Least squares of targets (samples, positions, out) on features (samples, positions, in) and a constant.
 
-    Only sums of products are stored, for samples of even and of odd index separately. The ridge is the one whose fit to
-    either half predicts the other half best: low-resolution levels have few positions, and an overfitted projection
-    harms the model elsewhere.
+    Only sums of products are stored, for samples of even and of odd index separately; where a single sample is added,
+    for each half of its positions. The ridge is the one whose fit to either half predicts the other half best:
+    low-resolution levels have few positions, and an overfitted projection harms the model elsewhere.
 
     Args:
         is_diagonal: regress each target on the feature of its own channel alone.
@@ -48,10 +48,17 @@ class RidgeRegression:
         if features.device.type == "mps":  # MPS has no float64
             features, targets = features.cpu(), targets.cpu()
         features, targets = features.double(), targets.double()
-        for number, half in enumerate(self.halves):
-            x, y = features[number::2].flatten(0, 1), targets[number::2].flatten(0, 1)
+        for half, x, y in zip(self.halves, self._halved(features), self._halved(targets), strict=True):
             products = [x.square().sum(0), (x * y).sum(0)] if self.is_diagonal else [x.mT @ x, x.mT @ y]
             half.add(len(x), float(y.square().sum()), [x.sum(0), y.sum(0), *products])
+
+    def _halved(self, samples: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rows of either half."""
+        if len(samples) != 1:
+            return samples[::2].flatten(0, 1), samples[1::2].flatten(0, 1)
+        even, odd = self.halves
+        middle = (samples.shape[1] + (even.count <= odd.count)) // 2
+        return samples[0, :middle], samples[0, middle:]
 
     def solve(self, ridge: float | None = None) -> Solution:
         """Solve for the projection.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -75,8 +76,7 @@ def calibration_calls(
     require_text_to_image(pipeline)
     denoiser = denoiser_of(pipeline)
     generator = torch.Generator().manual_seed(seed)
-    side = latent_shape(pipeline)[1]
-    samples = samples or (16 if side <= 32 else 1)
+    samples = samples or calibration_samples(pipeline)
     latents, conditioning = _latents_and_prompts(pipeline, data, prompts, samples, seed, generator)
     if not (torch.isfinite(latents).all() or is_random(pipeline)):
         raise AsdmError(
@@ -97,6 +97,27 @@ def calibration_calls(
         noisy = parameterization.add_noise(latents, noise, steps)
         calls.append(CalibrationCall(timestep, {**conditioning.denoiser_arguments(denoiser, noisy), "timestep": steps}))
     return calls
+
+
+def squared_norm(prediction: Tensor, call: CalibrationCall) -> Tensor:
+    """Return |prediction|^2 in a call, which errors are relative to.
+
+    Raises:
+        AsdmError: it is zero or not finite.
+    """
+    square = prediction.float().square().sum()
+    if not 0 < float(square) < math.inf:
+        dtype = str(prediction.dtype).removeprefix("torch.")
+        raise AsdmError(
+            f"the prediction at time step {call.timestep} is not finite, or all zero, in {dtype}: the weights are "
+            "damaged, or the precision overflows; use float32 and undamaged weights"
+        )
+    return square
+
+
+def calibration_samples(pipeline: DiffusionPipeline) -> int:
+    """Return how many samples a calibration call has by default."""
+    return 16 if latent_shape(pipeline)[1] <= 32 else 1
 
 
 def require_calibration(pipeline: DiffusionPipeline, data: str | Path | None) -> None:

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from asdm.choices import CompensationKind
+from asdm.compensation.projections import fitted_together
 from asdm.edits import UnitEdit, compensated
 from asdm.errors import AsdmError
 from asdm.families import Denoiser, family_of, macs_of_call
@@ -74,6 +75,10 @@ class Architecture:
     def student_share(self, student: Denoiser) -> float:
         """Return what a call of a student without weights takes, as a part of the original's, by MACs."""
         return macs_of_call(student).below() / 1e9 / self.structure.gmacs
+
+    def passes_to_fit(self, compensate: CompensationKind) -> int:
+        """Return how often each calibration call is made to fit each unit alone (`unit_projections`)."""
+        return len(fitted_together({unit.name: unit.channels for unit in self.structure.units}, compensate))
 
     def fitted(self, plan: PruningPlan) -> int:
         """Return how many of a plan's edits are fitted."""

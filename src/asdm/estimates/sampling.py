@@ -99,11 +99,6 @@ def calibration(pipeline: DiffusionPipeline, data: str | Path | None, samples: i
     return masks + sampling(pipeline, samples, OWN_STEPS, default_guidance(pipeline), at_once=samples)
 
 
-def calibration_samples(pipeline: DiffusionPipeline) -> int:
-    """Return how many samples a calibration call has by default."""
-    return 16 if latent_shape(pipeline)[1] <= 32 else 1
-
-
 def calibration_timesteps(pipeline: DiffusionPipeline) -> int:
     """Return at how many time steps an analysis calibrates by default."""
     return 2 if latent_shape(pipeline)[1] > 32 else 4

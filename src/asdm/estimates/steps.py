@@ -14,16 +14,11 @@ from diffusers import DiffusionPipeline
 
 from asdm.choices import IMAGE_TO_IMAGE_STRENGTH, CompensationKind, Sensitivity
 from asdm.compensation import partial_calls
-from asdm.compensation.fitting import samples_to_fit
+from asdm.compensation.fitting import samples_to_fit, samples_to_fit_trials
+from asdm.data.calibration import calibration_samples
 from asdm.diffusion.generation import default_guidance, is_random
 from asdm.estimates.architecture import HALF, Architecture
-from asdm.estimates.sampling import (
-    calibration,
-    calibration_samples,
-    calibration_timesteps,
-    judged_images,
-    sampling,
-)
+from asdm.estimates.sampling import calibration, calibration_timesteps, judged_images, sampling
 from asdm.estimates.work import Network, StepWork, Work, calls, total
 from asdm.evaluation import image_timing
 from asdm.evaluation.image_to_image import image_to_image_fault
@@ -64,7 +59,8 @@ def analysis(
         work += calls(1, samples) + calls(timesteps * (1 + tried), samples, forwards=timesteps * passes)
     else:
         if compensate != "none":  # a fit of each unit alone
-            work += calibration(pipeline, data, samples) + calls(timesteps, samples)
+            to_fit, passes = samples_to_fit_trials(pipeline, samples), architecture.passes_to_fit(compensate)
+            work += calibration(pipeline, data, to_fit) + calls(timesteps * passes, to_fit)
         tried, share = architecture.trials(choice.edit for choice in architecture.choices("none"))
         work += calls(timesteps * (1 + tried), samples, forwards=timesteps * (1 + share))
     return StepWork.exactly("analyse", work)
@@ -140,7 +136,7 @@ def _refinement(
     tried, share = architecture.trials(free)
     worth = calls(timesteps * (1 + tried), samples, "student", forwards=timesteps * (1 + share))
     if compensate != "none":
-        worth += calls(timesteps, samples, "student")
+        worth += calls(timesteps * architecture.passes_to_fit(compensate), more, "student")
     return start + candidate + worth, start + candidate + worth * rounds + candidate * (rounds + _failures())
 
 

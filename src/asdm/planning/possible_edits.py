@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,12 @@ class PossibleEdit:
     macs: float
     ms: float
     sensitivity: float
+
+    def __post_init__(self) -> None:
+        for name in ("parameters", "macs", "ms", "sensitivity"):
+            value = getattr(self, name)
+            if not math.isfinite(value):
+                raise AsdmError(f"{self.edit}: {name}={value}: must be finite; make the profile again")
 
 
 def possible_edits(redundancy: RedundancyMap, compensate: CompensationKind) -> list[PossibleEdit]:

@@ -144,7 +144,7 @@ class _Refinement:
 
     def run_round(self, note: Callable[[str], None] | None) -> None:
         """Measure what each edit is worth, and try plans near the best one until one is better or none is left."""
-        worth = _worth(self.teacher, self.best, self.choices, self.chosen, self.calls, self.references)
+        worth = _worth(self.teacher, self.best, self.choices, self.chosen, self.calls, self.fit_calls, self.references)
         repriced = [replace(choice, sensitivity=price) for choice, price in zip(self.choices, worth, strict=True)]
         start = [new for new, old in zip(repriced, self.choices, strict=True) if old in self.chosen]
         while self.can_improve:
@@ -210,6 +210,7 @@ def _worth(
     choices: Sequence[PossibleEdit],
     chosen: Sequence[PossibleEdit],
     calls: Sequence[CalibrationCall],
+    fit_calls: Sequence[CalibrationCall],
     references: Sequence[Tensor],
 ) -> list[float]:
     """Return how much nearer to the teacher the student would be without each chosen edit, or how much farther with
@@ -224,7 +225,7 @@ def _worth(
     units = [unit for unit in family.units(student) if unit.name in {choice.edit.unit for choice in free}]
     kinds: list[CompensationKind] = [choice.edit.compensation for choice in free if choice.edit.is_removal]
     kind = kinds[0] if kinds else "none"
-    projections = unit_projections(student, units, calls, kind) if kind != "none" else {}
+    projections = unit_projections(student, units, fit_calls, kind) if kind != "none" else {}
     trials = trials_of(student, [choice.edit for choice in free], projections)
     restorations = [_restoration(teacher, student, choice.edit) for choice in chosen]
     errors, _ = ablate(student, [*trials, *restorations], calls, None, references)

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from asdm import checks
 from asdm.choices import CompensationKind, Sensitivity
-from asdm.compensation.projections import ProjectionTensors, unit_projections
-from asdm.data.calibration import CalibrationCall, calibration_calls, require_calibration
+from asdm.compensation.fitting import samples_to_fit_trials
+from asdm.compensation.projections import ProjectionTensors, fitted_together, unit_projections
+from asdm.data.calibration import CalibrationCall, calibration_calls, calibration_samples, require_calibration
 from asdm.diffusion.conditioning import latent_shape
 from asdm.diffusion.kinds import is_random
 from asdm.edits import Remove, UnitEdit, candidate_edits
@@ -76,7 +77,8 @@ def analyze(
             Taylor's estimate is of plain removal.
         timesteps: at how many time steps, the middles of equal parts of the schedule; by default 4, at more than
             32x32 latents 2.
-        samples: how many images or prompts; by default 16 at up to 32x32 latents, else 1.
+        samples: how many images or prompts; by default 16 at up to 32x32 latents, else 1. Projections are fitted to as
+            many others, but a single one is too few: then to as many as `fit_compensation` takes.
         latency_rounds: the least number of timed denoiser calls at batch 2 (one image with guidance); more follow on a
             busy machine.
         progress: called with units done, units in all, and the unit's name.
@@ -85,7 +87,7 @@ def analyze(
         The profile, with `unet_forwards` and `necessary_forwards` to judge its own cost by.
 
     Raises:
-        AsdmError: the data cannot be used.
+        AsdmError: the data cannot be used, or the denoiser's prediction is zero or not finite.
     """
     require_calibration(pipeline, data)
     started = time.perf_counter()
@@ -94,23 +96,26 @@ def analyze(
     if sensitivity == "taylor":
         compensate = "none"
     timesteps = timesteps or (2 if latent_shape(pipeline)[1] > 32 else 4)
+    samples = samples or calibration_samples(pipeline)
     model = denoiser_of(pipeline)
-    calibration = partial(calibration_calls, pipeline, data, prompts, timesteps, samples)
+    calibration = partial(calibration_calls, pipeline, data, prompts, timesteps)
     with preserve_module_state(model):
         model.eval()
         subject = _measure(model, latency_rounds, progress)
-        calls = calibration(seed)
+        calls = calibration(samples, seed)
         if sensitivity == "taylor":
             errors, forwards = _estimate(subject, calls, seed, progress)
         else:
-            fit_calls = calibration(seed + 1) if compensate != "none" else []  # other noise than they are tried on
+            fit_calls = []
+            if compensate != "none":  # other noise than they are tried on
+                fit_calls = calibration(samples_to_fit_trials(pipeline, samples), seed + 1)
             errors, forwards = _ablate(subject, calls, fit_calls, compensate, progress)
     return _map(
         subject,
         errors,
         model=str(pipeline.config.get("_name_or_path") or ""),
         timesteps=[call.timestep for call in calls],
-        prompts=len(calls[0].arguments[family_of(model).sample_argument]),
+        prompts=_samples(model, calls[0]),
         seed=seed,
         estimator=sensitivity,
         compensate=compensate,
@@ -167,6 +172,11 @@ class _Subject:
         return [*trials_of(self.model, removals, projections), *trials_of(self.model, self.others)]
 
     @property
+    def channels(self) -> dict[str, int]:
+        """The channels of each unit's hidden states."""
+        return {unit.name: family_of(self.model).branch(self.model, unit.name).channels for unit in self.units}
+
+    @property
     def necessary_forwards(self) -> float:
         """The least number of calls that an exact ablation takes for each calibration call."""
         return 1 + sum(self.costs.forwards_after[trial.layer] for trial in self.trials())
@@ -193,7 +203,13 @@ def _ablate(
     """Try each edit; return the errors and what that took in denoiser calls."""
     projections = unit_projections(subject.model, subject.units, fit_calls, compensate) if fit_calls else {}
     errors, forwards = ablate(subject.model, subject.trials(compensate, projections), calls, progress)
-    return errors, forwards + len(fit_calls)
+    passes = len(fitted_together(subject.channels, compensate))
+    fitted = passes * sum(_samples(subject.model, call) for call in fit_calls)
+    return errors, forwards + fitted / _samples(subject.model, calls[0])
+
+
+def _samples(model: Denoiser, call: CalibrationCall) -> int:
+    return len(call.arguments[family_of(model).sample_argument])
 
 
 def _estimate(

@@ -10,6 +10,7 @@ place of a loss, whose gradient vanishes at the teacher). The result is in the a
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from asdm.data.calibration import CalibrationCall
+from asdm.data.calibration import CalibrationCall, squared_norm
 from asdm.edits import UnitEdit
+from asdm.errors import AsdmError
 from asdm.families import Branch, Denoiser, Unit, family_of
 from asdm.measure.hooks import outputs_of
 
@@ -47,6 +49,9 @@ def taylor_sensitivity(
         probes: random projections for each call: one forward pass, and a backward pass for each.
         progress: called with calls done, calls in all, and what is done.
         on_call: called with each call, the outputs of the modules named in `recorded`, and the prediction.
+
+    Raises:
+        AsdmError: a prediction is zero or not finite, or a gradient is not finite.
     """
     errors: dict[str, dict[int, float]] = {unit.name: {} for unit in units}
     errors |= {edit.trial_name: {} for edit in edits}
@@ -57,10 +62,16 @@ def taylor_sensitivity(
         for index, call in enumerate(calls):
             with outputs_of(model, recorded) as outputs:
                 products, prediction = _projected(model, units, edits, call, probes, generator)
-            square = prediction.float().square().sum()
+            square = squared_norm(prediction, call)
             for name, by_timestep in errors.items():
                 moved = sum(product.square().sum() for product in products[name])
-                by_timestep[call.timestep] = float(moved / square) / probes
+                error = float(moved / square) / probes
+                if not math.isfinite(error):
+                    raise AsdmError(
+                        f"{name}: its gradient at time step {call.timestep} is not finite; use float32, or "
+                        "sensitivity by ablation"
+                    )
+                by_timestep[call.timestep] = error
             if on_call is not None:
                 on_call(call, outputs, prediction)
             if progress is not None:
