@@ -17,12 +17,13 @@ from asdm.measure.macs import counting_macs
 from asdm.pipelines.random_models import UNETS, random_unet
 from asdm.planning.full_plan import full_plan
 from asdm.planning.possible_edits import possible_edits
+from asdm.planning.presets import require_preset
 from asdm.planning.program import least_sensitive, most_saved
 from asdm.planning.speedup import measured_speedup
-from asdm.sensitivity.analysis import structure_map
+from asdm.sensitivity.analysis import plain_config, structure_map
 from asdm.sensitivity.profile import RedundancyMap, UnitRecord
 from asdm.student.build import empty_student
-from conftest import tiny_pipeline, tiny_unet
+from conftest import profile_by_hand, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet
 
 
 def record(name, parent=None, sensitivity=1.0, cost=1.0):
@@ -162,7 +163,12 @@ def full_size_map(shape):
         unet = UNet2DConditionModel(**UNETS[shape])
     units = [record(unit.name, unit.parent).model_copy(update={"kind": unit.kind}) for unit in removable_units(unet)]
     redundancy = RedundancyMap.model_construct(
-        model="", units=units, others=[], fingerprint=fingerprint(unet), latency_ms=1e6
+        model="",
+        units=units,
+        others=[],
+        unet_config=plain_config(unet),
+        fingerprint=fingerprint(unet),
+        latency_ms=1e6,
     )
     return unet, redundancy
 
@@ -175,6 +181,35 @@ def test_a_preset_that_leaves_too_few_levels_is_refused_by_its_name(preset, leve
         AsdmError, match=f"^{preset}: keeps 2 levels at least, and this UNet has {levels}; give a budget"
     ):
         make_plan(structure_map(unet), preset=preset, unet=unet)
+
+
+def test_a_preset_whose_student_cannot_be_built_is_refused():
+    """SDXL's lowest-resolution level changes the channels, so it cannot go."""
+    redundancy = profile_by_hand(tiny_sdxl_pipeline())
+    with pytest.raises(AsdmError, match=r"^bk-tiny: a preset for models of another shape \(levels=2: .*give a budget"):
+        make_plan(redundancy, preset="bk-tiny")
+    unet = tiny_sdxl_pipeline().unet
+    with pytest.raises(AsdmError, match=r"^bk-tiny: a preset for models of another shape"):
+        require_preset(unet, "bk-tiny")
+    assert require_preset(unet, "bk-small").edit is not None
+
+
+def test_expert_kernels_do_not_go_with_dropped_layers(redundancy):
+    plan = make_plan(redundancy, preset="bk-base")
+    with pytest.raises(AsdmError, match=r"^drop_layers: goes with no other edit, so with no expert kernels; leave"):
+        add_cond_conv(plan, random_unet(redundancy.unet_config), params=0.2)
+    with pytest.raises(AsdmError, match=r"^drop_layers: goes with no other edit"):
+        full_plan(redundancy, budget={"preset": "bk-base"}, experts=0.2)
+
+
+def test_a_student_with_expert_kernels_gets_more_beside_them(pipeline):
+    plan = make_plan(profile_by_hand(pipeline), macs=0.85)
+    first = add_cond_conv(plan, pipeline.unet, params=0.3)
+    pipeline.unet = build_student(pipeline.unet, first)
+    more = add_cond_conv(make_plan(profile_by_hand(pipeline), macs=0.8), pipeline.unet, params=0.5)
+    mixed = [[edit.unit for edit in made.edits if isinstance(edit, CondConv)] for made in (first, more)]
+    assert mixed[1] and not set(mixed[0]) & set(mixed[1])
+    build_student(pipeline.unet, more)
 
 
 @pytest.mark.parametrize(("preset", "published"), [("bk-base", 579.4), ("bk-small", 482.3), ("bk-tiny", 323.4)])

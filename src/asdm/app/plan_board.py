@@ -15,6 +15,7 @@ from asdm.edits import Edit
 from asdm.errors import AsdmError
 from asdm.evaluation.unit_colours import PART_LETTERS, UNIT_LETTERS, SensitivityColours
 from asdm.families import block_of
+from asdm.planning.finished import finished
 from asdm.planning.possible_edits import PossibleEdit, plan_of, possible_edits, predicted_speedup
 from asdm.planning.program import least_sensitive, most_saved
 from asdm.sensitivity.profile import RedundancyMap, UnitRecord
@@ -153,12 +154,12 @@ class PlanBoard:
         """Return the plan of the chosen edits.
 
         Raises:
-            AsdmError: no edit is chosen.
+            AsdmError: no edit is chosen, or no student can be built by them.
         """
         if not self.chosen and not self.others:
             raise AsdmError("the plan is empty; click units, or ask for the best plan")
         plan = plan_of(self.redundancy, self.chosen_edits, {})
-        return plan.model_copy(update={"edits": [*plan.edits, *self.others]})
+        return finished(self.redundancy, plan.model_copy(update={"edits": [*plan.edits, *self.others]}))
 
     def whole_blocks(self) -> dict[str, tuple[UnitRecord, list[str]]]:
         """Return the blocks that an edit removes whole: what that saves and costs, and the blocks that go with it."""

@@ -35,13 +35,21 @@ def denoiser_without_weights(model: str) -> Denoiser:
     """
     exported = _exported_config(Path(model))
     if exported is not None:
-        return _built(UNetFamily(), exported, model)
+        return denoiser_of_config(UNetFamily(), exported, model)
     if Path(model).is_file() or (model.startswith(RANDOM) and model.removeprefix(RANDOM) not in UNETS):
         return denoiser_of(load_pipeline(model)).to("meta")
-    return _built(*_config(model), model)
+    return denoiser_of_config(*_config(model), model)
 
 
-def _built(family: ModelFamily, config: dict[str, Any], model: str) -> Denoiser:
+def denoiser_of_config(family: ModelFamily, config: dict[str, Any], model: str) -> Denoiser:
+    """Make a denoiser of a family and config, edits included, on the meta device.
+
+    Args:
+        model: what errors call it.
+
+    Raises:
+        AsdmError: the config is of no denoiser, or of one that is too large.
+    """
     try:
         require_plausible(config, model)
         with init_empty_weights(include_buffers=True), bounded_modules(model):

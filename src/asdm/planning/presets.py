@@ -6,12 +6,30 @@ from collections.abc import Sequence
 
 from asdm.edits import GriAttention
 from asdm.errors import AsdmError
-from asdm.families import Preset, families
+from asdm.families import Denoiser, Preset, families, family_of
+from asdm.planning.finished import not_for_this_model
 from asdm.planning.possible_edits import PossibleEdit, plan_of, possible_edits
 from asdm.sensitivity.profile import RedundancyMap
 from asdm.student.plan import PruningPlan
+from asdm.student.surgery import model_without_weights
 
 PRESETS = tuple(name for family in families() for name in family.presets)
+
+
+def require_preset(denoiser: Denoiser, name: str) -> Preset:
+    """Return what a preset changes in a denoiser.
+
+    Raises:
+        AsdmError: the denoiser does not allow it.
+    """
+    family = family_of(denoiser)
+    preset = family.preset(name, family.units(denoiser))
+    if preset.edit is not None:
+        try:
+            model_without_weights(denoiser, [preset.edit])
+        except AsdmError as error:
+            raise not_for_this_model(name, error) from error
+    return preset
 
 
 def preset_plan(redundancy: RedundancyMap, name: str, choices: Sequence[PossibleEdit]) -> PruningPlan:
