@@ -13,7 +13,7 @@ from asdm.errors import AsdmError
 from asdm.families import Denoiser, macs_of_call
 from asdm.planning.finished import finished
 from asdm.planning.portable import portable_plan
-from asdm.planning.possible_edits import PossibleEdit, plan_of, possible_edits
+from asdm.planning.possible_edits import PossibleEdit, Resource, joint_savings, plan_of, possible_edits
 from asdm.planning.presets import PRESETS, preset_plan
 from asdm.planning.program import least_sensitive, most_saved
 from asdm.planning.speedup import plan_for_speedup
@@ -124,11 +124,11 @@ def make_plan(
         rounds = rounds or int(np.clip(10_000 / redundancy.latency_ms, 4, 10))
         plan = plan_for_speedup(redundancy, speedup, choices, unet, device, rounds, progress)
     elif params is not None:
-        chosen = _within("params", params, redundancy.parameters, choices, [c.parameters for c in choices])
+        chosen = _within("params", params, redundancy.parameters, choices, "parameters")
         plan = plan_of(redundancy, chosen, {"params": params})
     else:
         assert macs is not None
-        chosen = _within("macs", macs, redundancy.gmacs * 1e9, choices, [choice.macs for choice in choices])
+        chosen = _within("macs", macs, redundancy.gmacs * 1e9, choices, "macs")
         plan = plan_of(redundancy, chosen, {"macs": macs})
     return finished(redundancy, plan, preset)
 
@@ -145,13 +145,14 @@ def _require_portable(preset: str | None, compensate: CompensationKind | None) -
 
 
 def _within(
-    name: str, remaining: float, total: float, choices: list[PossibleEdit], savings: list[float]
+    name: str, remaining: float, total: float, choices: list[PossibleEdit], resource: Resource
 ) -> list[PossibleEdit]:
     """Return the least sensitive edits that leave no more than `remaining` of one resource."""
     kept = remaining if remaining <= 1 else remaining / total
-    chosen = least_sensitive(choices, savings, total * (1 - kept))
+    savings, pairs = [getattr(choice, resource) for choice in choices], joint_savings(choices, resource)
+    chosen = least_sensitive(choices, savings, total * (1 - kept), pairs=pairs)
     if chosen is None:
-        least = 1 - most_saved(choices, savings) / total
+        least = 1 - most_saved(choices, savings, pairs) / total
         raise AsdmError(
             f"{name}={remaining:g}: out of reach; between {least:.3f} and 1 of the original's "
             f"{total:.4g} can remain; ask for more"

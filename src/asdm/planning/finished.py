@@ -1,10 +1,13 @@
-"""Finished plans: whether a plan's student can be built, by building it without weights."""
+"""Finished plans: a plan's student is built without weights, by which it is possible, and its MACs are counted."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from asdm.errors import AsdmError
+from asdm.families import Denoiser, macs_of_call
 from asdm.pipelines.shapes import denoiser_of_config
 from asdm.sensitivity.profile import RedundancyMap
 from asdm.student.plan import PruningPlan
@@ -12,7 +15,8 @@ from asdm.student.surgery import model_without_weights
 
 
 def finished(redundancy: RedundancyMap, plan: PruningPlan, preset: str | None = None) -> PruningPlan:
-    """Return the plan once its student is built without weights.
+    """Return the plan once its student is built without weights, with the speed-up by the student's MACs where the
+    profile has no latencies to predict it by.
 
     Args:
         preset: the preset that the plan is of.
@@ -20,19 +24,32 @@ def finished(redundancy: RedundancyMap, plan: PruningPlan, preset: str | None = 
     Raises:
         AsdmError: the profile's model allows no such student.
     """
-    empty_student_of(redundancy, plan, preset)
-    return plan
+    student = _empty_student(redundancy, plan, preset)
+    if plan.metrics is None or redundancy.has_reliable_latencies:
+        return plan
+    speedup = redundancy.gmacs * 1e9 / max(_macs_of(student), 1)
+    metrics = plan.metrics.model_copy(update={"predicted_speedup": speedup})
+    return plan.model_copy(update={"metrics": metrics})
 
 
-def empty_student_of(redundancy: RedundancyMap, plan: PruningPlan, preset: str | None = None) -> Any:
-    """Build the student of a plan without weights (on the meta device), by the profile alone."""
-    model = denoiser_of_config(redundancy.family, redundancy.unet_config, redundancy.model or "the profile's model")
+def empty_teacher(redundancy: RedundancyMap) -> Denoiser:
+    """Build the denoiser of a profile without weights (on the meta device)."""
+    return denoiser_of_config(redundancy.family, redundancy.unet_config, redundancy.model or "the profile's model")
+
+
+def _empty_student(redundancy: RedundancyMap, plan: PruningPlan, preset: str | None) -> Any:
     try:
-        return model_without_weights(model, plan.edits)
+        return model_without_weights(empty_teacher(redundancy), plan.edits).to("meta")
     except AsdmError as error:
         if preset is None:
             raise
         raise not_for_this_model(preset, error) from error
+
+
+@torch.no_grad()
+def _macs_of(student: Denoiser) -> int:
+    """Count the MACs of a call of a student without weights."""
+    return macs_of_call(student.eval()).below()
 
 
 def not_for_this_model(preset: str, error: AsdmError) -> AsdmError:
