@@ -14,8 +14,10 @@ from asdm.families import denoiser_call, macs_of_call
 from asdm.families.tensors import fingerprint
 from asdm.families.unet_structure import removable_units
 from asdm.measure import latency
+from asdm.measure.latency import Ratio
 from asdm.measure.macs import counting_macs
 from asdm.pipelines.random_models import UNETS, random_unet
+from asdm.planning import portable
 from asdm.planning.full_plan import full_plan
 from asdm.planning.possible_edits import joint_savings, plan_of, possible_edits, saved_by
 from asdm.planning.presets import require_preset
@@ -147,6 +149,19 @@ def test_a_portable_plan_removes_no_more_than_its_budget_asks_for(resource):
     assert size <= 0.6 * total
     again = make_plan(redundancy, portable=True, **{resource: size / total * (1 + 1e-9)})
     assert again.metrics.predicted_sensitivity <= plan.metrics.predicted_sensitivity
+
+
+@pytest.mark.parametrize("measured", [[1.05, 1.1, 1.08], [1.001]])
+def test_a_portable_plan_that_misses_its_speedup_is_refused(measured, monkeypatch):
+    """After the last attempt, and where no student is predicted to be so much faster."""
+    found = iter(measured)
+    monkeypatch.setattr(portable, "measured_speedup", lambda *_: Ratio(value := next(found), value, value))
+    redundancy = profile_by_hand(tiny_pipeline())
+    speedup = 1.3 if len(measured) > 1 else 2.5
+    with pytest.raises(
+        AsdmError, match=rf"^portable: speedup={speedup}: .* measured {max(measured):.2f}x at most; ask"
+    ):
+        make_plan(redundancy, speedup=speedup, portable=True, unet=tiny_unet())
 
 
 def test_what_has_nothing_left_to_remove_has_no_plan(redundancy):
