@@ -19,7 +19,7 @@ from asdm.planning.possible_edits import PossibleEdit, Resource, plan_of, saved_
 from asdm.planning.program import EDIT_PRICE
 from asdm.planning.speedup import CORRECTIONS, MEASUREMENT_MARGIN, is_precise, measured_speedup, with_measured
 from asdm.sensitivity.profile import RedundancyMap
-from asdm.student.plan import PruningPlan
+from asdm.student.plan import PruningPlan, SpeedupBasis
 
 _ATTEMPTS = 3  # of plans for a measured speed-up
 
@@ -145,7 +145,8 @@ class _Search:
         blocks = sorted({*best.shape.edit.transformer_blocks, *best.blocks})
         fitted = self.fitted and bool(blocks or not best.shape.edit.mid_attention)
         edit = replace(best.shape.edit, transformer_blocks=blocks, fitted=fitted)
-        plan = plan_of(self.redundancy, best.removed, self.target, "latency" if resource == "ms" else "macs")
+        basis: SpeedupBasis = "latency" if resource == "ms" else "macs"
+        plan = plan_of(self.redundancy, best.removed, self.target, basis if "speedup" in self.target else None)
         return plan.model_copy(update={"edits": [edit]})
 
     def _removed(self, names: list[str]) -> list[PossibleEdit]:
