@@ -132,6 +132,7 @@ def test_every_mistake_is_one_line_and_status_2_and_leaves_nothing(run, model, t
         (tiny_pipeline, ["--preset", "bk-base", "--refine", "1"], "refine=1: does not go with bk-base, which drops"),
         (tiny_pipeline, ["--preset", "bk-base", "--experts", "0.1"], "experts=0.1: does not go with bk-base, which"),
         (tiny_sdxl_pipeline, ["--preset", "bk-tiny", "--refine", "1"], "bk-tiny: a preset for models of another shape"),
+        (tiny_pipeline, ["--preset", "a-sdm", "--config", "no/such"], "config no/such: no such folder or file"),
         (tiny_pixart_pipeline, ["--portable", "--macs", "0.8"], "portable: no shape of a smaller transformer is known"),
         (tiny_pixart_pipeline, ["--experts", "0.1", "--macs", "0.8"], "experts=0.1: a transformer has no convolutions"),
     ],

@@ -106,7 +106,7 @@ def plan(
     if source.endswith(".json"):
         redundancy = _saved_profile(source, refine, claims)
     elif preset is not None and not refine:
-        redundancy = _profile_for_preset(source, preset, experts)
+        redundancy = _profile_for_preset(source, preset, experts, claims)
     else:
         warn_of_skipped(data)
         pipeline = loading.load_model(source, device, **claims)
@@ -168,13 +168,13 @@ def _saved_profile(path: str, refine: int | None, claims: dict[str, Any]) -> Red
     return asdm.RedundancyMap.load(path)
 
 
-def _profile_for_preset(source: str, preset: str, experts: float | None) -> RedundancyMap:
+def _profile_for_preset(source: str, preset: str, experts: float | None, claims: dict[str, Any]) -> RedundancyMap:
     """Return the units alone, without weights or measurements: a preset's edits are fixed."""
     from asdm.pipelines.shapes import denoiser_without_weights
     from asdm.planning.full_plan import require_plannable
     from asdm.sensitivity.analysis import structure_map
 
-    denoiser = denoiser_without_weights(source)
+    denoiser = denoiser_without_weights(source, **claims)
     require_plannable(denoiser, preset=preset, experts=experts)
     return structure_map(denoiser, source)
 
