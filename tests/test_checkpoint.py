@@ -990,9 +990,15 @@ def test_only_a_lora_is_replaced_by_a_converted_one(tmp_path, monkeypatch):
 # -- portable plans ----------------------------------------------------------------------------------------
 
 
+def saved_parameters(unet, unit):
+    """The parameters of a unit without those of its shortcut, which stays."""
+    shortcut = FAMILY.branch(unet, unit).folds_into
+    return parameters(unet.get_submodule(unit)) - (0 if shortcut is None else parameters(unet.get_submodule(shortcut)))
+
+
 def profile(unet, sensitive="\0"):
     """A profile whose sensitivities grow with the parameters; units of this name are a thousand times as sensitive."""
-    sizes = {unit: parameters(unet.get_submodule(unit.name)) for unit in FAMILY.units(unet)}
+    sizes = {unit: saved_parameters(unet, unit.name) for unit in FAMILY.units(unet)}
     names, total = [unit.name for unit in sizes], parameters(unet)
 
     def costs(name, size):

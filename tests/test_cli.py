@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from asdm import PruningPlan, cli, save_pipeline
 from asdm.cli.output import print_skipped
 from asdm.files import write_text
-from conftest import lora_file, tiny_pipeline, tiny_unet
+from conftest import lora_file, tiny_pipeline, tiny_pixart_pipeline, tiny_sdxl_pipeline, tiny_unet
 
 
 @pytest.fixture
@@ -124,6 +124,28 @@ def test_every_mistake_is_one_line_and_status_2_and_leaves_nothing(run, model, t
         assert "Traceback" not in error
         left = sorted(path.name for path in tmp_path.iterdir() if path.name != "distilled.training")
         assert left == before, arguments
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        (tiny_pipeline, ["--preset", "bk-base", "--refine", "1"], "refine=1: does not go with bk-base, which drops"),
+        (tiny_pipeline, ["--preset", "bk-base", "--experts", "0.1"], "experts=0.1: does not go with bk-base, which"),
+        (tiny_sdxl_pipeline, ["--preset", "bk-tiny", "--refine", "1"], "bk-tiny: a preset for models of another shape"),
+        (tiny_pipeline, ["--preset", "a-sdm", "--config", "no/such"], "config no/such: no such folder or file"),
+        (tiny_pixart_pipeline, ["--portable", "--macs", "0.8"], "portable: no shape of a smaller transformer is known"),
+        (tiny_pixart_pipeline, ["--experts", "0.1", "--macs", "0.8"], "experts=0.1: a transformer has no convolutions"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused_before_the_analysis(run, tmp_path, monkeypatch, kind, arguments, message):
+    model = save_pipeline(kind(), tmp_path / "model")
+    for module in ("asdm", "asdm.compression.steps", "asdm.estimates.forecast"):
+        monkeypatch.setattr(f"{module}.{'Forecast' if 'forecast' in module else 'analyze'}", pytest.fail)
+    status, _, error = run("plan", model, *arguments)
+    assert status == 2 and f"error: {message}" in error
+    if "--refine" in arguments:
+        status, _, error = run("compress", model, "--out", "made", "--steps", "0", "--samples", "0", *arguments)
+        assert status == 2 and f"error: {message}" in error and not (tmp_path / "made").exists()
 
 
 def test_the_path_of_a_file_is_printed_as_it_is(run, model):

@@ -8,10 +8,11 @@ from torch import nn
 
 from asdm.edits import Remove, edited
 from asdm.families import denoiser_call, family_of
-from asdm.measure.latency import measure_interleaved
+from asdm.measure.latency import Latency, Timing, measure_interleaved
 from asdm.measure.macs import counting_macs
 from asdm.measure.memory import peak_megabytes
 from asdm.pipelines.random_models import UNETS
+from asdm.sensitivity import costs
 from conftest import student_of_every_kind, tiny_sdxl_unet, tiny_unet
 
 
@@ -43,6 +44,25 @@ def test_macs_are_per_sample(make):
             denoiser_call(unet, batch_size=batch_size)()
         counts.append(count.below())
     assert counts[0] == counts[1]
+
+
+def test_the_lowest_level_saves_the_time_that_the_mid_block_takes_more(unet, monkeypatch):
+    """Of modules that take one millisecond per MAC. The removed downsampler counts too."""
+    family = family_of(unet)
+
+    def latencies(model, call, names, **_):
+        with counting_macs(model) as count:
+            call()
+        found = {name: Latency(ms := count.below(name), ms, ms, 5) for name in names}
+        return found, Timing({"model": [count.below() / 1000] * 5}, {"model": [0.0] * 5})
+
+    monkeypatch.setattr(costs, "module_latencies", latencies)
+    edits = [Remove("down_blocks.3"), Remove("mid_block")]
+    with torch.no_grad():
+        measured = costs.measure_costs(unet, family.units(unet), rounds=5)
+        level, mid_block = costs.measure_edits(unet, edits, measured, rounds=5)
+    assert level.ms == pytest.approx(level.macs) and mid_block.ms == pytest.approx(mid_block.macs)
+    assert level.enlarges["mid_block"] > 3 and not mid_block.enlarges
 
 
 def test_counting_leaves_no_hooks(unet):

@@ -1,5 +1,6 @@
 """A plan is the least sensitive set inside the budget, and the budget is measured."""
 
+import json
 from itertools import combinations
 
 import pytest
@@ -9,20 +10,23 @@ from diffusers import UNet2DConditionModel
 
 from asdm import AsdmError, CondConv, PruningPlan, add_cond_conv, analyze, build_student, make_plan
 from asdm.compensation.folding import fold_projections
-from asdm.families import denoiser_call
+from asdm.families import denoiser_call, macs_of_call
 from asdm.families.tensors import fingerprint
 from asdm.families.unet_structure import removable_units
 from asdm.measure import latency
+from asdm.measure.latency import Ratio
 from asdm.measure.macs import counting_macs
 from asdm.pipelines.random_models import UNETS, random_unet
+from asdm.planning import portable
 from asdm.planning.full_plan import full_plan
-from asdm.planning.possible_edits import possible_edits
+from asdm.planning.possible_edits import joint_savings, plan_of, possible_edits, saved_by
+from asdm.planning.presets import require_preset
 from asdm.planning.program import least_sensitive, most_saved
 from asdm.planning.speedup import measured_speedup
-from asdm.sensitivity.analysis import structure_map
+from asdm.sensitivity.analysis import plain_config, structure_map
 from asdm.sensitivity.profile import RedundancyMap, UnitRecord
 from asdm.student.build import empty_student
-from conftest import profile_by_hand, tiny_pipeline, tiny_unet
+from conftest import profile_by_hand, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet
 
 
 def record(name, parent=None, sensitivity=1.0, cost=1.0):
@@ -82,6 +86,83 @@ def test_more_than_everything_has_no_plan():
     choices = choices_of([record("a"), record("b")])
     assert least_sensitive(choices, [1.0, 1.0], 2.5) is None
     assert most_saved(choices, [1.0, 1.0]) == 2.0
+
+
+def test_a_pair_counts_by_what_it_saves_together():
+    choices = choices_of([record("a"), record("b", sensitivity=1.1), record("c", sensitivity=1.5)])
+    savings = [1.0, 1.0, 1.5]
+    assert [choice.edit.unit for choice in least_sensitive(choices, savings, 2.4)] == ["a", "c"]
+    more, less = [(0, 1, 0.5)], [(0, 2, -0.2), (1, 2, -0.2)]
+    assert [choice.edit.unit for choice in least_sensitive(choices, savings, 2.4, pairs=more)] == ["a", "b"]
+    assert len(least_sensitive(choices, savings, 2.4, pairs=less)) == 3
+    assert most_saved(choices, savings, more) == pytest.approx(4.0)
+    assert most_saved(choices, savings, less) == pytest.approx(3.1)
+
+
+LEVEL = "down_blocks.3"
+
+
+@pytest.mark.parametrize(
+    "removed", [[LEVEL], ["mid_block"], [LEVEL, "mid_block"], [LEVEL, "mid_block.resnets.0", "mid_block.attentions.0"]]
+)
+@pytest.mark.parametrize("compensate", ["none", "diagonal"])
+def test_the_lowest_level_and_the_mid_block_save_what_their_student_does(removed, compensate):
+    """Without the level the mid block has four times the pixels."""
+    unet = tiny_unet()
+    known = structure_map(unet)
+    chosen = [choice for choice in possible_edits(known, compensate) if choice.edit.unit in removed]
+    student = empty_student(unet, plan_of(known, chosen, {})).to("meta")
+    left = known.gmacs * 1e9 - saved_by(chosen, "macs")
+    assert left == pytest.approx(macs_of_call(student).below(), rel=1e-3)
+    assert known.parameters - saved_by(chosen, "parameters") == sum(p.numel() for p in student.parameters())
+
+
+def test_a_profile_of_an_earlier_version_has_no_joint_savings(redundancy, tmp_path):
+    content = json.loads(json.dumps(redundancy.model_dump()))
+    for other in content["others"]:
+        del other["enlarges"]
+    (tmp_path / "profile.json").write_text(json.dumps(content))
+    known = RedundancyMap.load(tmp_path / "profile.json")
+    assert joint_savings(possible_edits(redundancy, "none"), "macs")
+    assert not joint_savings(possible_edits(known, "none"), "macs") and make_plan(known, macs=0.5).edits
+
+
+@pytest.mark.parametrize("preset", ["a-sdm-fast", "bk-tiny"])
+def test_a_speedup_by_macs_is_that_of_the_student(preset):
+    unet = tiny_unet()
+    known = structure_map(unet)
+    plan = make_plan(known, preset=preset, compensate="none")
+    left = macs_of_call(empty_student(unet, plan).to("meta")).below() / 1e9
+    assert plan.metrics.predicted_speedup == pytest.approx(known.gmacs / left)
+
+
+@pytest.mark.parametrize("resource", ["macs", "params"])
+def test_a_portable_plan_removes_no_more_than_its_budget_asks_for(resource):
+    """A dropped layer's shortcut goes too, so a student's own size is a budget that it meets."""
+    pipeline = tiny_pipeline()
+    redundancy = profile_by_hand(pipeline)
+    plan = make_plan(redundancy, portable=True, **{resource: 0.6})
+    student = empty_student(pipeline.unet, plan).to("meta").eval()
+    size, total = macs_of_call(student).below(), redundancy.gmacs * 1e9
+    if resource == "params":
+        size, total = sum(p.numel() for p in student.parameters()), redundancy.parameters
+    assert size <= 0.6 * total
+    assert plan.metrics.speedup_basis is None  # the speed-up is by the profile's latencies
+    again = make_plan(redundancy, portable=True, **{resource: size / total * (1 + 1e-9)})
+    assert again.metrics.predicted_sensitivity <= plan.metrics.predicted_sensitivity
+
+
+@pytest.mark.parametrize("measured", [[1.05, 1.1, 1.08], [1.001]])
+def test_a_portable_plan_that_misses_its_speedup_is_refused(measured, monkeypatch):
+    """After the last attempt, and where no student is predicted to be so much faster."""
+    found = iter(measured)
+    monkeypatch.setattr(portable, "measured_speedup", lambda *_: Ratio(value := next(found), value, value))
+    redundancy = profile_by_hand(tiny_pipeline())
+    speedup = 1.3 if len(measured) > 1 else 2.5
+    with pytest.raises(
+        AsdmError, match=rf"^portable: speedup={speedup}: .* measured {max(measured):.2f}x at most; ask"
+    ):
+        make_plan(redundancy, speedup=speedup, portable=True, unet=tiny_unet())
 
 
 def test_what_has_nothing_left_to_remove_has_no_plan(redundancy):
@@ -162,7 +243,12 @@ def full_size_map(shape):
         unet = UNet2DConditionModel(**UNETS[shape])
     units = [record(unit.name, unit.parent).model_copy(update={"kind": unit.kind}) for unit in removable_units(unet)]
     redundancy = RedundancyMap.model_construct(
-        model="", units=units, others=[], fingerprint=fingerprint(unet), latency_ms=1e6
+        model="",
+        units=units,
+        others=[],
+        unet_config=plain_config(unet),
+        fingerprint=fingerprint(unet),
+        latency_ms=1e6,
     )
     return unet, redundancy
 
@@ -175,6 +261,35 @@ def test_a_preset_that_leaves_too_few_levels_is_refused_by_its_name(preset, leve
         AsdmError, match=f"^{preset}: keeps 2 levels at least, and this UNet has {levels}; give a budget"
     ):
         make_plan(structure_map(unet), preset=preset, unet=unet)
+
+
+def test_a_preset_whose_student_cannot_be_built_is_refused():
+    """SDXL's lowest-resolution level changes the channels, so it cannot go."""
+    redundancy = profile_by_hand(tiny_sdxl_pipeline())
+    with pytest.raises(AsdmError, match=r"^bk-tiny: a preset for models of another shape \(levels=2: .*give a budget"):
+        make_plan(redundancy, preset="bk-tiny")
+    unet = tiny_sdxl_pipeline().unet
+    with pytest.raises(AsdmError, match=r"^bk-tiny: a preset for models of another shape"):
+        require_preset(unet, "bk-tiny")
+    assert require_preset(unet, "bk-small").edit is not None
+
+
+def test_expert_kernels_do_not_go_with_dropped_layers(redundancy):
+    plan = make_plan(redundancy, preset="bk-base")
+    with pytest.raises(AsdmError, match=r"^drop_layers: goes with no other edit, so with no expert kernels; leave"):
+        add_cond_conv(plan, random_unet(redundancy.unet_config), params=0.2)
+    with pytest.raises(AsdmError, match=r"^drop_layers: goes with no other edit"):
+        full_plan(redundancy, budget={"preset": "bk-base"}, experts=0.2)
+
+
+def test_a_student_with_expert_kernels_gets_more_beside_them(pipeline):
+    plan = make_plan(profile_by_hand(pipeline), macs=0.85)
+    first = add_cond_conv(plan, pipeline.unet, params=0.3)
+    pipeline.unet = build_student(pipeline.unet, first)
+    more = add_cond_conv(make_plan(profile_by_hand(pipeline), macs=0.8), pipeline.unet, params=0.5)
+    mixed = [[edit.unit for edit in made.edits if isinstance(edit, CondConv)] for made in (first, more)]
+    assert mixed[1] and not set(mixed[0]) & set(mixed[1])
+    build_student(pipeline.unet, more)
 
 
 @pytest.mark.parametrize(("preset", "published"), [("bk-base", 579.4), ("bk-small", 482.3), ("bk-tiny", 323.4)])

@@ -40,6 +40,8 @@ from asdm import (
     with_unet,
 )
 from asdm.diffusion.parameterization import parameterization_of
+from asdm.families.tensors import fingerprint
+from asdm.pipelines.shapes import denoiser_without_weights
 from conftest import _text_encoder, tiny_inpainting_pipeline, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet
 
 RESNET = {
@@ -422,6 +424,15 @@ def test_a_prediction_type_that_is_given_overrides(prediction_type, known, sd15,
         found, said = loaded(place, prediction_type=prediction_type)
         assert found.scheduler.config.prediction_type == prediction_type and not said
     assert torch.isfinite(generate(found, ["a house"], steps=2)).all()
+
+
+def test_an_architecture_without_weights_is_read_with_what_is_said(tmp_path, sd15):
+    path = str(sd15())
+    for model in (path, "demo"):
+        with pytest.raises(AsdmError, match="config no/such: no such folder or file"):
+            denoiser_without_weights(model, config="no/such")
+    found = denoiser_without_weights(path, prediction_type="v_prediction", config=None)
+    assert found.device.type == "meta" and fingerprint(found) == fingerprint(loaded(path)[0].unet)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,16 @@ from asdm.edits import Edit
 from asdm.errors import AsdmError
 from asdm.evaluation.unit_colours import PART_LETTERS, UNIT_LETTERS, SensitivityColours
 from asdm.families import block_of
-from asdm.planning.possible_edits import PossibleEdit, plan_of, possible_edits, predicted_speedup
+from asdm.planning.finished import finished
+from asdm.planning.possible_edits import (
+    Pair,
+    PossibleEdit,
+    Resource,
+    joint_savings,
+    plan_of,
+    possible_edits,
+    predicted_speedup,
+)
 from asdm.planning.program import least_sensitive, most_saved
 from asdm.sensitivity.profile import RedundancyMap, UnitRecord
 from asdm.student.plan import PruningPlan
@@ -88,8 +97,8 @@ class PlanBoard:
         Raises:
             AsdmError: no edits reach it.
         """
-        savings, total = self._savings()
-        chosen = least_sensitive(self.choices, savings, total * (1 - 1 / speedup))
+        savings, pairs, total = self._savings()
+        chosen = least_sensitive(self.choices, savings, total * (1 - 1 / speedup), pairs=pairs)
         if chosen is None:
             raise AsdmError(f"speedup={speedup:g}: out of reach; at most {self.reachable:.2f} is predicted")
         return replace(self, chosen=frozenset(i for i, choice in enumerate(self.choices) if choice in chosen))
@@ -146,19 +155,19 @@ class PlanBoard:
     @property
     def reachable(self) -> float:
         """The largest speed-up that is predicted for any choice."""
-        savings, total = self._savings()
-        return total / max(total - most_saved(self.choices, savings), 1e-9)
+        savings, pairs, total = self._savings()
+        return total / max(total - most_saved(self.choices, savings, pairs), 1e-9)
 
     def plan(self) -> PruningPlan:
         """Return the plan of the chosen edits.
 
         Raises:
-            AsdmError: no edit is chosen.
+            AsdmError: no edit is chosen, or no student can be built by them.
         """
         if not self.chosen and not self.others:
             raise AsdmError("the plan is empty; click units, or ask for the best plan")
         plan = plan_of(self.redundancy, self.chosen_edits, {})
-        return plan.model_copy(update={"edits": [*plan.edits, *self.others]})
+        return finished(self.redundancy, plan.model_copy(update={"edits": [*plan.edits, *self.others]}))
 
     def whole_blocks(self) -> dict[str, tuple[UnitRecord, list[str]]]:
         """Return the blocks that an edit removes whole: what that saves and costs, and the blocks that go with it."""
@@ -182,11 +191,13 @@ class PlanBoard:
         covered = {unit for choice in self.chosen_edits for unit in choice.covers}
         return covered - self.removed()
 
-    def _savings(self) -> tuple[list[float], float]:
-        """Return what each edit saves and what the model takes: milliseconds, or MACs where no latency is known."""
-        if self.redundancy.latency_ms > 0:
-            return [choice.ms for choice in self.choices], self.redundancy.latency_ms
-        return [choice.macs for choice in self.choices], self.redundancy.gmacs * 1e9
+    def _savings(self) -> tuple[list[float], list[Pair], float]:
+        """Return what each edit saves, what pairs save beyond that, and what the model takes: milliseconds, or MACs
+        where no latency is known."""
+        resource: Resource = "ms" if self.redundancy.latency_ms > 0 else "macs"
+        total = self.redundancy.latency_ms if resource == "ms" else self.redundancy.gmacs * 1e9
+        savings = [getattr(choice, resource) for choice in self.choices]
+        return savings, joint_savings(self.choices, resource), total
 
 
 def _key(edit: Edit) -> tuple[tuple[str, str], ...]:

@@ -29,6 +29,7 @@ from asdm.families import Denoiser, denoiser_of, family_of, macs_of_call
 from asdm.pipelines.decoders import with_decoder
 from asdm.pipelines.derived import with_unet, with_vae
 from asdm.planning.budget import make_plan
+from asdm.planning.presets import require_preset
 from asdm.runtime.export import export
 from asdm.runtime.openvino import with_openvino_graphs
 from asdm.runtime.optimize import optimize
@@ -84,7 +85,7 @@ def preset_students(pipeline: DiffusionPipeline) -> dict[str, Maker]:
     family, found = family_of(denoiser), {}
     for preset in family.presets:
         with suppress(AsdmError):  # a preset for another shape
-            family.preset(preset, family.units(denoiser))
+            require_preset(denoiser, preset)
             found[preset] = student(preset)
     return found
 

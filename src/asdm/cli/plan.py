@@ -81,8 +81,9 @@ def plan(
     yes: YesOption = False,
 ) -> None:
     """Choose the edits of least total sensitivity that fit a budget; a speed-up is measured on --device."""
+    from asdm.families import denoiser_of
     from asdm.planning.budget import require_budget
-    from asdm.planning.full_plan import full_plan
+    from asdm.planning.full_plan import full_plan, require_plannable
 
     if remeasure is not None:
         others = (speedup, params, macs, preset, compensate, experts, refine, data, out)
@@ -105,10 +106,11 @@ def plan(
     if source.endswith(".json"):
         redundancy = _saved_profile(source, refine, claims)
     elif preset is not None and not refine:
-        redundancy = _profile_for_preset(source)
+        redundancy = _profile_for_preset(source, preset, experts, claims)
     else:
         warn_of_skipped(data)
         pipeline = loading.load_model(source, device, **claims)
+        require_plannable(denoiser_of(pipeline), preset=preset, portable=portable, refine=refine or 0, experts=experts)
         budget = {"speedup": speedup, "params": params, "macs": macs, "preset": preset}
         _announce(pipeline, yes, budget, refine or 0, **settings)
         redundancy = _measured_profile(pipeline, params, macs, preset, **settings)
@@ -166,12 +168,15 @@ def _saved_profile(path: str, refine: int | None, claims: dict[str, Any]) -> Red
     return asdm.RedundancyMap.load(path)
 
 
-def _profile_for_preset(source: str) -> RedundancyMap:
+def _profile_for_preset(source: str, preset: str, experts: float | None, claims: dict[str, Any]) -> RedundancyMap:
     """Return the units alone, without weights or measurements: a preset's edits are fixed."""
     from asdm.pipelines.shapes import denoiser_without_weights
+    from asdm.planning.full_plan import require_plannable
     from asdm.sensitivity.analysis import structure_map
 
-    return structure_map(denoiser_without_weights(source), source)
+    denoiser = denoiser_without_weights(source, **claims)
+    require_plannable(denoiser, preset=preset, experts=experts)
+    return structure_map(denoiser, source)
 
 
 def _measured_profile(

@@ -30,6 +30,7 @@ from asdm.pipelines.clip import clip_folder, load_clip_tokenizer
 from asdm.pipelines.decoders import with_decoder
 from asdm.pipelines.loading import load_pipeline
 from asdm.planning.budget import require_budget_of
+from asdm.planning.full_plan import require_plannable
 from asdm.student.plan import PruningPlan
 
 Estimated = Callable[[Sequence[StepTime]], None]
@@ -198,6 +199,7 @@ def _checked_teacher(settings: Settings, device: str | None) -> DiffusionPipelin
     if settings.decoder is not None:
         with_decoder(pipeline, settings.decoder)
     require_budget_of(denoiser_of(pipeline), settings.budget["params"], settings.budget["macs"])
+    require_plannable(denoiser_of(pipeline), preset=settings.budget["preset"], refine=settings.refine)
     require_steps(pipeline, settings.sampling_steps)
     if settings.strength is not None:
         require_strength(settings.strength, settings.sampling_steps)

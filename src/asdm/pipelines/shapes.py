@@ -22,26 +22,38 @@ from asdm.registry import PIPELINES, registered_folder
 from asdm.student.classes import student_class_of
 
 
-def denoiser_without_weights(model: str) -> Denoiser:
+def denoiser_without_weights(model: str, **claims: Any) -> Denoiser:
     """Make the denoiser of a model on the meta device from its configuration. Nothing else is downloaded.
 
-    A single file is loaded, as its tensors are its configuration, unless `export_checkpoint` wrote it.
+    A single file is loaded, as its tensors are its configuration, unless `export_checkpoint` wrote it. So is a model of
+    which something is claimed, by which the claims are checked.
 
     Args:
         model: as for `load_pipeline`.
+        claims: `prediction_type` and `config`, as for `load_pipeline`.
 
     Raises:
-        AsdmError: there is no such model, or its configuration cannot be read.
+        AsdmError: there is no such model, its configuration cannot be read, or the claims do not fit.
     """
+    if any(claim is not None for claim in claims.values()):
+        return denoiser_of(load_pipeline(model, **claims)).to("meta")
     exported = _exported_config(Path(model))
     if exported is not None:
-        return _built(UNetFamily(), exported, model)
+        return denoiser_of_config(UNetFamily(), exported, model)
     if Path(model).is_file() or (model.startswith(RANDOM) and model.removeprefix(RANDOM) not in UNETS):
         return denoiser_of(load_pipeline(model)).to("meta")
-    return _built(*_config(model), model)
+    return denoiser_of_config(*_config(model), model)
 
 
-def _built(family: ModelFamily, config: dict[str, Any], model: str) -> Denoiser:
+def denoiser_of_config(family: ModelFamily, config: dict[str, Any], model: str) -> Denoiser:
+    """Make a denoiser of a family and config, edits included, on the meta device.
+
+    Args:
+        model: what errors call it.
+
+    Raises:
+        AsdmError: the config is of no denoiser, or of one that is too large.
+    """
     try:
         require_plausible(config, model)
         with init_empty_weights(include_buffers=True), bounded_modules(model):

@@ -11,8 +11,9 @@ from asdm import checks
 from asdm.choices import CompensationKind
 from asdm.errors import AsdmError
 from asdm.families import Denoiser, macs_of_call
+from asdm.planning.finished import finished
 from asdm.planning.portable import portable_plan
-from asdm.planning.possible_edits import PossibleEdit, plan_of, possible_edits
+from asdm.planning.possible_edits import PossibleEdit, Resource, joint_savings, plan_of, possible_edits
 from asdm.planning.presets import PRESETS, preset_plan
 from asdm.planning.program import least_sensitive, most_saved
 from asdm.planning.speedup import plan_for_speedup
@@ -99,8 +100,8 @@ def make_plan(
             and its `speedup_basis` says so; `remeasure_plan` measures it later.
 
     Raises:
-        AsdmError: not exactly one of the four given, an unknown preset, or a budget that even removing
-            every unit does not reach; the message says what is reachable.
+        AsdmError: not exactly one of the four given, an unknown preset or one for other models, or a budget that even
+            removing every unit does not reach; the message says what is reachable.
     """
     require_budget(speedup, params, macs, preset)
     if params is not None:
@@ -114,19 +115,22 @@ def make_plan(
         budget = {"speedup": speedup, "params": params, "macs": macs}
         given = {name: value for name, value in budget.items() if value is not None}
         is_fitted = fitted != "none"
-        return portable_plan(redundancy, given, unet=unet, fitted=is_fitted, rounds=rounds or 5, note=progress)
+        plan = portable_plan(redundancy, given, unet=unet, fitted=is_fitted, rounds=rounds or 5, note=progress)
+        return finished(redundancy, plan)
     choices = possible_edits(redundancy, compensate)
     if preset is not None:
-        return preset_plan(redundancy, preset, choices)
-    if speedup is not None:
+        plan = preset_plan(redundancy, preset, choices)
+    elif speedup is not None:
         rounds = rounds or int(np.clip(10_000 / redundancy.latency_ms, 4, 10))
-        return plan_for_speedup(redundancy, speedup, choices, unet, device, rounds, progress)
-    if params is not None:
-        chosen = _within("params", params, redundancy.parameters, choices, [c.parameters for c in choices])
-        return plan_of(redundancy, chosen, {"params": params})
-    assert macs is not None
-    chosen = _within("macs", macs, redundancy.gmacs * 1e9, choices, [choice.macs for choice in choices])
-    return plan_of(redundancy, chosen, {"macs": macs})
+        plan = plan_for_speedup(redundancy, speedup, choices, unet, device, rounds, progress)
+    elif params is not None:
+        chosen = _within("params", params, redundancy.parameters, choices, "parameters")
+        plan = plan_of(redundancy, chosen, {"params": params})
+    else:
+        assert macs is not None
+        chosen = _within("macs", macs, redundancy.gmacs * 1e9, choices, "macs")
+        plan = plan_of(redundancy, chosen, {"macs": macs})
+    return finished(redundancy, plan, preset)
 
 
 def _require_portable(preset: str | None, compensate: CompensationKind | None) -> None:
@@ -141,13 +145,14 @@ def _require_portable(preset: str | None, compensate: CompensationKind | None) -
 
 
 def _within(
-    name: str, remaining: float, total: float, choices: list[PossibleEdit], savings: list[float]
+    name: str, remaining: float, total: float, choices: list[PossibleEdit], resource: Resource
 ) -> list[PossibleEdit]:
     """Return the least sensitive edits that leave no more than `remaining` of one resource."""
     kept = remaining if remaining <= 1 else remaining / total
-    chosen = least_sensitive(choices, savings, total * (1 - kept))
+    savings, pairs = [getattr(choice, resource) for choice in choices], joint_savings(choices, resource)
+    chosen = least_sensitive(choices, savings, total * (1 - kept), pairs=pairs)
     if chosen is None:
-        least = 1 - most_saved(choices, savings) / total
+        least = 1 - most_saved(choices, savings, pairs) / total
         raise AsdmError(
             f"{name}={remaining:g}: out of reach; between {least:.3f} and 1 of the original's "
             f"{total:.4g} can remain; ask for more"

@@ -9,7 +9,9 @@ from asdm.choices import Router
 from asdm.edits import CondConv, removed_units
 from asdm.errors import AsdmError
 from asdm.families import Denoiser, family_of
+from asdm.student.edited_model import edits_of
 from asdm.student.plan import PruningPlan
+from asdm.student.surgery import model_without_weights
 
 Pair = tuple[str, str]  # a kept convolution, and the removed one that it inherits
 
@@ -33,7 +35,8 @@ def add_cond_conv(
 
     Each removed convolution goes to the nearest kept one, in order of execution, of its name (`conv1`, `conv2`) and
     output channels, and with a router that reads the prompt, in a block that does. The smallest come first, as mixing
-    a kernel costs its size, then the nearest, until the budget is used (inferred).
+    a kernel costs its size, then the nearest, until the budget is used (inferred). Convolutions with
+    experts are left as they are.
 
     Args:
         plan: with removals, whose kernels become experts.
@@ -42,9 +45,12 @@ def add_cond_conv(
         router, activation: of each, as in `CondConv`.
 
     Raises:
-        AsdmError: the plan is for another model, or no expert fits into the budget.
+        AsdmError: the plan is for another model or drops whole layers, or no expert fits into the budget.
     """
     plan.require_for(unet)
+    exclusive = next((edit.edit for edit in plan.edits if edit.is_exclusive), None)
+    if exclusive is not None:
+        raise AsdmError(f"{exclusive}: goes with no other edit, so with no expert kernels; leave these out")
     total = sum(p.numel() for p in unet.parameters())
     budget = params * total if params <= 1 else params
     pairs = _pairs(plan, unet, needs_prompt="prompt" in router)
@@ -61,6 +67,7 @@ def add_cond_conv(
     edits = [
         CondConv(unit=kept, experts=sources, router=router, activation=activation) for kept, sources in experts.items()
     ]
+    model_without_weights(unet, [*plan.edits, *edits])
     return plan.model_copy(update={"edits": [*plan.edits, *edits]})
 
 
@@ -68,7 +75,8 @@ def _pairs(plan: PruningPlan, unet: Denoiser, needs_prompt: bool) -> list[tuple[
     """Return, for each removed convolution, the nearest kept one that can inherit it, with its size, by preference."""
     family = family_of(unet)
     order = {name: index for index, name in enumerate(family.layers(unet))}
-    convs = {name: unet.get_submodule(name) for name in family.conv_channels(unet)}
+    mixed = {edit.unit for edit in [*edits_of(unet), *plan.edits] if isinstance(edit, CondConv)}
+    convs = {name: unet.get_submodule(name) for name in family.conv_channels(unet) if name not in mixed}
     units = removed_units(plan.edits, [unit.name for unit in family.units(unet)], family)
     removed = [name for name in convs if family.is_covered_by(name, units)]
     kept = [

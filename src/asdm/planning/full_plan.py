@@ -11,15 +11,41 @@ from diffusers import DiffusionPipeline
 from asdm.choices import CompensationKind, Router
 from asdm.devices import fastest_device
 from asdm.errors import AsdmError
-from asdm.families import denoiser_of
+from asdm.families import Denoiser, denoiser_of, family_of
 from asdm.pipelines.random_models import random_denoiser
 from asdm.planning.budget import make_plan
 from asdm.planning.experts import add_cond_conv
+from asdm.planning.presets import require_preset
 from asdm.planning.refine import refine_plan
 from asdm.sensitivity.profile import RedundancyMap
 from asdm.student.plan import PruningPlan
 
 Progress = Callable[[str, int, int, str], None]
+
+
+def require_plannable(
+    denoiser: Denoiser,
+    *,
+    preset: str | None = None,
+    portable: bool = False,
+    refine: int = 0,
+    experts: float | None = None,
+) -> None:
+    """Check what follows from the architecture alone, before anything is measured.
+
+    Raises:
+        AsdmError: the denoiser allows no such plan.
+    """
+    family = family_of(denoiser)
+    if preset is not None and require_preset(denoiser, preset).edit is not None:
+        given = {"refine": refine or None, "experts": experts}
+        for name, value in given.items():
+            if value is not None:
+                raise AsdmError(f"{name}={value:g}: does not go with {preset}, which drops whole layers; leave it out")
+    if portable:
+        family.portable_shapes(denoiser.config, [unit.name for unit in family.units(denoiser)])
+    if experts is not None and not family.conv_channels(denoiser):
+        raise AsdmError(f"experts={experts:g}: a {family.label} has no convolutions for expert kernels; leave it out")
 
 
 def full_plan(

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from asdm.choices import CompensationKind
 from asdm.edits import Remove, UnitEdit, parse_edits
 from asdm.errors import AsdmError
+from asdm.planning.finished import empty_teacher
 from asdm.sensitivity.profile import EditRecord, RedundancyMap, UnitRecord
 from asdm.student.plan import PlanBase, PlanMetrics, PruningPlan, SpeedupBasis
+
+Resource = Literal["parameters", "macs", "ms"]
+Pair = tuple[int, int, float]  # places of two edits in a list, and what they save together beyond the sum
 
 
 @dataclass(frozen=True)
@@ -18,7 +23,8 @@ class PossibleEdit:
     """An edit that a plan can choose.
 
     `covers`: units that no other edit of the plan may then change. `parameters`, `macs` (per sample) and `ms` (of a
-    call) are what it saves; `sensitivity` is what it costs.
+    call) are what it saves; `sensitivity` is what it costs. `enlarges`: how many times as much the removal of other
+    parts saves beside it, by their names.
     """
 
     edit: UnitEdit
@@ -27,6 +33,7 @@ class PossibleEdit:
     macs: float
     ms: float
     sensitivity: float
+    enlarges: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("parameters", "macs", "ms", "sensitivity"):
@@ -53,6 +60,24 @@ def possible_edits(redundancy: RedundancyMap, compensate: CompensationKind) -> l
     return choices
 
 
+def whole_layers(redundancy: RedundancyMap) -> list[PossibleEdit]:
+    """Return all removals of a profile as they are where whole layers are dropped: a layer's shortcut goes too."""
+    model, family = empty_teacher(redundancy), redundancy.family
+    shortcuts = {unit.name: family.branch(model, unit.name).folds_into for unit in family.units(model)}
+    positions = {unit.name: unit.positions for unit in redundancy.units}
+    found = []
+    for choice in possible_edits(redundancy, "none"):
+        shortcut = shortcuts.get(choice.edit.unit)
+        if shortcut is not None:
+            layer: Any = model.get_submodule(shortcut)
+            macs = choice.macs + layer.weight.numel() * positions[choice.edit.unit]
+            parameters = choice.parameters + sum(p.numel() for p in layer.parameters())
+            choice = replace(choice, parameters=parameters, macs=macs, ms=choice.ms * macs / max(choice.macs, 1))
+        if choice.edit.is_removal:
+            found.append(choice)
+    return found
+
+
 def _possible(
     redundancy: RedundancyMap,
     record: UnitRecord | EditRecord,
@@ -76,7 +101,27 @@ def _possible(
         macs=macs - new_macs,
         ms=latency_ms * (1 - min(1.0, new_macs / macs)) if macs else latency_ms,
         sensitivity=record.sensitivity,
+        enlarges=record.enlarges if isinstance(record, EditRecord) else {},
     )
+
+
+def joint_savings(choices: Sequence[PossibleEdit], resource: Resource) -> list[Pair]:
+    """Return the pairs of edits that save more together than their sum: one removes what the other enlarges."""
+    if resource == "parameters":
+        return []
+    places = {choice.edit.unit: place for place, choice in enumerate(choices) if choice.edit.is_removal}
+    return [
+        (place, places[name], (ratio - 1) * getattr(choices[places[name]], resource))
+        for place, choice in enumerate(choices)
+        for name, ratio in choice.enlarges.items()
+        if name in places
+    ]
+
+
+def saved_by(chosen: Sequence[PossibleEdit], resource: Resource) -> float:
+    """Return what edits save together."""
+    together = sum(more for _, _, more in joint_savings(chosen, resource))
+    return sum(getattr(choice, resource) for choice in chosen) + together
 
 
 def plan_of(
@@ -109,5 +154,4 @@ def predicted_speedup(redundancy: RedundancyMap, chosen: Sequence[PossibleEdit])
     """Return the speed-up that these edits give by the profile's latencies, or its MACs where it has no latencies."""
     timed = redundancy.latency_ms > 0
     total = redundancy.latency_ms if timed else redundancy.gmacs * 1e9
-    saved = sum(choice.ms if timed else choice.macs for choice in chosen)
-    return total / max(total - saved, 1e-9)
+    return total / max(total - saved_by(chosen, "ms" if timed else "macs"), 1e-9)

@@ -6,12 +6,30 @@ from collections.abc import Sequence
 
 from asdm.edits import GriAttention
 from asdm.errors import AsdmError
-from asdm.families import Preset, families
-from asdm.planning.possible_edits import PossibleEdit, plan_of, possible_edits
+from asdm.families import Denoiser, Preset, families, family_of
+from asdm.planning.finished import not_for_this_model
+from asdm.planning.possible_edits import PossibleEdit, plan_of, whole_layers
 from asdm.sensitivity.profile import RedundancyMap
 from asdm.student.plan import PruningPlan
+from asdm.student.surgery import model_without_weights
 
 PRESETS = tuple(name for family in families() for name in family.presets)
+
+
+def require_preset(denoiser: Denoiser, name: str) -> Preset:
+    """Return what a preset changes in a denoiser.
+
+    Raises:
+        AsdmError: the denoiser does not allow it.
+    """
+    family = family_of(denoiser)
+    preset = family.preset(name, family.units(denoiser))
+    if preset.edit is not None:
+        try:
+            model_without_weights(denoiser, [preset.edit])
+        except AsdmError as error:
+            raise not_for_this_model(name, error) from error
+    return preset
 
 
 def preset_plan(redundancy: RedundancyMap, name: str, choices: Sequence[PossibleEdit]) -> PruningPlan:
@@ -24,8 +42,7 @@ def preset_plan(redundancy: RedundancyMap, name: str, choices: Sequence[Possible
     if preset.edit is None:
         return plan_of(redundancy, _chosen(redundancy, preset, choices), {})
     removed = preset.edit.removed_units([unit.name for unit in redundancy.units], redundancy.family)
-    same = [choice for choice in possible_edits(redundancy, "none") if choice.edit.is_removal]
-    plan = plan_of(redundancy, [choice for choice in same if choice.edit.unit in removed], {})
+    plan = plan_of(redundancy, [choice for choice in whole_layers(redundancy) if choice.edit.unit in removed], {})
     return plan.model_copy(update={"edits": [preset.edit]})
 
 

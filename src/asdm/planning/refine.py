@@ -25,7 +25,14 @@ from asdm.errors import AsdmError
 from asdm.families import Denoiser, denoiser_of, family_of
 from asdm.measure.hooks import preserve_module_state
 from asdm.measure.latency import Ratio
-from asdm.planning.possible_edits import PossibleEdit, possible_edits, predicted_speedup
+from asdm.planning.possible_edits import (
+    PossibleEdit,
+    Resource,
+    joint_savings,
+    possible_edits,
+    predicted_speedup,
+    saved_by,
+)
 from asdm.planning.program import least_sensitive
 from asdm.planning.speedup import MEASUREMENT_MARGIN, is_precise, measured_speedup, with_measured, without_measured
 from asdm.sensitivity.ablation import Trial, ablate, trials_of
@@ -124,7 +131,7 @@ class _Refinement:
         self.teacher, self.redundancy, self.choices = teacher, redundancy, choices
         self.calls, self.fit_calls = calls, fit_calls
         self.references = predictions(teacher, calls)
-        self.savings = _savings(plan, choices)
+        self.resource = _resource(plan)
         self.target = _target(plan)
         self.changes = CHANGES
         self.best: _Candidate
@@ -148,7 +155,7 @@ class _Refinement:
         repriced = [replace(choice, sensitivity=price) for choice, price in zip(self.choices, worth, strict=True)]
         start = [new for new, old in zip(repriced, self.choices, strict=True) if old in self.chosen]
         while self.can_improve:
-            found = least_sensitive(repriced, self.savings, self.needed * (1 - 1e-9), near=(start, self.changes))
+            found = self._programme(repriced, start)
             edits = [choice.edit for choice in found or start]
             if not self.best.differs_from(edits):
                 self.changes = 0
@@ -166,6 +173,11 @@ class _Refinement:
                 self.needed = self.saved  # too slow: save as much as the best plan does
             else:
                 self.changes //= 2
+
+    def _programme(self, choices: list[PossibleEdit], start: list[PossibleEdit]) -> list[PossibleEdit] | None:
+        """Return the least sensitive edits near the best plan's that save as much as needed."""
+        savings, pairs = [getattr(choice, self.resource) for choice in choices], joint_savings(choices, self.resource)
+        return least_sensitive(choices, savings, self.needed * (1 - 1e-9), near=(start, self.changes), pairs=pairs)
 
     def result(self) -> PruningPlan:
         """Return the best plan with its metrics."""
@@ -185,9 +197,7 @@ class _Refinement:
     def _take(self, candidate: _Candidate) -> None:
         """Make a candidate the best plan."""
         self.best = candidate
-        self.saved = sum(
-            saved for choice, saved in zip(self.choices, self.savings, strict=True) if choice in self.chosen
-        )
+        self.saved = saved_by(self.chosen, self.resource)
         self.needed = _needed(candidate.plan, self.saved, self.redundancy.latency_ms)
 
     def _speedup(self, plan: PruningPlan) -> Ratio | None:
@@ -259,12 +269,10 @@ def _compensation_of(plan: PruningPlan) -> CompensationKind:
     return next(iter(kinds - {"none"}), "none")
 
 
-def _savings(plan: PruningPlan, choices: Sequence[PossibleEdit]) -> list[float]:
-    """Return what each choice saves of the plan's budgeted resource; milliseconds where it has no budget."""
+def _resource(plan: PruningPlan) -> Resource:
+    """Return the plan's budgeted resource; milliseconds where it has no budget."""
     target = {} if plan.metrics is None else plan.metrics.target
-    if "params" in target:
-        return [choice.parameters for choice in choices]
-    return [choice.macs if "macs" in target else choice.ms for choice in choices]
+    return "parameters" if "params" in target else "macs" if "macs" in target else "ms"
 
 
 def _needed(plan: PruningPlan, saved: float, latency_ms: float) -> float:

@@ -16,7 +16,7 @@ from asdm.families import Denoiser, denoiser_call
 from asdm.measure.hooks import preserve_module_state
 from asdm.measure.latency import Ratio, measure_interleaved
 from asdm.pipelines.random_models import random_denoiser
-from asdm.planning.possible_edits import PossibleEdit, plan_of
+from asdm.planning.possible_edits import PossibleEdit, Resource, joint_savings, plan_of
 from asdm.planning.program import least_sensitive, most_saved
 from asdm.sensitivity.profile import RedundancyMap
 from asdm.student.build import build_student
@@ -53,14 +53,15 @@ def plan_for_speedup(
         AsdmError: no plan reaches the target.
     """
     savings, total = [choice.ms for choice in choices], redundancy.latency_ms
-    aim = _Aim(target, reachable=total / max(total - most_saved(choices, savings), 1e-9))
+    pairs = joint_savings(choices, "ms")
+    aim = _Aim(target, reachable=total / max(total - most_saved(choices, savings, pairs), 1e-9))
     if unet is None:
         random = random_denoiser(redundancy.family, redundancy.unet_config, getattr(torch, redundancy.dtype))
         unet = on_device(random, device or "cpu")
     best: PruningPlan | None = None
     fastest = 0.0
     for attempt in range(1, MEASUREMENT_ATTEMPTS + 1):
-        chosen = least_sensitive(choices, savings, total * (1 - 1 / aim.speedup))
+        chosen = least_sensitive(choices, savings, total * (1 - 1 / aim.speedup), pairs=pairs)
         if chosen is None:
             aim.lower()
             continue
@@ -129,8 +130,9 @@ def _plan_unmeasured(
     basis = _basis(redundancy)
     correction, by_latency = CORRECTIONS[basis], basis == "latency"
     total = redundancy.latency_ms if by_latency else redundancy.gmacs * 1e9
-    savings = [choice.ms if by_latency else choice.macs for choice in choices]
-    chosen = least_sensitive(choices, savings, total * (1 - 1 / (target * correction)))
+    resource: Resource = "ms" if by_latency else "macs"
+    savings, pairs = [getattr(choice, resource) for choice in choices], joint_savings(choices, resource)
+    chosen = least_sensitive(choices, savings, total * (1 - 1 / (target * correction)), pairs=pairs)
     if chosen is None:
         raise AsdmError(
             f"speedup={target:g}: out of reach by the profile's {basis}, and not measurable now as the machine is "

@@ -28,7 +28,7 @@ from asdm.edits import Remove, UnitEdit, candidate_edits
 from asdm.families import Denoiser, Unit, denoiser_of, family_of
 from asdm.measure.hooks import preserve_module_state
 from asdm.sensitivity.ablation import Trial, ablate, record_call, trial_errors, trials_of
-from asdm.sensitivity.costs import Cost, Costs, measure_costs, measure_edits
+from asdm.sensitivity.costs import Cost, Costs, EditSaving, measure_costs, measure_edits
 from asdm.sensitivity.profile import EditRecord, RedundancyMap, UnitRecord
 from asdm.sensitivity.taylor import taylor_sensitivity
 
@@ -162,7 +162,7 @@ class _Subject:
     units: Sequence[Unit]
     others: Sequence[UnitEdit]
     costs: Costs
-    other_savings: Sequence[Cost]
+    other_savings: Sequence[EditSaving]
 
     def trials(
         self, compensate: CompensationKind = "none", projections: Mapping[str, ProjectionTensors] | None = None
@@ -285,7 +285,7 @@ def _unit_record(subject: _Subject, unit: Unit, errors: dict[int, float]) -> Uni
     )
 
 
-def _edit_record(subject: _Subject, edit: UnitEdit, saving: Cost, errors: dict[int, float]) -> EditRecord:
+def _edit_record(subject: _Subject, edit: UnitEdit, saving: EditSaving, errors: dict[int, float]) -> EditRecord:
     model, family = subject.model, family_of(subject.model)
     channels = edit.projection_channels(model, family)
     return EditRecord(
@@ -293,6 +293,7 @@ def _edit_record(subject: _Subject, edit: UnitEdit, saving: Cost, errors: dict[i
         covers=edit.covers([unit.name for unit in subject.units], family),
         channels=channels,
         positions=subject.costs.positions[edit.changed_layer(family.layers(model))] if channels else 0,
+        enlarges=saving.enlarges,
         **_saved(saving),
         **_sensitivity(errors),
     )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from asdm.edits import Edit, edited
+from torch import nn
+
+from asdm.edits import Edit, UnitEdit, edited
 from asdm.families import Branch, Denoiser, Unit, denoiser_call, family_of
 from asdm.measure.hooks import outputs_of
 from asdm.measure.latency import Latency
@@ -30,6 +32,17 @@ class Cost:
             self.macs_without_attention - other.macs_without_attention,
             self.ms - other.ms,
         )
+
+
+@dataclass(frozen=True)
+class EditSaving(Cost):
+    """What an edit saves.
+
+    `enlarges`: how many times as many MACs other removals save beside the edit, by their names: of what then runs at a
+    higher resolution.
+    """
+
+    enlarges: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -112,11 +125,12 @@ def _forwards_after(layers: Sequence[str], latencies: Mapping[str, Latency], tot
     return after
 
 
-def measure_edits(model: Denoiser, edits: Sequence[Edit], costs: Costs, rounds: int) -> list[Cost]:
+def measure_edits(model: Denoiser, edits: Sequence[Edit], costs: Costs, rounds: int) -> list[EditSaving]:
     """Measure what each of these edits saves.
 
     Edits that are measured together are made at once, and each counts its own modules alone. Where an edit is measured
-    alone, its parameters and MACs are those of the whole model.
+    alone, its parameters and MACs are those of the whole model. What it enlarges takes longer in proportion to its MACs
+    (inferred).
 
     Args:
         rounds: the least number of timed calls; 0 for no latencies.
@@ -124,12 +138,14 @@ def measure_edits(model: Denoiser, edits: Sequence[Edit], costs: Costs, rounds: 
     if not edits:
         return []
     family = family_of(model)
-    changed = {edit: edit.changed_paths(model, family) for edit in edits}
+    layers = [unit.name for unit in family.units(model) if unit.parent is None]
+    changed = {edit: _called(model, edit.changed_paths(model, family)) for edit in edits}
     counted = {edit: [""] if edit.measured_with is None else changed[edit] for edit in edits}
     everything = sorted({path for paths in changed.values() for path in paths})
     before_ms, _ = module_latencies(model, denoiser_call(model), everything, device=model.device, rounds=rounds)
     before = {edit: _cost_of(model, counted[edit], costs.count, {}) for edit in edits}
-    savings: dict[Edit, Cost] = {}
+    removals = _paths_of_removals(model, edits)
+    savings: dict[Edit, EditSaving] = {}
     for group in groups_measured_together(edits):
         after_ms: dict[str, Latency] = {}
         with ExitStack() as stack:
@@ -146,8 +162,39 @@ def measure_edits(model: Denoiser, edits: Sequence[Edit], costs: Costs, rounds: 
             saved_ms = sum(
                 before_ms[path].ms - (after_ms[path].ms if path in after_ms else 0.0) for path in changed[edit]
             )
-            savings[edit] = replace(before[edit] - after[edit], ms=saved_ms)
+            saved = before[edit] - after[edit]
+            enlarges = _enlarged(removals, costs.count, count) if edit.measured_with is None else {}
+            slower = sum(costs.savings[unit].ms * (enlarges[unit] - 1) for unit in layers if unit in enlarges)
+            savings[edit] = EditSaving(**vars(replace(saved, ms=saved_ms - slower)), enlarges=enlarges)
     return [savings[edit] for edit in edits]
+
+
+def _called(model: Denoiser, paths: Sequence[str]) -> list[str]:
+    """Return the paths with those of a list's modules in the place of the list's, which is never called."""
+    found = []
+    for path in paths:
+        module = model.get_submodule(path)
+        is_list = isinstance(module, nn.ModuleList)
+        found += [f"{path}.{name}" for name, _ in module.named_children()] if is_list else [path]
+    return found
+
+
+def _paths_of_removals(model: Denoiser, edits: Sequence[Edit]) -> dict[str, list[str]]:
+    """Return the modules that go with each unit, and with each larger part that these edits remove."""
+    family = family_of(model)
+    units = {unit.name: [family.branch(model, unit.name).path] for unit in family.units(model)}
+    parts = {
+        edit.unit: edit.changed_paths(model, family) for edit in edits if isinstance(edit, UnitEdit) and edit.is_removal
+    }
+    return units | parts
+
+
+def _enlarged(removals: Mapping[str, Sequence[str]], before: MacCount, after: MacCount) -> dict[str, float]:
+    """Return how many times as many MACs the modules of each removal take after an edit, where they take more."""
+    ratios = {
+        name: sum(map(after.below, paths)) / max(sum(map(before.below, paths)), 1) for name, paths in removals.items()
+    }
+    return {name: ratio for name, ratio in ratios.items() if ratio > 1}
 
 
 def groups_measured_together(edits: Sequence[Edit]) -> list[list[Edit]]:

@@ -64,6 +64,11 @@ class EditRecord(Record):
     latency_ms: float
     channels: int = Field(0, description="Channels of the projection that can replace it; 0 where none can.")
     positions: int = 0
+    enlarges: dict[str, float] = Field(
+        {},
+        description="How many times as many MACs other removals save beside the edit, by their names: those of what "
+        "then runs at a higher resolution. Profiles of earlier versions do not say it.",
+    )
     sensitivity: float = Field(description="As in `UnitRecord`, without a projection in its place.")
     sensitivity_by_timestep: dict[int, float]
 
