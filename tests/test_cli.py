@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from asdm import PruningPlan, cli, save_pipeline
-from asdm.cli.output import print_skipped
+from asdm.cli.output import console, print_skipped
 from asdm.files import write_text
 from conftest import lora_file, tiny_pipeline, tiny_unet
 
@@ -131,6 +132,20 @@ def test_the_path_of_a_file_is_printed_as_it_is(run, model):
     name = f"{'a long name ' * 10}[bold].json"
     status, out, _ = run("plan", "map.json", "--params", 0.8, "--out", name)
     assert status == 0 and f"written to {name}\n" in out
+
+
+@pytest.mark.parametrize("command", ["evaluate", "analyze"])
+def test_results_are_saved_where_they_cannot_be_printed(command, run, model, monkeypatch, tmp_path):
+    shutil.copytree(model, tmp_path / "modèle")
+    short = {"evaluate": ["--samples", 0, "--steps", 1, "--rounds", 1], "analyze": ["--timesteps", 1, "--samples", 1]}
+    reader, writer = os.pipe()
+    os.close(reader)
+    for name, file in {"closed": os.fdopen(writer, "w"), "ascii": open(tmp_path / "out", "w", encoding="ascii")}.items():
+        monkeypatch.setattr(sys, "stdout", file)
+        monkeypatch.setattr(console, "quiet", False)
+        assert run(command, "modèle", *short[command], "--out", f"{name}.json")[0] == 0
+        assert (tmp_path / f"{name}.json").is_file() and console.quiet == (name == "closed")
+    assert "mod?le" in (tmp_path / "out").read_text() and "written to ascii.json" in (tmp_path / "out").read_text()
 
 
 def test_main_job_by_its_single_commands(run, model, data_folder, monkeypatch, tmp_path):

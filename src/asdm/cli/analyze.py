@@ -126,8 +126,8 @@ def analyze(
             progress=lambda done, total, name: report("analyse", done, total, name),
         )
     out = out or Path("redundancy.json")
-    _print_profile(redundancy)  # before it is saved, should that fail
     redundancy.save(out)
+    _print_profile(redundancy)
     say_path(f"written to {out}")
     if plot is not None:
         _plot(redundancy, plot)
@@ -157,9 +157,10 @@ def _print_usage(
     draw, count = random.Random(seed), samples or default_samples(pipeline)
     chosen = {name: draw.sample(texts, min(count, len(texts))) for name, texts in groups.items()}
     usage = asdm.expert_usage(pipeline, chosen, timesteps=timesteps, seed=seed)
-    console.print(usage_table(usage))
     if out is not None:
         usage.save(out)
+    console.print(usage_table(usage))
+    if out is not None:
         say_path(f"written to {out}")
 
 

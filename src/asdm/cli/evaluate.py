@@ -210,7 +210,7 @@ def _loader(models: list[str], device: str | None, dtype: str, **claims: Any) ->
 
 
 def _measure(pipelines: dict[str, Any], out: Path, **settings: Any) -> None:
-    """Measure speed and quality, print and save them."""
+    """Measure speed and quality, save and print them."""
     from asdm.pipelines.clip import load_clip
 
     warn_if_busy()
@@ -221,6 +221,6 @@ def _measure(pipelines: dict[str, Any], out: Path, **settings: Any) -> None:
             progress=lambda title, done, total: report(f"images: {title}", done, total),
             **settings,
         )
-    print_evaluation(evaluation)  # before it is saved, should that fail
     evaluation.save(out)
+    print_evaluation(evaluation)
     say_path(f"written to {out}")

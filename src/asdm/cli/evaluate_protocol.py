@@ -51,7 +51,7 @@ def require_options(context: typer.Context, protocol: ProtocolName | None, layou
 
 
 def by_protocol(load: Load, protocol: ProtocolName, folder: Path, out: Path | None, **settings: Any) -> None:
-    """Evaluate models by a protocol; print and save the results."""
+    """Evaluate models by a protocol; save and print the results."""
     from asdm.evaluation.protocol.image_job import KIND
     from asdm.evaluation.protocol.inputs import read_inputs
     from asdm.evaluation.protocol.run import win_sheet_name
@@ -66,9 +66,9 @@ def by_protocol(load: Load, protocol: ProtocolName, folder: Path, out: Path | No
         )
     if not is_main_process():
         return
-    _print(results)
     if out is not None:
         results.save(out)
+    _print(results)
     say_path(f"written to {out or folder / 'evaluation.json'}")
     students = list(pipelines)[1:]
     for sheet in (folder / win_sheet_name(name, students) for name in students):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -14,9 +16,26 @@ from asdm.errors import printable
 if TYPE_CHECKING:
     from asdm.evaluation.results import Evaluation, SpeedMetrics
 
-console = Console()
-errors = Console(stderr=True)
+
+
+class _Console(Console):
+    """A console whose reader may go away: the command goes on in silence, as its results are files."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
+console = _Console()
+errors = _Console(stderr=True)
 LISTED_FILES = 10  # of those that were skipped
+
+
+def replace_unencodable() -> None:
+    """Let both streams print a replacement for what their encoding lacks, instead of ending the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def is_main_process() -> bool:
