@@ -140,11 +140,12 @@ def test_results_are_saved_where_they_cannot_be_printed(command, run, model, mon
     short = {"evaluate": ["--samples", 0, "--steps", 1, "--rounds", 1], "analyze": ["--timesteps", 1, "--samples", 1]}
     reader, writer = os.pipe()
     os.close(reader)
-    for name, file in {"closed": os.fdopen(writer, "w"), "ascii": open(tmp_path / "out", "w", encoding="ascii")}.items():
-        monkeypatch.setattr(sys, "stdout", file)
-        monkeypatch.setattr(console, "quiet", False)
-        assert run(command, "modèle", *short[command], "--out", f"{name}.json")[0] == 0
-        assert (tmp_path / f"{name}.json").is_file() and console.quiet == (name == "closed")
+    with os.fdopen(writer, "w") as closed, (tmp_path / "out").open("w", encoding="ascii") as ascii_file:
+        for name, file in (("closed", closed), ("ascii", ascii_file)):
+            monkeypatch.setattr(sys, "stdout", file)
+            monkeypatch.setattr(console, "quiet", False)
+            assert run(command, "modèle", *short[command], "--out", f"{name}.json")[0] == 0
+            assert (tmp_path / f"{name}.json").is_file() and console.quiet == (name == "closed")
     assert "mod?le" in (tmp_path / "out").read_text() and "written to ascii.json" in (tmp_path / "out").read_text()
 
 

@@ -25,7 +25,7 @@ from asdm.cli.options import (
     SensitivityOption,
     not_a_folder,
 )
-from asdm.cli.output import console, say, say_path, warn_if_busy, warn_of_skipped
+from asdm.cli.output import say, say_path, show, warn_if_busy, warn_of_skipped
 from asdm.cli.progress import reporting
 from asdm.cli.tables import profile_table, usage_table
 from asdm.errors import AsdmError
@@ -159,13 +159,13 @@ def _print_usage(
     usage = asdm.expert_usage(pipeline, chosen, timesteps=timesteps, seed=seed)
     if out is not None:
         usage.save(out)
-    console.print(usage_table(usage))
+    show(usage_table(usage))
     if out is not None:
         say_path(f"written to {out}")
 
 
 def _print_profile(redundancy: RedundancyMap) -> None:
-    console.print(profile_table(redundancy))
+    show(profile_table(redundancy))
     denoiser = redundancy.family.label
     say(
         f"{denoiser}: {redundancy.parameters / 1e6:.1f}M parameters, "

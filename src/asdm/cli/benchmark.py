@@ -25,7 +25,7 @@ from asdm.cli.options import (
     SeedOption,
     StrengthOption,
 )
-from asdm.cli.output import console, say, say_path, warn_if_busy, warn_of_skipped
+from asdm.cli.output import say, say_path, show, warn_if_busy, warn_of_skipped
 from asdm.cli.progress import reporting
 from asdm.cli.tables import benchmark_table
 from asdm.errors import AsdmError
@@ -138,7 +138,7 @@ def benchmark(
                 progress=lambda title, done, total, model=model: report(f"{title}, {model}", done, total),  # type: ignore[misc]
             )
         results = save_results(results, measured, out)
-        console.print(benchmark_table(measured.rows))
+        show(benchmark_table(measured.rows))
         if measured.busy_line is not None:
             say(f"during the measurement, {measured.busy_line}")
     _print_limits(limits or {})

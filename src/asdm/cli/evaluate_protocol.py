@@ -10,7 +10,7 @@ import typer
 
 import asdm
 from asdm.choices import ImageLayout, ProtocolName
-from asdm.cli.output import console, is_main_process, say_path
+from asdm.cli.output import is_main_process, say_path, show
 from asdm.cli.progress import reporting
 from asdm.cli.tables import protocol_table
 from asdm.errors import AsdmError
@@ -104,7 +104,7 @@ def _print(results: ProtocolResults) -> None:
     real = "" if results.real_images is None else f", {results.real_images:,} real images"
     count, side = f"{results.prompts:,} prompts, seed {results.seed}", f"images of {results.stored_side} px"
     say_path(f"{results.protocol}: {count}, {side}{real}")
-    console.print(protocol_table(results))
+    show(protocol_table(results))
     for metric, network in results.networks.items():
         say_path(f"{metric} by {network}")
     for note in results.notes:
