@@ -15,6 +15,7 @@ from asdm.diffusion.conditioning import unscaled
 from asdm.diffusion.generation import default_guidance, pipeline_arguments
 from asdm.diffusion.guidance import CfgCutoff
 from asdm.evaluation.image_timing import watching_calls
+from asdm.evaluation.speed import weight_megabytes
 from asdm.families import denoiser_of
 from asdm.measure.latency import synchronise
 from asdm.measure.macs import counting_macs
@@ -60,11 +61,10 @@ def measure_cost(ready: DiffusionPipeline, method: Method) -> tuple[Cost, Tensor
             peak = peak_megabytes(lambda: latents.append(first_steps(ready, method, times=1)[0]))
         finally:
             handle.remove()
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in denoiser.parameters()) / 1e6
     cost = Cost(
         dtype=getattr(denoiser, "precision", str(denoiser.dtype).removeprefix("torch.")),
         gmacs=macs[1] / 1e9 or getattr(denoiser, "gmacs", None),
-        unet_megabytes=getattr(denoiser, "megabytes", weights),
+        unet_megabytes=weight_megabytes(denoiser),
         peak_megabytes=peak,
         samples=1 if default_guidance(ready) == 1 else 2,
     )

@@ -136,8 +136,8 @@ def speed_table(evaluation: Evaluation) -> Table:
             str(row.steps),
             f"{row.pipeline.ms:.0f}",
             row.pipeline_ratio.brief(),
-            f"{row.unet_parameters / 1e6:.2f}",
-            f"{row.gmacs:.3f}",
+            _or_dash(row.million_parameters, "{:.2f}"),
+            _or_dash(row.gmacs, "{:.3f}"),
         )
     return _legible(table)
 
