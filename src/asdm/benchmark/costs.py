@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +72,14 @@ def measure_cost(ready: DiffusionPipeline, method: Method) -> tuple[Cost, Tensor
     return cost, latents[0]
 
 
+class _Ended(Exception):
+    """Ends a sampling early, with its latents so far."""
+
+    def __init__(self, latents: Tensor):
+        super().__init__()
+        self.latents = latents
+
+
 def first_steps(ready: DiffusionPipeline, method: Method, times: int) -> tuple[Tensor, list[tuple[float, float]]]:
     """Sample until each kind of denoiser call has occurred so often behind the first step, or as often as it does.
 
@@ -87,17 +96,30 @@ def first_steps(ready: DiffusionPipeline, method: Method, times: int) -> tuple[T
         pipe._interrupt = step >= last  # diffusers' own way to end a sampling early
         return {} if guidance is None else guidance(pipe, step, timestep, tensors)
 
+    def legacy_step_done(step: int, _timestep: Any, latents: Tensor) -> None:
+        synchronise(ready.device)
+        if step >= last:
+            raise _Ended(latents)
+
+    callbacks: dict[str, Any] = {
+        "callback_on_step_end": step_done,
+        "callback_on_step_end_tensor_inputs": ["latents"] if guidance is None else guidance.tensor_inputs,
+    }
+    if "callback" in inspect.signature(type(ready).__call__).parameters:  # PixArt's, which have no other
+        callbacks = {"callback": legacy_step_done, "callback_steps": 1}
     with watching_calls(denoiser_of(ready), ready.device) as calls:
-        latents = ready(
-            ["a photograph"],
-            num_inference_steps=method.steps,
-            guidance_scale=default_guidance(ready),
-            generator=torch.Generator().manual_seed(0),
-            output_type="latent",
-            callback_on_step_end=step_done,
-            callback_on_step_end_tensor_inputs=["latents"] if guidance is None else guidance.tensor_inputs,
-            **pipeline_arguments(ready),
-        ).images
+        try:
+            latents = ready(
+                ["a photograph"],
+                num_inference_steps=method.steps,
+                guidance_scale=default_guidance(ready),
+                generator=torch.Generator().manual_seed(0),
+                output_type="latent",
+                **callbacks,
+                **pipeline_arguments(ready),
+            ).images
+        except _Ended as ended:
+            latents = ended.latents
     return latents, calls
 
 
