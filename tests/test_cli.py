@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from diffusers import ControlNetModel
@@ -15,6 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from asdm import PruningPlan, cli, save_pipeline
+from asdm.benchmark.models import MeasuredModel
+from asdm.benchmark.results import BenchmarkRow, BenchmarkRun
 from asdm.cli.output import console, print_skipped
 from asdm.files import write_text
 from conftest import lora_file, tiny_pipeline, tiny_unet
@@ -222,6 +225,63 @@ def test_compress_interrupted_says_how_to_go_on(run, model, monkeypatch, tmp_pat
     assert (tmp_path / "made" / "report.html").is_file()
     status, told, beside = run(*command)
     assert status == 0 and "made: nothing is left to compute" in beside and "report.html" in told
+
+
+def test_what_has_no_effect_or_cannot_be_is_refused_before_anything_is_measured(run, model, monkeypatch, tmp_path):
+    def measured(*_, **__):
+        raise AssertionError
+
+    for function in ("asdm.evaluate", "asdm.measure.limits.machine_limits"):
+        monkeypatch.setattr(function, measured)
+    (tmp_path / "file").write_text("x")
+    for command, message in (
+        (["evaluate", model, "--samples", 0, "--images", "drawn"], "--images drawn: has no effect with --samples 0"),
+        (["evaluate", model, "--samples", 0, "--data", "demo"], "--data demo: has no effect with --samples 0"),
+        (["evaluate", model, "--image-to-image", 0, "--strength", 0.5], "--strength 0.5: has no effect with --image"),
+        (["evaluate", model, "--images", "file"], "file: is a file; name a folder"),
+        (["evaluate", model, "--images", "file/in"], "file/in: file is a file; name a folder"),
+        (["benchmark", model, "--images", "drawn"], "--images drawn: has no effect without --data"),
+        (["benchmark", "random:sd15", "--data", "demo", "--samples", 9], "--samples 9: has no effect without --data"),
+        (["benchmark", "--image-to-image", 0, "--strength", 0.5], "--strength 0.5: has no effect with --image"),
+        (["benchmark", model, "--data", "demo", "--images", "file"], "file: is a file; name a folder"),
+        (["benchmark", model, "--out", "file"], "file: is a file; name a folder"),
+        (["benchmark", model, "--only", "nosuch"], "--only nosuch: no method's name contains this"),
+    ):
+        status, _, error = run(*command)
+        assert status == 2 and f"error: {message}" in error, (command, error)
+
+
+def test_an_interrupted_measurement_says_what_is_there(run, model, data_folder, monkeypatch, tmp_path):
+    places = []
+
+    def measured(_pipeline, place, *, images_folder, **_):
+        places.append(images_folder)
+        if len(places) != 2:
+            raise KeyboardInterrupt
+        run = BenchmarkRun.now(device="cpu", rounds=1, seed=0, limits={})
+        row = BenchmarkRow(place=place, name="original", group="original", steps=4, error="none")
+        return MeasuredModel(model=place, settings={}, run=run, rows=[row])
+
+    def drawing(*_, images_folder, **__):
+        if images_folder is not None:
+            images_folder.mkdir()
+        raise KeyboardInterrupt
+
+    shutil.copytree(model, tmp_path / "other")
+    monkeypatch.setattr("asdm.benchmark.models.benchmark_model", measured)
+    monkeypatch.setattr("asdm.measure.limits.machine_limits", lambda _: {})
+    monkeypatch.setattr("asdm.cli.benchmark._announce", lambda *_, **__: None)
+    monkeypatch.setattr("asdm.evaluate", drawing)
+    two_models = ["benchmark", "model", "other", "--data", data_folder, "--images", "drawn"]
+    for command, message in (
+        (two_models, "interrupted; nothing was written"),
+        (two_models, "interrupted; finished models are in benchmark/benchmark.json\n"),
+        (["evaluate", model], "interrupted; nothing was written"),
+        (["evaluate", model, "--images", "drawn"], "no results were written; finished images are in drawn"),
+    ):
+        status, _, error = run(*command)
+        assert status == 130 and message in error, error
+    assert places == [Path("drawn/model"), Path("drawn/model"), Path("drawn/other")]
 
 
 def test_a_full_disk_is_told_and_nothing_is_lost(run, model, monkeypatch, tmp_path):

@@ -10,6 +10,7 @@ import typer
 
 import asdm
 from asdm.choices import ImageLayout, ProtocolName
+from asdm.cli.options import require_effect
 from asdm.cli.output import is_main_process, say_path, show
 from asdm.cli.progress import reporting
 from asdm.cli.tables import protocol_table
@@ -41,11 +42,7 @@ def require_options(context: typer.Context, protocol: ProtocolName | None, layou
         kind, without = f"--protocol {protocol}", (*_PLAIN, *_LAYOUT)
     else:
         kind, without = "speed and samples, without --protocol or --layout", (*_BY_PROTOCOL, *_JOB, *_LAYOUT)
-    for name in without:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":  # typer brings its own copy of click, by version
-            option = f"--{name.replace('_', '-')}"
-            raise AsdmError(f"{option} {context.params[name]}: has no effect on an evaluation by {kind}; leave it out")
+    require_effect(context, without, f"on an evaluation by {kind}")
     if layout is not None and context.params["prompts"] is None:
         raise AsdmError(f"--layout {layout}: needs --prompts, the benchmark's file of prompts")
 
