@@ -1,7 +1,9 @@
 """The benchmark times all in turns, generates the same prompts with each, and reports each method's failure."""
 
+import gc
 import json
 import time
+import weakref
 from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +17,8 @@ from matplotlib.transforms import Bbox
 
 from asdm import AsdmError, PruningPlan, build_student, save_decoder
 from asdm.benchmark.baselines import attention_broadcast, deep_cache, t_gate, tome
-from asdm.benchmark.method import Method, at_every, cached, combined, fresh
+from asdm.benchmark.costs import decode, first_steps
+from asdm.benchmark.method import Method, at_every, cached, combined, fresh, memoized
 from asdm.benchmark.methods import cached_every, methods, with_guidance_until
 from asdm.benchmark.models import benchmark_model, chosen_methods, open_results, save_results, unfinished
 from asdm.benchmark.plot import benchmark_plot, pareto_front
@@ -23,9 +26,11 @@ from asdm.benchmark.results import Benchmark, BenchmarkRow, BenchmarkRun
 from asdm.benchmark.run import judge_methods, time_methods
 from asdm.benchmark.techniques import by_lcm, caching, in_openvino, pruned, with_dpm_solver, with_gri
 from asdm.diffusion.generation import generate
+from asdm.distillation.consistency import lcm_scheduler
 from asdm.measure import limits as limits_module
 from asdm.measure.limits import machine_limits
-from conftest import tiny_decoder, tiny_pipeline
+from asdm.pipelines.derived import with_unet
+from conftest import tiny_decoder, tiny_pipeline, tiny_pixart_pipeline
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
@@ -301,6 +306,39 @@ def test_all_sample_with_the_same_scheduler(pipeline):
     assert ready is pipeline and isinstance(pipeline.scheduler, DPMSolverMultistepScheduler)
     scheduler = pipeline.scheduler
     assert with_dpm_solver(pipeline).scheduler is scheduler
+
+
+def test_a_few_step_student_samples_at_the_steps_it_was_trained_at(pipeline, monkeypatch):
+    monkeypatch.setattr("asdm.benchmark.techniques.export", lambda *_, **__: None)
+    monkeypatch.setattr("asdm.benchmark.techniques.with_openvino_graphs", lambda given, _: with_unet(given, given.unet))
+    student = tiny_pipeline()
+    student.scheduler = lcm_scheduler(student.scheduler.config, 10)
+    chosen = chosen_methods(pipeline, {"quick": student}, None, 8, ["quick"])
+    assert [method.name for method in chosen][1:] == ["quick, 4 steps of LCM", "quick + OpenVINO, 4 steps of LCM"]
+    for method in chosen[1:]:
+        with method.prepared(pipeline) as ready:
+            assert ready.scheduler.config.original_inference_steps == 10
+    with by_lcm(pipeline) as ready:
+        assert ready.scheduler.config.original_inference_steps == 50
+    with pytest.raises(AsdmError, match=r"a few-step model, .* this one by --student"):
+        with_dpm_solver(student)
+
+
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_pixart_pipeline])
+def test_first_steps_are_as_many_as_are_timed(make):
+    pipeline = make()
+    latents, calls = first_steps(pipeline, Method("original", "original", steps=25), 2)
+    assert len(calls) == 3 and decode(pipeline, latents)[0].shape == (1, 3, 16, 16)
+
+
+def test_what_is_made_of_a_pipeline_goes_with_it(pipeline):
+    made = memoized(lambda _: tiny_pipeline())
+    given = with_unet(pipeline, pipeline.unet)
+    found = weakref.ref(made(given))
+    assert made(given) is found()
+    del given
+    gc.collect()
+    assert found() is None  # another pipeline may have the same id
 
 
 def test_our_parts_leave_the_pipeline_as_it_was():

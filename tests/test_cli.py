@@ -2,10 +2,12 @@
 
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from diffusers import ControlNetModel
@@ -14,7 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from asdm import PruningPlan, cli, save_pipeline
-from asdm.cli.output import print_skipped
+from asdm.benchmark.models import MeasuredModel
+from asdm.benchmark.results import BenchmarkRow, BenchmarkRun
+from asdm.cli.output import console, print_skipped
 from asdm.files import write_text
 from conftest import lora_file, tiny_pipeline, tiny_pixart_pipeline, tiny_sdxl_pipeline, tiny_unet
 
@@ -155,6 +159,21 @@ def test_the_path_of_a_file_is_printed_as_it_is(run, model):
     assert status == 0 and f"written to {name}\n" in out
 
 
+@pytest.mark.parametrize("command", ["evaluate", "analyze"])
+def test_results_are_saved_where_they_cannot_be_printed(command, run, model, monkeypatch, tmp_path):
+    shutil.copytree(model, tmp_path / "modèle")
+    short = {"evaluate": ["--samples", 0, "--steps", 1, "--rounds", 1], "analyze": ["--timesteps", 1, "--samples", 1]}
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed, (tmp_path / "out").open("w", encoding="ascii") as ascii_file:
+        for name, file in (("closed", closed), ("ascii", ascii_file)):
+            monkeypatch.setattr(sys, "stdout", file)
+            monkeypatch.setattr(console, "quiet", False)
+            assert run(command, "modèle", *short[command], "--out", f"{name}.json")[0] == 0
+            assert (tmp_path / f"{name}.json").is_file() and console.quiet == (name == "closed")
+    assert "mod?le" in (tmp_path / "out").read_text() and "written to ascii.json" in (tmp_path / "out").read_text()
+
+
 def test_main_job_by_its_single_commands(run, model, data_folder, monkeypatch, tmp_path):
     assert run("analyze", model, "--timesteps", 1, "--samples", 1, "--out", "map.json", "--plot", "map.png")[0] == 0
     assert run("plan", "map.json", "--params", 0.8, "--out", "plan.json")[0] == 0
@@ -228,6 +247,63 @@ def test_compress_interrupted_says_how_to_go_on(run, model, monkeypatch, tmp_pat
     assert (tmp_path / "made" / "report.html").is_file()
     status, told, beside = run(*command)
     assert status == 0 and "made: nothing is left to compute" in beside and "report.html" in told
+
+
+def test_what_has_no_effect_or_cannot_be_is_refused_before_anything_is_measured(run, model, monkeypatch, tmp_path):
+    def measured(*_, **__):
+        raise AssertionError
+
+    for function in ("asdm.evaluate", "asdm.measure.limits.machine_limits"):
+        monkeypatch.setattr(function, measured)
+    (tmp_path / "file").write_text("x")
+    for command, message in (
+        (["evaluate", model, "--samples", 0, "--images", "drawn"], "--images drawn: has no effect with --samples 0"),
+        (["evaluate", model, "--samples", 0, "--data", "demo"], "--data demo: has no effect with --samples 0"),
+        (["evaluate", model, "--image-to-image", 0, "--strength", 0.5], "--strength 0.5: has no effect with --image"),
+        (["evaluate", model, "--images", "file"], "file: is a file; name a folder"),
+        (["evaluate", model, "--images", "file/in"], "file/in: file is a file; name a folder"),
+        (["benchmark", model, "--images", "drawn"], "--images drawn: has no effect without --data"),
+        (["benchmark", "random:sd15", "--data", "demo", "--samples", 9], "--samples 9: has no effect without --data"),
+        (["benchmark", "--image-to-image", 0, "--strength", 0.5], "--strength 0.5: has no effect with --image"),
+        (["benchmark", model, "--data", "demo", "--images", "file"], "file: is a file; name a folder"),
+        (["benchmark", model, "--out", "file"], "file: is a file; name a folder"),
+        (["benchmark", model, "--only", "nosuch"], "--only nosuch: no method's name contains this"),
+    ):
+        status, _, error = run(*command)
+        assert status == 2 and f"error: {message}" in error, (command, error)
+
+
+def test_an_interrupted_measurement_says_what_is_there(run, model, data_folder, monkeypatch, tmp_path):
+    places = []
+
+    def measured(_pipeline, place, *, images_folder, **_):
+        places.append(images_folder)
+        if len(places) != 2:
+            raise KeyboardInterrupt
+        run = BenchmarkRun.now(device="cpu", rounds=1, seed=0, limits={})
+        row = BenchmarkRow(place=place, name="original", group="original", steps=4, error="none")
+        return MeasuredModel(model=place, settings={}, run=run, rows=[row])
+
+    def drawing(*_, images_folder, **__):
+        if images_folder is not None:
+            images_folder.mkdir()
+        raise KeyboardInterrupt
+
+    shutil.copytree(model, tmp_path / "other")
+    monkeypatch.setattr("asdm.benchmark.models.benchmark_model", measured)
+    monkeypatch.setattr("asdm.measure.limits.machine_limits", lambda _: {})
+    monkeypatch.setattr("asdm.cli.benchmark._announce", lambda *_, **__: None)
+    monkeypatch.setattr("asdm.evaluate", drawing)
+    two_models = ["benchmark", "model", "other", "--data", data_folder, "--images", "drawn"]
+    for command, message in (
+        (two_models, "interrupted; nothing was written"),
+        (two_models, "interrupted; finished models are in benchmark/benchmark.json\n"),
+        (["evaluate", model], "interrupted; nothing was written"),
+        (["evaluate", model, "--images", "drawn"], "no results were written; finished images are in drawn"),
+    ):
+        status, _, error = run(*command)
+        assert status == 130 and message in error, error
+    assert places == [Path("drawn/model"), Path("drawn/model"), Path("drawn/other")]
 
 
 def test_a_full_disk_is_told_and_nothing_is_lost(run, model, monkeypatch, tmp_path):

@@ -15,13 +15,16 @@ from asdm import (
     Remove,
     build_student,
     cache_features,
+    evaluate,
     export,
     generate,
     with_decoder,
     with_unet,
 )
+from asdm.cli.tables import speed_table
 from asdm.diffusion.conditioning import encode_images
 from asdm.evaluation.protocol.image_job import identity_of
+from asdm.evaluation.report import headline_of, metrics_section
 from asdm.families import UNetFamily
 from asdm.families.tensors import fingerprint
 from asdm.measure.latency import Latency
@@ -258,6 +261,21 @@ def test_other_shapes_than_the_exported_ones_are_refused_in_a_line(drawing):
             ready("octopus", num_inference_steps=1, **size)
     with pytest.raises(AsdmError, match="latent_sample of 1x4x8x8: the graph was exported for other shapes"):
         ready.vae.decode(torch.zeros(1, 4, 8, 8))
+
+
+@pytest.mark.parametrize("first", ["torch", "graphs"])
+def test_an_evaluation_says_of_graphs_what_is_known(first, drawing):
+    pipeline, folder = drawing
+    models = {"torch": pipeline, "graphs": with_openvino_graphs(pipeline, folder)}
+    models = {first: models[first], **models}
+    found = evaluate(models, quality=False, image_to_image=0, steps=1, rounds=1)
+    graph, torch_row = found.speed_of("graphs"), found.speed_of("torch")
+    assert graph.unet_parameters is graph.gmacs is graph.gmacs_without_attention is None
+    assert graph.unet_megabytes == models["graphs"].unet.megabytes > 0
+    assert torch_row.unet_parameters > 0 and torch_row.gmacs > 0
+    assert "parameters" not in headline_of(found)
+    assert "| – | – / – |" in metrics_section(found)
+    assert len(list(speed_table(found).rows)) == 2
 
 
 @pytest.mark.parametrize("part", ["unet", "vae_decoder"])

@@ -90,13 +90,25 @@ def test_frechet_distance_is_torchmetrics_and_the_formula(sets):
 
 def test_kernel_distance_is_torchmetrics(sets):
     stub, (own, real) = Stub(), sets
-    metric = KernelInceptionDistance(feature=stub, subsets=7, subset_size=30)
+    metric = KernelInceptionDistance(feature=stub, subsets=7, subset_size=20)
     metric.update(own, real=False)
     metric.update(real, real=True)
     torch.manual_seed(3)
     mean, deviation = (float(value) for value in metric.compute())
-    found = kid(stub(own), stub(real), subsets=7, subset_size=30, seed=3)
+    found = kid(stub(own), stub(real), subsets=7, subset_size=20, seed=3)
     assert found == (pytest.approx(mean, rel=1e-6), pytest.approx(deviation, rel=1e-6))
+
+
+def test_the_deviation_of_a_kernel_distance_is_that_of_other_images_and_the_distance_of_all():
+    generator = torch.Generator().manual_seed(0)
+
+    def found(count):
+        own, real = (torch.randn(count, 16, generator=generator) for _ in range(2))
+        return kid(own + 0.3, real, subsets=20)
+
+    deviation = torch.tensor([found(32)[0] for _ in range(20)]).std()
+    assert 0.4 * deviation < torch.tensor([found(32)[1] for _ in range(10)]).mean() < 2 * deviation
+    assert found(3)[1] is None and found(4)[1] > 0
 
 
 def test_inception_score_is_torchmetrics_and_the_number_of_sure_classes(sets):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from asdm.diffusion.conditioning import unscaled
 from asdm.diffusion.generation import default_guidance, pipeline_arguments
 from asdm.diffusion.guidance import CfgCutoff
 from asdm.evaluation.image_timing import watching_calls
+from asdm.evaluation.speed import weight_megabytes
 from asdm.families import denoiser_of
 from asdm.measure.latency import synchronise
 from asdm.measure.macs import counting_macs
@@ -60,15 +62,22 @@ def measure_cost(ready: DiffusionPipeline, method: Method) -> tuple[Cost, Tensor
             peak = peak_megabytes(lambda: latents.append(first_steps(ready, method, times=1)[0]))
         finally:
             handle.remove()
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in denoiser.parameters()) / 1e6
     cost = Cost(
         dtype=getattr(denoiser, "precision", str(denoiser.dtype).removeprefix("torch.")),
         gmacs=macs[1] / 1e9 or getattr(denoiser, "gmacs", None),
-        unet_megabytes=getattr(denoiser, "megabytes", weights),
+        unet_megabytes=weight_megabytes(denoiser),
         peak_megabytes=peak,
         samples=1 if default_guidance(ready) == 1 else 2,
     )
     return cost, latents[0]
+
+
+class _Ended(Exception):
+    """Ends a sampling early, with its latents so far."""
+
+    def __init__(self, latents: Tensor):
+        super().__init__()
+        self.latents = latents
 
 
 def first_steps(ready: DiffusionPipeline, method: Method, times: int) -> tuple[Tensor, list[tuple[float, float]]]:
@@ -87,17 +96,30 @@ def first_steps(ready: DiffusionPipeline, method: Method, times: int) -> tuple[T
         pipe._interrupt = step >= last  # diffusers' own way to end a sampling early
         return {} if guidance is None else guidance(pipe, step, timestep, tensors)
 
+    def legacy_step_done(step: int, _timestep: Any, latents: Tensor) -> None:
+        synchronise(ready.device)
+        if step >= last:
+            raise _Ended(latents)
+
+    callbacks: dict[str, Any] = {
+        "callback_on_step_end": step_done,
+        "callback_on_step_end_tensor_inputs": ["latents"] if guidance is None else guidance.tensor_inputs,
+    }
+    if "callback" in inspect.signature(type(ready).__call__).parameters:  # PixArt's, which have no other
+        callbacks = {"callback": legacy_step_done, "callback_steps": 1}
     with watching_calls(denoiser_of(ready), ready.device) as calls:
-        latents = ready(
-            ["a photograph"],
-            num_inference_steps=method.steps,
-            guidance_scale=default_guidance(ready),
-            generator=torch.Generator().manual_seed(0),
-            output_type="latent",
-            callback_on_step_end=step_done,
-            callback_on_step_end_tensor_inputs=["latents"] if guidance is None else guidance.tensor_inputs,
-            **pipeline_arguments(ready),
-        ).images
+        try:
+            latents = ready(
+                ["a photograph"],
+                num_inference_steps=method.steps,
+                guidance_scale=default_guidance(ready),
+                generator=torch.Generator().manual_seed(0),
+                output_type="latent",
+                **callbacks,
+                **pipeline_arguments(ready),
+            ).images
+        except _Ended as ended:
+            latents = ended.latents
     return latents, calls
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 from diffusers import DiffusionPipeline
 
@@ -102,16 +103,17 @@ def cached(*makers: Maker) -> Prepared:
 
 
 def memoized(function: Callable[[DiffusionPipeline], Result]) -> Callable[[DiffusionPipeline], Result]:
-    """Cache the function's result for each pipeline. A failure is cached, too, as it may take minutes."""
-    known: dict[int, Result | Exception] = {}
+    """Cache the function's result for each pipeline, as long as there is that pipeline. A failure is cached, too, as it
+    may take minutes."""
+    known: WeakKeyDictionary[DiffusionPipeline, Result | Exception] = WeakKeyDictionary()
 
     def call(pipeline: DiffusionPipeline) -> Result:
-        if id(pipeline) not in known:
+        if pipeline not in known:
             try:
-                known[id(pipeline)] = function(pipeline)
+                known[pipeline] = function(pipeline)
             except Exception as error:
-                known[id(pipeline)] = error.with_traceback(None)  # whose frames would keep large objects in memory
-        result = known[id(pipeline)]
+                known[pipeline] = error.with_traceback(None)  # whose frames would keep large objects in memory
+        result = known[pipeline]
         if isinstance(result, Exception):
             raise result
         return result

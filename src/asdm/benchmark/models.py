@@ -14,7 +14,7 @@ from asdm.benchmark.methods import methods
 from asdm.benchmark.plot import benchmark_plot
 from asdm.benchmark.results import Benchmark, BenchmarkRow, BenchmarkRun
 from asdm.benchmark.run import judge_methods, time_methods
-from asdm.benchmark.techniques import preset_students, with_denoiser, with_dpm_solver
+from asdm.benchmark.techniques import preset_students, with_denoiser, with_dpm_solver, with_few_step
 from asdm.benchmark.timing import Progress
 from asdm.choices import IMAGE_TO_IMAGE_SAMPLES, IMAGE_TO_IMAGE_STRENGTH
 from asdm.diffusion.generation import is_few_step
@@ -179,7 +179,10 @@ def chosen_methods(
     trained: dict[str, Any] = preset_students(pipeline) if is_random(pipeline) else {}
     few_step: dict[str, Any] = {}
     for name, student in students.items():
-        (few_step if is_few_step(student) else trained)[name] = with_denoiser(denoiser_of(student))
+        if is_few_step(student):
+            few_step[name] = with_few_step(student)
+        else:
+            trained[name] = with_denoiser(denoiser_of(student))
     on_cpu = pipeline.device.type == "cpu"
     if decoder is None and is_random(pipeline):
         decoder = RANDOM_DECODER

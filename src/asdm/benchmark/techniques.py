@@ -19,7 +19,7 @@ from asdm.caching.calibration import Observations, observe_sampling
 from asdm.caching.features import cache_features
 from asdm.compensation.folding import fold_projections
 from asdm.diffusion.conditioning import latent_shape
-from asdm.diffusion.generation import generate
+from asdm.diffusion.generation import generate, is_few_step
 from asdm.distillation.consistency import lcm_scheduler
 from asdm.distillation.stages import Consistency
 from asdm.edits import GriAttention
@@ -49,7 +49,15 @@ def with_dpm_solver(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     """Give the pipeline DPM-Solver++ (arXiv 2211.01095), with which all methods sample.
 
     A better scheduler must not be credited to a method, and few steps need a good one.
+
+    Raises:
+        AsdmError: the pipeline is a consistency model, which samples by its own scheduler.
     """
+    if is_few_step(pipeline):
+        raise AsdmError(
+            f"{pipeline.config.get('_name_or_path')}: a few-step model, which other steps and schedulers do not fit; "
+            "name its teacher as the model, and this one by --student"
+        )
     if not isinstance(pipeline.scheduler, DPMSolverMultistepScheduler):
         pipeline.register_modules(scheduler=DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config))
     return pipeline
@@ -58,6 +66,17 @@ def with_dpm_solver(pipeline: DiffusionPipeline) -> DiffusionPipeline:
 def with_denoiser(denoiser: Denoiser) -> Maker:
     """Give a pipeline this denoiser."""
     return lambda pipeline: with_unet(pipeline, denoiser)
+
+
+def with_few_step(student: DiffusionPipeline) -> Maker:
+    """Give a pipeline a few-step student's denoiser and its scheduler, whose time steps it was trained at."""
+
+    def sampling_as_it(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+        other = with_unet(pipeline, denoiser_of(student))
+        other.register_modules(scheduler=student.scheduler)
+        return other
+
+    return sampling_as_it
 
 
 def pruned(plan: PruningPlan) -> Maker:
@@ -123,9 +142,10 @@ def switching(student: Maker, below: float) -> Prepared:
 
 
 def by_lcm(pipeline: DiffusionPipeline) -> AbstractContextManager[DiffusionPipeline]:
-    """Sample with LCM's scheduler (arXiv 2310.04378), hence without guidance."""
+    """Sample with LCM's scheduler (arXiv 2310.04378), a consistency model's own, hence without guidance."""
     other = with_unet(pipeline, denoiser_of(pipeline))
-    other.register_modules(scheduler=lcm_scheduler(pipeline.scheduler.config, Consistency().solver_steps))
+    if not is_few_step(pipeline):
+        other.register_modules(scheduler=lcm_scheduler(pipeline.scheduler.config, Consistency().solver_steps))
     generate(other, ["a photograph"], steps=1)  # compiles a graph for one sample instead of two
     return nullcontext(other)
 
@@ -167,20 +187,21 @@ def in_openvino(
     parts = (*(("unet",) if cache is None else ("unet_inner", "unet_outer")), "vae_decoder")
 
     @memoized
-    def exported(pipeline: DiffusionPipeline) -> tuple[tempfile.TemporaryDirectory[str], float]:
+    def exported(pipeline: DiffusionPipeline) -> tuple[tempfile.TemporaryDirectory[str], float, Any]:
         made = pipeline if maker is None else maker(pipeline)
         release_graphs()
         folder = tempfile.TemporaryDirectory(prefix="asdm-openvino-")
         graphs, ranges = Path(folder.name) / "graphs", None if int8 is None else data
         export(made, graphs, "openvino", int8=int8, data=ranges, cache=cache, parts=parts)
-        return folder, macs_of_call(denoiser_of(made)).below() / 1e9
+        return folder, macs_of_call(denoiser_of(made)).below() / 1e9, made.scheduler
 
     @contextmanager
     def prepared(pipeline: DiffusionPipeline) -> Iterator[DiffusionPipeline]:
-        folder, gmacs = exported(pipeline)
+        folder, gmacs, scheduler = exported(pipeline)
         if folder.name not in _loaded:
             release_graphs()
             ready = with_openvino_graphs(pipeline, Path(folder.name) / "graphs")
+            ready.register_modules(scheduler=scheduler)
             denoiser_of(ready).gmacs = gmacs
             generate(ready, ["a photograph"], steps=2)
             _loaded[folder.name] = ready

@@ -25,7 +25,7 @@ from asdm.cli.options import (
     SensitivityOption,
     not_a_folder,
 )
-from asdm.cli.output import console, say, say_path, warn_if_busy, warn_of_skipped
+from asdm.cli.output import say, say_path, show, warn_if_busy, warn_of_skipped
 from asdm.cli.progress import reporting
 from asdm.cli.tables import profile_table, usage_table
 from asdm.errors import AsdmError
@@ -126,8 +126,8 @@ def analyze(
             progress=lambda done, total, name: report("analyse", done, total, name),
         )
     out = out or Path("redundancy.json")
-    _print_profile(redundancy)  # before it is saved, should that fail
     redundancy.save(out)
+    _print_profile(redundancy)
     say_path(f"written to {out}")
     if plot is not None:
         _plot(redundancy, plot)
@@ -157,14 +157,15 @@ def _print_usage(
     draw, count = random.Random(seed), samples or default_samples(pipeline)
     chosen = {name: draw.sample(texts, min(count, len(texts))) for name, texts in groups.items()}
     usage = asdm.expert_usage(pipeline, chosen, timesteps=timesteps, seed=seed)
-    console.print(usage_table(usage))
     if out is not None:
         usage.save(out)
+    show(usage_table(usage))
+    if out is not None:
         say_path(f"written to {out}")
 
 
 def _print_profile(redundancy: RedundancyMap) -> None:
-    console.print(profile_table(redundancy))
+    show(profile_table(redundancy))
     denoiser = redundancy.family.label
     say(
         f"{denoiser}: {redundancy.parameters / 1e6:.1f}M parameters, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,14 +25,17 @@ from asdm.cli.options import (
     PredictionTypeOption,
     SeedOption,
     StrengthOption,
+    require_effect,
+    require_folder,
 )
-from asdm.cli.output import console, say, say_path, warn_if_busy, warn_of_skipped
+from asdm.cli.output import say, say_path, show, warn_if_busy, warn_of_skipped
 from asdm.cli.progress import reporting
 from asdm.cli.tables import benchmark_table
 from asdm.errors import AsdmError
 
 
 def benchmark(
+    context: typer.Context,
     models: Annotated[
         list[str] | None,
         typer.Argument(help=f"One or more models, demo by default: {MODEL}.", callback=NAME, show_default=False),
@@ -66,7 +70,12 @@ def benchmark(
     ] = False,
     decoder: DecoderOption = None,
     out: Annotated[Path, typer.Option(help="The folder to write results and plots to.")] = Path("benchmark"),
-    images: Annotated[Path | None, typer.Option(help="The folder to save images to.", show_default=False)] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            help="The folder to save images to; of several models, a folder for each in it.", show_default=False
+        ),
+    ] = None,
     prediction_type: PredictionTypeOption = None,
     config: ConfigOption = None,
     device: DeviceOption = None,
@@ -80,14 +89,15 @@ def benchmark(
     once the methods are timed.
     """
     from asdm.benchmark.models import RESULTS, benchmark_model, open_results, save_results, unfinished
-    from asdm.evaluation.image_folders import distinct_names
+    from asdm.evaluation.image_folders import distinct_names, folder_names
     from asdm.measure.limits import machine_limits
 
     models = models or ["demo"]
     _require_distinct(models)
     loading.require_decoder_named(decoder)
-    if out.is_file():
-        raise AsdmError(f"{out}: a file; name a folder")
+    _require_effects(context, models, data, image_to_image)
+    require_folder(out)
+    require_folder(images)
     warn_of_skipped(data)
     names = distinct_names([str(folder) for folder in students or ()], shortest=True)
     results, limits = open_results(out), None
@@ -97,7 +107,6 @@ def benchmark(
         pipeline = loading.load_model(model, device, dtype, **claims)
         if decoder is not None and first:
             asdm.with_decoder(pipeline, decoder)  # refused before anything is measured
-        limits = limits or machine_limits(pipeline.device)
         folders = zip(names, students or (), strict=True) if first else ()
         loaded = {name: loading.load_model(str(folder), device, dtype) for name, folder in folders}
         _announce(
@@ -116,8 +125,9 @@ def benchmark(
             seed=seed,
         )
         warn_if_busy()
+        limits = limits or machine_limits(pipeline.device)
         kept = unfinished(out, model)
-        with reporting(otherwise=f"finished models are in {out / RESULTS}; judged images are kept") as report:
+        with reporting(otherwise=partial(_left, out / RESULTS, kept)) as report:
             measured = benchmark_model(
                 pipeline,
                 model,
@@ -133,16 +143,23 @@ def benchmark(
                 full=full,
                 decoder=decoder if first else None,
                 seed=seed,
-                images_folder=images,
+                images_folder=images / folder_names(models)[model] if images and len(models) > 1 else images,
                 kept=kept,
                 progress=lambda title, done, total, model=model: report(f"{title}, {model}", done, total),  # type: ignore[misc]
             )
         results = save_results(results, measured, out)
-        console.print(benchmark_table(measured.rows))
+        show(benchmark_table(measured.rows))
         if measured.busy_line is not None:
             say(f"during the measurement, {measured.busy_line}")
     _print_limits(limits or {})
     say_path(f"written to {out}")
+
+
+def _left(results: Path, kept: Path) -> str:
+    """Say what an interrupted benchmark leaves."""
+    finished = [f"finished models are in {results}"] if results.exists() else []
+    timed = [f"this one's rows are in {kept}: run the same command again to go on"] if kept.exists() else []
+    return "; ".join(finished + timed) or "nothing was written"
 
 
 def _announce(
@@ -172,6 +189,14 @@ def _require_distinct(models: list[str]) -> None:
     twice = next((model for model in models if models.count(model) > 1), None)
     if twice is not None:
         raise AsdmError(f"{twice}: named twice; name each model once")
+
+
+def _require_effects(context: typer.Context, models: list[str], data: str | None, image_to_image: int) -> None:
+    """Refuse options about images where there are none."""
+    if not any(_data_of(model, data) for model in models):
+        judged = ("images", "samples", "image_to_image", "strength")
+        require_effect(context, judged, "without --data, as no images are judged")
+    require_effect(context, ("strength",) if image_to_image == 0 else (), "with --image-to-image 0")
 
 
 def _data_of(model: str, data: str | None) -> str | None:

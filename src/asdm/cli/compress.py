@@ -142,5 +142,5 @@ def compress_and_print(
         made = asdm.compress(model, out, progress=progress, estimated=estimated, **settings)
     print_evaluation(made.evaluation)
     print_skipped(made.skipped)
-    say(f"\n[bold]{made.headline}[/bold]")
+    say(f"\n{made.headline}", style="bold")
     say_path(f"pipeline: {made.folder}\nreport:   {made.report}")

@@ -25,7 +25,7 @@ from asdm.cli.options import (
     SeedOption,
     training_steps,
 )
-from asdm.cli.output import console, is_main_process, print_skipped, say, say_path
+from asdm.cli.output import is_main_process, print_skipped, say, say_path, show
 from asdm.cli.progress import reporting
 from asdm.cli.tables import duration, estimate_tables
 from asdm.errors import AsdmError
@@ -138,10 +138,10 @@ def _print_estimate(
 
     rows = estimate(teacher, student, stages, teraflops=teraflops, processes=processes, sharded=sharded)
     for table in estimate_tables(rows, processes):
-        console.print(table)
+        show(table)
     where = "on this machine" if teraflops is None else f"at {teraflops:g} TFLOP/s a device"
     say(
         f"about {duration(sum(row.seconds for row in rows))} in total {where}, without the communication between "
         "devices; memory without that of kernels and libraries. The recipe as a file:\n"
     )
-    console.print(as_yaml(list(stages)), highlight=False, markup=False)
+    say_path(as_yaml(list(stages)))

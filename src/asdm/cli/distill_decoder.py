@@ -20,7 +20,7 @@ from asdm.cli.options import (
     PredictionTypeOption,
     SeedOption,
 )
-from asdm.cli.output import console, is_main_process, print_skipped, say, say_path
+from asdm.cli.output import is_main_process, print_skipped, say, say_path, show
 from asdm.cli.progress import reporting
 from asdm.cli.tables import decoder_table
 from asdm.errors import AsdmError
@@ -131,4 +131,4 @@ def _print_comparison(pipeline: Any, made: DecoderTraining, data: str) -> None:
     from asdm.evaluation.decoders import compare_decoder, held_out_set, prepared_set
 
     decoded = held_out_set(pipeline, data) or prepared_set(made.examples.prepared)
-    console.print(decoder_table(compare_decoder(pipeline, made.decoder, decoded)))
+    show(decoder_table(compare_decoder(pipeline, made.decoder, decoded)))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from asdm.cli.output import console, say, tell, warn_if_busy
+from asdm.cli.output import say, show, tell, warn_if_busy
 from asdm.cli.tables import extras_table
 
 if TYPE_CHECKING:
@@ -42,4 +42,4 @@ def _print(found: Installation) -> None:
     speeds = ", ".join(f"{what} {gflops:.0f} GFLOP/s" for what, gflops in found.gflops.items())
     say(f"float32 on {found.default_device}: {speeds}")
     warn_if_busy()
-    console.print(extras_table(found))
+    show(extras_table(found))

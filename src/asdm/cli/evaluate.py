@@ -26,6 +26,8 @@ from asdm.cli.options import (
     SeedOption,
     StrengthOption,
     not_a_folder,
+    require_effect,
+    require_folder,
 )
 from asdm.cli.output import print_evaluation, say_path, warn_if_busy, warn_of_skipped
 from asdm.cli.progress import reporting
@@ -168,6 +170,10 @@ def evaluate(
     Several processes share a protocol's work: accelerate launch -m asdm evaluate MODEL STUDENT --protocol coco30k.
     """
     require_options(context, protocol, layout)
+    if protocol is None and layout is None:
+        require_effect(context, ("data", "images") if samples == 0 else (), "with --samples 0, without images")
+        require_effect(context, ("strength",) if image_to_image == 0 else (), "with --image-to-image 0")
+        require_folder(images)
     warn_of_skipped(data)
     shared: dict[str, Any] = {"limit": limit, "size": size, "seed": seed, "batch_size": batch_size}
     load = _loader(models, device, dtype, prediction_type=prediction_type, config=config)
@@ -210,17 +216,23 @@ def _loader(models: list[str], device: str | None, dtype: str, **claims: Any) ->
 
 
 def _measure(pipelines: dict[str, Any], out: Path, **settings: Any) -> None:
-    """Measure speed and quality, print and save them."""
+    """Measure speed and quality, save and print them."""
     from asdm.pipelines.clip import load_clip
 
     warn_if_busy()
-    with reporting() as report:
+
+    def left() -> str:
+        images = settings["images_folder"]
+        kept = images is not None and images.is_dir()
+        return f"no results were written; finished images are in {images}" if kept else "nothing was written"
+
+    with reporting(otherwise=left) as report:
         evaluation = asdm.evaluate(
             pipelines,
             clip=load_clip(next(iter(pipelines.values()))),
             progress=lambda title, done, total: report(f"images: {title}", done, total),
             **settings,
         )
-    print_evaluation(evaluation)  # before it is saved, should that fail
     evaluation.save(out)
+    print_evaluation(evaluation)
     say_path(f"written to {out}")

@@ -10,7 +10,8 @@ import typer
 
 import asdm
 from asdm.choices import ImageLayout, ProtocolName
-from asdm.cli.output import console, is_main_process, say_path
+from asdm.cli.options import require_effect
+from asdm.cli.output import is_main_process, say_path, show
 from asdm.cli.progress import reporting
 from asdm.cli.tables import protocol_table
 from asdm.errors import AsdmError
@@ -41,17 +42,13 @@ def require_options(context: typer.Context, protocol: ProtocolName | None, layou
         kind, without = f"--protocol {protocol}", (*_PLAIN, *_LAYOUT)
     else:
         kind, without = "speed and samples, without --protocol or --layout", (*_BY_PROTOCOL, *_JOB, *_LAYOUT)
-    for name in without:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":  # typer brings its own copy of click, by version
-            option = f"--{name.replace('_', '-')}"
-            raise AsdmError(f"{option} {context.params[name]}: has no effect on an evaluation by {kind}; leave it out")
+    require_effect(context, without, f"on an evaluation by {kind}")
     if layout is not None and context.params["prompts"] is None:
         raise AsdmError(f"--layout {layout}: needs --prompts, the benchmark's file of prompts")
 
 
 def by_protocol(load: Load, protocol: ProtocolName, folder: Path, out: Path | None, **settings: Any) -> None:
-    """Evaluate models by a protocol; print and save the results."""
+    """Evaluate models by a protocol; save and print the results."""
     from asdm.evaluation.protocol.image_job import KIND
     from asdm.evaluation.protocol.inputs import read_inputs
     from asdm.evaluation.protocol.run import win_sheet_name
@@ -66,9 +63,9 @@ def by_protocol(load: Load, protocol: ProtocolName, folder: Path, out: Path | No
         )
     if not is_main_process():
         return
-    _print(results)
     if out is not None:
         results.save(out)
+    _print(results)
     say_path(f"written to {out or folder / 'evaluation.json'}")
     students = list(pipelines)[1:]
     for sheet in (folder / win_sheet_name(name, students) for name in students):
@@ -104,7 +101,7 @@ def _print(results: ProtocolResults) -> None:
     real = "" if results.real_images is None else f", {results.real_images:,} real images"
     count, side = f"{results.prompts:,} prompts, seed {results.seed}", f"images of {results.stored_side} px"
     say_path(f"{results.protocol}: {count}, {side}{real}")
-    console.print(protocol_table(results))
+    show(protocol_table(results))
     for metric, network in results.networks.items():
         say_path(f"{metric} by {network}")
     for note in results.notes:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import typer
 
 from asdm.cli.app import app
-from asdm.cli.output import is_main_process, tell
+from asdm.cli.output import is_main_process, replace_unencodable, tell
 from asdm.errors import AsdmError, AsdmWarning, disk_error, memory_error, one_line
 
 
@@ -28,6 +28,7 @@ def one_line_errors() -> Iterator[None]:
     """Turn what a user or the machine caused into one line and exit status 2, or 130 for an interruption. With
     `--debug` on the command line there is a traceback."""
     debug = "--debug" in sys.argv
+    replace_unencodable()
     _silence_libraries()
     try:
         yield
@@ -80,6 +81,5 @@ def _fail_to_parse(error: Any) -> NoReturn:
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    message = message.encode("utf-8", "replace").decode()  # a path may not be valid text
     tell(f"error: {message}")
     raise SystemExit(status)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,6 +44,28 @@ def not_a_folder(path: Path | None) -> Path | None:
     if path is not None and path.is_dir():
         raise AsdmError(f"{path}: is a folder; name a file to write")
     return path
+
+
+def require_folder(path: Path | None) -> None:
+    """Refuse a file, or a place within one, where a folder will be written, before the work begins."""
+    for place in () if path is None else (path, *path.parents):
+        if place.exists() and not place.is_dir():
+            raise AsdmError(f"{path}: {'' if place == path else f'{place} '}is a file; name a folder")
+
+
+def require_effect(context: typer.Context, names: Iterable[str], where: str) -> None:
+    """
+    Args:
+        names: of options in the function, which have no effect `where` the command is.
+
+    Raises:
+        AsdmError: one of them is on the command line.
+    """
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":  # typer brings its own copy of click, by version
+            option = f"--{name.replace('_', '-')}"
+            raise AsdmError(f"{option} {context.params[name]}: has no effect {where}; leave it out")
 
 
 def training_steps(steps: int | None, recipe: str) -> int:

@@ -2,21 +2,47 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from asdm.cli.tables import image_to_image_table, quality_table, speed_table
+from asdm.cli.tables import image_to_image_table, narrowest, quality_table, speed_table
 from asdm.errors import printable
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from asdm.evaluation.results import Evaluation, SpeedMetrics
 
-console = Console()
-errors = Console(stderr=True)
+
+class _Console(Console):
+    """A console that prints texts as they are: names and other programs' messages have no markup.
+
+    Its reader may go away. The command then goes on in silence, as its results are files.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **settings)
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
+console = _Console()
+errors = _Console(stderr=True)
 LISTED_FILES = 10  # of those that were skipped
+
+
+def replace_unencodable() -> None:
+    """Let both streams print a replacement for what their encoding lacks, instead of ending the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def is_main_process() -> bool:
@@ -24,19 +50,26 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def say(text: str) -> None:
-    """Print a line of text as it is, apart from rich's markup."""
-    console.print(text, highlight=False)
+def say(text: str, style: str | None = None) -> None:
+    """Print a text, wrapped."""
+    console.print(text, style=style)
 
 
 def say_path(text: str) -> None:
-    """Print a line with a path as it is: it is not wrapped, and brackets are no markup."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    """Print a line with a path, not wrapped."""
+    console.print(text, soft_wrap=True)
+
+
+def show(table: Table) -> None:
+    """Print a table; where its numbers need more columns than the terminal has, its lines are longer."""
+    if narrowest(table) > console.width:
+        table.width = narrowest(table)
+    console.print(table, crop=False)
 
 
 def tell(text: str) -> None:
-    """Print a line beside the results, as it is."""
-    errors.print(text, highlight=False, markup=False, soft_wrap=True)
+    """Print a line beside the results, not wrapped."""
+    errors.print(text, soft_wrap=True)
 
 
 def warn_if_busy() -> None:
@@ -52,12 +85,12 @@ def print_skipped(skipped: Mapping[str, str]) -> None:
     """List the data's files that were skipped, with reasons."""
     if not skipped:
         return
-    errors.print(f"{len(skipped)} of the data's files were skipped:", highlight=False)
+    errors.print(f"{len(skipped)} of the data's files were skipped:")
     for name, reason in list(skipped.items())[:LISTED_FILES]:
         line = printable(f"  {name}: {reason}").encode("utf-8", "replace").decode()  # a name may not be valid text
-        errors.print(line, highlight=False, markup=False)
+        errors.print(line)
     if len(skipped) > LISTED_FILES:
-        errors.print(f"  and {len(skipped) - LISTED_FILES} more", highlight=False)
+        errors.print(f"  and {len(skipped) - LISTED_FILES} more")
 
 
 def warn_of_skipped(data: str | None) -> None:
@@ -71,17 +104,16 @@ def warn_of_skipped(data: str | None) -> None:
 
 def print_evaluation(evaluation: Evaluation) -> None:
     """Print speed and, where images were generated, quality."""
-    console.print(speed_table(evaluation))
+    show(speed_table(evaluation))
     if evaluation.busy_line is not None:
         say(f"during the measurement, {evaluation.busy_line}")
     if not evaluation.quality:
         return
-    console.print(quality_table(evaluation))
-    console.print(
+    show(quality_table(evaluation))
+    say(
         "Concept (top-1, top-5), style, both (exact) and KID by EfficientNet-Lite0 features; R@1 by the pipeline's own "
         "CLIP; distance to the first model's images of the same seeds.",
         style="dim",
-        highlight=False,
     )
     _print_image_to_image(evaluation)
 
@@ -103,7 +135,7 @@ def _print_image_to_image(evaluation: Evaluation) -> None:
         say(f"no image-to-image: {found.note}")
     if not found.rows:
         return
-    console.print(image_to_image_table(evaluation))
+    show(image_to_image_table(evaluation))
     times = ", ".join(filter(None, map(_time_from_an_image, evaluation.speed)))
     if times:
         say(f"an image from an image: {times}")
@@ -113,4 +145,4 @@ def _print_image_to_image(evaluation: Evaluation) -> None:
         else "Variations of the data's images by their own captions; distance to the first model's results of the same "
         "seeds, and as a part of that between two seeds."
     )
-    console.print(explained, style="dim", highlight=False)
+    say(explained, style="dim")

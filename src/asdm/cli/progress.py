@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import typer
@@ -20,11 +20,11 @@ class ProgressReport:
 
     def __init__(self) -> None:
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(elapsed_when_finished=True),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
         )
         self._progress = Progress(*columns, console=errors, disable=not is_main_process())
         self._bars: dict[str, TaskID] = {}
@@ -59,14 +59,16 @@ class ProgressReport:
 
 
 @contextmanager
-def reporting(resumable: bool = False, otherwise: str = "nothing was written") -> Iterator[ProgressReport]:
+def reporting(
+    resumable: bool = False, otherwise: str | Callable[[], str] = "nothing was written"
+) -> Iterator[ProgressReport]:
     """Yield a report of progress; when the block is interrupted, print how to resume, or `otherwise`."""
     report = ProgressReport()
     try:
         yield report
     except KeyboardInterrupt:
-        advice = "run the same command again to resume" if resumable else otherwise
-        tell(f"interrupted; {advice}")
+        advice = otherwise() if callable(otherwise) else otherwise
+        tell(f"interrupted; {'run the same command again to resume' if resumable else advice}")
         raise typer.Exit(130) from None
     finally:
         report.stop()

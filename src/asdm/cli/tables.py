@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from asdm.sensitivity.expert_usage import ExpertUsage
     from asdm.sensitivity.profile import RedundancyMap
 
+NARROWEST_TEXT = 10  # characters of a column of texts, and of a name above a column of numbers
+
 
 def _table(title: str | None, texts: Iterable[str], numbers: Iterable[str]) -> Table:
     """Return an empty table with columns of text, then columns of numbers; narrow, without frames."""
@@ -26,17 +28,30 @@ def _table(title: str | None, texts: Iterable[str], numbers: Iterable[str]) -> T
     for name in texts:
         table.add_column(name, overflow="fold")
     for name in numbers:
-        table.add_column(name, justify="right")
+        table.add_column(name, overflow="fold", justify="right")
     return table
 
 
 def _legible(table: Table) -> Table:
-    """Return the filled table with its numbers kept whole: in a narrow terminal the texts take more lines."""
+    """Return the filled table with its numbers kept whole: in a narrow terminal texts and names take more lines."""
     for column in table.columns:
-        if column.justify == "right":
-            words = [*str(column.header).split(), *map(str, column.cells)]
-            column.width = max(map(len, words), default=None)
+        cells = [str(cell) for cell in column.cells]
+        if column.justify != "right":
+            column.min_width = min(NARROWEST_TEXT, max(map(len, [str(column.header), *cells])))
+            continue
+        numbers = [cell for cell in cells if not cell[:1].isalpha()]
+        words = " ".join([str(column.header), *(cell for cell in cells if cell[:1].isalpha())]).split()
+        width = max(map(len, [*numbers, *(word[:NARROWEST_TEXT] for word in words)]), default=1)
+        if len(numbers) == len(cells) and max(map(len, words), default=0) <= NARROWEST_TEXT:
+            column.width = width
+        else:
+            column.min_width = width
     return table
+
+
+def narrowest(table: Table) -> int:
+    """Return the width of the table at which its numbers are whole, with padding and dividers."""
+    return sum((column.width or column.min_width or 1) + 2 for column in table.columns) + 1
 
 
 def extras_table(found: Installation) -> Table:
@@ -45,7 +60,7 @@ def extras_table(found: Installation) -> Table:
     for name, extra in found.extras.items():
         table.add_row(name, "; ".join(extra.problems) or "installed", extra.gives)
     if any(extra.problems for extra in found.extras.values()):
-        table.caption = "To add one: pip install 'asdm-diffusion\\[NAME]'"
+        table.caption = "To add one: pip install 'asdm-diffusion[NAME]'"
         table.caption_justify = "left"
     return table
 
@@ -121,8 +136,8 @@ def speed_table(evaluation: Evaluation) -> Table:
             str(row.steps),
             f"{row.pipeline.ms:.0f}",
             row.pipeline_ratio.brief(),
-            f"{row.unet_parameters / 1e6:.2f}",
-            f"{row.gmacs:.3f}",
+            _or_dash(row.million_parameters, "{:.2f}"),
+            _or_dash(row.gmacs, "{:.3f}"),
         )
     return _legible(table)
 

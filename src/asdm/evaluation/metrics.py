@@ -108,10 +108,23 @@ def recognition(
 
 def kid(
     generated: Tensor, real: Tensor, *, subsets: int = 50, subset_size: int = 100, seed: int = 0
-) -> tuple[float, float]:
-    """Return the kernel inception distance (arXiv 1801.01401) of features: mean and deviation over subsets of at most
-    `subset_size` images."""
-    size = min(len(generated), len(real), subset_size)
+) -> tuple[float, float | None]:
+    """Return the kernel inception distance (arXiv 1801.01401) of features and its deviation, over subsets of at most
+    `subset_size` images.
+
+    The deviation is over subsets of at most half of the images: larger ones share so many that they hardly differ. It
+    is None for fewer than four images.
+    """
+    count = min(len(generated), len(real))
+    size, smaller = min(count, subset_size), min(count // 2, subset_size)
+    mean, deviation = _kid_over_subsets(generated, real, subsets, size, seed)
+    if smaller < 2:
+        return mean, None
+    return mean, deviation if smaller == size else _kid_over_subsets(generated, real, subsets, smaller, seed)[1]
+
+
+def _kid_over_subsets(generated: Tensor, real: Tensor, subsets: int, size: int, seed: int) -> tuple[float, float]:
+    """Return the mean and the deviation over random subsets of this size."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*will save all extracted features in buffer")
         # In a launch of several processes, one of them has all features.

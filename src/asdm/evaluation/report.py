@@ -126,18 +126,19 @@ def image_to_image_columns(evaluation: Evaluation) -> list[Column]:
     return [] if found is None else known_columns(found.rows, IMAGE_TO_IMAGE_COLUMNS)
 
 
-def _written(value: float | None, kind: str) -> str:
-    if value is None:
-        return "–"
-    return f"{100 * value:.1f}%" if kind == "percent" else f"{value:.3f}"
+def _written(value: float | None, form: str) -> str:
+    """Return a value in a format of Python's, or as "percent" or "number" of a column; a dash where it is not known."""
+    return "–" if value is None else format(value, {"percent": ".1%", "number": ".3f"}.get(form, form))
 
 
 def headline_of(evaluation: Evaluation, target_speedup: float | None = None, result_row: int = -1) -> str:
     """Say in one sentence how much faster and smaller the model of that row is than the first, and what quality
     it keeps."""
     teacher, student = evaluation.speed[0], evaluation.speed[result_row]
-    size = 100 * student.unet_parameters / teacher.unet_parameters
-    sentence = f"{_faster(student, evaluation.denoiser)}, with {size:.0f}% of the {evaluation.denoiser}'s parameters"
+    sentence = _faster(student, evaluation.denoiser)
+    if student.unet_parameters is not None and teacher.unet_parameters is not None:
+        size = student.unet_parameters / teacher.unet_parameters
+        sentence += f", with {size:.0%} of the {evaluation.denoiser}'s parameters"
     unet_speedup = student.unet_ratio
     if target_speedup is not None and unet_speedup.high < target_speedup:
         sentence += f" (short of the {target_speedup:g}x requested)"
@@ -166,8 +167,8 @@ def _faster(student: SpeedMetrics, denoiser: str) -> str:
         return f"The {denoiser} is {own} faster and the pipeline {pipeline}"
     if own.is_measurable:
         return f"The {denoiser} is {own} faster; the pipeline's speed-up is {pipeline}"
-    gmacs = f"the {denoiser} computes {student.gmacs:.3g} GMACs"
-    return f"The {denoiser}'s speed-up is {own} and the pipeline's {pipeline}; {gmacs}"
+    gmacs = "" if student.gmacs is None else f"; the {denoiser} computes {student.gmacs:.3g} GMACs"
+    return f"The {denoiser}'s speed-up is {own} and the pipeline's {pipeline}{gmacs}"
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -16,13 +16,14 @@ from asdm.records import Record, read_record
 
 
 class SpeedMetrics(Record):
-    """The cost of one pipeline. Latencies are those of an idle machine. Each speed-up is over the first pipeline."""
+    """The cost of one pipeline. Latencies are those of an idle machine. Each speed-up is over the first pipeline. A
+    graph of another runtime does not say how many parameters it has and what it computes: these are None."""
 
     name: str
-    unet_parameters: int
+    unet_parameters: int | None
     unet_megabytes: float = Field(description="of its weights")
-    gmacs: float = Field(description="of a denoiser call, per sample")
-    gmacs_without_attention: float = Field(description="the same without attention products")
+    gmacs: float | None = Field(description="of a denoiser call, per sample")
+    gmacs_without_attention: float | None = Field(description="the same without attention products")
     unet: Latency = Field(description="of a denoiser call at batch 2: one image with guidance")
     unet_speedup: float
     unet_speedup_interval: tuple[float, float] = Field(description="holds the true speed-up")
@@ -37,6 +38,11 @@ class SpeedMetrics(Record):
     )
     pipeline_extrapolated: bool = Field(description="two steps were timed, as an image takes too long")
     steps: int = Field(description="of one image")
+
+    @property
+    def million_parameters(self) -> float | None:
+        """The denoiser's parameters in millions."""
+        return None if self.unet_parameters is None else self.unet_parameters / 1e6
 
     @property
     def unet_ratio(self) -> Ratio:

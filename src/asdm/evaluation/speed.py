@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from asdm.diffusion.conditioning import encode_images, image_size
 from asdm.diffusion.generation import generate
@@ -104,10 +104,10 @@ def _metrics(
     denoiser_ratio, image_ratio = denoisers.speedup(first, name), images.speedup(first, name)
     return SpeedMetrics(
         name=name,
-        unet_parameters=sum(p.numel() for p in denoiser.parameters()),
-        unet_megabytes=sum(p.numel() * p.element_size() for p in denoiser.parameters()) / 1e6,
-        gmacs=count.below() / 1e9,
-        gmacs_without_attention=count.below(with_attention=False) / 1e9,
+        unet_parameters=sum(p.numel() for p in denoiser.parameters()) or None,
+        unet_megabytes=weight_megabytes(denoiser),
+        gmacs=count.below() / 1e9 or None,
+        gmacs_without_attention=count.below(with_attention=False) / 1e9 or None,
         unet=denoisers[name],
         unet_speedup=denoiser_ratio.value,
         unet_speedup_interval=denoiser_ratio.interval,
@@ -118,6 +118,12 @@ def _metrics(
         pipeline_extrapolated=is_extrapolated,
         steps=steps,
     )
+
+
+def weight_megabytes(denoiser: nn.Module) -> float:
+    """Return the size of a denoiser's weights. A graph of another runtime says it itself: it has no parameters."""
+    own = sum(p.numel() * p.element_size() for p in denoiser.parameters()) / 1e6
+    return float(getattr(denoiser, "megabytes", own))
 
 
 def _image_to_image(name: str, images: ImageTiming) -> dict[str, Any]:
