@@ -8,6 +8,7 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 
 from asdm.compensation.folding import fold_compensation
+from asdm.diffusion.generation import is_few_step
 from asdm.distillation.consistency import lcm_scheduler
 from asdm.distillation.distill import distill
 from asdm.distillation.stages import Stage
@@ -29,7 +30,8 @@ def distill_pipeline(
 ) -> TrainingSet:
     """Train the student's denoiser in place (`distill`) and fold its compensations (`fold_compensation`).
 
-    The student then samples by its teacher's scheduler, or after a last stage of consistency by `lcm_scheduler`.
+    After a last stage of consistency the student samples by `lcm_scheduler`. If it did so before another last stage, it
+    samples by its teacher's scheduler.
     """
     denoiser = denoiser_of(student)
     examples = distill(teacher, denoiser, data, folder, stages=stages, device=device, seed=seed, progress=progress)
@@ -37,6 +39,6 @@ def distill_pipeline(
     last, sampler = stages[-1], teacher.scheduler
     if last.scope == "consistency":
         student.scheduler = lcm_scheduler(sampler.config, last.consistency.solver_steps)
-    else:
+    elif is_few_step(student):
         student.scheduler = type(sampler).from_config(sampler.config)
     return examples
