@@ -302,6 +302,19 @@ def test_unknown_models_are_refused(name, monkeypatch):
         load_pipeline(name)
 
 
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_sdxl_pipeline])
+def test_prompts_are_cut_at_the_text_encoders_length_where_the_tokenizer_has_none(make, tmp_path):
+    expected = generate(make(), ["octopus " * 99], steps=2)
+    save_pipeline(make(), tmp_path / "model")
+    for path in (tmp_path / "model").glob("tokenizer*/tokenizer_config.json"):
+        config = json.loads(path.read_text())
+        del config["model_max_length"]
+        path.write_text(json.dumps(config))
+    loaded = load_pipeline(tmp_path / "model")
+    assert loaded.tokenizer.model_max_length == loaded.text_encoder.config.max_position_embeddings
+    assert torch.equal(generate(loaded, ["octopus " * 99], steps=2), expected)
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """Where a Hub id's files are kept; the Hub is out of reach."""

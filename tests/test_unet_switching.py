@@ -22,7 +22,7 @@ from asdm.evaluation.protocol.image_job import identity_of
 from asdm.measure.latency import Latency
 from asdm.pipelines.derived import with_scheduler
 from asdm.runtime import switching as unet_switching
-from conftest import lora_file, predict, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet, unet_inputs
+from conftest import ip_adapter, lora_file, predict, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet, unet_inputs
 
 
 def lean(pipeline, *units):
@@ -151,4 +151,6 @@ def test_what_needs_one_unet_is_refused_in_a_line(pipeline, tmp_path):
         export(switched, tmp_path / "graphs", to="onnx")
     with pytest.raises(AsdmError, match="take no LoRA"):
         switched.load_lora_weights(lora)
+    with pytest.raises(AsdmError, match="take no IP-Adapter"):
+        switched.load_ip_adapter(ip_adapter(pipeline.unet), subfolder=None, weight_name=None, image_encoder_folder=None)
     assert not hasattr(switched.unet, "down_blocks")

@@ -99,9 +99,20 @@ def _load_named(
         warnings.warn(f"{name}: {'; '.join([*remarks, advice])}", AsdmWarning, stacklevel=4)
     require_supported(pipeline, name)
     pipeline = as_supported(pipeline)
+    _limit_prompts(pipeline)
     pipeline.register_to_config(_name_or_path=name)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _limit_prompts(pipeline: DiffusionPipeline) -> None:
+    """Let tokenizers cut prompts at as many tokens as the text encoders have positions for: some configs do not say how
+    many that are."""
+    for suffix in ("", "_2"):
+        tokenizer, encoder = (getattr(pipeline, name + suffix, None) for name in ("tokenizer", "text_encoder"))
+        most = getattr(getattr(encoder, "config", None), "max_position_embeddings", None)  # CLIP's alone have it
+        if tokenizer is not None and most is not None:
+            tokenizer.model_max_length = min(tokenizer.model_max_length, most)
 
 
 def _load(

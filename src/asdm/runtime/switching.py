@@ -85,6 +85,13 @@ class SwitchedDenoiser(nn.Module):
         """
         raise AsdmError("several denoisers in one pipeline take no LoRA; load it into each, before they are joined")
 
+    def _load_ip_adapter_weights(self, *_: Any, **__: Any) -> NoReturn:
+        """
+        Raises:
+            AsdmError: always.
+        """
+        raise AsdmError("several denoisers in one pipeline take no IP-Adapter; load it into the pipeline of one")
+
     @property
     def megabytes(self) -> float:
         """Memory of the weights of all denoisers; tensors that they share count once."""
