@@ -49,7 +49,10 @@ def analyze(
             show_default=False,
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Sampling steps, for --cache.", min=4, max=10_000)] = 25,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Sampling steps, for --cache; 25 by default.", min=4, max=10_000, show_default=False),
+    ] = None,
     experts: Annotated[
         Label | None,
         typer.Option(
@@ -88,6 +91,8 @@ def analyze(
     yes: YesOption = False,
 ) -> None:
     """Measure the cost and the sensitivity of every removable unit."""
+    if steps is not None and cache is None:
+        raise AsdmError(f"--steps {steps}: has no effect without --cache; give that too, or leave it out")
     if experts is not None:
         if cache is not None or plot or sensitivity or compensate or data is None:
             raise AsdmError(
@@ -105,7 +110,7 @@ def analyze(
                 "--timesteps"
             )
         pipeline = loading.load_model(model, device, prediction_type=prediction_type, config=config)
-        _calibrate_cache(pipeline, model, out, speedup=cache, data=data, steps=steps, samples=samples, seed=seed)
+        _calibrate_cache(pipeline, model, out, speedup=cache, data=data, steps=steps or 25, samples=samples, seed=seed)
         return
     warn_of_skipped(data)
     pipeline = loading.load_model(model, device, prediction_type=prediction_type, config=config)

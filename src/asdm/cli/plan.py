@@ -66,7 +66,12 @@ def plan(
             show_default=False,
         ),
     ] = None,
-    router: Annotated[Router, typer.Option(help="What the expert kernels' mixture depends on.")] = "input",
+    router: Annotated[
+        Router | None,
+        typer.Option(
+            help="What the expert kernels' mixture depends on; the convolution's input by default.", show_default=False
+        ),
+    ] = None,
     refine: RefineOption = None,
     remeasure: Annotated[
         Path | None,
@@ -86,7 +91,7 @@ def plan(
     from asdm.planning.full_plan import full_plan, require_plannable
 
     if remeasure is not None:
-        others = (speedup, params, macs, preset, compensate, experts, refine, data, out)
+        others = (speedup, params, macs, preset, compensate, experts, router, refine, data, out)
         if portable or any(value is not None for value in others):
             raise AsdmError("--remeasure: measures a plan as it is, and writes into its file; leave out other options")
         _remeasure(remeasure, source, device, prediction_type=prediction_type, config=config)
@@ -94,6 +99,7 @@ def plan(
     if source is None:
         raise AsdmError("name a profile that `asdm analyze` wrote, or a model")
     require_budget(speedup, params, macs, preset)
+    _require_effect(source, preset, refine, experts, router, data)
     if compensate is None and source.startswith("random:"):
         compensate = "none"
     claims: dict[str, Any] = {"prediction_type": prediction_type, "config": config}
@@ -114,6 +120,7 @@ def plan(
         budget = {"speedup": speedup, "params": params, "macs": macs, "preset": preset}
         _announce(pipeline, yes, budget, refine or 0, **settings)
         redundancy = _measured_profile(pipeline, params, macs, preset, **settings)
+    _require_fitted(redundancy, preset, compensate)
     with reporting() as report:
         made = full_plan(
             redundancy,
@@ -122,7 +129,7 @@ def plan(
             portable=portable,
             refine=refine or 0,
             experts=experts,
-            router=router,
+            router=router or "input",
             device=device,
             progress=lambda title, *rest: say(rest[-1]) if title == "plan" else report(title, *rest),
             **planned,
@@ -158,6 +165,26 @@ def _require_portable(preset: str | None, compensate: str | None, experts: float
     for name, value in given.items():
         if value not in (None, "none", 0):
             raise AsdmError(f"{name} {value}: does not go with --portable; leave one of them out")
+
+
+def _require_effect(
+    source: str, preset: str | None, refine: int | None, experts: float | None, router: str | None, data: str | None
+) -> None:
+    """Raise an AsdmError for an option that the others leave without an effect."""
+    if router is not None and experts is None:
+        raise AsdmError(f"--router {router}: is of expert kernels; give --experts too, or leave it out")
+    if data is not None and source.endswith(".json"):
+        raise AsdmError(f"--data {data}: a profile is measured already; name the model instead, or leave it out")
+    if data is not None and preset is not None and not refine:
+        raise AsdmError(f"--data {data}: a preset needs no analysis; give --refine too, or leave it out")
+
+
+def _require_fitted(redundancy: RedundancyMap, preset: str | None, compensate: str | None) -> None:
+    """Raise an AsdmError for a compensation where nothing is fitted."""
+    if preset is None or compensate in (None, "none"):
+        return
+    if redundancy.family.preset(preset, redundancy.units).edit is not None:
+        raise AsdmError(f"--compensate {compensate}: {preset} drops whole layers, and nothing is fitted; leave it out")
 
 
 def _saved_profile(path: str, refine: int | None, claims: dict[str, Any]) -> RedundancyMap:
