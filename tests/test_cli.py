@@ -106,7 +106,10 @@ def mistakes(model, tmp_path):
         (["export", model, "--to", "onnx", "--out", "graphs", "--for", "sdcpp"], "does not go with --to onnx"),
         (["export", model, "--to", "checkpoint", "--out", "one.ckpt"], "ends in .safetensors"),
         (["export", model, "--to", "checkpoint", "--out", "one.safetensors"], "widths of SD 1.x, SD 2.x and SDXL"),
-        (["convert-lora", tmp_path / "absent.safetensors", "--for", model, "--out", "l.safetensors"], "no such LoRA file"),
+        (
+            ["convert-lora", tmp_path / "absent.safetensors", "--for", model, "--out", "l.safetensors"],
+            "no such LoRA file",
+        ),
         (["plan", model, "--portable", "--preset", "bk-tiny"], "does not go with --portable"),
         (["plan", model, "--portable", "--params", "0.5", "--experts", "0.1"], "does not go with --portable"),
         (["plan", "--remeasure", "plan.json", "--portable"], "leave out other options"),

@@ -22,7 +22,16 @@ from asdm.evaluation.protocol.image_job import identity_of
 from asdm.measure.latency import Latency
 from asdm.pipelines.derived import with_scheduler
 from asdm.runtime import switching as unet_switching
-from conftest import ip_adapter, lora_file, predict, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet, unet_inputs
+from conftest import (
+    ip_adapter,
+    lora_file,
+    predict,
+    tiny_pipeline,
+    tiny_sdxl_pipeline,
+    tiny_transformer,
+    tiny_unet,
+    unet_inputs,
+)
 
 
 def lean(pipeline, *units):
@@ -154,3 +163,8 @@ def test_what_needs_one_unet_is_refused_in_a_line(pipeline, tmp_path):
     with pytest.raises(AsdmError, match="take no IP-Adapter"):
         switched.load_ip_adapter(ip_adapter(pipeline.unet), subfolder=None, weight_name=None, image_encoder_folder=None)
     assert not hasattr(switched.unet, "down_blocks")
+
+
+def test_denoisers_of_two_families_are_refused(pipeline):
+    with pytest.raises(AsdmError, match=r"^a UNet and a .*: switch between denoisers of one kind"):
+        switch_unets(pipeline, [pipeline.unet, tiny_transformer()], below=[0.5])

@@ -171,6 +171,9 @@ def switched(denoisers: Sequence[Denoiser], below: Sequence[float], timesteps: i
 def _require_alike(family: ModelFamily, denoisers: Sequence[Any]) -> None:
     first = denoisers[0]
     for denoiser in denoisers[1:]:
+        own = family_of(denoiser)
+        if own is not family:
+            raise AsdmError(f"a {family.label} and a {own.label}: switch between denoisers of one kind")
         name = family.unlike(first, denoiser)
         if name is not None:
             raise AsdmError(
