@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from asdm.cli.output import say, show, tell, warn_if_busy
+from asdm.cli.output import say, say_path, show, tell, warn_if_busy
 from asdm.cli.tables import extras_table
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def doctor(
 
     found = installation()
     if as_json:
-        typer.echo(found.model_dump_json(indent=1))
+        say_path(found.model_dump_json(indent=1))
     else:
         _print(found)
     for problem in found.problems:
