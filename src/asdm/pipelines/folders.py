@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,12 +98,13 @@ def load_from_hub(name: str, dtype: torch.dtype, as_stored: bool = False) -> Dif
                 folder = DiffusionPipeline.download(name, use_safetensors=True)
             except OSError:  # also where the weights are there in this variant alone
                 folder = DiffusionPipeline.download(name, use_safetensors=True, variant=VARIANT)
-            snapshot_download(name, allow_patterns=_BESIDE)
     except AsdmError:
         raise
     except (OSError, ValueError) as error:
         told = f"not found, here or on the Hub ({one_line(error)}); MODEL is {model_help()}"
         raise AsdmError(f"{name}: {told}") from error
+    with quiet(), suppress(OSError):  # a model is whole without them
+        snapshot_download(name, allow_patterns=_BESIDE)
     return load_folder(Path(folder), dtype, as_stored)
 
 
