@@ -1,10 +1,13 @@
 """What a plan does to a UNet, and that a student survives saving and loading."""
 
 import json
+import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from asdm import (
@@ -179,6 +182,17 @@ def test_loading_is_strict_and_names_the_tensor(unet, tmp_path, fault):
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(AsdmError, match=r"conv_in\.(bias|extra)"):
         AsdmUNet2DConditionModel.from_pretrained(tmp_path)
+
+
+def test_what_is_uploaded_has_the_module_that_loads_it(unet, tmp_path, monkeypatch):
+    student, uploaded = student_of(unet, "mid_block"), []
+    monkeypatch.setattr("diffusers.models.modeling_utils.create_repo", lambda name, **_: SimpleNamespace(repo_id=name))
+    monkeypatch.setattr("diffusers.models.modeling_utils.load_or_create_model_card", lambda *_, **__: ModelCard(""))
+    monkeypatch.setattr(
+        type(student), "_upload_folder", lambda _, folder, *__, **___: uploaded.extend(os.listdir(folder))
+    )
+    student.save_pretrained(str(tmp_path / "student"), push_to_hub=True)
+    assert {"asdm_unet.py", "config.json", "diffusion_pytorch_model.safetensors"} <= set(uploaded)
 
 
 def test_the_stock_class_does_not_mistake_a_student_for_its_own(unet, tmp_path):

@@ -56,16 +56,19 @@ class EditedModel:
 
     @wraps(ModelMixin.save_pretrained)  # by the signature, a pipeline knows that a variant can be saved
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        # Beside the weights, the module file that loads them without asdm. Tensors of adapters and of fused projections
-        # would not load: the former are refused, the latter, which are copies, left out.
+        # Beside the weights, and before they are uploaded, the module file that loads them without asdm. Tensors of
+        # adapters and of fused projections would not load: the former are refused, the latter, which are copies, left
+        # out.
         require_plain(self)
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{self.module_name}.py").write_text(module_source(self.home), "utf-8")
         model: Any = self
         hook = model.register_state_dict_post_hook(_leave_out_fused)
         try:
             super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         finally:
             hook.remove()
-        (Path(save_directory) / f"{self.module_name}.py").write_text(module_source(self.home), "utf-8")
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
