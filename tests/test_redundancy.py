@@ -260,16 +260,21 @@ def test_other_edits_cost_and_save_what_a_student_with_them_does(pipeline, many_
 
 def test_a_plan_chooses_among_all_kinds_of_edits_and_none_twice(pipeline, many_tokens):
     redundancy = analyze(pipeline, timesteps=1, samples=1, latency_rounds=1)
+    regional = {record.edit["unit"] for record in redundancy.others if record.edit["edit"] == "gri_attention"}
 
     def edits_where(free: str) -> list:
-        """The plan's edits where one kind of edit moves the prediction hardly at all."""
+        """The plan's edits where one kind of edit moves the prediction hardly at all, and attentions cannot go."""
         others = [
             record.model_copy(
                 update={"sensitivity": 1e-9 if record.edit["edit"] == free or record.edit["unit"] == free else 9.0}
             )
             for record in redundancy.others
         ]
-        return make_plan(redundancy.model_copy(update={"others": others}), macs=0.7).edits
+        units = [
+            unit.model_copy(update={"sensitivity": 9.0 if unit.name in regional else unit.sensitivity})
+            for unit in redundancy.units
+        ]
+        return make_plan(redundancy.model_copy(update={"others": others, "units": units}), macs=0.7).edits
 
     assert sum(isinstance(edit, GriAttention) for edit in edits_where("gri_attention")) >= 3
     assert "mid_block" in [edit.unit for edit in edits_where("mid_block")]

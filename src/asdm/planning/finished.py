@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from asdm.compensation.folding import fold_projections
 from asdm.errors import AsdmError
 from asdm.families import Denoiser, macs_of_call
 from asdm.pipelines.shapes import denoiser_of_config
@@ -48,7 +49,8 @@ def _empty_student(redundancy: RedundancyMap, plan: PruningPlan, preset: str | N
 
 @torch.no_grad()
 def _macs_of(student: Denoiser) -> int:
-    """Count the MACs of a call of a student without weights."""
+    """Count the MACs of a call of a student without weights, its projections folded."""
+    fold_projections(student)
     return macs_of_call(student.eval()).below()
 
 
