@@ -19,11 +19,11 @@ from asdm.planning.finished import finished
 from asdm.planning.possible_edits import (
     Pair,
     PossibleEdit,
-    Resource,
     joint_savings,
     plan_of,
     possible_edits,
     predicted_speedup,
+    time_or_macs,
 )
 from asdm.planning.program import least_sensitive, most_saved
 from asdm.sensitivity.profile import RedundancyMap, UnitRecord
@@ -192,10 +192,8 @@ class PlanBoard:
         return covered - self.removed()
 
     def _savings(self) -> tuple[list[float], list[Pair], float]:
-        """Return what each edit saves, what pairs save beyond that, and what the model takes: milliseconds, or MACs
-        where no latency is known."""
-        resource: Resource = "ms" if self.redundancy.latency_ms > 0 else "macs"
-        total = self.redundancy.latency_ms if resource == "ms" else self.redundancy.gmacs * 1e9
+        """Return what each edit saves, what pairs save beyond that, and what the model takes, of `time_or_macs`."""
+        resource, total = time_or_macs(self.redundancy)
         savings = [getattr(choice, resource) for choice in self.choices]
         return savings, joint_savings(self.choices, resource), total
 

@@ -150,8 +150,13 @@ def plan_of(
     )
 
 
+def time_or_macs(redundancy: RedundancyMap) -> tuple[Resource, float]:
+    """Return what speed-ups are predicted by and how much of it the model takes: milliseconds, or MACs where no latency
+    is known."""
+    return ("ms", redundancy.latency_ms) if redundancy.latency_ms > 0 else ("macs", redundancy.gmacs * 1e9)
+
+
 def predicted_speedup(redundancy: RedundancyMap, chosen: Sequence[PossibleEdit]) -> float:
     """Return the speed-up that these edits give by the profile's latencies, or its MACs where it has no latencies."""
-    timed = redundancy.latency_ms > 0
-    total = redundancy.latency_ms if timed else redundancy.gmacs * 1e9
-    return total / max(total - saved_by(chosen, "ms" if timed else "macs"), 1e-9)
+    resource, total = time_or_macs(redundancy)
+    return total / max(total - saved_by(chosen, resource), 1e-9)
