@@ -9,11 +9,11 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from asdm import AsdmError, GriAttention, PruningPlan, RedundancyMap, analyze, build_student, make_plan, with_unet
-from asdm.data.calibration import CalibrationCall, calibration_calls
+from asdm.data.calibration import UNAFFORDABLE, CalibrationCall, calibration_calls
 from asdm.edits import Remove
 from asdm.evaluation.plots import redundancy_plot
 from asdm.families.unet_structure import removable_units
-from asdm.sensitivity.ablation import UNAFFORDABLE, Trial, ablate, trials_of
+from asdm.sensitivity.ablation import Trial, ablate, trials_of
 from asdm.sensitivity.taylor import taylor_sensitivity
 from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline, unet_inputs
 

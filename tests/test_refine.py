@@ -8,7 +8,7 @@ import torch
 from asdm import AsdmError, CondConv, PruningPlan, Remove, analyze, build_student, fit_compensation, make_plan
 from asdm.compensation.fitting import prediction_error, predictions
 from asdm.compensation.projections import unit_projections
-from asdm.data.calibration import calibration_calls
+from asdm.data.calibration import UNAFFORDABLE, calibration_calls
 from asdm.edits import restored
 from asdm.families import family_of
 from asdm.measure.latency import Ratio
@@ -82,6 +82,16 @@ def test_the_measured_sensitivity_is_that_of_the_fitted_student(pipeline, redund
     calls = calibration_calls(pipeline, None, None, 2, 4, 5)
     error = prediction_error(student, calls, predictions(pipeline.unet, calls))
     assert plan.metrics.measured_sensitivity == pytest.approx(error, rel=1e-5)
+
+
+def test_a_plan_whose_student_overflows_is_the_worst(pipeline, redundancy, monkeypatch):
+    def overflow(teacher, student, *others):
+        student.conv_out.bias.data.fill_(float("inf"))
+
+    monkeypatch.setattr("asdm.planning.refine.fit_to_calls", overflow)
+    plan = make_plan(redundancy, macs=0.8)
+    refined = refine_plan(pipeline, redundancy, plan, timesteps=1, samples=2, rounds=0)
+    assert refined.metrics.measured_sensitivity == UNAFFORDABLE
 
 
 def test_further_edits_are_fitted_to_other_calls_than_they_are_judged_by(pipeline, redundancy, monkeypatch):

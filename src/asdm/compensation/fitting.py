@@ -22,7 +22,7 @@ from asdm.compensation.partial_calls import PartialCalls
 from asdm.compensation.projections import add_projection, by_position, projection_features
 from asdm.compensation.regression import RidgeRegression
 from asdm.compensation.shorter import fit_shorter, fitted_edit
-from asdm.data.calibration import CalibrationCall, calibration_calls, squared_norm
+from asdm.data.calibration import CalibrationCall, calibration_calls, relative_error
 from asdm.diffusion.conditioning import latent_shape
 from asdm.edits import UnitEdit, compensated
 from asdm.errors import AsdmError
@@ -153,10 +153,8 @@ def predictions(unet: Denoiser, calls: Sequence[CalibrationCall]) -> list[Tensor
 
 def prediction_error(student: Denoiser, calls: Sequence[CalibrationCall], expected: Sequence[Tensor]) -> float:
     """|student - teacher|^2 / |teacher|^2 of the prediction, averaged over the calls; `expected` is the teacher's."""
-    errors = []
-    for call, found, reference in zip(calls, predictions(student, calls), expected, strict=True):
-        errors.append(float((found.float() - reference.float()).square().sum() / squared_norm(reference, call)))
-    return sum(errors) / len(errors)
+    found = predictions(student, calls)
+    return sum(map(relative_error, found, expected, calls)) / len(calls)
 
 
 def wants_fit(student: Denoiser) -> bool:

@@ -31,6 +31,7 @@ from asdm.diffusion.parameterization import parameterization_of
 from asdm.errors import AsdmError
 from asdm.families import denoiser_of, family_of
 
+UNAFFORDABLE = 1e6  # the error of a prediction that overflows: plans choose all other edits first
 # Prompts such as users write, where no data has any.
 DEFAULT_PROMPTS = (
     "a photograph of an astronaut riding a horse",
@@ -97,6 +98,16 @@ def calibration_calls(
         noisy = parameterization.add_noise(latents, noise, steps)
         calls.append(CalibrationCall(timestep, {**conditioning.denoiser_arguments(denoiser, noisy), "timestep": steps}))
     return calls
+
+
+def relative_error(prediction: Tensor, reference: Tensor, call: CalibrationCall) -> float:
+    """Return |prediction - reference|^2 / |reference|^2 in a call; `UNAFFORDABLE` where the prediction overflows.
+
+    Raises:
+        AsdmError: `reference` is zero or not finite.
+    """
+    error = float((prediction.float() - reference.float()).square().sum() / squared_norm(reference, call))
+    return error if math.isfinite(error) else UNAFFORDABLE
 
 
 def squared_norm(prediction: Tensor, call: CalibrationCall) -> Tensor:

@@ -6,7 +6,6 @@ from a cache.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -17,14 +16,13 @@ from typing import Any
 from torch import Tensor
 
 from asdm.compensation.projections import ProjectionTensors, compensating
-from asdm.data.calibration import CalibrationCall, squared_norm
+from asdm.data.calibration import CalibrationCall, relative_error
 from asdm.edits import UnitEdit, edited
 from asdm.families import Denoiser, family_of
 from asdm.measure.hooks import CachedOutput, outputs_of, swapped
 from asdm.measure.latency import seconds_of
 
 Progress = Callable[[int, int, str], None]
-UNAFFORDABLE = 1e6  # the error of a trial whose prediction overflows: plans choose all others first
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ def trial_errors(
     reference: Tensor,
     on_trial: Callable[[str], None] = lambda _: None,
 ) -> dict[str, float]:
-    """Return each trial's relative squared error in one call; `UNAFFORDABLE` where its prediction is not finite.
+    """Return each trial's relative squared error in one call.
 
     Args:
         outputs: the outputs of the modules of the family's order of execution in this call. They are consumed.
@@ -109,14 +107,12 @@ def trial_errors(
     """
     errors: dict[str, float] = {}
     family = family_of(model)
-    square = squared_norm(reference, call)
     with ExitStack() as cached:
         for name in family.execution_order(model):
             for trial in [trial for trial in trials if trial.layer == name]:
                 with trial.applied():
                     prediction = family.predict(model, call.arguments)
-                error = float((prediction.float() - reference.float()).square().sum() / square)
-                errors[trial.name] = error if math.isfinite(error) else UNAFFORDABLE
+                errors[trial.name] = relative_error(prediction, reference, call)
                 on_trial(trial.name)
             if name in outputs:  # a placeholder may never be called
                 cached.enter_context(swapped(model, {name: CachedOutput(outputs.pop(name))}))
