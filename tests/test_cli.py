@@ -285,6 +285,8 @@ def test_what_has_no_effect_or_cannot_be_is_refused_before_anything_is_measured(
         (["benchmark", "--image-to-image", 0, "--strength", 0.5], "--strength 0.5: has no effect with --image"),
         (["benchmark", model, "--data", "demo", "--images", "file"], "file: is a file; name a folder"),
         (["benchmark", model, "--out", "file"], "file: is a file; name a folder"),
+        (["benchmark", model, "other/"], "other/: no such folder or file"),
+        (["benchmark", model, "random:nosuch"], "random:nosuch: no such shape"),
         (["benchmark", model, "--only", "nosuch"], "--only nosuch: no method's name contains this"),
     ):
         status, _, error = run(*command)

@@ -91,9 +91,12 @@ def benchmark(
     from asdm.benchmark.models import RESULTS, benchmark_model, open_results, save_results, unfinished
     from asdm.evaluation.image_folders import distinct_names, folder_names
     from asdm.measure.limits import machine_limits
+    from asdm.pipelines.names import require_model_named
 
     models = models or ["demo"]
     _require_distinct(models)
+    for model in models:
+        require_model_named(model)
     loading.require_decoder_named(decoder)
     _require_effects(context, models, data, image_to_image)
     require_folder(out)

@@ -13,10 +13,10 @@ from torch import nn
 from asdm import checks
 from asdm.choices import PredictionType
 from asdm.devices import on_device
-from asdm.errors import AsdmError, AsdmWarning
+from asdm.errors import AsdmWarning
 from asdm.pipelines.claims import as_prediction_type
 from asdm.pipelines.folders import load_folder, load_from_hub, set_parameterization
-from asdm.pipelines.names import looks_like_path, model_help
+from asdm.pipelines.names import require_model_named
 from asdm.pipelines.random_models import RANDOM, random_pipeline
 from asdm.pipelines.single_file import load_single_file
 from asdm.pipelines.supported import as_supported, require_supported
@@ -119,6 +119,7 @@ def _load(
     name: str, dtype: torch.dtype, as_stored: bool, given: PredictionType | None, config: str | Path | None
 ) -> tuple[DiffusionPipeline, list[str]]:
     """Return the pipeline of that name, and remarks for the user on what it was assumed to predict."""
+    require_model_named(name)
     registered = registered_folder(name, PIPELINES)
     if registered is not None:
         pipeline = load_folder(registered, dtype, as_stored)
@@ -128,8 +129,6 @@ def _load(
         pipeline = load_folder(Path(name), dtype, as_stored)
     elif os.path.isfile(name):
         return load_single_file(Path(name), dtype, given, config)
-    elif looks_like_path(name):
-        raise AsdmError(f"{name}: no such folder or file; MODEL is {model_help()}")
     else:
         pipeline = load_from_hub(name, dtype, as_stored)
     return pipeline, set_parameterization(pipeline, name, given, config)

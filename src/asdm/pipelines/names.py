@@ -7,7 +7,8 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
-from asdm.pipelines.random_models import RANDOM, UNETS
+from asdm.errors import AsdmError
+from asdm.pipelines.random_models import RANDOM, UNETS, require_shape
 from asdm.registry import PIPELINES, registered_folder, registered_names
 
 PICKLE_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth")
@@ -27,6 +28,17 @@ def looks_like_path(name: str) -> bool:
         or name.count("/") != 1
         or Path(name).suffix in (".safetensors", *PICKLE_SUFFIXES)
     )
+
+
+def require_model_named(name: str) -> None:
+    """Raise an AsdmError for a name that cannot be a model's, before one is loaded. Whether there is a Hub id is not
+    asked."""
+    if registered_folder(name, PIPELINES) is not None or os.path.exists(name):
+        return
+    if name.startswith(RANDOM):
+        require_shape(name.removeprefix(RANDOM))
+    elif looks_like_path(name):
+        raise AsdmError(f"{name}: no such folder or file; MODEL is {model_help()}")
 
 
 def folder_of(name: str) -> Path:

@@ -68,14 +68,19 @@ _CLIP_G = {
 }
 
 
+def require_shape(shape: str) -> None:
+    """Raise an AsdmError unless it is one of `UNETS`."""
+    if shape not in UNETS:
+        raise AsdmError(f"{RANDOM}{shape}: no such shape; allowed: {', '.join(f'{RANDOM}{name}' for name in UNETS)}")
+
+
 def random_pipeline(shape: str, dtype: torch.dtype) -> DiffusionPipeline:
     """Make a pipeline of a shape of `UNETS`, about as large in memory as the real one.
 
     Raises:
         AsdmError: there is no such shape.
     """
-    if shape not in UNETS:
-        raise AsdmError(f"{RANDOM}{shape}: no such shape; allowed: {', '.join(f'{RANDOM}{name}' for name in UNETS)}")
+    require_shape(shape)
     unet = randomly_filled(lambda: UNetFamily.model_class(**UNETS[shape]), dtype)
     vae = randomly_filled(lambda: _vae(0.13025 if shape == "sdxl" else 0.18215), dtype)
     tokenizer = CLIPTokenizer.from_pretrained(_tokenizer_folder(), model_max_length=77)
