@@ -2,15 +2,19 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
-from asdm import AsdmError, Stage, compress, load_pipeline, save_decoder, save_pipeline
+from asdm import AsdmError, Stage, build_student, compress, load_pipeline, save_decoder, save_pipeline
 from asdm.compression.settings import claim_folder, make_settings
 from asdm.compression.steps import STEPS, Step
-from conftest import tiny_decoder, tiny_pipeline
+from asdm.planning.full_plan import full_plan
+from asdm.runtime.checkpoint import export_checkpoint
+from conftest import predict, tiny_decoder, tiny_pipeline
 
 SHORT = {"sensitivity": "taylor", "refine": 0, "steps": 0, "samples": 0, "sampling_steps": 2}
 BUDGET = {"speedup": None, "params": 0.8, "macs": None, "preset": None}
@@ -29,7 +33,7 @@ SETTINGS = {
     "seed": 0,
 }
 
-NEWER = ("captions", "image_to_image", "strength", "decoder", "save_decoder")  # than 0.1.0
+NEWER = ("captions", "image_to_image", "strength", "decoder", "save_decoder", "portable")  # than 0.1.0
 
 
 @pytest.fixture
@@ -75,6 +79,44 @@ def test_a_compression_goes_on_with_the_same_weights_alone(model, data_folder, t
     save_pipeline(other, model)
     with pytest.raises(AsdmError, match=r"out: begun when .*model had other weights; name another folder"):
         compress(model, tmp_path / "out", **settings)
+
+
+@pytest.mark.slow
+def test_a_portable_student_is_stock_fitted_once_and_one_file(model, tmp_path, monkeypatch):
+    def fitted_plan(*arguments, **settings):
+        plan = full_plan(*arguments, **settings)
+        (edit,) = plan.edits
+        blocks = [f"up_blocks.3.attentions.{index}.transformer_blocks.0" for index in range(3)]
+        return plan.model_copy(update={"edits": [replace(edit, transformer_blocks=blocks, fitted=True)]})
+
+    monkeypatch.setattr("asdm.compression.steps.full_plan", fitted_plan)
+    settings = {"params": 0.9, "portable": True, **SHORT}
+    made = compress(model, tmp_path / "out", **settings)
+    fitted = DiffusionPipeline.from_pretrained(made.folder).unet
+    assert type(fitted) is UNet2DConditionModel
+    plain = build_student(load_pipeline(model).unet, made.plan)
+    assert not torch.equal(predict(fitted), predict(plain))
+    export_checkpoint(load_pipeline(made.folder), tmp_path / "student.safetensors", "diffusers")
+    made.report.unlink()
+    monkeypatch.setattr("asdm.compression.steps.fit_compensation", lambda *_, **__: pytest.fail("fitted again"))
+    compress(model, made.folder, **settings)
+    assert torch.equal(predict(load_pipeline(made.folder).unet), predict(fitted))
+    with pytest.raises(AsdmError, match=r"made with other settings \(portable\)"):
+        compress(model, made.folder, **settings | {"portable": False})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"params": 0.9, "refine": 1}, "portable: refinement .* leave them out"),
+        ({"params": 0.9, "compensate": "linear"}, "compensate=linear: a portable student has no place"),
+        ({"preset": "bk-tiny"}, "preset=bk-tiny: is a plan of its own"),
+    ],
+)
+def test_what_does_not_go_with_a_portable_student_is_refused_before_any_work(model, tmp_path, settings, message):
+    with pytest.raises(AsdmError, match=message):
+        compress(model, tmp_path / "out", portable=True, **SHORT | settings)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,14 @@ SensitivityOption = Annotated[
         show_default=False,
     ),
 ]
+PortableOption = Annotated[
+    bool,
+    typer.Option(
+        "--portable",
+        help="Choose only students that are stock UNets and that ComfyUI, Forge and diffusers read: whole layers, "
+        "transformer blocks and the mid block go.",
+    ),
+]
 CompensateOption = Annotated[
     CompensationKind | None,
     typer.Option(

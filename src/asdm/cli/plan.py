@@ -22,6 +22,7 @@ from asdm.cli.options import (
     MacsOption,
     ParamsOption,
     PlanFile,
+    PortableOption,
     PredictionTypeOption,
     PresetOption,
     RefineOption,
@@ -48,14 +49,7 @@ def plan(
     params: ParamsOption = None,
     macs: MacsOption = None,
     preset: PresetOption = None,
-    portable: Annotated[
-        bool,
-        typer.Option(
-            "--portable",
-            help="Choose only students that are stock UNets and that ComfyUI, Forge and diffusers read: whole layers, "
-            "transformer blocks and the mid block go.",
-        ),
-    ] = False,
+    portable: PortableOption = False,
     compensate: CompensateOption = None,
     experts: Annotated[
         float | None,

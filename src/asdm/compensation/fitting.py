@@ -159,13 +159,15 @@ def prediction_error(student: Denoiser, calls: Sequence[CalibrationCall], expect
 
 def wants_fit(student: Denoiser) -> bool:
     """Return whether `fit_compensation` changes a student."""
-    return bool(fitted_tensors(student)) or fitted_edit(student) is not None
+    return bool(fitted_tensors(student))
 
 
 def fitted_tensors(student: Denoiser) -> dict[str, Tensor]:
-    """Return the tensors of `student` that a fit changes, by name."""
-    units = [edit.unit for edit in compensated(edits_of(student))]
+    """Return the tensors of `student` that a fit may change, by name; all of a smaller stock model that is fitted."""
     state = student.state_dict()
+    if fitted_edit(student) is not None:
+        return state
+    units = [edit.unit for edit in compensated(edits_of(student))]
     return {name: tensor for name, tensor in state.items() if name.startswith(tuple(f"{unit}." for unit in units))}
 
 

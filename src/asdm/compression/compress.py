@@ -65,6 +65,7 @@ class Compression:
     strength=checks.number(above=0, high=1),
     decoder=checks.path,
     save_decoder=checks.flag,
+    portable=checks.flag,
     sampling_steps=checks.STEPS,
     dtype=checks.literal(Dtype),
     seed=checks.SEED,
@@ -79,6 +80,7 @@ def compress(
     params: float | None = None,
     macs: float | None = None,
     preset: str | None = None,
+    portable: bool = False,
     sensitivity: Sensitivity | None = None,
     compensate: CompensationKind | None = None,
     refine: int | None = None,
@@ -106,11 +108,12 @@ def compress(
     Args:
         model: as for `load_pipeline`.
         speedup, params, macs, preset: the budget, as for `make_plan`; exactly one.
+        portable: choose a student that is a stock UNet and that ComfyUI, Forge and diffusers read, as for `make_plan`.
         sensitivity: how sensitivities are measured, as for `analyze`; for a preset, whose edits do not depend on them,
             estimated by default.
         compensate: what is fitted in place of removed branches, as for `make_plan`; by default "none" for random
             weights.
-        refine: rounds of `refine_plan`; by default none for a preset and for random weights.
+        refine: rounds of `refine_plan`; by default none for a preset, a portable student and random weights.
         data: captioned images to calibrate, train and evaluate on, from any source that `--data` takes.
         steps: training steps; 0 prunes only, and then needs no data.
         recipe: of the distillation: "joint", "bk-sdm", "incubation", "small-gpu", or a YAML file.
@@ -141,6 +144,7 @@ def compress(
     settings = make_settings(
         model,
         {"speedup": speedup, "params": params, "macs": macs, "preset": preset},
+        portable=portable,
         sensitivity=sensitivity,
         compensate=compensate,
         refine=refine,
@@ -199,7 +203,8 @@ def _checked_teacher(settings: Settings, device: str | None) -> DiffusionPipelin
     if settings.decoder is not None:
         with_decoder(pipeline, settings.decoder)
     require_budget_of(denoiser_of(pipeline), settings.budget["params"], settings.budget["macs"])
-    require_plannable(denoiser_of(pipeline), preset=settings.budget["preset"], refine=settings.refine)
+    planned = {"preset": settings.budget["preset"], "portable": settings.portable, "refine": settings.refine}
+    require_plannable(denoiser_of(pipeline), **planned)
     require_steps(pipeline, settings.sampling_steps)
     if settings.strength is not None:
         require_strength(settings.strength, settings.sampling_steps)

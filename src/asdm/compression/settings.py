@@ -18,7 +18,7 @@ from asdm.errors import AsdmError
 from asdm.files import MARKER, read_marker, write_text
 from asdm.old_names import OLD_COMPRESSION_SETTINGS, renamed
 from asdm.pipelines.decoders import require_decoder_named
-from asdm.planning.budget import require_budget
+from asdm.planning.budget import require_budget, require_portable
 from asdm.planning.refine import ROUNDS
 from asdm.records import Record
 
@@ -32,6 +32,7 @@ _NEW_SETTINGS: dict[str, Any] = {
     "strength": None,
     "decoder": None,
     "save_decoder": False,
+    "portable": False,
 }
 
 
@@ -60,12 +61,18 @@ class Settings(Record):
     captions: str | None = Field(None, description="Captions without images for the distillation, if given.")
     decoder: str | None = Field(None, description="A tiny decoder with which the result is measured too, if given.")
     save_decoder: bool = Field(False, description="Whether the result is saved with the tiny decoder.")
+    portable: bool = Field(False, description="Whether the student is a stock model that other programs read.")
 
     @property
     def claims(self) -> dict[str, Any]:
         """What was said of the model beside its checkpoint."""
         given = {"prediction_type": self.prediction_type, "config": self.config}
         return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def tried(self) -> CompensationKind:
+        """The projections that units are tried with: none for a portable student, where what folds comes on top."""
+        return "none" if self.portable else self.compensate
 
     @property
     def is_random(self) -> bool:
@@ -109,15 +116,18 @@ def make_settings(
     config: str | Path | None,
     decoder: str | Path | None = None,
     save_decoder: bool = False,
+    portable: bool = False,
     **others: Any,
 ) -> Settings:
     """Check the settings that depend on each other, and fill in their defaults.
 
     Raises:
-        AsdmError: not one budget, a distillation without data, a recipe that does not exist or whose students sample
-            unlike their teacher, or no tiny decoder of that name.
+        AsdmError: not one budget, or what does not go with `portable`; a distillation without data, a recipe that does
+            not exist or whose students sample unlike their teacher, or no tiny decoder of that name.
     """
     require_budget(**budget)
+    if portable:
+        require_portable(budget["preset"], compensate)
     if decoder is not None:
         require_decoder_named(str(decoder))
     elif save_decoder:
@@ -135,7 +145,7 @@ def make_settings(
         read_captions(captions)
     is_random, has_preset = has_random_weights(str(model)), budget["preset"] is not None
     if refine is None:
-        refine = 0 if is_random or has_preset else ROUNDS
+        refine = 0 if is_random or has_preset or portable else ROUNDS
     return Settings(
         model=str(model),
         budget=budget,
@@ -149,6 +159,7 @@ def make_settings(
         config=None if config is None else str(config),
         decoder=None if decoder is None else str(decoder),
         save_decoder=save_decoder,
+        portable=portable,
         **others,
     )
 

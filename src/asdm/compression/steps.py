@@ -141,7 +141,7 @@ class Analyse(Step):
             job.teacher,
             data=settings.data,
             sensitivity=_sensitivity(settings),
-            compensate=settings.compensate,
+            compensate=settings.tried,
             seed=settings.seed,
             progress=job.reporter("analyse"),
         )
@@ -150,7 +150,7 @@ class Analyse(Step):
     def work(self, job: Job, forecast: Forecast) -> list[StepWork]:
         settings = job.settings
         sensitivity = _sensitivity(settings)
-        analysis: dict[str, Any] = {"sensitivity": sensitivity, "compensate": settings.compensate}
+        analysis: dict[str, Any] = {"sensitivity": sensitivity, "compensate": settings.tried}
         return [works.analysis(job.teacher, forecast.architecture, data=settings.data, **analysis)]
 
     def load(self, job: Job) -> None:
@@ -169,7 +169,8 @@ class Plan(Step):
             job.redundancy,
             job.teacher,
             budget=settings.budget,
-            compensate=settings.compensate,
+            portable=settings.portable,
+            compensate=None if settings.portable and settings.compensate != "none" else settings.compensate,
             refine=settings.refine,
             data=settings.data,
             seed=settings.seed,
@@ -184,7 +185,7 @@ class Plan(Step):
             forecast.architecture,
             budget=settings.budget,
             expected=forecast.plan,
-            compensate=settings.compensate,
+            compensate=settings.tried,
             refine=settings.refine,
             data=settings.data,
             call_ms=forecast.call_ms,
@@ -377,7 +378,7 @@ def expected_work(job: Job) -> tuple[Forecast, list[StepWork]]:
     planned = Plan()
     known = PruningPlan.load(*planned.files(job)) if planned.is_done(job) else None
     settings = job.settings
-    forecast = Forecast(job.teacher, settings.budget, settings.compensate, known)
+    forecast = Forecast(job.teacher, settings.budget, settings.tried, known)
     return forecast, [work for step in STEPS if not step.is_done(job) for work in step.work(job, forecast)]
 
 
@@ -386,7 +387,7 @@ def pruned_student(job: Job) -> tuple[Denoiser, CompensationReport | None]:
     student = build_student(denoiser_of(job.teacher), job.plan)
     if not fitted_tensors(student):
         return student, None
-    edits = short_digest(json.dumps(student.config["edits"]))[:8]
+    edits = short_digest(json.dumps(job.plan.model_dump(mode="json")["edits"]))[:8]
     tensors, metrics = (job.work / f"compensation-{edits}.{suffix}" for suffix in ("safetensors", "json"))
     if not metrics.is_file():
         _fit(job, student, tensors, metrics)

@@ -209,10 +209,7 @@ def _require_removals(unet: Any) -> None:
     for path, module in unet.named_modules():
         projections = (getattr(module, name, None) for name in ("compensation", "time_compensation"))
         if isinstance(module, RemovedUnit) and any(each is not None for each in projections):
-            raise AsdmError(
-                f"{path}: removed with a projection in its place that folds into no other layer; plan with "
-                "--compensate none, or keep the student as a pipeline's folder"
-            )
+            raise AsdmError(f"{path}: removed with a projection in its place that folds into no other layer; {_REMEDY}")
 
 
 def _require_stock(module: Any, kind: type[Any], path: str) -> None:

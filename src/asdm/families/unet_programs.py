@@ -106,7 +106,8 @@ def _require_widths(unet: Any, structure: OriginalStructure, kind: OriginalKind,
         about = f"{found[2]} channels, a text embedding of {found[0]}" + (f", {wrong[0].heads} heads" if wrong else "")
         raise AsdmError(
             f"{program}: reads UNets of the widths of SD 1.x, SD 2.x and SDXL, and this one has others ({about}); "
-            "export it for diffusers (`--for diffusers`), whose from_single_file takes a config"
+            "keep the folder, or, if each level has equally many layers, export it for diffusers (`--for diffusers`), "
+            "whose from_single_file takes a config"
         )
 
 
@@ -122,7 +123,7 @@ def _require_equal_levels(unet: Any) -> None:
     found = "lacks its lowest level" if isinstance(layers, int) else f"has {list(layers)}"
     raise AsdmError(
         f"diffusers: reads one file only of a UNet with equally many layers in each level, and this one {found}; load "
-        "the student's folder there, or export it for comfyui"
+        "the student's folder there"
     )
 
 
@@ -134,7 +135,7 @@ def _require_first_blocks(unet: Any, structure: OriginalStructure) -> None:
         if kept != list(range(len(kept))):
             raise AsdmError(
                 f"diffusers: reads from one file the first transformer blocks of an attention, and {path} keeps {kept}"
-                "; load the student's folder there, or export it for comfyui"
+                "; load the student's folder there"
             )
 
 

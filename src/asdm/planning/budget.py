@@ -111,7 +111,7 @@ def make_plan(
     fitted = compensate
     compensate = compensate or (redundancy.compensate if redundancy.estimator == "ablation" else "linear")
     if portable:
-        _require_portable(preset, fitted)
+        require_portable(preset, fitted)
         budget = {"speedup": speedup, "params": params, "macs": macs}
         given = {name: value for name, value in budget.items() if value is not None}
         is_fitted = fitted != "none"
@@ -133,7 +133,7 @@ def make_plan(
     return finished(redundancy, plan, preset)
 
 
-def _require_portable(preset: str | None, compensate: CompensationKind | None) -> None:
+def require_portable(preset: str | None, compensate: CompensationKind | None) -> None:
     """Raise an AsdmError for what does not go with a portable plan."""
     if preset is not None:
         raise AsdmError(f"preset={preset}: is a plan of its own; give portable a budget: speedup, params or macs")

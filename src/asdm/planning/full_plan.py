@@ -43,9 +43,15 @@ def require_plannable(
             if value is not None:
                 raise AsdmError(f"{name}={value:g}: does not go with {preset}, which drops whole layers; leave it out")
     if portable:
+        _require_portable(refine, experts)
         family.portable_shapes(denoiser.config, [unit.name for unit in family.units(denoiser)])
     if experts is not None and not family.conv_channels(denoiser):
         raise AsdmError(f"experts={experts:g}: a {family.label} has no convolutions for expert kernels; leave it out")
+
+
+def _require_portable(refine: int, experts: float | None) -> None:
+    if refine or experts is not None:
+        raise AsdmError("portable: refinement and expert kernels make students that no program reads; leave them out")
 
 
 def full_plan(
@@ -81,8 +87,8 @@ def full_plan(
     """
     if refine and pipeline is None:
         raise AsdmError(f"refine={refine}: a profile has no weights to try the plan with; give the pipeline too")
-    if portable and (refine or experts is not None):
-        raise AsdmError("portable: refinement and expert kernels make students that no program reads; leave them out")
+    if portable:
+        _require_portable(refine, experts)
     report = progress or (lambda *_: None)
     denoiser = None if pipeline is None else denoiser_of(pipeline)
     attempts: list[str] = []
