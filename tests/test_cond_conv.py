@@ -146,7 +146,12 @@ def test_embeddings_that_differ_in_the_batch_are_never_shared():
     edit = {"edit": "cond_conv", "unit": "down_blocks.1.resnets.0.conv2", "experts": ["down_blocks.1.resnets.1.conv2"]}
     student = moved(build_student(unet, PruningPlan.for_unet(unet, [edit | {"router": "time"}])))
     inputs = unet_inputs(unet)
+    conv = student.get_submodule(edit["unit"])
+    rows, routing = [], conv.routing
+    conv.routing = lambda *given: rows.append(routing(*given)) or rows[-1]
     both = predict(student, **inputs)
+    (mixtures,) = rows
+    assert len(mixtures) == 2 and not torch.allclose(*mixtures)  # the pooled prompt and the sizes are read, too
     added = {name: tensor[1:] for name, tensor in inputs["added_cond_kwargs"].items()}
     second = {
         "sample": inputs["sample"][1:],
