@@ -34,6 +34,7 @@ class ScaleBranch(UnitEdit):
     """Multiply a unit's branch by a constant."""
 
     edit = "scale_branch"
+    no_split_modules = ("Scaled",)
     factor: float
 
     def replacements(self, model: Any, family: EditedFamily) -> dict[str, nn.Module]:
@@ -103,6 +104,11 @@ def test_a_pipeline_with_it_is_saved_and_loaded(tmp_path):
     loaded = load_pipeline(tmp_path / "student").unet
     assert loaded.config.edits == [{"edit": "scale_branch", "unit": FEED_FORWARD, "factor": 0.5}]
     assert torch.equal(predict(loaded), predict(student))
+
+
+def test_its_modules_are_not_split_over_devices(unet):
+    student = build_student(unet, plan_of(unet, (RESNET, 0.5)))
+    assert {"Scaled", "RemovedResnet", "BasicTransformerBlock"} <= set(student._get_no_split_modules("auto"))
 
 
 @pytest.mark.parametrize("sensitivity", ["ablation", "taylor"])

@@ -41,6 +41,15 @@ class EditedModel:
     # edits and fill the missing weights at random; so it stops with "asdm.CrossAttnDownBlock2D does not exist".
     disguised_fields: ClassVar[tuple[str, ...]]
 
+    @property
+    def _no_split_modules(self) -> list[str] | None:
+        """Return those of the stock class, by which diffusers spreads a model over devices, and those of all kinds of
+        edits; None where the stock class has none and is not spread."""
+        stock = self.architecture.model_class._no_split_modules
+        if stock is None:
+            return None
+        return [*stock, *(name for kind in EDIT_KINDS.values() for name in kind.no_split_modules)]
+
     def apply_edits(self, edits: Sequence[Any]) -> None:
         """Apply edits to the stock model and write them to the config."""
         records = [edit for edit in parse_edits(edits) if isinstance(edit, UnitEdit)]
@@ -152,11 +161,6 @@ def signature_with_edits(stock: type[Any]) -> inspect.Signature:
     stock_parameters = inspect.signature(stock.__init__).parameters.values()
     edits = inspect.Parameter("edits", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=())
     return inspect.Signature([*stock_parameters, edits])
-
-
-def no_split_modules() -> list[str]:
-    """Return the class names of all edits' modules that must stay on one device."""
-    return [name for kind in EDIT_KINDS.values() for name in kind.no_split_modules]
 
 
 def align_weights(network: nn.Module) -> None:
