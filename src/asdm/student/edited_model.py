@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from diffusers import ModelMixin
@@ -26,12 +26,14 @@ from asdm.student.standalone import module_source
 
 _DISGUISE = "asdm."
 _ALIGNMENT = 64  # bytes, of torch's allocator on CPUs
+StudentClass = TypeVar("StudentClass", bound=type[Any])
+STUDENT_CLASSES: list[type[Any]] = []
 
 
 class EditedModel:
     """A mixin before a stock model class: the stock model with a list of edits applied.
 
-    A subclass calls `apply_edits` in its constructor.
+    A subclass calls `apply_edits` in its constructor. Its name is the stock class's with "Asdm" before it.
     """
 
     architecture: ClassVar[Architecture]
@@ -137,6 +139,12 @@ class EditedModel:
                 )
         align_weights(model)
         return (model, info) if wants_info else model
+
+
+def register_student(kind: StudentClass) -> StudentClass:
+    """Make a class known as that of its architecture's students (a class decorator)."""
+    STUDENT_CLASSES.append(kind)
+    return kind
 
 
 def _leave_out_fused(_: Any, state_dict: dict[str, Tensor], *__: Any) -> None:

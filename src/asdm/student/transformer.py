@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 from diffusers import PixArtTransformer2DModel
 
 from asdm.families.transformer_architecture import PixArtArchitecture
-from asdm.student.edited_model import EditedModel, signature_with_edits
+from asdm.student.edited_model import EditedModel, register_student, signature_with_edits
 
 MODULE_NAME = "asdm_transformer"  # of the module file beside the weights
 
 
+@register_student
 class AsdmPixArtTransformer2DModel(EditedModel, PixArtTransformer2DModel):
     """A PixArtTransformer2DModel with a list of edits applied; `forward` and module names are the stock ones.
 

@@ -20,11 +20,12 @@ from asdm.edits.regional_attention import GriAttnProcessor
 from asdm.families.unet_architecture import UNetArchitecture
 from asdm.families.unet_removed import RemovedDownBlock
 from asdm.student.adapters import renumber
-from asdm.student.edited_model import EditedModel, signature_with_edits
+from asdm.student.edited_model import EditedModel, register_student, signature_with_edits
 
 MODULE_NAME = "asdm_unet"  # of the module file beside the weights
 
 
+@register_student
 class AsdmUNet2DConditionModel(EditedModel, UNet2DConditionModel):
     """A UNet2DConditionModel with a list of edits applied; `forward` and module names are the stock ones.
 
