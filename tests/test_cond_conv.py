@@ -146,7 +146,12 @@ def test_embeddings_that_differ_in_the_batch_are_never_shared():
     edit = {"edit": "cond_conv", "unit": "down_blocks.1.resnets.0.conv2", "experts": ["down_blocks.1.resnets.1.conv2"]}
     student = moved(build_student(unet, PruningPlan.for_unet(unet, [edit | {"router": "time"}])))
     inputs = unet_inputs(unet)
+    conv = student.get_submodule(edit["unit"])
+    rows, routing = [], conv.routing
+    conv.routing = lambda *given: rows.append(routing(*given)) or rows[-1]
     both = predict(student, **inputs)
+    (mixtures,) = rows
+    assert len(mixtures) == 2 and not torch.allclose(*mixtures)  # the pooled prompt and the sizes are read, too
     added = {name: tensor[1:] for name, tensor in inputs["added_cond_kwargs"].items()}
     second = {
         "sample": inputs["sample"][1:],
@@ -237,11 +242,11 @@ def test_a_router_sees_the_prompt_of_its_own_sample(unet):
 
 
 def test_the_pooled_prompt_is_the_mean_of_the_tokens_that_count():
-    states, mask = torch.randn(2, 5, 8), torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])
+    states, mask = torch.randn(3, 5, 8), torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]])
     bias = (1 - mask.float())[:, None] * -10000.0  # as UNet2DConditionModel passes it on
     pooled = pooled_prompt(states, bias)
     assert torch.allclose(pooled[0], states[0, :2].mean(0))
-    assert torch.allclose(pooled[1], pooled_prompt((states, "an image"))[1])
+    assert torch.allclose(pooled[1:], pooled_prompt((states, "an image"))[1:])  # without any, all, as in a softmax
 
 
 def test_a_masked_token_does_not_reach_the_router(unet):
@@ -257,6 +262,14 @@ def test_a_masked_token_does_not_reach_the_router(unet):
         atol=1e-5,
     )
     assert not torch.allclose(predict(student, **inputs), expected, atol=1e-3)
+
+
+def test_a_prompt_without_a_token_is_pooled_as_the_attention_reads_it(unet):
+    student = moved(build_student(unet, PruningPlan.for_unet(unet, edits_of("prompt"))))
+    inputs, mask = unet_inputs(unet), torch.ones(2, 5)
+    mask[0] = 0
+    masked, plain = predict(student, **inputs, encoder_attention_mask=mask), predict(student, **inputs)
+    assert torch.allclose(masked, plain, atol=1e-3)  # a bias of -10000 rounds the logits
 
 
 def test_the_prompt_is_only_where_a_block_reads_it(unet):

@@ -23,7 +23,7 @@ from asdm.distillation.estimate import estimate
 from asdm.distillation.incubation import blocks_in_teacher, groups_of, incubated_blocks, set_trainable
 from asdm.distillation.losses import _TERMS, loss_term, semantic_loss, squared_error
 from asdm.distillation.recipes import RECIPES, as_yaml, recipe_stages
-from asdm.distillation.semantics import DenoiserEncoder, VisionEncoder
+from asdm.distillation.semantics import _ENCODERS, DenoiserEncoder, VisionEncoder, register_encoder
 from asdm.distillation.stages import LossWeights, Semantics, parse_stages
 from asdm.distillation.tasks import DistillationTask, IncubationTask, make_task
 from asdm.distillation.teaching import WHOLE
@@ -254,6 +254,25 @@ def test_semantic_terms_are_in_the_loss_at_every_kth_step(pipeline, examples):
     )  # fmt: skip
     losses = task((torch.tensor([0, 1]), 0), torch.Generator().manual_seed(0))
     assert 0 < losses["semantic_text"] < 2 and losses["loss"] > losses["weighted/semantic_text"]
+
+
+def test_an_encoder_of_another_package_is_named_in_a_stage(pipeline, examples, monkeypatch):
+    monkeypatch.setattr("asdm.distillation.semantics._ENCODERS", dict(_ENCODERS))
+
+    @register_encoder("mean_colour")
+    class MeanColour:
+        def __init__(self, pipeline):
+            self.pipeline = pipeline
+
+        def __call__(self, latents, captions):
+            return latents.mean(dim=(2, 3))
+
+        def text_features(self, prompts):
+            return None
+
+    chosen = stage(losses=LossWeights(semantic=0.5), semantics=Semantics(encoder="mean_colour"))
+    task, losses = losses_of(pipeline, pruned(pipeline.unet), examples, chosen)
+    assert losses["semantic"] > 0 and isinstance(task.encoder, MeanColour) and task.encoder.pipeline is pipeline
 
 
 def test_plain_losses_are_mean_squared_errors(pipeline, examples):

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import nn
 
 from asdm import (
+    AsdmError,
     PruningPlan,
     analyze,
     build_student,
@@ -34,6 +35,7 @@ class ScaleBranch(UnitEdit):
     """Multiply a unit's branch by a constant."""
 
     edit = "scale_branch"
+    no_split_modules = ("Scaled",)
     factor: float
 
     def replacements(self, model: Any, family: EditedFamily) -> dict[str, nn.Module]:
@@ -56,11 +58,27 @@ def scaled(module: nn.Module, kept: Any, factor: float) -> nn.Module:
     return recast(Scaled, module)
 
 
+@dataclass(frozen=True)
+class ManyFields(UnitEdit):
+    """An edit with a field of each type."""
+
+    edit = "many_fields"
+    factor: float = 1.0
+    level: Literal[1, 2] = 1
+    weights: dict[str, float] | None = None
+    sides: tuple[int, ...] = ()
+    pair: tuple[int, str] = (1, "a")
+    either: int | list[bool] = 0
+    other: Mapping[str, int] | Any = None
+
+
 @pytest.fixture(autouse=True)
 def registered():
-    register_edit(ScaleBranch)
+    for kind in (ScaleBranch, ManyFields):
+        register_edit(kind)
     yield
-    del EDIT_KINDS[ScaleBranch.edit]
+    for kind in (ScaleBranch, ManyFields):
+        del EDIT_KINDS[kind.edit]
 
 
 def plan_of(unet, *edits):
@@ -72,6 +90,46 @@ def test_it_is_parsed_and_survives_a_plans_file(unet, tmp_path):
     plan.save(tmp_path / "plan.json")
     assert PruningPlan.load(tmp_path / "plan.json") == plan
     assert parse_edits([{"edit": "scale_branch", "unit": FEED_FORWARD, "factor": 0.5}]) == plan.edits
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"factor": 1, "level": 2, "weights": {"a": 2, "b": 0.5}, "sides": (3, 4, 5), "pair": (2, "b")},
+        {"factor": -1e300, "either": [True, False], "sides": (), "weights": {}, "other": {"a": [None]}},
+    ],
+)
+def test_fields_have_the_types_that_they_say_also_from_a_file(unet, fields):
+    edit = ManyFields(unit=RESNET, **fields)
+    plan = PruningPlan.for_unet(unet, [])
+    loaded = PruningPlan.model_validate_json(plan.model_copy(update={"edits": [edit]}).model_dump_json())
+    assert loaded.edits == [edit] and vars(edit) == {**vars(ManyFields(unit=RESNET)), **fields}
+    assert [type(value) for value in vars(loaded.edits[0]).values()] == [type(value) for value in vars(edit).values()]
+    assert type(edit.factor) is float and type(edit.sides) is tuple
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("factor", True, "a finite number"),
+        ("factor", float("nan"), "a finite number"),
+        ("factor", 10**400, "a finite number"),
+        ("level", 3, "one of 1, 2"),
+        ("level", True, "one of 1, 2"),
+        ("level", [1], "one of 1, 2"),
+        ("weights", {"a": "b"}, r"dict\[str, float\] \| None"),
+        ("weights", [1.0], "dict"),
+        ("sides", [1, 2.0], "tuple"),
+        ("sides", 1, "tuple"),
+        ("pair", [1], "tuple"),
+        ("either", True, r"int \| list\[bool\]"),
+        ("unit", None, "str"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_in_one_line(name, value, allowed):
+    with pytest.raises(AsdmError, match=rf"{name}: .* is not allowed; it is {allowed}") as raised:
+        parse_edits([{"edit": "many_fields", "unit": RESNET, name: value}])
+    assert "\n" not in str(raised.value)
 
 
 def test_a_student_with_it_computes_what_it_should(unet):
@@ -103,6 +161,11 @@ def test_a_pipeline_with_it_is_saved_and_loaded(tmp_path):
     loaded = load_pipeline(tmp_path / "student").unet
     assert loaded.config.edits == [{"edit": "scale_branch", "unit": FEED_FORWARD, "factor": 0.5}]
     assert torch.equal(predict(loaded), predict(student))
+
+
+def test_its_modules_are_not_split_over_devices(unet):
+    student = build_student(unet, plan_of(unet, (RESNET, 0.5)))
+    assert {"Scaled", "RemovedResnet", "BasicTransformerBlock"} <= set(student._get_no_split_modules("auto"))
 
 
 @pytest.mark.parametrize("sensitivity", ["ablation", "taylor"])

@@ -1,13 +1,13 @@
 """What images mean, for semantic-aware supervision (SAS; our reading of the abstract of arXiv 2312.15516, inferred).
 
 A frozen encoder maps x_0 estimates to features; teacher and student are compared there. Three encoders have one small
-interface: the teacher's own denoiser, the pipeline's CLIP, and any vision model of transformers.
+interface: the teacher's own denoiser, the pipeline's CLIP, and any vision model of transformers. Others are registered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,21 @@ class SemanticEncoder(Protocol):
     def text_features(self, prompts: list[str]) -> Tensor | None:
         """Features (prompts, channels) of captions in the same space; None where the encoder has no text tower."""
         ...
+
+
+EncoderMaker = TypeVar("EncoderMaker", bound=Callable[[DiffusionPipeline], SemanticEncoder])
+_ENCODERS: dict[str, Callable[[DiffusionPipeline], SemanticEncoder]] = {}
+
+
+def register_encoder(name: str) -> Callable[[EncoderMaker], EncoderMaker]:
+    """Make an encoder known by a name (a decorator of its class, or of a function, that gets the teacher's
+    pipeline)."""
+
+    def register(make: EncoderMaker) -> EncoderMaker:
+        _ENCODERS[name] = make
+        return make
+
+    return register
 
 
 class DenoiserEncoder:
@@ -76,6 +91,11 @@ class DenoiserEncoder:
 
     def text_features(self, prompts: list[str]) -> None:
         return None
+
+
+@register_encoder("unet")
+def _denoiser_encoder(pipeline: DiffusionPipeline) -> DenoiserEncoder:
+    return DenoiserEncoder(denoiser_of(pipeline), parameterization_of(pipeline.scheduler))
 
 
 class _Seen(Exception):
@@ -152,16 +172,16 @@ def make_encoder(
     """Make an encoder by name.
 
     Args:
-        name: "unet", the pipeline's denoiser; "clip", the CLIPModel beside the pipeline; or a vision model of
-            transformers, by Hub id or folder.
+        name: "unet", the pipeline's denoiser; another registered name; "clip", the CLIPModel beside the pipeline; or
+            a vision model of transformers, by Hub id or folder.
         decoder: Hub id or folder of a tiny decoder; the pipeline's VAE by default.
         reads_captions: whether its text tower is needed; "clip" then needs a tokenizer of CLIP's.
 
     Raises:
         AsdmError: there is no such model, no CLIPModel beside the pipeline, or no tokenizer for it.
     """
-    if name == "unet":
-        return DenoiserEncoder(denoiser_of(pipeline), parameterization_of(pipeline.scheduler))
+    if name in _ENCODERS:
+        return _ENCODERS[name](pipeline)
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
     try:

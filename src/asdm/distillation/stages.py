@@ -65,7 +65,7 @@ class Semantics(Record):
     encoder: str = Field(
         "unet",
         description="unet: the teacher's own denoiser. clip: the CLIP model beside the pipeline. Or a vision model of "
-        "transformers by name.",
+        "transformers by name, or a registered encoder.",
     )
     decoder: str | None = Field(
         None, description="A tiny decoder by name, for encoders that read images; by default the pipeline's VAE."

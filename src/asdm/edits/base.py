@@ -5,11 +5,13 @@ Each kind is one file beside this one. Its record has the methods by which every
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cache
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor, nn
 
@@ -69,9 +71,11 @@ class Edit:
     def __post_init__(self) -> None:
         kind: Any = type(self)
         hints = _type_hints(kind)
-        for name, value in vars(self).items():
-            if not _fits(value, hints[name]):
-                raise AsdmError(f"{name}: {value!r} is not allowed; it is {_said(hints[name])}")
+        for name, value in list(vars(self).items()):
+            try:
+                object.__setattr__(self, name, _field_value(value, hints[name]))
+            except ValueError:
+                raise AsdmError(f"{name}: {value!r} is not allowed; it is {_said(hints[name])}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the edit as it stands in plans and configs."""
@@ -239,18 +243,46 @@ def _type_hints(kind: type[Edit]) -> dict[str, Any]:
     return get_type_hints(kind)
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    options = get_args(hint)
-    if get_origin(hint) is Literal:
-        return value in options
-    if get_origin(hint) is list:
-        return isinstance(value, list) and all(_fits(item, options[0]) for item in value)
-    return any(_fits(value, option) for option in options) if options else type(value) is hint
+def _field_value(value: Any, hint: Any) -> Any:
+    """Return a value, as JSON may hold it, as a field of this type has it: a list is a tuple, an integer a float.
+
+    Types that JSON does not hold are compared as they are, and generic ones beside list, tuple and dict not at all.
+
+    Raises:
+        ValueError: the field cannot have this value.
+    """
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        for part in parts:
+            with suppress(ValueError):
+                return _field_value(value, part)
+    elif origin is Literal:
+        if any(type(value) is type(part) and value == part for part in parts):
+            return value
+    elif origin is list:
+        if isinstance(value, list):
+            return [_field_value(item, *parts) for item in value]
+    elif origin is tuple:
+        if isinstance(value, list | tuple):
+            each = parts[:1] * len(value) if Ellipsis in parts else parts
+            if len(value) == len(each):
+                return tuple(map(_field_value, value, each))
+    elif origin is dict:
+        if isinstance(value, dict):
+            return {_field_value(key, parts[0]): _field_value(item, parts[1]) for key, item in value.items()}
+    elif hint is float:
+        if type(value) in (int, float) and abs(value) <= sys.float_info.max:
+            return float(value)
+    elif hint is Any or not isinstance(hint, type) or type(value) is hint:
+        return value
+    raise ValueError(value)
 
 
 def _said(hint: Any) -> str:
     if get_origin(hint) is Literal:
-        return f"one of {', '.join(get_args(hint))}"
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    if hint is float:
+        return "a finite number"
     return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
 
 

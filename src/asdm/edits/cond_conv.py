@@ -34,8 +34,8 @@ class CondConv(UnitEdit):
 
     `unit` names a resnet's `conv1` or `conv2` that stays, `experts` the teacher's convolutions, mostly of removed
     units, whose kernels join the own one. `router`: what the mixture depends on: "input", the input's average;
-    "prompt", the prompt's; "time", the time embedding; "input+time" or "prompt+time". `activation`: "softmax", or
-    "sigmoid" for weights that do not compete.
+    "prompt", the prompt's; "time", the time embedding, in which SDXL has the pooled prompt and the sizes, too;
+    "input+time" or "prompt+time". `activation`: "softmax", or "sigmoid" for weights that do not compete.
     """
 
     edit = "cond_conv"

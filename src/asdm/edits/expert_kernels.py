@@ -87,7 +87,8 @@ class CondConv2d(nn.Conv2d):
     def routing(self, hidden_states: Tensor, temb: Tensor | None, prompt: Tensor | None = None) -> Tensor:
         """Return the weights of the kernels (batch, experts + 1), the own kernel's first.
 
-        It is one row where the router reads the time step alone and all samples have the same one.
+        It is one row where the router reads the time embedding alone and that is the same for all samples: never in
+        SDXL, which adds the pooled prompt and the sizes to it.
         """
         kinds, read = self.router_kind.split("+"), []
         if "input" in kinds:

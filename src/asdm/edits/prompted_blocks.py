@@ -23,13 +23,14 @@ def pooled_prompt(encoder_hidden_states: Any, encoder_attention_mask: Tensor | N
 
     Args:
         encoder_hidden_states: or a tuple that begins with them, as an IP-Adapter makes it.
-        encoder_attention_mask: the bias (batch, 1, tokens) of the attention's logits, 0 for tokens that count.
+        encoder_attention_mask: the bias (batch, 1, tokens) of the attention's logits, 0 for tokens that count. Where
+            none counts, all do, as in the attention's softmax.
     """
     states: Tensor = encoder_hidden_states[0] if isinstance(encoder_hidden_states, tuple) else encoder_hidden_states
     if encoder_attention_mask is None:
         return states.mean(dim=1)
-    counts = encoder_attention_mask.to(states.dtype).exp().transpose(1, 2)
-    return (states * counts).sum(dim=1) / counts.sum(dim=1)
+    weights = encoder_attention_mask.to(states.dtype).softmax(dim=2).transpose(1, 2)
+    return (states * weights).sum(dim=1)
 
 
 def prompted(block: nn.Module) -> nn.Module:

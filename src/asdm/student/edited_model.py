@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from diffusers import ModelMixin
@@ -26,12 +26,14 @@ from asdm.student.standalone import module_source
 
 _DISGUISE = "asdm."
 _ALIGNMENT = 64  # bytes, of torch's allocator on CPUs
+StudentClass = TypeVar("StudentClass", bound=type[Any])
+STUDENT_CLASSES: list[type[Any]] = []
 
 
 class EditedModel:
     """A mixin before a stock model class: the stock model with a list of edits applied.
 
-    A subclass calls `apply_edits` in its constructor.
+    A subclass calls `apply_edits` in its constructor. Its name is the stock class's with "Asdm" before it.
     """
 
     architecture: ClassVar[Architecture]
@@ -40,6 +42,15 @@ class EditedModel:
     # On disk the values of these fields carry a prefix: the stock class would otherwise accept the folder, ignore the
     # edits and fill the missing weights at random; so it stops with "asdm.CrossAttnDownBlock2D does not exist".
     disguised_fields: ClassVar[tuple[str, ...]]
+
+    @property
+    def _no_split_modules(self) -> list[str] | None:
+        """Return those of the stock class, by which diffusers spreads a model over devices, and those of all kinds of
+        edits; None where the stock class has none and is not spread."""
+        stock = self.architecture.model_class._no_split_modules
+        if stock is None:
+            return None
+        return [*stock, *(name for kind in EDIT_KINDS.values() for name in kind.no_split_modules)]
 
     def apply_edits(self, edits: Sequence[Any]) -> None:
         """Apply edits to the stock model and write them to the config."""
@@ -130,6 +141,12 @@ class EditedModel:
         return (model, info) if wants_info else model
 
 
+def register_student(kind: StudentClass) -> StudentClass:
+    """Make a class known as that of its architecture's students (a class decorator)."""
+    STUDENT_CLASSES.append(kind)
+    return kind
+
+
 def _leave_out_fused(_: Any, state_dict: dict[str, Tensor], *__: Any) -> None:
     """Remove the tensors of fused projections, which a model that is built for loading does not have."""
     for name in [name for name in state_dict if any(fused in name for fused in FUSED_PROJECTIONS)]:
@@ -152,11 +169,6 @@ def signature_with_edits(stock: type[Any]) -> inspect.Signature:
     stock_parameters = inspect.signature(stock.__init__).parameters.values()
     edits = inspect.Parameter("edits", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=())
     return inspect.Signature([*stock_parameters, edits])
-
-
-def no_split_modules() -> list[str]:
-    """Return the class names of all edits' modules that must stay on one device."""
-    return [name for kind in EDIT_KINDS.values() for name in kind.no_split_modules]
 
 
 def align_weights(network: nn.Module) -> None:

@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 from diffusers import PixArtTransformer2DModel
 
 from asdm.families.transformer_architecture import PixArtArchitecture
-from asdm.student.edited_model import EditedModel, no_split_modules, signature_with_edits
+from asdm.student.edited_model import EditedModel, register_student, signature_with_edits
 
 MODULE_NAME = "asdm_transformer"  # of the module file beside the weights
 
 
+@register_student
 class AsdmPixArtTransformer2DModel(EditedModel, PixArtTransformer2DModel):
     """A PixArtTransformer2DModel with a list of edits applied; `forward` and module names are the stock ones.
 
@@ -29,7 +30,6 @@ class AsdmPixArtTransformer2DModel(EditedModel, PixArtTransformer2DModel):
     home = "asdm.student.transformer"
     disguised_fields = ("norm_type",)
     _repeated_blocks: ClassVar = ["BasicTransformerBlock"]  # for compile_repeated_blocks; the stock class has none
-    _no_split_modules: ClassVar = [*PixArtTransformer2DModel._no_split_modules, *no_split_modules()]
 
     def __init__(self, edits: Sequence[Any] = (), **transformer_config: Any):
         super().__init__(**transformer_config)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from itertools import accumulate
-from typing import Any, ClassVar
+from typing import Any
 
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
@@ -20,11 +20,12 @@ from asdm.edits.regional_attention import GriAttnProcessor
 from asdm.families.unet_architecture import UNetArchitecture
 from asdm.families.unet_removed import RemovedDownBlock
 from asdm.student.adapters import renumber
-from asdm.student.edited_model import EditedModel, no_split_modules, signature_with_edits
+from asdm.student.edited_model import EditedModel, register_student, signature_with_edits
 
 MODULE_NAME = "asdm_unet"  # of the module file beside the weights
 
 
+@register_student
 class AsdmUNet2DConditionModel(EditedModel, UNet2DConditionModel):
     """A UNet2DConditionModel with a list of edits applied; `forward` and module names are the stock ones.
 
@@ -40,7 +41,6 @@ class AsdmUNet2DConditionModel(EditedModel, UNet2DConditionModel):
     module_name = MODULE_NAME
     home = "asdm.student.unet"
     disguised_fields = ("down_block_types", "up_block_types")
-    _no_split_modules: ClassVar = [*UNet2DConditionModel._no_split_modules, *no_split_modules()]
 
     def __init__(self, edits: Sequence[Any] = (), **unet_config: Any):
         super().__init__(**unet_config)
