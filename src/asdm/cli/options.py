@@ -120,8 +120,8 @@ DecoderOption = Annotated[
     str | None,
     typer.Option(
         "--decoder",
-        help="A tiny decoder in the place of the VAE: a folder that distill-decoder wrote, or the Hub id of an "
-        "AutoencoderTiny.",
+        help="A tiny decoder in the place of the VAE: a folder that distill-decoder wrote, the Hub id of an "
+        "AutoencoderTiny, or demo.",
         callback=NAME,
         show_default=False,
     ),
