@@ -27,6 +27,7 @@ from asdm.data.names import unusable
 from asdm.data.prepared import (
     PREPARED,
     PreparedData,
+    digest_of,
     fingerprint,
     is_prepared,
     missing_path,
@@ -41,6 +42,7 @@ from asdm.diffusion.generation import default_guidance, pipeline_arguments, requ
 from asdm.diffusion.kinds import is_inpainting, is_random, require_text_to_image
 from asdm.digests import short_digest
 from asdm.errors import AsdmError
+from asdm.families import denoiser_of
 from asdm.files import MARKER, read_marker, replacing_file, require_ours, write_text
 
 Progress = Callable[[int, int], None]
@@ -82,8 +84,8 @@ def prepare_data(
 
     Raises:
         AsdmError: the source cannot be used; or a shard could not be read, when all else is prepared; or `folder` is
-            not this tool's, or holds data of another source or model, or that was generated in other steps or with
-            another seed.
+            not this tool's, or holds data of another source or model, or that was generated in other steps, by another
+            scheduler or with another seed.
     """
     require_text_to_image(pipeline)
     require_steps(pipeline, steps)
@@ -116,7 +118,7 @@ def prepare_data(
             progress(done, len(numbers))
     state.wait_for_everyone()
     if state.is_main_process:
-        _finish(folder, data, len(source), about["made_by"])
+        _finish(folder, data, len(source), about)
     state.wait_for_everyone()
     return PreparedData(folder)
 
@@ -225,7 +227,7 @@ def _add(shard: tarfile.TarFile, name: str, content: bytes) -> tuple[int, int]:
     return shard.offset - padded, len(content)  # type: ignore[attr-defined]
 
 
-def _finish(folder: Path, data: str | Path, pieces: int, made_by: str) -> None:
+def _finish(folder: Path, data: str | Path, pieces: int, about: Mapping[str, Any]) -> None:
     """Write the index of a folder whose pieces are all there.
 
     Raises:
@@ -242,26 +244,33 @@ def _finish(folder: Path, data: str | Path, pieces: int, made_by: str) -> None:
     found = [read_piece(piece_path(folder, number)) for number in range(pieces)]
     if not any(piece.places for piece in found):
         raise unusable(data, {name: reason for piece in found for name, reason in piece.skipped.items()})
-    write_text(folder / PREPARED, json.dumps({"pieces": pieces, "made_by": made_by}) + "\n")
+    index = {"pieces": pieces, "made_by": about["made_by"], "denoiser": about.get("denoiser")}
+    write_text(folder / PREPARED, json.dumps(index) + "\n")
 
 
-def _random_part(pipeline: DiffusionPipeline, source: Source, steps: int, seed: int) -> dict[str, int]:
-    """Return the settings that decide what is prepared: those of images that are generated, and the seed of masks."""
-    if isinstance(source, CaptionSource):
-        return {"steps": steps, "seed": seed}
-    return {"seed": seed} if is_inpainting(pipeline) else {}
+def _random_part(pipeline: DiffusionPipeline, source: Source, steps: int, seed: int) -> dict[str, Any]:
+    """Return the settings by which images are generated from captions, or the seed of masks."""
+    if not isinstance(source, CaptionSource):
+        return {"seed": seed} if is_inpainting(pipeline) else {}
+    scheduler = pipeline.scheduler
+    return {
+        "steps": steps,
+        "seed": seed,
+        "scheduler": f"{type(scheduler).__name__} ({scheduler.config.get('prediction_type', 'flow')})",
+        "denoiser": digest_of(denoiser_of(pipeline)),
+    }
 
 
 def _require_same(folder: Path, data: str | Path, about: Mapping[str, Any]) -> None:
     """Raise an AsdmError where a folder was prepared from another source, by another model, or with other settings,
     which folders of earlier versions do not name."""
-    found = read_marker(folder)
-    if found.get("source") != about["source"]:
+    found = {**about, "source": None, "made_by": None, **read_marker(folder)}
+    if found["source"] != about["source"]:
         raise AsdmError(f"{folder}: prepared from other data than {data}; use another output folder")
-    if found.get("made_by") != about["made_by"]:
+    if any(found[name] != about[name] for name in ("made_by", "denoiser") if name in about):
         raise AsdmError(f"{folder}: prepared by another model, or at another image size; use another output folder")
-    for name in ("steps", "seed"):
-        if name in about and found.get(name, about[name]) != about[name]:
+    for name in ("steps", "seed", "scheduler"):
+        if name in about and found[name] != about[name]:
             raise AsdmError(
                 f"{folder}: prepared with {name}={found[name]}, not {about[name]}; use another output folder"
             )
