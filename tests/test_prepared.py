@@ -121,6 +121,26 @@ def test_a_shard_that_does_not_come_is_asked_for_again(pipeline, shards, tmp_pat
     assert without.captions[-1] == "a fish" and any("not read to its end" in why for why in without.skipped.values())
 
 
+def test_a_dataset_that_breaks_off_gives_what_it_has_and_is_asked_for_again(pipeline, tmp_path, monkeypatch):
+    features = datasets.Features({"image": datasets.Image(decode=False), "text": datasets.Value("string")})
+    is_up = []
+
+    def rows():
+        for number in range(3):
+            if number == 2 and not is_up:
+                raise ConnectionError("Server disconnected")
+            yield {"image": {"bytes": png(number), "path": None}, "text": f"house {number}"}
+
+    streamed = datasets.IterableDataset.from_generator(rows, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: streamed)
+    with pytest.raises(AsdmError, match=r"1 of 1 shards could not be read \(shard 0: not read to its end: Server"):
+        prepare_data(pipeline, "hf:owner/images", tmp_path / "prepared")
+    without = prepare_data(pipeline, "hf:owner/images", tmp_path / "without", ignore_missing_shards=True)
+    assert without.captions == ["house 0", "house 1"] and list(without.skipped) == ["shard 0"]
+    is_up.append(True)
+    assert len(prepare_data(pipeline, "hf:owner/images", tmp_path / "prepared")) == 3
+
+
 def test_where_nothing_can_be_decoded_nothing_is_prepared_however_often(pipeline, tmp_path):
     buffer = io.BytesIO()
     Image.new("RGB", (64, 64), "red").save(buffer, "PNG", compress_level=0)
