@@ -72,11 +72,24 @@ def test_shards_by_folder_by_path_and_by_pattern(shards):
     for source in (shards, pattern, f"file://{pattern}"):
         data = open_data(source)
         assert [example.caption for example in data.examples] == expected
-        assert list(data.skipped) == ["000000003"] and "it has no caption" in data.skipped["000000003"]
+        assert list(data.skipped) == ["00000.tar/000000003"]
+        assert "it has no caption" in data.skipped["00000.tar/000000003"]
     assert [example.caption for example in open_data(shards, "held_out").examples] == ["kept apart"]
     assert len(open_data(shards / "00001.tar")) == 1
     with pytest.raises(AsdmError, match=r"00002.tar: no such shard \(1 of 2\)"):
         open_data(f"{shards}/{{00001..00002}}.tar")
+
+
+def test_what_is_skipped_is_counted_where_shards_have_the_same_keys(pipeline, tmp_path):
+    samples = {"0": {"png": png(1), "txt": b"a fish"}, "1": {"png": b"broken", "txt": b"a cat"}, "2": {"png": png(2)}}
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for shard in ("0.tar", "1.tar"):
+            write_shard(tmp_path / folder / shard, samples)
+    assert set(open_data(tmp_path / "a").skipped) == {"0.tar/2", "1.tar/2"}
+    assert len(open_data(f"{tmp_path}/{{a,b}}/0.tar").skipped) == 2
+    prepared = prepare_data(pipeline, tmp_path / "a", tmp_path / "prepared")
+    assert set(prepared.skipped) == {"0.tar/1", "0.tar/2", "1.tar/1", "1.tar/2"}
 
 
 def test_a_shard_that_breaks_off_gives_what_it_has_and_is_named(shards):
@@ -93,7 +106,7 @@ def test_a_shard_that_breaks_off_between_files_is_named_too(tmp_path, length):
     start = (tmp_path / "0.tar").read_bytes().index(b"1.txt")
     (tmp_path / "0.tar").write_bytes((tmp_path / "0.tar").read_bytes()[: start + length])
     data = open_data(tmp_path)
-    assert [example.name for example in data.examples] == ["0"]
+    assert [example.name for example in data.examples] == ["0.tar/0"]
     assert "not read to its end" in data.skipped[str(tmp_path / "0.tar")]
 
 
@@ -156,7 +169,7 @@ def test_where_nothing_can_be_decoded_nothing_is_prepared_however_often(pipeline
 def test_a_shards_json_that_is_not_one_of_fields(shards, about):
     write_shard(shards / "00002.tar", {"1": {"png": png(1), "json": about}, "2": {"png": png(1), "txt": b"last"}})
     data = open_data(shards)
-    assert data.examples[-1].caption == "last" and "1" in data.skipped
+    assert data.examples[-1].caption == "last" and "00002.tar/1" in data.skipped
 
 
 @pytest.mark.parametrize("kind", ["saved", "parquet"])
@@ -231,7 +244,7 @@ def test_captions_alone_are_drawn_by_the_teacher(pipeline, tmp_path):
 def test_prepared_samples_are_the_encoded_images_and_captions(pipeline, shards, tmp_path):
     prepared = prepare_data(pipeline, shards, tmp_path / "prepared")
     assert prepared.captions == ["a red house", "a blue house", "a fish"]
-    assert set(prepared.skipped) == {"000000002", "000000003"}
+    assert set(prepared.skipped) == {"00000.tar/000000002", "00000.tar/000000003"}
     examples = {example.caption: example for example in open_data(shards).examples}
     chosen = [examples[prepared.captions[index]] for index in (2, 0)]
     latents, captions = prepared.batch([2, 0])
