@@ -241,6 +241,26 @@ def test_captions_alone_are_drawn_by_the_teacher(pipeline, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize(
+    ("part", "weights", "value", "source", "what"),
+    [
+        ("text_encoder", "final_layer_norm.bias", float("nan"), "shards", "encoder_hidden_states .* text encoder are"),
+        ("text_encoder", "final_layer_norm.bias", 1e6, "shards", "encoder_hidden_states .* text encoder are"),
+        ("vae", "quant_conv.bias", 1e6, "shards", "latents .* VAE are"),
+        ("unet", "conv_out.bias", float("nan"), "captions.txt", "latents .* denoiser are"),
+    ],
+)
+def test_what_is_not_finite_in_float16_is_refused_with_its_part(shards, tmp_path, part, weights, value, source, what):
+    pipeline = tiny_pipeline()
+    (tmp_path / "captions.txt").write_text("a red house\n")
+    named = getattr(pipeline, part).named_parameters()
+    next(parameter for name, parameter in named if name.endswith(weights)).data.fill_(value)
+    message = rf"its {what} damaged, or its precision overflows; .* float32"
+    with pytest.raises(AsdmError, match=message):
+        prepare_data(pipeline, tmp_path / source, tmp_path / "prepared", steps=1)
+    assert not list((tmp_path / "prepared").glob("*.tar"))
+
+
 def test_prepared_samples_are_the_encoded_images_and_captions(pipeline, shards, tmp_path):
     prepared = prepare_data(pipeline, shards, tmp_path / "prepared")
     assert prepared.captions == ["a red house", "a blue house", "a fish"]

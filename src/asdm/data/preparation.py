@@ -83,9 +83,9 @@ def prepare_data(
         progress: called with pieces done and in all.
 
     Raises:
-        AsdmError: the source cannot be used; or a shard could not be read, when all else is prepared; or `folder` is
-            not this tool's, or holds data of another source or model, or that was generated in other steps, by another
-            scheduler or with another seed.
+        AsdmError: the source cannot be used; or its latents or embeddings are not finite; or a shard could not be
+            read, when all else is prepared; or `folder` is not this tool's, or holds data of another source or model,
+            or that was generated in other steps, by another scheduler or with another seed.
     """
     require_text_to_image(pipeline)
     require_steps(pipeline, steps)
@@ -192,17 +192,15 @@ class _Preparation:
                 return []
             images = torch.stack(pixels)
             latents = encode_images(pipeline.vae, images)
-        if not (torch.isfinite(latents).all() or is_random(pipeline)):
-            raise AsdmError(
-                f"{batch[0].name}: its latents are no numbers (NaN): the pipeline's weights are damaged, or its "
-                "precision overflows; load it in float32"
-            )
         conditioning = embed_prompts(pipeline, [example.caption for example in batch])
         if is_inpainting(pipeline):
             images = decode_latents(pipeline, latents) if images is None else images
             conditioning = replace(conditioning, masked=masked_latents(pipeline, images, generator))
         named = {"latents": latents} | {name: value for name, value in vars(conditioning).items() if value is not None}
-        arrays = {name: value.to("cpu", torch.float16).numpy() for name, value in named.items()}
+        halves = {name: value.to("cpu", torch.float16) for name, value in named.items()}
+        if not is_random(pipeline):
+            _require_finite(halves, batch)
+        arrays = {name: half.numpy() for name, half in halves.items()}
         return [(example, {name: rows[i] for name, rows in arrays.items()}) for i, example in enumerate(batch)]
 
     def _generated(self, captions: list[str], generator: torch.Generator) -> Tensor:
@@ -216,6 +214,21 @@ class _Preparation:
             output_type="latent",
             **pipeline_arguments(self.pipeline),
         ).images
+
+
+def _require_finite(tensors: Mapping[str, Tensor], examples: list[Example]) -> None:
+    """Raise an AsdmError for values of these examples that are no numbers, or too large for float16."""
+    for name, rows in tensors.items():
+        for example, row in zip(examples, rows, strict=True):
+            if row.isfinite().all():
+                continue
+            part = "text encoder"
+            if name in ("latents", "masked"):
+                part = "denoiser" if example.file is None else "VAE"
+            raise AsdmError(
+                f"{example.name}: its {name} are not finite in float16: the weights of the {part} are damaged, or its "
+                "precision overflows; use undamaged weights, and load the pipeline in float32"
+            )
 
 
 def _add(shard: tarfile.TarFile, name: str, content: bytes) -> tuple[int, int]:
