@@ -8,20 +8,23 @@ import datasets
 import pytest
 import torch
 import webdataset
+from diffusers import EulerDiscreteScheduler
 from PIL import Image
 
 import asdm.data.sources as data_module
-from asdm import AsdmError, evaluate
+from asdm import AsdmError, Stage, distill, evaluate, record_teacher, with_unet
 from asdm.data import examples
 from asdm.data.calibration import calibration_calls
 from asdm.data.preparation import prepare_data
 from asdm.data.prepared import PreparedData
 from asdm.data.sources import open_data, open_source
 from asdm.diffusion.conditioning import embed_prompts, encode_images
+from asdm.distillation.distill import require_stages
+from asdm.distillation.training_set import prepare
 from asdm.evaluation.metrics import Judge
 from asdm.evaluation.real_images import RealImages
 from asdm.evaluation.sampling import evaluation_sets
-from conftest import tiny_pipeline
+from conftest import tiny_pipeline, tiny_unet
 
 
 def png(number, size=16):
@@ -69,11 +72,24 @@ def test_shards_by_folder_by_path_and_by_pattern(shards):
     for source in (shards, pattern, f"file://{pattern}"):
         data = open_data(source)
         assert [example.caption for example in data.examples] == expected
-        assert list(data.skipped) == ["000000003"] and "it has no caption" in data.skipped["000000003"]
+        assert list(data.skipped) == ["00000.tar/000000003"]
+        assert "it has no caption" in data.skipped["00000.tar/000000003"]
     assert [example.caption for example in open_data(shards, "held_out").examples] == ["kept apart"]
     assert len(open_data(shards / "00001.tar")) == 1
     with pytest.raises(AsdmError, match=r"00002.tar: no such shard \(1 of 2\)"):
         open_data(f"{shards}/{{00001..00002}}.tar")
+
+
+def test_what_is_skipped_is_counted_where_shards_have_the_same_keys(pipeline, tmp_path):
+    samples = {"0": {"png": png(1), "txt": b"a fish"}, "1": {"png": b"broken", "txt": b"a cat"}, "2": {"png": png(2)}}
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for shard in ("0.tar", "1.tar"):
+            write_shard(tmp_path / folder / shard, samples)
+    assert set(open_data(tmp_path / "a").skipped) == {"0.tar/2", "1.tar/2"}
+    assert len(open_data(f"{tmp_path}/{{a,b}}/0.tar").skipped) == 2
+    prepared = prepare_data(pipeline, tmp_path / "a", tmp_path / "prepared")
+    assert set(prepared.skipped) == {"0.tar/1", "0.tar/2", "1.tar/1", "1.tar/2"}
 
 
 def test_a_shard_that_breaks_off_gives_what_it_has_and_is_named(shards):
@@ -90,7 +106,7 @@ def test_a_shard_that_breaks_off_between_files_is_named_too(tmp_path, length):
     start = (tmp_path / "0.tar").read_bytes().index(b"1.txt")
     (tmp_path / "0.tar").write_bytes((tmp_path / "0.tar").read_bytes()[: start + length])
     data = open_data(tmp_path)
-    assert [example.name for example in data.examples] == ["0"]
+    assert [example.name for example in data.examples] == ["0.tar/0"]
     assert "not read to its end" in data.skipped[str(tmp_path / "0.tar")]
 
 
@@ -118,6 +134,26 @@ def test_a_shard_that_does_not_come_is_asked_for_again(pipeline, shards, tmp_pat
     assert without.captions[-1] == "a fish" and any("not read to its end" in why for why in without.skipped.values())
 
 
+def test_a_dataset_that_breaks_off_gives_what_it_has_and_is_asked_for_again(pipeline, tmp_path, monkeypatch):
+    features = datasets.Features({"image": datasets.Image(decode=False), "text": datasets.Value("string")})
+    is_up = []
+
+    def rows():
+        for number in range(3):
+            if number == 2 and not is_up:
+                raise ConnectionError("Server disconnected")
+            yield {"image": {"bytes": png(number), "path": None}, "text": f"house {number}"}
+
+    streamed = datasets.IterableDataset.from_generator(rows, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: streamed)
+    with pytest.raises(AsdmError, match=r"1 of 1 shards could not be read \(shard 0: not read to its end: Server"):
+        prepare_data(pipeline, "hf:owner/images", tmp_path / "prepared")
+    without = prepare_data(pipeline, "hf:owner/images", tmp_path / "without", ignore_missing_shards=True)
+    assert without.captions == ["house 0", "house 1"] and list(without.skipped) == ["shard 0"]
+    is_up.append(True)
+    assert len(prepare_data(pipeline, "hf:owner/images", tmp_path / "prepared")) == 3
+
+
 def test_where_nothing_can_be_decoded_nothing_is_prepared_however_often(pipeline, tmp_path):
     buffer = io.BytesIO()
     Image.new("RGB", (64, 64), "red").save(buffer, "PNG", compress_level=0)
@@ -133,7 +169,7 @@ def test_where_nothing_can_be_decoded_nothing_is_prepared_however_often(pipeline
 def test_a_shards_json_that_is_not_one_of_fields(shards, about):
     write_shard(shards / "00002.tar", {"1": {"png": png(1), "json": about}, "2": {"png": png(1), "txt": b"last"}})
     data = open_data(shards)
-    assert data.examples[-1].caption == "last" and "1" in data.skipped
+    assert data.examples[-1].caption == "last" and "00002.tar/1" in data.skipped
 
 
 @pytest.mark.parametrize("kind", ["saved", "parquet"])
@@ -205,10 +241,30 @@ def test_captions_alone_are_drawn_by_the_teacher(pipeline, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize(
+    ("part", "weights", "value", "source", "what"),
+    [
+        ("text_encoder", "final_layer_norm.bias", float("nan"), "shards", "encoder_hidden_states .* text encoder are"),
+        ("text_encoder", "final_layer_norm.bias", 1e6, "shards", "encoder_hidden_states .* text encoder are"),
+        ("vae", "quant_conv.bias", 1e6, "shards", "latents .* VAE are"),
+        ("unet", "conv_out.bias", float("nan"), "captions.txt", "latents .* denoiser are"),
+    ],
+)
+def test_what_is_not_finite_in_float16_is_refused_with_its_part(shards, tmp_path, part, weights, value, source, what):
+    pipeline = tiny_pipeline()
+    (tmp_path / "captions.txt").write_text("a red house\n")
+    named = getattr(pipeline, part).named_parameters()
+    next(parameter for name, parameter in named if name.endswith(weights)).data.fill_(value)
+    message = rf"its {what} damaged, or its precision overflows; .* float32"
+    with pytest.raises(AsdmError, match=message):
+        prepare_data(pipeline, tmp_path / source, tmp_path / "prepared", steps=1)
+    assert not list((tmp_path / "prepared").glob("*.tar"))
+
+
 def test_prepared_samples_are_the_encoded_images_and_captions(pipeline, shards, tmp_path):
     prepared = prepare_data(pipeline, shards, tmp_path / "prepared")
     assert prepared.captions == ["a red house", "a blue house", "a fish"]
-    assert set(prepared.skipped) == {"000000002", "000000003"}
+    assert set(prepared.skipped) == {"00000.tar/000000002", "00000.tar/000000003"}
     examples = {example.caption: example for example in open_data(shards).examples}
     chosen = [examples[prepared.captions[index]] for index in (2, 0)]
     latents, captions = prepared.batch([2, 0])
@@ -282,6 +338,34 @@ def test_images_that_were_generated_with_other_settings_are_refused(pipeline, sh
     # Neither matters for images of files.
     for seed in (0, 1):
         prepare_data(pipeline, shards, tmp_path / "encoded", steps=1 + seed, seed=seed)
+
+
+def test_images_that_another_denoiser_generated_are_refused_as_the_teachers(pipeline, tmp_path):
+    captions, made = tmp_path / "captions.txt", tmp_path / "prepared"
+    captions.write_text("a red house\n")
+    prepare_data(pipeline, captions, made, steps=1)
+    for dtype in (torch.float16, torch.float32):
+        require_stages(tiny_pipeline().to(dtype), [Stage(name="all", scope="joint", steps=1)], made)
+    other = with_unet(pipeline, tiny_unet(seed=5))
+    with pytest.raises(AsdmError, match="prepared by another model"):
+        prepare_data(other, captions, made, steps=1)
+    for use in (distill, lambda *given, **_: record_teacher(other, made)):
+        with pytest.raises(AsdmError, match="its images were generated by another model than this teacher; prepare"):
+            use(other, tiny_unet(), made, tmp_path / "run", steps=1)
+    # A student is calibrated on its teacher's images, and a decoder learns from any.
+    assert len(calibration_calls(other, made, None, timesteps=2, samples=1, seed=0)) == 2
+    assert len(prepare(other, made, tmp_path / "decoder")) == 1
+    sampler = with_unet(pipeline, pipeline.unet)
+    sampler.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    message = r"prepared with scheduler=DDIMScheduler \(epsilon\), not EulerDiscreteScheduler \(epsilon\); use another"
+    with pytest.raises(AsdmError, match=message):
+        prepare_data(sampler, captions, made, steps=1)
+    for name in ("asdm.json", "prepared.json"):  # as earlier versions wrote them
+        about = json.loads((made / name).read_text())
+        kept = {key: value for key, value in about.items() if key not in ("denoiser", "scheduler")}
+        (made / name).write_text(json.dumps(kept))
+    assert len(prepare_data(other, captions, made, steps=1)) == 1
+    require_stages(other, [Stage(name="all", scope="joint", steps=1)], made)
 
 
 def test_what_another_model_prepared_is_refused(pipeline, shards, tmp_path):

@@ -202,6 +202,48 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path):
     assert torch.isfinite(task.layer.weight).all() and checkpoint_step(tmp_path) == 5
 
 
+class Overflowing(Regression):
+    """The gradient of these calls is not finite, although the loss is."""
+
+    def __init__(self, calls):
+        super().__init__()
+        self.overflowing = calls
+
+    def forward(self, batch, generator):
+        losses = super().forward(batch, generator)
+        if self.calls in self.overflowing:
+            losses["loss"].register_hook(lambda gradient: gradient * float("nan"))
+        return losses
+
+
+def train_with_loss_scale(task, settings, folder):
+    accelerator = make_accelerator("cpu")
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    return train(task, batch_at, settings, folder, accelerator=accelerator)
+
+
+@pytest.mark.parametrize(
+    ("first", "steps", "stopped_at", "newest"),
+    [
+        (1, 40, 17, 0),  # the scale is 1 after sixteen steps
+        (7, 40, 23, 5),
+        (1, 12, 12, 0),
+        (1, 2, 2, 0),
+        (10, 12, 12, 10),
+    ],
+)
+def test_float16_whose_gradient_stays_infinite_stops(tmp_path, first, steps, stopped_at, newest):
+    task = Overflowing(range(first, 99))
+    with pytest.raises(AsdmError, match=rf"float16 is not finite \(.*\) at step {stopped_at};.* mixed_precision bf16"):
+        train_with_loss_scale(task, replace(SETTINGS, steps=steps), tmp_path)
+    assert task.calls == stopped_at and checkpoint_step(tmp_path) == newest
+
+
+def test_float16_may_skip_steps_until_its_loss_scale_fits(tmp_path):
+    assert train_with_loss_scale(Overflowing([*range(1, 5), 12]), SETTINGS, tmp_path)
+    assert checkpoint_step(tmp_path) == SETTINGS.steps
+
+
 def test_ctrl_c_keeps_no_weights_that_explode(tmp_path):
     def interrupt(row):
         if row["step"] == 7:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from asdm.data.examples import (
     CAPTION_FIELDS,
     Example,
     Split,
+    Unread,
     Unusable,
     caption_of,
     count_of_pieces,
@@ -74,16 +75,25 @@ class DatasetSource:
             rows = self.dataset.shard(num_shards=self.dataset.num_shards, index=piece)
         else:
             rows = self.dataset.select(rows_of_piece(piece, len(self.dataset)))
-        for number, row in enumerate(rows):
-            name = f"{piece}/{number}"
-            try:
-                file = _file_of(row[self.column] or {})
-            except Exception as error:  # of whatever holds the file
-                yield Unusable(name, f"its image cannot be read: {one_line(error)}")
-                continue
-            found = example_of(name, caption_of(row), file, row)
+        for number, row in enumerate(self._until_broken(rows, piece)):
+            found = row if isinstance(row, Unusable) else self._from_row(f"{piece}/{number}", row)
             if isinstance(found, Unusable) or in_split(found, self.split):
                 yield found
+
+    def _until_broken(self, rows: Iterable[Any], piece: int) -> Iterator[Any]:
+        """Yield a piece's rows and, where reading them fails, what says so."""
+        try:
+            yield from rows
+        except Exception as error:  # of whatever the dataset is read by
+            kind = Unread if self.remote else Unusable
+            yield kind(f"shard {piece}", f"not read to its end: {one_line(error)}")
+
+    def _from_row(self, name: str, row: dict[str, Any]) -> Example | Unusable:
+        try:
+            file = _file_of(row[self.column] or {})
+        except Exception as error:  # of whatever holds the file
+            return Unusable(name, f"its image cannot be read: {one_line(error)}")
+        return example_of(name, caption_of(row), file, row)
 
 
 def _identity(path: str, part: str) -> str:

@@ -27,6 +27,7 @@ from asdm.data.names import unusable
 from asdm.data.prepared import (
     PREPARED,
     PreparedData,
+    digest_of,
     fingerprint,
     is_prepared,
     missing_path,
@@ -41,6 +42,7 @@ from asdm.diffusion.generation import default_guidance, pipeline_arguments, requ
 from asdm.diffusion.kinds import is_inpainting, is_random, require_text_to_image
 from asdm.digests import short_digest
 from asdm.errors import AsdmError
+from asdm.families import denoiser_of
 from asdm.files import MARKER, read_marker, replacing_file, require_ours, write_text
 
 Progress = Callable[[int, int], None]
@@ -81,9 +83,9 @@ def prepare_data(
         progress: called with pieces done and in all.
 
     Raises:
-        AsdmError: the source cannot be used; or a shard could not be read, when all else is prepared; or `folder` is
-            not this tool's, or holds data of another source or model, or that was generated in other steps or with
-            another seed.
+        AsdmError: the source cannot be used; or its latents or embeddings are not finite; or a shard could not be
+            read, when all else is prepared; or `folder` is not this tool's, or holds data of another source or model,
+            or that was generated in other steps, by another scheduler or with another seed.
     """
     require_text_to_image(pipeline)
     require_steps(pipeline, steps)
@@ -116,7 +118,7 @@ def prepare_data(
             progress(done, len(numbers))
     state.wait_for_everyone()
     if state.is_main_process:
-        _finish(folder, data, len(source), about["made_by"])
+        _finish(folder, data, len(source), about)
     state.wait_for_everyone()
     return PreparedData(folder)
 
@@ -190,17 +192,15 @@ class _Preparation:
                 return []
             images = torch.stack(pixels)
             latents = encode_images(pipeline.vae, images)
-        if not (torch.isfinite(latents).all() or is_random(pipeline)):
-            raise AsdmError(
-                f"{batch[0].name}: its latents are no numbers (NaN): the pipeline's weights are damaged, or its "
-                "precision overflows; load it in float32"
-            )
         conditioning = embed_prompts(pipeline, [example.caption for example in batch])
         if is_inpainting(pipeline):
             images = decode_latents(pipeline, latents) if images is None else images
             conditioning = replace(conditioning, masked=masked_latents(pipeline, images, generator))
         named = {"latents": latents} | {name: value for name, value in vars(conditioning).items() if value is not None}
-        arrays = {name: value.to("cpu", torch.float16).numpy() for name, value in named.items()}
+        halves = {name: value.to("cpu", torch.float16) for name, value in named.items()}
+        if not is_random(pipeline):
+            _require_finite(halves, batch)
+        arrays = {name: half.numpy() for name, half in halves.items()}
         return [(example, {name: rows[i] for name, rows in arrays.items()}) for i, example in enumerate(batch)]
 
     def _generated(self, captions: list[str], generator: torch.Generator) -> Tensor:
@@ -216,6 +216,21 @@ class _Preparation:
         ).images
 
 
+def _require_finite(tensors: Mapping[str, Tensor], examples: list[Example]) -> None:
+    """Raise an AsdmError for values of these examples that are no numbers, or too large for float16."""
+    for name, rows in tensors.items():
+        for example, row in zip(examples, rows, strict=True):
+            if row.isfinite().all():
+                continue
+            part = "text encoder"
+            if name in ("latents", "masked"):
+                part = "denoiser" if example.file is None else "VAE"
+            raise AsdmError(
+                f"{example.name}: its {name} are not finite in float16: the weights of the {part} are damaged, or its "
+                "precision overflows; use undamaged weights, and load the pipeline in float32"
+            )
+
+
 def _add(shard: tarfile.TarFile, name: str, content: bytes) -> tuple[int, int]:
     """Add a file to the shard; return where its content begins, and its size."""
     header = tarfile.TarInfo(name)
@@ -225,7 +240,7 @@ def _add(shard: tarfile.TarFile, name: str, content: bytes) -> tuple[int, int]:
     return shard.offset - padded, len(content)  # type: ignore[attr-defined]
 
 
-def _finish(folder: Path, data: str | Path, pieces: int, made_by: str) -> None:
+def _finish(folder: Path, data: str | Path, pieces: int, about: Mapping[str, Any]) -> None:
     """Write the index of a folder whose pieces are all there.
 
     Raises:
@@ -242,26 +257,33 @@ def _finish(folder: Path, data: str | Path, pieces: int, made_by: str) -> None:
     found = [read_piece(piece_path(folder, number)) for number in range(pieces)]
     if not any(piece.places for piece in found):
         raise unusable(data, {name: reason for piece in found for name, reason in piece.skipped.items()})
-    write_text(folder / PREPARED, json.dumps({"pieces": pieces, "made_by": made_by}) + "\n")
+    index = {"pieces": pieces, "made_by": about["made_by"], "denoiser": about.get("denoiser")}
+    write_text(folder / PREPARED, json.dumps(index) + "\n")
 
 
-def _random_part(pipeline: DiffusionPipeline, source: Source, steps: int, seed: int) -> dict[str, int]:
-    """Return the settings that decide what is prepared: those of images that are generated, and the seed of masks."""
-    if isinstance(source, CaptionSource):
-        return {"steps": steps, "seed": seed}
-    return {"seed": seed} if is_inpainting(pipeline) else {}
+def _random_part(pipeline: DiffusionPipeline, source: Source, steps: int, seed: int) -> dict[str, Any]:
+    """Return the settings by which images are generated from captions, or the seed of masks."""
+    if not isinstance(source, CaptionSource):
+        return {"seed": seed} if is_inpainting(pipeline) else {}
+    scheduler = pipeline.scheduler
+    return {
+        "steps": steps,
+        "seed": seed,
+        "scheduler": f"{type(scheduler).__name__} ({scheduler.config.get('prediction_type', 'flow')})",
+        "denoiser": digest_of(denoiser_of(pipeline)),
+    }
 
 
 def _require_same(folder: Path, data: str | Path, about: Mapping[str, Any]) -> None:
     """Raise an AsdmError where a folder was prepared from another source, by another model, or with other settings,
     which folders of earlier versions do not name."""
-    found = read_marker(folder)
-    if found.get("source") != about["source"]:
+    found = {**about, "source": None, "made_by": None, **read_marker(folder)}
+    if found["source"] != about["source"]:
         raise AsdmError(f"{folder}: prepared from other data than {data}; use another output folder")
-    if found.get("made_by") != about["made_by"]:
+    if any(found[name] != about[name] for name in ("made_by", "denoiser") if name in about):
         raise AsdmError(f"{folder}: prepared by another model, or at another image size; use another output folder")
-    for name in ("steps", "seed"):
-        if name in about and found.get(name, about[name]) != about[name]:
+    for name in ("steps", "seed", "scheduler"):
+        if name in about and found[name] != about[name]:
             raise AsdmError(
                 f"{folder}: prepared with {name}={found[name]}, not {about[name]}; use another output folder"
             )

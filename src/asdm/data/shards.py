@@ -36,6 +36,8 @@ class ShardSource:
         if commands:
             raise AsdmError(f"{commands[0]}: a command, which is not run; DATA is {data_help()}")
         self.split = split
+        names = [url.rpartition("/")[2] for url in self.urls]
+        self.names = names if len(set(names)) == len(names) else self.urls  # keys may be the same in every shard
         self.remote = any("://" in url for url in self.urls)
         absent = [url for url in self.urls if "://" not in url and not Path(url).is_file()]
         if absent:
@@ -68,7 +70,7 @@ class ShardSource:
 
         members = (member for stream in opened() for member in _members(stream, url, note))
         for sample in group_by_keys(members, handler=note):
-            row = _from_sample(sample)
+            row = _from_sample(f"{self.names[piece]}/{sample['__key__']}", sample)
             if isinstance(row, Unusable) or in_split(row, self.split):
                 yield row
         yield from faults
@@ -99,9 +101,8 @@ def _members(stream: Any, url: str, note: Callable[[Exception], bool]) -> Iterat
     yield {}
 
 
-def _from_sample(sample: dict[str, Any]) -> Example | Unusable:
+def _from_sample(name: str, sample: dict[str, Any]) -> Example | Unusable:
     """Return a sample of a shard."""
-    name = sample["__key__"]
     members = sorted(key for key in sample if not key.startswith("__"))
     found = f"its members are {', '.join(f'.{member}' for member in members)}"
     try:

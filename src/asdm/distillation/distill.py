@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from asdm import checks
-from asdm.data.prepared import digest_of, is_prepared, open_prepared
+from asdm.data.prepared import digest_of, is_prepared, open_prepared, require_own_images
 from asdm.devices import on_device
 from asdm.diffusion.kinds import require_text_to_image
 from asdm.diffusion.parameterization import parameterization_of
@@ -83,9 +83,9 @@ def distill(
         What was trained on; `skipped` names the unusable items of the data with the reason.
 
     Raises:
-        AsdmError: the data cannot be used, a loss is not finite, `folder` is of another run or one is at work there,
-            teacher and student do not fit, the denoiser has inputs that no prompt brings, or the student's weights are
-            not in float32.
+        AsdmError: the data cannot be used, or another model generated its images, a loss is not finite, `folder` is of
+            another run or one is at work there, teacher and student do not fit, the denoiser has inputs that no prompt
+            brings, or the student's weights are not in float32.
     """
     require_text_to_image(teacher)
     denoiser = denoiser_of(teacher)
@@ -158,6 +158,8 @@ def require_stages(
     Args:
         device: as of `distill`.
     """
+    if stages and is_prepared(data):
+        require_own_images(teacher, data)
     for stage in stages:
         require_installed(stage.optimizer)
         require_blocks(stage.student_blocks or (), denoiser_of(teacher))

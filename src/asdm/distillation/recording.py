@@ -21,7 +21,7 @@ from asdm import checks
 from asdm.choices import FeatureDtype
 from asdm.data.batches import ShuffledBatches
 from asdm.data.draws import Draws, require_space, stored_bytes
-from asdm.data.prepared import digest_of, is_prepared
+from asdm.data.prepared import digest_of, is_prepared, require_own_images
 from asdm.devices import LONGEST_WAIT
 from asdm.diffusion.kinds import is_random
 from asdm.diffusion.parameterization import Parameterization, parameterization_of
@@ -99,6 +99,7 @@ def record_teacher(
     """
     if not is_prepared(data):
         raise AsdmError(f"{data}: not prepared; run prepare-data first")
+    require_own_images(pipeline, data)
     stage = recorded_stage(pipeline, recipe, stages)
     denoiser, parameterization = denoiser_of(pipeline), parameterization_of(pipeline.scheduler)
     examples = prepare(pipeline, data, Path(data))

@@ -20,17 +20,21 @@ class DivergenceGuard:
     """Stops a run whose loss or gradient is not finite, or whose loss explodes: `PATIENCE` steps in a row at more than
     a hundred times its lowest mean so far and ten times its first value.
 
+    The scaler of float16 skips a step whose gradient is not finite, and halves the loss scale. That is tolerated until
+    the scale is 1, but not in the last `PATIENCE` steps.
+
     A checkpoint is `unverified` until the next loss is sound; a run that stops earlier falls back to the one before.
     """
 
     def __init__(self, folder: Path, steps: int, unverified: bool = False):
-        self.folder, self.steps, self.steps_beyond, self.unverified = folder, steps, 0, unverified
+        self.folder, self.steps, self.unverified = folder, steps, unverified
+        self.steps_beyond = self.steps_skipped = 0  # in a row
         self.first = self.mean = self.lowest = math.inf
 
     @property
     def allows_saving(self) -> bool:
-        """Whether the weights are fit for a checkpoint: the loss is not about to explode."""
-        return not self.steps_beyond
+        """Whether the weights are fit for a checkpoint: the loss is not about to explode, and they still learn."""
+        return not self.steps_beyond and self.steps_skipped < PATIENCE
 
     def check_losses(self, losses: dict[str, float], step: int) -> None:
         """Judge a step's losses.
@@ -53,14 +57,25 @@ class DivergenceGuard:
         else:
             self._accept(loss)
 
-    def check_gradient(self, norm: Any, step: int) -> None:
+    def check_gradient(self, norm: Any, step: int, loss_scale: float | None = None) -> None:
         """Judge the gradient by its norm: a finite loss may have one that is not.
 
+        Args:
+            loss_scale: that of a scaler, which skips such a step.
+
         Raises:
-            AsdmError: it is not finite.
+            AsdmError: it is not finite, and skipping steps does not help.
         """
-        if isinstance(norm, Tensor) and not full_tensor(norm).isfinite():
+        if not isinstance(norm, Tensor) or full_tensor(norm).isfinite():
+            self.steps_skipped = 0
+            return
+        if loss_scale is None:
             self._stop("the gradient is not finite", step)
+        self.steps_skipped += 1
+        learns_nothing = step + 1 == self.steps and self.steps_skipped >= min(PATIENCE, self.steps)
+        if loss_scale <= 1 or learns_nothing:
+            what = f"the gradient in float16 is not finite ({self.steps_skipped} steps skipped in a row)"
+            self._stop(what, step, "train with mixed_precision bf16 or no, or lower the learning rate,")
 
     def _accept(self, loss: float) -> None:
         self.steps_beyond = 0
@@ -70,7 +85,7 @@ class DivergenceGuard:
             keep_newest(self.folder)
             self.unverified = False
 
-    def _stop(self, what: str, step: int) -> NoReturn:
+    def _stop(self, what: str, step: int, remedy: str = "lower the learning rate") -> NoReturn:
         if self.unverified:
             delete_newest(self.folder)
         if step == 0:  # nothing was learnt that could have diverged
@@ -82,7 +97,7 @@ class DivergenceGuard:
         left = (
             f"the last good checkpoint in {self.folder} is kept" if has_checkpoint else "no checkpoint was written yet"
         )
-        raise AsdmError(f"{what} at step {step + 1}; {left}: lower the learning rate and run again")
+        raise AsdmError(f"{what} at step {step + 1}; {left}: {remedy} and run again")
 
 
 def _largest_term(losses: dict[str, float]) -> str:

@@ -100,8 +100,8 @@ def train(
         Whether all steps are done. The task then holds the EMA weights, if `ema_decay` is set.
 
     Raises:
-        AsdmError: a loss is not finite, or explodes (`DivergenceGuard`), and the last checkpoint before that is kept;
-            or the optimiser is not available, or not with FSDP.
+        AsdmError: a loss or a gradient is not finite, or the loss explodes (`DivergenceGuard`), and the last
+            checkpoint before that is kept; or the optimiser is not available, or not with FSDP.
     """
     accelerator = accelerator or make_accelerator("cuda" if torch.cuda.is_available() else "cpu")
     folder.mkdir(parents=True, exist_ok=True)
@@ -207,8 +207,8 @@ class _Run:
         losses = _mean(rounds, self.accelerator if self.processes > 1 else None)
         self.guard.check_losses(losses, self.step)
         norm = self.accelerator.clip_grad_norm_(self.weights.values(), self.settings.max_grad_norm)
-        if self.accelerator.scaler is None:  # a scaler skips such steps itself
-            self.guard.check_gradient(norm, self.step)
+        scaler = self.accelerator.scaler
+        self.guard.check_gradient(norm, self.step, None if scaler is None else scaler.get_scale())
         self.is_between_steps = False
         self.optimizer.step()
         self.optimizer.zero_grad()
