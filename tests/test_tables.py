@@ -4,6 +4,7 @@ import contextlib
 import io
 
 import pytest
+from rich.console import Console
 
 from asdm import analyze
 from asdm.benchmark.results import BenchmarkRow
@@ -152,3 +153,13 @@ def test_names_and_errors_in_brackets_are_printed_as_they_are(capfd):
     report("images: st[/v1]", 0, 2, "[bold]")
     report.stop()
     assert "images: st[/v1]" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_long_note_leaves_the_progress_its_count_and_time(width, monkeypatch):
+    terminal = Console(file=io.StringIO(), width=width, force_terminal=True)
+    monkeypatch.setattr("asdm.cli.progress.errors", terminal)
+    report = ProgressReport()
+    report("analyse", 12, 70, "gri_attention down_blocks.0.attentions.1.transformer_blocks.0.attn1 (regions 2, pool 2)")
+    report.stop()
+    assert "12/70" in terminal.file.getvalue() and "-:--:--" in terminal.file.getvalue()

@@ -57,6 +57,7 @@ def _silence_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # of ONNX Runtime, which diffusers imports where it is there
     warnings.simplefilter("ignore", FutureWarning)  # one library's about another
+    warnings.filterwarnings("ignore", module="huggingface_hub")  # about arguments that other libraries give it
     default_showwarning = warnings.showwarning
 
     def show(message: Any, category: type[Warning], *place: Any) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from asdm.cli.estimates import rounded
 from asdm.cli.output import errors, is_main_process, tell
@@ -21,12 +22,12 @@ class ProgressReport:
     def __init__(self) -> None:
         columns = (
             TextColumn("{task.description}", markup=False),
-            BarColumn(),
+            BarColumn(20),
             MofNCompleteColumn(),
             TimeRemainingColumn(elapsed_when_finished=True),
-            TextColumn("{task.fields[note]}", markup=False),
+            TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True, ratio=1)),  # what is left
         )
-        self._progress = Progress(*columns, console=errors, disable=not is_main_process())
+        self._progress = Progress(*columns, console=errors, expand=True, disable=not is_main_process())
         self._bars: dict[str, TaskID] = {}
         self._last_line = time.monotonic()
         self._started: dict[tuple[str, int], tuple[float, int]] = {}
