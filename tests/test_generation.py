@@ -161,7 +161,7 @@ def test_inputs_are_cropped_to_the_size_and_a_mask_keeps_the_rest(make):
 def test_inputs_may_have_any_mode(pipeline, mode):
     pixels = Image.linear_gradient("L").resize((16, 16))
     given = Image.fromarray(np.asarray(pixels, np.uint16) * 257) if mode == "I;16" else pixels.convert(mode)
-    in_rgb, one_channel = as_rgb(given), as_rgb(given).convert("L")
+    in_rgb, one_channel = as_rgb(given), as_rgb(given, "black").convert("L")
     np.testing.assert_array_equal(made(pipeline, image=given), made(pipeline, image=in_rgb))
     masked = made(pipeline, image=in_rgb, mask=given)
     np.testing.assert_array_equal(masked, made(pipeline, image=in_rgb, mask=one_channel))
@@ -533,6 +533,22 @@ def test_an_image_and_its_mask_have_one_size(tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "mask.png")
     with pytest.raises(AsdmError, match=r"mask.png: \(8, 8\) pixels; it must be of the size"):
         open_inputs(tmp_path / "image.png", tmp_path / "mask.png")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_a_mask_in_white_on_a_transparent_ground_replaces_its_white_part(pipeline, mode, tmp_path):
+    transparent = np.zeros((16, 16, 4), np.uint8)
+    transparent[..., :3] = 255
+    transparent[4:12, 4:12, 3] = 255
+    drawn = Image.fromarray(transparent)
+    drawn = drawn.quantize(2) if mode == "P" else drawn.convert(mode)
+    drawn.save(tmp_path / "mask.png")
+    image, black = Image.new("RGB", (16, 16), "red"), Image.fromarray(transparent[..., 3])
+    image.save(tmp_path / "image.png")
+    _, opened = open_inputs(tmp_path / "image.png", tmp_path / "mask.png")
+    assert opened.tobytes() == black.tobytes()
+    inputs = {"image": image, "strength": 1.0}
+    np.testing.assert_array_equal(made(pipeline, **inputs, mask=drawn), made(pipeline, **inputs, mask=black))
 
 
 # -- comparisons and sheets ----------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from asdm.generation.comparison import Comparison
 from asdm.generation.image import GeneratedImage
 from asdm.generation.request import GenerationRequest
 from asdm.generation.sheets import Tile, sheet
-from asdm.images import open_image
+from asdm.images import open_image, open_mask
 
 STANDARD_INPUT = "-"
 LONGEST_NAME = 60  # characters of the prompt
@@ -75,7 +75,7 @@ def open_inputs(image: Path | None, mask: Path | None) -> tuple[Image.Image | No
         AsdmError: a file cannot be read, or the mask is not of the image's size.
     """
     start = None if image is None else open_image(image)
-    hole = None if mask is None else open_image(mask)
+    hole = None if mask is None else open_mask(mask)
     if start is not None and hole is not None and start.size != hole.size:
         raise AsdmError(f"{mask}: {hole.size} pixels; it must be of the size of {image}, {start.size}")
     return start, hole
