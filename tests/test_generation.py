@@ -551,6 +551,21 @@ def test_a_mask_in_white_on_a_transparent_ground_replaces_its_white_part(pipelin
     np.testing.assert_array_equal(made(pipeline, **inputs, mask=drawn), made(pipeline, **inputs, mask=black))
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+def test_inputs_are_turned_by_their_exif_before_their_sizes_are_compared(pipeline, mode):
+    upright = Image.linear_gradient("L").resize((16, 24)).convert(mode)
+    lying = upright.transpose(Image.Transpose.ROTATE_90)
+    lying.getexif()[0x0112] = 6  # to be turned to the right
+    expected = made(pipeline, image=upright, mask=upright, width=16, height=24)
+    turned = {"image": lying, "mask": upright}, {"image": upright, "mask": lying}
+    for inputs in turned:
+        np.testing.assert_array_equal(made(pipeline, **inputs, width=16, height=24), expected)
+    by_hand = [generate(pipeline, ["pear"], steps=2, **inputs) for inputs in turned]
+    assert by_hand[0].shape[2:] == (24, 16) and torch.equal(*by_hand)
+    with pytest.raises(AsdmError, match="the mask has"):
+        request(image=lying, mask=Image.fromarray(np.asarray(lying)))
+
+
 # -- comparisons and sheets ----------------------------------------------------------------------------------
 
 

@@ -213,11 +213,6 @@ def as_rgb(image: Image.Image, background: str = "white") -> Image.Image:
     return page
 
 
-def in_rgb(image: Image.Image) -> Image.Image:
-    """Return an image that is in RGB as it is, any other one as `as_rgb` converts it."""
-    return image if image.mode == "RGB" else as_rgb(image)
-
-
 def as_mask(image: Image.Image) -> Image.Image:
     """Convert a mask to one channel of 8 bits as `as_rgb` does, with transparent parts on black: white is replaced."""
     return as_rgb(image, "black").convert("L")

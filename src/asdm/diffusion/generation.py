@@ -28,7 +28,7 @@ from asdm.diffusion.guidance import CFG_CUTOFF, CfgCutoff
 from asdm.diffusion.kinds import image_to_image, is_inpainting, is_random, require_text_to_image
 from asdm.errors import AsdmError, one_line
 from asdm.families import denoiser_of, family_of
-from asdm.images import as_mask, in_rgb
+from asdm.images import as_mask, as_rgb
 
 
 @checks.arguments(
@@ -63,7 +63,8 @@ def generate(
     inpainting.
 
     Args:
-        image: where to start from: one image for all prompts, or one for each prompt, all of one size.
+        image: where to start from: one image for all prompts, or one for each prompt, all of one size. It is oriented by
+            its EXIF, as the mask is.
         mask: of the size of `image`, white where it is replaced. A denoiser made for inpainting reads it; with any
             other, the rest of the image is restored after each step.
         steps: by default 25, and 4 for few-step pipelines; at most as many as the scheduler has time steps.
@@ -89,6 +90,8 @@ def generate(
         raise AsdmError(f"size={size}: image-to-image generates at the image's own size; scale the image instead")
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if image is not None:
+        image = as_rgb(image) if isinstance(image, Image.Image) else [as_rgb(each) for each in image]
+        mask = None if mask is None else as_mask(mask)
         _require_images(image, mask, len(prompts))
     steps = default_steps(pipeline) if steps is None else steps
     require_steps(pipeline, steps)
@@ -131,10 +134,9 @@ def _target(
         return pipeline, arguments
     fills = is_inpainting(pipeline)
     target = pipeline if fills else image_to_image(pipeline, with_mask=mask is not None)
-    converted = in_rgb(image) if isinstance(image, Image.Image) else [in_rgb(each) for each in image]
-    arguments |= {"image": converted, "strength": strength}
+    arguments |= {"image": image, "strength": strength}
     if mask is not None:
-        arguments |= {"mask_image": as_mask(mask)}
+        arguments |= {"mask_image": mask}
     if fills or mask is not None:  # other pipelines take the image's size by themselves
         width, height = (image if isinstance(image, Image.Image) else image[0]).size
         multiple = size_multiple(pipeline)

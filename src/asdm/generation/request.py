@@ -17,6 +17,7 @@ from asdm.diffusion.generation import require_image, require_strength
 from asdm.generation.controlnet import require_controlnet_folder
 from asdm.generation.lora import LoraFile
 from asdm.generation.schedulers import require_scheduler
+from asdm.images import as_mask, as_rgb
 from asdm.records import Record
 
 LARGEST_SEED = 2**63 - 1
@@ -29,6 +30,8 @@ def _text(value: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_text)]
+InRGB = Annotated[Image.Image, AfterValidator(as_rgb)]
+Mask = Annotated[Image.Image, AfterValidator(as_mask)]
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 
 
@@ -36,7 +39,8 @@ class GenerationRequest(Record):
     """What is generated.
 
     Each prompt gets `num_images` images. The k-th image of the n-th prompt has the noise of
-    `seed + n * num_images + k`. With `seeds`, each prompt gets one image for each of them.
+    `seed + n * num_images + k`. With `seeds`, each prompt gets one image for each of them. Images are oriented by their
+    EXIF, and held in RGB.
 
     Raises:
         AsdmError: a field is out of range, a file of a LoRA or a folder of a ControlNet is not usable, or fields
@@ -52,8 +56,8 @@ class GenerationRequest(Record):
     seeds: list[Seed] | None = Field(None, min_length=1, description="of each prompt's images, instead of `seed`")
     width: int | None = Field(None, description="pixels, a multiple of 8, with `height`; the pipeline's own by default")
     height: int | None = Field(None, description="pixels, a multiple of 8, with `width`; the pipeline's own by default")
-    image: Image.Image | None = Field(None, description="to start from; it is cropped to the size")
-    mask: Image.Image | None = Field(None, description="of the size of `image`, white where it is replaced")
+    image: InRGB | None = Field(None, description="to start from; it is cropped to the size")
+    mask: Mask | None = Field(None, description="of the size of `image`, white where it is replaced")
     strength: float | None = Field(
         None, gt=0, le=1, description=f"how far the result may go from `image`; {IMAGE_STRENGTH:g} by default"
     )
@@ -63,7 +67,7 @@ class GenerationRequest(Record):
     scheduler: str | None = Field(None, description="a short name or a class of diffusers; the pipeline's by default")
     loras: list[LoraFile] = Field([], description="files that are added to the weights")
     controlnet: Path | None = Field(None, description="folder or Hub id of a ControlNet")
-    control_image: Image.Image | None = Field(None, description="what the ControlNet reads; resized to the size")
+    control_image: InRGB | None = Field(None, description="what the ControlNet reads; resized to the size")
     control_scale: float | None = Field(None, ge=0, le=10, description="of the ControlNet's residuals; 1 by default")
     clip_skip: int | None = Field(None, ge=1, le=100, description="last layers of the CLIP text encoder to leave out")
     weighted: bool = Field(False, description="read weights in the prompts' parentheses")
