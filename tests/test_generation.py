@@ -90,7 +90,9 @@ def lora(tmp_path):
         ({"width": 20, "height": 16}, "width=20: must be a positive multiple of 8; the nearest is 16"),
         ({"seeds": [1], "seed": 3}, "seed=3: seeds=.1. says it already"),
         ({"seeds": [1], "num_images": 2}, "num_images=2: seeds"),
-        ({"seed": 2**63 - 1}, "seed=9223372036854775807: the last one"),
+        ({"seed": 2**32 - 2, "num_images": 3}, "seed=4294967294: the last of 3 .* give 4294967293 at most"),
+        ({"seed": 2**32}, "seed=4294967296: "),
+        ({"seeds": [1, 2**32]}, "4294967296"),
         ({"negative": "x", "guidance_scale": 1.0}, "negative=x: has no effect at guidance_scale=1"),
         ({"cfg_cutoff": 0.5, "guidance_scale": 0.5}, "cfg_cutoff=0.5: has no effect at guidance_scale=0.5"),
         ({"scheduler": "euler-b"}, "scheduler=euler-b: must be one of ddim, .* the nearest is euler-"),
@@ -113,7 +115,7 @@ def test_each_image_has_a_seed_of_its_own_or_the_given_ones():
     assert both.items() == [("a", 5), ("a", 6), ("b", 7), ("b", 8)]
     assert request(prompts=["a", "b"], seeds=[9, 3]).items() == [("a", 9), ("a", 3), ("b", 9), ("b", 3)]
     assert parse_seeds("1,5, 8-10") == [1, 5, 8, 9, 10]
-    for wrong in ("", "x", "3-1", "1,,2", "-1", "1,1", "1.5", "0-99999"):
+    for wrong in ("", "x", "3-1", "1,,2", "-1", "1,1", "1.5", "0-99999", "4294967296"):
         with pytest.raises(AsdmError, match=r"^seeds=[^\n]*$"):
             parse_seeds(wrong)
 
@@ -125,6 +127,13 @@ def test_prompts_are_read_from_files(tmp_path):
         (tmp_path / "prompts.txt").write_bytes(content)
         with pytest.raises(AsdmError, match=told):
             read_prompts(str(tmp_path / "prompts.txt"))
+
+
+def test_no_two_seeds_draw_the_same_image(pipeline):
+    assert request(seed=2**32 - 2, num_images=2).items()[-1][1] == parse_seeds("4294967295")[0]
+    for seed, prompts in ((2**32, ["a"]), (2**32 - 2, ["a", "b", "c"])):
+        with pytest.raises(AsdmError, match=rf"^seed={seed}: [^\n]*$"):
+            generate(pipeline, prompts, steps=1, seed=seed)
 
 
 # -- images --------------------------------------------------------------------------------------------------
@@ -508,7 +517,7 @@ def test_files_are_named_after_their_prompts_and_replace_nothing(pipeline, tmp_p
 
 def test_a_name_is_as_long_as_file_systems_allow(pipeline, tmp_path):
     letters = "\N{MATHEMATICAL SCRIPT CAPITAL X}" * 80  # of four bytes each
-    wanted = request(prompts=[letters], num_images=2, seed=2**62)
+    wanted = request(prompts=[letters], num_images=2, seed=2**32 - 2)
     folder = ImageFolder(tmp_path, wanted)
     for image in generate_images(pipeline, wanted):
         folder.write(image)

@@ -72,7 +72,9 @@ def generate(
     num_images: Annotated[int, typer.Option(help="Images of each prompt.", min=1, max=10_000)] = 1,
     seed: Annotated[
         int | None,
-        typer.Option(help="Seed of the first image; each later one has the next. 0 by default.", min=0, max=2**32 - 1),
+        typer.Option(
+            help="Seed of the first image; each later one has the next. 0 by default.", min=0, max=checks.LARGEST_SEED
+        ),
     ] = None,
     seeds: Annotated[
         str | None,

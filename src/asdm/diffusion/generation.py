@@ -37,7 +37,7 @@ from asdm.images import as_mask, as_rgb
     prompts=checks.any_of(checks.text, checks.each(checks.text, 1, "a text or a list of texts")),
     guidance_scale=checks.GUIDANCE,
     cfg_cutoff=CFG_CUTOFF,
-    seed=checks.whole(0, 2**63 - 1),
+    seed=checks.IMAGE_SEED,
     image=checks.any_of(checks.each(checks.a(Image.Image), 1), checks.a(Image.Image)),
     mask=checks.a(Image.Image),
     strength=checks.number(above=0, high=1),
@@ -72,7 +72,7 @@ def generate(
         guidance_scale: by default 7.5 for Stable Diffusion, 4.5 for PixArt, 3 for latents of up to 32x32, and 1 (no
             guidance) for few-step pipelines.
         cfg_cutoff: part of the steps, in (0, 1], that are guided; the others take half the work (`CfgCutoff`).
-        seed: the n-th prompt's noise is that of seed + n, whatever the batch.
+        seed: the n-th prompt's noise is that of seed + n, whatever the batch; the last one is at most 2**32 - 1.
         strength: how far from `image` the result may go, in (0, 1].
         size: side of the images in pixels, by default the pipeline's native one; with an image, its size counts.
         batch_size: prompts at a time; by default 32 for latents of up to 32x32, else 1.
@@ -90,6 +90,7 @@ def generate(
     if size is not None and image is not None:
         raise AsdmError(f"size={size}: image-to-image generates at the image's own size; scale the image instead")
     prompts = [prompts] if isinstance(prompts, str) else prompts
+    require_seeds(seed, len(prompts))
     if image is not None:
         image = as_rgb(image) if isinstance(image, Image.Image) else [as_rgb(each) for each in image]
         mask = None if mask is None else as_mask(mask)
@@ -199,6 +200,18 @@ def require_image(image: Image.Image, mask: Image.Image | None) -> None:
     if min(image.size) < PIPELINES_MULTIPLE or max(image.size) > LARGEST_IMAGE:
         raise AsdmError(
             f"an image of {image.size} pixels: its sides must be from {PIPELINES_MULTIPLE} to {LARGEST_IMAGE}; scale it"
+        )
+
+
+def require_seeds(seed: int, images: int) -> None:
+    """
+    Raises:
+        AsdmError: the last of so many images would have a seed that torch's CPU generator does not tell from another.
+    """
+    if seed + images - 1 > checks.LARGEST_SEED:
+        raise AsdmError(
+            f"seed={seed}: the last of {images} images must have at most {checks.LARGEST_SEED}; "
+            f"give {checks.LARGEST_SEED - images + 1} at most"
         )
 
 

@@ -59,7 +59,7 @@ def parse_seeds(text: str) -> list[int]:
         if not (first.isdecimal() and (last.isdecimal() if dash else True)):
             raise AsdmError(f"seeds={text[:80]}: must be whole numbers and ranges, such as 1,5,8-11")
         numbers = (int(first), int(last) if dash else int(first))
-        checks.whole(0, 2**63 - 1)("seeds", max(numbers))
+        checks.IMAGE_SEED("seeds", max(numbers))
         if not 0 <= numbers[1] - numbers[0] < 10_000:
             raise AsdmError(f"seeds={part.strip()}: a range must rise, by fewer than 10000")
         seeds += range(numbers[0], numbers[1] + 1)

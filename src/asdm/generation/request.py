@@ -13,14 +13,13 @@ from asdm import checks
 from asdm.caching.schedule import CacheSchedule
 from asdm.choices import IMAGE_STRENGTH
 from asdm.diffusion.conditioning import LARGEST_IMAGE, PIPELINES_MULTIPLE
-from asdm.diffusion.generation import require_image, require_strength
+from asdm.diffusion.generation import require_image, require_seeds, require_strength
 from asdm.generation.controlnet import require_controlnet_folder
 from asdm.generation.lora import LoraFile
 from asdm.generation.schedulers import require_scheduler
 from asdm.images import as_mask, as_rgb
 from asdm.records import Record
 
-LARGEST_SEED = 2**63 - 1
 MOST_IMAGES = 100_000
 
 
@@ -32,7 +31,7 @@ def _text(value: str) -> str:
 Text = Annotated[str, AfterValidator(_text)]
 InRGB = Annotated[Image.Image, AfterValidator(as_rgb)]
 Mask = Annotated[Image.Image, AfterValidator(as_mask)]
-Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
+Seed = Annotated[int, Field(ge=0, le=checks.LARGEST_SEED)]
 
 
 class GenerationRequest(Record):
@@ -112,8 +111,8 @@ class GenerationRequest(Record):
             raise ValueError(f"{self._said(name)}: seeds={self.seeds} says it already; leave one of them out")
         if self.cache_speedup is not None and self.cache_schedule is not None:
             raise ValueError(f"{self._said('cache_speedup')}: a schedule is given too; leave one of them out")
-        if self.seed + self.total > LARGEST_SEED:
-            raise ValueError(f"{self._said('seed')}: the last one must be at most {LARGEST_SEED}")
+        if self.seeds is None:
+            require_seeds(self.seed, self.total)
         if self.total > MOST_IMAGES:
             raise ValueError(f"{self.total} images in all: at most {MOST_IMAGES}; give fewer prompts or seeds")
         is_unguided = self.guidance_scale is not None and self.guidance_scale <= 1
