@@ -34,7 +34,7 @@ from asdm.generation.image import read_about
 from asdm.generation.lora import LoraFile
 from asdm.generation.prompts import lost_text, parse_weights, without_last_layers
 from asdm.generation.schedulers import scheduler_label, scheduler_named
-from asdm.generation.sheets import Tile, difference_map, sheet
+from asdm.generation.sheets import LARGEST_SHEET, LEAST_LEGIBLE, Layout, Tile, difference_map, sheets
 from asdm.images import as_rgb, to_images
 from asdm.pipelines.lora_files import convert_lora
 from conftest import (
@@ -613,13 +613,36 @@ def test_a_comparison_that_is_cancelled_yields_whole_pairs(pipeline, student):
 
 def test_a_sheet_enlarges_by_whole_factors_and_cuts_long_labels():
     board = Image.fromarray((np.indices((16, 16)).sum(0) % 2 * 255).astype(np.uint8)).convert("RGB")
-    page = np.asarray(sheet([Tile(board, ("word " * 50, "2"))] * 5, columns=2))
+    (page,) = map(np.asarray, sheets([Tile(board, ("word " * 50, "2"))] * 5, columns=2))
     assert page.shape[1] == 2 * (256 + 12) + 12
     tile = page[12 : 12 + 256, 12 : 12 + 256]
     np.testing.assert_array_equal(tile[::16, ::16], np.asarray(board))
     assert set(np.unique(tile)) == {0, 255}
     assert (page[:, 12 + 256 : 24 + 256] == 255).all()  # no label reaches into the gap
-    assert max(sheet([Tile(Image.new("RGB", (512, 512)), ("x",))] * 90, columns=90).size) <= 16_000
+    (wide,) = sheets([Tile(Image.new("RGB", (512, 512)), ("x",))] * 90, columns=90)
+    assert max(wide.size) <= 16_000
+
+
+@pytest.mark.parametrize("size", [(512, 512), (64, 64), (1024, 256), (200, 300), (8, 8192)])
+@pytest.mark.parametrize(("tiles", "columns"), [(86 * 4, 4), (100 * 4, 4), (4000, 4), (3000, 3), (100_000, 317)])
+def test_tiles_of_a_sheet_stay_legible_and_have_room(size, tiles, columns):
+    layout = Layout.of(size, tiles, columns, 3)
+    assert max(layout.cell.width, layout.cell.height) >= LEAST_LEGIBLE
+    assert max(layout.sides) <= LARGEST_SHEET and layout.columns <= columns
+
+
+def test_what_one_sheet_has_no_room_for_goes_on_in_others():
+    tiles = [Tile(Image.new("RGB", (16, 128), (0, index // 2, 255)), (f"{index // 2}",)) for index in range(2 * 230)]
+    pages = sheets(tiles, columns=2)
+    layout = Layout.of((16, 128), len(tiles), 2, 1)
+    assert len(pages) == 3 and layout.rows == 77 and pages[-1].height < pages[0].height
+    last = 230 - 2 * layout.rows
+    colours = [
+        page.getpixel(layout.place(2 * row))[1]
+        for page, rows in zip(pages, (layout.rows, layout.rows, last), strict=True)
+        for row in range(rows)
+    ]
+    assert colours == list(range(230))
 
 
 def test_a_difference_map_is_black_where_images_agree():

@@ -196,7 +196,7 @@ def generate(
             show_default=False,
         ),
     ] = None,
-    grid: Annotated[bool, typer.Option("--grid", help="Write a contact sheet of all images, too.")] = False,
+    grid: Annotated[bool, typer.Option("--grid", help="Write contact sheets of all images, too.")] = False,
     prediction_type: PredictionTypeOption = None,
     config: ConfigOption = None,
     device: DeviceOption = None,

@@ -241,7 +241,9 @@ def require_finite(images: np.ndarray, pipeline: DiffusionPipeline, guidance: fl
 def most_steps(pipeline: DiffusionPipeline) -> int:
     """Return the most sampling steps that the scheduler can take; for a consistency model, those of its solver."""
     config = pipeline.scheduler.config
-    own = inspect.signature(type(pipeline.scheduler).__init__).parameters  # from_config carries other classes' fields along
+    own = inspect.signature(
+        type(pipeline.scheduler).__init__
+    ).parameters  # from_config carries other classes' fields along
     limits = [name for name in ("num_train_timesteps", "original_inference_steps") if name in own]
     return min((config.get(name) or 1000 for name in limits), default=1000)
 

@@ -16,7 +16,7 @@ from asdm.families import denoiser_call, denoiser_of
 from asdm.generation.generate import Cancelled, GenerationProgress, Progress, generate_images, require_for, sides_of
 from asdm.generation.image import GeneratedImage
 from asdm.generation.request import GenerationRequest
-from asdm.generation.sheets import FULL_DIFFERENCE, Tile, difference_map, sheet
+from asdm.generation.sheets import FULL_DIFFERENCE, Tile, difference_map, sheets
 from asdm.measure.latency import synchronise
 
 
@@ -50,7 +50,8 @@ class Comparison:
 
     def picture(self) -> Image.Image:
         """Return both images beside each other, with the map of their difference and both times."""
-        return sheet(self.tiles(), columns=3)
+        (page,) = sheets(self.tiles(), columns=3)
+        return page
 
 
 @checks.arguments(

@@ -16,7 +16,7 @@ from asdm.files import write_new
 from asdm.generation.comparison import Comparison
 from asdm.generation.image import GeneratedImage
 from asdm.generation.request import GenerationRequest
-from asdm.generation.sheets import Tile, sheet
+from asdm.generation.sheets import Tile, sheets
 from asdm.images import open_image, open_mask
 
 STANDARD_INPUT = "-"
@@ -124,9 +124,9 @@ class ImageFolder:
         self._columns = len(comparison.tiles())
 
     def write_sheet(self) -> None:
-        """Write a contact sheet of what was written so far."""
+        """Write a contact sheet of what was written so far, or several where one has no room for legible tiles."""
         if self._tiles:
-            self.paths.append(_write_png(sheet(self._tiles, self._columns), self.folder, "grid"))
+            self.paths += [_write_png(page, self.folder, "grid") for page in sheets(self._tiles, self._columns)]
 
     def _save(self, image: GeneratedImage) -> Path:
         suffix = f"_seed{image.seed}" if self._of_each > 1 else ""
