@@ -1,7 +1,9 @@
 """What `asdm generate` and other interfaces make of a request: which images, from which noise, and what is refused."""
 
+import gc
 import json
 import warnings
+import weakref
 
 import numpy as np
 import peft
@@ -504,10 +506,10 @@ def test_a_png_says_that_a_controlnet_had_no_weight(pipeline, tmp_path):
 
 def test_files_are_named_after_their_prompts_and_replace_nothing(pipeline, tmp_path):
     wanted = request(prompts=["pear, red", "pear, red"])
-    folder = ImageFolder(tmp_path / "out", wanted)
+    folder = ImageFolder(tmp_path / "out", wanted, with_sheet=True)
     for image in generate_images(pipeline, wanted):
         folder.write(image)
-    folder.write_sheet()
+    folder.write_last_sheet()
     assert [path.name for path in folder.paths] == ["pear__red.png", "pear__red-1.png", "grid.png"]
     seeded = ImageFolder(tmp_path / "out", request(seeds=[4, 9]))
     for image in generate_images(pipeline, request(seeds=[4, 9])):
@@ -535,6 +537,20 @@ def test_a_single_image_may_have_a_name_of_its_own(pipeline, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(AsdmError, match=r"notes.txt: a file; name a folder, or for one image a name that ends in .png"):
         ImageFolder(tmp_path / "notes.txt", request())
+
+
+@pytest.mark.parametrize("with_sheet", [False, True])
+def test_written_images_are_held_no_longer(pipeline, tmp_path, with_sheet):
+    wanted = request(num_images=3)
+    folder, written = ImageFolder(tmp_path, wanted, with_sheet=with_sheet), []
+    for image in generate_images(pipeline, wanted, batch_size=1):
+        folder.write(image)
+        written.append(weakref.ref(image.image))
+    del image
+    gc.collect()
+    assert [one() for one in written] == [None] * 3
+    folder.write_last_sheet()
+    assert (tmp_path / "grid.png").exists() is with_sheet
 
 
 def test_an_image_and_its_mask_have_one_size(tmp_path):
@@ -589,9 +605,9 @@ def test_a_comparison_starts_both_from_the_same_noise(pipeline, student, tmp_pat
     np.testing.assert_array_equal(np.asarray(first.teacher.image), made(pipeline)[0])
     assert {(each.images, each.total_images) for each in seen} == {(0, 4), (1, 4), (2, 4), (3, 4)}
     assert first.speedup == first.teacher.seconds / first.student.seconds
-    folder = ImageFolder(tmp_path, wanted)
+    folder = ImageFolder(tmp_path, wanted, with_sheet=True)
     folder.write_comparison(first)
-    folder.write_sheet()
+    folder.write_last_sheet()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "grid.png", "pear_seed0.png", "pear_seed0_comparison.png", "pear_seed0_teacher.png",
     ]  # fmt: skip

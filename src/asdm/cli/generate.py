@@ -244,7 +244,7 @@ def generate(
         **_cache_settings(cache),
     )
     claims = {"prediction_type": prediction_type, "config": config}
-    written = files.ImageFolder(out, request)
+    written = files.ImageFolder(out, request, with_sheet=grid)
     pipeline = loading.load_with_decoder(model, decoder, device, dtype, **claims)
     if low_noise_model is not None:
         below = SWITCH_AT if switch_at is None else switch_at
@@ -256,8 +256,7 @@ def generate(
             report("steps", *now.image_steps)
 
         _write(pipeline, teacher, request, written, after_step)
-        if grid:
-            written.write_sheet()
+        written.write_last_sheet()
     for path in written.paths:
         say_path(str(path))
     for line in written.lines:
