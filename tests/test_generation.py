@@ -619,6 +619,20 @@ def test_a_comparison_starts_both_from_the_same_noise(pipeline, student, tmp_pat
         compare_images(student, other, request())
 
 
+def test_pipelines_that_share_nothing_take_turns_and_their_images_are_held_no_longer(pipeline):
+    seen, wanted = [], request(num_images=3, cache_speedup=1.01)
+    pairs = compare_images(tiny_pipeline(), pipeline, wanted, progress=seen.append)
+    first = next(pairs)
+    assert {each.images for each in seen} == {0, 1}
+    held = weakref.ref(first.teacher.image)
+    np.testing.assert_array_equal(np.asarray(first.teacher.image), made(pipeline)[0])
+    del first
+    second = next(pairs)
+    gc.collect()
+    assert held() is None and second.teacher.seed == second.student.seed == 1
+    assert len(list(pairs)) == 1 and {(each.images, each.total_images) for each in seen} == {(n, 6) for n in range(6)}
+
+
 def test_a_comparison_that_is_cancelled_yields_whole_pairs(pipeline, student):
     seen = []
     pairs = compare_images(

@@ -64,8 +64,8 @@ def generate(
     inpainting.
 
     Args:
-        image: where to start from: one image for all prompts, or one for each prompt, all of one size. EXIF turns it, as
-            it turns the mask.
+        image: where to start from: one image for all prompts, or one for each prompt, all of one size. Its EXIF turns
+            it, as the mask's does.
         mask: of the size of `image`, white where it is replaced. A denoiser made for inpainting reads it; with any
             other, the rest of the image is restored after each step.
         steps: by default 25, and 4 for few-step pipelines; at most as many as the scheduler has time steps.
@@ -241,7 +241,8 @@ def require_finite(images: np.ndarray, pipeline: DiffusionPipeline, guidance: fl
 def most_steps(pipeline: DiffusionPipeline) -> int:
     """Return the most sampling steps that the scheduler can take; for a consistency model, those of its solver."""
     config = pipeline.scheduler.config
-    own = inspect.signature(type(pipeline.scheduler).__init__).parameters  # a config carries other classes' fields along
+    # from_config carries fields of other classes along.
+    own = inspect.signature(type(pipeline.scheduler).__init__).parameters
     limits = [name for name in ("num_train_timesteps", "original_inference_steps") if name in own]
     return min((config.get(name) or 1000 for name in limits), default=1000)
 
