@@ -587,6 +587,7 @@ def test_inputs_are_turned_by_their_exif_before_their_sizes_are_compared(pipelin
         np.testing.assert_array_equal(made(pipeline, **inputs, width=16, height=24), expected)
     by_hand = [generate(pipeline, ["pear"], steps=2, **inputs) for inputs in turned]
     assert by_hand[0].shape[2:] == (24, 16) and torch.equal(*by_hand)
+    assert (request(image=upright).image is upright) == (mode == "RGB")  # not copied
     with pytest.raises(AsdmError, match="the mask has"):
         request(image=lying, mask=Image.fromarray(np.asarray(lying)))
 

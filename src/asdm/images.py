@@ -213,6 +213,12 @@ def as_rgb(image: Image.Image, background: str = "white") -> Image.Image:
     return page
 
 
+def in_rgb(image: Image.Image) -> Image.Image:
+    """Return an image as `as_rgb` converts it, without a copy where nothing changes."""
+    is_so = image.mode == "RGB" and not image.has_transparency_data and _upright(image) is image
+    return image if is_so else as_rgb(image)
+
+
 def as_mask(image: Image.Image) -> Image.Image:
     """Convert a mask to one channel of 8 bits as `as_rgb` does, with transparent parts on black: white is replaced."""
     return as_rgb(image, "black").convert("L")

@@ -29,7 +29,7 @@ from asdm.diffusion.guidance import CFG_CUTOFF, CfgCutoff
 from asdm.diffusion.kinds import image_to_image, is_inpainting, is_random, require_text_to_image
 from asdm.errors import AsdmError, one_line
 from asdm.families import denoiser_of, family_of
-from asdm.images import as_mask, as_rgb
+from asdm.images import as_mask, in_rgb
 
 
 @checks.arguments(
@@ -92,7 +92,7 @@ def generate(
     prompts = [prompts] if isinstance(prompts, str) else prompts
     require_seeds(seed, len(prompts))
     if image is not None:
-        image = as_rgb(image) if isinstance(image, Image.Image) else [as_rgb(each) for each in image]
+        image = in_rgb(image) if isinstance(image, Image.Image) else [in_rgb(each) for each in image]
         mask = None if mask is None else as_mask(mask)
         _require_images(image, mask, len(prompts))
     steps = default_steps(pipeline) if steps is None else steps

@@ -17,7 +17,7 @@ from asdm.diffusion.generation import require_image, require_seeds, require_stre
 from asdm.generation.controlnet import require_controlnet_folder
 from asdm.generation.lora import LoraFile
 from asdm.generation.schedulers import require_scheduler
-from asdm.images import as_mask, as_rgb
+from asdm.images import as_mask, in_rgb
 from asdm.records import Record
 
 MOST_IMAGES = 100_000
@@ -29,7 +29,7 @@ def _text(value: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_text)]
-InRGB = Annotated[Image.Image, AfterValidator(as_rgb)]
+InRGB = Annotated[Image.Image, AfterValidator(in_rgb)]
 Mask = Annotated[Image.Image, AfterValidator(as_mask)]
 Seed = Annotated[int, Field(ge=0, le=checks.LARGEST_SEED)]
 
