@@ -14,6 +14,7 @@ from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hin
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from PIL import Image
 
 import asdm
@@ -413,6 +414,8 @@ def test_sampling_takes_as_many_steps_as_the_scheduler_has(tiny):
             asdm.generate(pipeline, "x", steps=steps)
         with pytest.raises(AsdmError, match=rf"steps={steps}: .* at most"):
             asdm.calibrate_cache(pipeline, speedup=1.1, steps=steps)
+    few.scheduler = DDIMScheduler.from_config(few.scheduler.config)  # which carries the solver's steps along
+    assert (most_steps(few), default_steps(few)) == (1000, 25)
     few.scheduler = lcm_scheduler(few.scheduler.config, 2)
     assert default_steps(few) == 2
 

@@ -1,7 +1,9 @@
 """What `asdm generate` and other interfaces make of a request: which images, from which noise, and what is refused."""
 
+import gc
 import json
 import warnings
+import weakref
 
 import numpy as np
 import peft
@@ -34,7 +36,7 @@ from asdm.generation.image import read_about
 from asdm.generation.lora import LoraFile
 from asdm.generation.prompts import lost_text, parse_weights, without_last_layers
 from asdm.generation.schedulers import scheduler_label, scheduler_named
-from asdm.generation.sheets import Tile, difference_map, sheet
+from asdm.generation.sheets import LARGEST_SHEET, LEAST_LEGIBLE, Layout, Tile, difference_map, sheets
 from asdm.images import as_rgb, to_images
 from asdm.pipelines.lora_files import convert_lora
 from conftest import (
@@ -90,7 +92,9 @@ def lora(tmp_path):
         ({"width": 20, "height": 16}, "width=20: must be a positive multiple of 8; the nearest is 16"),
         ({"seeds": [1], "seed": 3}, "seed=3: seeds=.1. says it already"),
         ({"seeds": [1], "num_images": 2}, "num_images=2: seeds"),
-        ({"seed": 2**63 - 1}, "seed=9223372036854775807: the last one"),
+        ({"seed": 2**32 - 2, "num_images": 3}, "seed=4294967294: the last of 3 .* give 4294967293 at most"),
+        ({"seed": 2**32}, "seed=4294967296: "),
+        ({"seeds": [1, 2**32]}, "4294967296"),
         ({"negative": "x", "guidance_scale": 1.0}, "negative=x: has no effect at guidance_scale=1"),
         ({"cfg_cutoff": 0.5, "guidance_scale": 0.5}, "cfg_cutoff=0.5: has no effect at guidance_scale=0.5"),
         ({"scheduler": "euler-b"}, "scheduler=euler-b: must be one of ddim, .* the nearest is euler-"),
@@ -113,7 +117,7 @@ def test_each_image_has_a_seed_of_its_own_or_the_given_ones():
     assert both.items() == [("a", 5), ("a", 6), ("b", 7), ("b", 8)]
     assert request(prompts=["a", "b"], seeds=[9, 3]).items() == [("a", 9), ("a", 3), ("b", 9), ("b", 3)]
     assert parse_seeds("1,5, 8-10") == [1, 5, 8, 9, 10]
-    for wrong in ("", "x", "3-1", "1,,2", "-1", "1,1", "1.5", "0-99999"):
+    for wrong in ("", "x", "3-1", "1,,2", "-1", "1,1", "1.5", "0-99999", "4294967296"):
         with pytest.raises(AsdmError, match=r"^seeds=[^\n]*$"):
             parse_seeds(wrong)
 
@@ -125,6 +129,13 @@ def test_prompts_are_read_from_files(tmp_path):
         (tmp_path / "prompts.txt").write_bytes(content)
         with pytest.raises(AsdmError, match=told):
             read_prompts(str(tmp_path / "prompts.txt"))
+
+
+def test_no_two_seeds_draw_the_same_image(pipeline):
+    assert request(seed=2**32 - 2, num_images=2).items()[-1][1] == parse_seeds("4294967295")[0]
+    for seed, prompts in ((2**32, ["a"]), (2**32 - 2, ["a", "b", "c"])):
+        with pytest.raises(AsdmError, match=rf"^seed={seed}: [^\n]*$"):
+            generate(pipeline, prompts, steps=1, seed=seed)
 
 
 # -- images --------------------------------------------------------------------------------------------------
@@ -161,7 +172,7 @@ def test_inputs_are_cropped_to_the_size_and_a_mask_keeps_the_rest(make):
 def test_inputs_may_have_any_mode(pipeline, mode):
     pixels = Image.linear_gradient("L").resize((16, 16))
     given = Image.fromarray(np.asarray(pixels, np.uint16) * 257) if mode == "I;16" else pixels.convert(mode)
-    in_rgb, one_channel = as_rgb(given), as_rgb(given).convert("L")
+    in_rgb, one_channel = as_rgb(given), as_rgb(given, "black").convert("L")
     np.testing.assert_array_equal(made(pipeline, image=given), made(pipeline, image=in_rgb))
     masked = made(pipeline, image=in_rgb, mask=given)
     np.testing.assert_array_equal(masked, made(pipeline, image=in_rgb, mask=one_channel))
@@ -495,10 +506,10 @@ def test_a_png_says_that_a_controlnet_had_no_weight(pipeline, tmp_path):
 
 def test_files_are_named_after_their_prompts_and_replace_nothing(pipeline, tmp_path):
     wanted = request(prompts=["pear, red", "pear, red"])
-    folder = ImageFolder(tmp_path / "out", wanted)
+    folder = ImageFolder(tmp_path / "out", wanted, with_sheet=True)
     for image in generate_images(pipeline, wanted):
         folder.write(image)
-    folder.write_sheet()
+    folder.write_last_sheet()
     assert [path.name for path in folder.paths] == ["pear__red.png", "pear__red-1.png", "grid.png"]
     seeded = ImageFolder(tmp_path / "out", request(seeds=[4, 9]))
     for image in generate_images(pipeline, request(seeds=[4, 9])):
@@ -508,7 +519,7 @@ def test_files_are_named_after_their_prompts_and_replace_nothing(pipeline, tmp_p
 
 def test_a_name_is_as_long_as_file_systems_allow(pipeline, tmp_path):
     letters = "\N{MATHEMATICAL SCRIPT CAPITAL X}" * 80  # of four bytes each
-    wanted = request(prompts=[letters], num_images=2, seed=2**62)
+    wanted = request(prompts=[letters], num_images=2, seed=2**32 - 2)
     folder = ImageFolder(tmp_path, wanted)
     for image in generate_images(pipeline, wanted):
         folder.write(image)
@@ -528,11 +539,57 @@ def test_a_single_image_may_have_a_name_of_its_own(pipeline, tmp_path):
         ImageFolder(tmp_path / "notes.txt", request())
 
 
+@pytest.mark.parametrize("with_sheet", [False, True])
+def test_written_images_are_held_no_longer(pipeline, tmp_path, with_sheet):
+    wanted = request(num_images=3)
+    folder, written = ImageFolder(tmp_path, wanted, with_sheet=with_sheet), []
+    for image in generate_images(pipeline, wanted, batch_size=1):
+        folder.write(image)
+        written.append(weakref.ref(image.image))
+    del image
+    gc.collect()
+    assert [one() for one in written] == [None] * 3
+    folder.write_last_sheet()
+    assert (tmp_path / "grid.png").exists() is with_sheet
+
+
 def test_an_image_and_its_mask_have_one_size(tmp_path):
     Image.new("RGB", (24, 16), "red").save(tmp_path / "image.png")
     Image.new("L", (8, 8)).save(tmp_path / "mask.png")
     with pytest.raises(AsdmError, match=r"mask.png: \(8, 8\) pixels; it must be of the size"):
         open_inputs(tmp_path / "image.png", tmp_path / "mask.png")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_a_mask_in_white_on_a_transparent_ground_replaces_its_white_part(pipeline, mode, tmp_path):
+    transparent = np.zeros((16, 16, 4), np.uint8)
+    transparent[..., :3] = 255
+    transparent[4:12, 4:12, 3] = 255
+    drawn = Image.fromarray(transparent)
+    drawn = drawn.quantize(2) if mode == "P" else drawn.convert(mode)
+    drawn.save(tmp_path / "mask.png")
+    image, black = Image.new("RGB", (16, 16), "red"), Image.fromarray(transparent[..., 3])
+    image.save(tmp_path / "image.png")
+    _, opened = open_inputs(tmp_path / "image.png", tmp_path / "mask.png")
+    assert opened.tobytes() == black.tobytes()
+    inputs = {"image": image, "strength": 1.0}
+    np.testing.assert_array_equal(made(pipeline, **inputs, mask=drawn), made(pipeline, **inputs, mask=black))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+def test_inputs_are_turned_by_their_exif_before_their_sizes_are_compared(pipeline, mode):
+    upright = Image.linear_gradient("L").resize((16, 24)).convert(mode)
+    lying = upright.transpose(Image.Transpose.ROTATE_90)
+    lying.getexif()[0x0112] = 6  # to be turned to the right
+    expected = made(pipeline, image=upright, mask=upright, width=16, height=24)
+    turned = {"image": lying, "mask": upright}, {"image": upright, "mask": lying}
+    for inputs in turned:
+        np.testing.assert_array_equal(made(pipeline, **inputs, width=16, height=24), expected)
+    by_hand = [generate(pipeline, ["pear"], steps=2, **inputs) for inputs in turned]
+    assert by_hand[0].shape[2:] == (24, 16) and torch.equal(*by_hand)
+    assert (request(image=upright).image is upright) == (mode == "RGB")  # not copied
+    with pytest.raises(AsdmError, match="the mask has"):
+        request(image=lying, mask=Image.fromarray(np.asarray(lying)))
 
 
 # -- comparisons and sheets ----------------------------------------------------------------------------------
@@ -549,9 +606,9 @@ def test_a_comparison_starts_both_from_the_same_noise(pipeline, student, tmp_pat
     np.testing.assert_array_equal(np.asarray(first.teacher.image), made(pipeline)[0])
     assert {(each.images, each.total_images) for each in seen} == {(0, 4), (1, 4), (2, 4), (3, 4)}
     assert first.speedup == first.teacher.seconds / first.student.seconds
-    folder = ImageFolder(tmp_path, wanted)
+    folder = ImageFolder(tmp_path, wanted, with_sheet=True)
     folder.write_comparison(first)
-    folder.write_sheet()
+    folder.write_last_sheet()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "grid.png", "pear_seed0.png", "pear_seed0_comparison.png", "pear_seed0_teacher.png",
     ]  # fmt: skip
@@ -561,6 +618,20 @@ def test_a_comparison_starts_both_from_the_same_noise(pipeline, student, tmp_pat
     other.vae.register_to_config(latent_channels=8)
     with pytest.raises(AsdmError, match="latents have 8 channels"):
         compare_images(student, other, request())
+
+
+def test_pipelines_that_share_nothing_take_turns_and_their_images_are_held_no_longer(pipeline):
+    seen, wanted = [], request(num_images=3, cache_speedup=1.01)
+    pairs = compare_images(tiny_pipeline(), pipeline, wanted, progress=seen.append)
+    first = next(pairs)
+    assert {each.images for each in seen} == {0, 1}
+    held = weakref.ref(first.teacher.image)
+    np.testing.assert_array_equal(np.asarray(first.teacher.image), made(pipeline)[0])
+    del first
+    second = next(pairs)
+    gc.collect()
+    assert held() is None and second.teacher.seed == second.student.seed == 1
+    assert len(list(pairs)) == 1 and {(each.images, each.total_images) for each in seen} == {(n, 6) for n in range(6)}
 
 
 def test_a_comparison_that_is_cancelled_yields_whole_pairs(pipeline, student):
@@ -573,13 +644,36 @@ def test_a_comparison_that_is_cancelled_yields_whole_pairs(pipeline, student):
 
 def test_a_sheet_enlarges_by_whole_factors_and_cuts_long_labels():
     board = Image.fromarray((np.indices((16, 16)).sum(0) % 2 * 255).astype(np.uint8)).convert("RGB")
-    page = np.asarray(sheet([Tile(board, ("word " * 50, "2"))] * 5, columns=2))
+    (page,) = map(np.asarray, sheets([Tile(board, ("word " * 50, "2"))] * 5, columns=2))
     assert page.shape[1] == 2 * (256 + 12) + 12
     tile = page[12 : 12 + 256, 12 : 12 + 256]
     np.testing.assert_array_equal(tile[::16, ::16], np.asarray(board))
     assert set(np.unique(tile)) == {0, 255}
     assert (page[:, 12 + 256 : 24 + 256] == 255).all()  # no label reaches into the gap
-    assert max(sheet([Tile(Image.new("RGB", (512, 512)), ("x",))] * 90, columns=90).size) <= 16_000
+    (wide,) = sheets([Tile(Image.new("RGB", (512, 512)), ("x",))] * 90, columns=90)
+    assert max(wide.size) <= 16_000
+
+
+@pytest.mark.parametrize("size", [(512, 512), (64, 64), (1024, 256), (200, 300), (8, 8192)])
+@pytest.mark.parametrize(("tiles", "columns"), [(86 * 4, 4), (100 * 4, 4), (4000, 4), (3000, 3), (100_000, 317)])
+def test_tiles_of_a_sheet_stay_legible_and_have_room(size, tiles, columns):
+    layout = Layout.of(size, tiles, columns, 3)
+    assert max(layout.cell.width, layout.cell.height) >= LEAST_LEGIBLE
+    assert max(layout.sides) <= LARGEST_SHEET and layout.columns <= columns
+
+
+def test_what_one_sheet_has_no_room_for_goes_on_in_others():
+    tiles = [Tile(Image.new("RGB", (16, 128), (0, index // 2, 255)), (f"{index // 2}",)) for index in range(2 * 230)]
+    pages = sheets(tiles, columns=2)
+    layout = Layout.of((16, 128), len(tiles), 2, 1)
+    assert len(pages) == 3 and layout.rows == 77 and pages[-1].height < pages[0].height
+    last = 230 - 2 * layout.rows
+    colours = [
+        page.getpixel(layout.place(2 * row))[1]
+        for page, rows in zip(pages, (layout.rows, layout.rows, last), strict=True)
+        for row in range(rows)
+    ]
+    assert colours == list(range(230))
 
 
 def test_a_difference_map_is_black_where_images_agree():

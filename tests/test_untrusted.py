@@ -215,7 +215,7 @@ def test_images_are_converted_row_by_row_as_in_one_piece(mode, monkeypatch):
     image = Image.fromarray(noise).convert("L" if mode == "I;16" else mode)
     if mode == "I;16":
         image = Image.fromarray(noise[..., 0].astype(np.uint16) * 257)
-    whole = images._opaque(image)
+    whole = images._opaque(image, "white")
     monkeypatch.setattr(images, "_ROWS", 7)
     assert images.as_rgb(image).tobytes() == whole.tobytes()
 

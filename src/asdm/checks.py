@@ -18,6 +18,8 @@ from asdm.errors import AsdmError, one_line
 Check = Callable[[str, Any], None]
 """Raises an AsdmError that names the argument and its value, unless the value is allowed."""
 
+LARGEST_SEED = 2**32 - 1  # torch's CPU generator reads 32 bits
+LARGEST_FIRST_SEED = 2**31 - 1  # of measurements and trainings, which add the numbers of their images to it
 LEAST_COUNT = 10_000  # of parameters or multiply-accumulates; no model has as few
 
 P = ParamSpec("P")
@@ -238,7 +240,8 @@ PIPELINE = any_of(
     )
 )
 UNET = has("config", "parameters", allowed="a denoiser, such as asdm.load_pipeline(MODEL).unet")
-SEED = whole(0, 2**32 - 1)
+SEED = whole(0, LARGEST_FIRST_SEED)
+IMAGE_SEED = whole(0, LARGEST_SEED)
 STEPS = whole(1, 10_000)  # of sampling; a scheduler allows fewer
 TRAINING_STEPS = whole(0, 10**9)
 SAMPLES = whole(1, 10**6)

@@ -197,8 +197,8 @@ def to_tensor(image: Image.Image, size: int) -> Tensor:
     return pixels.float() / 127.5 - 1
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to RGB with 8 bits a channel, oriented by its EXIF, with transparent parts on white.
+def as_rgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """Convert an image to RGB with 8 bits a channel, oriented by its EXIF, with transparent parts on `background`.
 
     Raises:
         OSError: its pixels are floating-point numbers, whose range is not known.
@@ -209,27 +209,28 @@ def as_rgb(image: Image.Image) -> Image.Image:
     page = Image.new("RGB", image.size)
     for top in range(0, image.height, _ROWS):  # whole copies of a large image would take gigabytes
         rows = image.crop((0, top, image.width, min(top + _ROWS, image.height)))
-        page.paste(_opaque(rows), (0, top))
+        page.paste(_opaque(rows, background), (0, top))
     return page
 
 
 def in_rgb(image: Image.Image) -> Image.Image:
-    """Return an image that is in RGB as it is, any other one as `as_rgb` converts it."""
-    return image if image.mode == "RGB" else as_rgb(image)
+    """Return an image as `as_rgb` converts it, without a copy where nothing changes."""
+    is_so = image.mode == "RGB" and not image.has_transparency_data and _upright(image) is image
+    return image if is_so else as_rgb(image)
 
 
 def as_mask(image: Image.Image) -> Image.Image:
-    """Convert a mask to one channel of 8 bits."""
-    return image if image.mode == "L" else in_rgb(image).convert("L")
+    """Convert a mask to one channel of 8 bits as `as_rgb` does, with transparent parts on black: white is replaced."""
+    return as_rgb(image, "black").convert("L")
 
 
-def _opaque(image: Image.Image) -> Image.Image:
-    """Convert an image to RGB, with transparent parts on white."""
+def _opaque(image: Image.Image, background: str) -> Image.Image:
+    """Convert an image to RGB, with transparent parts on `background`."""
     if image.mode.startswith("I"):  # 16 bits, which PIL would clip at 255
         image = Image.fromarray((np.array(image).clip(0, 65535) / 257).round().astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.has_transparency_data:
         rgba = image.convert("RGBA")
-        image = Image.new("RGBA", rgba.size, "white")
+        image = Image.new("RGBA", rgba.size, background)
         image.alpha_composite(rgba)
     return image.convert("RGB")
 
@@ -266,14 +267,27 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
 
 
 def open_image(path: Path) -> Image.Image:
-    """Open a user's image file as RGB.
+    """Open a user's image file as `as_rgb` converts it.
 
     Raises:
         AsdmError: no such file, or not an image.
     """
+    return _opened(path, as_rgb)
+
+
+def open_mask(path: Path) -> Image.Image:
+    """Open the file of a user's mask as `as_mask` converts it.
+
+    Raises:
+        AsdmError: as `open_image`.
+    """
+    return _opened(path, as_mask)
+
+
+def _opened(path: Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     try:
         with open_pixels(path) as image:
-            return as_rgb(image)
+            return convert(image)
     except FileNotFoundError:
         raise AsdmError(f"{path}: no such image file") from None
     except Exception as error:  # PIL's readers raise many kinds

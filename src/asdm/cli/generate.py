@@ -72,7 +72,9 @@ def generate(
     num_images: Annotated[int, typer.Option(help="Images of each prompt.", min=1, max=10_000)] = 1,
     seed: Annotated[
         int | None,
-        typer.Option(help="Seed of the first image; each later one has the next. 0 by default.", min=0, max=2**32 - 1),
+        typer.Option(
+            help="Seed of the first image; each later one has the next. 0 by default.", min=0, max=checks.LARGEST_SEED
+        ),
     ] = None,
     seeds: Annotated[
         str | None,
@@ -194,7 +196,7 @@ def generate(
             show_default=False,
         ),
     ] = None,
-    grid: Annotated[bool, typer.Option("--grid", help="Write a contact sheet of all images, too.")] = False,
+    grid: Annotated[bool, typer.Option("--grid", help="Write contact sheets of all images, too.")] = False,
     prediction_type: PredictionTypeOption = None,
     config: ConfigOption = None,
     device: DeviceOption = None,
@@ -242,7 +244,7 @@ def generate(
         **_cache_settings(cache),
     )
     claims = {"prediction_type": prediction_type, "config": config}
-    written = files.ImageFolder(out, request)
+    written = files.ImageFolder(out, request, with_sheet=grid)
     pipeline = loading.load_with_decoder(model, decoder, device, dtype, **claims)
     if low_noise_model is not None:
         below = SWITCH_AT if switch_at is None else switch_at
@@ -254,8 +256,7 @@ def generate(
             report("steps", *now.image_steps)
 
         _write(pipeline, teacher, request, written, after_step)
-        if grid:
-            written.write_sheet()
+        written.write_last_sheet()
     for path in written.paths:
         say_path(str(path))
     for line in written.lines:

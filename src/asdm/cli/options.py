@@ -146,7 +146,9 @@ StrengthOption = Annotated[
         show_default=False,
     ),
 ]
-SeedOption = Annotated[int, typer.Option("--seed", help="Seed of all random numbers.", min=0, max=2**32 - 1)]
+SeedOption = Annotated[
+    int, typer.Option("--seed", help="Seed of all random numbers.", min=0, max=checks.LARGEST_FIRST_SEED)
+]
 
 
 # -- files that commands write -----------------------------------------------------------------------------

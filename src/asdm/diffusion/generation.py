@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +37,7 @@ from asdm.images import as_mask, in_rgb
     prompts=checks.any_of(checks.text, checks.each(checks.text, 1, "a text or a list of texts")),
     guidance_scale=checks.GUIDANCE,
     cfg_cutoff=CFG_CUTOFF,
-    seed=checks.whole(0, 2**63 - 1),
+    seed=checks.IMAGE_SEED,
     image=checks.any_of(checks.each(checks.a(Image.Image), 1), checks.a(Image.Image)),
     mask=checks.a(Image.Image),
     strength=checks.number(above=0, high=1),
@@ -63,14 +64,15 @@ def generate(
     inpainting.
 
     Args:
-        image: where to start from: one image for all prompts, or one for each prompt, all of one size.
+        image: where to start from: one image for all prompts, or one for each prompt, all of one size. Its EXIF turns
+            it, as the mask's does.
         mask: of the size of `image`, white where it is replaced. A denoiser made for inpainting reads it; with any
             other, the rest of the image is restored after each step.
         steps: by default 25, and 4 for few-step pipelines; at most as many as the scheduler has time steps.
         guidance_scale: by default 7.5 for Stable Diffusion, 4.5 for PixArt, 3 for latents of up to 32x32, and 1 (no
             guidance) for few-step pipelines.
         cfg_cutoff: part of the steps, in (0, 1], that are guided; the others take half the work (`CfgCutoff`).
-        seed: the n-th prompt's noise is that of seed + n, whatever the batch.
+        seed: the n-th prompt's noise is that of seed + n, whatever the batch; the last one is at most 2**32 - 1.
         strength: how far from `image` the result may go, in (0, 1].
         size: side of the images in pixels, by default the pipeline's native one; with an image, its size counts.
         batch_size: prompts at a time; by default 32 for latents of up to 32x32, else 1.
@@ -88,7 +90,10 @@ def generate(
     if size is not None and image is not None:
         raise AsdmError(f"size={size}: image-to-image generates at the image's own size; scale the image instead")
     prompts = [prompts] if isinstance(prompts, str) else prompts
+    require_seeds(seed, len(prompts))
     if image is not None:
+        image = in_rgb(image) if isinstance(image, Image.Image) else [in_rgb(each) for each in image]
+        mask = None if mask is None else as_mask(mask)
         _require_images(image, mask, len(prompts))
     steps = default_steps(pipeline) if steps is None else steps
     require_steps(pipeline, steps)
@@ -131,10 +136,9 @@ def _target(
         return pipeline, arguments
     fills = is_inpainting(pipeline)
     target = pipeline if fills else image_to_image(pipeline, with_mask=mask is not None)
-    converted = in_rgb(image) if isinstance(image, Image.Image) else [in_rgb(each) for each in image]
-    arguments |= {"image": converted, "strength": strength}
+    arguments |= {"image": image, "strength": strength}
     if mask is not None:
-        arguments |= {"mask_image": as_mask(mask)}
+        arguments |= {"mask_image": mask}
     if fills or mask is not None:  # other pipelines take the image's size by themselves
         width, height = (image if isinstance(image, Image.Image) else image[0]).size
         multiple = size_multiple(pipeline)
@@ -199,6 +203,18 @@ def require_image(image: Image.Image, mask: Image.Image | None) -> None:
         )
 
 
+def require_seeds(seed: int, images: int) -> None:
+    """
+    Raises:
+        AsdmError: the last of so many images would have a seed that torch's CPU generator does not tell from another.
+    """
+    if seed + images - 1 > checks.LARGEST_SEED:
+        raise AsdmError(
+            f"seed={seed}: the last of {images} images must have at most {checks.LARGEST_SEED}; "
+            f"give {checks.LARGEST_SEED - images + 1} at most"
+        )
+
+
 def require_strength(strength: float, steps: int) -> None:
     """
     Raises:
@@ -225,7 +241,10 @@ def require_finite(images: np.ndarray, pipeline: DiffusionPipeline, guidance: fl
 def most_steps(pipeline: DiffusionPipeline) -> int:
     """Return the most sampling steps that the scheduler can take; for a consistency model, those of its solver."""
     config = pipeline.scheduler.config
-    return min(config.get(name) or 1000 for name in ("num_train_timesteps", "original_inference_steps"))
+    # from_config carries fields of other classes along.
+    own = inspect.signature(type(pipeline.scheduler).__init__).parameters
+    limits = [name for name in ("num_train_timesteps", "original_inference_steps") if name in own]
+    return min((config.get(name) or 1000 for name in limits), default=1000)
 
 
 def require_steps(pipeline: DiffusionPipeline, steps: int) -> None:

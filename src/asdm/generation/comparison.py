@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +17,7 @@ from asdm.families import denoiser_call, denoiser_of
 from asdm.generation.generate import Cancelled, GenerationProgress, Progress, generate_images, require_for, sides_of
 from asdm.generation.image import GeneratedImage
 from asdm.generation.request import GenerationRequest
-from asdm.generation.sheets import FULL_DIFFERENCE, Tile, difference_map, sheet
+from asdm.generation.sheets import FULL_DIFFERENCE, Tile, difference_map, sheets
 from asdm.measure.latency import synchronise
 
 
@@ -50,7 +51,8 @@ class Comparison:
 
     def picture(self) -> Image.Image:
         """Return both images beside each other, with the map of their difference and both times."""
-        return sheet(self.tiles(), columns=3)
+        (page,) = sheets(self.tiles(), columns=3)
+        return page
 
 
 @checks.arguments(
@@ -71,8 +73,9 @@ def compare_images(
     """Generate each image of a request by a student and by its teacher, from the same noise, and time both.
 
     The teacher has the same prompts, size, scheduler and additions, but neither feature caching nor `cfg_cutoff`. Steps
-    and guidance that the request leaves open are each pipeline's usual ones. Before the first image each pipeline is
-    called once, untimed.
+    and guidance that the request leaves open are each pipeline's usual ones. Before its first image each pipeline is
+    called once, untimed. Of pipelines that share modules, the teacher generates all its images first, and memory holds
+    them; others take turns.
 
     Args:
         pipeline: of the student, or any other one that is compared.
@@ -102,22 +105,38 @@ def _compared(
     progress: Progress | None,
     cancelled: Cancelled | None,
 ) -> Iterator[Comparison]:
-    """Yield the comparisons, after all of the teacher's images: the two may share text encoders, which hold one
-    request's LoRA at a time. Each image is generated alone, so that its time is its own."""
-    total = student[1].total
+    """Yield the comparisons. Each image is generated alone, so that its time is its own."""
+    total, done = student[1].total, 0
 
-    def images(index: int, pipeline: DiffusionPipeline, request: GenerationRequest) -> Iterator[GeneratedImage]:
+    def images(pipeline: DiffusionPipeline, request: GenerationRequest) -> Generator[GeneratedImage, None, None]:
+        nonlocal done
+
         def after_step(now: GenerationProgress) -> None:
             if progress is not None:
-                progress(replace(now, images=now.images + index * total, total_images=2 * total))
+                progress(replace(now, images=done, total_images=2 * total))
 
         _warm_up(pipeline)
-        return generate_images(pipeline, request, progress=after_step, cancelled=cancelled, batch_size=1)
+        for image in generate_images(pipeline, request, progress=after_step, cancelled=cancelled, batch_size=1):
+            done += 1
+            yield image
 
-    of_teacher = list(images(0, *teacher))
-    if len(of_teacher) == total:  # otherwise it was cancelled
-        for one, other in zip(of_teacher, images(1, *student), strict=False):
+    with closing(images(*teacher)) as of_teacher, closing(images(*student)) as of_student:
+        first: Iterable[GeneratedImage] = of_teacher
+        if _share_modules(teacher[0], student[0]):  # which hold the LoRA or the caching of one request at a time
+            first = list(of_teacher)
+            if len(first) < total:  # it was cancelled
+                return
+        for one, other in zip(first, of_student, strict=False):
             yield Comparison(one, other)
+
+
+def _share_modules(one: DiffusionPipeline, other: DiffusionPipeline) -> bool:
+    return not _modules(one).isdisjoint(_modules(other))
+
+
+def _modules(pipeline: DiffusionPipeline) -> set[torch.nn.Module]:
+    parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    return {module for part in parts for module in part.modules()}
 
 
 @torch.no_grad()

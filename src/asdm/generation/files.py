@@ -16,8 +16,8 @@ from asdm.files import write_new
 from asdm.generation.comparison import Comparison
 from asdm.generation.image import GeneratedImage
 from asdm.generation.request import GenerationRequest
-from asdm.generation.sheets import Tile, sheet
-from asdm.images import open_image
+from asdm.generation.sheets import Sheets, Tile
+from asdm.images import open_image, open_mask
 
 STANDARD_INPUT = "-"
 LONGEST_NAME = 60  # characters of the prompt
@@ -59,7 +59,7 @@ def parse_seeds(text: str) -> list[int]:
         if not (first.isdecimal() and (last.isdecimal() if dash else True)):
             raise AsdmError(f"seeds={text[:80]}: must be whole numbers and ranges, such as 1,5,8-11")
         numbers = (int(first), int(last) if dash else int(first))
-        checks.whole(0, 2**63 - 1)("seeds", max(numbers))
+        checks.IMAGE_SEED("seeds", max(numbers))
         if not 0 <= numbers[1] - numbers[0] < 10_000:
             raise AsdmError(f"seeds={part.strip()}: a range must rise, by fewer than 10000")
         seeds += range(numbers[0], numbers[1] + 1)
@@ -75,7 +75,7 @@ def open_inputs(image: Path | None, mask: Path | None) -> tuple[Image.Image | No
         AsdmError: a file cannot be read, or the mask is not of the image's size.
     """
     start = None if image is None else open_image(image)
-    hole = None if mask is None else open_image(mask)
+    hole = None if mask is None else open_mask(mask)
     if start is not None and hole is not None and start.size != hole.size:
         raise AsdmError(f"{mask}: {hole.size} pixels; it must be of the size of {image}, {start.size}")
     return start, hole
@@ -88,12 +88,13 @@ class ImageFolder:
 
     Args:
         out: the folder, or for a single image the name of its file.
+        with_sheet: whether contact sheets are drawn, too.
 
     Raises:
         AsdmError: `out` names a file, and there is more than one image.
     """
 
-    def __init__(self, out: Path, request: GenerationRequest):
+    def __init__(self, out: Path, request: GenerationRequest, with_sheet: bool = False):
         self._stem = out.stem if out.suffix.lower() == ".png" and not out.is_dir() else None
         if self._stem is not None and request.total > 1:
             raise AsdmError(f"{out}: a file, and there are {request.total} images; name a folder")
@@ -101,14 +102,16 @@ class ImageFolder:
             raise AsdmError(f"{out}: a file; name a folder, or for one image a name that ends in .png")
         self.folder, self.paths = out if self._stem is None else out.parent, list[Path]()
         self.lines: list[str] = []
-        self._of_each = request.total // len(request.prompts)
-        self._tiles: list[Tile] = []
-        self._columns = self._of_each if 1 < self._of_each <= MOST_COLUMNS else math.ceil(request.total**0.5)
+        self._total, self._of_each = request.total, request.total // len(request.prompts)
+        self._with_sheet = with_sheet
+        self._sheets: Sheets | None = None
 
     def write(self, image: GeneratedImage) -> None:
         """Write an image."""
         self._save(image)
-        self._tiles.append(Tile(image.image, (image.prompt, f"seed {image.seed}")))
+        if self._with_sheet:
+            columns = self._of_each if 1 < self._of_each <= MOST_COLUMNS else math.ceil(self._total**0.5)
+            self._draw([Tile(image.image, (image.prompt, f"seed {image.seed}"))], columns)
 
     def write_comparison(self, comparison: Comparison) -> None:
         """Write a student's image, the teacher's, and both beside each other with their difference."""
@@ -120,13 +123,25 @@ class ImageFolder:
             f"{stem}: teacher {teacher.seconds:.2f} s, student {student.seconds:.2f} s "
             f"({comparison.speedup:.2f}x, one image each)"
         )
-        self._tiles += comparison.tiles()
-        self._columns = len(comparison.tiles())
+        if self._with_sheet:
+            tiles = comparison.tiles()
+            self._draw(tiles, columns=len(tiles))
 
-    def write_sheet(self) -> None:
-        """Write a contact sheet of what was written so far."""
-        if self._tiles:
-            self.paths.append(_write_png(sheet(self._tiles, self._columns), self.folder, "grid"))
+    def write_last_sheet(self) -> None:
+        """Write the contact sheet that is not full; full ones are written already."""
+        if self._sheets is not None:
+            self._sheets.finish()
+
+    def _draw(self, tiles: list[Tile], columns: int) -> None:
+        """Draw the tiles of one image or comparison on a contact sheet."""
+        if self._sheets is None:
+            lines = max(len(tile.lines) for tile in tiles)
+            self._sheets = Sheets(self._total * len(tiles), columns, lines, self._write_sheet)
+        for tile in tiles:
+            self._sheets.add(tile)
+
+    def _write_sheet(self, page: Image.Image) -> None:
+        self.paths.append(_write_png(page, self.folder, "grid"))
 
     def _save(self, image: GeneratedImage) -> Path:
         suffix = f"_seed{image.seed}" if self._of_each > 1 else ""

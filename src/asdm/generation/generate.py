@@ -40,7 +40,7 @@ from asdm.generation.lora import with_loras
 from asdm.generation.prompts import prompt_arguments, warn_of_lost_text, warn_of_unread_weights
 from asdm.generation.request import MOST_IMAGES, GenerationRequest
 from asdm.generation.schedulers import scheduler_named
-from asdm.images import as_mask, fitted, in_rgb, to_images
+from asdm.images import fitted, to_images
 from asdm.measure.latency import synchronise
 from asdm.pipelines.derived import with_scheduler
 
@@ -230,15 +230,15 @@ def _with_inputs(pipeline: DiffusionPipeline, request: GenerationRequest) -> tup
     with_image, with_mask = fills or request.image is not None, fills or request.mask is not None
     arguments = pipeline_arguments(pipeline, sides)
     if request.image is not None:
-        arguments |= {"image": fitted(in_rgb(request.image), sides), "strength": request.image_strength}
+        arguments |= {"image": fitted(request.image, sides), "strength": request.image_strength}
     if request.mask is not None:
-        arguments |= {"mask_image": fitted(as_mask(request.mask), sides)}
+        arguments |= {"mask_image": fitted(request.mask, sides)}
     target = pipeline
     if request.controlnet is not None:
         assert request.control_image is not None
         target = controlled(pipeline, load_controlnet(request.controlnet, pipeline), with_image, with_mask)
         name = "control_image" if with_image else "image"
-        arguments |= {name: in_rgb(request.control_image).resize(sides, Image.Resampling.LANCZOS)}
+        arguments |= {name: request.control_image.resize(sides, Image.Resampling.LANCZOS)}
         arguments["controlnet_conditioning_scale"] = 1.0 if request.control_scale is None else request.control_scale
     elif with_image and not fills:
         target = image_to_image(pipeline, with_mask=with_mask)

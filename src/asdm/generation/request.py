@@ -13,13 +13,13 @@ from asdm import checks
 from asdm.caching.schedule import CacheSchedule
 from asdm.choices import IMAGE_STRENGTH
 from asdm.diffusion.conditioning import LARGEST_IMAGE, PIPELINES_MULTIPLE
-from asdm.diffusion.generation import require_image, require_strength
+from asdm.diffusion.generation import require_image, require_seeds, require_strength
 from asdm.generation.controlnet import require_controlnet_folder
 from asdm.generation.lora import LoraFile
 from asdm.generation.schedulers import require_scheduler
+from asdm.images import as_mask, in_rgb
 from asdm.records import Record
 
-LARGEST_SEED = 2**63 - 1
 MOST_IMAGES = 100_000
 
 
@@ -29,14 +29,17 @@ def _text(value: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_text)]
-Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
+InRGB = Annotated[Image.Image, AfterValidator(in_rgb)]
+Mask = Annotated[Image.Image, AfterValidator(as_mask)]
+Seed = Annotated[int, Field(ge=0, le=checks.LARGEST_SEED)]
 
 
 class GenerationRequest(Record):
     """What is generated.
 
     Each prompt gets `num_images` images. The k-th image of the n-th prompt has the noise of
-    `seed + n * num_images + k`. With `seeds`, each prompt gets one image for each of them.
+    `seed + n * num_images + k`. With `seeds`, each prompt gets one image for each of them. Images are oriented by their
+    EXIF, and held in RGB.
 
     Raises:
         AsdmError: a field is out of range, a file of a LoRA or a folder of a ControlNet is not usable, or fields
@@ -52,8 +55,8 @@ class GenerationRequest(Record):
     seeds: list[Seed] | None = Field(None, min_length=1, description="of each prompt's images, instead of `seed`")
     width: int | None = Field(None, description="pixels, a multiple of 8, with `height`; the pipeline's own by default")
     height: int | None = Field(None, description="pixels, a multiple of 8, with `width`; the pipeline's own by default")
-    image: Image.Image | None = Field(None, description="to start from; it is cropped to the size")
-    mask: Image.Image | None = Field(None, description="of the size of `image`, white where it is replaced")
+    image: InRGB | None = Field(None, description="to start from; it is cropped to the size")
+    mask: Mask | None = Field(None, description="of the size of `image`, white where it is replaced")
     strength: float | None = Field(
         None, gt=0, le=1, description=f"how far the result may go from `image`; {IMAGE_STRENGTH:g} by default"
     )
@@ -63,7 +66,7 @@ class GenerationRequest(Record):
     scheduler: str | None = Field(None, description="a short name or a class of diffusers; the pipeline's by default")
     loras: list[LoraFile] = Field([], description="files that are added to the weights")
     controlnet: Path | None = Field(None, description="folder or Hub id of a ControlNet")
-    control_image: Image.Image | None = Field(None, description="what the ControlNet reads; resized to the size")
+    control_image: InRGB | None = Field(None, description="what the ControlNet reads; resized to the size")
     control_scale: float | None = Field(None, ge=0, le=10, description="of the ControlNet's residuals; 1 by default")
     clip_skip: int | None = Field(None, ge=1, le=100, description="last layers of the CLIP text encoder to leave out")
     weighted: bool = Field(False, description="read weights in the prompts' parentheses")
@@ -108,8 +111,8 @@ class GenerationRequest(Record):
             raise ValueError(f"{self._said(name)}: seeds={self.seeds} says it already; leave one of them out")
         if self.cache_speedup is not None and self.cache_schedule is not None:
             raise ValueError(f"{self._said('cache_speedup')}: a schedule is given too; leave one of them out")
-        if self.seed + self.total > LARGEST_SEED:
-            raise ValueError(f"{self._said('seed')}: the last one must be at most {LARGEST_SEED}")
+        if self.seeds is None:
+            require_seeds(self.seed, self.total)
         if self.total > MOST_IMAGES:
             raise ValueError(f"{self.total} images in all: at most {MOST_IMAGES}; give fewer prompts or seeds")
         is_unguided = self.guidance_scale is not None and self.guidance_scale <= 1
