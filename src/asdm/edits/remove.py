@@ -60,10 +60,10 @@ class Remove(UnitEdit):
 
     @classmethod
     def candidates(cls, model: Any, family: EditedFamily, positions: Mapping[str, int]) -> Sequence[UnitEdit]:
-        """Return the larger parts that the family names, where they can be removed and are not yet."""
+        """Return the larger parts that the family names, where they can be removed and a unit is left in them."""
         found = []
         for name in family.removals(model):
-            if any(layer.startswith(f"{name}.") for layer in family.layers(model)):
+            if any(family.is_covered_by(unit.name, [name]) for unit in family.units(model)):
                 with suppress(AsdmError):
                     edit = cls(unit=name)
                     edit.replacements(model, family)
