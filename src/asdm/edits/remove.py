@@ -90,7 +90,10 @@ class Remove(UnitEdit):
 
 
 class RemovedUnit(nn.Module):
-    """The base of modules that take a removed unit's place: the kept shortcut, with a projection or without."""
+    """The base of modules that take a removed unit's place: the kept shortcut, with a projection or without.
+
+    None returns its input tensor, which can be a skip connection: FreeU and T2I-Adapters change the output in place.
+    """
 
     compensation: Any
 
@@ -101,3 +104,7 @@ class RemovedUnit(nn.Module):
     def add_projection(self, weight: Tensor, bias: Tensor) -> None:
         """Add a fitted projection of the input: weight (out, in) or, where it is diagonal, (channels,); bias (out,)."""
         self.compensation.add_projection(weight, bias)
+
+    def projected(self, hidden_states: Tensor) -> Tensor:
+        """Return the projection of the input; without one, a copy."""
+        return hidden_states.clone() if self.compensation is None else self.compensation(hidden_states)
