@@ -5,7 +5,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from asdm import AsdmError, PruningPlan, analyze, build_student, fit_compensation
+from asdm import AsdmError, PruningPlan, analyze, build_student, fit_compensation, with_unet
 from asdm.compensation import partial_calls, projections
 from asdm.compensation.fitting import (
     _states_around,
@@ -19,7 +19,8 @@ from asdm.compensation.partial_calls import PartialCalls
 from asdm.compensation.projections import unit_projections
 from asdm.compensation.regression import RidgeRegression
 from asdm.data.calibration import CalibrationCall, calibration_calls
-from asdm.families import Branch, UNetFamily, Unit
+from asdm.edits import candidate_edits
+from asdm.families import Branch, UNetFamily, Unit, family_of
 from asdm.student.unet import AsdmUNet2DConditionModel
 from conftest import predict, tiny_pipeline, tiny_sdxl_pipeline, tiny_unet
 
@@ -356,3 +357,14 @@ def test_what_is_left_at_a_higher_resolution_is_fitted_too(unit):
     student = build_student(pipeline.unet, PruningPlan.for_unet(pipeline.unet, edits))
     report = fit_compensation(pipeline, student, timesteps=1, samples=4)
     assert report.left_by_unit[unit] < 1
+
+
+def test_a_part_without_units_can_be_removed_and_fitted_but_is_not_offered(pipeline):
+    middle = ["mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1"]
+    once = with_unet(pipeline, build_student(pipeline.unet, plan_of(pipeline.unet, middle, compensate="linear")))
+    student = build_student(once.unet, plan_of(once.unet, ["mid_block"], compensate="linear"))
+    report = fit_compensation(once, student, timesteps=1, samples=2)
+    assert set(report.left_by_unit) == {"mid_block"}
+    family = family_of(once.unet)
+    found = candidate_edits(once.unet, family, dict.fromkeys(family.layers(once.unet), 1))
+    assert [edit.unit for edit in found] == ["down_blocks.3"]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.attention_processor import Attention
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -80,6 +81,16 @@ def test_it_is_the_naive_computation(attention, sides, settings):
     expected = naive(attention, hidden_states, *sides, regions, pool, weighted)
     assert torch.allclose(ours, expected, atol=1e-5)
     assert ours.std() > 0.05
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("backend", ["_native_flash", "_native_efficient"])
+def test_it_is_computed_whatever_backend_diffusers_is_set_to(attention, backend, weighted):
+    hidden_states = torch.randn(1, 64, 16, generator=torch.Generator().manual_seed(1))
+    settings = {"regions": 2, "pool": 2, "weighted": weighted}
+    expected = attend(attention, hidden_states, 8, 8, **settings)
+    with attention_backend(backend):
+        assert torch.equal(attend(attention, hidden_states, 8, 8, **settings), expected)
 
 
 def test_one_region_without_pooling_is_full_attention(unet):

@@ -63,6 +63,7 @@ def test_a_student_loads_without_the_package_predicts_the_same_and_is_saved_agai
             with torch.no_grad():
                 noise_pred = pipeline.unet(**tensors["inputs"], return_dict=False)[0]
             torch.testing.assert_close(noise_pred, tensors["noise_pred"], atol=1e-5, rtol=0)
+            assert type(pipeline.unet).from_config(f"{tmp_path}/{{folder}}/unet").config["edits"]
             pipeline.save_pretrained(f"{tmp_path}/{{again}}")
         pipeline.set_progress_bar_config(disable=True)
         assert pipeline("octopus, noto", num_inference_steps=2).images[0].size == (16, 16)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.hooks import apply_group_offloading
+from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -17,7 +18,7 @@ from asdm.edits.expert_kernels import CondConv2d
 from asdm.edits.projections import projection_of, reshape_saved
 from asdm.families.tensors import fingerprint
 from asdm.training.sharding import shard_like
-from conftest import predict, saved_by_0_1, student_of_every_kind, tiny_unet, unet_inputs
+from conftest import predict, saved_by_0_1, student_of_every_kind, tiny_transformer, tiny_unet, unet_inputs
 
 peft = pytest.importorskip("peft")
 OUTER = "down_blocks.0.attentions.0.transformer_blocks.0"
@@ -55,6 +56,19 @@ def test_a_folder_of_version_0_1_loads_and_computes_the_same_bits(student, tmp_p
     again.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in own.items()}, strict=False)
     again.load_state_dict(own, strict=False)
     assert torch.equal(predict(again), predict(student))
+
+
+@pytest.mark.parametrize(
+    ("make", "unit"), [(tiny_unet, "mid_block"), (tiny_transformer, "transformer_blocks.1.ff")], ids=["unet", "pixart"]
+)
+def test_an_average_of_its_weights_is_saved_and_loaded(make, unit, tmp_path):
+    original = make()
+    student = build_student(original, PruningPlan.for_unet(original, [{"edit": "remove", "unit": unit}]))
+    average = EMAModel(student.parameters(), decay=0.5, model_cls=type(student), model_config=student.config)
+    average.save_pretrained(tmp_path)
+    again = EMAModel.from_pretrained(tmp_path, type(student))
+    assert again.decay == 0.5
+    assert all(map(torch.equal, again.shadow_params, average.shadow_params))
 
 
 @pytest.mark.parametrize("tokens", [False, True])

@@ -24,7 +24,7 @@ from PIL import Image
 
 from asdm import AsdmError, PruningPlan, build_student, load_pipeline, save_pipeline, with_unet
 from asdm.edits.regional_attention import GriAttnProcessor
-from conftest import ip_adapter, load_ip_adapter, predict, unet_inputs
+from conftest import ip_adapter, load_ip_adapter, predict, tiny_sdxl_unet, tiny_unet, unet_inputs
 
 OUTER = "down_blocks.0.attentions.0.transformer_blocks.0"
 LEAN = [
@@ -126,6 +126,53 @@ def test_what_an_adapter_adds_innermost_stays_out_of_the_skip_connections(pipeli
         student(**inputs, down_intrablock_additional_residuals=within)
     handle.remove()
     assert torch.equal(*seen)
+
+
+def without_branches(unet, units):
+    """Return a copy of a UNet in which the branches of these layers add zero."""
+    zeroed = copy.deepcopy(unet)
+    for unit in units:
+        layer = zeroed.get_submodule(unit)
+        for parameter in (layer.proj_out if ".attentions." in unit else layer.conv2).parameters():
+            torch.nn.init.zeros_(parameter)
+    return zeroed
+
+
+MIDDLE = ["mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1"]
+INNERMOST = ["down_blocks.3.resnets.0", "down_blocks.3.resnets.1"]
+
+
+@pytest.mark.parametrize(
+    ("make", "removed", "branches"),
+    [
+        (tiny_unet, ["mid_block"], MIDDLE),
+        (tiny_unet, MIDDLE, MIDDLE),
+        (tiny_unet, INNERMOST[1:], INNERMOST[1:]),
+        (tiny_unet, INNERMOST, INNERMOST),
+        (tiny_unet, [*INNERMOST, "mid_block"], [*INNERMOST, *MIDDLE]),
+        (tiny_sdxl_unet, ["mid_block"], MIDDLE),
+    ],
+    ids=["mid block", "its units", "innermost resnet", "innermost resnets", "all of these", "sdxl"],
+)
+def test_what_changes_hidden_states_in_place_changes_no_skip_connection(make, removed, branches):
+    unet = make()
+    edits = [{"edit": "remove", "unit": unit} for unit in removed]
+    student = build_student(unet, PruningPlan.for_unet(unet, edits))
+    zeroed = without_branches(unet, branches)
+    sides = ((32, 8), (32, 4), (64, 2), (64, 1)) if make is tiny_unet else ((32, 4), (32, 4), (64, 2), (64, 2))
+
+    def guided(network):  # by a T2I-Adapter
+        generator = torch.Generator().manual_seed(0)
+        within = [torch.randn(2, channels, side, side, generator=generator) for channels, side in sides]
+        return predict(network, **unet_inputs(network), down_intrablock_additional_residuals=within)
+
+    plain = predict(zeroed)
+    assert (guided(zeroed) - plain).abs().max() > 1e-3
+    torch.testing.assert_close(guided(student), guided(zeroed), atol=1e-6, rtol=0)
+    for network in (student, zeroed):
+        network.enable_freeu(s1=0.9, s2=0.2, b1=1.4, b2=1.6)
+    assert (predict(zeroed) - plain).abs().max() > 1e-3
+    torch.testing.assert_close(predict(student), predict(zeroed), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -173,12 +173,14 @@ def fitted_tensors(student: Denoiser) -> dict[str, Tensor]:
 
 def _to_fit(teacher: Denoiser, student: Denoiser) -> list[UnitEdit]:
     """Return the edits of `student`, not the teacher's own, that have a compensation, in order of execution."""
-    units = [unit.name for unit in family_of(teacher).units(teacher)]
+    family = family_of(teacher)
+    layers, units = family.layers(teacher), [unit.name for unit in family.units(teacher)]
     earlier = {edit.unit for edit in edits_of(teacher)}
     edits = [edit for edit in compensated(edits_of(student)) if edit.unit not in earlier]
 
-    def position(edit: UnitEdit) -> int:
-        return next(i for i, name in enumerate(units) if f"{name}.".startswith(f"{edit.unit}."))
+    def position(edit: UnitEdit) -> tuple[int, int]:
+        inside = units.index(edit.unit) if edit.unit in units else 0  # a larger part is the only edit of its layers
+        return layers.index(edit.changed_layer(layers)), inside
 
     return sorted(edits, key=position)
 

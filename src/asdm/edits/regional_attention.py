@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
@@ -171,11 +170,13 @@ class GriAttnProcessor(nn.Module):
             if self.weighted:
                 weights = _weights(*map_sides, self.regions, self.pool, str(query.device))
                 mask = weights.to(query.dtype).repeat(batch, 1, 1, 1)
-        by_head = (attn.heads, channels // attn.heads)
-        mixed = dispatch_attention_fn(
-            *(states.flatten(0, 1).unflatten(2, by_head) for states in (query, local_key, local_value)), mask
-        )
-        mixed = mixed.flatten(2)
+
+        def by_head(states: Tensor) -> Tensor:
+            return states.flatten(0, 1).unflatten(2, (attn.heads, channels // attn.heads)).transpose(1, 2)
+
+        # As the stock processor does: other backends, which diffusers' dispatch can be set to, may take no mask.
+        mixed = F.scaled_dot_product_attention(by_head(query), by_head(local_key), by_head(local_value), mask)
+        mixed = mixed.transpose(1, 2).flatten(2)
         if count > 1:
             mixed = mixed.unflatten(0, (-1, count)).flatten(1, 2).index_select(1, back)
         return attn.to_out[1](attn.to_out[0](mixed.to(query.dtype))) / attn.rescale_output_factor

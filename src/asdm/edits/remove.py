@@ -60,10 +60,10 @@ class Remove(UnitEdit):
 
     @classmethod
     def candidates(cls, model: Any, family: EditedFamily, positions: Mapping[str, int]) -> Sequence[UnitEdit]:
-        """Return the larger parts that the family names, where they can be removed and are not yet."""
+        """Return the larger parts that the family names, where they can be removed and a unit is left in them."""
         found = []
         for name in family.removals(model):
-            if any(layer.startswith(f"{name}.") for layer in family.layers(model)):
+            if any(family.is_covered_by(unit.name, [name]) for unit in family.units(model)):
                 with suppress(AsdmError):
                     edit = cls(unit=name)
                     edit.replacements(model, family)
@@ -90,7 +90,10 @@ class Remove(UnitEdit):
 
 
 class RemovedUnit(nn.Module):
-    """The base of modules that take a removed unit's place: the kept shortcut, with a projection or without."""
+    """The base of modules that take a removed unit's place: the kept shortcut, with a projection or without.
+
+    None returns its input tensor, which can be a skip connection: FreeU and T2I-Adapters change the output in place.
+    """
 
     compensation: Any
 
@@ -101,3 +104,7 @@ class RemovedUnit(nn.Module):
     def add_projection(self, weight: Tensor, bias: Tensor) -> None:
         """Add a fitted projection of the input: weight (out, in) or, where it is diagonal, (channels,); bias (out,)."""
         self.compensation.add_projection(weight, bias)
+
+    def projected(self, hidden_states: Tensor) -> Tensor:
+        """Return the projection of the input; without one, a copy."""
+        return hidden_states.clone() if self.compensation is None else self.compensation(hidden_states)

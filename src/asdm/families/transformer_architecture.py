@@ -118,7 +118,7 @@ class RemovedBlock(RemovedUnit):
     """The identity in place of a block, and a projection of its input added to it."""
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        return hidden_states if self.compensation is None else hidden_states + self.compensation(hidden_states)
+        return hidden_states.clone() if self.compensation is None else hidden_states + self.compensation(hidden_states)
 
 
 class RemovedBlockBranch(RemovedUnit):

@@ -1,4 +1,7 @@
-"""Modules that take the place of what is removed from a UNet. Names of what stays never change."""
+"""Modules that take the place of what is removed from a UNet. Names of what stays never change.
+
+None of them returns its input tensor; `RemovedUnit` says why.
+"""
 
 from __future__ import annotations
 
@@ -56,10 +59,8 @@ class RemovedResnet(RemovedUnit):
         shortcut.bias.data.add_(bias)
 
     def forward(self, hidden_states: Tensor, temb: Tensor | None = None) -> Tensor:
-        if self.conv_shortcut is not None:
-            hidden_states = self.conv_shortcut(hidden_states)
-        if self.compensation is not None:
-            hidden_states = self.compensation(hidden_states)
+        keep = self.projected if self.conv_shortcut is None else self.conv_shortcut
+        hidden_states = keep(hidden_states)
         if self.time_compensation is not None and temb is not None:
             hidden_states = hidden_states + self.time_compensation(F.silu(temb))[:, :, None, None]
         return hidden_states if self.output_scale_factor == 1 else hidden_states / self.output_scale_factor
@@ -69,8 +70,7 @@ class RemovedAttention(RemovedUnit):
     """The identity in place of a Transformer2DModel, or a projection."""
 
     def forward(self, hidden_states: Tensor, *_: Any, return_dict: bool = True, **__: Any) -> Any:
-        if self.compensation is not None:
-            hidden_states = self.compensation(hidden_states)
+        hidden_states = self.projected(hidden_states)
         return Transformer2DModelOutput(sample=hidden_states) if return_dict else (hidden_states,)
 
 
@@ -91,7 +91,7 @@ class RemovedMidBlock(RemovedUnit):
     has_cross_attention = False
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        return hidden_states if self.compensation is None else self.compensation(hidden_states)
+        return self.projected(hidden_states)
 
 
 class RemovedDownBlock(nn.Module):
@@ -104,14 +104,13 @@ class RemovedDownBlock(nn.Module):
         self.skips = skips
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return hidden_states, (hidden_states,) * self.skips
+        return hidden_states.clone(), (hidden_states,) * self.skips
 
 
 class RemovedDownsampler(nn.Module):
     """The identity in place of what halves the resolution before the lowest level: a convolution, or a resnet."""
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        # A T2I-Adapter may add to the output in place, and the input is a skip connection.
         return hidden_states.clone()
 
 
@@ -125,7 +124,7 @@ class RemovedUpBlock(nn.Module):
         self.resnets = nn.ModuleList(nn.Identity() for _ in range(skips))  # the UNet counts them
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        return hidden_states
+        return hidden_states.clone()
 
 
 def removed_modules(

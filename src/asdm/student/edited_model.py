@@ -82,11 +82,11 @@ class EditedModel:
             hook.remove()
 
     @classmethod
-    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        if isinstance(config, dict):
-            config = {key: _plain(value) if key in cls.disguised_fields else value for key, value in config.items()}
+    def extract_init_dict(cls, config_dict: Any, **kwargs: Any) -> Any:
+        """As the stock class, without the prefix: `from_config` reads a dict or a path, and both come here."""
+        plain = {key: _plain(value) if key in cls.disguised_fields else value for key, value in config_dict.items()}
         parent: Any = super()
-        return parent.from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        return parent.extract_init_dict(plain, **kwargs)
 
     def to_json_string(self) -> str:
         parent: Any = super()
