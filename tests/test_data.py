@@ -373,16 +373,17 @@ def test_a_shard_has_all_that_pillow_reads_and_says_what_its_other_samples_have(
     members |= {"d.jpg": in_format("JPEG"), "d.txt": b" "}
     shard(tmp_path / "0.tar", members)
     data = open_data(tmp_path)
-    assert [example.name for example in data.examples] == list("01234567")
+    assert [example.name for example in data.examples] == [f"0.tar/{key}" for key in "01234567"]
     assert all(example.pixels(8)[0].mean() > 0.9 for example in data.examples)
     no_caption = "it has no caption, as .txt or as caption, text or prompt in .json: its members are"
     assert data.skipped == {
-        "8": "it has no image: its members are .heic, .txt; this Pillow does not read .heic, convert it to PNG or JPEG",
-        "9": "it has no image: its members are .txt",
-        "a": f"{no_caption} .cls, .jpg",
-        "b": f"{no_caption} .jpg, .json, its .json's fields url",
-        "c": "it has no image: its members are .1.jpg, .1.txt; its name has a dot too many",
-        "d": "its caption is empty",
+        "0.tar/8": "it has no image: its members are .heic, .txt; this Pillow does not read .heic, convert it to PNG or "
+        "JPEG",
+        "0.tar/9": "it has no image: its members are .txt",
+        "0.tar/a": f"{no_caption} .cls, .jpg",
+        "0.tar/b": f"{no_caption} .jpg, .json, its .json's fields url",
+        "0.tar/c": "it has no image: its members are .1.jpg, .1.txt; its name has a dot too many",
+        "0.tar/d": "its caption is empty",
     }
 
 
