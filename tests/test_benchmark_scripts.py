@@ -92,6 +92,7 @@ def test_a_row_tells_whether_experts_divide_the_styles(pipeline, monkeypatch, ca
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_a_run_of_the_ablation_adds_its_row_once(small_demo, monkeypatch, tmp_path):
     import ablation
     import ablation_costs

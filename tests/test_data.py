@@ -377,8 +377,8 @@ def test_a_shard_has_all_that_pillow_reads_and_says_what_its_other_samples_have(
     assert all(example.pixels(8)[0].mean() > 0.9 for example in data.examples)
     no_caption = "it has no caption, as .txt or as caption, text or prompt in .json: its members are"
     assert data.skipped == {
-        "0.tar/8": "it has no image: its members are .heic, .txt; this Pillow does not read .heic, convert it to PNG or "
-        "JPEG",
+        "0.tar/8": "it has no image: its members are .heic, .txt; this Pillow does not read .heic, convert it to PNG "
+        "or JPEG",
         "0.tar/9": "it has no image: its members are .txt",
         "0.tar/a": f"{no_caption} .cls, .jpg",
         "0.tar/b": f"{no_caption} .jpg, .json, its .json's fields url",

@@ -59,6 +59,7 @@ def real_images():
     return torch.stack(load_pixels(open_data("demo", "all").examples[:80], 64, {})[1])
 
 
+@pytest.mark.slow
 def test_the_judge_finds_more_noise_and_more_blur_worse(real_images):
     judge = Judge()
     reference, images = judge.features(real_images[::2]), real_images[1::2]
