@@ -142,7 +142,7 @@ def test_attention_over_more_tokens_is_trained_and_compared(small_demo, monkeypa
     monkeypatch.setattr(more_tokens, "tome", ToMe)
     monkeypatch.setattr(more_tokens, "Judge", PixelJudge)
     monkeypatch.setattr(more_tokens, "SIDE", 16)
-    monkeypatch.setattr(more_tokens, "GRI_POOLS", (2,))
+    monkeypatch.setattr(more_tokens, "GRI_KINDS", ((4, 2),))
     monkeypatch.setattr(more_tokens, "finish", lambda name, rows, **settings: found.update({name: rows} | settings))
     more_tokens.train(steps=2)
     more_tokens.compare(steps=2, samples=2, rounds=1)
