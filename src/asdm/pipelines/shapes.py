@@ -12,6 +12,7 @@ from asdm.diffusion.kinds import RANDOM
 from asdm.errors import AsdmError, one_line
 from asdm.families import Denoiser, ModelFamily, UNetFamily, denoiser_of, families
 from asdm.pipelines.loading import load_pipeline
+from asdm.pipelines.names import require_model_named
 from asdm.pipelines.original_layout import CONFIG_KEY
 from asdm.pipelines.quiet import quiet
 from asdm.pipelines.random_models import UNETS
@@ -35,12 +36,13 @@ def denoiser_without_weights(model: str, **claims: Any) -> Denoiser:
     Raises:
         AsdmError: there is no such model, its configuration cannot be read, or the claims do not fit.
     """
+    require_model_named(model)
     if any(claim is not None for claim in claims.values()):
         return denoiser_of(load_pipeline(model, **claims)).to("meta")
     exported = _exported_config(Path(model))
     if exported is not None:
         return denoiser_of_config(UNetFamily(), exported, model)
-    if Path(model).is_file() or (model.startswith(RANDOM) and model.removeprefix(RANDOM) not in UNETS):
+    if Path(model).is_file():
         return denoiser_of(load_pipeline(model)).to("meta")
     return denoiser_of_config(*_config(model), model)
 
