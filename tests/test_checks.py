@@ -320,12 +320,13 @@ def test_every_public_function_is_called_here(tiny):
 
 
 @pytest.mark.parametrize("name", calls({"pipeline": tiny_pipeline(), "unet": 0, "redundancy": 0, "plan": 0}))
-def test_no_public_argument_takes_what_is_no_number_word_or_name(tiny, name):
+def test_no_public_argument_takes_a_value_of_another_kind(tiny, name):
     function, right = getattr(asdm, name), calls(tiny)[name]
     defaults = {key: each.default for key, each in inspect.signature(function).parameters.items()}
     for argument, value in right.items():
         others = {key: each for key, each in right.items() if defaults[key] is inspect.Parameter.empty}
-        wrong = NEVER.get(type(value), (7, NAN, "x", True))
+        others_of_ours = [each for each in tiny.values() if type(each) is not type(value) and not callable(value)]
+        wrong = NEVER.get(type(value), (7, NAN, "x", True, *others_of_ours))
         if defaults[argument] is not None:
             wrong = (*wrong, None)
         for bad in wrong:
@@ -337,6 +338,14 @@ def test_no_public_argument_takes_what_is_no_number_word_or_name(tiny, name):
                 made = function(**{**others, argument: bad})
                 made.__enter__() if hasattr(made, "__enter__") else None
             assert len(str(error.value)) < 400, (argument, bad)
+
+
+def test_a_plan_by_hand_is_for_a_denoiser(tiny):
+    for name in ("pipeline", "redundancy", "plan"):
+        with pytest.raises(AsdmError, match=r"^unet=[^\n]*: must be a denoiser"):
+            PruningPlan.for_unet(tiny[name])
+    with pytest.raises(AsdmError, match=r"^edits=[^\n]{,90}: must be a list of edits"):
+        PruningPlan.for_unet(tiny["unet"], tiny["unet"])
 
 
 RECORDS = {
@@ -395,12 +404,13 @@ def test_stages_by_hand_are_refused_in_one_line():
         (asdm.GriAttention, {"weighted": 1}),
         (asdm.Remove, {"unit": None}),
         (asdm.Remove, {"compensate": "nothing"}),
+        (asdm.Remove, {"unit": torch.nn.Sequential(*[torch.nn.Conv2d(4, 4, 1)] * 9)}),
         (asdm.CondConv, {"experts": "abc"}),
         (asdm.CondConv, {"experts": ["a"], "router": NAN}),
     ],
 )
 def test_an_edit_takes_only_what_it_says(kind, fields):
-    with pytest.raises(AsdmError):
+    with pytest.raises(AsdmError, match=r"^[^\n]{,200}$"):
         kind(**{"unit": "mid_block", **fields})
 
 

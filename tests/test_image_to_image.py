@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from asdm import AsdmError, PruningPlan, build_student, evaluate, generate, with_unet
+from asdm import AsdmError, GenerationRequest, PruningPlan, build_student, evaluate, generate, with_unet
 from asdm.benchmark.method import Method
 from asdm.benchmark.results import BenchmarkRow
 from asdm.benchmark.run import judge_methods
@@ -62,6 +62,12 @@ def test_images_that_do_not_fit_the_prompts_are_refused():
         generate(pipeline, ["a", "b"], image=[image, Image.new("RGB", (24, 16))])
     with pytest.raises(AsdmError, match="PixArtAlphaPipeline: diffusers has no image-to-image"):
         generate(tiny_pixart_pipeline(), ["a"], image=image)
+    numbers = Image.new("F", image.size)
+    for field in ("image", "mask"):
+        with pytest.raises(AsdmError, match="floating-point numbers; convert it"):
+            generate(pipeline, ["a"], **{"image": image, field: numbers})
+        with pytest.raises(AsdmError, match=rf"^{field}.*floating-point numbers; convert it"):
+            GenerationRequest(prompts=["a"], **{"image": image, field: numbers})
 
 
 def test_a_variant_is_asked_for_from_another_one_of_its_design(designs):

@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel, UNet2DConditionModel
 
 from asdm import AsdmError, PruningPlan, build_student
 from asdm.families.records import Unit
-from asdm.families.registry import _FAMILIES, register_family
+from asdm.families.registry import _FAMILIES, family_named, family_of, register_family
 from asdm.families.transformer_architecture import PixArtArchitecture
 from asdm.families.transformers import PixArtFamily
+from asdm.families.unet import UNetFamily
 from asdm.student.edited_model import STUDENT_CLASSES, EditedModel, register_student, signature_with_edits
 
 FEED_FORWARD = "transformer_blocks.1.ff"
@@ -48,6 +49,22 @@ def family():
     register_family(DiTFamily)
     yield
     _FAMILIES.pop()
+
+
+def test_a_class_that_is_derived_from_a_known_one_has_a_family_of_its_own(unet):
+    class WiderUNet2DConditionModel(UNet2DConditionModel):
+        """Another architecture that builds on diffusers' UNet."""
+
+    class WiderFamily(UNetFamily):
+        model_class = WiderUNet2DConditionModel
+
+    register_family(WiderFamily)
+    try:
+        wider = WiderUNet2DConditionModel.from_config(unet.config)
+        assert type(family_of(wider)) is type(family_named("AsdmWiderUNet2DConditionModel")) is WiderFamily
+        assert type(family_of(unet)) is type(family_named("AsdmUNet2DConditionModel")) is UNetFamily
+    finally:
+        _FAMILIES.pop()
 
 
 @pytest.fixture

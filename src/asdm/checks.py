@@ -13,7 +13,7 @@ from functools import wraps
 from numbers import Integral, Real
 from typing import Any, ParamSpec, TypeVar, get_args
 
-from asdm.errors import AsdmError, one_line
+from asdm.errors import AsdmError, shown
 
 Check = Callable[[str, Any], None]
 """Raises an AsdmError that names the argument and its value, unless the value is allowed."""
@@ -49,7 +49,7 @@ def arguments(**checks: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 def refused(name: str, value: Any, allowed: str) -> AsdmError:
     """Return the error for a value that is not allowed, in one line."""
-    return AsdmError(f"{name}={one_line(repr(value), 80)}: must be {allowed}")
+    return AsdmError(f"{name}={shown(value)}: must be {allowed}")
 
 
 def number(
@@ -239,7 +239,7 @@ PIPELINE = any_of(
         for denoiser in ("unet", "transformer")
     )
 )
-UNET = has("config", "parameters", allowed="a denoiser, such as asdm.load_pipeline(MODEL).unet")
+UNET = has("config", "state_dict", allowed="a denoiser, such as asdm.load_pipeline(MODEL).unet")
 SEED = whole(0, LARGEST_FIRST_SEED)
 IMAGE_SEED = whole(0, LARGEST_SEED)
 STEPS = whole(1, 10_000)  # of sampling; a scheduler allows fewer

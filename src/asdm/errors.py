@@ -58,6 +58,11 @@ def one_line(error: object, length: int = 160) -> str:
     return (" ".join(str(error).split()) or type(error).__name__)[:length]
 
 
+def shown(value: object) -> str:
+    """Return a value as a message of ours shows it: in one line, and not all of a long one."""
+    return one_line(repr(value), 80)
+
+
 @contextmanager
 def needs_extra(extra: str, what: str) -> Iterator[None]:
     """Import in the block what an extra brings; where it is missing, say which one."""

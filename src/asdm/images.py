@@ -201,11 +201,11 @@ def as_rgb(image: Image.Image, background: str = "white") -> Image.Image:
     """Convert an image to RGB with 8 bits a channel, oriented by its EXIF, with transparent parts on `background`.
 
     Raises:
-        OSError: its pixels are floating-point numbers, whose range is not known.
+        AsdmError: its pixels are floating-point numbers, whose range is not known.
     """
     image = _upright(image)
     if image.mode == "F":
-        raise OSError("its pixels are floating-point numbers; convert it to 8 bits")
+        raise AsdmError("its pixels are floating-point numbers; convert it to 8 bits")
     page = Image.new("RGB", image.size)
     for top in range(0, image.height, _ROWS):  # whole copies of a large image would take gigabytes
         rows = image.crop((0, top, image.width, min(top + _ROWS, image.height)))

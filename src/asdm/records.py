@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
-from asdm.errors import AsdmError, one_line
+from asdm.errors import AsdmError, one_line, shown
 from asdm.reading import read_json
 
 R = TypeVar("R", bound="Record")
@@ -92,7 +92,7 @@ def _first_fault(error: ValidationError) -> tuple[str, str]:
         return "", message
     if first["type"] == "missing" or isinstance(value, dict | list | tuple | BaseModel):
         return place, f": {message}"
-    return place, f"={one_line(repr(value), 80)}: {message}"
+    return place, f"={shown(value)}: {message}"
 
 
 def _cause(fault: ErrorDetails) -> Exception | None:

@@ -13,7 +13,7 @@ import typer
 
 from asdm.cli.app import app
 from asdm.cli.output import is_main_process, replace_unencodable, tell
-from asdm.errors import AsdmError, AsdmWarning, disk_error, memory_error, one_line
+from asdm.errors import AsdmError, AsdmWarning, disk_error, memory_error, one_line, shown
 
 
 def main() -> None:
@@ -77,7 +77,7 @@ def _fail_to_parse(error: Any) -> NoReturn:
         raise SystemExit(error.exit_code)
     command = getattr(getattr(error, "ctx", None), "command_path", "asdm")
     given = error.__cause__.errors()[0]["input"] if hasattr(error.__cause__, "errors") else None
-    value = f" (given: {one_line(repr(given), 80)})" if given is not None else ""
+    value = f" (given: {shown(given)})" if given is not None else ""
     _fail(f"{one_line(error.format_message(), 300).rstrip('.')}{value}; see {command} --help", 2)
 
 

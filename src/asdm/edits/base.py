@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar, Union, get_args, g
 from torch import Tensor, nn
 
 from asdm.choices import CompensationKind
-from asdm.errors import AsdmError
+from asdm.errors import AsdmError, shown
 from asdm.measure.hooks import set_module, swapped
 from asdm.old_names import OLD_EDIT_KINDS
 
@@ -75,7 +75,7 @@ class Edit:
             try:
                 object.__setattr__(self, name, _field_value(value, hints[name]))
             except ValueError:
-                raise AsdmError(f"{name}: {value!r} is not allowed; it is {_said(hints[name])}") from None
+                raise AsdmError(f"{name}: {shown(value)} is not allowed; it is {_said(hints[name])}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the edit as it stands in plans and configs."""
@@ -211,7 +211,7 @@ def parse_edits(edits: Iterable[Any]) -> list[Edit]:
         AsdmError: an edit of an unknown kind, or with a missing, unknown or impossible field.
     """
     if isinstance(edits, str | bytes | dict) or not isinstance(edits, Iterable):
-        raise AsdmError(f"edits={edits!r}: must be a list of edits")
+        raise AsdmError(f"edits={shown(edits)}: must be a list of edits")
     return [edit if isinstance(edit, Edit) else _parse(edit) for edit in edits]
 
 
@@ -222,7 +222,7 @@ def _parse(content: Any) -> Edit:
         name = str(content["edit"])
         kind = EDIT_KINDS.get(OLD_EDIT_KINDS.get(name, name))
         if kind is None:
-            raise AsdmError(f"there is no kind {content['edit']!r}")
+            raise AsdmError(f"there is no kind {shown(content['edit'])}")
         values = {name: value for name, value in content.items() if name != "edit"}
         for field in fields(kind):
             if field.name not in values and field.default is MISSING and field.default_factory is MISSING:
@@ -233,7 +233,7 @@ def _parse(content: Any) -> Edit:
         return kind(**values)
     except AsdmError as error:
         raise AsdmError(
-            f"not an edit: {content!r}: {error}; allowed kinds: {', '.join(sorted(EDIT_KINDS, reverse=True))}, "
+            f"not an edit: {shown(content)}: {error}; allowed kinds: {', '.join(sorted(EDIT_KINDS, reverse=True))}, "
             'for example {"edit": "remove", "unit": "mid_block"}'
         ) from None
 

@@ -27,8 +27,8 @@ def families() -> Sequence[ModelFamily]:
 
 
 def family_of(model: Any) -> ModelFamily:
-    """Return the family of a denoiser, or of a pipeline's denoiser. What stands in for a denoiser, such as exported
-    graphs, names its family in its attribute `family`.
+    """Return the family of a denoiser, or of a pipeline's denoiser: the one of the most derived class. What stands in
+    for a denoiser, such as exported graphs, names its family in its attribute `family`.
 
     Raises:
         AsdmError: it is of none of the registered families.
@@ -38,9 +38,9 @@ def family_of(model: Any) -> ModelFamily:
     named = getattr(model, "family", None)
     if isinstance(named, ModelFamily):
         return named
-    for family in _FAMILIES:
-        if isinstance(model, family.model_class):
-            return family
+    fitting = [family for family in _FAMILIES if isinstance(model, family.model_class)]
+    if fitting:
+        return max(fitting, key=lambda family: len(family.model_class.__mro__))
     if hasattr(model, "_orig_mod"):
         raise AsdmError("the model is compiled; give the original of it, its attribute _orig_mod")
     raise _unknown(type(model).__name__)
@@ -52,10 +52,10 @@ def family_named(class_name: str) -> ModelFamily:
     Raises:
         AsdmError: there is none.
     """
-    for family in _FAMILIES:
-        if class_name.endswith(family.model_class.__name__):
-            return family
-    raise _unknown(class_name)
+    fitting = [family for family in _FAMILIES if class_name.endswith(family.model_class.__name__)]
+    if not fitting:
+        raise _unknown(class_name)
+    return max(fitting, key=lambda family: len(family.model_class.__name__))
 
 
 def denoiser_of(pipeline: DiffusionPipeline) -> Any:

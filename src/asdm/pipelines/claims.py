@@ -15,7 +15,7 @@ from typing import Any, get_args
 from diffusers import DDIMScheduler
 
 from asdm.choices import PredictionType
-from asdm.errors import AsdmError, one_line
+from asdm.errors import AsdmError, one_line, shown
 from asdm.pipelines.headers import Header
 from asdm.reading import parse_json, parse_yaml
 
@@ -74,7 +74,7 @@ def as_prediction_type(value: Any, source: str) -> PredictionType:
     found = _SPELLINGS.get(_plain(value))
     if found is None:
         raise AsdmError(
-            f"{source}: prediction type {value!r} is not known; it is {', '.join(get_args(PredictionType))} "
+            f"{source}: prediction type {shown(value)} is not known; it is {', '.join(get_args(PredictionType))} "
             "(prediction_type, --prediction-type)"
         )
     return found

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
 
+from asdm import checks
 from asdm.edits import Edit, parse_edits
 from asdm.errors import AsdmError
 from asdm.families import Denoiser, family_of
@@ -82,6 +83,7 @@ class PruningPlan(Record):
         return renamed(content, OLD_PLAN_FIELDS) if isinstance(content, dict) else content
 
     @classmethod
+    @checks.arguments(unet=checks.UNET)
     def for_unet(cls, unet: Denoiser, edits: Iterable[Any] = ()) -> PruningPlan:
         """Make a plan by hand; `edits` are records or dicts such as `{"edit": "remove", "unit": "mid_block"}`.
 
