@@ -58,6 +58,7 @@ def mistakes(model, tmp_path):
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "file").write_text("x")
     (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     (tmp_path / "text.png").write_text("not an image")
     Image.new("RGB", (64, 64)).save(tmp_path / "real.png")
     other = tiny_pipeline()
@@ -85,6 +86,7 @@ def mistakes(model, tmp_path):
         (["compress", model, "--out", "made", "--speedup", "1.5"], "need data"),
         (["compress", model, "--out", "theirs", "--speedup", "1.5", "--steps", "0"], "was not written by asdm"),
         (["analyze", model, "--out", "theirs"], "is a folder; name a file"),
+        (["analyze", model, "--out", tmp_path / "pipe"], "pipe: is a device or a pipe; name a file"),
         (["plan", model, "--speedup", "1.1", "--out", "theirs"], "is a folder; name a file"),
         (["generate", model, "x", "--image", tmp_path / "real.png", "--strength", "0.01"], "leave at least one"),
         (["generate", model, "x", "--cache", "500"], "is the limit"),

@@ -147,6 +147,18 @@ def test_a_linked_folder_is_written_where_it_points_to(pipeline, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
 
 
+def test_a_pipe_or_a_device_is_never_replaced(pipeline, tmp_path):
+    place = tmp_path / "pipe"
+    os.mkfifo(place)
+    plan = PruningPlan.for_unet(pipeline.unet)
+    for write in (plan.save, lambda path: save_pipeline(pipeline, path)):
+        with pytest.raises(AsdmError, match="pipe: is a device or a pipe; name a f"):
+            write(place)
+    with pytest.raises(AsdmError, match=f"{tmp_path.name}: is a folder; name a file"):
+        plan.save(tmp_path)
+    assert place.is_fifo() and os.listdir(tmp_path) == ["pipe"]
+
+
 def test_writers_of_one_folder_do_not_mix_and_the_killed_leave_nothing(tmp_path):
     other = subprocess.Popen(["sleep", "60"])
     theirs, stale = (tmp_path / f".made.{number}.partial" for number in (other.pid, 4_000_000))

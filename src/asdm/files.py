@@ -34,8 +34,12 @@ def replacing_folder(target: Path, keep: Callable[[Path], Any] | None = None) ->
 
     Args:
         keep: gets the written folder, to copy into it what stays of the earlier one, with its modes.
+
+    Raises:
+        AsdmError: `target` is something else than a folder.
     """
     target = Path(os.path.realpath(target))
+    require_folder_place(target)
     partial, previous = _name_beside(target, PARTIAL), _name_beside(target, PREVIOUS)
     partial.mkdir(parents=True)
     try:
@@ -55,8 +59,13 @@ def replacing_folder(target: Path, keep: Callable[[Path], Any] | None = None) ->
 
 @contextmanager
 def replacing_file(target: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `target` that is renamed to it when the block ends without error."""
+    """Yield a temporary name beside `target` that is renamed to it when the block ends without error.
+
+    Raises:
+        AsdmError: `target` is something else than a file.
+    """
     target = Path(os.path.realpath(target))
+    require_file_place(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = _name_beside(target, PARTIAL)
     try:
@@ -66,6 +75,20 @@ def replacing_file(target: Path) -> Iterator[Path]:
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def require_file_place(path: Path) -> None:
+    """Raise an AsdmError where a file cannot be replaced, as there is a folder, a device or a pipe."""
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "a device or a pipe"
+        raise AsdmError(f"{path}: is {kind}; name a file to write")
+
+
+def require_folder_place(path: Path) -> None:
+    """Raise an AsdmError where a folder cannot be replaced, as there is a file, a device or a pipe."""
+    if path.exists() and not path.is_dir():
+        kind = "a file" if path.is_file() else "a device or a pipe"
+        raise AsdmError(f"{path}: is {kind}; name a folder that does not exist yet")
 
 
 def _mode_of_new(path: Path) -> int:
@@ -186,8 +209,7 @@ def require_ours(folder: Path, kind: str, inputs: Iterable[str] = ()) -> None:
     """
     if any(os.path.isdir(given) and folder.is_dir() and folder.samefile(given) for given in inputs):
         raise AsdmError(f"{folder}: is read, and would be replaced by the output; name another folder")
-    if folder.is_file():
-        raise AsdmError(f"{folder}: a file; name a folder that does not exist yet")
+    require_folder_place(folder)
     if folder.name in ("", ".."):  # it could not be replaced as a whole
         raise AsdmError(f"{folder}: name a folder in it, not itself")
     others = (path for path in folder.glob("*") if path.name != LOCK)

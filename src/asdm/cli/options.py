@@ -11,6 +11,7 @@ import typer
 from asdm import checks
 from asdm.choices import IMAGE_TO_IMAGE_STRENGTH, CompensationKind, Dtype, PredictionType, Sensitivity
 from asdm.errors import AsdmError
+from asdm.files import require_file_place
 
 # The API's errors say the same; importing it for --help would take seconds.
 MODEL = (
@@ -40,9 +41,9 @@ def require(check: checks.Check) -> Callable[..., Any]:
 
 
 def not_a_folder(path: Path | None) -> Path | None:
-    """Refuse a folder where a file will be written, before the work begins."""
-    if path is not None and path.is_dir():
-        raise AsdmError(f"{path}: is a folder; name a file to write")
+    """Refuse a folder, a device or a pipe where a file will be written, before the work begins."""
+    if path is not None:
+        require_file_place(path)
     return path
 
 

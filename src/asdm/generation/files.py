@@ -98,7 +98,7 @@ class ImageFolder:
         self._stem = out.stem if out.suffix.lower() == ".png" and not out.is_dir() else None
         if self._stem is not None and request.total > 1:
             raise AsdmError(f"{out}: a file, and there are {request.total} images; name a folder")
-        if self._stem is None and out.is_file():
+        if self._stem is None and out.exists() and not out.is_dir():
             raise AsdmError(f"{out}: a file; name a folder, or for one image a name that ends in .png")
         self.folder, self.paths = out if self._stem is None else out.parent, list[Path]()
         self.lines: list[str] = []

@@ -22,7 +22,7 @@ from asdm.diffusion.conditioning import image_size
 from asdm.errors import AsdmError
 from asdm.families import denoiser_of, family_of
 from asdm.families.records import OriginalLayout
-from asdm.files import read_marker, write_text
+from asdm.files import read_marker, require_file_place, write_text
 from asdm.pipelines.names import folder_of
 from asdm.pipelines.original_layout import CONFIG_KEY, StoredTensor, original_tensors
 from asdm.pipelines.saving import require_savable
@@ -124,8 +124,7 @@ def require_file(file: Path) -> None:
     """Raise an AsdmError for a file that cannot be written, or if it or its card was not written by an export."""
     if file.suffix != ".safetensors":
         raise AsdmError(f"{file}: a checkpoint's name ends in .safetensors; name it so")
-    if file.is_dir():
-        raise AsdmError(f"{file}: is a folder; name a file to write")
+    require_file_place(file)
     card = _card_beside(file)
     if card.is_dir():
         raise AsdmError(f"{card}: is a folder, and the card beside {file.name} has its name; name another file")
