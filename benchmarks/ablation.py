@@ -19,8 +19,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from typing import TypeVar
 
 import common
 import torch
@@ -51,18 +53,20 @@ from ablation_rows import (
     print_table,
     rows_by_name,
 )
-from ablation_students import drawing_pipeline, plan_of, student_of, train
+from ablation_students import drawing_pipeline, folded_student_of, plan_of, student_of, train
 from common import RESULTS, machine
 from PIL import Image
 
 import asdm
 from asdm.distillation.training_set import prepare
+from asdm.errors import AsdmError
 from asdm.evaluation.plots import image_sheet
 from asdm.families import denoiser_call
 from asdm.files import write_text
 from asdm.measure.latency import measure_interleaved
 from asdm.measure.machine import fast_training
 
+N = TypeVar("N", int, float)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -77,10 +81,12 @@ def run(
 ) -> None:
     """Train and judge what is not in the results yet; each run is kept as soon as it is done."""
     chosen = [name.strip() for name in only.split(",") if name.strip()]
+    speedups = _numbers("--targets", targets, float)
+    _require(chosen, speedups, samples)
     missing = (  # looked up one by one, as another process may be adding rows, too
         (name, seed, target)
-        for seed in map(int, seeds.split(","))
-        for target in map(float, targets.split(","))
+        for seed in _numbers("--seeds", seeds, int)
+        for target in speedups
         for name in ("teacher", *variants(target))
         if (not chosen or name in chosen) and not is_known(name, seed, target)
     )
@@ -90,6 +96,30 @@ def run(
             bench.run(*run_of)
     else:
         _run_side_by_side(bench, list(missing), jobs)
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], N]) -> list[N]:
+    """Return the numbers that an option lists."""
+    try:
+        return [kind(each) for each in text.split(",")]
+    except ValueError:
+        raise AsdmError(f"{option} {text}: must be numbers, separated by commas") from None
+
+
+def _require(names: list[str], targets: list[float], samples: int) -> None:
+    """Raise an AsdmError for a target or a recipe that there is not, or other images than those of the known rows."""
+    for target in targets:
+        if target not in LENGTHS:
+            raise AsdmError(
+                f"--targets {target:g}: no such plan; there are {', '.join(f'{each:g}' for each in LENGTHS)}"
+            )
+    recipes = ["teacher", *dict.fromkeys(name for target in targets for name in variants(target))]
+    for name in names:
+        if name not in recipes:
+            raise AsdmError(f"--only {name}: no such recipe at these targets; there are {', '.join(recipes)}")
+    judged = {row["images"] for row in known_rows()} - {samples}
+    if judged:
+        raise AsdmError(f"--samples {samples}: the rows in {ROWS} are of {judged.pop()} images; judge as many")
 
 
 def _run_side_by_side(bench: _Bench, missing: list[tuple[str, int, float]], jobs: int) -> None:
@@ -162,7 +192,7 @@ def time(rounds: int = 40) -> None:
     for target in sorted({row["target"] for row in rows}):
         finished = {without_length(row["name"]) for row in rows if row["target"] == target}
         students = {
-            name: student_of(pipeline.unet, plan_of(pipeline, planned_speedup(name, target)), components)
+            name: folded_student_of(pipeline.unet, plan_of(pipeline, planned_speedup(name, target)), components)
             for name, components in variants(target).items()
             if name in finished
         }

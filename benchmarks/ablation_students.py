@@ -23,6 +23,7 @@ from filelock import FileLock
 
 import asdm
 from asdm.benchmark.techniques import outer_self_attentions
+from asdm.compensation.folding import fold_projections
 from asdm.data.sources import open_data
 from asdm.distillation.recipes import (
     CAPTION_MIXING,
@@ -77,6 +78,15 @@ def student_of(unet: UNet2DConditionModel, plan: PruningPlan, components: tuple[
     for router in (router for name, router in EXPERTS.items() if name in components):
         full = asdm.add_cond_conv(full, unet, params=EXPERT_PARAMETERS, router=router)
     return build_student(unet, full)
+
+
+def folded_student_of(
+    unet: UNet2DConditionModel, plan: PruningPlan, components: tuple[str, ...]
+) -> UNet2DConditionModel:
+    """Return the untrained student in the shape that `train` leaves it in."""
+    student = student_of(unet, plan, components)
+    fold_projections(student)
+    return student
 
 
 def stages_of(student: UNet2DConditionModel, components: tuple[str, ...], steps: int) -> list[Stage]:

@@ -10,6 +10,8 @@ import torch
 from asdm import PruningPlan, build_student, load_pipeline, save_pipeline, with_unet
 from asdm.distillation.tasks import make_task
 from asdm.distillation.training_set import prepare
+from asdm.errors import AsdmError
+from asdm.student.edited_model import edits_of
 from conftest import PixelJudge, tiny_pipeline
 
 
@@ -90,6 +92,36 @@ def test_a_row_tells_whether_experts_divide_the_styles(pipeline, monkeypatch, ca
     assert not told[-2].startswith("| bk-sdm")
     print_division("plan", {"bk-sdm": rows["bk-sdm"]})
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"targets": "1.75"}, "--targets 1.75: no such plan; there are 1.5, 2, 2.5"),
+        ({"targets": "fast"}, "--targets fast: must be numbers"),
+        ({"targets": "2", "only": "jont"}, "--only jont: no such recipe at these targets; there are teacher, bk-sdm"),
+        ({"samples": 50}, "--samples 50: the rows in .* are of 100 images"),
+    ],
+)
+def test_what_the_ablation_cannot_run_is_refused_before_a_model_is_loaded(options, told):
+    import ablation
+
+    values = {"only": "", "seeds": "0", "targets": "1.5", "samples": 100, "device": "cpu", "jobs": 1}
+    with pytest.raises(AsdmError, match=f"^{told}"):
+        ablation.run(**{**values, **options})
+
+
+def test_the_ablation_times_students_as_they_are_left_by_their_training(small_demo):
+    from ablation_students import folded_student_of, student_of, train
+
+    unet, block = tiny_pipeline().unet, "down_blocks.0.attentions.0.transformer_blocks.0"
+    folds, stays = f"{block}.attn1", "up_blocks.3.resnets.1"
+    plan = PruningPlan.for_unet(unet, [{"edit": "remove", "unit": unit} for unit in (folds, stays)])
+    trained = student_of(unet, plan, ("compensation",))
+    train(load_pipeline("demo"), trained, ("compensation",), 0, 0, Path("unused"))
+    timed = folded_student_of(unet, plan, ("compensation",))
+    assert timed.config.edits == trained.config.edits
+    assert {edit.unit: edit.compensation for edit in edits_of(timed)} == {folds: "none", stays: "linear"}
 
 
 @pytest.mark.slow
