@@ -30,5 +30,5 @@ def on_device(part: Any, device: str | torch.device) -> Any:
         if torch.device(device).type == "meta":
             raise RuntimeError("it holds no numbers")
         return part.to(device)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise AsdmError(f"device {device}: not to be had ({one_line(error)}); use cpu") from None
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        raise AsdmError(f"device {one_line(device, 80)}: not to be had ({one_line(error)}); use cpu") from None
