@@ -26,6 +26,7 @@ ON_CAPTIONS = "sas on captions"  # without their images; those of open pairs hav
 BY_CLIP = f"{ON_CAPTIONS} by clip"  # meaning is what the pipeline's CLIP sees; compared with the caption's, too
 SEMANTIC = {f"joint + {name}": (*DEFAULT, name) for name in (ON_CAPTIONS, BY_CLIP)}
 HARD: dict[str, tuple[str, ...]] = {f"joint + {name}": (*DEFAULT, name) for name in EXPERTS}
+BY_PROMPT = "joint + cond-conv by prompt"  # which shows at the fast plan what more time brings to expert kernels
 RECORDED = "recorded"  # the teacher's answers are read from disk, as by the recipe small-gpu
 FROM_DISK = f"joint + {RECORDED}"
 LOW_SPEEDUP, FAST_SPEEDUP = 1.5, 2.0  # for the components one by one; of the students that switch
@@ -48,7 +49,7 @@ def variants(target: float) -> dict[str, tuple[str, ...]]:
         return {"bk-sdm": (), "joint": DEFAULT, **HARD}
     found = NAMED | {f"{name}{LONG}": components for name, components in NAMED.items()}
     if target == FAST_SPEEDUP:
-        found |= {**HARD, **SEMANTIC}
+        found |= {**HARD, f"{BY_PROMPT}{LONG}": HARD[BY_PROMPT], **SEMANTIC}
     if target == LOW_SPEEDUP:
         found |= {FROM_DISK: (*DEFAULT, RECORDED)}
         found |= {f"{name}{SHORT}": components for name, components in NAMED.items()}
