@@ -31,7 +31,7 @@ from typing import Annotated, Any
 
 import psutil
 import typer
-from common import RESULTS, finish, run
+from common import earlier_rows, finish, machine, run, write_rows
 from PIL import Image
 from reliability_inputs import (
     REMOVED,
@@ -68,12 +68,12 @@ def digest(folder: Path, patterns: Sequence[str] = ("**/*",)) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(paths)}
 
 
-def with_earlier(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return rows of this run, behind an earlier run's of other commands."""
-    path = RESULTS / f"{name}.json"
-    earlier = json.loads(path.read_text("utf-8"))["rows"] if path.is_file() else []
+def add_rows(name: str, rows: list[dict[str, Any]], **settings: Any) -> None:
+    """Print and write rows of this run, behind an earlier run's of other commands; each keeps its own date, machine and
+    settings."""
     mine = {row["command"] for row in rows}
-    return [*(row for row in earlier if row["command"] not in mine), *rows]
+    others = [row for row in earlier_rows(name) if row["command"] not in mine]
+    write_rows(name, [*others, *({**row, **machine(), **settings} for row in rows)])
 
 
 # -- kills ------------------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def kills(
         for each in killed_commands(inputs):
             if only in (None, each.name):
                 row = _kill(each, inputs, kills, random.Random(seed))
-                finish("reliability_kills", with_earlier("reliability_kills", [row]), seed=seed)
+                add_rows("reliability_kills", [row], seed=seed)
 
 
 def _kill(job: Killed, inputs: Path, count: int, draw: random.Random) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def disks(
                 about = {"command": name, "disk": case, "needed_kb": needed // 1024}
                 rows.append({**about, **_on_disk(name, inputs, errors, space)})
             faults = faults or any(row["fault"] for row in rows)
-            finish("reliability_disks", with_earlier("reliability_disks", rows))
+            add_rows("reliability_disks", rows)
     if faults:
         raise SystemExit(1)
 

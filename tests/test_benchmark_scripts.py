@@ -185,3 +185,35 @@ def test_memory_and_times_that_are_missing_are_measured(monkeypatch):
     assert len(measured) == 2 and saved["one block"]["step_seconds"] == 2.0
     script.main(again=True)
     assert len(measured) == 4 and (saved["joint"]["peak_mb"], saved["joint"]["step_seconds"]) == (7, 1.5)
+
+
+@pytest.fixture
+def results(monkeypatch, tmp_path):
+    """The folder of the results, and what date and machine the scripts say."""
+    import common
+
+    today = {"date": "2026-11-02", "machine": "this one"}
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(common, "machine", lambda *_: dict(today))
+    return tmp_path, today
+
+
+def rows_in(path):
+    return json.loads(path.read_text())["rows"]
+
+
+def test_results_of_several_days_keep_their_date_machine_and_seed(results, monkeypatch):
+    import reliability as script
+
+    folder, today = results
+    monkeypatch.setattr(script, "machine", lambda: dict(today))
+    earlier = {"date": "2026-11-01", "machine": "another one", "seed": 3}
+    path = folder / "reliability_kills.json"
+    rows = [{"command": command, "kills": 2} for command in ("plan", "prune")]
+    path.write_text(json.dumps({**earlier, "rows": rows}))
+    for _ in range(2):
+        script.add_rows("reliability_kills", [{"command": "prune", "kills": 5}], seed=0)
+        assert rows_in(path) == [
+            {"command": "plan", "kills": 2, **earlier},
+            {"command": "prune", "kills": 5, **today, "seed": 0},
+        ]
