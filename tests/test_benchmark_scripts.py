@@ -154,39 +154,6 @@ def test_attention_over_more_tokens_is_trained_and_compared(small_demo, monkeypa
     assert all(0 <= row["exact_pair"] <= 1 and row["ms"] > 0 for row in rows.values())
 
 
-def test_memory_and_times_that_are_missing_are_measured(monkeypatch):
-    import incubation_memory as script
-
-    class Models:
-        def __init__(self, shape):
-            self.student = torch.nn.ModuleDict({"small": torch.nn.Linear(1, 1), "large": torch.nn.Linear(9, 9)})
-            self.blocks = list(self.student)
-
-    def in_child(function, *arguments):
-        if function is script.measure:
-            measured.append(arguments[1:3])
-            return {"peak_mb": 7, "step_seconds": 2.0}
-        return {"gpu_gb": 1, "estimated_mb": 1} if function is script.estimated else None
-
-    measured, saved = [], {}
-    whole = {"way": "joint", "block": None, "gpu_gb": 1, "estimated_mb": 1, "peak_mb": 5, "step_seconds": 1.5}
-    monkeypatch.setattr(script, "Models", Models)
-    monkeypatch.setattr(script, "in_child", in_child)
-    monkeypatch.setattr(script, "WAYS", dict.fromkeys(("one block", "joint")))
-    monkeypatch.setattr(script, "known", lambda: saved)
-    monkeypatch.setattr(script, "save", lambda *_: None)
-    saved["joint"] = dict(whole)
-    script.main(times=False)
-    assert measured == [("one block", "large")] and saved["joint"] == whole
-    assert saved["one block"]["peak_mb"] == 7 and "step_seconds" not in saved["one block"]
-    script.main(times=False)
-    assert len(measured) == 1
-    script.main()  # the time is missing still
-    assert len(measured) == 2 and saved["one block"]["step_seconds"] == 2.0
-    script.main(again=True)
-    assert len(measured) == 4 and (saved["joint"]["peak_mb"], saved["joint"]["step_seconds"]) == (7, 1.5)
-
-
 @pytest.fixture
 def results(monkeypatch, tmp_path):
     """The folder of the results, and what date and machine the scripts say."""
@@ -200,6 +167,66 @@ def results(monkeypatch, tmp_path):
 
 def rows_in(path):
     return json.loads(path.read_text())["rows"]
+
+
+@pytest.fixture
+def incubation_memory(results, monkeypatch):
+    """The script on models of two blocks; also a list of what it measures, and what it finds."""
+    import incubation_memory as script
+
+    class Models:
+        def __init__(self, shape):
+            self.student = torch.nn.ModuleDict({"small": torch.nn.Linear(1, 1), "large": torch.nn.Linear(9, 9)})
+            self.blocks = list(self.student)
+
+    def in_child(function, *arguments):
+        if function is script.measure:
+            measured.append(arguments[1:3])
+            return {"peak_mb": found["peak_mb"], "step_seconds": found["step_seconds"]}
+        return {"gpu_gb": found["gpu_gb"], "estimated_mb": 1} if function is script.estimated else None
+
+    measured, found = [], {"peak_mb": 7, "step_seconds": 2.0, "gpu_gb": 1}
+    monkeypatch.setattr(script, "RESULTS", results[0])
+    monkeypatch.setattr(script, "machine", lambda: dict(results[1]))
+    monkeypatch.setattr(script, "Models", Models)
+    monkeypatch.setattr(script, "in_child", in_child)
+    monkeypatch.setattr(script, "WAYS", dict.fromkeys(("one block", "joint")))
+    return script, measured, found
+
+
+def test_memory_and_times_that_are_missing_are_measured(incubation_memory, results):
+    script, measured, found = incubation_memory
+    path, today = results[0] / "incubation_memory_sd15.json", results[1]
+    settings = {"shape": "sd15", "rounds": 1, "batch_size": 1, "dtype": "float32"}
+    whole = {"way": "joint", "block": None, "gpu_gb": 1, "estimated_mb": 1, "peak_mb": 5, "step_seconds": 1.5}
+    about = {"date": "2026-11-01", "machine": "this one", **settings}
+    path.write_text(json.dumps({**about, "rows": [whole]}))
+    script.main(times=False)
+    one, joint = rows_in(path)
+    assert measured == [("one block", "large")] and joint == {**whole, **about}
+    assert one["peak_mb"] == 7 and "step_seconds" not in one and one["date"] == today["date"]
+    script.main(times=False)
+    assert len(measured) == 1
+    script.main()  # the time is missing still
+    assert len(measured) == 2 and rows_in(path)[0]["step_seconds"] == 2.0
+    found["gpu_gb"] = 3
+    script.main(again=True)
+    assert len(measured) == 4 and [row["gpu_gb"] for row in rows_in(path)] == [3, 3]
+    joint = rows_in(path)[1]
+    assert (joint["peak_mb"], joint["step_seconds"], joint["date"]) == (7, 1.5, today["date"])
+
+
+def test_memory_of_other_settings_is_not_known(incubation_memory, results):
+    script, measured, _ = incubation_memory
+    script.main()
+    script.main(shape="sdxl")
+    assert len(measured) == 4 and rows_in(results[0] / "incubation_memory_sd15.json")[0]["shape"] == "sd15"
+    script.main(rounds=2)
+    assert len(measured) == 6
+    results[1]["machine"] = "another one"
+    script.main(rounds=2)
+    assert len(measured) == 8
+    assert {row["machine"] for row in rows_in(results[0] / "incubation_memory_sd15.json")} == {"another one"}
 
 
 def test_results_of_several_days_keep_their_date_machine_and_seed(results, monkeypatch):
