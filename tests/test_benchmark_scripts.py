@@ -1,6 +1,7 @@
 """Scripts in benchmarks/ that take hours run to their end on tiny models, and the ablation's recipes are right."""
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -244,3 +245,14 @@ def test_results_of_several_days_keep_their_date_machine_and_seed(results, monke
             {"command": "plan", "kills": 2, **earlier},
             {"command": "prune", "kills": 5, **today, "seed": 0},
         ]
+
+
+def test_make_reliability_runs_all_parts_and_last_the_one_that_needs_a_right():
+    import reliability as script
+
+    makefile = (Path(__file__).parent.parent / "Makefile").read_text()
+    (parts,) = re.findall(r"^reliability:.*\n\tfor part in (.+); do", makefile, re.MULTILINE)
+    *others, last = parts.split()
+    assert last == "disks" and {*others, last} == {
+        command.callback.__name__ for command in script.app.registered_commands
+    }
