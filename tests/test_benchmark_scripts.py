@@ -1,14 +1,17 @@
 """Scripts in benchmarks/ that take hours run to their end on tiny models, and the ablation's recipes are right."""
 
+import importlib
 import json
 import re
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from asdm import PruningPlan, build_student, load_pipeline, save_pipeline, with_unet
+from asdm import AsdmError, PruningPlan, build_student, load_pipeline, save_pipeline, with_unet
 from asdm.distillation.tasks import make_task
 from asdm.distillation.training_set import prepare
 from conftest import PixelJudge, tiny_pipeline
@@ -245,6 +248,35 @@ def test_results_of_several_days_keep_their_date_machine_and_seed(results, monke
             {"command": "plan", "kills": 2, **earlier},
             {"command": "prune", "kills": 5, **today, "seed": 0},
         ]
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("student", ["folding", "--only", "embedded,nope"], r"only='nope': must be one of embedded, sd15"),
+        ("gpu", ["--device", "cpu", "--dtype", "nope"], r"dtype='nope': must be one of float32"),
+        ("gpu", ["--device", "nope"], r"device nope: not to be had"),
+        ("gpu", ["--preset", "nope"], r"nope: no such preset"),
+        ("training_step", ["compare"], r"training_estimate.json: not there; the command estimate"),
+        ("reliability", ["kills", "--only", "nope"], r"only='nope': must be one of .*compress"),
+        ("reliability", ["disks", "--only", "nope"], r"only='nope': must be one of .*compress"),
+    ],
+)
+def test_what_an_option_does_not_allow_is_refused_before_any_work(results, monkeypatch, script, arguments, message):
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module, "RESULTS", results[0], raising=False)
+    monkeypatch.setattr(module, "workplace", lambda: nullcontext(results[0]), raising=False)
+    told = CliRunner().invoke(module.app, arguments)
+    assert isinstance(told.exception, AsdmError) and re.search(message, str(told.exception))
+
+
+def test_times_are_compared_for_a_shape_that_has_an_estimate(results, monkeypatch):
+    import training_step as script
+
+    monkeypatch.setattr(script, "RESULTS", results[0])
+    (results[0] / "training_estimate.json").write_text(json.dumps({"rows": [{"shape": "sd15"}, {"shape": "sdxl"}]}))
+    with pytest.raises(AsdmError, match=r"model='sd21': must be one of sd15, sdxl"):
+        script.compare("sd21")
 
 
 def test_make_reliability_runs_all_parts_and_last_the_one_that_needs_a_right():
