@@ -24,9 +24,9 @@ FUZZ_INPUTS ?= 100000
 fuzz: $(INSTALLED)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests:. $(BIN)/python -m fuzzing --inputs $(FUZZ_INPUTS) --out docs/results/fuzz.json
 
-# Kills, full and read-only disks, long runs: hours. `disks` needs the right to mount.
+# Kills, long runs, full and read-only disks: hours. `disks` is the last one, as it needs the right to mount.
 reliability: $(INSTALLED)
-	for part in kills disks generate distill together; do \
+	for part in kills generate distill together disks; do \
 	  $(BIN)/python benchmarks/reliability.py $$part || exit; \
 	done
 

@@ -46,12 +46,24 @@ def machine(device: torch.device | str = "cpu") -> dict[str, str]:
 
 
 def finish(name: str, rows: list[dict[str, Any]], device: torch.device | str = "cpu", **settings: Any) -> None:
-    """Print the rows as a table and write them to the results."""
-    about = {**machine(device), **settings}
+    """Print the rows of one run as a table and write them to the results, with its date, machine and settings."""
+    write_rows(name, rows, **machine(device), **settings)
+
+
+def earlier_rows(name: str) -> list[dict[str, Any]]:
+    """Return the rows in the results; each says by what it was measured, also where one run made all of them."""
+    path = RESULTS / f"{name}.json"
+    found = json.loads(path.read_text("utf-8")) if path.is_file() else {"rows": []}
+    rows = found.pop("rows")
+    return [{**row, **found} for row in rows]
+
+
+def write_rows(name: str, rows: list[dict[str, Any]], **about: Any) -> None:
+    """Print rows as a table and write them to the results, with what holds for all of them."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_text(RESULTS / f"{name}.json", json.dumps({**about, "rows": rows}, indent=1) + "\n")
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    table = Table(title=f"{name} ({', '.join(f'{key} {value}' for key, value in about.items())})")
+    table = Table(title=", ".join([name, *(f"{key} {value}" for key, value in about.items())]))
     for column in columns:
         table.add_column(column.replace("_", " "))
     for row in rows:

@@ -15,12 +15,14 @@ import torch
 import typer
 from common import finish, run
 
+from asdm import checks
+from asdm.devices import on_device
 from asdm.errors import AsdmError, one_line
 from asdm.families import family_of, macs_of_call
 from asdm.measure.latency import measure_interleaved
 from asdm.measure.limits import machine_limits
 from asdm.pipelines.random_models import UNETS, random_unet
-from asdm.planning.budget import make_plan
+from asdm.planning.budget import make_plan, require_budget
 from asdm.sensitivity.analysis import structure_map
 from asdm.student.build import build_student
 
@@ -40,10 +42,14 @@ def main(
     device: str = "cuda",
 ) -> None:
     """Measure a shape's UNet and its presets' students, all ways in turns in one process."""
-    if shape not in UNETS:
-        raise AsdmError(f"{shape}: no such shape; allowed: {', '.join(UNETS)}")
+    checks.one_of(*UNETS)("shape", shape)
+    for name in preset:
+        require_budget(None, None, None, name)
+    for name in dtype:
+        checks.one_of("float32", "float16", "bfloat16")("dtype", name)
     if device == "cuda" and not torch.cuda.is_available():
         raise AsdmError("device=cuda: torch sees no GPU here; run it on a machine with one")
+    on_device(torch.empty(0), device)
     original = random_unet(dict(UNETS[shape]))
     structure = structure_map(original, f"random:{shape}")
     models = {ORIGINAL: original} | {

@@ -10,7 +10,6 @@ GPU is computed by `asdm.distillation.estimate`.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import tempfile
 import time
@@ -22,7 +21,7 @@ from typing import Any
 import psutil
 import torch
 import typer
-from common import RESULTS, console, finish, run
+from common import RESULTS, console, earlier_rows, machine, run, write_rows
 from diffusers import UNet2DConditionModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -68,22 +67,34 @@ WAYS = {
 
 @app.command()
 def main(shape: str = "sd15", rounds: int = 1, again: bool = False, times: bool = True) -> None:
-    """Compute the memory of all ways and measure those that fit; what was measured before is measured again only with
-    --again, and then the fastest step stays."""
-    make, rows = Models(shape), known()
-    wanted = {"peak_mb", "step_seconds"} if times else {"peak_mb"}
+    """Compute the memory of all ways and measure those that fit; what was measured before on this machine, by the same
+    settings, is measured again only with --again, and then the fastest step stays."""
+    make, name, today = Models(shape), f"incubation_memory_{shape}", machine()
+    settings = {"shape": shape, "rounds": rounds, "batch_size": 1, "dtype": "float32", "machine": today["machine"]}
     block = max(make.blocks, key=lambda name: sum(p.numel() for p in make.student.get_submodule(name).parameters()))
+    blocks = {way: block if way.startswith(ONE_BLOCK) else None for way in WAYS}
+    rows = [known(name, {"way": way, "block": blocks[way], **settings}) for way in WAYS]
     with tempfile.TemporaryDirectory() as folder:
         in_child(record, make, Path(folder))
-        for name in WAYS:
-            row = rows.setdefault(name, {"way": name, "block": block if name.startswith(ONE_BLOCK) else None})
+        for row in rows:
+            before = dict(row)
             for is_gpu in (True, False):
-                if ("gpu_gb" if is_gpu else "estimated_mb") not in row:
-                    row |= in_child(estimated, make, name, row["block"], is_gpu)
+                if again or ("gpu_gb" if is_gpu else "estimated_mb") not in row:
+                    row |= in_child(estimated, make, row["way"], row["block"], is_gpu)
+            wanted = {"peak_mb", "step_seconds"} if times else {"peak_mb"}
             if again or not wanted <= row.keys():
                 found = measured(make, row, rounds, Path(folder))
                 row |= {column: value for column, value in found.items() if column in wanted}
-            save(rows, shape, rounds)
+            if again or row != before:
+                row["date"] = today["date"]
+            done = [row for row in rows if "date" in row]
+            write_rows(name, done)
+            write_text(RESULTS / f"{name}.md", markdown(done))
+
+
+def known(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the row of the results that was measured with these settings; one that has nothing else where none was."""
+    return next((row for row in earlier_rows(name) if settings.items() <= row.items()), settings)
 
 
 def measured(make: Models, row: dict[str, Any], rounds: int, folder: Path) -> dict[str, Any]:
@@ -96,13 +107,6 @@ def measured(make: Models, row: dict[str, Any], rounds: int, folder: Path) -> di
     found = in_child(measure, make, row["way"], row["block"], rounds, folder)
     found["step_seconds"] = min(found["step_seconds"], row.get("step_seconds", found["step_seconds"]))
     return found
-
-
-def save(rows: dict[str, dict[str, Any]], shape: str, rounds: int) -> None:
-    """Print the rows and write them, as JSON and as a table."""
-    about = {"shape": shape, "rounds": rounds, "batch_size": 1, "dtype": "float32"}
-    finish("incubation_memory", list(rows.values()), **about)
-    write_text(RESULTS / "incubation_memory.md", markdown(list(rows.values())))
 
 
 class Models:
@@ -226,14 +230,6 @@ def estimated(make: Models, name: str, block: str | None, is_gpu: bool) -> dict[
         "smallest_gpu_gb": next(size for size in GPUS if size >= gigabytes + OVERHEAD),
         "gpu_parts": {part: round(size / 1e9, 3) for part, size in memory.items()},
     }
-
-
-def known() -> dict[str, dict[str, Any]]:
-    """Return the rows of the last run, by way."""
-    path = RESULTS / "incubation_memory.json"
-    if not path.is_file():
-        return {}
-    return {row["way"]: row for row in json.loads(path.read_text("utf-8"))["rows"]}
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

@@ -31,7 +31,7 @@ from typing import Annotated, Any
 
 import psutil
 import typer
-from common import RESULTS, finish, run
+from common import earlier_rows, finish, machine, run, write_rows
 from PIL import Image
 from reliability_inputs import (
     REMOVED,
@@ -50,6 +50,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import asdm
+from asdm import checks
 from asdm.data.sources import open_data
 from asdm.distillation.stages import Stage
 from asdm.errors import AsdmError
@@ -68,12 +69,20 @@ def digest(folder: Path, patterns: Sequence[str] = ("**/*",)) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(paths)}
 
 
-def with_earlier(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return rows of this run, behind an earlier run's of other commands."""
-    path = RESULTS / f"{name}.json"
-    earlier = json.loads(path.read_text("utf-8"))["rows"] if path.is_file() else []
+def add_rows(name: str, rows: list[dict[str, Any]], **settings: Any) -> None:
+    """Print and write rows of this run, behind an earlier run's of other commands; each keeps its own date, machine and
+    settings."""
     mine = {row["command"] for row in rows}
-    return [*(row for row in earlier if row["command"] not in mine), *rows]
+    others = [row for row in earlier_rows(name) if row["command"] not in mine]
+    write_rows(name, [*others, *({**row, **machine(), **settings} for row in rows)])
+
+
+def chosen(commands: dict[str, Any], only: str | None) -> dict[str, Any]:
+    """Return the commands, or the one that is named alone."""
+    if only is None:
+        return commands
+    checks.one_of(*commands)("only", only)
+    return {only: commands[only]}
 
 
 # -- kills ------------------------------------------------------------------------------------------------
@@ -88,10 +97,9 @@ def kills(
     """Kill each command at random moments. No half-written output may load, and the last call's output is that of an
     uninterrupted one, bit for bit."""
     with workplace() as inputs:
-        for each in killed_commands(inputs):
-            if only in (None, each.name):
-                row = _kill(each, inputs, kills, random.Random(seed))
-                finish("reliability_kills", with_earlier("reliability_kills", [row]), seed=seed)
+        for each in chosen({each.name: each for each in killed_commands(inputs)}, only).values():
+            row = _kill(each, inputs, kills, random.Random(seed))
+            add_rows("reliability_kills", [row], seed=seed)
 
 
 def _kill(job: Killed, inputs: Path, count: int, draw: random.Random) -> dict[str, Any]:
@@ -161,25 +169,24 @@ def _require_same(found: dict[str, str], expected: dict[str, str], what: str) ->
 @app.command()
 def disks(
     only: Annotated[str | None, typer.Option(help="Only this command.")] = None,
-    parts: Annotated[str, typer.Option(help="Parts of the space that a command needs which are free.")] = "0,0.5,0.95",
+    part: Annotated[
+        list[float], typer.Option(help="Of the space that a command needs, which is free.", min=0, max=1)
+    ] = [0, 0.5, 0.95],  # noqa: B006
 ) -> None:
     """Run every writing command on a full disk and in a read-only folder. It has to say so in one line with exit status
     2, and what was there stays."""
     faults = False
     with workplace() as inputs:
         errors = inputs / "errors.txt"
-        for name in writing_commands(inputs, inputs):
-            if only not in (None, name):
-                continue
+        for name in chosen(writing_commands(inputs, inputs), only):
             needed = _needed(name, inputs, errors)
-            cases = [f"{float(part):g} of its space" for part in parts.split(",")]
-            free = [int(needed * float(part)) for part in parts.split(",")]
+            free = {f"{each:g} of its space": int(needed * each) for each in part}
             rows = []
-            for case, space in [*zip(cases, free, strict=True), ("read-only", None)]:
+            for case, space in {**free, "read-only": None}.items():
                 about = {"command": name, "disk": case, "needed_kb": needed // 1024}
                 rows.append({**about, **_on_disk(name, inputs, errors, space)})
             faults = faults or any(row["fault"] for row in rows)
-            finish("reliability_disks", with_earlier("reliability_disks", rows))
+            add_rows("reliability_disks", rows)
     if faults:
         raise SystemExit(1)
 

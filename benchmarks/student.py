@@ -28,6 +28,7 @@ from diffusers import UNet2DConditionModel
 from scipy.stats import spearmanr
 
 import asdm
+from asdm import checks
 from asdm.benchmark.techniques import outer_self_attentions
 from asdm.compensation.fitting import prediction_error, predictions
 from asdm.compensation.folding import fold_projections
@@ -87,6 +88,8 @@ def compensation(target: float = 1.5) -> None:
 def folding(target: float = 1.5, rounds: int = 10, only: str = "embedded,sd15") -> None:
     """Latency (batch 1), MACs and projections of a plan's student, untrained: without projections, with them, and with
     them folded. The plan is the ablation's. It removes the same units of SD 1.5's shape."""
+    for shape in only.split(","):
+        checks.one_of("embedded", *UNETS)("only", shape)
     plan = PruningPlan.load(SETTLED / f"plan-{target:g}.json")
     rows: list[dict[str, Any]] = []
     for shape in only.split(","):

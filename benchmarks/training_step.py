@@ -24,11 +24,13 @@ from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import asdm
+from asdm import checks
 from asdm.data.batches import ShuffledBatches
 from asdm.distillation.estimate import estimate as estimated
 from asdm.distillation.stages import Stage
 from asdm.distillation.tasks import make_task
 from asdm.distillation.training_set import prepare
+from asdm.errors import AsdmError
 from asdm.families import BlockIO
 from asdm.measure.hooks import outputs_of
 from asdm.measure.latency import Latency, seconds_of
@@ -165,7 +167,11 @@ def estimate(tflops: float = 100.0, steps: int = 50_000, batch_size: int = 64) -
 def compare(model: str = "sd15", steps: int = 6, images: int = 64) -> None:
     """Memory and time of a step on this GPU beside what `estimate` computed for one GPU; the first step, which warms
     up, is not counted."""
-    known = json.loads((RESULTS / "training_estimate.json").read_text("utf-8"))
+    path = RESULTS / "training_estimate.json"
+    if not path.is_file():
+        raise AsdmError(f"{path}: not there; the command estimate makes it")
+    known = json.loads(path.read_text("utf-8"))
+    checks.one_of(*dict.fromkeys(row["shape"] for row in known["rows"]))("model", model)
     pipeline = asdm.load_pipeline(f"random:{model}", device="cuda")
     student = build_student(pipeline.unet, without_second_layers(pipeline.unet))
     rows: list[dict[str, Any]] = []

@@ -1,13 +1,17 @@
 """Scripts in benchmarks/ that take hours run to their end on tiny models, and the ablation's recipes are right."""
 
+import importlib
 import json
+import re
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from asdm import PruningPlan, build_student, load_pipeline, save_pipeline, with_unet
+from asdm import AsdmError, PruningPlan, build_student, load_pipeline, save_pipeline, with_unet
 from asdm.distillation.tasks import make_task
 from asdm.distillation.training_set import prepare
 from asdm.errors import AsdmError
@@ -186,7 +190,24 @@ def test_attention_over_more_tokens_is_trained_and_compared(small_demo, monkeypa
     assert all(0 <= row["exact_pair"] <= 1 and row["ms"] > 0 for row in rows.values())
 
 
-def test_memory_and_times_that_are_missing_are_measured(monkeypatch):
+@pytest.fixture
+def results(monkeypatch, tmp_path):
+    """The folder of the results, and what date and machine the scripts say."""
+    import common
+
+    today = {"date": "2026-11-02", "machine": "this one"}
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(common, "machine", lambda *_: dict(today))
+    return tmp_path, today
+
+
+def rows_in(path):
+    return json.loads(path.read_text())["rows"]
+
+
+@pytest.fixture
+def incubation_memory(results, monkeypatch):
+    """The script on models of two blocks; also a list of what it measures, and what it finds."""
     import incubation_memory as script
 
     class Models:
@@ -197,23 +218,105 @@ def test_memory_and_times_that_are_missing_are_measured(monkeypatch):
     def in_child(function, *arguments):
         if function is script.measure:
             measured.append(arguments[1:3])
-            return {"peak_mb": 7, "step_seconds": 2.0}
-        return {"gpu_gb": 1, "estimated_mb": 1} if function is script.estimated else None
+            return {"peak_mb": found["peak_mb"], "step_seconds": found["step_seconds"]}
+        return {"gpu_gb": found["gpu_gb"], "estimated_mb": 1} if function is script.estimated else None
 
-    measured, saved = [], {}
-    whole = {"way": "joint", "block": None, "gpu_gb": 1, "estimated_mb": 1, "peak_mb": 5, "step_seconds": 1.5}
+    measured, found = [], {"peak_mb": 7, "step_seconds": 2.0, "gpu_gb": 1}
+    monkeypatch.setattr(script, "RESULTS", results[0])
+    monkeypatch.setattr(script, "machine", lambda: dict(results[1]))
     monkeypatch.setattr(script, "Models", Models)
     monkeypatch.setattr(script, "in_child", in_child)
     monkeypatch.setattr(script, "WAYS", dict.fromkeys(("one block", "joint")))
-    monkeypatch.setattr(script, "known", lambda: saved)
-    monkeypatch.setattr(script, "save", lambda *_: None)
-    saved["joint"] = dict(whole)
+    return script, measured, found
+
+
+def test_memory_and_times_that_are_missing_are_measured(incubation_memory, results):
+    script, measured, found = incubation_memory
+    path, today = results[0] / "incubation_memory_sd15.json", results[1]
+    settings = {"shape": "sd15", "rounds": 1, "batch_size": 1, "dtype": "float32"}
+    whole = {"way": "joint", "block": None, "gpu_gb": 1, "estimated_mb": 1, "peak_mb": 5, "step_seconds": 1.5}
+    about = {"date": "2026-11-01", "machine": "this one", **settings}
+    path.write_text(json.dumps({**about, "rows": [whole]}))
     script.main(times=False)
-    assert measured == [("one block", "large")] and saved["joint"] == whole
-    assert saved["one block"]["peak_mb"] == 7 and "step_seconds" not in saved["one block"]
+    one, joint = rows_in(path)
+    assert measured == [("one block", "large")] and joint == {**whole, **about}
+    assert one["peak_mb"] == 7 and "step_seconds" not in one and one["date"] == today["date"]
     script.main(times=False)
     assert len(measured) == 1
     script.main()  # the time is missing still
-    assert len(measured) == 2 and saved["one block"]["step_seconds"] == 2.0
+    assert len(measured) == 2 and rows_in(path)[0]["step_seconds"] == 2.0
+    found["gpu_gb"] = 3
     script.main(again=True)
-    assert len(measured) == 4 and (saved["joint"]["peak_mb"], saved["joint"]["step_seconds"]) == (7, 1.5)
+    assert len(measured) == 4 and [row["gpu_gb"] for row in rows_in(path)] == [3, 3]
+    joint = rows_in(path)[1]
+    assert (joint["peak_mb"], joint["step_seconds"], joint["date"]) == (7, 1.5, today["date"])
+
+
+def test_memory_of_other_settings_is_not_known(incubation_memory, results):
+    script, measured, _ = incubation_memory
+    script.main()
+    script.main(shape="sdxl")
+    assert len(measured) == 4 and rows_in(results[0] / "incubation_memory_sd15.json")[0]["shape"] == "sd15"
+    script.main(rounds=2)
+    assert len(measured) == 6
+    results[1]["machine"] = "another one"
+    script.main(rounds=2)
+    assert len(measured) == 8
+    assert {row["machine"] for row in rows_in(results[0] / "incubation_memory_sd15.json")} == {"another one"}
+
+
+def test_results_of_several_days_keep_their_date_machine_and_seed(results, monkeypatch):
+    import reliability as script
+
+    folder, today = results
+    monkeypatch.setattr(script, "machine", lambda: dict(today))
+    earlier = {"date": "2026-11-01", "machine": "another one", "seed": 3}
+    path = folder / "reliability_kills.json"
+    rows = [{"command": command, "kills": 2} for command in ("plan", "prune")]
+    path.write_text(json.dumps({**earlier, "rows": rows}))
+    for _ in range(2):
+        script.add_rows("reliability_kills", [{"command": "prune", "kills": 5}], seed=0)
+        assert rows_in(path) == [
+            {"command": "plan", "kills": 2, **earlier},
+            {"command": "prune", "kills": 5, **today, "seed": 0},
+        ]
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("student", ["folding", "--only", "embedded,nope"], r"only='nope': must be one of embedded, sd15"),
+        ("gpu", ["--device", "cpu", "--dtype", "nope"], r"dtype='nope': must be one of float32"),
+        ("gpu", ["--device", "nope"], r"device nope: not to be had"),
+        ("gpu", ["--preset", "nope"], r"nope: no such preset"),
+        ("training_step", ["compare"], r"training_estimate.json: not there; the command estimate"),
+        ("reliability", ["kills", "--only", "nope"], r"only='nope': must be one of .*compress"),
+        ("reliability", ["disks", "--only", "nope"], r"only='nope': must be one of .*compress"),
+    ],
+)
+def test_what_an_option_does_not_allow_is_refused_before_any_work(results, monkeypatch, script, arguments, message):
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module, "RESULTS", results[0], raising=False)
+    monkeypatch.setattr(module, "workplace", lambda: nullcontext(results[0]), raising=False)
+    told = CliRunner().invoke(module.app, arguments)
+    assert isinstance(told.exception, AsdmError) and re.search(message, str(told.exception))
+
+
+def test_times_are_compared_for_a_shape_that_has_an_estimate(results, monkeypatch):
+    import training_step as script
+
+    monkeypatch.setattr(script, "RESULTS", results[0])
+    (results[0] / "training_estimate.json").write_text(json.dumps({"rows": [{"shape": "sd15"}, {"shape": "sdxl"}]}))
+    with pytest.raises(AsdmError, match=r"model='sd21': must be one of sd15, sdxl"):
+        script.compare("sd21")
+
+
+def test_make_reliability_runs_all_parts_and_last_the_one_that_needs_a_right():
+    import reliability as script
+
+    makefile = (Path(__file__).parent.parent / "Makefile").read_text()
+    (parts,) = re.findall(r"^reliability:.*\n\tfor part in (.+); do", makefile, re.MULTILINE)
+    *others, last = parts.split()
+    assert last == "disks" and {*others, last} == {
+        command.callback.__name__ for command in script.app.registered_commands
+    }

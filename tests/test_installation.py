@@ -1,5 +1,6 @@
 """What a person asks of an installation: `asdm doctor`, `asdm --version`, shell completion, types for their checker."""
 
+import ast
 import json
 import os
 import re
@@ -29,6 +30,24 @@ def test_each_extra_is_explained_with_its_packages():
     assert {name: list(packages) for name, (packages, _) in EXTRAS.items()} == {
         name: packages for name, packages in declared.items() if name not in for_developers
     }
+
+
+def test_make_test_installs_what_tests_are_skipped_without():
+    """Except what is large or built from sources, and what `make slow` installs for pages and notebooks."""
+    for_others = {"stable_diffusion_cpp", "openvino_genai", "openvino_tokenizers", "resvg_py"}
+    for_others |= {"zensical", "mkdocstrings", "nbformat", "nbclient"}
+    (extras,) = re.findall(r"^EXTRAS := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    declared = [*PROJECT["dependencies"], "gradio-client"]  # which comes with gradio
+    declared += [package for extra in extras.split(",") for package in PROJECT["optional-dependencies"][extra]]
+    installed = {re.split(r"[^\w-]", package)[0].lower().replace("-", "_") for package in declared}
+    needed = set()
+    for path in Path(__file__).parent.glob("test_*.py"):
+        for call in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(call, ast.Call) and getattr(call.func, "attr", None) == "importorskip":
+                inside = [node.value for node in ast.walk(call.args[0]) if isinstance(node, ast.Constant)]
+                needed |= {name.partition(".")[0] for name in inside}
+    assert for_others <= needed and {"DeepCache", "tomesd", "tgate"} <= needed
+    assert {name.lower() for name in needed - for_others} <= installed
 
 
 def test_doctor_says_what_is_missing_and_what_it_gives(monkeypatch):

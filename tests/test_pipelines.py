@@ -1,6 +1,7 @@
 """Loading and saving: what loads, what is refused with which words, and what an image's seed means."""
 
 import copy
+import io
 import json
 import os
 import pickle
@@ -11,6 +12,7 @@ import sys
 
 import huggingface_hub
 import pytest
+import sentencepiece
 import torch
 from diffusers import (
     StableDiffusionImg2ImgPipeline,
@@ -284,6 +286,49 @@ def test_a_t5_that_lacks_a_tensor_is_refused(tmp_path):
     without(weights, "SelfAttention.q")
     with pytest.raises(AsdmError, match=r"its text_encoder lacks 1 of its \d+ tensors .*SelfAttention\.q\.weight"):
         load_pipeline(tmp_path / "model")
+
+
+@pytest.fixture
+def with_sentencepiece(tmp_path):
+    """A pipeline whose tokenizer is the file of sentencepiece alone, as in PixArt's own checkpoints."""
+    save_pipeline(tiny_pixart_pipeline(), tmp_path / "model")
+    folder, trained = tmp_path / "model" / "tokenizer", io.BytesIO()
+    (folder / "tokenizer.json").unlink()
+    sizes = {"vocab_size": 30, "hard_vocab_limit": False}
+    special = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+    sentences = iter(["a red cat", "a blue dog", "the red house"] * 9)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=sentences, model_writer=trained, minloglevel=2, **sizes, **special
+    )
+    (folder / "spiece.model").write_bytes(trained.getvalue())
+    return tmp_path / "model"
+
+
+def test_a_tokenizer_that_is_sentencepieces_file_alone_is_loaded(with_sentencepiece, tmp_path):
+    pipeline = load_pipeline(with_sentencepiece)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(with_sentencepiece / "tokenizer" / "spiece.model"))
+    expected = pieces.encode("a red house")
+    assert len(expected) > 3 and pipeline.tokenizer("a red house").input_ids == [*expected, pieces.eos_id()]
+    assert embed_prompts(pipeline, ["a red house"]).encoder_hidden_states.isfinite().all()
+    again = load_pipeline(save_pipeline(pipeline, tmp_path / "again"))
+    assert again.tokenizer("a red house").input_ids == [*expected, pieces.eos_id()]
+
+
+@pytest.mark.parametrize("package", ["sentencepiece", "google.protobuf"])
+def test_without_sentencepiece_its_tokenizer_is_refused_with_what_to_install(with_sentencepiece, monkeypatch, package):
+    for name in [name for name in sys.modules if name.startswith(("sentencepiece", package))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(AsdmError, match=r"spiece.model: needs .*; install .* pip install sentencepiece ") as error:
+        load_pipeline(with_sentencepiece)
+    assert package in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1"])
+def test_a_damaged_file_of_sentencepiece_is_refused_as_such(with_sentencepiece, content):
+    (with_sentencepiece / "tokenizer" / "spiece.model").write_bytes(content)
+    with pytest.raises(AsdmError, match=r"spiece.model: cannot be loaded .*; download it again$"):
+        load_pipeline(with_sentencepiece)
 
 
 def test_shards_in_a_variant_alone_are_found(pipeline, tmp_path):

@@ -359,10 +359,12 @@ def test_our_presets_look_at_regions_and_drop_middle_layers(redundancy, monkeypa
         "mid_block",
         "down_blocks.3",
     } <= set(names[1])
-    for plan, regional in ((slow, [(4, 2)] * 3), (fast, [(4, 4)])):
+    for plan, regional, plainly in ((slow, [(4, 2)] * 3, set()), (fast, [(4, 4)], {("down_blocks.3", "none")})):
         build_student(unet, plan)
         assert [(edit.regions, edit.pool) for edit in plan.edits if edit.edit == "gri_attention"] == regional
-        assert all(edit.compensate == "linear" for edit in plan.edits if edit.edit == "remove" and "." not in edit.unit)
+        removed = {(edit.unit, edit.compensate) for edit in plan.edits if edit.edit == "remove"}
+        assert ("up_blocks.3.resnets.1", "linear") in removed
+        assert {(unit, compensate) for unit, compensate in removed if compensate != "linear"} == plainly
     assert fast.metrics.predicted_sensitivity > slow.metrics.predicted_sensitivity
 
 

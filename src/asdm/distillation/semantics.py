@@ -18,7 +18,7 @@ from asdm.diffusion.conditioning import Conditioning, predict, unscaled
 from asdm.diffusion.parameterization import Parameterization, parameterization_of
 from asdm.errors import AsdmError, one_line
 from asdm.families import Denoiser, denoiser_of, family_of
-from asdm.pipelines.clip import clip_statistics, load_clip, load_clip_tokenizer
+from asdm.pipelines.clip import clip_statistics, load_clip, load_clip_tokenizer, load_tokenizer
 from asdm.pipelines.decoders import load_decoder
 from asdm.pipelines.transformers_models import load_transformers_model, local_folder
 from asdm.pipelines.untrusted import without_network
@@ -182,7 +182,7 @@ def make_encoder(
     """
     if name in _ENCODERS:
         return _ENCODERS[name](pipeline)
-    from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+    from transformers import AutoImageProcessor, AutoModel
 
     try:
         vae = pipeline.vae if decoder is None else load_decoder(decoder, pipeline).eval()
@@ -197,9 +197,8 @@ def make_encoder(
             return VisionEncoder(clip.to(pipeline.device), vae, tokenizer, *clip_statistics(clip))
         place = local_folder(name)
         model = load_transformers_model(AutoModel, place, whole=False).to(pipeline.device)
+        tokenizer = load_tokenizer(place) if hasattr(model, "get_text_features") else None
         with without_network():
-            has_texts = hasattr(model, "get_text_features")
-            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False) if has_texts else None
             processor = AutoImageProcessor.from_pretrained(place, trust_remote_code=False)
         return VisionEncoder(model, vae, tokenizer, processor.image_mean, processor.image_std, _side(processor))
     except (OSError, ValueError) as error:

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from transformers import AutoTokenizer, CLIPModel, CLIPTokenizer, PreTrainedModel
 
 from asdm.errors import AsdmError, one_line
-from asdm.pipelines.damaged import refuse_damaged
+from asdm.pipelines.damaged import refuse_damaged, require_vocabulary
 from asdm.pipelines.names import folder_of
 from asdm.pipelines.quiet import quiet
 from asdm.pipelines.transformers_models import load_transformers_model
@@ -55,6 +55,7 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         AsdmError: it is damaged, or there is none.
     """
+    require_vocabulary(folder)
     with refuse_damaged(folder), quiet(), without_network():
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 

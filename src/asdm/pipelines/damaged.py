@@ -36,6 +36,24 @@ def require_readable(folder: Path) -> list[Path]:
     return files
 
 
+def require_vocabulary(folder: Path) -> None:
+    """Raise an AsdmError where a tokenizer's vocabulary is in sentencepiece's file alone, and cannot be read.
+
+    transformers would take the file for one of tiktoken's, and ask for that package.
+    """
+    path = folder / "spiece.model"
+    if not path.is_file() or (folder / "tokenizer.json").is_file():
+        return
+    try:
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto
+    except Exception as error:  # also protobuf's, which may be too old
+        remedy = "install them with pip install sentencepiece protobuf --upgrade"
+        raise AsdmError(f"{path}: needs sentencepiece and protobuf ({one_line(error)}); {remedy}") from None
+    with refuse_damaged(path):
+        if not ModelProto.FromString(path.read_bytes()).pieces:
+            raise ValueError("no vocabulary")
+
+
 def require_finite(module: nn.Module, name: str | Path, remedy: str = "download it again") -> None:
     """Raise an AsdmError where a weight of a loaded model is not finite."""
     if not all(bool(parameter.isfinite().all()) for parameter in module.parameters()):

@@ -17,6 +17,7 @@ from asdm.errors import AsdmError, AsdmWarning, one_line
 from asdm.families import component_of, families
 from asdm.files import MARKER
 from asdm.pipelines.claims import claim_of, claim_of_scheduler, claims_of_tensors, settled
+from asdm.pipelines.damaged import require_vocabulary
 from asdm.pipelines.derived import with_unet
 from asdm.pipelines.headers import Header
 from asdm.pipelines.names import folder_of, model_help
@@ -63,6 +64,8 @@ def load_folder(folder: Path, dtype: torch.dtype, as_stored: bool = False) -> Di
     if not (denoiser / "config.json").is_file():
         raise AsdmError(f"{folder}: a pipeline folder without a UNet (no {denoiser.name}/config.json)")
     _require_parts(folder)
+    for tokenizer in sorted(folder.glob("tokenizer*/")):
+        require_vocabulary(tokenizer)
     for path in sorted(folder.glob("*/*.safetensors")):
         require_safetensors(path)
         require_weights(path)
