@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-EXTRAS := 8bit,data,int8,judge,onnx,openvino,tensorboard,test,web
+EXTRAS := 8bit,data,int8,judge,onnx,openvino,pixart,tensorboard,test,web
 
 .PHONY: demo demo-build test test-lowest fuzz reliability benchmark ablation slow docs lint licenses audit clean
 demo: $(INSTALLED)

@@ -22,6 +22,7 @@ _QUICK_SIZE = 1024  # rows and columns of the speed check's matrices on CPUs; al
 # Each extra's packages, as pyproject.toml has them, and what is missing without it.
 EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "lora": (("peft>=0.18",), "LoRA files: asdm generate --lora"),
+    "pixart": (("sentencepiece>=0.2.1", "protobuf>=7.36.1"), "PixArt's own checkpoints, by their tokenizer's file"),
     "weighting": (("compel>=2.5",), "weights in prompts: asdm generate --weighted"),
     "web": (("gradio>=6.31,<7", "plotly>=6.0"), "the page in the browser: asdm app"),
     "judge": (

@@ -47,7 +47,7 @@ def require_vocabulary(folder: Path) -> None:
     try:
         from sentencepiece.sentencepiece_model_pb2 import ModelProto
     except Exception as error:  # also protobuf's, which may be too old
-        remedy = "install them with pip install sentencepiece protobuf --upgrade"
+        remedy = "install them with pip install 'asdm-diffusion[pixart]'"
         raise AsdmError(f"{path}: needs sentencepiece and protobuf ({one_line(error)}); {remedy}") from None
     with refuse_damaged(path):
         if not ModelProto.FromString(path.read_bytes()).pieces:
