@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 from asdm import AsdmError, PruningPlan, build_student, load_pipeline, save_pipeline, with_unet
 from asdm.distillation.tasks import make_task
 from asdm.distillation.training_set import prepare
-from asdm.errors import AsdmError
 from asdm.student.edited_model import edits_of
 from conftest import PixelJudge, tiny_pipeline
 
