@@ -17,7 +17,7 @@ from matplotlib.transforms import Bbox
 
 from asdm import AsdmError, PruningPlan, build_student, save_decoder
 from asdm.benchmark.baselines import attention_broadcast, deep_cache, t_gate, tome
-from asdm.benchmark.costs import decode, first_steps
+from asdm.benchmark.costs import first_steps
 from asdm.benchmark.method import Method, at_every, cached, combined, fresh, memoized
 from asdm.benchmark.methods import cached_every, methods, with_guidance_until
 from asdm.benchmark.models import benchmark_model, chosen_methods, open_results, save_results, unfinished
@@ -25,6 +25,7 @@ from asdm.benchmark.plot import benchmark_plot, pareto_front
 from asdm.benchmark.results import Benchmark, BenchmarkRow, BenchmarkRun
 from asdm.benchmark.run import judge_methods, time_methods
 from asdm.benchmark.techniques import by_lcm, caching, in_openvino, pruned, with_dpm_solver, with_gri
+from asdm.diffusion.conditioning import decode_latents
 from asdm.diffusion.generation import generate
 from asdm.distillation.consistency import lcm_scheduler
 from asdm.measure import limits as limits_module
@@ -62,6 +63,21 @@ def test_a_tiny_decoder_joins_the_original_and_the_stacks(pipeline, tmp_path):
     pipeline.register_to_config(_name_or_path="random:tiny")
     names = [method.name for method in chosen_methods(pipeline, {}, None, 25, ["tiny decoder"])]
     assert names[:2] == ["original", "tiny decoder"]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+def test_methods_in_few_steps_have_names_of_their_own(steps):
+    assert {method.steps for method in methods(steps) if not method.name.endswith("LCM")} <= set(range(1, steps + 1))
+
+
+@pytest.mark.parametrize("longest", [0, 1e9])
+def test_the_decoder_is_timed_in_the_precision_that_images_are_decoded_in(longest):
+    pipeline = tiny_pipeline()
+    pipeline.vae.half().register_to_config(force_upcast=True)
+    found = []
+    pipeline.vae.decoder.register_forward_pre_hook(lambda _, args: found.append(args[0].dtype))
+    time_methods(pipeline, [Method("original", "original", steps=2)], place="tiny", rounds=1, longest=longest)
+    assert set(found) == {torch.float32} and pipeline.vae.dtype == torch.float16
 
 
 def test_a_part_of_a_name_is_looked_for_among_all_methods(pipeline):
@@ -328,7 +344,7 @@ def test_a_few_step_student_samples_at_the_steps_it_was_trained_at(pipeline, mon
 def test_first_steps_are_as_many_as_are_timed(make):
     pipeline = make()
     latents, calls = first_steps(pipeline, Method("original", "original", steps=25), 2)
-    assert len(calls) == 3 and decode(pipeline, latents)[0].shape == (1, 3, 16, 16)
+    assert len(calls) == 3 and decode_latents(pipeline, latents).shape == (1, 3, 16, 16)
 
 
 def test_what_is_made_of_a_pipeline_goes_with_it(pipeline):

@@ -14,12 +14,21 @@ from asdm import AsdmError, DecoderRecipe, cli, distill_decoder, generate, load_
 from asdm.diffusion.conditioning import decode_latents, encode_images
 from asdm.distillation.decoder_recipe import read_decoder_recipe
 from asdm.distillation.decoder_task import DecoderBatch, DecoderTask
+from asdm.evaluation import decoders as decoders_module
+from asdm.evaluation import real_images
 from asdm.evaluation.decoders import DecodedSet, compare_decoder, held_out_set
 from asdm.pipelines import decoders
 from asdm.pipelines.decoders import make_tiny
 from asdm.training.log import read_log
 from asdm.training.task import BatchSlice
-from conftest import tiny_decoder, tiny_inpainting_pipeline, tiny_pipeline, tiny_pixart_pipeline, tiny_sdxl_pipeline
+from conftest import (
+    PixelJudge,
+    tiny_decoder,
+    tiny_inpainting_pipeline,
+    tiny_pipeline,
+    tiny_pixart_pipeline,
+    tiny_sdxl_pipeline,
+)
 
 SMALL = {"width": 8, "blocks": [1, 1], "batch_size": 2, "mixed_precision": "no", "checkpoint_every": 2}
 
@@ -260,7 +269,7 @@ def test_random_weights_have_a_random_decoder_of_taesds_size(pipeline):
 def test_a_decoder_is_compared_with_the_vae(pipeline, data_folder):
     tiny = tiny_decoder()
     of = held_out_set(pipeline, data_folder)
-    assert of.latents.shape == (1, 4, 8, 8) and of.gallery.shape == (6, 3, 16, 16)
+    assert of.latents.shape == (1, 4, 8, 8) and len(of.gallery) == 6
     found = compare_decoder(pipeline, tiny, of, rounds=1)
     assert found.images == 1 and found.ms > 0 and 0 <= found.told_apart <= 1
     assert found.parameters == sum(p.numel() for p in tiny.decoder.parameters())
@@ -269,6 +278,21 @@ def test_a_decoder_is_compared_with_the_vae(pipeline, data_folder):
     assert found.psnr == pytest.approx(float(10 * torch.log10(4 / mse)), abs=1e-3)
     alone = compare_decoder(pipeline, tiny, DecodedSet(of.latents), rounds=1)
     assert alone.real_psnr is None and alone.told_apart == 0  # of one image, the nearest is its own
+
+
+def test_few_images_of_the_gallery_are_in_memory_at_once(pipeline, data_folder, monkeypatch):
+    at_once = []
+
+    class Counting(PixelJudge):
+        def features(self, images):
+            at_once.append(len(images))
+            return super().features(images)
+
+    monkeypatch.setattr(decoders_module, "Judge", Counting)
+    monkeypatch.setattr(real_images, "_READ_TOGETHER", 2)
+    of = held_out_set(pipeline, data_folder)
+    assert compare_decoder(pipeline, tiny_decoder(), of, rounds=1).told_apart is not None
+    assert at_once == [1, 1, 2, 2, 2]  # of the VAE, of the decoder, and real ones
 
 
 # -- in the commands --------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """Metrics say what they should on cases with a known answer, and the report holds what was measured."""
 
 import json
+import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,12 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from asdm import AsdmError, PruningPlan, build_student, compress, evaluate, load_pipeline, save_pipeline, with_unet
+from asdm.benchmark.costs import measure_cost
+from asdm.benchmark.method import Method
+from asdm.compression import steps as compression_steps
 from asdm.data.examples import load_pixels
 from asdm.data.sources import open_data
-from asdm.diffusion.generation import generate
+from asdm.diffusion.generation import default_guidance, generate
 from asdm.errors import AsdmWarning
 from asdm.evaluation import real_images as real_images_module
 from asdm.evaluation import speed as speed_module
@@ -25,11 +30,11 @@ from asdm.evaluation.plots import loss_plot, redundancy_plot
 from asdm.evaluation.real_images import RealImages, image_embeds
 from asdm.evaluation.report import headline_of, metrics_section
 from asdm.evaluation.results import Evaluation
-from asdm.evaluation.sampling import evaluation_sets
+from asdm.evaluation.sampling import common_guidance, evaluation_sets
 from asdm.families import family_of
 from asdm.pipelines.clip import clip_statistics
 from asdm.sensitivity.analysis import structure_map
-from conftest import tiny_pipeline, tiny_transformer, tiny_unet
+from conftest import PixelJudge, save_clip, tiny_pipeline, tiny_transformer, tiny_unet
 
 
 def test_recognition_on_features_with_a_known_answer():
@@ -198,6 +203,37 @@ def test_few_step_pipelines_sample_as_they_were_made_to():
     assert images >= 3 and left == 0  # warming up and timed
 
 
+def test_a_few_step_pipeline_that_comes_first_leaves_the_others_their_guidance():
+    teacher, few_step = tiny_pipeline(), tiny_pipeline()
+    few_step.scheduler = LCMScheduler.from_config(few_step.scheduler.config)
+    assert (
+        common_guidance([few_step, teacher], None) == common_guidance([teacher], None) == default_guidance(teacher) > 1
+    )
+    assert common_guidance([few_step], None) == 1 and common_guidance([few_step, teacher], 2.0) == 2
+    assert evaluate({"few": few_step, "teacher": teacher}, steps=2, rounds=1, quality=False).guidance_scale > 1
+
+
+def test_the_speed_up_of_a_unet_that_embeds_its_guidance_is_that_of_its_own_calls():
+    teacher = tiny_pipeline()
+    student = with_unet(tiny_pipeline(), tiny_unet(time_cond_proj_dim=16))
+    student.scheduler = LCMScheduler.from_config(student.scheduler.config)
+    first, second = speed_module.measure_speed(
+        {"teacher": teacher, "student": student}, steps=4, guidance_scale=3.0, rounds=2
+    ).rows
+    assert second.pipeline_speedup == pytest.approx(first.pipeline.ms / second.pipeline.ms)
+    method = Method("student", "ours", steps=2)
+    assert [measure_cost(each, method)[0].samples for each in (teacher, student)] == [2, 1]
+
+
+def test_a_caption_that_several_images_have_is_found_by_each(pipeline, data_folder, tmp_path):
+    save_clip(tmp_path / "clip", 0, pipeline.tokenizer)
+    clip = CLIPModel.from_pretrained(tmp_path / "clip")
+    examples = [replace(each, caption="a dog") for each in open_data(data_folder, "all").examples]
+    real = RealImages(PixelJudge(), pipeline, examples, clip)
+    images = torch.rand(len(examples), 3, 16, 16)
+    assert real.metrics(images, PixelJudge().features(images), examples)["retrieval_at_1"] == 1
+
+
 def test_the_diagram_of_a_unet_is_a_u_and_that_of_a_transformer_a_column():
     unet, transformer = tiny_unet(), tiny_transformer()
     places = family_of(unet).block_places(family_of(unet).blocks(unet))
@@ -255,6 +291,16 @@ def model(tmp_path):
 
 
 SETTINGS = {"params": 0.8, "refine": 0, "steps": 3, "samples": 3, "sampling_steps": 2}
+
+
+def test_the_report_of_a_compression_is_its_last_file(model, data_folder, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compression_steps, "write_report", stop)
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, tmp_path / "out", data=data_folder, **SETTINGS | {"steps": 0, "image_to_image": 0})
+    assert {"plan.json", "evaluation.json", "README.md", "wins.html"} <= set(os.listdir(tmp_path / "out"))
 
 
 def test_compress_makes_a_folder_that_loads_and_a_report_without_network(model, data_folder, tmp_path):

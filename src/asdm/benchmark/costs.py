@@ -12,8 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from asdm.benchmark.method import Method
-from asdm.diffusion.conditioning import unscaled
-from asdm.diffusion.generation import default_guidance, pipeline_arguments
+from asdm.diffusion.generation import default_guidance, pipeline_arguments, samples_per_call
 from asdm.diffusion.guidance import CfgCutoff
 from asdm.evaluation.image_timing import watching_calls
 from asdm.evaluation.speed import weight_megabytes
@@ -67,7 +66,7 @@ def measure_cost(ready: DiffusionPipeline, method: Method) -> tuple[Cost, Tensor
         gmacs=macs[1] / 1e9 or getattr(denoiser, "gmacs", None),
         unet_megabytes=weight_megabytes(denoiser),
         peak_megabytes=peak,
-        samples=1 if default_guidance(ready) == 1 else 2,
+        samples=samples_per_call(ready, default_guidance(ready)),
     )
     return cost, latents[0]
 
@@ -121,8 +120,3 @@ def first_steps(ready: DiffusionPipeline, method: Method, times: int) -> tuple[T
         except _Ended as ended:
             latents = ended.latents
     return latents, calls
-
-
-def decode(ready: DiffusionPipeline, latents: Tensor) -> Any:
-    """Decode latents by the VAE alone."""
-    return ready.vae.decode(unscaled(ready.vae, latents), return_dict=False)

@@ -111,12 +111,12 @@ def _original(steps: int) -> list[Method]:
 
 
 def _baselines(steps: int) -> list[Method]:
-    gate, early_gate = round(0.4 * steps), round(0.2 * steps)
+    gate, early_gate = (max(1, round(part * steps)) for part in (0.4, 0.2))
     return [
         *_in_settings(partial(tome, steps), (0.25, 0.5, 0.75), main=[0.5]),
         *(deep_cache(steps, interval) for interval in INTERVALS),
         *_in_settings(partial(attention_broadcast, steps), (2, 4), main=[2]),
-        *_in_settings(partial(t_gate, steps), (gate, early_gate), main=[gate]),
+        *_in_settings(partial(t_gate, steps), dict.fromkeys((gate, early_gate)), main=[gate]),
     ]
 
 
@@ -139,7 +139,8 @@ def _switch(steps: int, name: str, student: Maker, below: float) -> Method:
 
 def fewer_steps(steps: int, parts: Sequence[float] = PARTS) -> list[int]:
     """Return the numbers of steps to take instead of `steps`."""
-    return list(dict.fromkeys(round(part * steps) for part in parts))
+    counts = dict.fromkeys(round(part * steps) for part in parts)
+    return [count for count in counts if 0 < count < steps]
 
 
 def with_guidance_until(method: Method, part: float) -> Method:

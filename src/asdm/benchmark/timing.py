@@ -10,11 +10,12 @@ from functools import partial
 
 from diffusers import DiffusionPipeline
 
-from asdm.benchmark.costs import Cost, decode, first_steps, measure_cost
+from asdm.benchmark.costs import Cost, first_steps, measure_cost
 from asdm.benchmark.engine import Parts
 from asdm.benchmark.method import Loaded, Method, Setup, data_dependent
 from asdm.benchmark.results import fault
 from asdm.benchmark.techniques import release_graphs
+from asdm.diffusion.conditioning import decode_latents
 from asdm.diffusion.generation import generate
 from asdm.evaluation.image_timing import ImageJob, ImageTiming, add_calls, decoder_key, time_image
 from asdm.measure.latency import Patience, Stopwatch
@@ -100,7 +101,7 @@ class MethodTimer:
             self.costs[method.setup], latents = measure_cost(ready, method)
             if id(ready.vae) not in self._compiled_decoders:
                 self._compiled_decoders.add(id(ready.vae))
-                decode(ready, latents)  # compiles what is compiled at its first call
+                decode_latents(ready, latents)  # compiles what is compiled at its first call
 
     def _time(self, method: Method) -> None:
         if method.engine is not None:
@@ -138,7 +139,7 @@ class MethodTimer:
         decoder = decoder_key(method.name, ready, self._shared)
         if decoder not in self._timed_decoders:
             self._timed_decoders.add(decoder)
-            self._watch.time(decoder, partial(decode, ready, latents))
+            self._watch.time(decoder, partial(decode_latents, ready, latents))
         steps = add_calls(self._watch, method.name, image_job(ready, method), calls)
         return {"text encoder": (text_encoder, 1), **steps, "VAE decoder": (decoder, 1)}
 

@@ -312,7 +312,7 @@ class Evaluate(Step):
 
 
 class WriteReport(Step):
-    """Write the model card, the report and the win sheet: `README.md`, `report.html`, `wins.html`."""
+    """Write the model card, the win sheet and the report: `README.md`, `wins.html`, `report.html`."""
 
     def run(self, job: Job) -> None:
         settings, evaluation = job.settings, job.evaluation
@@ -322,7 +322,8 @@ class WriteReport(Step):
         from_images = evaluation.image_to_image
         count = min(settings.image_to_image, settings.samples) if from_images is not None and from_images.rows else 0
         starts = image_to_image_sets(settings.data, sets, count, settings.seed)
-        job.headline = write_report(
+        _write_win_sheet(job, sets)
+        job.headline = write_report(  # the last file, by which a finished folder is known
             job.out / "report.html",
             evaluation=evaluation,
             redundancy=job.redundancy,
@@ -336,7 +337,6 @@ class WriteReport(Step):
             result_row=settings.result_row,
             skipped=job.skipped,
         )
-        _write_win_sheet(job, sets)
 
 
 def _write_win_sheet(job: Job, sets: Sequence[EvaluationSet]) -> None:

@@ -291,6 +291,13 @@ def default_guidance(pipeline: DiffusionPipeline) -> float:
     return 3.0 if is_small(pipeline) else family_of(pipeline).guidance_scale
 
 
+def samples_per_call(pipeline: DiffusionPipeline, guidance_scale: float) -> int:
+    """Return how many samples a denoiser call has for each image: two with guidance, unless the denoiser
+    embeds it."""
+    denoiser = denoiser_of(pipeline)
+    return 2 if guidance_scale > 1 and not family_of(denoiser).embeds_guidance(denoiser) else 1
+
+
 def is_small(pipeline: DiffusionPipeline) -> bool:
     """Return whether its latents have at most 32x32 pixels."""
     return max(latent_shape(pipeline)[1:]) <= 32

@@ -11,22 +11,15 @@ from asdm.data.preparation import BATCH_SIZE, STEPS
 from asdm.data.prepared import is_prepared
 from asdm.data.sources import count_of_examples, open_data
 from asdm.diffusion.conditioning import latent_shape
-from asdm.diffusion.generation import default_guidance, is_small
+from asdm.diffusion.generation import default_guidance, is_small, samples_per_call
 from asdm.diffusion.kinds import is_inpainting, is_random
 from asdm.estimates.work import Network, Work, calls, total
 from asdm.evaluation.sampling import EvaluationSet
 from asdm.evaluation.speed import denoiser_calls
 from asdm.evaluation.starting_images import ImageToImageSet
-from asdm.families import denoiser_of, family_of
 
 OWN_STEPS = 10  # in which the calibration samples latents where it has no data
 SMALL_BATCH = 32  # images that are sampled together where they are small
-
-
-def samples_per_call(pipeline: DiffusionPipeline, guidance_scale: float) -> int:
-    """Return how many samples a denoiser call has for each image: two with guidance."""
-    denoiser = denoiser_of(pipeline)
-    return 2 if guidance_scale > 1 and not family_of(denoiser).embeds_guidance(denoiser) else 1
 
 
 def sampling(

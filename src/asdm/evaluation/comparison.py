@@ -19,7 +19,7 @@ from transformers import CLIPModel
 from asdm import checks
 from asdm.choices import IMAGE_TO_IMAGE_SAMPLES, IMAGE_TO_IMAGE_STRENGTH
 from asdm.diffusion.conditioning import image_size
-from asdm.diffusion.generation import default_guidance, generate, is_few_step, require_steps, require_strength
+from asdm.diffusion.generation import generate, is_few_step, require_steps, require_strength
 from asdm.diffusion.kinds import require_text_to_image
 from asdm.errors import AsdmWarning
 from asdm.evaluation.image_folders import IMAGE_TO_IMAGE, folder_names, save_distances, save_images
@@ -32,7 +32,7 @@ from asdm.evaluation.image_to_image import (
 from asdm.evaluation.metrics import Judge, feature_distance, feature_distances
 from asdm.evaluation.real_images import RealImages
 from asdm.evaluation.results import Evaluation, ImageToImage, ImageToImageMetrics, QualityMetrics
-from asdm.evaluation.sampling import EvaluationSet, Sampling, evaluation_sets, sampling_of
+from asdm.evaluation.sampling import EvaluationSet, Sampling, common_guidance, evaluation_sets, sampling_of
 from asdm.evaluation.speed import measure_speed
 from asdm.evaluation.starting_images import ImageToImageSet, image_to_image_sets
 from asdm.families import denoiser_of, family_of
@@ -86,7 +86,7 @@ def evaluate(
             one; otherwise the data's images are varied by their own captions.
         strength: of image-to-image, in (0, 1]: the part of the steps that are taken; 0.75 by default.
         steps: of all but few-step pipelines, which have steps and guidance of their own.
-        guidance_scale: of all but few-step pipelines; the first pipeline's default by default.
+        guidance_scale: of all but few-step pipelines; by default that of the first of them.
         rounds: the least number of timed rounds of the denoiser call, 10 by default. Three images of each pipeline
             follow, in turns. On a busy machine there are more of both, until the speed-ups' intervals are narrow.
         quality: False to measure speed alone.
@@ -100,7 +100,7 @@ def evaluate(
     for pipeline in pipelines.values():
         require_text_to_image(pipeline)
     _warn_of_sizes(pipelines)
-    guidance = default_guidance(first) if guidance_scale is None else guidance_scale
+    guidance = common_guidance(pipelines.values(), guidance_scale)
     folder = None if images_folder is None else Path(images_folder)
     generation = _Generation(pipelines, steps, guidance, seed, strength or IMAGE_TO_IMAGE_STRENGTH, folder)
     generation.require_steps(with_strength=strength is not None and image_to_image > 0)

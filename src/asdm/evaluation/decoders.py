@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,12 +13,13 @@ from diffusers import AutoencoderTiny, DiffusionPipeline
 from pydantic import Field
 from torch import Tensor
 
-from asdm.data.examples import load_pixels
+from asdm.data.examples import Example, load_pixels
 from asdm.data.prepared import PreparedData, is_prepared
 from asdm.data.sources import open_data
 from asdm.diffusion.conditioning import decode_latents, encode_images, image_size, latent_shape
 from asdm.errors import AsdmError
 from asdm.evaluation.metrics import Judge, feature_distance, nearest_of, psnr
+from asdm.evaluation.real_images import features_of
 from asdm.measure.latency import Ratio, measure_interleaved
 from asdm.pipelines.decoders import with_decoder
 from asdm.records import Record
@@ -55,11 +57,11 @@ class DecoderComparison(Record):
 @dataclass(frozen=True)
 class DecodedSet:
     """Latents (images, channels, h, w) to decode. `real` (images, 3, height, width) are the images that they were made
-    of, and `gallery` those that the judge looks among; None where there are none."""
+    of, and `gallery` has those that the judge looks among; None where there are none."""
 
     latents: Tensor
     real: Tensor | None = None
-    gallery: Tensor | None = None
+    gallery: Sequence[Example] | None = None
 
 
 def held_out_set(pipeline: DiffusionPipeline, data: str | Path, samples: int = SAMPLES) -> DecodedSet | None:
@@ -75,9 +77,8 @@ def held_out_set(pipeline: DiffusionPipeline, data: str | Path, samples: int = S
         return None
     known = set(examples)
     others = [example for example in open_data(data, "all").examples if example not in known][:GALLERY]
-    _, further = load_pixels(others, size, {})
     real = torch.stack(pixels)
-    return DecodedSet(encode_images(pipeline.vae, real), real, torch.stack([*pixels, *further]))
+    return DecodedSet(encode_images(pipeline.vae, real), real, [*examples, *others])
 
 
 def prepared_set(prepared: PreparedData, samples: int = SAMPLES) -> DecodedSet:
@@ -107,7 +108,7 @@ def compare_decoder(
         images=len(of.latents),
         psnr=float(psnr(after, before).mean()),
         **_against_real(before, after, of),
-        **_judged(before, after, of),
+        **_judged(before, after, of, image_size(pipeline)),
     )
 
 
@@ -121,7 +122,7 @@ def _against_real(before: Tensor, after: Tensor, of: DecodedSet) -> dict[str, fl
     return {"vae_real_psnr": float(psnr(before, of.real).mean()), "real_psnr": float(psnr(after, of.real).mean())}
 
 
-def _judged(before: Tensor, after: Tensor, of: DecodedSet) -> dict[str, float]:
+def _judged(before: Tensor, after: Tensor, of: DecodedSet, size: int) -> dict[str, float]:
     """Return what the judge says, where it is installed."""
     try:
         judge = Judge()
@@ -131,7 +132,7 @@ def _judged(before: Tensor, after: Tensor, of: DecodedSet) -> dict[str, float]:
     if of.gallery is None:
         expected, found = list(range(len(before))), nearest_of(features[1], features[0])
     else:
-        gallery = judge.features(of.gallery)
+        _, gallery = features_of(judge, of.gallery, size)
         expected, found = (nearest_of(each, gallery) for each in features)
     apart = sum(one != other for one, other in zip(expected, found, strict=True))
     return {"told_apart": apart / len(before), "distance": feature_distance(*features)}

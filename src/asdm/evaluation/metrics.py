@@ -155,7 +155,8 @@ def nearest_of(features: Tensor, others: Tensor) -> list[int]:
 
 
 def retrieval_at_1(image_embeds: Tensor, text_embeds: Tensor, targets: Sequence[int]) -> float:
-    """Return how often an image's most similar caption (cosine) of the pool is its own, by `targets`, the indices."""
+    """Return how often an image's most similar caption (cosine) of the pool is its own, by `targets`, the indices. No
+    caption is in the pool twice."""
     nearest = cosine_similarity(image_embeds, text_embeds).argmax(dim=1)
     return float((nearest.cpu() == torch.tensor(targets)).float().mean())
 

@@ -52,18 +52,13 @@ class RealImages:
         return cls(judge, pipeline, [*(example for example in others if example not in among), *compared], clip)
 
     def __init__(self, judge: Judge, pipeline: DiffusionPipeline, examples: list[Example], clip: CLIPModel | None):
-        self.examples: list[Example] = []
         tokenizer = None if clip is None else load_clip_tokenizer(clip.name_or_path, pipeline)
-        features = []
-        for start in range(0, len(examples), _READ_TOGETHER):
-            some, pixels = load_pixels(examples[start : start + _READ_TOGETHER], image_size(pipeline), {})
-            if some:
-                self.examples += some
-                features.append(judge.features(torch.stack(pixels)))
-        self.features = torch.cat(features)
+        self.examples, self.features = features_of(judge, examples, image_size(pipeline))
         self.clip = clip
         if clip is not None:
-            self.text_embeds = text_embeds(clip, tokenizer, [example.caption for example in self.examples])
+            captions = dict.fromkeys(example.caption for example in self.examples)
+            self.row_of_caption = {caption: row for row, caption in enumerate(captions)}
+            self.text_embeds = text_embeds(clip, tokenizer, list(captions))
 
     def metrics(self, images: Tensor, features: Tensor, examples: list[Example]) -> dict[str, Any]:
         """Return fields of `QualityMetrics` for generated images, each of the prompt of one of `examples`.
@@ -80,7 +75,8 @@ class RealImages:
             labels = [(str(example.concept), str(example.style)) for example in self.examples]
             found |= asdict(recognition(features, [labels[row] for row in rows], self.features, labels))
         if self.clip is not None:
-            found["retrieval_at_1"] = retrieval_at_1(image_embeds(self.clip, images), self.text_embeds, rows)
+            captions = [self.row_of_caption[example.caption] for example in examples]
+            found["retrieval_at_1"] = retrieval_at_1(image_embeds(self.clip, images), self.text_embeds, captions)
         return found
 
     def target_metrics(self, features: Tensor, targets: Sequence[Example]) -> dict[str, Any]:
@@ -100,6 +96,18 @@ class RealImages:
         """Return the rows of these examples' images in `features`."""
         row_of = {example: row for row, example in enumerate(self.examples)}
         return [row_of[example] for example in examples]
+
+
+def features_of(judge: Judge, examples: Sequence[Example], size: int) -> tuple[list[Example], Tensor]:
+    """Return the examples whose images can be read, and the judge's features of these at `size` pixels. Few images
+    are in memory at once."""
+    kept, features = list[Example](), []
+    for start in range(0, len(examples), _READ_TOGETHER):
+        some, pixels = load_pixels(examples[start : start + _READ_TOGETHER], size, {})
+        if some:
+            kept += some
+            features.append(judge.features(torch.stack(pixels)))
+    return kept, torch.cat(features)
 
 
 def _share(found: Sequence[Any], wanted: Sequence[Any]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -33,6 +33,15 @@ class Sampling:
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of `generate`."""
         return {"steps": self.steps, "guidance_scale": self.guidance_scale}
+
+
+def common_guidance(pipelines: Iterable[DiffusionPipeline], given: float | None) -> float:
+    """Return the guidance scale of all but few-step pipelines: the given one, or the usual one of the first of them; of
+    the first pipeline where all are few-step ones."""
+    if given is not None:
+        return given
+    first, *others = pipelines
+    return default_guidance(next((each for each in (first, *others) if not is_few_step(each)), first))
 
 
 def sampling_of(pipeline: DiffusionPipeline, steps: int, guidance_scale: float) -> Sampling:

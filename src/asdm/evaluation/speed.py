@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from asdm.diffusion.conditioning import encode_images, image_size
-from asdm.diffusion.generation import generate
+from asdm.diffusion.generation import generate, samples_per_call
 from asdm.evaluation.image_timing import IMAGES, ImageJob, ImageTiming, encoder_key, time_images
 from asdm.evaluation.results import SpeedMetrics
 from asdm.evaluation.sampling import Sampling, sampling_of
@@ -88,8 +88,8 @@ def _time_images(
         one_image = partial(generate, pipeline, ["a photograph"], steps=timed, guidance_scale=sampling.guidance_scale)
         encode = partial(encode_images, pipeline.vae, _blank_image(pipeline)) if with_encoder else None
         jobs[name] = ImageJob(pipeline, one_image, denoiser_calls(pipeline, sampling.steps), encode=encode)
-    # The timed calls are of one image with guidance, so their ratios are those of guided samplings alone.
-    guided = [name for name, sampling in samplings.items() if sampling.guidance_scale > 1]
+    # The timed calls are of one image with guidance, so their ratios are those of samplings with as many samples alone.
+    guided = [name for name, each in samplings.items() if samples_per_call(pipelines[name], each.guidance_scale) == 2]
     first = next(iter(pipelines))
     ratios = {(first, name): denoisers.speedup(first, name) for name in guided if first in guided}
     return time_images(jobs, rounds=min(IMAGES, rounds or IMAGES), denoiser_ratios=ratios)

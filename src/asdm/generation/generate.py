@@ -29,11 +29,12 @@ from asdm.diffusion.generation import (
     require_steps,
     require_strength,
     sample_batch,
+    samples_per_call,
 )
 from asdm.diffusion.guidance import CfgCutoff
 from asdm.diffusion.kinds import controlled, image_to_image, is_inpainting, is_random, require_text_to_image
 from asdm.errors import AsdmError, one_line
-from asdm.families import denoiser_of, family_of
+from asdm.families import family_of
 from asdm.generation.controlnet import load_controlnet
 from asdm.generation.image import GeneratedImage, description
 from asdm.generation.lora import with_loras
@@ -128,7 +129,7 @@ def require_for(pipeline: DiffusionPipeline, request: GenerationRequest) -> None
     for name in ("width", "height"):
         if getattr(request, name) is not None:
             require_size(pipeline, getattr(request, name), name)
-    is_guided = guidance > 1 and not family.embeds_guidance(denoiser_of(pipeline))
+    is_guided = samples_per_call(pipeline, guidance) == 2
     if request.cfg_cutoff != 1:
         CfgCutoff(pipeline, request.cfg_cutoff)
         if not is_guided:

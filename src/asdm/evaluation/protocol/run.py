@@ -151,7 +151,11 @@ class _Evaluation:
         stored = {"stored_side": self.stored_side, "jpeg": self.protocol.jpeg}
         return {
             name: settings_of(
-                pipeline, self.changes.sampling(pipeline, self.first), self.changes.size, self.changes.seed, **stored
+                pipeline,
+                self.changes.sampling(pipeline, self.pipelines.values()),
+                self.changes.size,
+                self.changes.seed,
+                **stored,
             )
             for name, pipeline in self.pipelines.items()
         }

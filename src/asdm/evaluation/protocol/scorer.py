@@ -13,8 +13,8 @@ from asdm.choices import ImageLayout
 from asdm.evaluation.image_folders import folder_names
 from asdm.evaluation.protocol.image_job import ImageJob
 from asdm.evaluation.protocol.pictures import pictures_of
-from asdm.evaluation.protocol.settings import guidance_of, launch_state, settings_of
-from asdm.evaluation.sampling import sampling_of
+from asdm.evaluation.protocol.settings import launch_state, settings_of
+from asdm.evaluation.sampling import common_guidance, sampling_of
 from asdm.files import folder_lock
 
 Progress = Callable[[str, int, int], None]
@@ -57,7 +57,7 @@ def generate_for_scorer(
             prompt.
         prompts: the benchmark's file of prompts (`evaluation_metadata.jsonl`; `dpg_bench.csv` or the folder of texts).
         limit: the first prompts alone.
-        guidance_scale: the first pipeline's usual one by default.
+        guidance_scale: of all but few-step pipelines; by default that of the first of them.
 
     Returns:
         The folder of each pipeline, to give to the scorer.
@@ -68,8 +68,9 @@ def generate_for_scorer(
     """
     first, place = next(iter(pipelines.values())), Path(folder)
     state = launch_state(first)
+    guidance = common_guidance(pipelines.values(), guidance_scale)
     settings = {
-        name: settings_of(pipeline, sampling_of(pipeline, steps, guidance_of(first, guidance_scale)), size, seed)
+        name: settings_of(pipeline, sampling_of(pipeline, steps, guidance), size, seed)
         for name, pipeline in pipelines.items()
     }
     job = ImageJob(place, pictures_of(layout, Path(prompts)), state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from accelerate import PartialState
@@ -9,20 +10,15 @@ from diffusers import DiffusionPipeline
 
 from asdm.devices import LONGEST_WAIT
 from asdm.diffusion.conditioning import image_size, require_size
-from asdm.diffusion.generation import default_guidance, is_few_step, require_steps
+from asdm.diffusion.generation import is_few_step, require_steps
 from asdm.evaluation.protocol.image_job import ImageSettings
 from asdm.evaluation.protocol.protocols import Protocol
-from asdm.evaluation.sampling import Sampling, sampling_of
+from asdm.evaluation.sampling import Sampling, common_guidance, sampling_of
 
 
 def launch_state(pipeline: DiffusionPipeline) -> PartialState:
     """Return the processes of the launch, of which this one may be the only one."""
     return PartialState(cpu=pipeline.device.type == "cpu", timeout=LONGEST_WAIT)
-
-
-def guidance_of(pipeline: DiffusionPipeline, given: float | None) -> float:
-    """Return the given guidance scale, or a pipeline's usual one."""
-    return default_guidance(pipeline) if given is None else given
 
 
 def settings_of(
@@ -50,10 +46,10 @@ class Changes:
     size: int | None
     seed: int
 
-    def sampling(self, pipeline: DiffusionPipeline, first: DiffusionPipeline) -> Sampling:
-        """Return the steps and guidance of a pipeline; `first` is the teacher's."""
+    def sampling(self, pipeline: DiffusionPipeline, pipelines: Iterable[DiffusionPipeline]) -> Sampling:
+        """Return the steps and guidance of one of the pipelines."""
         guidance = self.protocol.guidance_scale if self.guidance_scale is None else self.guidance_scale
-        return sampling_of(pipeline, self.steps or self.protocol.steps, guidance_of(first, guidance))
+        return sampling_of(pipeline, self.steps or self.protocol.steps, common_guidance(pipelines, guidance))
 
     def notes(self, name: str, pipeline: DiffusionPipeline, settings: ImageSettings) -> list[str]:
         """Say where a model's images differ from the published protocol's."""
