@@ -428,6 +428,13 @@ def test_what_cannot_be_exported_is_said_before_anything_is_written(pipeline, tm
     guided = with_unet(tiny_pipeline(), tiny_unet(time_cond_proj_dim=32))
     with pytest.raises(AsdmError, match="guidance by an embedding"):
         export(guided, tmp_path / "out")
+    for parts, cache, said in (
+        (["unet", "unett"], 1, "parts='unett': this export's graphs are unet, vae_decoder, vae_encoder, text_encoder, "),
+        (["unet_inner"], None, "parts='unet_inner': .*, text_encoder; give cache, the depth of these two"),
+        ([], None, r"parts=\[\]: must be a list with 1 or more"),
+    ):
+        with pytest.raises(AsdmError, match=said):
+            export(pipeline, tmp_path / "out", parts=parts, cache=cache)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(AsdmError, match="was not written by asdm"):
