@@ -18,7 +18,7 @@ from asdm.choices import GraphFormat
 from asdm.diffusion.conditioning import image_size, require_size
 from asdm.diffusion.kinds import is_random
 from asdm.errors import AsdmError, shown
-from asdm.families import denoiser_of, family_of
+from asdm.families import denoiser_of, family_of, require_torch
 from asdm.files import MARKER, replacing_folder, require_ours
 from asdm.pipelines.quiet import quiet
 from asdm.pipelines.saving import write_vocabularies
@@ -81,8 +81,9 @@ def export(
         parts: only the graphs of these names, for `with_openvino_graphs`; optimum needs all but these two.
 
     Raises:
-        AsdmError: the format's packages are not installed, `folder` is not ours, the data cannot be used, there is no graph
-            of a name in `parts`, the UNet's features are cached, or a graph differs from torch or takes only one batch.
+        AsdmError: the format's packages are not installed, `folder` is not ours, the data cannot be used, there is no
+            graph of a name in `parts`, the UNet's features are cached, exported graphs stand in for it, or a graph
+            differs from torch or takes only one batch.
     """
     _require_exportable(pipeline, to, int8, data, cache)
     _require_parts(parts, names_of_graphs(pipeline, cache))
@@ -119,6 +120,7 @@ def _require_exportable(
     if cache is not None and to != "openvino":
         raise AsdmError(f"cache={cache}, to={to}: two graphs are for openvino")
     denoiser = denoiser_of(pipeline)
+    require_torch(denoiser)
     family = family_of(denoiser)
     if family.component != "unet":
         raise AsdmError(f"export: graphs are for UNets; this pipeline has a {type(denoiser).__name__}")
