@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from diffusers import LCMScheduler
 
 from asdm import AsdmError, AsdmWarning, PruningPlan, make_plan, save_pipeline
-from asdm.app.compare import draw_comparison, request_of, save_comparison, with_newest
+from asdm.app.compare import FIELDS, draw_comparison, request_of, require_within, save_comparison, with_newest
 from asdm.app.evidence import evidence_file, find_evidence, loss_figure, pareto_figure, report_frame
 from asdm.app.files import KEPT_SECONDS, new_folder
 from asdm.app.models import KEPT, ModelLibrary, changed_ns
@@ -70,6 +71,17 @@ def test_a_models_own_size_is_limited_too():
 
 
 def test_only_this_machine_may_name_any_model():
+@pytest.mark.parametrize("few_step_model", [0, 1])
+def test_the_usual_steps_of_both_models_are_limited_too(few_step_model):
+    """0 in the page's field Steps."""
+    request = request_of({"prompt": "x", "steps": 0}, Limits(steps=8))
+    models = [tiny_pipeline(), tiny_pipeline()]
+    models[few_step_model].scheduler = LCMScheduler.from_config(models[few_step_model].scheduler.config)
+    with pytest.raises(AsdmError, match="steps=25: this page allows at most 8"):
+        draw_comparison(*models, request, Limits(steps=8), Ticket(), lambda *_: None)
+    require_within(Limits(steps=25), request, *models)
+
+
     AppSettings().require_model("anything")
     for host in ("0.0.0.0", "192.168.0.2", "example.org"):
         AppSettings(host=host).require_model("demo")

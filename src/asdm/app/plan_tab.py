@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from asdm.app.compare import LONGEST_PROMPT, draw_comparison, request_of, save_comparison
+from asdm.app.compare import LONGEST_PROMPT, draw_comparison, request_of, require_within, save_comparison
 from asdm.app.files import new_folder
 from asdm.app.handlers import COMPUTING, Page, bar, sentences, session_of, show_notes
 from asdm.app.plan_board import PlanBoard, diagram, summary_of
@@ -236,8 +236,9 @@ def _connect_trial(page: Page, attempt: Any, inputs: list[Any], outputs: list[An
         wanted = request_of({"prompt": prompt, "seed": seed, "steps": steps}, limits)
         progress(0, "waiting")
         with page.workbench.computing(ticket) as notes:
-            progress(0, "building the student")
             teacher = page.library.load(name)
+            require_within(limits, wanted, teacher, teacher)
+            progress(0, "building the student")
             student = trial_student(teacher, plan, ticket, progress)
             drawn = draw_comparison(teacher, student, wanted, limits, ticket, progress, TEACHER_AND_TRIAL)
             saved = save_comparison(drawn, page.folder, TEACHER_AND_TRIAL)
