@@ -126,6 +126,12 @@ def test_a_model_that_was_built_again_is_loaded_again(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gone", "a\0b", "x" * 5000])
+@pytest.mark.parametrize("name", [None, ""])
+def test_without_a_model_the_page_asks_for_one(name):
+    with pytest.raises(AsdmError, match="model: none is chosen; choose one, such as demo"):
+        ModelLibrary(AppSettings(), device="cpu").load(name)
+
+
 def test_a_name_that_is_no_file_has_no_time_of_change(name):
     assert changed_ns(Path(name)) == 0
 
