@@ -7,11 +7,12 @@ import threading
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
 from diffusers import LCMScheduler
+from PIL import Image
 
 from asdm import AsdmError, AsdmWarning, PruningPlan, make_plan, save_pipeline
 from asdm.app.compare import FIELDS, draw_comparison, request_of, require_within, save_comparison, with_newest
@@ -70,7 +71,6 @@ def test_a_models_own_size_is_limited_too():
         draw_comparison(tiny_pipeline(), tiny_pipeline(), request, Limits(side=8), Ticket(), lambda *_: None)
 
 
-def test_only_this_machine_may_name_any_model():
 @pytest.mark.parametrize("few_step_model", [0, 1])
 def test_the_usual_steps_of_both_models_are_limited_too(few_step_model):
     """0 in the page's field Steps."""
@@ -82,6 +82,7 @@ def test_the_usual_steps_of_both_models_are_limited_too(few_step_model):
     require_within(Limits(steps=25), request, *models)
 
 
+def test_only_this_machine_may_name_any_model():
     AppSettings().require_model("anything")
     for host in ("0.0.0.0", "192.168.0.2", "example.org"):
         AppSettings(host=host).require_model("demo")
@@ -125,13 +126,13 @@ def test_a_model_that_was_built_again_is_loaded_again(tmp_path):
     assert torch.equal(again.unet.conv_in.bias, pipeline.unet.conv_in.bias) and library.load(str(folder)) is again
 
 
-@pytest.mark.parametrize("name", ["gone", "a\0b", "x" * 5000])
 @pytest.mark.parametrize("name", [None, ""])
 def test_without_a_model_the_page_asks_for_one(name):
     with pytest.raises(AsdmError, match="model: none is chosen; choose one, such as demo"):
         ModelLibrary(AppSettings(), device="cpu").load(name)
 
 
+@pytest.mark.parametrize("name", ["gone", "a\0b", "x" * 5000])
 def test_a_name_that_is_no_file_has_no_time_of_change(name):
     assert changed_ns(Path(name)) == 0
 
@@ -175,7 +176,7 @@ def test_a_cancelled_drawing_ends_after_a_step(pipeline):
 
 def test_one_request_computes_at_a_time_and_a_waiting_one_can_be_cancelled():
     workbench = Workbench()
-    first, second = workbench.issue("a"), workbench.issue("b")
+    first, second = workbench.issue("a", "compare"), workbench.issue("b", "compare")
     ended = []
 
     def wait():
@@ -193,8 +194,43 @@ def test_one_request_computes_at_a_time_and_a_waiting_one_can_be_cancelled():
         assert ended and not first.is_cancelled()
         warnings.warn("lost text", AsdmWarning, stacklevel=1)
     assert notes == ["lost text"]
-    assert workbench.ticket("b").is_cancelled(), "a session without a request must not compute"
-    assert workbench.issue("a") and first.is_cancelled(), "a new request ends the session's earlier one"
+    assert workbench.ticket("b", "compare", second.id).is_cancelled(), "a session without a request must not compute"
+
+
+def test_a_new_request_ends_the_sessions_earlier_one_of_its_kind_alone():
+    workbench = Workbench()
+    first, analysis = workbench.issue("a", "compare"), workbench.issue("a", "analysis")
+    assert workbench.ticket("a", "compare", first.id) is first
+    second = workbench.issue("a", "compare")
+    assert first.is_cancelled() and not second.is_cancelled() and not analysis.is_cancelled()
+    assert workbench.ticket("a", "compare", first.id).is_cancelled(), "a request must not take a later one's ticket"
+    assert workbench.ticket("a", "compare", second.id) is second
+    workbench.cancel("a", "compare")
+    assert second.is_cancelled() and not analysis.is_cancelled()
+    workbench.cancel("a")
+    assert analysis.is_cancelled()
+
+
+def test_a_request_starts_though_the_one_before_it_has_not_ended_yet(tmp_path, monkeypatch):
+    """Each press of a button is sent, with its own ticket."""
+    pytest.importorskip("gradio")
+    from asdm.app.handlers import Page
+    from asdm.app.page import build_page
+
+    page, loaded = Page(AppSettings(folder=tmp_path), tmp_path), []
+    handlers = {fn.api_name: fn for fn in build_page(page).fns.values() if fn.fn}
+    computing = [fn for fn in handlers.values() if fn.concurrency_id == "computing"]
+    assert {fn.fn.__name__ for fn in computing} == {"compare", "compute", "draw"}
+    assert all(fn.trigger_mode == "multiple" for fn in computing)
+    user = SimpleNamespace(session_hash="a")
+    first, second = handlers["begin"].fn(user), handlers["begin"].fn(user)
+    monkeypatch.setattr(page.library, "load", lambda name: loaded.append(name) or pytest.fail("computes"))
+    fields = [{"prompt": "owl"}.get(name, 0 if name == "seed" else None) for name in FIELDS]
+    handlers["compare"].fn(user, lambda *_, **__: None, "demo", "demo", *fields, first, ())
+    assert not loaded
+    with pytest.raises(pytest.fail.Exception, match="computes"):
+        handlers["compare"].fn(user, lambda *_, **__: None, "demo", "demo", *fields, second, ())
+    assert loaded == ["demo"]
 
 
 # -- plans ---------------------------------------------------------------------------------------------
