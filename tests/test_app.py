@@ -233,6 +233,24 @@ def test_a_request_starts_though_the_one_before_it_has_not_ended_yet(tmp_path, m
     assert loaded == ["demo"]
 
 
+def test_a_log_is_followed_from_before_its_first_step_and_a_vanished_one_is_passed_over(tmp_path):
+    gradio = pytest.importorskip("gradio")
+    from asdm.app.handlers import Page
+    from asdm.app.page import build_page
+
+    fns = [fn for fn in build_page(Page(AppSettings(folder=tmp_path), tmp_path)).fns.values() if fn.fn]
+    of_log, of_switch = [fn.fn for fn in fns if fn.fn.__name__ == "followed"]
+    (ticked,) = [fn.fn for fn in fns if fn.fn.__name__ == "ticked"]
+    (tmp_path / "log.jsonl").write_text("")
+    assert of_log("log.jsonl", True).active and of_switch("log.jsonl", True).active
+    assert not of_log("log.jsonl", False).active and not of_switch(None, True).active
+    assert ticked("log.jsonl") == gradio.skip()
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    assert len(ticked("log.jsonl").data) == 1
+    (tmp_path / "log.jsonl").unlink()
+    assert ticked("log.jsonl") == gradio.skip()
+
+
 # -- plans ---------------------------------------------------------------------------------------------
 
 
