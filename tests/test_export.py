@@ -467,6 +467,10 @@ def test_what_cannot_be_exported_is_said_before_anything_is_written(pipeline, tm
     guided = with_unet(tiny_pipeline(), tiny_unet(time_cond_proj_dim=32))
     with pytest.raises(AsdmError, match="guidance by an embedding"):
         export(guided, tmp_path / "out")
+    without_text = tiny_pipeline()
+    without_text.register_modules(text_encoder=None, tokenizer=None)
+    with pytest.raises(AsdmError, match="export: this pipeline has no tokenizer; load it with its text encoders"):
+        export(without_text, tmp_path / "out")
     for parts, cache, said in (
         (
             ["unet", "unett"],

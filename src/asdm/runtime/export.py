@@ -22,7 +22,7 @@ from asdm.families import denoiser_of, family_of, require_torch
 from asdm.files import MARKER, replacing_folder, require_ours
 from asdm.pipelines.quiet import quiet
 from asdm.pipelines.saving import write_vocabularies
-from asdm.runtime.graphs import calibration_inputs, graphs_of, names_of_graphs
+from asdm.runtime.graphs import TOKENIZERS, calibration_inputs, graphs_of, names_of_graphs
 from asdm.runtime.writers import FILES, Int8, difference, writer
 
 # Relative to the largest output. OpenVINO keeps weights in half precision. 8 bits may move single values far, which is
@@ -124,6 +124,10 @@ def _require_exportable(
     family = family_of(denoiser)
     if family.component != "unet":
         raise AsdmError(f"export: graphs are for UNets; this pipeline has a {type(denoiser).__name__}")
+    for name, tokenizer in TOKENIZERS.items():  # the UNet's graph takes prompts of the first one's length
+        is_read = name == "text_encoder" or getattr(pipeline, name, None) is not None
+        if is_read and getattr(pipeline, tokenizer, None) is None:
+            raise AsdmError(f"export: this pipeline has no {tokenizer}; load it with its text encoders and tokenizers")
     if hasattr(denoiser, "denoisers"):
         raise AsdmError("export: several denoisers in one pipeline are no graph; export the pipeline of each")
     if "timestep_cond" in family.random_inputs(denoiser, batch_size=1):
