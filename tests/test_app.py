@@ -7,13 +7,15 @@ import threading
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import LCMScheduler
 from PIL import Image
 
 from asdm import AsdmError, AsdmWarning, PruningPlan, make_plan, save_pipeline
-from asdm.app.compare import draw_comparison, request_of, save_comparison, with_newest
+from asdm.app.compare import FIELDS, draw_comparison, request_of, require_within, save_comparison, with_newest
 from asdm.app.evidence import evidence_file, find_evidence, loss_figure, pareto_figure, report_frame
 from asdm.app.files import KEPT_SECONDS, new_folder
 from asdm.app.models import KEPT, ModelLibrary, changed_ns
@@ -69,6 +71,17 @@ def test_a_models_own_size_is_limited_too():
         draw_comparison(tiny_pipeline(), tiny_pipeline(), request, Limits(side=8), Ticket(), lambda *_: None)
 
 
+@pytest.mark.parametrize("few_step_model", [0, 1])
+def test_the_usual_steps_of_both_models_are_limited_too(few_step_model):
+    """0 in the page's field Steps."""
+    request = request_of({"prompt": "x", "steps": 0}, Limits(steps=8))
+    models = [tiny_pipeline(), tiny_pipeline()]
+    models[few_step_model].scheduler = LCMScheduler.from_config(models[few_step_model].scheduler.config)
+    with pytest.raises(AsdmError, match="steps=25: this page allows at most 8"):
+        draw_comparison(*models, request, Limits(steps=8), Ticket(), lambda *_: None)
+    require_within(Limits(steps=25), request, *models)
+
+
 def test_only_this_machine_may_name_any_model():
     AppSettings().require_model("anything")
     for host in ("0.0.0.0", "192.168.0.2", "example.org"):
@@ -111,6 +124,12 @@ def test_a_model_that_was_built_again_is_loaded_again(tmp_path):
     save_pipeline(pipeline, folder)
     again = library.load(str(folder))
     assert torch.equal(again.unet.conv_in.bias, pipeline.unet.conv_in.bias) and library.load(str(folder)) is again
+
+
+@pytest.mark.parametrize("name", [None, ""])
+def test_without_a_model_the_page_asks_for_one(name):
+    with pytest.raises(AsdmError, match="model: none is chosen; choose one, such as demo"):
+        ModelLibrary(AppSettings(), device="cpu").load(name)
 
 
 @pytest.mark.parametrize("name", ["gone", "a\0b", "x" * 5000])
@@ -157,7 +176,7 @@ def test_a_cancelled_drawing_ends_after_a_step(pipeline):
 
 def test_one_request_computes_at_a_time_and_a_waiting_one_can_be_cancelled():
     workbench = Workbench()
-    first, second = workbench.issue("a"), workbench.issue("b")
+    first, second = workbench.issue("a", "compare"), workbench.issue("b", "compare")
     ended = []
 
     def wait():
@@ -175,8 +194,61 @@ def test_one_request_computes_at_a_time_and_a_waiting_one_can_be_cancelled():
         assert ended and not first.is_cancelled()
         warnings.warn("lost text", AsdmWarning, stacklevel=1)
     assert notes == ["lost text"]
-    assert workbench.ticket("b").is_cancelled(), "a session without a request must not compute"
-    assert workbench.issue("a") and first.is_cancelled(), "a new request ends the session's earlier one"
+    assert workbench.ticket("b", "compare", second.id).is_cancelled(), "a session without a request must not compute"
+
+
+def test_a_new_request_ends_the_sessions_earlier_one_of_its_kind_alone():
+    workbench = Workbench()
+    first, analysis = workbench.issue("a", "compare"), workbench.issue("a", "analysis")
+    assert workbench.ticket("a", "compare", first.id) is first
+    second = workbench.issue("a", "compare")
+    assert first.is_cancelled() and not second.is_cancelled() and not analysis.is_cancelled()
+    assert workbench.ticket("a", "compare", first.id).is_cancelled(), "a request must not take a later one's ticket"
+    assert workbench.ticket("a", "compare", second.id) is second
+    workbench.cancel("a", "compare")
+    assert second.is_cancelled() and not analysis.is_cancelled()
+    workbench.cancel("a")
+    assert analysis.is_cancelled()
+
+
+def test_a_request_starts_though_the_one_before_it_has_not_ended_yet(tmp_path, monkeypatch):
+    """Each press of a button is sent, with its own ticket."""
+    pytest.importorskip("gradio")
+    from asdm.app.handlers import Page
+    from asdm.app.page import build_page
+
+    page, loaded = Page(AppSettings(folder=tmp_path), tmp_path), []
+    handlers = {fn.api_name: fn for fn in build_page(page).fns.values() if fn.fn}
+    computing = [fn for fn in handlers.values() if fn.concurrency_id == "computing"]
+    assert {fn.fn.__name__ for fn in computing} == {"compare", "compute", "draw"}
+    assert all(fn.trigger_mode == "multiple" for fn in computing)
+    user = SimpleNamespace(session_hash="a")
+    first, second = handlers["begin"].fn(user), handlers["begin"].fn(user)
+    monkeypatch.setattr(page.library, "load", lambda name: loaded.append(name) or pytest.fail("computes"))
+    fields = [{"prompt": "owl"}.get(name, 0 if name == "seed" else None) for name in FIELDS]
+    handlers["compare"].fn(user, lambda *_, **__: None, "demo", "demo", *fields, first, ())
+    assert not loaded
+    with pytest.raises(pytest.fail.Exception, match="computes"):
+        handlers["compare"].fn(user, lambda *_, **__: None, "demo", "demo", *fields, second, ())
+    assert loaded == ["demo"]
+
+
+def test_a_log_is_followed_from_before_its_first_step_and_a_vanished_one_is_passed_over(tmp_path):
+    gradio = pytest.importorskip("gradio")
+    from asdm.app.handlers import Page
+    from asdm.app.page import build_page
+
+    fns = [fn for fn in build_page(Page(AppSettings(folder=tmp_path), tmp_path)).fns.values() if fn.fn]
+    of_log, of_switch = [fn.fn for fn in fns if fn.fn.__name__ == "followed"]
+    (ticked,) = [fn.fn for fn in fns if fn.fn.__name__ == "ticked"]
+    (tmp_path / "log.jsonl").write_text("")
+    assert of_log("log.jsonl", True).active and of_switch("log.jsonl", True).active
+    assert not of_log("log.jsonl", False).active and not of_switch(None, True).active
+    assert ticked("log.jsonl") == gradio.skip()
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    assert len(ticked("log.jsonl").data) == 1
+    (tmp_path / "log.jsonl").unlink()
+    assert ticked("log.jsonl") == gradio.skip()
 
 
 # -- plans ---------------------------------------------------------------------------------------------

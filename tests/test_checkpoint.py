@@ -479,25 +479,30 @@ def test_files_of_others_are_not_replaced(tmp_path):
 
 
 def test_cards_of_others_are_not_replaced(tmp_path):
-    """NAME.md beside NAME.safetensors."""
-    pipeline, card = tiny_pipeline(), tmp_path / "readme.md"
-    card.write_text("# My notes\n\nAll images were written by asdm 0.2.\n", "utf-8")
-    with pytest.raises(AsdmError, match=r"readme\.md: exists, is no card .*readme\.safetensors; name another file"):
-        export_checkpoint(pipeline, tmp_path / "readme.safetensors", "diffusers")
-    assert "My notes" in card.read_text("utf-8")
+    """NAME.md beside NAME.safetensors, whether that is there or not."""
+    pipeline, file, card = tiny_pipeline(), tmp_path / "readme.safetensors", tmp_path / "readme.md"
+    for with_file in (False, True):
+        if with_file:
+            card.unlink()
+            export_checkpoint(pipeline, file, "diffusers", unet_only=True)
+        card.write_text("# My notes\n\nAll images were written by asdm 0.2.\n", "utf-8")
+        with pytest.raises(AsdmError, match=r"readme\.md: exists, is no card .*readme\.safetensors; name another file"):
+            export_checkpoint(pipeline, file, "diffusers")
+        assert "My notes" in card.read_text("utf-8")
     (tmp_path / "folder.md").mkdir()
     with pytest.raises(AsdmError, match=r"folder\.md: is a folder.*folder\.safetensors"):
         export_checkpoint(pipeline, tmp_path / "folder.safetensors", "diffusers")
-    assert sorted(os.listdir(tmp_path)) == ["folder.md", "readme.md"]
+    assert sorted(os.listdir(tmp_path)) == ["folder.md", "readme.md", "readme.safetensors"]
 
 
 def test_cards_of_exports_are_replaced(tmp_path):
     pipeline, file, card = tiny_pipeline(), tmp_path / "one.safetensors", tmp_path / "one.md"
-    for left in (file, card):  # the card without its file; the file with a card that was edited
+    for without_file in (True, False):
         export_checkpoint(pipeline, file, "diffusers", unet_only=True)
-        left.unlink()
-        if left is card:
-            card.write_text("Edited.", "utf-8")
+        if without_file:
+            file.unlink()
+        else:
+            card.write_text(card.read_text("utf-8") + "\nEdited.", "utf-8")
         export_checkpoint(pipeline, file, "diffusers", unet_only=True, license="mit")
         assert "licence: mit" in card.read_text("utf-8")
 

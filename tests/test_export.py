@@ -1,6 +1,8 @@
 """Graphs for other runtimes give what torch gives, students' edits included."""
 
+import copy
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -13,11 +15,18 @@ from asdm import (
     AsdmError,
     PruningPlan,
     Remove,
+    analyze,
     build_student,
     cache_features,
+    distill,
     evaluate,
     export,
+    fit_compensation,
     generate,
+    generate_images,
+    optimize,
+    refine_plan,
+    switch_unets,
     with_decoder,
     with_unet,
 )
@@ -27,6 +36,8 @@ from asdm.evaluation.protocol.image_job import identity_of
 from asdm.evaluation.report import headline_of, metrics_section
 from asdm.families import UNetFamily
 from asdm.families.tensors import fingerprint
+from asdm.generation.lora import LoraFile
+from asdm.generation.request import GenerationRequest
 from asdm.measure.latency import Latency
 from asdm.pipelines.derived import with_vae
 from asdm.runtime import graphs
@@ -35,7 +46,9 @@ from asdm.runtime.graphs import Graph
 from asdm.runtime.openvino import OpenVinoVae, with_openvino_graphs
 from asdm.runtime.writers import difference, program_of
 from conftest import (
+    lora_file,
     predict,
+    profile_by_hand,
     tiny_decoder,
     tiny_inpainting_pipeline,
     tiny_pipeline,
@@ -250,6 +263,32 @@ def test_graphs_stand_in_only_for_what_they_can_do(drawing, tmp_path):
         with_openvino_graphs(pipeline, tmp_path)
 
 
+def test_what_needs_the_torch_denoiser_says_so_where_graphs_stand_in_for_it(drawing, tmp_path):
+    pipeline, folder = drawing
+    fast = with_openvino_graphs(pipeline, folder)
+    plan = PruningPlan.for_unet(pipeline.unet, [Remove(unit="mid_block")])
+    redundancy = profile_by_hand(pipeline)
+    lora = LoraFile(path=lora_file(pipeline.unet, tmp_path / "lora.safetensors"))
+    refused = {
+        "optimize": lambda: optimize(fast),
+        "analyze": lambda: analyze(fast),
+        "refine_plan": lambda: refine_plan(fast, redundancy, plan),
+        "fit_compensation": lambda: fit_compensation(fast, pipeline.unet),
+        "build_student": lambda: build_student(fast.unet, plan),
+        "export": lambda: export(fast, tmp_path / "out"),
+        "switch_unets": lambda: switch_unets(pipeline, [fast.unet, pipeline.unet], below=[0.5]),
+        "distill": lambda: distill(fast, pipeline.unet, "data", tmp_path / "run"),
+        "LoRA": lambda: list(generate_images(fast, GenerationRequest(prompts=["x"], steps=1, loras=[lora]))),
+        "a copy": lambda: copy.deepcopy(fast.unet),
+        "a part": lambda: fast.enable_freeu(1, 1, 1, 1),
+    }
+    for name, work in refused.items():
+        with pytest.raises(AsdmError, match="before with_openvino_graphs"):
+            work()
+            pytest.fail(name)
+    assert not hasattr(fast.unet, "attn_processors") and os.listdir(tmp_path) == ["lora.safetensors"]
+
+
 def test_other_shapes_than_the_exported_ones_are_refused_in_a_line(drawing):
     pipeline, folder = drawing
     ready = with_openvino_graphs(pipeline, folder)
@@ -428,6 +467,21 @@ def test_what_cannot_be_exported_is_said_before_anything_is_written(pipeline, tm
     guided = with_unet(tiny_pipeline(), tiny_unet(time_cond_proj_dim=32))
     with pytest.raises(AsdmError, match="guidance by an embedding"):
         export(guided, tmp_path / "out")
+    without_text = tiny_pipeline()
+    without_text.register_modules(text_encoder=None, tokenizer=None)
+    with pytest.raises(AsdmError, match="export: this pipeline has no tokenizer; load it with its text encoders"):
+        export(without_text, tmp_path / "out")
+    for parts, cache, said in (
+        (
+            ["unet", "unett"],
+            1,
+            "parts='unett': this export's graphs are unet, vae_decoder, vae_encoder, text_encoder, ",
+        ),
+        (["unet_inner"], None, "parts='unet_inner': .*, text_encoder; give cache, the depth of these two"),
+        ([], None, r"parts=\[\]: must be a list with 1 or more"),
+    ):
+        with pytest.raises(AsdmError, match=said):
+            export(pipeline, tmp_path / "out", parts=parts, cache=cache)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(AsdmError, match="was not written by asdm"):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers.models.autoencoders.vae import DecoderOutput
 from PIL import Image
 
 from asdm import (
@@ -18,8 +19,11 @@ from asdm import (
     save_pipeline,
     with_unet,
 )
+from asdm.diffusion.conditioning import decode_latents, latent_shape
 from asdm.diffusion.kinds import is_inpainting
 from asdm.measure.latency import Timing
+from asdm.pipelines.derived import with_vae
+from asdm.runtime import decoding
 from asdm.runtime.decoding import _in_openvino
 from asdm.runtime.openvino import OpenVinoVae
 from asdm.runtime.optimize import _install
@@ -198,6 +202,35 @@ def test_the_fastest_way_to_decode_that_keeps_the_images_is_taken(pipeline, gain
     before = pipeline.vae
     found = optimize(pipeline, decoder="auto")
     assert pipeline.vae is before and not any(measure.kept for measure in found.of_decoder)
+
+
+def test_tiles_are_offered_where_diffusers_puts_them_together_whole(pipeline):
+    latents = torch.zeros(1, *latent_shape(pipeline))
+    for side in (8, 12, 20, 64, 68, 96):
+        pipeline.unet.register_to_config(sample_size=side)
+        assert ("decoder: tiles" in decoding._ways(pipeline, latents)) == (side in (8, 64, 96)), side
+    pipeline.unet.register_to_config(sample_size=24)
+    latents = torch.randn(1, *latent_shape(pipeline))
+    tiled = decoding._ways(pipeline, latents)["decoder: tiles"]()
+    assert decode_latents(with_vae(pipeline, tiled), latents).shape == decode_latents(pipeline, latents).shape
+
+
+def test_a_way_whose_images_have_another_size_is_a_fault_of_it(pipeline, gains, decoder_gains, monkeypatch):
+    broken = copy.deepcopy(pipeline.vae)
+    broken.decode = lambda latents: DecoderOutput(sample=torch.zeros(len(latents), 3, 5, 5))
+    monkeypatch.setattr(decoding, "_ways", lambda *_: {"decoder: broken": lambda: broken})
+    gains(1.0)
+    decoder_gains({})
+    (measure,) = optimize(pipeline, decoder="auto").of_decoder
+    assert not measure.kept and "size" in measure.reason
+
+
+def test_a_decoder_that_is_a_graph_already_is_left_as_it_is(pipeline, gains):
+    pytest.importorskip("openvino")
+    gains(1.0)
+    graph = _in_openvino(pipeline, torch.randn(2, *latent_shape(pipeline)), None)
+    pipeline.register_modules(vae=graph)
+    assert optimize(pipeline, decoder="auto").of_decoder == [] and pipeline.vae is graph
 
 
 def test_a_tiny_decoder_is_taken_whatever_it_gains(pipeline, gains, decoder_gains, tmp_path):

@@ -46,6 +46,10 @@ class AsdmError(ValueError):
         super().__init__(printable(str(message)))
 
 
+class NoSuchPartError(AsdmError, AttributeError):
+    """A part that a denoiser has and its stand-in has not; `hasattr` returns False for it."""
+
+
 class AsdmWarning(UserWarning):
     """What was assumed where the user's files do not say it, and how to say it; one line."""
 

@@ -89,8 +89,8 @@ class User:
     def ask(self, seed: int, cancels: bool) -> Outcome:
         """Compare once, and cancel meanwhile if told."""
         fields = field_values(prompt=self.prompt, seed=seed, steps=1)
-        self.client.predict(api_name="/begin")
-        job = self.client.submit("demo", "demo", *fields, api_name="/compare")
+        ticket = self.client.predict(api_name="/begin")
+        job = self.client.submit("demo", "demo", *fields, ticket, api_name="/compare")
         if cancels:
             time.sleep(self.chance.random())
             self.client.predict(api_name="/cancel")

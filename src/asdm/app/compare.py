@@ -15,7 +15,7 @@ from asdm.app.work import CancelledError, Ticket
 from asdm.errors import AsdmError
 from asdm.generation.comparison import Comparison, compare_images
 from asdm.generation.files import stem_of
-from asdm.generation.generate import GenerationProgress, sides_of
+from asdm.generation.generate import GenerationProgress, sides_of, steps_of
 from asdm.generation.image import save_png
 from asdm.generation.lora import LoraFile
 from asdm.generation.request import GenerationRequest
@@ -105,6 +105,19 @@ def _whole(name: str, value: Any) -> int:
     return int(value)
 
 
+def require_within(
+    limits: Limits, request: GenerationRequest, first: DiffusionPipeline, second: DiffusionPipeline
+) -> None:
+    """Check a request's values and, where it leaves them open, the two models' usual ones.
+
+    Raises:
+        AsdmError: a size or steps exceed a limit.
+    """
+    width, height = sides_of(second, request)
+    for pipeline in (first, second):
+        limits.require(request.changed(width=width, height=height, steps=steps_of(pipeline, request)))
+
+
 def draw_comparison(
     first: DiffusionPipeline,
     second: DiffusionPipeline,
@@ -120,11 +133,10 @@ def draw_comparison(
         names: what the page calls the two models.
 
     Raises:
-        AsdmError: a model does not take what the request has, or its images are larger than allowed.
+        AsdmError: a model does not take what the request has, or its usual size or steps exceed a limit.
         CancelledError: the ticket was cancelled.
     """
-    width, height = sides_of(second, request)
-    limits.require(request.changed(width=width, height=height))
+    require_within(limits, request, first, second)
 
     def after_step(now: GenerationProgress) -> None:
         done, total = now.image_steps

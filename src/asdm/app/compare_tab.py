@@ -17,8 +17,10 @@ from asdm.app.compare import (
     save_comparison,
     with_newest,
 )
-from asdm.app.handlers import COMPUTING, Page, bar, sentences, session_of, show_notes
+from asdm.app.handlers import COMPUTING, Page, bar, beginning, sentences, session_of, show_notes, ticket_id
 from asdm.choices import IMAGE_STRENGTH, SCHEDULERS
+
+WORK = "compare"
 
 
 def compare_tab(page: Page) -> None:
@@ -130,14 +132,12 @@ def _connect(page: Page, models: list[Any], fields: list[Any], buttons: list[Any
     run, cancel = buttons
     gallery, history = outputs[-2:]
 
-    @sentences
-    def begin(request: gr.Request) -> None:
-        page.workbench.issue(session_of(request))
+    place = ticket_id()
 
     @sentences
     def compare(request: gr.Request, report: gr.Progress = gr.Progress(), *values: Any) -> tuple[Any, ...]:
-        first, second, *rest, earlier = values
-        ticket, progress = page.workbench.ticket(session_of(request)), bar(report)
+        first, second, *rest, id, earlier = values
+        ticket, progress = page.workbench.ticket(session_of(request), WORK, id), bar(report)
         given = dict(zip(FIELDS, rest, strict=True))
         if given["lora"]:
             page.settings.require_own_machine("lora")
@@ -157,14 +157,17 @@ def _connect(page: Page, models: list[Any], fields: list[Any], buttons: list[Any
         return _shown(kept[chosen.index])
 
     def cancelled(request: gr.Request) -> None:
-        page.workbench.cancel(session_of(request))
+        page.workbench.cancel(session_of(request), WORK)
 
     triggers = [run.click, fields[0].submit]
     # Programs may call these three, in this order.
     callable_by: dict[str, Any] = {"api_visibility": "undocumented"}
-    started = gr.on(triggers, begin, queue=False, show_progress="hidden", api_name="begin", **callable_by)
+    started = gr.on(
+        triggers, beginning(page, WORK), outputs=place, queue=False, show_progress="hidden", api_name="begin",
+        **callable_by,
+    )  # fmt: skip
     started.then(
-        compare, [*models, *fields, history], outputs, show_progress_on=[outputs[0]], api_name="compare",
+        compare, [*models, *fields, place, history], outputs, show_progress_on=[outputs[0]], api_name="compare",
         **callable_by, **COMPUTING,
     )  # fmt: skip
     cancel.click(cancelled, queue=False, api_name="cancel", **callable_by)

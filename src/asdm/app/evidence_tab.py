@@ -20,6 +20,7 @@ from asdm.app.evidence import (
 )
 from asdm.app.handlers import Page, sentences
 from asdm.benchmark.results import Benchmark
+from asdm.errors import AsdmError
 
 SECONDS = 5  # between two readings of a training's log
 _PRIVATE: dict[str, Any] = {"api_visibility": "private"}
@@ -116,16 +117,21 @@ def _connect_report_and_log(page: Page, widgets: list[Any], outputs: list[Any], 
     def read(name: str | None) -> str:
         return report_frame(evidence_file(page.settings.folder, name, REPORT))
 
-    @sentences
-    def opened(name: str | None, again: bool) -> tuple[Any, Any]:
-        figure = loss_figure(read_losses(evidence_file(page.settings.folder, name, LOG)))
-        return figure, gr.Timer(active=again)
+    def figure_of(name: str | None) -> Any:
+        return loss_figure(read_losses(evidence_file(page.settings.folder, name, LOG)))
+
+    def followed(name: str | None, again: bool) -> Any:
+        return gr.Timer(active=bool(again and name))
 
     @sentences
     def ticked(name: str | None) -> Any:
-        return loss_figure(read_losses(evidence_file(page.settings.folder, name, LOG)))
+        try:
+            return figure_of(name)
+        except AsdmError:  # the log has no step yet, or has gone
+            return gr.skip()
 
     report.input(read, report, frame, **_PRIVATE)
-    log.input(opened, [log, live], [losses, timer], **_PRIVATE)
-    live.input(lambda name, again: gr.Timer(active=bool(again and name)), [log, live], timer, **_PRIVATE)
+    log.input(sentences(figure_of), log, losses, **_PRIVATE)
+    for widget in (log, live):
+        widget.input(followed, [log, live], timer, **_PRIVATE)
     timer.tick(ticked, log, losses, show_progress="hidden", **_PRIVATE)

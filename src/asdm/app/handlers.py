@@ -22,7 +22,8 @@ from asdm.errors import AsdmError, disk_error, memory_error, one_line
 
 P = ParamSpec("P")
 R = TypeVar("R")
-COMPUTING: dict[str, Any] = {"concurrency_id": "computing", "concurrency_limit": 1}
+# A request also starts while an earlier one, which is cancelled, still ends.
+COMPUTING: dict[str, Any] = {"concurrency_id": "computing", "concurrency_limit": 1, "trigger_mode": "multiple"}
 _log = logging.getLogger(__name__)
 _UPLOADS = re.compile(rf"{re.escape(tempfile.gettempdir())}\S*/(?=[^/\s]+)")
 
@@ -42,6 +43,22 @@ class Page:
 def session_of(request: gr.Request) -> str:
     """Return the name of a user's session."""
     return str(request.session_hash)
+
+
+def beginning(page: Page, work: str) -> Callable[[gr.Request], str]:
+    """Return a handler that cancels a session's earlier request of a kind of work, and returns the id of the ticket of
+    a new one."""
+
+    def begin(request: gr.Request) -> str:
+        return page.workbench.issue(session_of(request), work).id
+
+    return begin
+
+
+def ticket_id() -> gr.Textbox:
+    """Return a hidden widget that takes a ticket's id from the handler that begins a request to the one that computes:
+    the browser sends its value with the request."""
+    return gr.Textbox(visible="hidden")
 
 
 def sentences(handler: Callable[P, R]) -> Callable[P, R]:

@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 
 from asdm.app.settings import AppSettings
 from asdm.devices import fastest_device
+from asdm.errors import AsdmError
 from asdm.pipelines.loading import load_pipeline
 
 KEPT = 3  # a teacher, a student and one more
@@ -21,12 +22,14 @@ class ModelLibrary:
         self.settings, self.device = settings, device or fastest_device()
         self._loaded: OrderedDict[str, tuple[int, DiffusionPipeline]] = OrderedDict()
 
-    def load(self, name: str) -> DiffusionPipeline:
+    def load(self, name: str | None) -> DiffusionPipeline:
         """Return a pipeline, loaded now or earlier. One whose files have changed since is loaded again.
 
         Raises:
-            AsdmError: the page does not offer the model, or it cannot be loaded.
+            AsdmError: no model is chosen, the page does not offer it, or it cannot be loaded.
         """
+        if not name:
+            raise AsdmError(f"model: none is chosen; choose one, such as {self.settings.models[0]}")
         self.settings.require_model(name)
         changed, known = changed_ns(Path(name)), self._loaded.get(name)
         if known is None or known[0] != changed:

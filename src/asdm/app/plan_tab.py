@@ -7,9 +7,9 @@ from typing import Any
 
 import gradio as gr
 
-from asdm.app.compare import LONGEST_PROMPT, draw_comparison, request_of, save_comparison
+from asdm.app.compare import LONGEST_PROMPT, draw_comparison, request_of, require_within, save_comparison
 from asdm.app.files import new_folder
-from asdm.app.handlers import COMPUTING, Page, bar, sentences, session_of, show_notes
+from asdm.app.handlers import COMPUTING, Page, bar, beginning, sentences, session_of, show_notes, ticket_id
 from asdm.app.plan_board import PlanBoard, diagram, summary_of
 from asdm.app.trial import computed_profile, trial_student
 from asdm.errors import AsdmError
@@ -71,6 +71,7 @@ element.addEventListener('focusin', show);
 """
 EMPTY = "<p class='empty'>Compute the profile of a model, or load one that asdm analyze wrote.</p>"
 LARGEST_SLIDER = 10.0
+ANALYSIS, TRIAL = "analysis", "trial"  # kinds of work
 TEACHER_AND_TRIAL = ("teacher", "trial")
 
 
@@ -159,16 +160,15 @@ def _required(board: PlanBoard | None) -> PlanBoard:
 
 def _connect_profiles(page: Page, model: Any, buttons: list[Any], status: Any, views: list[Any]) -> None:
     analyse, load, cancel = buttons
-
-    def begin(request: gr.Request) -> None:
-        page.workbench.issue(session_of(request))
+    place = ticket_id()
 
     def cancelled(request: gr.Request) -> None:
-        page.workbench.cancel(session_of(request))
+        page.workbench.cancel(session_of(request), ANALYSIS, TRIAL)
 
     @sentences
-    def compute(request: gr.Request, report: gr.Progress = gr.Progress(), name: str = "") -> tuple[Any, ...]:
-        ticket, progress = page.workbench.ticket(session_of(request)), bar(report)
+    def compute(request: gr.Request, report: gr.Progress = gr.Progress(), *values: Any) -> tuple[Any, ...]:
+        name, id = values
+        ticket, progress = page.workbench.ticket(session_of(request), ANALYSIS, id), bar(report)
         progress(0, "waiting")
         with page.workbench.computing(ticket) as notes:
             progress(0, "loading the model")
@@ -183,8 +183,8 @@ def _connect_profiles(page: Page, model: Any, buttons: list[Any], status: Any, v
         return "Loaded. Click units to remove them.", *views_of(PlanBoard.of(profile), page.folder, with_speedup=True)
 
     private: dict[str, Any] = {"api_visibility": "private"}
-    analyse.click(begin, queue=False, show_progress="hidden", **private).then(
-        compute, model, [status, *views], show_progress_on=[views[1]], **private, **COMPUTING
+    analyse.click(beginning(page, ANALYSIS), outputs=place, queue=False, show_progress="hidden", **private).then(
+        compute, [model, place], [status, *views], show_progress_on=[views[1]], **private, **COMPUTING
     )
     load.upload(load_profile, load, [status, *views], show_progress="hidden", **private)
     cancel.click(cancelled, queue=False, **private)
@@ -225,25 +225,27 @@ def _connect_edits(page: Page, buttons: list[Any], views: list[Any]) -> None:
 
 
 def _connect_trial(page: Page, attempt: Any, inputs: list[Any], outputs: list[Any]) -> None:
-    def begin(request: gr.Request) -> None:
-        page.workbench.issue(session_of(request))
+    place = ticket_id()
 
     @sentences
     def draw(request: gr.Request, report: gr.Progress = gr.Progress(), *values: Any) -> tuple[Any, ...]:
-        now, name, prompt, seed, steps = values
+        now, name, prompt, seed, steps, id = values
         plan = _required(now).plan()
-        limits, ticket, progress = page.settings.limits, page.workbench.ticket(session_of(request)), bar(report)
+        limits, progress = page.settings.limits, bar(report)
+        ticket = page.workbench.ticket(session_of(request), TRIAL, id)
         wanted = request_of({"prompt": prompt, "seed": seed, "steps": steps}, limits)
         progress(0, "waiting")
         with page.workbench.computing(ticket) as notes:
-            progress(0, "building the student")
             teacher = page.library.load(name)
+            require_within(limits, wanted, teacher, teacher)
+            progress(0, "building the student")
             student = trial_student(teacher, plan, ticket, progress)
             drawn = draw_comparison(teacher, student, wanted, limits, ticket, progress, TEACHER_AND_TRIAL)
             saved = save_comparison(drawn, page.folder, TEACHER_AND_TRIAL)
         show_notes(notes)
         return (str(saved.teacher), str(saved.student)), saved.summary
 
-    attempt.click(begin, queue=False, show_progress="hidden", api_visibility="private").then(
-        draw, inputs, outputs, show_progress_on=[outputs[0]], api_visibility="private", **COMPUTING
+    private: dict[str, Any] = {"api_visibility": "private"}
+    attempt.click(beginning(page, TRIAL), outputs=place, queue=False, show_progress="hidden", **private).then(
+        draw, [*inputs, place], outputs, show_progress_on=[outputs[0]], **private, **COMPUTING
     )

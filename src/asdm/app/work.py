@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from uuid import uuid4
 
 from torch import nn
 
@@ -17,9 +18,10 @@ class CancelledError(Exception):
 
 
 class Ticket:
-    """A request's permission to go on."""
+    """A request's permission to go on. The page's events hand its `id` on."""
 
     def __init__(self) -> None:
+        self.id = uuid4().hex
         self._cancelled = threading.Event()
 
     def cancel(self) -> None:
@@ -58,31 +60,33 @@ class Workbench:
 
     def __init__(self) -> None:
         self._lock, self._tickets_lock = threading.Lock(), threading.Lock()
-        self._tickets: dict[str, Ticket] = {}
+        self._tickets: dict[tuple[str, str], Ticket] = {}  # by session and kind of work
 
-    def issue(self, session: str) -> Ticket:
-        """Return a new ticket for a user's session; the session's earlier request is cancelled."""
+    def issue(self, session: str, work: str) -> Ticket:
+        """Return a new ticket for a kind of work in a user's session; the session's earlier one of it is cancelled."""
         with self._tickets_lock:
-            earlier = self._tickets.get(session)
-            ticket = self._tickets[session] = Ticket()
+            earlier = self._tickets.get((session, work))
+            ticket = self._tickets[session, work] = Ticket()
         if earlier is not None:
             earlier.cancel()
         return ticket
 
-    def ticket(self, session: str) -> Ticket:
-        """Return the ticket of a session's request; one that is cancelled where the session has gone."""
+    def ticket(self, session: str, work: str, id: str) -> Ticket:
+        """Return a session's ticket by its id; one that is cancelled where a later one has replaced it, or the session
+        has gone."""
         with self._tickets_lock:
-            found = self._tickets.get(session)
-        if found is None:
+            found = self._tickets.get((session, work))
+        if found is None or found.id != id:
             found = Ticket()
             found.cancel()
         return found
 
-    def cancel(self, session: str) -> None:
-        """Cancel a session's request, if it has one."""
+    def cancel(self, session: str, *works: str) -> None:
+        """Cancel a session's requests of these kinds of work; of all kinds where none is named."""
         with self._tickets_lock:
-            ticket = self._tickets.pop(session, None)
-        if ticket is not None:
+            ended = [key for key in self._tickets if key[0] == session and (not works or key[1] in works)]
+            tickets = [self._tickets.pop(key) for key in ended]
+        for ticket in tickets:
             ticket.cancel()
 
     def cancel_all(self) -> None:

@@ -29,7 +29,7 @@ from asdm.diffusion.generation import default_guidance, faults_in_one_line, pipe
 from asdm.diffusion.kinds import is_inpainting, is_random, require_text_to_image
 from asdm.diffusion.parameterization import parameterization_of
 from asdm.errors import AsdmError
-from asdm.families import denoiser_of, family_of
+from asdm.families import denoiser_of, family_of, require_torch
 
 UNAFFORDABLE = 1e6  # the error of a prediction that overflows: plans choose all other edits first
 # Prompts such as users write, where no data has any.
@@ -76,6 +76,7 @@ def calibration_calls(
     """
     require_text_to_image(pipeline)
     denoiser = denoiser_of(pipeline)
+    require_torch(denoiser)
     generator = torch.Generator().manual_seed(seed)
     samples = samples or calibration_samples(pipeline)
     latents, conditioning = _latents_and_prompts(pipeline, data, prompts, samples, seed, generator)
@@ -134,6 +135,7 @@ def calibration_samples(pipeline: DiffusionPipeline) -> int:
 def require_calibration(pipeline: DiffusionPipeline, data: str | Path | None) -> None:
     """Raise an AsdmError unless the pipeline can be calibrated on the data; for a check before anything is measured."""
     require_text_to_image(pipeline)
+    require_torch(denoiser_of(pipeline))
     if data is not None and is_prepared(data):
         open_prepared(pipeline, data)
     elif data is not None:

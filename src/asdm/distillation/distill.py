@@ -24,7 +24,7 @@ from asdm.distillation.stages import Stage
 from asdm.distillation.tasks import make_task, semantic_parts
 from asdm.distillation.training_set import TrainingSet, open_features, prepare
 from asdm.errors import AsdmError
-from asdm.families import Denoiser, denoiser_of, family_of
+from asdm.families import Denoiser, denoiser_of, family_of, require_torch
 from asdm.files import folder_lock
 from asdm.measure.hooks import preserve_module_state
 from asdm.measure.machine import fast_training
@@ -124,6 +124,8 @@ def distill(
 
 def require_fit(teacher: Denoiser, student: Denoiser) -> None:
     """Raise an AsdmError where the student reads or writes other tensors than the teacher."""
+    for denoiser in (teacher, student):
+        require_torch(denoiser)
     family, own = family_of(teacher), family_of(student)
     if own is not family:
         raise AsdmError(

@@ -20,6 +20,7 @@ from asdm.families.registry import family_of as family_of
 from asdm.families.registry import macs_of_call as macs_of_call
 from asdm.families.tensors import fingerprint as fingerprint
 from asdm.families.tensors import require_plain as require_plain
+from asdm.families.tensors import require_torch as require_torch
 from asdm.families.unet import UNetFamily as UNetFamily
 
 # Registered after UNets, which messages name where a model's family is not known.

@@ -48,8 +48,18 @@ def has_ip_adapter(model: nn.Module) -> bool:
     return any(isinstance(module, MultiIPAdapterImageProjection) for module in model.modules())
 
 
+def require_torch(model: Any) -> None:
+    """Raise an AsdmError where exported graphs stand in for a denoiser: they have neither layers nor weights."""
+    if isinstance(model, nn.Module) and next(model.parameters(), None) is None:
+        raise AsdmError(
+            f"{type(model).__name__}: exported graphs, and this needs the torch denoiser; give the pipeline, or its "
+            "UNet, before with_openvino_graphs"
+        )
+
+
 def require_plain(model: Any) -> None:
     """Raise an AsdmError where a denoiser's weights are not its own alone, or not in memory."""
+    require_torch(model)
     names = model.state_dict().keys()
     if any(".base_layer." in name for name in names):
         raise AsdmError("a LoRA is loaded; keep it with fuse_lora(), then unload_lora_weights()")

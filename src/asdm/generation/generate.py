@@ -145,6 +145,11 @@ def sides_of(pipeline: DiffusionPipeline, request: GenerationRequest) -> tuple[i
     return request.width or native, request.height or native
 
 
+def steps_of(pipeline: DiffusionPipeline, request: GenerationRequest) -> int:
+    """Return the steps of a request's sampling."""
+    return _steps_and_guidance(pipeline, _with_requested_scheduler(pipeline, request), request)[0]
+
+
 def _with_requested_scheduler(pipeline: DiffusionPipeline, request: GenerationRequest) -> DiffusionPipeline:
     if request.scheduler is None:
         return pipeline

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from asdm.errors import AsdmError, AsdmWarning, needs_extra, one_line
-from asdm.families import denoiser_of, family_of
+from asdm.families import denoiser_of, family_of, require_torch
 from asdm.pipelines.lora_files import require_lora_file
 from asdm.pipelines.lora_names import holds_lora
 from asdm.pipelines.lora_scales import adapter_config, alpha_of
@@ -99,6 +99,7 @@ def with_loras(pipeline: DiffusionPipeline, loras: Sequence[LoraFile]) -> Iterat
     with needs_extra("lora", "LoRA files"):
         import_module("peft")
     target: Any = pipeline
+    require_torch(denoiser_of(pipeline))
     if not hasattr(target, "load_lora_weights") or not hasattr(denoiser_of(pipeline), "load_lora_adapter"):
         raise AsdmError(f"{loras[0].path}: a {type(pipeline).__name__} takes no LoRA; leave it out")
     if target.get_list_adapters():

@@ -70,7 +70,6 @@ def save_pipeline_into(pipeline: DiffusionPipeline, folder: Path) -> None:
 
 def require_savable(pipeline: DiffusionPipeline) -> None:
     """Raise an AsdmError where a part of a pipeline cannot be saved, or would not load again."""
-    require_plain(denoiser_of(pipeline))
     for name, part in pipeline.components.items():
         if part is not None and not hasattr(part, "save_pretrained"):  # diffusers would leave it out
             raise AsdmError(
@@ -78,6 +77,7 @@ def require_savable(pipeline: DiffusionPipeline) -> None:
             )
         if name.startswith("text_encoder") and getattr(part, "peft_config", None):
             raise AsdmError(f"a LoRA is loaded in the {name}; keep it with fuse_lora(), then unload_lora_weights()")
+    require_plain(denoiser_of(pipeline))
 
 
 def _save_parts(pipeline: DiffusionPipeline, folder: Path) -> None:

@@ -128,10 +128,9 @@ def require_file(file: Path) -> None:
     card = _card_beside(file)
     if card.is_dir():
         raise AsdmError(f"{card}: is a folder, and the card beside {file.name} has its name; name another file")
-    if file.exists():
-        if not _is_export(file):
-            raise AsdmError(f"{file}: exists and is no export of asdm; name another file or remove it")
-    elif card.exists() and not _is_card(card):
+    if file.exists() and not _is_export(file):
+        raise AsdmError(f"{file}: exists and is no export of asdm; name another file or remove it")
+    if card.exists() and not _is_card(card):
         raise AsdmError(
             f"{card}: exists, is no card of an export, and would be replaced by that of {file.name}; name another file "
             "or remove it"

@@ -60,19 +60,19 @@ def optimize_decoder(
     is_own = str(decoder) == AUTO
     ways = _ways(pipeline, latents) if is_own else _tiny_ways(pipeline, decoder)
     made: dict[str, Any] = {}
+    errors: dict[str, float] = {}
     faults: dict[str, str] = {}
+    reference = decode_latents(pipeline, latents).cpu()
     for name, make in ways.items():
         if progress is not None:
             progress(name)
         try:
-            made[name] = make()
-            decode_latents(with_vae(pipeline, made[name]), latents[:1])
+            vae = make()
+            errors[name] = relative_error(decode_latents(with_vae(pipeline, vae), latents).cpu(), reference)
+            made[name] = vae
         except (RuntimeError, ValueError, NotImplementedError, OSError) as problem:
-            made.pop(name, None)
             faults[name] = one_line(problem, 100)
     decoders = {"now": pipeline} | {name: with_vae(pipeline, vae) for name, vae in made.items()}
-    reference = decode_latents(pipeline, latents)
-    errors = {name: relative_error(decode_latents(decoders[name], latents).cpu(), reference.cpu()) for name in made}
     calls = {name: partial(decode_latents, each, latents[:1]) for name, each in decoders.items()}
     times = measure_interleaved(calls, rounds=rounds, device=pipeline.device)
     gains = {name: times.speedup("now", name) for name in made}
@@ -83,10 +83,14 @@ def optimize_decoder(
 
 
 def _ways(pipeline: DiffusionPipeline, latents: Tensor) -> dict[str, Make]:
-    """Return the ways to run the VAE's own decoder, by name."""
+    """Return the ways to run the VAE's own decoder, by name; none where that is a graph already."""
     vae: Any = pipeline.vae
+    if isinstance(vae, OpenVinoVae):
+        return {}
     ways: dict[str, Make] = {"decoder: channels last": lambda: _in_channels_last(copy.deepcopy(vae))}
-    if not is_tiny(vae):  # whose tiles are for a factor of eight alone
+    # A tiny decoder's tiles are for a factor of eight alone. Others are half a side, and a quarter of each overlaps:
+    # where that is no whole latent, diffusers crops the tiles to another size than their distance.
+    if not is_tiny(vae) and latent_shape(pipeline)[1] % 8 == 0:
         ways["decoder: tiles"] = lambda: _in_tiles(copy.deepcopy(vae), image_size(pipeline), latent_shape(pipeline)[1])
     if pipeline.device.type == "cpu" and vae.dtype == torch.float32:
         ways |= {

@@ -17,12 +17,12 @@ from asdm.caching.session import require_uncached
 from asdm.choices import GraphFormat
 from asdm.diffusion.conditioning import image_size, require_size
 from asdm.diffusion.kinds import is_random
-from asdm.errors import AsdmError
-from asdm.families import denoiser_of, family_of
+from asdm.errors import AsdmError, shown
+from asdm.families import denoiser_of, family_of, require_torch
 from asdm.files import MARKER, replacing_folder, require_ours
 from asdm.pipelines.quiet import quiet
 from asdm.pipelines.saving import write_vocabularies
-from asdm.runtime.graphs import calibration_inputs, graphs_of
+from asdm.runtime.graphs import TOKENIZERS, calibration_inputs, graphs_of, names_of_graphs
 from asdm.runtime.writers import FILES, Int8, difference, writer
 
 # Relative to the largest output. OpenVINO keeps weights in half precision. 8 bits may move single values far, which is
@@ -47,7 +47,7 @@ class Exported:
     int8=checks.literal(Int8),
     data=checks.path,
     cache=checks.whole(),
-    parts=checks.each(checks.text),
+    parts=checks.each(checks.text, least=1),
     progress=checks.function,
 )
 @torch.no_grad()
@@ -81,10 +81,12 @@ def export(
         parts: only the graphs of these names, for `with_openvino_graphs`; optimum needs all but these two.
 
     Raises:
-        AsdmError: the format's packages are not installed, `folder` is not ours, the data cannot be used, the UNet's
-            features are cached, or a graph differs from torch or takes only one batch.
+        AsdmError: the format's packages are not installed, `folder` is not ours, the data cannot be used, there is no
+            graph of a name in `parts`, the UNet's features are cached, exported graphs stand in for it, or a graph
+            differs from torch or takes only one batch.
     """
     _require_exportable(pipeline, to, int8, data, cache)
+    _require_parts(parts, names_of_graphs(pipeline, cache))
     folder = Path(folder)
     require_ours(folder, "export")
     write = writer(to, int8)
@@ -118,9 +120,14 @@ def _require_exportable(
     if cache is not None and to != "openvino":
         raise AsdmError(f"cache={cache}, to={to}: two graphs are for openvino")
     denoiser = denoiser_of(pipeline)
+    require_torch(denoiser)
     family = family_of(denoiser)
     if family.component != "unet":
         raise AsdmError(f"export: graphs are for UNets; this pipeline has a {type(denoiser).__name__}")
+    for name, tokenizer in TOKENIZERS.items():  # the UNet's graph takes prompts of the first one's length
+        is_read = name == "text_encoder" or getattr(pipeline, name, None) is not None
+        if is_read and getattr(pipeline, tokenizer, None) is None:
+            raise AsdmError(f"export: this pipeline has no {tokenizer}; load it with its text encoders and tokenizers")
     if hasattr(denoiser, "denoisers"):
         raise AsdmError("export: several denoisers in one pipeline are no graph; export the pipeline of each")
     if "timestep_cond" in family.random_inputs(denoiser, batch_size=1):
@@ -128,6 +135,13 @@ def _require_exportable(
     if denoiser.dtype != torch.float32:
         raise AsdmError(f"a pipeline in {denoiser.dtype} is not exported; load it in float32, on the CPU")
     require_uncached(denoiser, "export")
+
+
+def _require_parts(parts: Sequence[str] | None, names: Sequence[str]) -> None:
+    for part in parts or ():
+        if part not in names:
+            remedy = "; give cache, the depth of these two" if part in ("unet_inner", "unet_outer") else ""
+            raise AsdmError(f"parts={shown(part)}: this export's graphs are {', '.join(names)}{remedy}")
 
 
 def _tolerance(pipeline: DiffusionPipeline, int8: Int8 | None) -> float:

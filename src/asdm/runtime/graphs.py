@@ -21,6 +21,7 @@ from asdm.measure.hooks import CachedOutput, outputs_of, swapped
 
 CALIBRATION_STEPS = 8  # time steps at which int8's ranges are taken, each with two prompts
 CACHED_FEATURES = "cached_features"  # the outer graph's input that the inner graph computes
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,12 @@ class Graph:
     outputs: Sequence[str]
     config: dict[str, Any]
     calibration: list[dict[str, Tensor]] = field(default_factory=list)  # inputs that int8's ranges are taken from
+
+
+def names_of_graphs(pipeline: DiffusionPipeline, cache: int | None) -> list[str]:
+    """Return the names of what `graphs_of` makes, in order."""
+    encoders = [name for name in TOKENIZERS if getattr(pipeline, name, None) is not None]
+    return ["unet", "vae_decoder", "vae_encoder", *encoders, *([] if cache is None else ["unet_inner", "unet_outer"])]
 
 
 def graphs_of(
@@ -60,7 +67,7 @@ def graphs_of(
         decoder_graph(pipeline, latents),
         Graph("vae_encoder", _Encoder(pipeline.vae), {"sample": images}, ["latent_parameters"], vae),
     ]
-    for name, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
+    for name, tokenizer in TOKENIZERS.items():
         encoder = getattr(pipeline, name, None)
         if encoder is not None:
             length = getattr(pipeline, tokenizer).model_max_length

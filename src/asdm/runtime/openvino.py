@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from asdm import checks
 from asdm.diffusion.conditioning import encode_images
 from asdm.digests import short_digest
-from asdm.errors import AsdmError, needs_extra
+from asdm.errors import AsdmError, NoSuchPartError, needs_extra
 from asdm.families import CacheCut, UNetFamily
 from asdm.files import read_marker
 from asdm.measure.latency import measure_interleaved
@@ -174,6 +174,17 @@ class OpenVinoUNet(nn.Module):
         # SDXL's pipelines read its width.
         width = self.config.get("projection_class_embeddings_input_dim")
         self.add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=width))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            raise NoSuchPartError(
+                f"{name}: exported graphs have no such part; use the pipeline before with_openvino_graphs"
+            ) from error
+
+    def __reduce__(self) -> NoReturn:
+        raise AsdmError("exported graphs are not copied; use the pipeline before with_openvino_graphs")
 
     @property
     def megabytes(self) -> float:

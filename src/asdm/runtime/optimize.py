@@ -16,7 +16,7 @@ from asdm import checks
 from asdm.caching.session import require_uncached
 from asdm.edits.regional_attention import GriAttnProcessor
 from asdm.errors import AsdmError, one_line
-from asdm.families import denoiser_call, denoiser_of, family_of
+from asdm.families import denoiser_call, denoiser_of, family_of, require_torch
 from asdm.measure.latency import Latency, Ratio, measure_interleaved
 from asdm.measure.machine import computes_in_bfloat16
 from asdm.runtime.decoding import optimize_decoder
@@ -90,10 +90,11 @@ def optimize(
         Every measure with its gain and error, and the speed-up of the denoiser; as text a line for each.
 
     Raises:
-        AsdmError: the denoiser is offloaded or its features are cached, an IP-Adapter is loaded, or the tiny decoder
-            does not fit.
+        AsdmError: the denoiser is offloaded, exported graphs stand in for it, or its features are cached; an IP-Adapter
+            is loaded, or the tiny decoder does not fit.
     """
     original = denoiser_of(pipeline)
+    require_torch(original)
     require_uncached(original, "optimize")
     original.eval()
     if getattr(original, "_hf_hook", None) is not None:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from asdm import checks
 from asdm.diffusion.parameterization import parameterization_of
 from asdm.digests import short_digest
-from asdm.errors import AsdmError
-from asdm.families import Denoiser, ModelFamily, denoiser_call, family_of
+from asdm.errors import AsdmError, NoSuchPartError
+from asdm.families import Denoiser, ModelFamily, denoiser_call, family_of, require_torch
 from asdm.measure.latency import measure_interleaved
 from asdm.pipelines.derived import with_unet
 from asdm.tensor_files import weights_digest
@@ -49,7 +49,7 @@ class SwitchedDenoiser(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError as error:
-            raise _NoSuchPartError(
+            raise NoSuchPartError(
                 f"{name}: several denoisers in one pipeline have no parts of their own; do this with the pipeline of "
                 "each, before switch_unets joins them"
             ) from error
@@ -120,10 +120,6 @@ class SwitchedDenoiser(nn.Module):
         raise AsdmError("several denoisers in one pipeline are not saved together; save the pipeline of each")
 
 
-class _NoSuchPartError(AsdmError, AttributeError):
-    """A part that a single denoiser has; `hasattr` returns False for it."""
-
-
 @cache
 def _switched_class(model_class: Any) -> type[Any]:
     """Return a class that pipelines take for the stock class."""
@@ -146,8 +142,8 @@ def switched(denoisers: Sequence[Denoiser], below: Sequence[float], timesteps: i
         timesteps: of the schedule.
 
     Raises:
-        AsdmError: the numbers do not fit, or the denoisers read and write other tensors, or have other dtypes or
-            devices.
+        AsdmError: the numbers do not fit, or the denoisers read and write other tensors, have other dtypes or devices,
+            or are exported graphs.
     """
     falling = [1.0, *below, 0.0]
     if len(below) != len(denoisers) - 1 or any(a <= b for a, b in itertools.pairwise(falling)):
@@ -170,6 +166,8 @@ def switched(denoisers: Sequence[Denoiser], below: Sequence[float], timesteps: i
 
 def _require_alike(family: ModelFamily, denoisers: Sequence[Any]) -> None:
     first = denoisers[0]
+    for denoiser in denoisers:
+        require_torch(denoiser)
     for denoiser in denoisers[1:]:
         own = family_of(denoiser)
         if own is not family:
