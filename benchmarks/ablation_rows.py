@@ -12,6 +12,7 @@ from filelock import FileLock
 from matplotlib.figure import Figure
 
 from asdm.files import write_text
+from asdm.measure.latency import Ratio
 
 ROWS = RESULTS / "ablation.json"
 METRICS_OF_IMAGES = ("exact_pair", "style", "concept_top5", "target_distance", "kid", "teacher_distance")
@@ -62,8 +63,10 @@ def print_table(title: str, by_name: dict[str, list[dict[str, Any]]]) -> None:
     print("|" + "---|" * (4 + len(METRICS)))
     for name, mine in by_name.items():
         cells = [_cell([row[f"{metric}_heldout"] for row in mine if f"{metric}_heldout" in row]) for metric in METRICS]
-        speeds = [row["speedup"] for row in mine if "speedup" in row]  # which `time` adds
-        speed = f"{statistics.mean(speeds):.2f}x" if speeds else ""
+        timed = next(
+            (row for row in mine if "speedup_interval" in row), None
+        )  # all seeds have one UNet
+        speed = "" if timed is None else Ratio(timed["speedup"], *timed["speedup_interval"]).brief()
         print(f"| {name} | {len(mine)} | {speed} | {mine[0]['steps']} | {' | '.join(cells)} |")
 
 

@@ -268,7 +268,7 @@ def test_what_needs_the_torch_denoiser_says_so_where_graphs_stand_in_for_it(draw
     fast = with_openvino_graphs(pipeline, folder)
     plan = PruningPlan.for_unet(pipeline.unet, [Remove(unit="mid_block")])
     redundancy = profile_by_hand(pipeline)
-    lora = LoraFile(path=lora_file(pipeline.unet, tmp_path / "lora.safetensors"))
+    lora = LoraFile(path=lora_file(tiny_unet(), tmp_path / "lora.safetensors"))  # which gives the UNet its layers
     refused = {
         "optimize": lambda: optimize(fast),
         "analyze": lambda: analyze(fast),
