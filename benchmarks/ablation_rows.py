@@ -63,9 +63,7 @@ def print_table(title: str, by_name: dict[str, list[dict[str, Any]]]) -> None:
     print("|" + "---|" * (4 + len(METRICS)))
     for name, mine in by_name.items():
         cells = [_cell([row[f"{metric}_heldout"] for row in mine if f"{metric}_heldout" in row]) for metric in METRICS]
-        timed = next(
-            (row for row in mine if "speedup_interval" in row), None
-        )  # all seeds have one UNet
+        timed = next((row for row in mine if "speedup_interval" in row), None)  # all seeds have one UNet
         speed = "" if timed is None else Ratio(timed["speedup"], *timed["speedup_interval"]).brief()
         print(f"| {name} | {len(mine)} | {speed} | {mine[0]['steps']} | {' | '.join(cells)} |")
 
