@@ -80,15 +80,20 @@ def replacing_file(target: Path) -> Iterator[Path]:
 def require_file_place(path: Path) -> None:
     """Raise an AsdmError where a file cannot be replaced, as there is a folder, a device or a pipe."""
     if path.exists() and not path.is_file():
-        kind = "a folder" if path.is_dir() else "a device or a pipe"
-        raise AsdmError(f"{path}: is {kind}; name a file to write")
+        raise AsdmError(f"{path}: is {kind_of(path)}; name a file to write")
 
 
 def require_folder_place(path: Path) -> None:
     """Raise an AsdmError where a folder cannot be replaced, as there is a file, a device or a pipe."""
     if path.exists() and not path.is_dir():
-        kind = "a file" if path.is_file() else "a device or a pipe"
-        raise AsdmError(f"{path}: is {kind}; name a folder that does not exist yet")
+        raise AsdmError(f"{path}: is {kind_of(path)}; name a folder that does not exist yet")
+
+
+def kind_of(path: Path) -> str:
+    """Say what there is at a path, for a message."""
+    if path.is_dir():
+        return "a folder"
+    return "a file" if path.is_file() else "a device or a pipe"
 
 
 def _mode_of_new(path: Path) -> int:

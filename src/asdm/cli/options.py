@@ -11,7 +11,7 @@ import typer
 from asdm import checks
 from asdm.choices import IMAGE_TO_IMAGE_STRENGTH, CompensationKind, Dtype, PredictionType, Sensitivity
 from asdm.errors import AsdmError
-from asdm.files import require_file_place
+from asdm.files import kind_of, require_file_place
 
 # The API's errors say the same; importing it for --help would take seconds.
 MODEL = (
@@ -48,10 +48,10 @@ def not_a_folder(path: Path | None) -> Path | None:
 
 
 def require_folder(path: Path | None) -> None:
-    """Refuse a file, or a place within one, where a folder will be written, before the work begins."""
+    """Refuse what is no folder, or a place within it, where a folder will be written, before the work begins."""
     for place in () if path is None else (path, *path.parents):
         if place.exists() and not place.is_dir():
-            raise AsdmError(f"{path}: {'' if place == path else f'{place} '}is a file; name a folder")
+            raise AsdmError(f"{path}: {'' if place == path else f'{place} '}is {kind_of(place)}; name a folder")
 
 
 def require_effect(context: typer.Context, names: Iterable[str], where: str) -> None:
